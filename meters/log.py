@@ -1,0 +1,105 @@
+"""What a log promises.
+
+The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
+from producers, ``usage.control`` holds decisions of the operator. A stream has a fixed number of partitions;
+a partition is a dense sequence of records, numbered from 0. Two promises carry the whole system:
+
+* ``append`` returns only when the records would survive the death of every process (and, for the embedded
+  log, the loss of power). What it raises for may or may not have been written: the caller answers "try
+  again", and the identity of the events makes the repetition harmless.
+* ``read`` returns consecutive records from the position asked for, and never skips one unnoticed. Where the
+  next record cannot be had (retention removed it, the stream was replaced) it raises ``PositionLost``.
+
+A position is always the offset of the *next* record: after offset 7 the position is 8.
+Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+USAGE_EVENTS = "usage.events"
+USAGE_CONTROL = "usage.control"
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """What is asked to be appended: one record's value, with where it belongs.
+
+    ``value`` is NDJSON, one or more JSON objects, a line each, UTF-8, without a final newline.
+    ``organization_id`` names the tenant of every line (None: each line names its own).
+    ``admitted`` says that the gateway checked every line, so that a reader need not check again.
+    """
+
+    value: bytes
+    partition: int = 0
+    organization_id: str | None = None
+    admitted: bool = False
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """What was appended, with its place and time."""
+
+    partition: int
+    offset: int
+    timestamp_us: int
+    value: bytes
+    organization_id: str | None = None
+    admitted: bool = False
+
+
+class TryAgain(Exception):
+    """The log cannot take or give this now; the same call may succeed after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class PositionLost(Exception):
+    """The record at the position asked for is gone or is another stream's: stop, and let an operator decide."""
+
+
+class Refused(Exception):
+    """This entry can never be taken (too large, no such partition): do not repeat it."""
+
+
+class Log(Protocol):
+    """The port. Implementations pass ``tests/contracts/test_log.py``.
+
+    ``append`` may be called from many tasks at once; ``read`` and the rest are blocking calls for a thread
+    that owns them, because the reader is a loop of its own.
+    """
+
+    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        """Make the entries durable, all or none per partition, and return each one's offset, in order.
+
+        Raises TryAgain when the log is full, slow or closing; Refused for what can never be taken.
+        """
+        ...
+
+    def read(
+        self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
+    ) -> list[Record]:
+        """Return the next records from ``positions`` ({partition: next offset}), in order within a partition.
+
+        Returns as soon as there is at least one record, with about ``bytes_max`` bytes at the most (always
+        one record), or an empty list after ``wait_s`` seconds. Raises PositionLost, TryAgain.
+        """
+        ...
+
+    def starts(self, stream: str) -> dict[int, int]:
+        """The offset of the oldest record still held, by partition (equal to the end when there is none)."""
+        ...
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """The offset that the next record will get, by partition."""
+        ...
+
+    def identity(self, stream: str) -> str:
+        """A name that changes when the stream is deleted and made again. The store refuses another's."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was begun, then let go of every file, thread and socket. Later calls raise TryAgain."""
+        ...
