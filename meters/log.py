@@ -23,6 +23,22 @@ USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
 
 
+def format_position(position: Mapping[int, int]) -> str:
+    """Positions as they stand in the ``Log-Position`` and ``As-Of`` headers: ``0:18,3:7``."""
+    return ",".join(f"{partition}:{offset}" for partition, offset in sorted(position.items()))
+
+
+def parse_position(text: str) -> dict[int, int] | None:
+    """The inverse of ``format_position``; None for anything else, so that a caller can refuse it."""
+    position: dict[int, int] = {}
+    for part in text.split(",") if text else []:
+        partition, colon, offset = part.strip().partition(":")
+        if not (colon and partition.isascii() and partition.isdigit() and offset.isascii() and offset.isdigit()):
+            return None
+        position[int(partition)] = int(offset)
+    return position
+
+
 class Entry(msgspec.Struct, frozen=True, gc=False):
     """What is asked to be appended: one record's value, with where it belongs.
 

@@ -1,0 +1,62 @@
+"""What the query API may ask of the aggregator.
+
+The aggregator owns the store; the API is a guest in the same process, because DuckDB's file has one owner. The
+guest reads through ``read`` (a snapshot with the position it is true for), decides through ``decide`` (a record in
+the control stream, true once the round that applied it has committed) and waits through ``wait_for``.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from decimal import Decimal
+from typing import Protocol
+
+import duckdb
+import msgspec
+
+from meters.catalogue import Catalogue, Change
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """One consistent reading of the store: run any number of SELECTs; all see the same commit."""
+
+    connection: duckdb.DuckDBPyConnection
+    as_of: Mapping[int, int]  # usage.events positions, {partition: next offset}
+
+
+class Total(msgspec.Struct, frozen=True):
+    """What one customer used of one meter since the beginning of the log, exact."""
+
+    count: int
+    sum: Decimal
+    min: Decimal | None
+    max: Decimal | None
+
+
+class View(Protocol):
+    """The aggregator, as its guests see it."""
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Organizations, tokens, customers and meters as of the last commit. Read only."""
+        ...
+
+    def read(self) -> AbstractContextManager[Snapshot]:
+        """A snapshot of the store, for a thread of its own. Blocking calls; never held across an await."""
+        ...
+
+    async def decide(self, change: Change) -> None:
+        """Write a decision to the control stream and return when it is true everywhere in this process."""
+        ...
+
+    async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
+        """Whether the view reached the ``usage.events`` position within the time."""
+        ...
+
+    def total(self, meter_id: str, subjects: list[int]) -> Total:
+        """The meter's running total over the subjects' events, from memory (count, sum, avg, min, max meters)."""
+        ...
+
+    @property
+    def as_of(self) -> Mapping[int, int]:
+        """The ``usage.events`` positions of the last commit, for answers that come from memory."""
+        ...
