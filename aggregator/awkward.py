@@ -1,0 +1,55 @@
+"""Numbers that DuckDB's JSON functions would bend, found early and kept as exact text beside the JSON.
+
+DuckDB reads a JSON number as a 64-bit integer or as a double. Up to 15 significant digits a double gives back the
+digits it was given; past that it does not, and nothing says so. Money must not depend on that, so every number
+whose exact value could get lost is written into the column ``awkward``: a JSON object from JSON pointer to plain
+decimal text, NULL for nearly all events. The SQL looks there first.
+
+Looking at every number of every event would cost more than all the rest of the work, so the text is looked at as a
+whole: digits and points become ``0``, and only where a run of 15 of them, an exponent or a negative zero shows up
+does anybody look closer.
+"""
+
+import msgspec
+
+from meters.amount import DECIMALS, number_text
+
+EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789.eE", b"0000000000ee")
+_SIGNS = (b"0" * EXACT_DIGITS, b"0e0", b"0e-", b"0e+", b"-0")
+_ENCODE = msgspec.json.Encoder().encode
+_NESTED = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def suspicious(text: bytes) -> bool:
+    """Whether the JSON text may hold an awkward number. Cheap, and never wrong when it says no."""
+    zeros = text.translate(_DIGITS_TO_ZERO)
+    return any(sign in zeros for sign in _SIGNS)
+
+
+def awkward_numbers(metadata: dict[str, msgspec.Raw]) -> str | None:
+    """The awkward numbers of one event's metadata, as a JSON object {pointer: exact text}, or None."""
+    found: dict[str, str] = {}
+    for key, raw in metadata.items():
+        token = bytes(raw)
+        pointer = "/" + key.replace("~", "~0").replace("/", "~1")
+        if token[:1] == b"{":
+            for inner, inner_raw in _NESTED(token).items():
+                _keep(found, f"{pointer}/{inner.replace('~', '~0').replace('/', '~1')}", bytes(inner_raw))
+        else:
+            _keep(found, pointer, token)
+    return _ENCODE(found).decode() if found else None
+
+
+def _keep(found: dict[str, str], pointer: str, token: bytes) -> None:
+    if _is_awkward(token):
+        found[pointer] = number_text(token)
+
+
+def _is_awkward(token: bytes) -> bool:
+    if not (token[:1].isdigit() or token[:1] == b"-"):
+        return False
+    if token.startswith(b"-0") or b"e" in token or b"E" in token:
+        return True
+    _, _, decimals = token.partition(b".")
+    return len(token.strip(b"-")) > EXACT_DIGITS or len(decimals) > DECIMALS
