@@ -6,8 +6,8 @@ whose exact value could get lost is written into the column ``awkward``: a JSON 
 decimal text, NULL for nearly all events. The SQL looks there first.
 
 Looking at every number of every event would cost more than all the rest of the work, so the text is looked at as a
-whole: digits and points become ``0``, and only where a run of 15 of them, an exponent or a negative zero shows up
-does anybody look closer.
+whole: digits and points become ``0``, and only where a run of 15 of them or an exponent shows up does anybody look
+closer.
 """
 
 import msgspec
@@ -16,7 +16,7 @@ from meters.amount import DECIMALS, number_text
 
 EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789.eE", b"0000000000ee")
-_SIGNS = (b"0" * EXACT_DIGITS, b"0e0", b"0e-", b"0e+", b"-0")
+_SIGNS = (b"0" * EXACT_DIGITS, b"0e0", b"0e-", b"0e+")
 _ENCODE = msgspec.json.Encoder().encode
 _NESTED = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -49,7 +49,7 @@ def _keep(found: dict[str, str], pointer: str, token: bytes) -> None:
 def _is_awkward(token: bytes) -> bool:
     if not (token[:1].isdigit() or token[:1] == b"-"):
         return False
-    if token.startswith(b"-0") or b"e" in token or b"E" in token:
+    if b"e" in token or b"E" in token:
         return True
     _, _, decimals = token.partition(b".")
     return len(token.strip(b"-")) > EXACT_DIGITS or len(decimals) > DECIMALS

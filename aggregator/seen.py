@@ -1,0 +1,145 @@
+"""Every identity ever stored, in memory, so that "is this event new?" costs no query.
+
+An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
+the event's bytes in sorted runs: arrays ordered by the high half. A lookup searches each run for the high half and
+confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
+small run; runs of similar size are merged in the background, so there are few of them (their number grows with the
+logarithm of what is stored) and nobody waits for a merge.
+
+The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
+24 bytes an identity.
+"""
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
+_SCAN_RUNS_MAX = 64  # equal high halves inside one run; more than this many means broken input, not chance
+
+
+class Keys(NamedTuple):
+    """Identities as columns: high halves, low halves and content hashes, one row an event."""
+
+    hi: Words
+    lo: Words
+    content: Words
+
+    def take(self, rows: npt.NDArray[np.intp]) -> "Keys":
+        """The chosen rows, in the order given."""
+        return Keys(self.hi[rows], self.lo[rows], self.content[rows])
+
+
+class Seen:
+    """The index. One thread adds; any thread may look up."""
+
+    def __init__(self) -> None:
+        self._runs: tuple[Keys, ...] = ()
+        self._merging: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(len(run.hi) for run in self._runs)
+
+    def add(self, keys: Keys) -> None:
+        """Remember identities; the caller promises that they are new and committed."""
+        if len(keys.hi) == 0:
+            return
+        run = keys.take(np.argsort(keys.hi, kind="stable"))
+        with self._lock:
+            self._runs = (*self._runs, run)
+        self._merge_in_background()
+
+    def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
+        """For each identity: whether it is known, and the content hash it was stored with (0 when unknown)."""
+        found = np.zeros(len(hi), dtype=np.bool_)
+        content = np.zeros(len(hi), dtype=np.uint64)
+        order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
+        hi_sorted, lo_sorted = hi[order], lo[order]
+        for run in self._runs:
+            _search(run, hi_sorted, lo_sorted, order, found, content)
+        return found, content
+
+    def _merge_in_background(self) -> None:
+        if self._merging is not None and self._merging.is_alive():
+            return
+        if _mergeable(self._runs) >= 2:
+            self._merging = threading.Thread(target=self._merge, name="seen-merge", daemon=True)
+            self._merging.start()
+
+    def _merge(self) -> None:
+        while True:
+            runs = self._runs
+            count = _mergeable(runs)
+            if count < 2:
+                return
+            merged = _merged(runs[-count:])
+            with self._lock:
+                # runs added meanwhile stand behind the ones just merged
+                self._runs = (*runs[:-count], merged, *self._runs[len(runs) :])
+
+    def settle(self) -> None:
+        """Wait for merges under way; for tests and measurements."""
+        while self._merging is not None and self._merging.is_alive():
+            self._merging.join()
+
+
+def _search(
+    run: Keys,
+    hi: Words,
+    lo: Words,
+    order: npt.NDArray[np.intp],
+    found: npt.NDArray[np.bool_],
+    content: Words,
+) -> None:
+    """Look sorted identities up in one run; write what is found at their unsorted rows."""
+    place = np.searchsorted(run.hi, hi)
+    for step in range(_SCAN_RUNS_MAX):
+        here = place + step
+        inside = np.minimum(here, len(run.hi) - 1)
+        same_hi = (run.hi[inside] == hi) & (here < len(run.hi))
+        if not same_hi.any():
+            return
+        same = np.flatnonzero(same_hi & (run.lo[inside] == lo))
+        found[order[same]] = True
+        content[order[same]] = run.content[inside[same]]
+    raise AssertionError("too many identities share a high half")
+
+
+def _mergeable(runs: tuple[Keys, ...]) -> int:
+    """How many of the newest runs to merge: all that are not small beside what is newer than them."""
+    count, rows = 0, 0
+    for run in reversed(runs):
+        if count >= 1 and len(run.hi) > RUN_GROWTH * rows:
+            break
+        count, rows = count + 1, rows + len(run.hi)
+    return count
+
+
+def _merged(runs: tuple[Keys, ...]) -> Keys:
+    together = Keys(*(np.concatenate(column) for column in zip(*runs, strict=True)))
+    return together.take(np.argsort(together.hi, kind="stable"))
+
+
+class Repeats(NamedTuple):
+    """Within one batch: ``first`` marks the first row of each identity; ``of`` names that row for every row."""
+
+    first: npt.NDArray[np.bool_]
+    of: npt.NDArray[np.intp]
+
+
+def repeats(hi: Words, lo: Words) -> Repeats:
+    """Find identities that occur more than once among the rows of one batch."""
+    rows = len(hi)
+    order = np.lexsort((np.arange(rows), lo, hi)) if rows else np.zeros(0, dtype=np.intp)
+    same = np.zeros(rows, dtype=np.bool_)
+    same[1:] = (hi[order][1:] == hi[order][:-1]) & (lo[order][1:] == lo[order][:-1])
+    head = np.maximum.accumulate(np.where(same, 0, np.arange(rows)))
+    first = np.zeros(rows, dtype=np.bool_)
+    first[order[~same]] = True
+    of = np.empty(rows, dtype=np.intp)
+    of[order] = order[head]
+    return Repeats(first, of)

@@ -1,0 +1,43 @@
+"""The tables, and how an old file becomes a new one.
+
+Everything here is derived from the log and could be deleted. There is no PRIMARY KEY, no UNIQUE constraint and no
+index on purpose: identity is checked in memory before a row is written (``aggregator.seen``), and DuckDB's indexes
+cost more than that check, grow with every row, and have returned nothing after a crash. Amounts are never stored
+here: they are read from the metadata text when asked for, so a new meter counts the past as it counts the future.
+
+Migrations run alone, before any data moves, and each is followed by a checkpoint.
+"""
+
+VERSION = 1
+
+TABLES = """
+CREATE TABLE about (version INTEGER, writer_epoch BIGINT);
+CREATE TABLE streams (stream VARCHAR, identity VARCHAR);
+CREATE TABLE positions (stream VARCHAR, log_partition INTEGER, next_offset BIGINT);
+CREATE TABLE organizations (number INTEGER, id VARCHAR);
+CREATE TABLE subjects (number INTEGER, organization INTEGER, kind VARCHAR, text VARCHAR);
+CREATE TABLE events (
+    seq BIGINT, log_partition INTEGER, log_offset BIGINT, line INTEGER,
+    id_hi UBIGINT, id_lo UBIGINT, content UBIGINT,
+    organization INTEGER, subject INTEGER, name VARCHAR, source VARCHAR,
+    timestamp TIMESTAMP, ingested_at TIMESTAMP,
+    external_id VARCHAR, parent VARCHAR, member_id VARCHAR, external_member_id VARCHAR,
+    metadata VARCHAR, awkward VARCHAR
+);
+CREATE TABLE pending (
+    id_hi UBIGINT, id_lo UBIGINT, organization INTEGER, parent VARCHAR,
+    parent_hi UBIGINT, parent_lo UBIGINT, other_hi UBIGINT, other_lo UBIGINT
+);
+CREATE TABLE hierarchy (
+    id_hi UBIGINT, id_lo UBIGINT, parent_hi UBIGINT, parent_lo UBIGINT,
+    root_hi UBIGINT, root_lo UBIGINT, depth INTEGER
+);
+CREATE TABLE dead_letters (
+    number BIGINT, log_partition INTEGER, log_offset BIGINT, line INTEGER, organization_id VARCHAR,
+    reason VARCHAR, detail VARCHAR, raw BLOB, ingested_at TIMESTAMP, replayed_at TIMESTAMP
+);
+CREATE TABLE tallies (
+    log_partition INTEGER, stored BIGINT, duplicates BIGINT, conflicts BIGINT, dead BIGINT
+);
+CREATE TABLE control (log_offset BIGINT, value VARCHAR);
+"""
