@@ -1,0 +1,48 @@
+# Everything a person or a machine does here, by name. Needs make and Python 3.11 or newer, nothing else.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# The first Python on the path that is new enough; override with `make PYTHON=...`.
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+# What a command is given on top: make test ARGS="-k tidy", make run ARGS="--port 9000".
+ARGS ?=
+# The demonstration's trace (a CSV file) and how many of its rows to take; empty means the default.
+TRACE ?=
+DEMO_ROWS ?=
+
+.PHONY: help setup run demo test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## a virtual environment with every dependency, pinned and checked by hash
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned dependencies into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+run: setup  ## start Meterstream on 127.0.0.1:8000, data in ./data
+	@exec $(BIN)/meterstream serve $(ARGS)
+
+demo: setup  ## meter a real LLM trace end to end and check every total against a plain recount
+	@$(BIN)/meterstream demo $(if $(TRACE),--trace "$(TRACE)") $(if $(DEMO_ROWS),--rows $(DEMO_ROWS)) $(ARGS)
+
+test: setup  ## every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup  ## the benchmarks, each beside its baseline
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove what was made here, except the data
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

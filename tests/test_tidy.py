@@ -1,0 +1,227 @@
+"""The house rules, as tests. Each rule looks at every file of the repository and reports all its offenses at once.
+
+What a linter can say is in pyproject.toml (ruff, mypy, import-linter); here is what it cannot.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("meters", "ingest", "aggregator", "deploy", "benchmarks", "tests")
+PRODUCT = ("meters", "ingest", "aggregator", "deploy")
+
+FUNCTION_LINES_MAX = 70  # what still fits on a screen
+FILE_LINES_MAX = 400  # what can be read in one sitting
+NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "misc"}  # a name that says nothing
+ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj", "tmp"}  # a full word costs nothing
+ENVIRONMENT_HOME = "deploy/settings.py"
+IMPURE_CALLS = {"float", "open", "print", "input", "eval", "exec", "globals", "__import__"}
+# Modules that are started by name rather than imported, and ports' implementations chosen by name.
+ENTRANCES = {"deploy.cli"}
+
+# Places and words that belong to one machine or to how the work was done, not to the product.
+UNWELCOME = re.compile(
+    r"/(?:work|home|root|Users|farm)/[A-Za-z.]"  # a machine's paths
+    r"|\bpypi\.org\b|pythonhosted\.org|registry\.npmjs|npmjs\.(?:org|com)|crates\.io|debian\.org|proxy\.golang"
+    r"|\.\./shared\b|\bshared/(?:design|data|probes|conformance)"
+    r"|\b(?:claude|chatgpt|copilot|co-authored-by)\b",
+    re.IGNORECASE,
+)
+
+
+@cache
+def repository_files() -> tuple[Path, ...]:
+    """Every file that is tracked, or would be if it were added."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607 (git is on the path)
+        cwd=REPOSITORY, capture_output=True, check=True, text=True,
+    ).stdout
+    paths = (REPOSITORY / name for name in listing.split("\0") if name)
+    return tuple(sorted(path for path in paths if path.is_file()))
+
+
+@cache
+def source(path: Path) -> ast.Module:
+    """The syntax tree of a Python file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def python_files(*rooms: str) -> Iterator[Path]:
+    """The Python files of the rooms (all rooms when none is named)."""
+    for path in repository_files():
+        if path.suffix == ".py" and path.relative_to(REPOSITORY).parts[0] in (rooms or ROOMS):
+            yield path
+
+
+def nodes(*rooms: str) -> Iterator[tuple[Path, ast.AST]]:
+    """Every syntax node of the rooms, with its file."""
+    for path in python_files(*rooms):
+        for node in ast.walk(source(path)):
+            yield path, node
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    """Where something stands, as editors take it."""
+    line = f":{node.lineno}" if isinstance(node, ast.stmt | ast.expr | ast.arg) else ""
+    return f"{path.relative_to(REPOSITORY)}{line}"
+
+
+def module_name(path: Path) -> str:
+    """The name a file is imported under."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def assert_none(offenses: Iterable[str]) -> None:
+    """Fail with every offense, a line each."""
+    found = sorted(set(offenses))
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_functions_fit_on_a_screen() -> None:
+    """No function is longer than 70 lines."""
+    def too_long() -> Iterator[str]:
+        for path, node in nodes():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > FUNCTION_LINES_MAX:
+                    yield f"{place(path, node)} {node.name} has {lines} lines"
+
+    assert_none(too_long())
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    """No Python file is longer than 400 lines."""
+    lengths = ((path, len(path.read_text(encoding="utf-8").splitlines())) for path in python_files())
+
+    assert_none(f"{place(path)} has {lines} lines" for path, lines in lengths if lines > FILE_LINES_MAX)
+
+
+def test_every_module_has_a_name_that_says_something() -> None:
+    """Nothing is called utils, common, models, types or helpers: a name says what is inside."""
+    assert_none(place(path) for path in python_files() if NAMELESS_MODULES & set(module_name(path).split(".")))
+
+
+def test_names_are_full_words() -> None:
+    """No variable or parameter is an abbreviation such as cfg or mgr."""
+    def short() -> Iterator[str]:
+        for path, node in nodes():
+            name = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
+            if set(name.lower().split("_")) & ABBREVIATIONS:
+                yield f"{place(path, node)} {name}"
+
+    assert_none(short())
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    """Only deploy/settings.py reads the environment; everything else is told."""
+    def readers() -> Iterator[str]:
+        for path, node in nodes(*PRODUCT, "benchmarks"):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            if {"environ", "environb", "getenv", "putenv"} & set(names) and place(path) != ENVIRONMENT_HOME:
+                yield place(path, node)
+
+    assert_none(readers())
+
+
+def undocumented(path: Path, owner: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Public classes, functions and methods without a docstring. A leading underscore makes a name private."""
+    for node in owner.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+            continue
+        derived = any(  # a setter speaks through its getter, an overload through its implementation
+            (isinstance(mark, ast.Attribute) and mark.attr == "setter")
+            or (isinstance(mark, ast.Name) and mark.id == "overload")
+            for mark in node.decorator_list
+        )
+        if not ast.get_docstring(node) and not derived:
+            yield f"{place(path, node)} {node.name}"
+        if isinstance(node, ast.ClassDef):
+            yield from undocumented(path, node)
+
+
+def test_public_names_are_documented() -> None:
+    """Every module and every public class, function and method of the product has a docstring."""
+    def silent() -> Iterator[str]:
+        for path in python_files(*PRODUCT, "benchmarks"):
+            tree = source(path)
+            if tree.body and not ast.get_docstring(tree):
+                yield f"{place(path)} the module"
+            yield from undocumented(path, tree)
+
+    assert_none(silent())
+
+
+def test_every_test_states_its_truth() -> None:
+    """Every test has a docstring: the truth that it holds."""
+    assert_none(
+        f"{place(path, node)} {node.name}"
+        for path, node in nodes("tests")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    )
+
+
+def test_an_assertion_claims_one_thing() -> None:
+    """No `assert a and b`: two assertions say which one failed."""
+    assert_none(
+        place(path, node)
+        for path, node in nodes()
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
+    )
+
+
+def test_every_room_has_a_readme() -> None:
+    """Each room tells what it owns and what it does not."""
+    assert_none(f"{room}/README.md is missing" for room in ROOMS if not (REPOSITORY / room / "README.md").is_file())
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Every module that a file may import, at its top or inside a function."""
+    for node in ast.walk(source(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_module_is_dead() -> None:
+    """Every module of the product is imported by another one of it, or is an entrance."""
+    used = set(ENTRANCES)
+    for path in python_files(*PRODUCT, "benchmarks"):
+        used |= {name for name in imported_names(path) if name != module_name(path)}
+
+    assert_none(
+        f"{place(path)} is never imported"
+        for path in python_files(*PRODUCT)
+        if path.name not in ("__init__.py", "__main__.py") and module_name(path) not in used
+    )
+
+
+def test_the_domain_is_exact_and_touches_nothing() -> None:
+    """meters/ calls neither float() nor open(): quantities are exact, and the world comes in as arguments."""
+    assert_none(
+        f"{place(path, node)} {node.func.id}()"
+        for path, node in nodes("meters")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_CALLS
+    )
+
+
+def test_files_speak_of_the_product_alone() -> None:
+    """No file names a machine's paths, a package registry's host, or anything else that is not the product's."""
+    def strangers() -> Iterator[str]:
+        for path in repository_files():
+            if path == Path(__file__).resolve():
+                continue
+            text = path.read_bytes().decode("utf-8", errors="ignore")
+            for number, line in enumerate(text.splitlines(), 1):
+                if found := UNWELCOME.search(line):
+                    yield f"{place(path)}:{number} {found.group()}"
+
+    assert_none(strangers())
