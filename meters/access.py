@@ -1,0 +1,91 @@
+"""Who may do what.
+
+A credential is an organization's token with scopes, sent as ``Authorization: Bearer ...``. Only the SHA-256 of a token
+is ever kept or compared, and it is found by its digest: how long an answer takes says nothing about how much of a
+guess was right. Answers are Polar's, headers and all, so that its clients raise the errors they know.
+"""
+
+import hmac
+from datetime import datetime
+from hashlib import sha256
+
+import msgspec
+
+from meters.catalogue import Catalogue, Token
+
+TOKEN_PREFIX = "polar_oat_"  # noqa: S105 - a prefix, not a secret
+"""How every token begins, because Polar's clients look at it."""
+
+SCOPES = (
+    "events:read",
+    "events:write",
+    "meters:read",
+    "meters:write",
+    "customers:read",
+    "customers:write",
+    "customer_meters:read",
+    "metrics:read",
+    "organizations:read",
+)
+
+_INVALID = "The access token provided is expired, revoked, malformed, or invalid for other reasons."
+_INSUFFICIENT = "The request requires higher privileges than provided by the access token."
+_REALM = 'Bearer realm="polar"'
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """The answer to who may not: status, JSON body, and the headers that belong to it."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+
+def digest(token: str) -> str:
+    """What is kept of a token: SHA-256 in hex. Tokens are long and random, so a slow hash would add nothing."""
+    return sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def reading(resource: str) -> frozenset[str]:
+    """The scopes of which any one allows reading: whoever may write may read."""
+    return frozenset({f"{resource}:read", f"{resource}:write"})
+
+
+def writing(resource: str) -> frozenset[str]:
+    """The scope that allows writing."""
+    return frozenset({f"{resource}:write"})
+
+
+def authorize(header: str | None, scopes: frozenset[str], catalogue: Catalogue, now: datetime) -> Token | Denied:
+    """The token in an ``Authorization`` header, where it is good now and has any of the scopes."""
+    scheme, _, secret = (header or "").strip().partition(" ")
+    secret = secret.strip()
+    if scheme.lower() != "bearer" or not secret:
+        return _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
+    token = _find(secret, catalogue)
+    if token is None or not is_good(token, now):
+        return _refused(401, "invalid_token", _INVALID, "")
+    if scopes.isdisjoint(token.scopes):
+        return _refused(403, "insufficient_scope", _INSUFFICIENT, f', scope="{" ".join(sorted(scopes))}"')
+    return token
+
+
+def is_good(token: Token, now: datetime) -> bool:
+    """Whether the token is neither revoked nor expired; the instant of expiry counts as expired."""
+    return token.revoked_at is None and (token.expires_at is None or now < token.expires_at)
+
+
+def _find(secret: str, catalogue: Catalogue) -> Token | None:
+    presented = digest(secret)
+    token = catalogue.tokens.get(presented)
+    kept = token.sha256 if token else digest("")
+    return token if hmac.compare_digest(presented, kept) else None
+
+
+def _refused(status: int, error: str, description: str, suffix: str) -> Denied:
+    challenge = f'{_REALM}, error="{error}", error_description="{description}"{suffix}'
+    return _denied(status, {"error": error, "error_description": description}, challenge)
+
+
+def _denied(status: int, body: dict[str, str], challenge: str) -> Denied:
+    return Denied(status, msgspec.json.encode(body), {"WWW-Authenticate": challenge})

@@ -1,0 +1,63 @@
+"""Exact amounts.
+
+A number in an event is an amount with at most 26 digits before the point and 12 after it: what a DECIMAL(38, 12)
+column holds, so that every engine can hold it without loss. It is read from the digits that were sent, never
+through a double: ten times 0.1 is 1, and 9007199254740993 + 1 is 9007199254740994. More than 12 decimals are
+rounded half to even; more than 26 integer digits cannot be counted, and the event that carries them is refused.
+"""
+
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, Decimal, DecimalException, InvalidOperation
+
+DECIMALS = 12
+"""Decimals of an amount: a millionth of a millionth. Token prices in cents need nine."""
+
+INTEGER_DIGITS_MAX = 26
+"""Digits before the point: what remains of a 38-digit decimal, the widest that a store adds natively."""
+
+QUANTUM = Decimal(1).scaleb(-DECIMALS)
+
+EXACT = Context(prec=50, rounding=ROUND_HALF_EVEN, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[InvalidOperation])
+"""Wide enough for the sum of 10^12 of the largest amounts; a mean is taken in it before it is rounded."""
+
+
+def parse_amount(token: str | bytes) -> Decimal | None:
+    """The amount that a JSON number token states, or None when it has more than 26 integer digits."""
+    try:
+        number = Decimal(token if isinstance(token, str) else token.decode("ascii"))
+    except DecimalException:
+        return None  # an exponent of more than 18 digits
+    return round_amount(number)
+
+
+def round_amount(number: Decimal) -> Decimal | None:
+    """Half to even at 12 decimals; None when more than 26 integer digits remain."""
+    if not number or number.adjusted() < -DECIMALS - 1:
+        return Decimal(0)
+    if number.adjusted() >= INTEGER_DIGITS_MAX:
+        return None
+    rounded = number.quantize(QUANTUM, context=EXACT)
+    return None if rounded.adjusted() >= INTEGER_DIGITS_MAX else rounded
+
+
+def amount_text(amount: Decimal) -> str:
+    """Plain notation without exponent or trailing zeros: ``812``, ``0.0425``, ``-1.5``; zero is ``0``."""
+    text = format(amount, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text in ("-0", "") else text
+
+
+def number_text(token: str | bytes) -> str:
+    """The text of a JSON number, for ``like`` and for comparison with text.
+
+    An integer token is its own text (``-0`` is ``0``). Any other is the amount with at least one decimal, so that
+    5 and 5.0 stay apart as they do for the sender: ``5.0``, ``0.1``, ``100000.0``.
+    """
+    text = token if isinstance(token, str) else token.decode("ascii")
+    if not any(mark in text for mark in ".eE"):
+        return "0" if text == "-0" else text
+    amount = parse_amount(text)
+    if amount is None:
+        return text
+    plain = amount_text(amount)
+    return plain if "." in plain else plain + ".0"

@@ -1,0 +1,259 @@
+"""What operators decided: organizations, tokens, customers and meters.
+
+A decision is a change, one JSON line in ``usage.control``; the catalogue is the fold of all of them. A change carries
+the whole new state of the one thing it is about, so applying it twice is applying it once, and a reader that starts
+in the middle of a repetition ends in the same state. A reader passes over changes of a type it does not know: an old
+process survives a newer one's decisions.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from meters import exact_json
+from meters.filter import Filter
+from meters.filter_json import filter_json, parse_filter
+from meters.meter import Meter
+
+
+class Organization(msgspec.Struct, frozen=True):
+    """A tenant. Nothing of one is visible to another."""
+
+    id: str
+    name: str
+    created_at: datetime
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """An organization's credential; ``sha256`` is the hex digest of the secret, which is kept nowhere."""
+
+    id: str
+    organization_id: str
+    name: str
+    sha256: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+
+class Customer(msgspec.Struct, frozen=True, kw_only=True):
+    """Someone an organization knows. Usage may name the customer by ``id`` or by ``external_id``."""
+
+    id: str
+    organization_id: str
+    created_at: datetime
+    external_id: str | None = None
+    email: str | None = None
+    name: str | None = None
+    metadata: dict[str, Any] = {}
+    modified_at: datetime | None = None
+    deleted_at: datetime | None = None
+
+
+class OrganizationCreated(msgspec.Struct, frozen=True, tag_field="type", tag="organization.created"):
+    """There is a new tenant."""
+
+    organization: Organization
+
+
+class TokenCreated(msgspec.Struct, frozen=True, tag_field="type", tag="token.created"):
+    """A credential is good from now on."""
+
+    token: Token
+
+
+class TokenRevoked(msgspec.Struct, frozen=True, tag_field="type", tag="token.revoked"):
+    """A credential is good no longer."""
+
+    id: str
+    revoked_at: datetime
+
+
+class CustomerCreated(msgspec.Struct, frozen=True, tag_field="type", tag="customer.created"):
+    """An organization knows someone new."""
+
+    customer: Customer
+
+
+class CustomerUpdated(msgspec.Struct, frozen=True, tag_field="type", tag="customer.updated"):
+    """The customer's new state, whole."""
+
+    customer: Customer
+
+
+class CustomerDeleted(msgspec.Struct, frozen=True, tag_field="type", tag="customer.deleted"):
+    """The customer may not be named any more; usage that named the customer stays."""
+
+    id: str
+    deleted_at: datetime
+
+
+class MeterCreated(msgspec.Struct, frozen=True, tag_field="type", tag="meter.created"):
+    """An organization measures something new, from the beginning of its events."""
+
+    meter: Meter
+
+
+class MeterUpdated(msgspec.Struct, frozen=True, tag_field="type", tag="meter.updated"):
+    """The meter's new state, whole."""
+
+    meter: Meter
+
+
+class DeadLetterReplayed(msgspec.Struct, frozen=True, tag_field="type", tag="dead_letter.replayed"):
+    """The line at this place, which could not be counted, was sent again or let go. Keeps the list short."""
+
+    log_partition: int
+    log_offset: int
+    line: int
+    replayed_at: datetime
+
+
+Change = (
+    OrganizationCreated
+    | TokenCreated
+    | TokenRevoked
+    | CustomerCreated
+    | CustomerUpdated
+    | CustomerDeleted
+    | MeterCreated
+    | MeterUpdated
+    | DeadLetterReplayed
+)
+
+_PLAIN = (
+    OrganizationCreated
+    | TokenCreated
+    | TokenRevoked
+    | CustomerCreated
+    | CustomerUpdated
+    | CustomerDeleted
+    | DeadLetterReplayed
+)
+_PLAIN_TYPES = frozenset(str(kind.__struct_config__.tag) for kind in _PLAIN.__args__)
+_METER_CHANGES: dict[str, type[MeterCreated] | type[MeterUpdated]] = {
+    "meter.created": MeterCreated,
+    "meter.updated": MeterUpdated,
+}
+
+
+def encode_change(change: Change) -> bytes:
+    """One line of JSON, without the newline."""
+    return exact_json.encode(change)
+
+
+def decode_change(line: bytes) -> Change | None:
+    """The change that a line states; None for a type that this version does not know.
+
+    Raises ValueError for what is no change at all: the control stream is written by one process, so that is damage.
+    """
+    record = exact_json.decode(line)
+    if not isinstance(record, dict) or not isinstance(record.get("type"), str):
+        raise ValueError("a control record should be an object with a type")
+    if record["type"] in _METER_CHANGES:
+        return _METER_CHANGES[record["type"]](meter_from_json(record.get("meter")))
+    if record["type"] not in _PLAIN_TYPES:
+        return None
+    change: Change = msgspec.convert(record, _PLAIN)
+    return change
+
+
+def meter_json(meter: Meter) -> dict[str, Any]:
+    """A meter in Polar's shape, filter and all."""
+    record = {name: getattr(meter, name) for name in meter.__struct_fields__}
+    aggregation: dict[str, Any] = {"func": meter.aggregation.func}
+    if meter.aggregation.property is not None:
+        aggregation["property"] = meter.aggregation.property
+    return record | {"filter": filter_json(meter.filter), "aggregation": aggregation}
+
+
+class _MeterRecord(Meter, frozen=True, kw_only=True):
+    filter: Any
+
+
+def meter_from_json(record: object) -> Meter:
+    """The inverse of ``meter_json``. Raises ValueError for what is no meter."""
+    held = msgspec.convert(record, _MeterRecord)
+    filter = parse_filter(held.filter)
+    if not isinstance(filter, Filter):
+        raise ValueError(f"a stored meter's filter is refused: {filter}")
+    fields = {name: getattr(held, name) for name in Meter.__struct_fields__}
+    return Meter(**fields | {"filter": filter})
+
+
+class Catalogue:
+    """The decisions so far. Read by everyone, changed by ``apply`` alone, in the order of the control stream."""
+
+    def __init__(self, changes: Iterable[Change] = ()) -> None:
+        self.organizations: dict[str, Organization] = {}
+        self.tokens: dict[str, Token] = {}  # by sha256
+        self.customers: dict[str, Customer] = {}
+        self.meters: dict[str, Meter] = {}
+        self._external: dict[tuple[str, str], Customer] = {}
+        self._meters: dict[str, dict[str, Meter]] = {}
+        for change in changes:
+            self.apply(change)
+
+    def apply(self, change: Change) -> None:
+        """Take in one change; taking it in again changes nothing."""
+        match change:
+            case OrganizationCreated(organization):
+                self.organizations[organization.id] = organization
+            case TokenCreated(token):
+                self.tokens.setdefault(token.sha256, token)
+            case TokenRevoked(id, revoked_at):
+                self._revoke(id, revoked_at)
+            case CustomerCreated(customer) | CustomerUpdated(customer):
+                self._put(customer)
+            case CustomerDeleted(id, deleted_at):
+                if id in self.customers:
+                    self._put(msgspec.structs.replace(self.customers[id], deleted_at=deleted_at))
+            case MeterCreated(meter) | MeterUpdated(meter):
+                self.meters[meter.id] = meter
+                self._meters.setdefault(meter.organization_id, {})[meter.id] = meter
+            case DeadLetterReplayed():
+                pass  # concerns the store alone
+
+    def _revoke(self, id: str, revoked_at: datetime) -> None:
+        for token in self.tokens.values():
+            if token.id == id:
+                self.tokens[token.sha256] = msgspec.structs.replace(token, revoked_at=revoked_at)
+                return
+
+    def _put(self, customer: Customer) -> None:
+        known = self.customers.get(customer.id)
+        if known and known.external_id is not None:
+            self._external.pop((known.organization_id, known.external_id), None)
+        self.customers[customer.id] = customer
+        if customer.external_id is not None and customer.deleted_at is None:
+            self._external[customer.organization_id, customer.external_id] = customer
+
+    def customer(self, organization_id: str, id: str) -> Customer | None:
+        """The organization's customer of this id, unless deleted."""
+        found = self.customers.get(id)
+        return found if found and found.organization_id == organization_id and not found.deleted_at else None
+
+    def customer_by_external_id(self, organization_id: str, external_id: str) -> Customer | None:
+        """The organization's customer that it calls so itself, unless deleted."""
+        return self._external.get((organization_id, external_id))
+
+    def meters_of(self, organization_id: str) -> list[Meter]:
+        """The organization's meters, archived ones too, in the order of their creation."""
+        return list(self._meters.get(organization_id, {}).values())
+
+    def identifiers(
+        self, organization_id: str, customer_ids: Iterable[str], external_ids: Iterable[str]
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Both kinds of name for the customers asked for: ids and external ids, each drawing in the other.
+
+        A name that no customer has stays in its set: usage may carry it all the same.
+        """
+        ids, externals = set(customer_ids), set(external_ids)
+        by_id = [found for id in ids if (found := self.customer(organization_id, id))]
+        by_name = [found for name in externals if (found := self.customer_by_external_id(organization_id, name))]
+        ids.update(customer.id for customer in by_name)
+        externals.update(customer.external_id for customer in by_id if customer.external_id is not None)
+        return frozenset(ids), frozenset(externals)

@@ -1,0 +1,17 @@
+"""Entries of the ``detail`` list in a 422: what is wrong, where, and with which input."""
+
+from typing import Any, TypedDict
+
+
+class Detail(TypedDict):
+    """One complaint, in the shape that Polar's clients read."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+    input: Any
+
+
+def detail(type: str, loc: tuple[str | int, ...], msg: str, input: Any = None) -> Detail:
+    """One complaint at ``loc``."""
+    return {"type": type, "loc": list(loc), "msg": msg, "input": input}

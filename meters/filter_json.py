@@ -1,0 +1,201 @@
+"""Filters as JSON: reading them with every complaint at its place, and writing them back unchanged.
+
+Values must come from ``exact_json.decode`` (fractions as ``Decimal``). Beyond Polar's, numbers with a fraction and
+integers of any size are taken; an integral fraction such as 1.0 becomes the integer. Ordering by a boolean has no
+meaning and is refused here, where the author reads the answer.
+"""
+
+from decimal import Decimal
+from typing import Any, cast
+
+from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, round_amount
+from meters.detail import Detail, detail
+from meters.filter import ORDERING, Clause, Conjunction, Filter, Operator, Scalar, Value
+from meters.property import PROPERTY_LENGTH_MAX, strip_prefix
+
+TEXT_LENGTH_MAX = 1000
+"""Characters of a text value (Polar's limit), and digits of a number."""
+
+VALUES_MAX = 1000
+"""Values of one ``in``: a list of every plan or region; longer lists belong in the metadata as a flag."""
+
+CLAUSES_MAX = 1000
+"""Clauses of one filter, at all levels: each is an expression in every query of the meter."""
+
+NESTING_MAX = 20
+"""Filters within filters: a hand writes three; a query planner's stack takes more than 20."""
+
+_OPERATORS = [str(operator) for operator in Operator]
+
+Loc = tuple[str | int, ...]
+
+
+def parse_filter(value: object, loc: Loc = ("body", "filter")) -> Filter | list[Detail]:
+    """A filter from decoded JSON, or every complaint about it."""
+    complaints: list[Detail] = []
+    filter = _filter(value, loc, complaints, 1)
+    if filter is not None and count_clauses(filter) > CLAUSES_MAX:
+        message = f"Filter should have at most {CLAUSES_MAX} clauses"
+        complaints.append(detail("too_long", loc, message, None))
+    return complaints if complaints or filter is None else filter
+
+
+def count_clauses(filter: Filter) -> int:
+    """Clauses at all levels; a filter without any counts as one, since it costs as much."""
+    return sum(count_clauses(part) if isinstance(part, Filter) else 1 for part in filter.clauses) or 1
+
+
+def filter_json(filter: Filter) -> dict[str, Any]:
+    """The filter in Polar's shape, for the wire and the control stream."""
+    clauses = [filter_json(part) if isinstance(part, Filter) else _clause_json(part) for part in filter.clauses]
+    return {"conjunction": filter.conjunction, "clauses": clauses}
+
+
+def _clause_json(clause: Clause) -> dict[str, Any]:
+    return {"property": clause.property, "operator": str(clause.operator), "value": clause.value}
+
+
+def _filter(value: object, loc: Loc, complaints: list[Detail], level: int) -> Filter | None:
+    if not isinstance(value, dict):
+        complaints.append(detail("model_attributes_type", loc, "Input should be a valid dictionary or object", value))
+        return None
+    if level > NESTING_MAX:
+        message = f"Filters should be nested at most {NESTING_MAX} deep"
+        complaints.append(detail("recursion_loop", loc, message, None))
+        return None
+    conjunction = _conjunction(value, loc, complaints)
+    clauses = _clauses(value, loc, complaints, level)
+    return Filter(conjunction, clauses) if conjunction and not complaints else None
+
+
+def _conjunction(value: dict[str, Any], loc: Loc, complaints: list[Detail]) -> Conjunction | None:
+    where = (*loc, "conjunction")
+    if "conjunction" not in value:
+        complaints.append(detail("missing", where, "Field required", value))
+    elif value["conjunction"] not in ("and", "or"):
+        complaints.append(detail("enum", where, "Input should be 'and' or 'or'", value["conjunction"]))
+    else:
+        return cast(Conjunction, value["conjunction"])
+    return None
+
+
+def _clauses(value: dict[str, Any], loc: Loc, complaints: list[Detail], level: int) -> list[Clause | Filter]:
+    where = (*loc, "clauses")
+    entries = value.get("clauses")
+    if "clauses" not in value:
+        complaints.append(detail("missing", where, "Field required", value))
+    elif not isinstance(entries, list):
+        complaints.append(detail("list_type", where, "Input should be a valid list", entries))
+    elif len(entries) > CLAUSES_MAX:
+        message = f"List should have at most {CLAUSES_MAX} items"
+        complaints.append(detail("too_long", where, message, None))
+    else:
+        parts = [_part(entry, (*where, place), complaints, level) for place, entry in enumerate(entries)]
+        return [part for part in parts if part is not None]
+    return []
+
+
+def _part(entry: object, loc: Loc, complaints: list[Detail], level: int) -> Clause | Filter | None:
+    """What has ``clauses`` or ``conjunction`` and no ``property`` means to be a filter."""
+    if isinstance(entry, dict) and "property" not in entry and ("clauses" in entry or "conjunction" in entry):
+        return _filter(entry, loc, complaints, level + 1)
+    return _clause(entry, loc, complaints)
+
+
+def _clause(entry: object, loc: Loc, complaints: list[Detail]) -> Clause | None:
+    if not isinstance(entry, dict):
+        complaints.append(detail("model_attributes_type", loc, "Input should be a valid dictionary or object", entry))
+        return None
+    known = len(complaints)
+    for key in ("property", "operator", "value"):
+        if key not in entry:
+            complaints.append(detail("missing", (*loc, key), "Field required", entry))
+    if len(complaints) > known:
+        return None
+    property = _property(entry["property"], (*loc, "property"), complaints)
+    operator = _operator(entry["operator"], (*loc, "operator"), complaints)
+    if property is None or operator is None:
+        return None
+    value = _value(operator, entry["value"], (*loc, "value"), complaints)
+    return None if value is None else Clause(property, operator, value)
+
+
+def _property(name: object, loc: Loc, complaints: list[Detail]) -> str | None:
+    if not isinstance(name, str):
+        complaints.append(detail("string_type", loc, "Input should be a valid string", name))
+    elif len(name) > PROPERTY_LENGTH_MAX:
+        message = f"String should have at most {PROPERTY_LENGTH_MAX} characters"
+        complaints.append(detail("string_too_long", loc, message, name))
+    else:
+        return strip_prefix(name)
+    return None
+
+
+def _operator(name: object, loc: Loc, complaints: list[Detail]) -> Operator | None:
+    if name in _OPERATORS:
+        return Operator(name)
+    known = ", ".join(f"'{operator}'" for operator in Operator)
+    complaints.append(detail("enum", loc, f"Input should be one of {known}", name))
+    return None
+
+
+def _value(operator: Operator, value: object, loc: Loc, complaints: list[Detail]) -> Value | None:
+    if operator is Operator.IN:
+        return _values(value, loc, complaints)
+    if operator is Operator.EXISTS and not isinstance(value, bool):
+        complaints.append(detail("bool_type", loc, "Input should be a valid boolean", value))
+        return None
+    if operator in ORDERING and isinstance(value, bool):
+        message = f"Value error, '{operator}' does not order booleans: use 'eq' or 'ne'"
+        complaints.append(detail("value_error", loc, message, value))
+        return None
+    return _scalar(value, loc, complaints)
+
+
+def _values(value: object, loc: Loc, complaints: list[Detail]) -> list[Scalar] | None:
+    if not isinstance(value, list):
+        complaints.append(detail("list_type", loc, "Input should be a valid list", value))
+        return None
+    if len(value) > VALUES_MAX:
+        complaints.append(detail("too_long", loc, f"List should have at most {VALUES_MAX} items", None))
+        return None
+    scalars = [_scalar(item, (*loc, place), complaints) for place, item in enumerate(value)]
+    return [scalar for scalar in scalars if scalar is not None]
+
+
+def _scalar(value: object, loc: Loc, complaints: list[Detail]) -> Scalar | None:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _text(value, loc, complaints)
+    if isinstance(value, int | Decimal):
+        return _number(Decimal(value), loc, complaints)
+    if isinstance(value, float):
+        raise TypeError("a double has lost its digits: decode with meters.exact_json")
+    message = "Input should be a valid string, number or boolean"
+    complaints.append(detail("filter_value_type", loc, message, value))
+    return None
+
+
+def _text(value: str, loc: Loc, complaints: list[Detail]) -> str | None:
+    if len(value) <= TEXT_LENGTH_MAX:
+        return value
+    message = f"String should have at most {TEXT_LENGTH_MAX} characters"
+    complaints.append(detail("string_too_long", loc, message, value))
+    return None
+
+
+def _number(value: Decimal, loc: Loc, complaints: list[Detail]) -> int | Decimal | None:
+    """An integer where the number is integral; else a decimal that an amount can be equal to."""
+    if value and value.adjusted() >= TEXT_LENGTH_MAX:
+        message = f"Number should have at most {TEXT_LENGTH_MAX} digits"
+        complaints.append(detail("decimal_max_digits", loc, message, None))
+        return None
+    if value == value.to_integral_value():
+        return int(value)
+    amount = round_amount(value)
+    if amount == value:
+        return Decimal(amount_text(value))
+    message = f"Fraction should have at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals, as amounts have"
+    complaints.append(detail("decimal_max_places", loc, message, None))
+    return None

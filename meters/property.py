@@ -1,0 +1,25 @@
+"""How a meter names what it reads of an event.
+
+A property is a dotted path into the metadata, save for three built-in names. One leading ``metadata.`` is taken off
+when a property is parsed and not shown again. So metadata keys that are called like a built-in, or contain a dot,
+cannot be reached.
+"""
+
+PREFIX = "metadata."
+NAME = "name"
+SOURCE = "source"
+TIMESTAMP = "timestamp"
+BUILT_INS = frozenset({NAME, SOURCE, TIMESTAMP})
+
+PROPERTY_LENGTH_MAX = 1000
+"""Characters of a property: as long as a filter's text value may be; no key that anyone sends comes near."""
+
+
+def strip_prefix(name: str) -> str:
+    """The property without one leading ``metadata.``."""
+    return name.removeprefix(PREFIX)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether the property is a column of the event and not in its metadata."""
+    return name in BUILT_INS
