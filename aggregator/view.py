@@ -16,6 +16,14 @@ import msgspec
 from meters.catalogue import Catalogue, Change
 
 
+class Unavailable(Exception):
+    """The view cannot answer now; the same question may be answered after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """One consistent reading of the store: run any number of SELECTs; all see the same commit."""
 
@@ -52,8 +60,15 @@ class View(Protocol):
         """Whether the view reached the ``usage.events`` position within the time."""
         ...
 
-    def total(self, meter_id: str, subjects: list[int]) -> Total:
-        """The meter's running total over the subjects' events, from memory (count, sum, avg, min, max meters)."""
+    def numbers(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
+        """The numbers under which a customer's events are stored (``events.subject``): none, one or two."""
+        ...
+
+    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
+        """The meter's running total over these numbers, from memory (count, sum, avg, min, max meters).
+
+        None while the meter is still being counted, and for ``unique`` meters: ask the store then.
+        """
         ...
 
     @property

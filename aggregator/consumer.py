@@ -1,0 +1,189 @@
+"""The aggregator as a whole: one engine after another over one store file, and the view its guests see.
+
+An engine that ends is not mended. The owner closes it, opens the store again, which says what was committed, and
+starts the next one there; between two engines reads answer "unavailable" and nothing is lost, because the log keeps
+what was acknowledged. Three endings are final: another writer took over, the log lost a position, or the store file
+cannot be opened. Then the process must stop and say so; guessing would make a wrong bill.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import structlog
+
+from aggregator.engine import Committed, Engine
+from aggregator.store.store import Doubt, Replaced, Settings, Snapshot, Store, Unopenable, prepare_partitions
+from aggregator.telemetry import Telemetry
+from aggregator.view import Total, Unavailable
+from meters.catalogue import Catalogue, Change, encode_change
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
+
+RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
+RESTART_DELAY_MAX_S = 10.0
+DECISION_TIMEOUT_S = 30.0  # a decision is durable at once; this long we wait for it to be applied
+_FINAL = (Replaced, PositionLost, Unopenable)
+
+logger = structlog.get_logger("aggregator")
+
+
+class Aggregator:
+    """Follows the log into the store and answers for it. Implements ``aggregator.view.View``."""
+
+    def __init__(self, log: Log, path: Path, settings: Settings = Settings()) -> None:
+        self._log, self._path, self._settings = log, path, settings
+        self._engine: Engine | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="aggregator", daemon=True)
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._lock = threading.Lock()
+        self.telemetry = Telemetry()
+        self.ended = threading.Event()
+        self.failure: Exception | None = None
+
+    def start(self) -> None:
+        """Open the store and begin to follow the log. Raises Unopenable, with the way on in its message."""
+        self._engine = self._open()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the round under way, then close the store."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _open(self) -> Engine:
+        streams = (USAGE_EVENTS, USAGE_CONTROL)
+        store = Store.open(self._path, {stream: self._log.identity(stream) for stream in streams}, self._settings)
+        for stream in streams:
+            prepare_partitions(store, stream, list(self._log.ends(stream)))
+        engine = Engine(self._log, store, self._observed)
+        engine.start()
+        return engine
+
+    def _live(self) -> None:
+        delay_s = RESTART_DELAY_S
+        while not self._stop.is_set():
+            engine = self._engine
+            if engine is None:
+                engine = self._try_open()
+            if engine is not None:
+                self._until_ended(engine)
+                delay_s = RESTART_DELAY_S if engine.rounds else min(2 * delay_s, RESTART_DELAY_MAX_S)
+                self._judge(engine.failure)
+            self._stop.wait(0 if self._stop.is_set() else delay_s)
+        self.ended.set()
+
+    def _try_open(self) -> Engine | None:
+        try:
+            self._engine = self._open()
+        except Exception as error:  # the disk may be full or the log away: say so, and try again after the delay
+            self._judge(error)
+        return self._engine
+
+    def _until_ended(self, engine: Engine) -> None:
+        while not (engine.ended.wait(0.1) or self._stop.is_set()):
+            continue
+        self._engine = None
+        engine.stop()
+
+    def _judge(self, failure: Exception | None) -> None:
+        if failure is None:
+            return
+        self.failure = failure
+        self.telemetry.restarts.inc()
+        final = isinstance(failure, _FINAL)
+        logger.error("aggregator_stopped" if final else "engine_ended", reason=str(failure), kind=type(failure).__name__)
+        if final:
+            self._stop.set()
+
+    def _observed(self, committed: Committed) -> None:
+        self.failure = None
+        self.telemetry.observe(committed)
+        self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            due = [waiter for waiter in self._waiters if waiter[0]()]
+            self._waiters = [waiter for waiter in self._waiters if waiter not in due]
+        for _, future in due:
+            future.get_loop().call_soon_threadsafe(_resolve, future)
+
+    @property
+    def _now(self) -> Engine:
+        engine = self._engine
+        if engine is None:
+            raise Unavailable("the store is being opened", RESTART_DELAY_S)
+        return engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether reads can be answered."""
+        return self._engine is not None
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Organizations, tokens, customers and meters as of the last commit. Read only."""
+        return self._now.catalogue
+
+    @property
+    def as_of(self) -> Mapping[int, int]:
+        """The ``usage.events`` positions of the last commit."""
+        return self._now.as_of
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Snapshot]:
+        """A snapshot of the store, for a thread of its own. Raises Unavailable between two engines."""
+        with self._now.store.read() as snapshot:
+            yield snapshot
+
+    def numbers(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
+        """The numbers under which a customer's events are stored: none, one or two."""
+        return self._now.directory.find(organization_id, external_customer_id, customer_id)
+
+    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
+        """The meter's running total over these customer numbers; None while it is still being counted."""
+        return self._now.totals.total(meter_id, subjects)
+
+    async def decide(self, change: Change) -> None:
+        """Write a decision to the control stream and return when it is true everywhere in this process."""
+        (offset,) = await self._log.append(USAGE_CONTROL, [Entry(encode_change(change), admitted=True)])
+        if not await self._wait(lambda: self._now.control_position > offset, DECISION_TIMEOUT_S):
+            raise Unavailable("the decision is durable but not yet applied", RESTART_DELAY_S)
+
+    async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
+        """Whether the view reached the ``usage.events`` position within the time."""
+        return await self._wait(
+            lambda: all(self._now.as_of.get(partition, 0) >= offset for partition, offset in position.items()),
+            timeout_s,
+        )
+
+    async def _wait(self, reached: Callable[[], bool], timeout_s: float) -> bool:
+        def safely() -> bool:
+            try:
+                return reached()
+            except Unavailable:
+                return False
+
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if safely():
+                return True
+            self._waiters.append((safely, future))
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            with self._lock:
+                self._waiters = [waiter for waiter in self._waiters if waiter[1] is not future]
+            return False
+        return True
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+__all__ = ["Aggregator", "Doubt"]

@@ -1,0 +1,184 @@
+"""One life of the aggregator: open the store, follow the log, end at the first doubt.
+
+Two threads in a pipeline, because DuckDB works outside the interpreter's lock: the reader turns the next records into
+columns while the writer commits the ones before. A round is: decode, look up, decide, write once, then move what is
+kept in memory (identities, catalogue, totals) and publish the new position. Memory moves only after the commit, and
+only this engine's: when anything fails in or around the commit the engine ends, and the next one starts from what the
+store says.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from aggregator.apply import Batch, decode
+from aggregator.checkpoint import Checkpointer
+from aggregator.running import RunningTotals
+from aggregator.seen import Seen
+from aggregator.step import Changes, join, judge, nothing, step
+from aggregator.store.store import Round, Store
+from meters.catalogue import Catalogue, Change, decode_change
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
+
+ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: large enough to share DuckDB's fixed cost, small enough to stay fresh
+ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
+IDLE_WAIT_S = 0.02  # how long to wait for events before looking at the control stream again
+_STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
+
+
+class Reading(NamedTuple):
+    """What the reader hands to the writer: events as columns, and control records, with where they begin."""
+
+    batch: Batch
+    control: list[Record]
+    events_from: Mapping[int, int]
+    control_from: int
+
+
+class Committed(NamedTuple):
+    """What observers learn of a round. ``ingested`` are the ingestion times of the new rows, in UTC."""
+
+    lines: int
+    stored: int
+    dead: int
+    commit_s: float
+    ingested: npt.NDArray[np.datetime64] | None
+    as_of: Mapping[int, int]
+    control_position: int
+
+
+class Engine:
+    """See the module. ``failure`` holds what ended it, once ``ended`` is set."""
+
+    def __init__(self, log: Log, store: Store, observe: Callable[[Committed], None]) -> None:
+        self._log, self.store, self._observe = log, store, observe
+        self.directory = store.directory()
+        self._seen: Seen = store.seen()
+        self.catalogue = _catalogue(store.control())
+        self.totals = RunningTotals(store, self.directory, self.catalogue)
+        self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
+        self.as_of: Mapping[int, int] = store.positions(USAGE_EVENTS)
+        self._rounds: queue.Queue[Reading] = queue.Queue(ROUNDS_AHEAD)
+        self._checkpointer = Checkpointer(store)
+        self.rounds = 0
+        self.ended = threading.Event()
+        self.failure: Exception | None = None
+        self._threads = [
+            threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
+            for work in (self._read_log, self._write_rounds)
+        ]
+
+    def start(self) -> None:
+        """Begin to follow the log."""
+        self.totals.start()
+        self._checkpointer.start()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End both threads between rounds and close the store. What was not committed is read again next time."""
+        self.ended.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self.totals.stop()
+        self._checkpointer.stop()
+        self.store.close()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever it was: this life is over, and the owner decides about the next one
+            self.failure = self.failure or error
+        finally:
+            self.ended.set()
+
+    def _read_log(self) -> None:
+        events, control = dict(self.as_of), self.control_position
+        while not self.ended.is_set():
+            decisions = _patiently(lambda: self._log.read(USAGE_CONTROL, {0: control}, bytes_max=ROUND_BYTES_MAX))
+            records = _patiently(
+                lambda: self._log.read(
+                    USAGE_EVENTS, events, bytes_max=ROUND_BYTES_MAX, wait_s=0 if decisions else IDLE_WAIT_S
+                )
+            )
+            if not records and not decisions:
+                continue
+            reading = Reading(decode(records, self.directory), decisions, dict(events), control)
+            events.update(reading.batch.positions)
+            control += len(decisions)
+            self._hand_over(reading)
+
+    def _hand_over(self, reading: Reading) -> None:
+        while not self.ended.is_set():
+            try:
+                return self._rounds.put(reading, timeout=_STOP_POLL_S)
+            except queue.Full:
+                continue
+
+    def _write_rounds(self) -> None:
+        while not self.ended.is_set():
+            try:
+                reading = self._rounds.get(timeout=_STOP_POLL_S)
+            except queue.Empty:
+                continue
+            self._round(reading)
+
+    def _round(self, reading: Reading) -> None:
+        batch = reading.batch
+        changes = self._decide(batch) if batch.chunks else nothing(batch)
+        decisions = [(record.offset, record.value) for record in reading.control]
+        organizations = {known.number: name for name, known in self.directory.organizations.items()}
+        began = time.perf_counter()
+        round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from)
+        rows = self.store.commit(round_, self._seen, organizations)
+        commit_s = time.perf_counter() - began
+        self._seen.add(changes.keys)
+        for change in _changes(reading.control):
+            self.catalogue.apply(change)
+            self.totals.changed(change, self.store.next_seq)
+        self.totals.add(rows)
+        self.control_position += len(reading.control)
+        self.as_of = {**self.as_of, **batch.positions}
+        self.rounds += 1
+        self._checkpointer.wrote(rows.num_rows)
+        ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
+        self._observe(
+            Committed(
+                batch.lines, rows.num_rows, len(changes.dead), commit_s, ingested, self.as_of, self.control_position
+            )
+        )
+
+    def _decide(self, batch: Batch) -> Changes:
+        table, keys = join(batch)
+        found, content = self._seen.find(keys.hi, keys.lo)
+        needs = judge(table, keys, found, content)
+        return step(batch, needs, self.store.stored(needs.stored_elsewhere))
+
+
+def _patiently(read: Callable[[], list[Record]]) -> list[Record]:
+    """Read once; a log that asks to try again is asked again after as long as it said."""
+    try:
+        return read()
+    except TryAgain as later:
+        time.sleep(min(later.retry_after_s, 1.0))
+        return []
+
+
+def _changes(records: list[Record]) -> list[Change]:
+    decoded = (decode_change(record.value) for record in records)
+    return [change for change in decoded if change is not None]
+
+
+def _catalogue(values: list[bytes]) -> Catalogue:
+    catalogue = Catalogue()
+    for value in values:
+        change = decode_change(value)
+        if change is not None:
+            catalogue.apply(change)
+    return catalogue

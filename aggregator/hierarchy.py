@@ -1,0 +1,179 @@
+"""Who is whose child: parents named by an event are found when they arrive, in whatever order they arrive.
+
+An event may name a parent by that parent's ``external_id`` or by its event id (contract section 1.7; the external id
+is tried first). It waits in ``pending``, invisible in event lists but counted like any other, until the chain above
+it reaches an event that names no parent: the root. Then it gets a row in ``hierarchy`` and releases those that wait
+for it. An event is never its own parent, and a chain longer than DEPTH_MAX stays pending.
+
+Because an event's id is its identity, "which event is meant" needs no search: the id is computed from the name.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+from uuid import UUID
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from aggregator.seen import Keys, Seen, Words
+from meters.event import identity
+
+DEPTH_MAX = 100  # Polar's own cap on a walk up the chain
+Identity = tuple[int, int]
+
+
+class Child(NamedTuple):
+    """A stored event that names a parent: its identity, its tenant and the text it used."""
+
+    id: Identity
+    organization: int
+    parent: str
+    by_external_id: Identity
+    by_event_id: Identity | None
+
+
+def children(rows: pa.Table, organization_ids: dict[int, str]) -> list[Child]:
+    """The rows of a round that name a parent."""
+    if rows.num_rows == 0 or rows.column("parent").null_count == rows.num_rows:
+        return []
+    named = rows.select(["id_hi", "id_lo", "organization", "parent"]).filter(rows.column("parent").is_valid())
+    return [
+        Child(
+            (row["id_hi"], row["id_lo"]),
+            row["organization"],
+            row["parent"],
+            identity(organization_ids[row["organization"]], row["parent"]),
+            _event_identity(row["parent"]),
+        )
+        for row in named.to_pylist()
+    ]
+
+
+def _event_identity(text: str) -> Identity | None:
+    try:
+        number = UUID(text).int
+    except ValueError:
+        return None
+    return (number >> 64, number & ((1 << 64) - 1)) if str(UUID(text)) == text else None
+
+
+def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, named: list[Child]) -> None:
+    """Inside the round's transaction: file the new children as pending, then link all that can be linked."""
+    if named:
+        connection.register("named", _pending_table(named))
+        connection.execute("INSERT INTO pending SELECT * FROM named")
+        connection.unregister("named")
+    if not _any_pending(connection):
+        return
+    candidates = _waiting_for(connection, arrived.hi, arrived.lo) + named
+    present = set(zip(arrived.hi.tolist(), arrived.lo.tolist(), strict=True)) if candidates else set()
+    while candidates:
+        linked = [child.id for child in _link(connection, seen, present, candidates)]
+        candidates = _waiting_for(connection, *_words(linked)) if linked else []
+
+
+def _any_pending(connection: duckdb.DuckDBPyConnection) -> bool:
+    return connection.execute("SELECT 1 FROM pending LIMIT 1").fetchone() is not None
+
+
+def _pending_table(named: list[Child]) -> pa.Table:
+    words = pa.uint64()
+    other = [child.by_event_id or (None, None) for child in named]
+    return pa.table(
+        {
+            "id_hi": pa.array([child.id[0] for child in named], words),
+            "id_lo": pa.array([child.id[1] for child in named], words),
+            "organization": pa.array([child.organization for child in named], pa.int32()),
+            "parent": pa.array([child.parent for child in named], pa.string()),
+            "parent_hi": pa.array([child.by_external_id[0] for child in named], words),
+            "parent_lo": pa.array([child.by_external_id[1] for child in named], words),
+            "other_hi": pa.array([hi for hi, _ in other], words),
+            "other_lo": pa.array([lo for _, lo in other], words),
+        }
+    )
+
+
+def _words(identities: Collection[Identity]) -> tuple[Words, Words]:
+    return (
+        np.array([hi for hi, _ in identities], np.uint64),
+        np.array([lo for _, lo in identities], np.uint64),
+    )
+
+
+def _waiting_for(connection: duckdb.DuckDBPyConnection, hi: Words, lo: Words) -> list[Child]:
+    connection.register("arrived", pa.table({"hi": hi, "lo": lo}))
+    rows = connection.execute(
+        """
+        SELECT DISTINCT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
+        FROM pending p JOIN arrived a
+          ON (p.parent_hi = a.hi AND p.parent_lo = a.lo) OR (p.other_hi = a.hi AND p.other_lo = a.lo)
+        """
+    ).fetchall()
+    connection.unregister("arrived")
+    return [Child((r[0], r[1]), r[2], r[3], (r[4], r[5]), None if r[6] is None else (r[6], r[7])) for r in rows]
+
+
+def _link(
+    connection: duckdb.DuckDBPyConnection, seen: Seen, present: set[Identity], candidates: list[Child]
+) -> list[Child]:
+    """Give a hierarchy row to each candidate whose parent is here and complete; return those that got one."""
+    parents = _parents(seen, present, candidates)
+    ready = _ready(connection, set(parents.values()))
+    linked: list[Child] = []
+    rows = []
+    for child in {child.id: child for child in candidates}.values():
+        parent = parents.get(child.id)
+        if parent is None or parent not in ready:
+            continue
+        root, depth = ready[parent]
+        if depth < DEPTH_MAX:
+            linked.append(child)
+            rows.append((*child.id, *parent, *root, depth + 1))
+    if rows:
+        _write(connection, rows)
+    return linked
+
+
+def _parents(seen: Seen, present: set[Identity], candidates: list[Child]) -> dict[Identity, Identity]:
+    """For each candidate the event it means, where that event is stored or arrives in this round."""
+    wanted = {i for child in candidates for i in (child.by_external_id, child.by_event_id) if i is not None}
+    order = sorted(wanted)
+    found, _ = seen.find(*_words(order))
+    here = {i for i, known in zip(order, found.tolist(), strict=True) if known} | (wanted & present)
+    parents: dict[Identity, Identity] = {}
+    for child in candidates:
+        for meant in (child.by_external_id, child.by_event_id):
+            if meant is not None and meant in here and meant != child.id:
+                parents[child.id] = meant
+                break
+    return parents
+
+
+def _ready(connection: duckdb.DuckDBPyConnection, parents: set[Identity]) -> dict[Identity, tuple[Identity, int]]:
+    """Of these events, the ones with a complete chain: their root and depth. A root is its own, at depth 0."""
+    if not parents:
+        return {}
+    hi, lo = _words(parents)
+    connection.register("wanted", pa.table({"hi": hi, "lo": lo}))
+    pending = connection.execute(
+        "SELECT w.hi, w.lo FROM wanted w JOIN pending p ON p.id_hi = w.hi AND p.id_lo = w.lo"
+    ).fetchall()
+    linked = connection.execute(
+        """SELECT w.hi, w.lo, h.root_hi, h.root_lo, h.depth
+           FROM wanted w JOIN hierarchy h ON h.id_hi = w.hi AND h.id_lo = w.lo"""
+    ).fetchall()
+    connection.unregister("wanted")
+    ready: dict[Identity, tuple[Identity, int]] = {i: (i, 0) for i in parents - set(pending)}
+    ready.update({(r[0], r[1]): ((r[2], r[3]), r[4]) for r in linked})
+    return ready
+
+
+def _write(connection: duckdb.DuckDBPyConnection, rows: list[tuple[int, ...]]) -> None:
+    names = ["id_hi", "id_lo", "parent_hi", "parent_lo", "root_hi", "root_lo"]
+    columns = {name: pa.array([row[place] for row in rows], pa.uint64()) for place, name in enumerate(names)}
+    columns["depth"] = pa.array([row[6] for row in rows], pa.int32())
+    connection.register("links", pa.table(columns))
+    connection.execute("INSERT INTO hierarchy SELECT * FROM links")
+    connection.execute("DELETE FROM pending p USING links l WHERE p.id_hi = l.id_hi AND p.id_lo = l.id_lo")
+    connection.unregister("links")

@@ -1,0 +1,64 @@
+"""The aggregator's process: the view and the API that is its guest, on one socket.
+
+The interpreter's lock is shared by the API's loop, the reader and the writer. A short switch interval keeps an answer
+from memory in the low milliseconds while the reader decodes at full speed.
+"""
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import uvicorn
+
+from aggregator.api import create_app
+from aggregator.consumer import Aggregator
+from aggregator.store.store import Settings
+from meters.log import Log
+
+SWITCH_INTERVAL_S = 0.0005
+_WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
+
+
+class Process(NamedTuple):
+    """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None."""
+
+    store: Path
+    socket: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    settings: Settings = Settings()
+
+
+def run(log: Log, process: Process) -> None:
+    """Serve until SIGTERM or SIGINT. Raises what ended the aggregator for good, for the command line to explain."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    aggregator = Aggregator(log, process.store, process.settings)
+    aggregator.start()
+    try:
+        asyncio.run(_serve(aggregator, process))
+    finally:
+        aggregator.stop()
+    if aggregator.failure is not None and aggregator.ended.is_set():
+        raise aggregator.failure
+
+
+async def _serve(aggregator: Aggregator, process: Process) -> None:
+    app = create_app(aggregator, lambda: datetime.now(UTC), lambda: str(uuid4()), aggregator.telemetry.text)
+    where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, loop="uvloop", http="httptools", lifespan="off", **where
+    )
+    server = uvicorn.Server(config)
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(_watch(aggregator, server))
+        await server.serve()
+        watching.cancel()
+
+
+async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:
+    while not aggregator.ended.is_set():
+        await asyncio.sleep(_WATCH_S)
+    server.should_exit = True

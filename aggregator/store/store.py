@@ -1,0 +1,326 @@
+"""The store: one DuckDB file, one writer, one transaction per round.
+
+Events, identities, hierarchy, dead letters, tallies, control records and log positions change together or not at
+all; nothing becomes true anywhere else. The positions are compared before they are set, and so is the writer's epoch,
+so that a writer that was replaced, or a batch that was applied already, cannot commit.
+
+DuckDB may raise from COMMIT for a transaction that is durable, and may leave an instance dead that still answers.
+So no error in or after COMMIT is interpreted: ``commit`` raises ``Doubt``, the caller drops this instance, opens a
+new one and asks it where it stands.
+
+A checkpoint folds the write-ahead log into the file while rounds go on; it is started by our own schedule, never by
+DuckDB's, because its default would stall every few batches.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from aggregator import hierarchy
+from aggregator.apply import Batch
+from aggregator.directory import Directory
+from aggregator.seen import Keys, Seen
+from aggregator.step import Changes, Identity
+from aggregator.store import schema
+from aggregator.view import Snapshot
+from meters.catalogue import DeadLetterReplayed, decode_change
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+
+_NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
+_EVENT_COLUMNS = (
+    "seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user', "
+    "timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward"
+)
+
+
+class Doubt(Exception):
+    """Whether the transaction is durable is not known: drop this instance, reopen, read the positions."""
+
+
+class Replaced(Exception):
+    """Another writer took over, or the positions are not the expected ones: stop, do not retry."""
+
+
+class Unopenable(Exception):
+    """The file cannot be used as it is. The message says which command heals it."""
+
+
+class Settings(NamedTuple):
+    """How much of the machine the store may use."""
+
+    memory_limit: str = "4GB"
+    threads: int = 2
+
+
+class Round(NamedTuple):
+    """Everything one transaction writes: a batch, what the step made of it, and control records beside it."""
+
+    batch: Batch
+    changes: Changes
+    control: Sequence[tuple[int, bytes]]  # (offset, change as JSON)
+    events_from: Mapping[int, int]
+    control_from: int
+
+
+class Store:
+    """The open file. ``commit`` and ``checkpoint`` are for the writer's threads; ``read`` for any thread."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int) -> None:
+        self._connection = connection
+        self.epoch = epoch
+        row = connection.execute("SELECT coalesce(max(seq) + 1, 0) FROM events").fetchone()
+        self.next_seq: int = row[0] if row else 0
+        row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM dead_letters").fetchone()
+        self._next_dead: int = row[0] if row else 0
+
+    @classmethod
+    def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = Settings()) -> "Store":
+        """Open or make the file, check that it belongs to this log, and claim the next writer epoch.
+
+        ``identities`` maps each stream to its identity. Raises Unopenable with the way on in its message.
+        """
+        try:
+            connection = _connect(path, settings)
+            _migrate(connection, identities)
+        except (duckdb.Error, OSError) as error:
+            raise Unopenable(_explain(path, error)) from error
+        row = connection.execute("UPDATE about SET writer_epoch = writer_epoch + 1 RETURNING writer_epoch").fetchone()
+        return cls(connection, row[0] if row else 0)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    def positions(self, stream: str) -> dict[int, int]:
+        """{partition: next offset} of the last commit."""
+        return _positions(self._connection, stream)
+
+    def control(self) -> list[bytes]:
+        """Every control record applied so far, in order."""
+        rows = self._connection.execute("SELECT value FROM control ORDER BY log_offset").fetchall()
+        return [row[0].encode() for row in rows]
+
+    def directory(self) -> Directory:
+        """The numbers given so far."""
+        directory = Directory()
+        organizations = {}
+        for number, organization_id in self._connection.execute(
+            "SELECT number, id FROM organizations ORDER BY number"
+        ).fetchall():
+            organizations[number] = directory.restore_organization(number, organization_id)
+        cursor = self._connection.execute("SELECT number, organization, kind, text FROM subjects ORDER BY number")
+        while rows := cursor.fetchmany(100_000):
+            for number, organization, kind, text in rows:
+                directory.restore_subject(number, organizations[organization], kind, text)
+        return directory
+
+    def seen(self) -> Seen:
+        """The index of all stored identities."""
+        columns = self._connection.execute("SELECT id_hi, id_lo, content FROM events").fetchnumpy()
+        seen = Seen()
+        seen.add(Keys(*(np.asarray(columns[name], np.uint64) for name in ("id_hi", "id_lo", "content"))))
+        return seen
+
+    def stored(self, identities: Sequence[Identity]) -> dict[Identity, dict[str, Any]]:
+        """The stored rows of these identities. One scan of the identity columns, however many are asked for."""
+        if not identities:
+            return {}
+        asked = pa.table({n: pa.array([i[c] for i in identities], pa.uint64()) for c, n in enumerate(("hi", "lo"))})
+        self._connection.register("asked", asked)
+        relation = self._connection.execute(
+            "SELECT e.* FROM events e JOIN asked ON e.id_hi = asked.hi AND e.id_lo = asked.lo"
+        )
+        rows = relation.to_arrow_table().to_pylist()
+        self._connection.unregister("asked")
+        return {(row["id_hi"], row["id_lo"]): row for row in rows}
+
+    def tallies(self) -> dict[str, int]:
+        """Lines so far by what became of them: stored, duplicates, conflicts, dead."""
+        names = ("stored", "duplicates", "conflicts", "dead")
+        sums = ", ".join(f"coalesce(sum({name}), 0)::BIGINT" for name in names)
+        row = self._connection.execute(f"SELECT {sums} FROM tallies").fetchone()
+        return dict(zip(names, row or (0, 0, 0, 0), strict=True))
+
+    def commit(self, round_: Round, seen: Seen, organization_ids: Mapping[int, str]) -> pa.Table:
+        """Write a round, all of it, and return its event rows with their sequence numbers.
+
+        Raises Replaced when the stored positions or the epoch are not the expected ones, Doubt on anything else.
+        """
+        rows = self._numbered(round_.changes.rows)
+        try:
+            self._connection.execute("BEGIN")
+            self._write(round_, rows, seen, organization_ids)
+            self._connection.execute("COMMIT")
+        except duckdb.Error as error:
+            raise Doubt(str(error)) from error
+        self.next_seq += rows.num_rows
+        self._next_dead += len(round_.changes.dead)
+        return rows
+
+    def _numbered(self, rows: pa.Table) -> pa.Table:
+        seq = pa.array(np.arange(self.next_seq, self.next_seq + rows.num_rows, dtype=np.int64))
+        return rows.append_column("seq", seq) if rows.num_columns else rows
+
+    def _write(self, round_: Round, rows: pa.Table, seen: Seen, organization_ids: Mapping[int, str]) -> None:
+        connection = self._connection
+        self._move(USAGE_EVENTS, round_.events_from, round_.batch.positions)
+        if round_.control:
+            ends = {0: round_.control[-1][0] + 1}
+            self._move(USAGE_CONTROL, {0: round_.control_from}, ends)
+            values = [(offset, value.decode()) for offset, value in round_.control]
+            connection.executemany("INSERT INTO control VALUES (?, ?)", values)
+            self._mark_replayed([value for _, value in round_.control])
+        if round_.batch.organizations:
+            connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
+        _insert(connection, "subjects", _subjects_table(round_.batch.subjects))
+        if rows.num_rows:
+            connection.register("arriving", rows)
+            connection.execute(f"INSERT INTO events SELECT {_EVENT_COLUMNS} FROM arriving")
+            connection.unregister("arriving")
+            named = hierarchy.children(rows, dict(organization_ids))
+            hierarchy.resolve(connection, seen, round_.changes.keys, named)
+        self._tally(round_.changes)
+
+    def _move(self, stream: str, before: Mapping[int, int], after: Mapping[int, int]) -> None:
+        """Compare and set: the epoch is ours and every position is where this round began."""
+        row = self._connection.execute("SELECT writer_epoch FROM about").fetchone()
+        if row != (self.epoch,):
+            raise Replaced(f"writer epoch is {row}, ours is {self.epoch}")
+        for partition, offset in after.items():
+            moved = self._connection.execute(
+                "UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?",
+                [offset, stream, partition, before.get(partition, 0)],
+            ).fetchone()
+            if moved != (1,):
+                raise Replaced(f"{stream} partition {partition} is not at {before.get(partition, 0)} any more")
+
+    def _mark_replayed(self, values: Sequence[bytes]) -> None:
+        for value in values:
+            change = decode_change(value)
+            if isinstance(change, DeadLetterReplayed):
+                self._connection.execute(
+                    """UPDATE dead_letters SET replayed_at = ?
+                       WHERE log_partition = ? AND log_offset = ? AND line = ? AND replayed_at IS NULL""",
+                    [change.replayed_at.replace(tzinfo=None), change.log_partition, change.log_offset, change.line],
+                )
+
+    def _tally(self, changes: Changes) -> None:
+        for partition, tally in changes.tallies.items():
+            self._connection.execute(
+                """UPDATE tallies SET stored = stored + ?, duplicates = duplicates + ?, conflicts = conflicts + ?,
+                   dead = dead + ? WHERE log_partition = ?""",
+                [*tally, partition],
+            )
+        if changes.dead:
+            self._connection.executemany(
+                """INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?::BIGINT), NULL)""",
+                [(self._next_dead + place, *letter) for place, letter in enumerate(changes.dead)],
+            )
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Snapshot]:
+        """A consistent snapshot on a connection of its own."""
+        connection = self._connection.cursor()
+        try:
+            connection.execute("BEGIN")
+            yield Snapshot(connection, _positions(connection, USAGE_EVENTS))
+        finally:
+            connection.close()
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """Another connection to the same file, for a thread of its own."""
+        return self._connection.cursor()
+
+    def checkpoint(self) -> bool:
+        """Fold the write-ahead log into the file; False when DuckDB asks to try later."""
+        connection = self._connection.cursor()
+        try:
+            connection.execute("CHECKPOINT")
+        except duckdb.TransactionException:
+            return False
+        finally:
+            connection.close()
+        return True
+
+
+def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(
+        str(path),
+        config={
+            "memory_limit": settings.memory_limit,
+            "threads": settings.threads,
+            "temp_directory": f"{path}.tmp",
+            "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
+
+
+def _migrate(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
+    known = connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'about'").fetchone()
+    if known == (0,):
+        _create(connection, identities)
+    version = connection.execute("SELECT version FROM about").fetchone()
+    if version != (schema.VERSION,):
+        raise Unopenable(f"the store has layout {version}, this program has {schema.VERSION}: run meterstream rebuild")
+    stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
+    for stream, identity in identities.items():
+        if stored.get(stream) != identity:
+            raise Unopenable(
+                f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity}): "
+                "point --data at the right log, or run meterstream rebuild to make the store from this one"
+            )
+
+
+def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
+    connection.execute("BEGIN")
+    for statement in schema.TABLES.split(";"):
+        if statement.strip():
+            connection.execute(statement)
+    connection.execute("INSERT INTO about VALUES (?, 0)", [schema.VERSION])
+    connection.executemany("INSERT INTO streams VALUES (?, ?)", list(identities.items()))
+    connection.execute("COMMIT")
+    connection.execute("CHECKPOINT")
+
+
+def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> None:
+    """Give every partition of a stream a position and a tally, once."""
+    connection = store.cursor()
+    have = set(_positions(connection, stream))
+    for partition in sorted(set(partitions) - have):
+        connection.execute("INSERT INTO positions VALUES (?, ?, 0)", [stream, partition])
+        if stream == USAGE_EVENTS:
+            connection.execute("INSERT INTO tallies VALUES (?, 0, 0, 0, 0)", [partition])
+    connection.close()
+
+
+def _positions(connection: duckdb.DuckDBPyConnection, stream: str) -> dict[int, int]:
+    rows = connection.execute("SELECT log_partition, next_offset FROM positions WHERE stream = ?", [stream]).fetchall()
+    return dict(rows)
+
+
+def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
+    columns = list(zip(*subjects, strict=True)) if subjects else [[], [], [], []]
+    types = (pa.int32(), pa.int32(), pa.string(), pa.string())
+    names = ("number", "organization", "kind", "text")
+    return pa.table({n: pa.array(list(c), t) for n, c, t in zip(names, columns, types, strict=True)})
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    if rows.num_rows:
+        connection.register("inserted", rows)
+        connection.execute(f"INSERT INTO {table} SELECT * FROM inserted")
+        connection.unregister("inserted")
+
+
+def _explain(path: Path, error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    if "lock" in text.lower():
+        return f"{path} is in use by another process: stop that one first ({text})"
+    return f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild"
