@@ -22,11 +22,11 @@ EXACT = Context(prec=50, rounding=ROUND_HALF_EVEN, Emax=MAX_EMAX, Emin=MIN_EMIN,
 
 def parse_amount(token: str | bytes) -> Decimal | None:
     """The amount that a JSON number token states, or None when it has more than 26 integer digits."""
+    text = token if isinstance(token, str) else token.decode("ascii")
     try:
-        number = Decimal(token if isinstance(token, str) else token.decode("ascii"))
-    except DecimalException:
-        return None  # an exponent of more than 18 digits
-    return round_amount(number)
+        return round_amount(Decimal(text))
+    except DecimalException:  # an exponent of more than 18 digits
+        return Decimal(0) if "e-" in text.lower() else None
 
 
 def round_amount(number: Decimal) -> Decimal | None:

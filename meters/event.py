@@ -7,8 +7,8 @@ log read again gives every event the id it had before. An event without external
 Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double would bend their digits.
 """
 
-from datetime import datetime
-from enum import Enum
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -16,17 +16,32 @@ from uuid import UUID
 import msgspec
 from xxhash import xxh3_128_intdigest
 
-NAME_LENGTH_MAX = 128
-"""Characters of an event's name (Polar's limit)."""
+from meters.exact_json import Object, decode_tokens, echo
+from meters.metadata import complaints
+from meters.refusal import DEPTH_MAX, NAME_LENGTH_MAX, Reason, Refusal
+from meters.timestamp import parse_timestamp
+from meters.uuid_text import parse_uuid4
 
-STRING_LENGTH_MAX = 500
-"""Characters of an ordinary string in metadata (Polar's limit); at least one."""
+__all__ = [
+    "CLOCK_SKEW",
+    "DEPTH_MAX",
+    "NAME_LENGTH_MAX",
+    "SYSTEM",
+    "USER",
+    "Event",
+    "Reason",
+    "Refusal",
+    "check_event",
+    "check_line",
+    "event_id",
+    "identity",
+    "parse_event_id",
+]
 
-DEPTH_MAX = 8
-"""Objects and arrays within one another. An event needs three; more is not read, so that nobody's stack is spent."""
-
-COST_INTEGER_DIGITS_MAX = 5
-"""Digits before the point of ``_cost.amount``, in cents (Polar's limit: $999.99)."""
+CLOCK_SKEW = timedelta(seconds=60)
+"""How far ahead of ours a sender's clock may be. Polar grants nothing, which loses the usage of machines whose clock
+is a second fast; a minute is what unsynchronized ones drift between corrections, and moves no event out of its hour
+for long."""
 
 USER = "user"
 SYSTEM = "system"
@@ -48,68 +63,6 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     external_member_id: str | None = None
     parent_id: str | None = None
     organization_id: str | None = None
-
-
-class Refusal(msgspec.Struct, frozen=True):
-    """Why the event at ``index`` was refused: an entry of Polar's ``detail`` list, and the index."""
-
-    index: int
-    type: str
-    loc: list[str | int]
-    msg: str
-    input: Any = None
-
-
-class Reason(Enum):
-    """Why an event is refused. The list is closed, and in the order in which the reasons are looked for.
-
-    The reasons up to LONE_SURROGATE concern the line as a whole: the first that holds is the only one reported.
-    The rest concern a field each, and all that hold are reported. Those from ORGANIZATION_TOKEN on are known only
-    to whoever knows the organization's tokens and customers.
-    """
-
-    MALFORMED = ("json_invalid", "JSON decode error")
-    NOT_AN_OBJECT = ("model_attributes_type", "Input should be a valid dictionary or object")
-    TOO_DEEP = ("value_error", f"Value error, nesting is limited to {DEPTH_MAX} levels")
-    NUL_CHARACTER = ("value_error", "Value error, text must not contain the character U+0000")
-    LONE_SURROGATE = ("string_unicode", "Input should be valid unicode: it has half of a surrogate pair")
-
-    MISSING = ("missing", "Field required")
-    STRING_TYPE = ("string_type", "Input should be a valid string")
-    NAME_TOO_LONG = ("string_too_long", f"String should have at most {NAME_LENGTH_MAX} characters")
-    UUID_TYPE = ("uuid_type", "UUID input should be a string")
-    UUID_PARSING = ("uuid_parsing", "Input should be a valid UUID")
-    UUID_VERSION = ("uuid_version", "UUID version 4 expected")
-    DATETIME_TYPE = ("datetime_type", "Input should be a valid datetime")
-    DATETIME_PARSING = ("datetime_parsing", "Input should be a valid datetime with an offset, or seconds since 1970")
-    TIMEZONE_AWARE = ("timezone_aware", "Input should have timezone info")
-    FUTURE = ("value_error", "Value error, Timestamp must be in the past.")
-    METADATA_TYPE = ("dict_type", "Input should be a valid dictionary")
-    METADATA_VALUE = ("metadata_value_type", "Input should be a string, an integer, a number or a boolean")
-    STRING_TOO_SHORT = ("string_too_short", "String should have at least 1 character")
-    STRING_TOO_LONG = ("string_too_long", f"String should have at most {STRING_LENGTH_MAX} characters")
-    NUMBER_TOO_LARGE = ("number_too_large", "Number should have at most 26 digits before the decimal point")
-    RESERVED_TYPE = ("dict_type", "Input should be a valid dictionary")
-    DUPLICATE_KEY = ("duplicate_key", "This key is given twice")
-    DECIMAL_TYPE = ("decimal_type", "Input should be a number or a string with one")
-    DECIMAL_WHOLE_DIGITS = ("decimal_whole_digits", "Number should have at most 5 digits before the decimal point")
-    CURRENCY = ("string_pattern_mismatch", "String should match pattern 'usd'")
-    INT_TYPE = ("int_type", "Input should be a valid integer")
-    INT_FROM_FLOAT = ("int_from_float", "Input should be a valid integer, got a number with a fractional part")
-
-    ORGANIZATION_TOKEN = (
-        "organization_token",
-        "Setting organization_id is disallowed when using an organization token.",
-    )
-    ORGANIZATION_MISSING = ("missing", "organization_id is required")
-    ORGANIZATION_UNKNOWN = ("organization_id", "Organization not found.")
-    CUSTOMER_UNKNOWN = ("customer_id", "Customer not found.")
-    MEMBER_UNKNOWN = ("member_id", "Member not found.")
-
-    def at(self, index: int, *loc: str | int, input: Any = None) -> Refusal:
-        """The refusal of event ``index``, at ``loc`` within it."""
-        kind, message = self.value
-        return Refusal(index, kind, ["body", "events", index, *loc], message, input)
 
 
 @lru_cache(maxsize=4096)
@@ -139,3 +92,168 @@ def parse_event_id(text: str) -> tuple[int, int] | None:
     except ValueError:
         return None
     return number >> 64, number & 0xFFFF_FFFF_FFFF_FFFF
+
+
+EXTERNAL = "EventCreateExternalCustomer"
+CUSTOMER = "EventCreateCustomer"
+"""Polar's names for the two kinds of event; they stand in the place (``loc``) of a refusal."""
+
+
+def check_event(
+    line: bytes, *, index: int = 0, now: datetime, clock_skew: timedelta = CLOCK_SKEW
+) -> Event | list[Refusal]:
+    """Read one event with care: the event, or everything that is wrong with it, in Polar's words and places.
+
+    ``line`` is one JSON object as it was sent. A valid external customer id makes it an event of that kind; what the
+    line says is then read as the other kind only if this one is refused and a customer id was given.
+    """
+    record = _read(line)
+    if isinstance(record, Reason):
+        return [record.at(index)]
+    refused: list[Refusal] = []
+    for variant in _variants(record):
+        form = _Form(record, variant, index, line)
+        event = form.event(now + clock_skew)
+        if not form.refusals:
+            return event
+        refused = refused or form.refusals
+    return refused
+
+
+def check_line(
+    line: bytes, *, organization_id: str | None, now: datetime, clock_skew: timedelta = CLOCK_SKEW
+) -> Event | Refusal:
+    """Read one line of the log with care: the event, or the first thing that is wrong with it.
+
+    ``organization_id`` is the tenant that the record names; None where each line has to name its own.
+    """
+    event = check_event(line, now=now, clock_skew=clock_skew)
+    if isinstance(event, list):
+        return event[0]
+    if organization_id is None and event.organization_id is None:
+        return Reason.ORGANIZATION_MISSING.at(0, "organization_id")
+    if organization_id is not None and event.organization_id not in (None, organization_id):
+        return Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=event.organization_id)
+    return event
+
+
+def _read(line: bytes) -> Object | Reason:
+    try:
+        record = decode_tokens(line)
+    except RecursionError:
+        return Reason.TOO_DEEP
+    except ValueError:
+        return Reason.MALFORMED
+    if not isinstance(record, Object):
+        return Reason.NOT_AN_OBJECT
+    if b"\\u" not in line and line.count(b"{") + line.count(b"[") <= DEPTH_MAX:
+        return record  # nothing can hide here; most lines are such
+    found = set(_structural(record, 1))
+    return next((reason for reason in Reason if reason in found), record) if found else record
+
+
+def _structural(value: Any, level: int) -> Iterator[Reason]:
+    """What no text may hold anywhere, read or not: it could not be stored, or passed on."""
+    if isinstance(value, str):
+        if "\0" in value:
+            yield Reason.NUL_CHARACTER
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            yield Reason.LONE_SURROGATE
+    elif isinstance(value, dict | list):
+        if level > DEPTH_MAX:
+            yield Reason.TOO_DEEP
+            return
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        for part in parts:
+            yield from _structural(part, level + 1)
+
+
+def _variants(record: Object) -> list[str]:
+    by_id = [CUSTOMER] if record.get("customer_id") is not None else []
+    if isinstance(record.get("external_customer_id"), str):
+        return [EXTERNAL, *by_id]
+    return by_id or [EXTERNAL]
+
+
+class _Line(msgspec.Struct):
+    metadata: dict[str, msgspec.Raw] = {}
+
+
+class _Form:
+    """One reading of a line as one kind of event. Every method reads a field, and notes what is wrong with it."""
+
+    def __init__(self, record: Object, variant: str, index: int, line: bytes) -> None:
+        self.refusals: list[Refusal] = []
+        self._record, self._variant, self._index, self._line = record, variant, index, line
+
+    def event(self, latest: datetime) -> Event:
+        """The event; it means something only if there were no refusals."""
+        external = self._variant == EXTERNAL
+        return Event(
+            name=self._name(),
+            timestamp=self._timestamp(latest),
+            external_id=self._text("external_id"),
+            parent_id=self._text("parent_id"),
+            organization_id=self._uuid("organization_id"),
+            customer_id=None if external else self._uuid("customer_id"),
+            member_id=None if external else self._uuid("member_id"),
+            external_customer_id=self._text("external_customer_id", required=True) if external else None,
+            external_member_id=self._text("external_member_id") if external else None,
+            metadata=self._metadata(),
+        )
+
+    def _refuse(self, reason: Reason, *loc: str, value: Any) -> None:
+        self.refusals.append(reason.at(self._index, self._variant, *loc, input=echo(value)))
+
+    def _missing(self, key: str) -> None:
+        self.refusals.append(Reason.MISSING.at(self._index, self._variant, key, input=msgspec.Raw(self._line)))
+
+    def _text(self, key: str, *, required: bool = False) -> str | None:
+        value = self._record.get(key)
+        if isinstance(value, str):
+            return value
+        if key not in self._record:
+            if required:
+                self._missing(key)
+        elif required or value is not None:
+            self._refuse(Reason.STRING_TYPE, key, value=value)
+        return None
+
+    def _name(self) -> str:
+        name = self._text("name", required=True) or ""
+        if len(name) > NAME_LENGTH_MAX:
+            self._refuse(Reason.NAME_TOO_LONG, "name", value=name)
+        return name
+
+    def _uuid(self, key: str) -> str | None:
+        value = self._record.get(key)
+        if value is None:
+            return None
+        parsed = parse_uuid4(value)
+        if isinstance(parsed, Reason):
+            self._refuse(parsed, key, value=value)
+            return None
+        return parsed
+
+    def _timestamp(self, latest: datetime) -> datetime | None:
+        if "timestamp" not in self._record:
+            return None
+        value = self._record["timestamp"]
+        instant = parse_timestamp(value)
+        if isinstance(instant, datetime) and instant <= latest:
+            return instant
+        self._refuse(Reason.FUTURE if isinstance(instant, datetime) else instant, "timestamp", value=value)
+        return None
+
+    def _metadata(self) -> dict[str, msgspec.Raw]:
+        metadata = self._record.get("metadata", Object([]))
+        if not isinstance(metadata, Object):
+            self._refuse(Reason.DICT_TYPE, "metadata", value=metadata)
+            return {}
+        for reason, loc, value in complaints(metadata):
+            self._refuse(reason, "metadata", *loc, value=value)
+        try:
+            return msgspec.json.decode(self._line, type=_Line).metadata
+        except msgspec.MsgspecError:  # a second parser's opinion: what either of them refuses is not taken
+            self._refuse(Reason.MALFORMED, value=None)
+            return {}

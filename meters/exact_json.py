@@ -6,8 +6,9 @@ pairs and everything else that is not JSON raise ValueError.
 """
 
 import json
+from collections import Counter
 from decimal import Decimal, DecimalException
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -40,3 +41,37 @@ def decode(text: bytes | str) -> Any:
 def encode(value: Any) -> bytes:
     """Compact JSON of structs, dicts, lists, datetimes and decimals; decimals are numbers."""
     return _encoder.encode(value)
+
+
+class Token(NamedTuple):
+    """A JSON number as it was sent."""
+
+    text: str
+
+
+class Object(dict[str, Any]):
+    """A JSON object; of a repeated key the last value holds, and ``repeated`` names it."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        times = Counter(name for name, _ in pairs) if len(pairs) > len(self) else {}
+        self.repeated = sorted(name for name, count in times.items() if count > 1)
+
+
+def decode_tokens(text: bytes) -> Any:
+    """Like ``decode``, with every number as a ``Token`` and every object as an ``Object``.
+
+    Raises ValueError for what is not JSON in UTF-8, RecursionError for thousands of levels. Half surrogate pairs pass.
+    """
+    return json.loads(
+        text.decode("utf-8"), parse_int=Token, parse_float=Token, parse_constant=_constant, object_pairs_hook=Object
+    )
+
+
+def echo(value: Any) -> Any:
+    """What was decoded as tokens, in a form that every JSON encoder of msgspec writes as it was sent."""
+    if isinstance(value, Token):
+        return msgspec.Raw(value.text)
+    if isinstance(value, dict):
+        return {key: echo(item) for key, item in value.items()}
+    return [echo(item) for item in value] if isinstance(value, list) else value
