@@ -1,12 +1,12 @@
 """What every customer used of every meter since the beginning, in memory, exact.
 
 A query over the store costs milliseconds and grows with history; a total read here costs microseconds. Totals are a
-view: computed from the store when the aggregator starts or a meter is made, and moved on by each round's grouped
-results after that round has committed.
+view: counted from the store when the aggregator starts or a meter is made, and moved on by the rows of each round
+after that round has committed.
 
-A sum is a 128-bit integer of 10^-12 units, kept as two columns of 64 bits, so that a round's thousands of additions
-are a few array operations and no digit is ever rounded. A sum that comes near the end of 128 bits moves to a Python
-integer, which has no end.
+A sum is two columns of 64-bit integers, whole units and 10^-12 units, so that a round's thousands of additions are a
+few array operations and no digit is ever rounded. A value too large for that (beyond 9 million, in 10^-12 units) goes
+to a Python integer beside the columns, which has no end.
 """
 
 import threading
@@ -19,160 +19,126 @@ import pyarrow as pa
 
 from aggregator.view import Total
 
-Rows = npt.NDArray[np.int64]
-UNIT = Decimal(1).scaleb(-12)
-_WIDE = np.int64(1 << 61)  # high words beyond this leave the columns: two such could overflow when added
-_LOW = (1 << 64) - 1
+Integers = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.intp]
+ONE = 10**12  # 10^-12 units in a whole one
+_NONE_YET = {"min": np.iinfo(np.int64).max, "max": np.iinfo(np.int64).min}
 _EXACT = Context(prec=80)
 
 
-class Words(NamedTuple):
-    """Signed 128-bit integers as columns: high words (signed) and low words (unsigned)."""
+class Values(NamedTuple):
+    """The values that one meter counts in some rows: whose they are, and how much in 10^-12 units.
 
-    hi: npt.NDArray[np.int64]
-    lo: npt.NDArray[np.uint64]
+    ``units`` is None for a meter that only counts. ``large`` are the rows whose value does not fit 64 bits, as
+    (customer number, units); they are not among the others, but counted like them.
+    """
 
-    @classmethod
-    def zeros(cls, rows: int) -> "Words":
-        """So many zeros."""
-        return cls(np.zeros(rows, np.int64), np.zeros(rows, np.uint64))
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray | pa.Array) -> "Words":
-        """The unscaled integers of a decimal128 column; nulls read as zero."""
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        array = array.fill_null(Decimal(0)) if array.null_count else array
-        raw = np.frombuffer(array.buffers()[1], dtype="<u8")[2 * array.offset : 2 * (array.offset + len(array))]
-        return cls(raw[1::2].astype(np.int64), raw[0::2].copy())
+    subject: Rows
+    units: Integers | None = None
+    large: list[tuple[int, int]] = []
 
     @classmethod
-    def from_integers(cls, values: list[int]) -> "Words":
-        """From Python integers that fit 128 bits."""
-        hi = np.array([value >> 64 for value in values], np.int64)
-        return cls(hi, np.array([value & _LOW for value in values], np.uint64))
-
-    def integer(self, row: int) -> int:
-        """One row as a Python integer."""
-        return (int(self.hi[row]) << 64) | int(self.lo[row])
-
-    def less(self, other: "Words") -> npt.NDArray[np.bool_]:
-        """Row by row: self < other."""
-        return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo < other.lo))
-
-    def at(self, rows: npt.NDArray[np.intp]) -> "Words":
-        """The chosen rows."""
-        return Words(self.hi[rows], self.lo[rows])
-
-    def put(self, rows: npt.NDArray[np.intp], values: "Words") -> None:
-        """Write the chosen rows."""
-        self.hi[rows], self.lo[rows] = values.hi, values.lo
-
-    def plus(self, other: "Words") -> "Words":
-        """Row by row sum; the caller keeps both below the point where it could overflow."""
-        lo = self.lo + other.lo
-        return Words(self.hi + other.hi + (lo < other.lo), lo)
-
-
-class Grouped(NamedTuple):
-    """One meter's result for one round: a row per customer number, each number once."""
-
-    subject: npt.NDArray[np.intp]
-    count: Rows
-    sum: Words
-    min: Words
-    max: Words
-
-    @classmethod
-    def of(cls, table: pa.Table) -> "Grouped":
-        """From a query's columns subject, count, sum, min, max (decimals with 12 places, null where no number)."""
-        return cls(
-            table.column("subject").to_numpy().astype(np.intp),
-            table.column("count").to_numpy().astype(np.int64),
-            *(Words.of(table.column(name)) for name in ("sum", "min", "max")),
-        )
+    def of(cls, subject: npt.NDArray[np.int32], amounts: pa.Array | None) -> "Values":
+        """From customer numbers and decimals with 12 places, none of them null."""
+        rows = subject.astype(np.intp)
+        if amounts is None:
+            return cls(rows)
+        words = np.frombuffer(amounts.buffers()[1], "<i8")[2 * amounts.offset : 2 * (amounts.offset + len(amounts))]
+        low, high = words[0::2], words[1::2]
+        small = (high == low >> 63) & ~np.isin(low, tuple(_NONE_YET.values()))  # the high word only repeats the sign
+        if small.all():
+            return cls(rows, low)
+        large = [(int(rows[row]), int(high[row]) << 64 | int(low[row]) % 2**64) for row in np.flatnonzero(~small)]
+        return cls(rows[small], low[small], large)
 
 
 class MeterTotals:
-    """One meter's totals, a row per customer number. One thread adds; readers see a round or the next."""
+    """One meter's totals, a row per customer number. One thread adds; readers see all of a round or nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, func: str) -> None:
+        self._func = func
         self._lock = threading.Lock()
         self._count = np.zeros(0, np.int64)
-        self._sum, self._min, self._max = Words.zeros(0), Words.zeros(0), Words.zeros(0)
-        self._wide: dict[int, int] = {}
+        self._whole = np.zeros(0, np.int64)
+        self._fraction = np.zeros(0, np.int64)
+        self._extreme = np.zeros(0, np.int64)
+        self._large: dict[int, list[int]] = {}
 
-    def add(self, grouped: Grouped) -> None:
-        """Move the totals on by one round."""
-        if len(grouped.subject):
-            with self._lock:
-                self._add(grouped)
-
-    def _add(self, grouped: Grouped) -> None:
-        rows = grouped.subject
-        self._grow(int(rows.max()) + 1)
-        known = self._count[rows] > 0
-        self._lower(self._min, grouped.min, known, rows)
-        self._raise(self._max, grouped.max, known, rows)
-        wide = (np.abs(self._sum.hi[rows]) >= _WIDE) | (np.abs(grouped.sum.hi) >= _WIDE)
-        if wide.any() or self._wide:
-            self._add_wide(grouped, wide)
-        else:
-            self._sum.put(rows, self._sum.at(rows).plus(grouped.sum))
-        self._count[rows] += grouped.count
-
-    def add_integers(self, subject: int, count: int, total: int, least: int, most: int) -> None:
-        """Move one customer's totals on by a sum of any size, in 10^-12 units."""
-        one = np.array([subject], np.intp)
-        small = Words.from_integers([0])
-        bounds = Words.from_integers([least]), Words.from_integers([most])
-        self.add(Grouped(one, np.array([count], np.int64), small, *bounds))
+    def add(self, values: Values) -> None:
+        """Move the totals on."""
         with self._lock:
-            self._wide[subject] = self._wide.get(subject, 0) + total
+            self._add(values)
 
-    def _add_wide(self, grouped: Grouped, wide: npt.NDArray[np.bool_]) -> None:
-        for row, subject in enumerate(grouped.subject.tolist()):
-            if wide[row] or subject in self._wide:
-                self._wide[subject] = self._wide.get(subject, 0) + grouped.sum.integer(row)
-            else:
-                one = np.array([subject], np.intp)
-                self._sum.put(one, self._sum.at(one).plus(grouped.sum.at(np.array([row], np.intp))))
+    def _add(self, values: Values) -> None:
+        rows = values.subject
+        if len(rows):
+            self._grow(int(rows.max()) + 1)
+            np.add.at(self._count, rows, 1)
+            if values.units is not None:
+                self._add_units(rows, values.units)
+        for subject, units in values.large:
+            self._grow(subject + 1)
+            self._count[subject] += 1
+            self._add_large(subject, units)
 
-    def _lower(self, kept: Words, new: Words, known: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> None:
-        better = ~known | new.less(kept.at(rows))
-        kept.put(rows[better], new.at(np.flatnonzero(better)))
+    def _add_units(self, rows: Rows, units: Integers) -> None:
+        if self._func == "min":
+            np.minimum.at(self._extreme, rows, units)
+        elif self._func == "max":
+            np.maximum.at(self._extreme, rows, units)
+        else:
+            whole, fraction = np.divmod(units, ONE)
+            np.add.at(self._whole, rows, whole)
+            np.add.at(self._fraction, rows, fraction)
+            carry = self._fraction[rows] // ONE
+            if carry.any():
+                touched = np.unique(rows)
+                carry = self._fraction[touched] // ONE
+                self._whole[touched] += carry
+                self._fraction[touched] -= carry * ONE
 
-    def _raise(self, kept: Words, new: Words, known: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> None:
-        better = ~known | kept.at(rows).less(new)
-        kept.put(rows[better], new.at(np.flatnonzero(better)))
+    def _add_large(self, subject: int, units: int) -> None:
+        kept = self._large.setdefault(subject, [])
+        if self._func in ("min", "max"):
+            kept.append(units)
+            self._large[subject] = [min(kept) if self._func == "min" else max(kept)]
+        else:
+            self._large[subject] = [sum(kept) + units]
 
     def _grow(self, rows: int) -> None:
         have = len(self._count)
         if rows <= have:
             return
         more = max(rows - have, have // 2, 1024)
-        self._count = np.concatenate([self._count, np.zeros(more, np.int64)])
-        self._sum, self._min, self._max = (
-            Words(*(np.concatenate(pair) for pair in zip(words, Words.zeros(more), strict=True)))
-            for words in (self._sum, self._min, self._max)
-        )
+        self._count = _longer(self._count, more, 0)
+        if self._func in _NONE_YET:
+            self._extreme = _longer(self._extreme, more, _NONE_YET[self._func])
+        elif self._func != "count":
+            self._whole, self._fraction = _longer(self._whole, more, 0), _longer(self._fraction, more, 0)
 
     def total(self, subjects: list[int]) -> Total:
         """The total over the customer numbers given, as one customer."""
         with self._lock:
-            return self._total(subjects)
+            known = [subject for subject in subjects if subject < len(self._count) and self._count[subject]]
+            count = sum(int(self._count[subject]) for subject in known)
+            large = [units for subject in known for units in self._large.get(subject, [])]
+            if self._func in _NONE_YET:
+                return self._extremes(known, large, count)
+            units = sum(large)
+            if self._func != "count":
+                units += sum(int(self._whole[subject]) * ONE + int(self._fraction[subject]) for subject in known)
+        return Total(count, _amount(units), None, None)
 
-    def _total(self, subjects: list[int]) -> Total:
-        count, units = 0, 0
-        least: list[int] = []
-        most: list[int] = []
-        for subject in subjects:
-            if subject < len(self._count) and self._count[subject]:
-                count += int(self._count[subject])
-                units += self._sum.integer(subject) + self._wide.get(subject, 0)
-                least.append(self._min.integer(subject))
-                most.append(self._max.integer(subject))
-        return Total(count, _amount(units), _amount(min(least)) if least else None, _amount(max(most)) if most else None)
+    def _extremes(self, known: list[int], large: list[int], count: int) -> Total:
+        none_yet = _NONE_YET[self._func]
+        found = [int(self._extreme[s]) for s in known if self._extreme[s] != none_yet] + large
+        least, most = (min(found), max(found)) if found else (0, 0)
+        return Total(count, Decimal(0), _amount(least) if found else None, _amount(most) if found else None)
+
+
+def _longer(column: Integers, more: int, fill: int) -> Integers:
+    return np.concatenate([column, np.full(more, fill, np.int64)])
 
 
 def _amount(units: int) -> Decimal:
-    return _EXACT.multiply(Decimal(units), UNIT)
+    return _EXACT.scaleb(Decimal(units), -12)

@@ -1,0 +1,153 @@
+"""A load of usage events that costs the sender almost nothing and can be summed exactly afterwards.
+
+A body is a block of fixed-width lines, so a whole request is made by writing digits into a byte matrix. Every event
+has an id of its own, one of ``customers`` customers, a token count, a cost in cents with four decimals and one of
+four models. What was acknowledged is summed in integers beside it: the only truth a benchmark is checked against.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MODELS = (b"gpt-4.1-nano", b"gpt-4.1-mini", b"claude-haiku", b"gemini-flash")  # of one width
+_LINE = (
+    b'{"name":"chat.completion","external_customer_id":"customer-CCCCCCCC","external_id":"req-RRRR-IIIIIIIIIIII",'
+    b'"timestamp":"2026-03-01T10:00:00.123456Z","metadata":{"model":"MMMMMMMMMMMM","tokens":1TTTT,'
+    b'"region":"eu-west-1","cached":false,"latency_ms":LLLL,"_cost":{"amount":1.KKKK,"currency":"usd"}}}'
+)
+_FOUR_DIGITS = np.array([list(b"%04d" % number) for number in range(10_000)], np.uint8)
+assert len({len(model) for model in MODELS}) == 1
+
+
+@dataclass
+class Ledger:
+    """What was acknowledged: integers, exact. ``cost_units`` are ten-thousandths of a cent."""
+
+    requests: int = 0
+    events: int = 0
+    tokens: int = 0
+    cost_units: int = 0
+    by_model: np.ndarray = field(default_factory=lambda: np.zeros(len(MODELS), np.int64))
+    refused: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    by_customer: dict[int, int] = field(default_factory=dict)
+
+
+class Bodies:
+    """Makes request bodies; ``run`` keeps the ids of two senders apart."""
+
+    def __init__(self, run: int, events: int = 100, customers: int = 100_000, seed: int = 7) -> None:
+        self._events, self._customers = events, customers
+        self._random = np.random.default_rng(seed)
+        self._next_id = 0
+        line = _LINE.replace(b"RRRR", b"%04d" % run)
+        self._lines = np.tile(np.frombuffer(line + b",", np.uint8), (events, 1))
+        self._models = np.stack([np.frombuffer(model, np.uint8) for model in MODELS])
+
+    def make(self) -> tuple[bytes, "Numbers"]:
+        """One body and the numbers in it."""
+        random, rows = self._random, self._events
+        numbers = Numbers(
+            random.integers(0, self._customers, rows),
+            random.integers(0, 10_000, rows),
+            random.integers(0, 10_000, rows),
+            random.integers(0, len(MODELS), rows),
+        )
+        ids = np.arange(self._next_id, self._next_id + rows)
+        self._next_id += rows
+        self._write(b"CCCCCCCC", numbers.customer)
+        self._write(b"IIIIIIIIIIII", ids)
+        self._write(b"TTTT", numbers.tokens)
+        self._write(b"LLLL", 1000 + numbers.tokens % 1000)
+        self._write(b"KKKK", numbers.cost)
+        place = _LINE.index(b"MMMMMMMMMMMM")
+        self._lines[:, place : place + 12] = self._models[numbers.model]
+        return b'{"events":[' + self._lines.tobytes()[:-1] + b"]}", numbers
+
+    def _write(self, slot: bytes, values: np.ndarray) -> None:
+        """Four digits at a time, from a table of all of them."""
+        place = _LINE.index(slot)
+        for end in range(place + len(slot), place, -4):
+            self._lines[:, end - 4 : end] = _FOUR_DIGITS[values % 10_000]
+            values = values // 10_000
+
+
+@dataclass
+class Numbers:
+    """The numbers of one body, a row an event."""
+
+    customer: np.ndarray
+    tokens: np.ndarray
+    cost: np.ndarray
+    model: np.ndarray
+
+    def add_to(self, ledger: Ledger) -> None:
+        """Book the body as acknowledged."""
+        ledger.requests += 1
+        ledger.events += len(self.tokens)
+        ledger.tokens += int(self.tokens.sum()) + 10_000 * len(self.tokens)
+        ledger.cost_units += int(self.cost.sum()) + 10_000 * len(self.cost)
+        ledger.by_model += np.bincount(self.model, minlength=len(MODELS))
+
+
+async def send(
+    host: str,
+    port: int,
+    token: str,
+    bodies: Bodies,
+    *,
+    seconds: float,
+    rate: float | None,
+    connections: int = 16,
+    requests_max: int | None = None,
+) -> Ledger:
+    """Send for so many seconds, at ``rate`` events a second (None: as fast as answers come). Bounded by itself."""
+    ledger = Ledger()
+    began = time.perf_counter()
+    sent = 0
+
+    async def connection() -> None:
+        nonlocal sent
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            while time.perf_counter() - began < seconds and (requests_max is None or sent < requests_max):
+                body, numbers = bodies.make()
+                due = began + sent * len(numbers.tokens) / rate if rate else 0.0
+                sent += 1
+                if (wait := due - time.perf_counter()) > 0:
+                    await asyncio.sleep(wait)
+                await _post(reader, writer, token, body, numbers, ledger)
+        finally:
+            writer.close()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(connections):
+            group.create_task(connection())
+    return ledger
+
+
+async def _post(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    token: str,
+    body: bytes,
+    numbers: Numbers,
+    ledger: Ledger,
+) -> None:
+    head = (
+        "POST /v1/events/ingest HTTP/1.1\r\nhost: load\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {token}\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    began = time.perf_counter()
+    writer.write(head.encode() + body)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    length = int(answer.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    await reader.readexactly(length)
+    if answer.split(b" ", 2)[1] == b"200":
+        numbers.add_to(ledger)
+        ledger.latencies_s.append(time.perf_counter() - began)
+    else:
+        ledger.refused += 1
+        await asyncio.sleep(0.05)  # a full server says when to come back; the load must not spin on it

@@ -1,0 +1,125 @@
+"""A real ``meterstream serve`` in a scratch directory, for a benchmark to measure and then stop.
+
+CPU time and peak memory are read from /proc for the whole process group, so that the supervisor, the gateway and the
+aggregator each have their own line.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+TOKEN = "polar_oat_benchmark_0123456789abcdef"
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+START_TIMEOUT_S = 30.0
+
+
+class Server:
+    """Context manager around one server."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.data = Path(tempfile.mkdtemp(prefix="meterstream-bench-"))
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = arguments
+        self.http = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def start(self) -> None:
+        """Start and wait until reads are answered."""
+        command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", str(self.port)]
+        output = (self.data / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [*command, "--token", TOKEN, *self._arguments], stdout=output, stderr=output, start_new_session=True
+        )
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.http.get("/v1/meters/").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.02)
+        raise RuntimeError((self.data / "server.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        """SIGTERM, then wait."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+    def create_meters(self, definitions: list[dict[str, object]]) -> list[str]:
+        """Make meters; return their ids."""
+        ids = []
+        for definition in definitions:
+            answer = self.http.post("/v1/meters/", json=definition)
+            answer.raise_for_status()
+            ids.append(answer.json()["id"])
+        return ids
+
+    def wait_for(self, position: str, timeout_s: float = 120) -> float:
+        """Wait until the view has reached a ``Log-Position``; return the seconds it took."""
+        began = time.monotonic()
+        wanted = dict(part.split(":") for part in position.split(","))
+        while time.monotonic() - began < timeout_s:
+            answer = self.http.get("/v1/events/names", params={"limit": 1})
+            at = dict(part.split(":") for part in answer.headers["as-of"].split(",")) if answer.is_success else {}
+            if all(int(at.get(partition, 0)) >= int(offset) for partition, offset in wanted.items()):
+                return time.monotonic() - began
+            time.sleep(0.01)
+        raise TimeoutError(position)
+
+    def processes(self) -> dict[str, "Usage"]:
+        """CPU seconds and peak memory of each process of the server."""
+        return {name: usage(pid) for name, pid in self._pids().items()}
+
+    def _pids(self) -> dict[str, int]:
+        pids = {"supervisor": self.process.pid}
+        for child in _children(self.process.pid):
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            name = next((n for n in ("gateway", "aggregate") if n.encode() in command), str(child))
+            pids[name] = child
+        return pids
+
+
+class Usage(dict[str, float]):
+    """``cpu_s`` and ``peak_mb`` of a process."""
+
+
+def usage(pid: int) -> Usage:
+    """Read a process's CPU seconds and peak resident memory."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    status = Path(f"/proc/{pid}/status").read_text()
+    peak_kb = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return Usage(cpu_s=(int(fields[11]) + int(fields[12])) * _TICK_S, peak_mb=peak_kb / 1024)
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
