@@ -1,0 +1,172 @@
+"""Keeps the totals of every meter moving: forward with each round, and from the beginning for a meter that is new.
+
+All meters of an organization are evaluated in one statement over a round's rows: each metadata text is parsed once,
+each meter adds a condition and a value, and what comes back is a column of each, which the totals add up as arrays.
+Grouping in SQL instead costs a hash table per meter and round, several times as much.
+
+A meter counts history as it counts the future, so a new one is counted from the store in the background, up to the
+sequence number at which it was made, while the rounds add what comes after. Additions may come in any order.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import structlog
+from sqlglot import exp, parse_one
+
+from aggregator.directory import Directory
+from aggregator.store.sql import Statement, condition, considered, statement, value
+from aggregator.store.stage import DIALECT, Parameters, Stage
+from aggregator.store.store import Store
+from aggregator.totals import MeterTotals, Values
+from aggregator.view import Total
+from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
+from meters.meter import Meter
+
+HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
+_ARRIVING = "SELECT *, 'user' AS source FROM arriving"
+_HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
+
+logger = structlog.get_logger("aggregator")
+
+
+class Plan(NamedTuple):
+    """One organization's meters as one statement: ``subject``, then ``c0, v0, c1, v1, …``, a pair per meter."""
+
+    meters: list[Meter]
+    statement: Statement
+
+
+class Counting(NamedTuple):
+    """A meter's totals, and whether its history is in them yet."""
+
+    totals: MeterTotals
+    complete: threading.Event
+
+
+class RunningTotals:
+    """See the module. ``add`` and ``changed`` are the writer's; ``total`` is for any thread."""
+
+    def __init__(self, store: Store, directory: Directory, catalogue: Catalogue) -> None:
+        self._store, self._directory, self._catalogue = store, directory, catalogue
+        self._connection = store.cursor()
+        self._meters: dict[str, Counting] = {}
+        self._plans: dict[int, Plan | None] = {}
+        self._threads: list[threading.Thread] = []
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """Count the stored history of every meter, in the background."""
+        for organization_id in self._catalogue.organizations:
+            self._count_history(list(_counted(self._catalogue.meters_of(organization_id))), self._store.next_seq)
+
+    def stop(self) -> None:
+        """Give up counting history and let go of the store."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self._connection.close()
+
+    def changed(self, change: Change, before_seq: int) -> None:
+        """Follow a change of the catalogue: a meter that is new, or means something else now, is counted anew."""
+        if not isinstance(change, MeterCreated | MeterUpdated):
+            return
+        meter = change.meter
+        self._plans.clear()
+        self._meters.pop(meter.id, None)
+        self._count_history(list(_counted([meter])), before_seq)
+
+    def add(self, rows: pa.Table) -> None:
+        """Move the totals on by the rows of a committed round."""
+        if rows.num_rows == 0:
+            return
+        organizations = rows.column("organization").to_numpy()
+        for number in np.unique(organizations).tolist():
+            compiled = self._plan(number)
+            if compiled is not None:
+                here = organizations == number
+                self._connection.register("arriving", rows if here.all() else rows.filter(pa.array(here)))
+                result = self._connection.sql(compiled.statement.sql, params=compiled.statement.parameters)
+                _scatter(self._meters, compiled.meters, result.to_arrow_table())
+                self._connection.unregister("arriving")
+
+    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
+        """The meter's total over the customer numbers; None while its history is being counted."""
+        counting = self._meters.get(meter_id)
+        return counting.totals.total(subjects) if counting is not None and counting.complete.is_set() else None
+
+    def _plan(self, organization: int) -> Plan | None:
+        if organization not in self._plans:
+            names = {known.number: name for name, known in self._directory.organizations.items()}
+            meters = [m for m in _counted(self._catalogue.meters_of(names[organization])) if m.id in self._meters]
+            self._plans[organization] = plan(meters, _ARRIVING) if meters else None
+        return self._plans[organization]
+
+    def _count_history(self, meters: list[Meter], before_seq: int) -> None:
+        for meter in meters:
+            self._meters[meter.id] = Counting(MeterTotals(meter.aggregation.func), threading.Event())
+        counted = {meter.id: self._meters[meter.id] for meter in meters}
+        if before_seq == 0 or not meters:
+            for counting in counted.values():
+                counting.complete.set()
+            return
+        thread = threading.Thread(target=self._history, args=(meters, counted, before_seq), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _history(self, meters: list[Meter], counted: dict[str, Counting], before_seq: int) -> None:
+        """A thread: evaluate the meters over the events stored before ``before_seq``."""
+        number = self._directory.organizations[meters[0].organization_id].number
+        compiled = plan(meters, _HISTORY)
+        parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
+        connection = self._store.cursor()
+        try:
+            batches = connection.sql(compiled.statement.sql, params=parameters).to_arrow_reader(HISTORY_ROWS)
+            for batch in batches:
+                if self._stopping.is_set():
+                    return
+                _scatter(counted, compiled.meters, pa.Table.from_batches([batch]))
+            for counting in counted.values():
+                counting.complete.set()
+        except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
+            logger.error("history_not_counted", reason=str(error))
+        finally:
+            connection.close()
+
+
+def _scatter(counted: Mapping[str, Counting], meters: list[Meter], table: pa.Table) -> None:
+    """Add the result of a plan to the totals of its meters."""
+    subject = table.column("subject").to_numpy()
+    for place, meter in enumerate(meters):
+        rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
+        counting = counted.get(meter.id)
+        if len(rows) == 0 or counting is None:
+            continue
+        amounts = None
+        if meter.aggregation.func != "count":
+            amounts = table.column(f"v{place}").combine_chunks()
+            amounts = amounts if len(rows) == len(subject) else amounts.take(pa.array(rows))
+        counting.totals.add(Values.of(subject[rows], amounts))
+
+
+def _counted(meters: list[Meter]) -> list[Meter]:
+    """The meters that have a running total: distinct values cannot be added up."""
+    return [meter for meter in meters if meter.aggregation.func != "unique"]
+
+
+def plan(meters: list[Meter], source: str) -> Plan:
+    """Compile meters over a relation with the columns of ``events``."""
+    stage, parameters = Stage(), Parameters()
+    columns: list[exp.Expression] = [exp.column("subject")]
+    for place, meter in enumerate(meters):
+        holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
+        columns.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
+        if meter.aggregation.func != "count":
+            columns.append(exp.alias_(value(meter.aggregation, stage), f"v{place}"))
+    relation = parse_one(source, dialect=DIALECT)
+    staged = stage.select(exp.Subquery(this=relation, alias=exp.to_identifier("source")), ["subject"], parameters)
+    return Plan(meters, statement(exp.select(*columns).from_(staged.subquery("stage")), parameters))

@@ -1,0 +1,277 @@
+"""Meters as SQL.
+
+A filter becomes a condition and an aggregation becomes columns, as sqlglot expressions over the facets of a ``Stage``.
+What they mean is stated in ``meters.filter`` and ``meters.aggregation``; this module says the same in DuckDB's
+terms, and ``tests/aggregator/test_sql_agreement.py`` holds the two against each other.
+
+A sum of DECIMAL(38, 12) overflows as soon as two values of 26 digits meet, and an overflow would stop the whole query
+for the sake of one sender. So ordinary amounts are summed by the engine, and the rest (there is never any) are
+collected in a list, ``enormous``, which Python adds: ``Measured.total`` is exact whatever was sent.
+"""
+
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from operator import eq, ge, gt, le, lt, ne
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlglot import exp, parse_one
+
+from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage
+from meters.aggregation import Aggregation, exact_sum, mean
+from meters.amount import INTEGER_DIGITS_MAX
+from meters.filter import Clause, Filter, Operator, Scalar, value_text
+from meters.meter import Meter
+from meters.property import NAME, SOURCE, TIMESTAMP, is_built_in
+
+ORDINARY = 10**16
+"""Amounts up to here are added by DuckDB: 10^10 of them in one group stay below the 26 digits of a DECIMAL(38, 12)."""
+
+_EXPRESSIONS: dict[Operator, type[exp.Binary]] = {
+    Operator.EQ: exp.EQ,
+    Operator.NE: exp.NEQ,
+    Operator.GT: exp.GT,
+    Operator.GTE: exp.GTE,
+    Operator.LT: exp.LT,
+    Operator.LTE: exp.LTE,
+}
+_COMPARE = {
+    Operator.EQ: eq,
+    Operator.NE: ne,
+    Operator.GT: gt,
+    Operator.GTE: ge,
+    Operator.LT: lt,
+    Operator.LTE: le,
+}
+
+
+class Statement(NamedTuple):
+    """SQL with named placeholders, and their values."""
+
+    sql: str
+    parameters: dict[str, object]
+
+
+def statement(expression: exp.Expression, parameters: Parameters) -> Statement:
+    """What ``connection.execute`` takes."""
+    return Statement(expression.sql(DIALECT), parameters.values)
+
+
+def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expression:
+    """Whether the filter lets an event through: true, or else false or NULL."""
+    if not filter.clauses:
+        return exp.true()
+    parts = [
+        condition(part, stage, parameters) if isinstance(part, Filter) else _clause(part, stage, parameters)
+        for part in filter.clauses
+    ]
+    return exp.and_(*parts) if filter.conjunction == "and" else exp.or_(*parts)
+
+
+def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Expression:
+    values = clause.value if isinstance(clause.value, list) else [clause.value]
+    operator = clause.operator
+    if is_built_in(clause.property):
+        return _built_in(clause.property, operator, values, stage, parameters)
+    if operator is Operator.EXISTS:
+        present = stage.present(clause.property)
+        return present if clause.value else exp.not_(present)
+    if operator in (Operator.LIKE, Operator.NOT_LIKE):
+        return _like(stage.text(clause.property), operator, value_text(values[0]), parameters)
+    if operator is Operator.IN:
+        return _any_of(clause.property, values, stage, parameters)
+    return _compare(clause.property, operator, values[0], stage, parameters)
+
+
+def _compare(
+    property: str, operator: Operator, value: Scalar, stage: Stage, parameters: Parameters
+) -> exp.Expression:
+    """Each facet is NULL for events of another type, so at most one of the comparisons is decided."""
+    binary = _EXPRESSIONS[operator]
+    parts: list[exp.Expression] = [
+        binary(this=stage.string(property), expression=parameters.add(value_text(value)))
+    ]
+    if not isinstance(value, str):
+        parts.append(_compare_number(stage.number(property), operator, value, parameters))
+    if isinstance(value, bool):
+        parts.append(binary(this=stage.boolean(property), expression=exp.convert(value)))
+    return exp.or_(*parts)
+
+
+def _compare_number(
+    number: exp.Expression, operator: Operator, value: int | Decimal, parameters: Parameters
+) -> exp.Expression:
+    """A value that no amount reaches is compared once, here, with any amount at all."""
+    if abs(value) >= 10**INTEGER_DIGITS_MAX:
+        holds = _COMPARE[operator](0, value)
+        return exp.and_(exp.convert(holds), exp.not_(number.is_(exp.null())))
+    return _EXPRESSIONS[operator](this=number, expression=parameters.amount(Decimal(value)))
+
+
+def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expression:
+    texts = [parameters.add(value_text(value)) for value in values]
+    numbers = [
+        parameters.amount(Decimal(value))
+        for value in values
+        if not isinstance(value, str) and abs(value) < 10**INTEGER_DIGITS_MAX
+    ]
+    booleans = [exp.convert(value) for value in values if isinstance(value, bool)]
+    facets = (stage.string, texts), (stage.number, numbers), (stage.boolean, booleans)
+    parts = [exp.In(this=facet(property), expressions=list(found)) for facet, found in facets if found]
+    return exp.or_(*parts) if parts else exp.false()
+
+
+def _built_in(
+    property: str, operator: Operator, values: Sequence[Scalar], stage: Stage, parameters: Parameters
+) -> exp.Expression:
+    """``name`` and ``source`` against strings, ``timestamp`` against integers; anything else is false."""
+    if operator is Operator.EXISTS:
+        return exp.convert(bool(values[0]))
+    legal = str if property in (NAME, SOURCE) else int
+    fitting = [value for value in values if isinstance(value, legal) and not isinstance(value, bool)]
+    column = stage.built_in(property)
+    if not fitting:
+        return exp.false()
+    if operator in (Operator.LIKE, Operator.NOT_LIKE):
+        return _like(exp.cast(column, "VARCHAR"), operator, str(fitting[0]), parameters)
+    if property == TIMESTAMP:
+        column = exp.cast(column, AMOUNT, dialect=DIALECT)
+        parts = [_compare_number(column, _single(operator), int(value), parameters) for value in fitting]
+        return exp.or_(*parts)
+    texts = [parameters.add(value) for value in fitting]
+    if operator is Operator.IN:
+        return exp.In(this=column, expressions=texts)
+    return _EXPRESSIONS[operator](this=column, expression=texts[0])
+
+
+def _single(operator: Operator) -> Operator:
+    return Operator.EQ if operator is Operator.IN else operator
+
+
+def _like(text: exp.Expression, operator: Operator, needle: str, parameters: Parameters) -> exp.Expression:
+    found = exp.Contains(this=text, expression=parameters.add(needle))
+    return found if operator is Operator.LIKE else exp.not_(found)
+
+
+def considered(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+    """Whether the aggregation takes an event that the filter let through; never NULL."""
+    if aggregation.func in ("count", "unique"):
+        return exp.true()
+    return exp.not_(_amount(aggregation, stage).is_(exp.null()))
+
+
+def _amount(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+    """The number that a numeric function reads."""
+    property = aggregation.property or ""
+    if property == TIMESTAMP:
+        return exp.cast(stage.built_in(property), AMOUNT, dialect=DIALECT)
+    if is_built_in(property):
+        return exp.cast(exp.null(), AMOUNT, dialect=DIALECT)
+    return stage.number(property)
+
+
+def value(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+    """What an event contributes: DECIMAL(38, 12) to a numeric function, a VARCHAR identity to ``unique``, 1 to count.
+
+    ``unique`` looks up built-in names in the metadata, as Polar does.
+    """
+    if aggregation.func == "count":
+        return exp.cast(exp.Literal.number(1), AMOUNT, dialect=DIALECT)
+    if aggregation.func == "unique":
+        return stage.identity(aggregation.property or "")
+    return _amount(aggregation, stage)
+
+
+MEASURES = ("count", "sum", "enormous", "min", "max")
+
+
+def measures(aggregation: Aggregation, contribution: exp.Expression) -> list[exp.Expression]:
+    """The columns of a group, under the names of ``MEASURES``; ``contribution`` is a ``value`` in scope.
+
+    ``count`` BIGINT: events considered, or distinct values. The rest is NULL for ``count`` and ``unique``; elsewhere
+    ``sum`` DECIMAL(38, 12) of ordinary amounts, ``enormous`` DECIMAL(38, 12)[] or NULL, ``min`` and ``max``.
+    """
+    if aggregation.func in ("count", "unique"):
+        counted = "COUNT(*)" if aggregation.func == "count" else "COUNT(DISTINCT x)"
+        sources = [counted, *(f"CAST(NULL AS {kind})" for kind in (AMOUNT, f"{AMOUNT}[]", AMOUNT, AMOUNT))]
+    else:
+        ordinary = f"x BETWEEN -{ORDINARY} AND {ORDINARY}"
+        enormous = f"LIST(x) FILTER (WHERE NOT ({ordinary}))"
+        sources = ["COUNT(x)", f"SUM(x) FILTER (WHERE {ordinary})", enormous, "MIN(x)", "MAX(x)"]
+    return [
+        exp.alias_(_with(source, contribution), name, quoted=True)
+        for source, name in zip(sources, MEASURES, strict=True)
+    ]
+
+
+def _with(source: str, contribution: exp.Expression) -> exp.Expression:
+    """The fragment of SQL, with the contribution in the place of ``x``."""
+    tree = parse_one(source, dialect=DIALECT)
+    return tree.transform(
+        lambda node: contribution.copy() if isinstance(node, exp.Column) and node.name == "x" else node
+    )
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """The measures of one group, as they come out of DuckDB."""
+
+    count: int
+    sum: Decimal | None = None
+    enormous: Sequence[Decimal] | None = None
+    min: Decimal | None = None
+    max: Decimal | None = None
+
+    @property
+    def total(self) -> Decimal:
+        """The sum of all amounts, exact, of as many digits as it takes."""
+        return exact_sum([self.sum or Decimal(0), *(self.enormous or ())])
+
+    def value(self, aggregation: Aggregation) -> Decimal:
+        """The aggregation's value over the group; 0 where nothing was considered."""
+        match aggregation.func:
+            case "count" | "unique":
+                return Decimal(self.count)
+            case "sum":
+                return self.total
+            case "avg":
+                return mean(self.total, self.count)
+            case "min":
+                return self.min or Decimal(0)
+            case "max":
+                return self.max or Decimal(0)
+
+
+class Totals(NamedTuple):
+    """How to evaluate many meters over one batch: make the stage, then run each meter's statement over it."""
+
+    stage: Statement
+    meters: list[tuple[str, Statement]]
+
+
+def totals_queries(
+    meters: Iterable[Meter], *, batch: str = "batch", stage_table: str = "stage", keep: Sequence[str] = ("subject",)
+) -> Totals:
+    """One SELECT that parses the batch, and for each meter (but ``unique`` ones) a SELECT over what it gives.
+
+    ``batch`` is a relation with ``keep``, name, source, timestamp, metadata, awkward; the caller puts the stage's
+    rows into ``stage_table``. A meter's rows are ``keep`` and the ``MEASURES``, grouped by ``keep``.
+    """
+    stage = Stage()
+    compiled = []
+    for meter in meters:
+        if meter.aggregation.func != "unique":
+            parameters = Parameters()
+            query = _grouped(meter, stage, stage_table, keep, parameters)
+            compiled.append((meter.id, statement(query, parameters)))
+    parameters = Parameters()
+    return Totals(statement(stage.select(exp.to_table(batch), keep, parameters), parameters), compiled)
+
+
+def _grouped(
+    meter: Meter, stage: Stage, table: str, keep: Sequence[str], parameters: Parameters
+) -> exp.Select:
+    columns = [exp.column(name) for name in keep]
+    contribution = value(meter.aggregation, stage)
+    query = exp.select(*columns, *measures(meter.aggregation, contribution)).from_(table)
+    query = query.where(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
+    return query.group_by(*columns)

@@ -1,0 +1,154 @@
+"""Reading properties out of stored events, each metadata text parsed once.
+
+A meter asks for *facets* of a property: its string, its number, its boolean, its text, whether it is there at all.
+Each is NULL (``present``: false) for an event that has nothing of the kind, so a comparison with it is undecided, and
+undecided is never true: the table in ``meters.filter`` needs no type checks in SQL. The stage remembers what
+was asked for while meters are compiled, then gives one SELECT with a column for each, however many meters share it.
+
+Paths are JSON pointers, handed over as a parameter: any key works, and a dot in a property means nesting. Tokens come
+back as JSON text (``5``, ``"5"``, ``true``, ``{...}``); numbers that DuckDB's JSON would bend stand in the column
+``awkward`` under the same pointer (see ``aggregator.awkward``).
+"""
+
+from collections.abc import Sequence
+
+from sqlglot import exp, parse_one
+
+from meters.facts import RESERVED
+from meters.property import NAME, SOURCE, TIMESTAMP
+
+DIALECT = "duckdb"
+AMOUNT = "DECIMAL(38, 12)"
+"""What holds every amount exactly; see ``meters.amount``."""
+
+# {t}: column with a JSON token or NULL; {x}: with the exact text of an awkward number or NULL.
+_NUMBER = f"COALESCE(TRY_CAST({{x}} AS {AMOUNT}), TRY_CAST({{t}} AS {AMOUNT}))"
+_STRING = "CASE WHEN STARTS_WITH({t}, '\"') THEN json_extract_string({t}, '$') END"
+_IS_NUMBER = "{t} >= '-' AND {t} < ':'"  # the characters a JSON number begins with, and no other token
+_DECIMALS = f"REGEXP_REPLACE(CAST({_NUMBER} AS VARCHAR), '(\\.\\d+?)0+$', '\\1')"
+_DIGITS = f"COALESCE({{x}}, CASE WHEN CONTAINS({{t}}, '.') OR CONTAINS({{t}}, 'e') THEN {_DECIMALS} ELSE {{t}} END)"
+_FACETS = {
+    "string": _STRING,
+    "number": _NUMBER,
+    "boolean": "CASE WHEN {t} IN ('true', 'false') THEN {t} = 'true' END",
+    "present": "COALESCE({t}, 'null') <> 'null'",
+    "text": f"CASE WHEN {_IS_NUMBER} THEN {_DIGITS} WHEN {{t}} IN ('true', 'false') THEN {{t}} ELSE {_STRING} END",
+    "identity": (
+        f"CASE WHEN {_IS_NUMBER} THEN 'n' || CAST({_NUMBER} AS VARCHAR)"
+        f" WHEN {{t}} IN ('true', 'false') THEN {{t}} ELSE 's' || {_STRING} END"
+    ),
+}
+_NOTHING = {
+    "string": "CAST(NULL AS VARCHAR)",
+    "number": f"CAST(NULL AS {AMOUNT})",
+    "boolean": "CAST(NULL AS BOOLEAN)",
+    "present": "FALSE",
+    "text": "CAST(NULL AS VARCHAR)",
+    "identity": "CAST(NULL AS VARCHAR)",
+}
+# Numbers of ``_cost`` and ``_llm`` may have been sent as text: without its quotes it is read as the number it is.
+_UNQUOTED = f"COALESCE({_STRING}, {{t}})"
+_SECONDS = (
+    "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
+)  # // cuts towards zero, so halves go away from it, as in meters.facts.epoch_seconds
+
+
+class Parameters:
+    """Values of a statement, each under a name of its own; text from outside gets into SQL in no other way."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, object] = {}
+
+    def add(self, value: object) -> exp.Expression:
+        """A placeholder for the value."""
+        name = f"v{len(self.values)}"
+        self.values[name] = value
+        return exp.Placeholder(this=name)
+
+    def amount(self, value: object) -> exp.Expression:
+        """A placeholder for a number that an amount is compared with."""
+        return exp.cast(self.add(value), AMOUNT, dialect=DIALECT)
+
+
+class Stage:
+    """Collects the facets that meters ask for, then states the SELECT that provides them."""
+
+    def __init__(self) -> None:
+        self._pointers: dict[str, int] = {}
+        self._unquoted: set[int] = set()
+        self._columns: dict[str, exp.Expression] = {}
+
+    def string(self, property: str) -> exp.Expression:
+        """VARCHAR: the value, where it is a string."""
+        return self._facet(property, "string")
+
+    def number(self, property: str) -> exp.Expression:
+        """DECIMAL(38, 12): the value, where it is a number."""
+        return self._facet(property, "number")
+
+    def boolean(self, property: str) -> exp.Expression:
+        """BOOLEAN: the value, where it is one."""
+        return self._facet(property, "boolean")
+
+    def present(self, property: str) -> exp.Expression:
+        """BOOLEAN, never NULL: whether there is a value other than null."""
+        return self._facet(property, "present")
+
+    def text(self, property: str) -> exp.Expression:
+        """VARCHAR: the text of a string, number (``meters.amount.number_text``) or boolean."""
+        return self._facet(property, "text")
+
+    def identity(self, property: str) -> exp.Expression:
+        """VARCHAR: equal for two values exactly if ``unique`` takes them for one; NULL where there is none."""
+        return self._facet(property, "identity")
+
+    def built_in(self, property: str) -> exp.Expression:
+        """``name`` and ``source`` VARCHAR; ``timestamp`` BIGINT, whole seconds since 1970."""
+        source = property if property in (NAME, SOURCE) else _SECONDS
+        return self._column(f"event_{property}", parse_one(source, dialect=DIALECT))
+
+    def select(self, source: exp.Expression, keep: Sequence[str], parameters: Parameters) -> exp.Select:
+        """The columns ``keep`` of ``source`` (a table, or a SELECT in parentheses) and every facet asked for."""
+        facets = [exp.alias_(column.copy(), name) for name, column in self._columns.items()]
+        if self._pointers:
+            source = self._tokens(source, keep, parameters).subquery("tokens")
+        return exp.select(*map(exp.column, keep), *facets).from_(source)
+
+    def _tokens(self, source: exp.Expression, keep: Sequence[str], parameters: Parameters) -> exp.Select:
+        """The token and the exact text of each pointer, as columns."""
+        kept = [exp.column(name) for name in dict.fromkeys((*keep, NAME, SOURCE, TIMESTAMP))]
+        pointers = parameters.add(list(self._pointers))
+        tokens = exp.cast(_call("json_extract", exp.column("metadata"), pointers), "VARCHAR[]", dialect=DIALECT)
+        exact = _call("json_extract_string", exp.column("awkward"), pointers)
+        parsed = exp.select(*kept, exp.alias_(tokens, "t"), exp.alias_(exact, "x")).from_(source)
+        picked = [column for place in self._pointers.values() for column in self._pick(place)]
+        return exp.select(*kept, *picked).from_(parsed.subquery("parsed"))
+
+    def _pick(self, place: int) -> list[exp.Expression]:
+        token = _UNQUOTED if place in self._unquoted else "{t}"
+        sources = (f"t{place}", token.format(t=f"t[{place}]")), (f"x{place}", f"x[{place}]")
+        return [exp.alias_(parse_one(source, dialect=DIALECT), name) for name, source in sources]
+
+    def _facet(self, property: str, facet: str) -> exp.Expression:
+        first, *rest = steps = property.split(".")
+        known, numbers = RESERVED.get(first, (frozenset(), frozenset())) if rest else (frozenset(), frozenset())
+        if known and rest[0] not in known:
+            return parse_one(_NOTHING[facet], dialect=DIALECT)
+        place = self._pointers.setdefault(pointer(steps), len(self._pointers) + 1)
+        if len(rest) == 1 and rest[0] in numbers:
+            self._unquoted.add(place)
+        source = _FACETS[facet].format(t=f"t{place}", x=f"x{place}")
+        return self._column(f"p{place}_{facet}", parse_one(source, dialect=DIALECT))
+
+    def _column(self, name: str, expression: exp.Expression) -> exp.Expression:
+        self._columns.setdefault(name, expression)
+        return exp.column(name)
+
+
+def pointer(steps: Sequence[str]) -> str:
+    """The JSON pointer (RFC 6901) of a path, whatever its keys contain."""
+    return "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
+
+
+def _call(name: str, *arguments: exp.Expression) -> exp.Expression:
+    return exp.Anonymous(this=name, expressions=list(arguments))
