@@ -1,0 +1,204 @@
+"""The pure reference gives Polar's answers, save where ``differences.py`` says why not."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+
+from meters import exact_json
+from meters.aggregation import considers, evaluate, is_summable, parse_aggregation
+from meters.catalogue import Catalogue, Customer, CustomerCreated
+from meters.event import Event, check_event
+from meters.facts import Facts, facts
+from meters.filter import Clause, Filter, matches
+from meters.filter_json import filter_json, parse_filter
+from meters.meter import Meter
+from meters.quantities import Selection, quantities
+from meters.timestamp import parse_timestamp
+from meters.window import Interval, range_refusal
+from tests.conformance.cases import cases, same_number
+from tests.conformance.differences import DIFFERENCES
+
+ORGANIZATION = "1db1e1a0-0000-4000-8000-000000000000"
+NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+
+Case = dict[str, Any]
+
+
+def named(*groups: str) -> Any:
+    """Parametrize a test over the cases of some groups."""
+    chosen = cases(*groups)
+    return pytest.mark.parametrize("case", chosen, ids=[case["id"] for case in chosen])
+
+
+def agree(case: Case, same: bool, ours: object) -> None:
+    """The answer is Polar's if and only if no difference is declared."""
+    declared = DIFFERENCES.get(case["id"])
+    assert same is (declared is None), f"ours: {ours}; Polar's: {case['then']}; declared difference: {declared}"
+
+
+def instant(text: str) -> datetime:
+    """A timestamp of the file."""
+    parsed = parse_timestamp(text)
+    assert isinstance(parsed, datetime)
+    return parsed
+
+
+def meter_of(case: Case) -> Meter:
+    """The case's meter."""
+    stated = case["given"]["meter"]
+    filter, aggregation = parse_filter(stated["filter"]), parse_aggregation(stated["aggregation"], ())
+    assert isinstance(filter, Filter), filter
+    assert not isinstance(aggregation, list), aggregation
+    return Meter(
+        id="m1", organization_id=ORGANIZATION, name="m1", filter=filter, aggregation=aggregation, created_at=NOW
+    )
+
+
+def facts_of(event: Case) -> Facts:
+    """An event of the file, through the tokens that its metadata would have on the wire."""
+    sent = Event(
+        name=event["name"],
+        timestamp=instant(event["timestamp"]),
+        metadata={key: msgspec.Raw(exact_json.encode(value)) for key, value in event["metadata"].items()},
+        customer_id=event["customer"],
+        external_customer_id=event.get("external_customer_id"),
+    )
+    return facts(sent, NOW, source=event["source"])
+
+
+@named("filter")
+def test_filters_match_what_polar_matches(case: Case) -> None:
+    """A filter lets through exactly the events that Polar's SQL lets through."""
+    stated = parse_filter(case["given"]["meter"]["filter"])
+    if "error" in case["then"]:
+        agree(case, not isinstance(stated, list), stated)
+        return
+    meter = meter_of(case)
+    matched = [event["id"] for event in case["given"]["events"] if matches(meter.filter, facts_of(event))]
+    agree(case, matched == case["then"]["matched"], matched)
+
+
+@named("filter_validation")
+def test_filters_are_taken_and_refused_as_polar_does(case: Case) -> None:
+    """A clause is taken, and kept with the value that Polar keeps, or refused."""
+    clause = dict(case["when"]["params"]["clause"])
+    if repeat := clause.pop("value_repeat", None):
+        clause["value"] = repeat["char"] * repeat["count"]
+    parsed = parse_filter({"conjunction": "and", "clauses": [clause]})
+    accepted = isinstance(parsed, Filter)
+    agree(case, accepted is case["then"]["accepted"], parsed)
+    if isinstance(parsed, Filter) and "stored_value" in case["then"]:
+        kept = parsed.clauses[0]
+        assert isinstance(kept, Clause)
+        assert (type(kept.value), kept.value) == (type(case["then"]["stored_value"]), case["then"]["stored_value"])
+        assert filter_json(parsed)["clauses"][0]["value"] == case["then"]["stored_value"]
+
+
+@named("aggregation")
+def test_aggregations_give_polars_value(case: Case) -> None:
+    """The value over the filtered events, which events take part, and what may be added."""
+    meter = meter_of(case)
+    events = [facts_of(event) for event in case["given"]["events"]]
+    match case["when"]["op"]:
+        case "aggregate":
+            value = evaluate(meter.aggregation, [event for event in events if matches(meter.filter, event)])
+            agree(case, same_number(value, case["then"]["value"]), value)
+        case "accepts_event":
+            agree(case, considers(meter.aggregation, events[0]) is case["then"]["accepted"], events[0])
+        case "is_summable":
+            agree(case, is_summable(meter.aggregation) is case["then"]["summable"], meter.aggregation)
+
+
+def catalogue_of(case: Case) -> Catalogue:
+    """The customers of a case: those it states, and those its events name by id."""
+    stated = {customer["id"]: customer.get("external_id") for customer in case["given"]["customers"]}
+    implied = {event["customer"]: None for event in case["given"]["events"] if event["customer"]}
+    return Catalogue(
+        CustomerCreated(Customer(id=id, organization_id=ORGANIZATION, external_id=external_id, created_at=NOW))
+        for id, external_id in (implied | stated).items()
+    )
+
+
+def selection_of(case: Case) -> Selection:
+    """Whose usage the case asks for."""
+    params = case["when"]["params"]
+    ids, externals = params.get("customer_id"), params.get("external_customer_id")
+    metadata = {key: [str(value) for value in values] for key, values in params.get("metadata", {}).items()}
+    if ids is None and externals is None:
+        return Selection(metadata=metadata)
+    both = catalogue_of(case).identifiers(ORGANIZATION, ids or (), externals or ())
+    return Selection(customer_ids=both[0], external_customer_ids=both[1], metadata=metadata)
+
+
+@named("quantities")
+def test_quantities_are_polars(case: Case) -> None:
+    """Every point, every quantity and the total."""
+    params = case["when"]["params"]
+    ours = quantities(
+        meter_of(case),
+        [facts_of(event) for event in case["given"]["events"]],
+        start=instant(params["start_timestamp"]),
+        end=instant(params["end_timestamp"]),
+        interval=Interval(params["interval"]),
+        timezone=params.get("timezone", "UTC"),
+        selection=selection_of(case),
+        per_customer=params.get("customer_aggregation_function"),
+    )
+    then = case["then"]
+    assert all(same_number(q.quantity, n) for q, n in zip(ours.quantities, then["quantities"], strict=True)), ours
+    points = [quantity.timestamp for quantity in ours.quantities]
+    assert points == [instant(text) for text in then.get("timestamps", [])] or "timestamps" not in then
+    agree(case, same_number(ours.total, then["total"]), ours)
+
+
+@named("quantities_limits")
+def test_ranges_are_refused_as_polar_does(case: Case) -> None:
+    """A range that Polar refuses is refused, with a reason in words."""
+    params = case["when"]["params"]
+    start, end = instant(params["start_timestamp"]), instant(params["end_timestamp"])
+    refusal = range_refusal(start, end, Interval(params["interval"]))
+    agree(case, (refusal is not None) is (case["then"]["status"] == 422), refusal)
+
+
+SYMBOLS = {
+    "OWN_CUSTOMER": "992fae2a-2a17-4b7a-8d9e-e287cf90131b",
+    "RANDOM_UUID": "992fae2a-2a17-4b7a-8d9e-e287cf90131c",
+    "ORG": ORGANIZATION,
+    "OWN_ORG": ORGANIZATION,
+    "FOREIGN_ORG": "1db1e1a0-0000-4000-8000-000000000001",
+    "NOW+1d": (NOW + timedelta(days=1)).isoformat(),
+    "NOW-1d": (NOW - timedelta(days=1)).isoformat(),
+}
+
+
+def sent(value: Any) -> Any:
+    """An event of an ingest case as it would be sent."""
+    if isinstance(value, dict) and "repeat_char" in value:
+        return value["repeat_char"] * value["count"]
+    if isinstance(value, dict):
+        return {key: sent(item) for key, item in value.items()}
+    return SYMBOLS.get(value, value) if isinstance(value, str) else value
+
+
+@named("ingest")
+def test_events_are_taken_and_refused_as_polar_does(case: Case) -> None:
+    """What needs no catalogue to be refused is refused by the event's own rules, and nothing else is."""
+    checked = [check_event(exact_json.encode(sent(event)), now=NOW) for event in case["when"]["params"]["events"]]
+    refused = any(isinstance(result, list) for result in checked)
+    needs_catalogue = "error_types" in case["then"]
+    agree(case, refused is (case["then"]["status"] == 422 and not needs_catalogue), checked)
+
+
+def test_every_difference_names_a_case_and_a_reason() -> None:
+    """No difference is declared for a case that does not exist, or without a word of why."""
+    assert DIFFERENCES.keys() <= {case["id"] for case in cases()}
+    assert all(len(reason) > 20 for reason in DIFFERENCES.values())
+
+
+def test_the_tolerance_tells_small_differences_apart() -> None:
+    """The tolerance is for the noise of Polar's doubles and nothing larger."""
+    assert same_number(Decimal("0.3"), Decimal("0.30000000000000004"))
+    assert not same_number(Decimal("1.00000001"), 1)
