@@ -1,0 +1,105 @@
+"""Reading records and judging rows: what is new, what repeats, what contradicts, what cannot be counted."""
+
+import pytest
+
+from aggregator.apply import CHUNK_EVENTS, decode
+from aggregator.directory import Directory
+from aggregator.seen import Seen
+from aggregator.step import CONFLICT, Changes, Tally, join, judge, nothing, step
+from meters.event import identity
+from tests.aggregator.records import NOW_US, ORGANIZATION, line, record
+
+
+def decided(*records: object, seen: Seen | None = None) -> Changes:
+    """What a round over these records would write into an empty store."""
+    batch = decode(records, Directory())  # type: ignore[arg-type]
+    if not batch.chunks:
+        return nothing(batch)
+    table, keys = join(batch)
+    index = seen or Seen()
+    found, content = index.find(keys.hi, keys.lo)
+    return step(batch, judge(table, keys, found, content), {})
+
+
+def test_a_row_carries_what_the_line_says() -> None:
+    """Name, ids, time, place and metadata arrive; the identity is the one the domain defines."""
+    text = '{"tokens": 12, "big": 12345678901234567890.5}'
+    sent = line("r1", name="chat", timestamp="2026-02-01T00:00:00Z", parent_id="p", metadata=text)
+    (row,) = decided(record(sent, offset=7)).rows.to_pylist()
+
+    assert ("chat", "r1", "p", 7, 0) == (
+        row["name"], row["external_id"], row["parent"], row["log_offset"], row["line"]
+    )
+    assert identity(ORGANIZATION, "r1") == (row["id_hi"], row["id_lo"])
+    assert "2026-02-01T00:00:00" == row["timestamp"].isoformat()
+    assert '{"tokens":12,"big":12345678901234567890.5}' == row["metadata"]
+    assert '{"/big":"12345678901234567890.5"}' == row["awkward"]
+
+
+def test_no_timestamp_means_the_time_of_ingestion() -> None:
+    """The record's time is the default."""
+    (row,) = decided(record(line("r1"))).rows.to_pylist()
+
+    assert row["timestamp"] == row["ingested_at"]
+
+
+def test_the_same_bytes_again_are_a_duplicate() -> None:
+    """In one batch or in two, a repetition is counted and not stored."""
+    changes = decided(record(line("a"), line("a")), record(line("a"), line("b"), offset=1))
+
+    assert {0: Tally(stored=2, duplicates=2)} == changes.tallies
+
+
+@pytest.mark.parametrize(
+    ("again", "is_conflict"),
+    [
+        ({"metadata": '{"b": 2, "a": 1}'}, False),  # other order of keys
+        ({"metadata": '{"a": 1, "b": 3}'}, True),  # other value
+        ({"metadata": '{"a": 1.0, "b": 2}'}, True),  # another spelling of a number is another value to its sender
+        ({"metadata": '{"a": 1, "b": 2}', "name": "other"}, True),
+        ({"metadata": '{"a": 1, "b": 2}', "external_customer_id": "bob"}, True),
+        ({"metadata": '{"a": 1, "b": 2}', "unknown": 1}, False),  # fields nobody reads
+    ],
+)
+def test_other_content_under_the_same_id_is_a_conflict(again: dict[str, object], is_conflict: bool) -> None:
+    """What differs in meaning is kept as a dead letter; what differs in bytes alone is a duplicate."""
+    changes = decided(record(line("a", metadata='{"a": 1, "b": 2}'), line("a", **again)))
+
+    assert {0: Tally(1, int(not is_conflict), int(is_conflict), 0)} == changes.tallies
+    assert [CONFLICT] * is_conflict == [letter.reason for letter in changes.dead]
+
+
+def test_a_line_that_cannot_be_counted_is_a_dead_letter_and_its_neighbours_count() -> None:
+    """Bytes, place and reason are kept."""
+    changes = decided(record(line("a"), b"{not json", line("b"), offset=3, admitted=False))
+
+    assert {0: Tally(stored=2, dead=1)} == changes.tallies
+    (letter,) = changes.dead
+    assert (0, 3, 1, b"{not json", NOW_US) == (
+        letter.partition, letter.offset, letter.line, letter.raw, letter.ingested_at_us
+    )
+    assert "json_invalid" == letter.reason
+
+
+def test_an_admitted_record_that_does_not_decode_goes_the_careful_way() -> None:
+    """Seconds since 1970 are a legal time that the fast way does not read."""
+    (row,) = decided(record(line("a", timestamp=1_700_000_000))).rows.to_pylist()
+
+    assert "2023-11-14T22:13:20" == row["timestamp"].isoformat()
+
+
+def test_a_line_without_an_id_is_known_by_its_place() -> None:
+    """A producer that skips the gateway may leave the id out; reading the log again gives the same identity."""
+    first, again = (decided(record(line(), line(), offset=5)).rows.to_pylist() for _ in range(2))
+
+    assert ["0:5:0", "0:5:1"] == [row["external_id"] for row in first]
+    assert [row["id_hi"] for row in first] == [row["id_hi"] for row in again]
+
+
+def test_many_lines_make_several_chunks_in_the_order_of_the_log() -> None:
+    """Chunking changes nothing."""
+    lines = [line(str(number)) for number in range(CHUNK_EVENTS + 10)]
+    records = [record(*lines[first : first + 100], offset=first) for first in range(0, len(lines), 100)]
+    rows = decided(*records).rows
+
+    assert [str(number) for number in range(CHUNK_EVENTS + 10)] == rows.column("external_id").to_pylist()

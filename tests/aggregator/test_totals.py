@@ -1,0 +1,54 @@
+"""Running totals are exact whatever is added, in whatever order."""
+
+from decimal import Context, Decimal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.totals import MeterTotals, Values
+
+EXACT = Context(prec=100)
+amounts = st.one_of(
+    st.integers(-(10**38) + 1, 10**38 - 1),
+    st.integers(-20, 20).map(lambda n: n * 10**11),
+    st.sampled_from([2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 0]),
+).map(lambda units: EXACT.scaleb(Decimal(units), -12))
+rounds = st.lists(st.lists(st.tuples(st.integers(0, 3), amounts), max_size=8), max_size=6)
+
+
+def added(func: str, rounds: list[list[tuple[int, Decimal]]]) -> MeterTotals:
+    """The totals after these rounds of (customer number, amount)."""
+    totals = MeterTotals(func)
+    for rows in rounds:
+        subjects = np.array([subject for subject, _ in rows], np.int32)
+        column = pa.array([amount for _, amount in rows], pa.decimal128(38, 12))
+        totals.add(Values.of(subjects, None if func == "count" else column))
+    return totals
+
+
+@pytest.mark.parametrize("func", ["count", "sum", "min", "max"])
+@given(rounds=rounds, subjects=st.sets(st.integers(0, 4), min_size=1))
+def test_totals_equal_plain_decimals(
+    func: str, rounds: list[list[tuple[int, Decimal]]], subjects: set[int]
+) -> None:
+    """Count, sum, least and greatest are those of a list of decimals, also beyond 64 and beyond 128 bits."""
+    total = added(func, rounds).total(sorted(subjects))
+    mine = [amount for rows in rounds for subject, amount in rows if subject in subjects]
+
+    assert len(mine) == total.count
+    if func == "sum":
+        expected = Decimal(0)
+        for amount in mine:
+            expected = EXACT.add(expected, amount)
+        assert expected == total.sum
+    if func in ("min", "max"):
+        expected_extreme = (min(mine) if func == "min" else max(mine)) if mine else None
+        assert expected_extreme == (total.min if func == "min" else total.max)
+
+
+def test_ten_times_a_tenth_is_one() -> None:
+    """The sum that doubles get wrong."""
+    assert Decimal(1) == added("sum", [[(0, Decimal("0.1"))] * 10]).total([0]).sum
