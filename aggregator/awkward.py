@@ -13,11 +13,13 @@ closer.
 import msgspec
 
 from meters.amount import DECIMALS, number_text
+from meters.facts import RESERVED
 
 EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789.eE", b"0000000000ee")
-_SIGNS = (b"0" * EXACT_DIGITS, b"0e0", b"0e-", b"0e+")
+_SIGNS = (b"0" * EXACT_DIGITS, b"0e")
 _ENCODE = msgspec.json.Encoder().encode
+_NO_KEYS: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 _NESTED = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -34,8 +36,10 @@ def awkward_numbers(metadata: dict[str, msgspec.Raw]) -> str | None:
         token = bytes(raw)
         pointer = "/" + key.replace("~", "~0").replace("/", "~1")
         if token[:1] == b"{":
+            _, numbers = RESERVED.get(key, _NO_KEYS)
             for inner, inner_raw in _NESTED(token).items():
-                _keep(found, f"{pointer}/{inner.replace('~', '~0').replace('/', '~1')}", bytes(inner_raw))
+                exact = bytes(inner_raw).strip(b'"') if inner in numbers else bytes(inner_raw)  # numbers sent as text
+                _keep(found, f"{pointer}/{inner.replace('~', '~0').replace('/', '~1')}", exact)
         else:
             _keep(found, pointer, token)
     return _ENCODE(found).decode() if found else None

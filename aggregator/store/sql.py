@@ -9,10 +9,10 @@ for the sake of one sender. So ordinary amounts are summed by the engine, and th
 collected in a list, ``enormous``, which Python adds: ``Measured.total`` is exact whatever was sent.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from operator import eq, ge, gt, le, lt, ne
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from sqlglot import exp, parse_one
@@ -21,7 +21,6 @@ from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage
 from meters.aggregation import Aggregation, exact_sum, mean
 from meters.amount import INTEGER_DIGITS_MAX
 from meters.filter import Clause, Filter, Operator, Scalar, value_text
-from meters.meter import Meter
 from meters.property import NAME, SOURCE, TIMESTAMP, is_built_in
 
 ORDINARY = 10**16
@@ -52,12 +51,12 @@ class Statement(NamedTuple):
     parameters: dict[str, object]
 
 
-def statement(expression: exp.Expression, parameters: Parameters) -> Statement:
+def statement(expression: exp.Expr, parameters: Parameters) -> Statement:
     """What ``connection.execute`` takes."""
     return Statement(expression.sql(DIALECT), parameters.values)
 
 
-def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expression:
+def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expr:
     """Whether the filter lets an event through: true, or else false or NULL."""
     if not filter.clauses:
         return exp.true()
@@ -68,7 +67,7 @@ def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expre
     return exp.and_(*parts) if filter.conjunction == "and" else exp.or_(*parts)
 
 
-def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Expression:
+def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Expr:
     values = clause.value if isinstance(clause.value, list) else [clause.value]
     operator = clause.operator
     if is_built_in(clause.property):
@@ -83,14 +82,10 @@ def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Express
     return _compare(clause.property, operator, values[0], stage, parameters)
 
 
-def _compare(
-    property: str, operator: Operator, value: Scalar, stage: Stage, parameters: Parameters
-) -> exp.Expression:
+def _compare(property: str, operator: Operator, value: Scalar, stage: Stage, parameters: Parameters) -> exp.Expr:
     """Each facet is NULL for events of another type, so at most one of the comparisons is decided."""
     binary = _EXPRESSIONS[operator]
-    parts: list[exp.Expression] = [
-        binary(this=stage.string(property), expression=parameters.add(value_text(value)))
-    ]
+    parts: list[exp.Expr] = [binary(this=stage.string(property), expression=parameters.add(value_text(value)))]
     if not isinstance(value, str):
         parts.append(_compare_number(stage.number(property), operator, value, parameters))
     if isinstance(value, bool):
@@ -98,9 +93,7 @@ def _compare(
     return exp.or_(*parts)
 
 
-def _compare_number(
-    number: exp.Expression, operator: Operator, value: int | Decimal, parameters: Parameters
-) -> exp.Expression:
+def _compare_number(number: exp.Expr, operator: Operator, value: int | Decimal, parameters: Parameters) -> exp.Expr:
     """A value that no amount reaches is compared once, here, with any amount at all."""
     if abs(value) >= 10**INTEGER_DIGITS_MAX:
         holds = _COMPARE[operator](0, value)
@@ -108,7 +101,7 @@ def _compare_number(
     return _EXPRESSIONS[operator](this=number, expression=parameters.amount(Decimal(value)))
 
 
-def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expression:
+def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expr:
     texts = [parameters.add(value_text(value)) for value in values]
     numbers = [
         parameters.amount(Decimal(value))
@@ -123,7 +116,7 @@ def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: P
 
 def _built_in(
     property: str, operator: Operator, values: Sequence[Scalar], stage: Stage, parameters: Parameters
-) -> exp.Expression:
+) -> exp.Expr:
     """``name`` and ``source`` against strings, ``timestamp`` against integers; anything else is false."""
     if operator is Operator.EXISTS:
         return exp.convert(bool(values[0]))
@@ -148,19 +141,19 @@ def _single(operator: Operator) -> Operator:
     return Operator.EQ if operator is Operator.IN else operator
 
 
-def _like(text: exp.Expression, operator: Operator, needle: str, parameters: Parameters) -> exp.Expression:
+def _like(text: exp.Expr, operator: Operator, needle: str, parameters: Parameters) -> exp.Expr:
     found = exp.Contains(this=text, expression=parameters.add(needle))
     return found if operator is Operator.LIKE else exp.not_(found)
 
 
-def considered(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+def considered(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     """Whether the aggregation takes an event that the filter let through; never NULL."""
     if aggregation.func in ("count", "unique"):
         return exp.true()
     return exp.not_(_amount(aggregation, stage).is_(exp.null()))
 
 
-def _amount(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+def _amount(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     """The number that a numeric function reads."""
     property = aggregation.property or ""
     if property == TIMESTAMP:
@@ -170,7 +163,7 @@ def _amount(aggregation: Aggregation, stage: Stage) -> exp.Expression:
     return stage.number(property)
 
 
-def value(aggregation: Aggregation, stage: Stage) -> exp.Expression:
+def value(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     """What an event contributes: DECIMAL(38, 12) to a numeric function, a VARCHAR identity to ``unique``, 1 to count.
 
     ``unique`` looks up built-in names in the metadata, as Polar does.
@@ -185,7 +178,7 @@ def value(aggregation: Aggregation, stage: Stage) -> exp.Expression:
 MEASURES = ("count", "sum", "enormous", "min", "max")
 
 
-def measures(aggregation: Aggregation, contribution: exp.Expression) -> list[exp.Expression]:
+def measures(aggregation: Aggregation, contribution: exp.Expr) -> list[exp.Expr]:
     """The columns of a group, under the names of ``MEASURES``; ``contribution`` is a ``value`` in scope.
 
     ``count`` BIGINT: events considered, or distinct values. The rest is NULL for ``count`` and ``unique``; elsewhere
@@ -204,7 +197,7 @@ def measures(aggregation: Aggregation, contribution: exp.Expression) -> list[exp
     ]
 
 
-def _with(source: str, contribution: exp.Expression) -> exp.Expression:
+def _with(source: str, contribution: exp.Expr) -> exp.Expr:
     """The fragment of SQL, with the contribution in the place of ``x``."""
     tree = parse_one(source, dialect=DIALECT)
     return tree.transform(
@@ -239,39 +232,3 @@ class Measured(msgspec.Struct, frozen=True):
                 return self.min or Decimal(0)
             case "max":
                 return self.max or Decimal(0)
-
-
-class Totals(NamedTuple):
-    """How to evaluate many meters over one batch: make the stage, then run each meter's statement over it."""
-
-    stage: Statement
-    meters: list[tuple[str, Statement]]
-
-
-def totals_queries(
-    meters: Iterable[Meter], *, batch: str = "batch", stage_table: str = "stage", keep: Sequence[str] = ("subject",)
-) -> Totals:
-    """One SELECT that parses the batch, and for each meter (but ``unique`` ones) a SELECT over what it gives.
-
-    ``batch`` is a relation with ``keep``, name, source, timestamp, metadata, awkward; the caller puts the stage's
-    rows into ``stage_table``. A meter's rows are ``keep`` and the ``MEASURES``, grouped by ``keep``.
-    """
-    stage = Stage()
-    compiled = []
-    for meter in meters:
-        if meter.aggregation.func != "unique":
-            parameters = Parameters()
-            query = _grouped(meter, stage, stage_table, keep, parameters)
-            compiled.append((meter.id, statement(query, parameters)))
-    parameters = Parameters()
-    return Totals(statement(stage.select(exp.to_table(batch), keep, parameters), parameters), compiled)
-
-
-def _grouped(
-    meter: Meter, stage: Stage, table: str, keep: Sequence[str], parameters: Parameters
-) -> exp.Select:
-    columns = [exp.column(name) for name in keep]
-    contribution = value(meter.aggregation, stage)
-    query = exp.select(*columns, *measures(meter.aggregation, contribution)).from_(table)
-    query = query.where(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
-    return query.group_by(*columns)

@@ -7,7 +7,7 @@ was asked for while meters are compiled, then gives one SELECT with a column for
 
 Paths are JSON pointers, handed over as a parameter: any key works, and a dot in a property means nesting. Tokens come
 back as JSON text (``5``, ``"5"``, ``true``, ``{...}``); numbers that DuckDB's JSON would bend stand in the column
-``awkward`` under the same pointer (see ``aggregator.awkward``).
+``awkward``, where the pointer is the key (see ``aggregator.awkward``).
 """
 
 from collections.abc import Sequence
@@ -48,9 +48,8 @@ _NOTHING = {
 }
 # Numbers of ``_cost`` and ``_llm`` may have been sent as text: without its quotes it is read as the number it is.
 _UNQUOTED = f"COALESCE({_STRING}, {{t}})"
-_SECONDS = (
-    "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
-)  # // cuts towards zero, so halves go away from it, as in meters.facts.epoch_seconds
+# // cuts towards zero, so halves go away from it, as in meters.facts.epoch_seconds.
+_SECONDS = "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
 
 
 class Parameters:
@@ -59,13 +58,13 @@ class Parameters:
     def __init__(self) -> None:
         self.values: dict[str, object] = {}
 
-    def add(self, value: object) -> exp.Expression:
+    def add(self, value: object) -> exp.Expr:
         """A placeholder for the value."""
         name = f"v{len(self.values)}"
         self.values[name] = value
         return exp.Placeholder(this=name)
 
-    def amount(self, value: object) -> exp.Expression:
+    def amount(self, value: object) -> exp.Expr:
         """A placeholder for a number that an amount is compared with."""
         return exp.cast(self.add(value), AMOUNT, dialect=DIALECT)
 
@@ -76,60 +75,61 @@ class Stage:
     def __init__(self) -> None:
         self._pointers: dict[str, int] = {}
         self._unquoted: set[int] = set()
-        self._columns: dict[str, exp.Expression] = {}
+        self._columns: dict[str, exp.Expr] = {}
 
-    def string(self, property: str) -> exp.Expression:
+    def string(self, property: str) -> exp.Expr:
         """VARCHAR: the value, where it is a string."""
         return self._facet(property, "string")
 
-    def number(self, property: str) -> exp.Expression:
+    def number(self, property: str) -> exp.Expr:
         """DECIMAL(38, 12): the value, where it is a number."""
         return self._facet(property, "number")
 
-    def boolean(self, property: str) -> exp.Expression:
+    def boolean(self, property: str) -> exp.Expr:
         """BOOLEAN: the value, where it is one."""
         return self._facet(property, "boolean")
 
-    def present(self, property: str) -> exp.Expression:
+    def present(self, property: str) -> exp.Expr:
         """BOOLEAN, never NULL: whether there is a value other than null."""
         return self._facet(property, "present")
 
-    def text(self, property: str) -> exp.Expression:
+    def text(self, property: str) -> exp.Expr:
         """VARCHAR: the text of a string, number (``meters.amount.number_text``) or boolean."""
         return self._facet(property, "text")
 
-    def identity(self, property: str) -> exp.Expression:
+    def identity(self, property: str) -> exp.Expr:
         """VARCHAR: equal for two values exactly if ``unique`` takes them for one; NULL where there is none."""
         return self._facet(property, "identity")
 
-    def built_in(self, property: str) -> exp.Expression:
+    def built_in(self, property: str) -> exp.Expr:
         """``name`` and ``source`` VARCHAR; ``timestamp`` BIGINT, whole seconds since 1970."""
         source = property if property in (NAME, SOURCE) else _SECONDS
         return self._column(f"event_{property}", parse_one(source, dialect=DIALECT))
 
-    def select(self, source: exp.Expression, keep: Sequence[str], parameters: Parameters) -> exp.Select:
+    def select(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The columns ``keep`` of ``source`` (a table, or a SELECT in parentheses) and every facet asked for."""
         facets = [exp.alias_(column.copy(), name) for name, column in self._columns.items()]
         if self._pointers:
             source = self._tokens(source, keep, parameters).subquery("tokens")
         return exp.select(*map(exp.column, keep), *facets).from_(source)
 
-    def _tokens(self, source: exp.Expression, keep: Sequence[str], parameters: Parameters) -> exp.Select:
+    def _tokens(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The token and the exact text of each pointer, as columns."""
         kept = [exp.column(name) for name in dict.fromkeys((*keep, NAME, SOURCE, TIMESTAMP))]
         pointers = parameters.add(list(self._pointers))
         tokens = exp.cast(_call("json_extract", exp.column("metadata"), pointers), "VARCHAR[]", dialect=DIALECT)
-        exact = _call("json_extract_string", exp.column("awkward"), pointers)
+        awkward = parameters.add([pointer([path]) for path in self._pointers])  # there a pointer is a key
+        exact = _call("json_extract_string", exp.column("awkward"), awkward)
         parsed = exp.select(*kept, exp.alias_(tokens, "t"), exp.alias_(exact, "x")).from_(source)
         picked = [column for place in self._pointers.values() for column in self._pick(place)]
         return exp.select(*kept, *picked).from_(parsed.subquery("parsed"))
 
-    def _pick(self, place: int) -> list[exp.Expression]:
+    def _pick(self, place: int) -> list[exp.Expr]:
         token = _UNQUOTED if place in self._unquoted else "{t}"
         sources = (f"t{place}", token.format(t=f"t[{place}]")), (f"x{place}", f"x[{place}]")
         return [exp.alias_(parse_one(source, dialect=DIALECT), name) for name, source in sources]
 
-    def _facet(self, property: str, facet: str) -> exp.Expression:
+    def _facet(self, property: str, facet: str) -> exp.Expr:
         first, *rest = steps = property.split(".")
         known, numbers = RESERVED.get(first, (frozenset(), frozenset())) if rest else (frozenset(), frozenset())
         if known and rest[0] not in known:
@@ -140,7 +140,7 @@ class Stage:
         source = _FACETS[facet].format(t=f"t{place}", x=f"x{place}")
         return self._column(f"p{place}_{facet}", parse_one(source, dialect=DIALECT))
 
-    def _column(self, name: str, expression: exp.Expression) -> exp.Expression:
+    def _column(self, name: str, expression: exp.Expr) -> exp.Expr:
         self._columns.setdefault(name, expression)
         return exp.column(name)
 
@@ -150,5 +150,5 @@ def pointer(steps: Sequence[str]) -> str:
     return "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
 
 
-def _call(name: str, *arguments: exp.Expression) -> exp.Expression:
+def _call(name: str, *arguments: exp.Expr) -> exp.Expr:
     return exp.Anonymous(this=name, expressions=list(arguments))
