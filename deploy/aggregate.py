@@ -1,0 +1,33 @@
+"""The aggregator's process: the log and the store of a data directory, the API on its socket."""
+
+from aggregator.process import Process
+from aggregator.process import run as run_aggregator
+from aggregator.store.store import Replaced, Unopenable
+from deploy.data import DataDirectory
+from deploy.giving_up import GiveUp
+from deploy.lifeline import live_no_longer_than_supervisor
+from deploy.logs import configure_logs
+from deploy.settings import Settings
+from meters.log import PositionLost
+
+
+def run(settings: Settings, lifeline: int | None) -> None:
+    """Serve until SIGTERM. Raises GiveUp where a restart would not help."""
+    if lifeline is not None:
+        live_no_longer_than_supervisor(lifeline)
+    configure_logs("aggregator", settings.log_level)
+    data = DataDirectory(settings.data)
+    data.make()
+    data.socket.unlink(missing_ok=True)  # left over from a process that was killed
+    log = data.open_log()
+    try:
+        run_aggregator(log, Process(store=data.store, socket=data.socket))
+    except (Unopenable, Replaced) as error:
+        raise GiveUp(f"{error}; `meterstream doctor --data {data.path}` looks closer") from error
+    except PositionLost as error:
+        raise GiveUp(
+            f"the log and the store do not belong together any more: {error}; stop here, keep both, and see "
+            f"`meterstream doctor --data {data.path}`"
+        ) from error
+    finally:
+        log.close()

@@ -1,0 +1,129 @@
+"""The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
+
+import json
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+import httpx
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import as_json
+
+CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
+ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
+PAGE_ROWS = 100  # the most that the API gives at once
+DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
+
+
+class Api:
+    """A connection to a server's ``/v1``, with the organization's token. A context manager."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self._url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        try:
+            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, follow_redirects=True)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise GiveUp(f"--url {url}: {error}", USAGE) from None
+
+    def __enter__(self) -> "Api":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def send(
+        self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """One request, whatever its status. Raises httpx.TransportError when there was no answer."""
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        head = {"Content-Type": "application/json"} if content is not None else {}
+        try:
+            return self._http.request(method, path, params=given, content=content, headers={**head, **(headers or {})})
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise GiveUp(f"--url {self._url}: {error}", USAGE) from None
+
+    def get(self, path: str, **params: Any) -> Any:
+        """The answer's JSON, its decimals exact. Raises GiveUp."""
+        return self._json("GET", path, params=params)
+
+    def post(self, path: str, body: object, **params: Any) -> Any:
+        """As ``get``, with a body."""
+        return self._json("POST", path, params=params, content=as_json(body).encode())
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Every item of a list, page by page."""
+        page = 1
+        while True:
+            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
+            yield from answer["items"]
+            if page >= answer["pagination"]["max_page"]:
+                return
+            page += 1
+
+    def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
+        try:
+            response = self.send(method, path, params=params, content=content)
+        except httpx.TransportError as error:
+            raise self.unreachable(error) from None
+        if response.is_success:
+            return exact_json(response.content)
+        raise refused(response)
+
+    def unreachable(self, error: httpx.TransportError) -> GiveUp:
+        """What to say when nobody answered."""
+        if isinstance(error, httpx.TimeoutException):
+            return GiveUp(f"{self._url} did not answer in time; is it overloaded, or the wrong address?")
+        return GiveUp(
+            f"no server answers at {self._url}; start one with `meterstream serve`, or name it with --url "
+            "(or METERSTREAM_URL)"
+        )
+
+
+def exact_json(content: bytes) -> Any:
+    """JSON with its decimals as they were written."""
+    return json.loads(content, parse_float=Decimal)
+
+
+def refused(response: httpx.Response) -> GiveUp:
+    """What to say about an answer that is not a success, and what to do about it."""
+    match response.status_code:
+        case 401:
+            return GiveUp(
+                "the server does not accept this token; give one with --token (or METERSTREAM_TOKEN), "
+                "or make one with `meterstream tokens create`"
+            )
+        case 403:
+            return GiveUp(f"this token may not do that: {_first_line(response)}; `meterstream tokens create` makes one")
+        case 404:
+            return GiveUp(f"not found: {response.request.url.path}")
+        case 422:
+            return GiveUp("; ".join(_details(response)) or _first_line(response))
+        case 429 | 503:
+            wait = response.headers.get("Retry-After", "a few")
+            return GiveUp(f"the server is busy or still starting; try again in {wait} s")
+        case status:
+            return GiveUp(f"the server answered {status}: {_first_line(response)}")
+
+
+def _details(response: httpx.Response) -> list[str]:
+    """The refusals of a 422, each as ``where: what``."""
+    try:
+        entries = response.json()["detail"]
+        lines = [f"{'.'.join(map(str, entry['loc'][1:]))}: {entry['msg']}" for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        return []
+    hidden = len(lines) - DETAILS_SHOWN_MAX
+    return lines[:DETAILS_SHOWN_MAX] + ([f"and {hidden} more"] if hidden > 0 else [])
+
+
+def _first_line(response: httpx.Response) -> str:
+    """The answer's own words, or its status where it has none."""
+    try:
+        body = response.json()
+        return str(body.get("error_description") or body.get("detail") or body.get("error") or body)
+    except (ValueError, AttributeError):
+        return (response.text.strip().splitlines() or [response.reason_phrase])[0][:200]

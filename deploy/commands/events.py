@@ -1,0 +1,139 @@
+"""``meterstream events``: sending usage, and looking at what arrived and at what could not be counted."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.output import note, show, show_one
+from deploy.session import EPILOG, Session, session
+
+app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
+
+EVENT_COLUMNS = ("timestamp", "name", "external_customer_id", "customer_id", "metadata")
+DEAD_COLUMNS = ("id", "ingested_at", "reason", "detail", "raw")
+PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
+
+
+@app.command(epilog=EPILOG)
+def send(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+) -> None:
+    """Send events, one JSON object a line, as they are. One without external_id gets one, kept over repetitions."""
+    from deploy.event_files import read_ndjson
+
+    with _opened(file) as source:
+        _deliver(session(context), read_ndjson(source), batch, total=None)
+
+
+@app.command(epilog=EPILOG, name="import")
+def import_csv(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
+    map: Annotated[list[str], typer.Option(help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens.")] = [],  # noqa: B006 (typer copies it)
+    set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+) -> None:
+    """Import a CSV file. Importing the same file again counts nothing twice: ids come from its content and lines."""
+    from deploy.event_files import CsvFile, parse_mapping
+
+    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"))
+    source.check()
+    _deliver(session(context), source.lines(), batch, total=source.rows())
+
+
+@app.command(epilog=EPILOG, name="list")
+def list_events(
+    context: typer.Context,
+    name: Annotated[list[str] | None, typer.Option(help="Only events of this name; repeatable.")] = None,
+    customer: Annotated[list[str] | None, typer.Option(help="Only this external customer id; repeatable.")] = None,
+    meter: Annotated[str | None, typer.Option(help="Only what this meter (id or name) counts.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+) -> None:
+    """The newest events."""
+    from deploy.commands.meters import find_meter
+
+    here = session(context)
+    with here.api() as api:
+        meter_id = find_meter(api, meter)["id"] if meter else None
+        found = api.get("/v1/events/", name=name, external_customer_id=customer, meter_id=meter_id, limit=limit)
+    show(found["items"], EVENT_COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def dead(context: typer.Context) -> None:
+    """What arrived and cannot be counted, with the reason and its bytes."""
+    here = session(context)
+    with here.api() as api:
+        show(list(api.pages("/v1/dead-letters/")), DEAD_COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def replay(
+    context: typer.Context,
+    id: Annotated[str, typer.Argument(help="The dead letter, as `meterstream events dead` shows it.")],
+    file: Annotated[Path | None, typer.Option(help="The mended event; without it the letter goes as it is.")] = None,
+) -> None:
+    """Send a dead letter again, mended if a file is given."""
+    here = session(context)
+    with here.api() as api:
+        body = _mended(file) if file else {}
+        show_one(api.post(f"/v1/dead-letters/{id}/replay", body), here.output)
+
+
+def _mended(file: Path) -> dict[str, Any]:
+    from deploy.client import exact_json
+
+    with _opened(file) as source:
+        try:
+            return {"event": exact_json(source.read())}
+        except ValueError as error:
+            raise GiveUp(f"{file} holds no JSON: {error}", USAGE) from None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    if str(file) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise GiveUp(f"cannot read {file}: {error.strerror}", USAGE) from None
+    with source:
+        yield source
+
+
+def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None) -> None:
+    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken."""
+    from deploy.progress import progress_bar
+    from deploy.sending import Line, Problem, deliver
+
+    unreadable: list[Problem] = []
+
+    def readable() -> Iterator[Line]:
+        for item in source:
+            if isinstance(item, Problem):
+                unreadable.append(item)
+            else:
+                yield item
+
+    with here.api() as api, progress_bar("events", total) as advance:
+        delivery = deliver(api, readable(), events_max=batch, progress=advance)
+    problems = sorted(unreadable + delivery.problems, key=lambda problem: problem.line)
+    summary = {"inserted": delivery.inserted, "duplicates": delivery.duplicates, "refused": len(problems)}
+    show_one(summary | {"log_position": delivery.log_position}, here.output)
+    for problem in problems[:PROBLEMS_SHOWN_MAX]:
+        note(f"line {problem.line}: {problem.message}")
+    if problems:
+        more = len(problems) - PROBLEMS_SHOWN_MAX
+        raise GiveUp(
+            f"{len(problems)} lines were not taken{f' ({more} more than shown)' if more > 0 else ''}; "
+            "the others are safe, and mended lines can be sent by themselves", FAILED,
+        )

@@ -1,0 +1,60 @@
+"""The processes: the whole, its two halves, and the demonstration."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.session import session
+
+Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
+Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
+Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socket that the supervisor opened.")]
+
+
+def serve(context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None) -> None:
+    """Run Meterstream: gateway and aggregator together. The first start makes an organization and a token."""
+    from deploy.lifeline import live_no_longer_than_supervisor
+    from deploy.logs import configure_logs
+    from deploy.serve import serve as run
+
+    settings = session(context).settings.but(host=host, port=port)
+    configure_logs("serve", settings.log_level)
+    if lifeline is not None:
+        live_no_longer_than_supervisor(lifeline)
+    run(settings)
+
+
+def gateway(
+    context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None, socket: Socket = None
+) -> None:
+    """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
+    from deploy.gateway import run
+
+    run(session(context).settings.but(host=host, port=port), lifeline, socket)
+
+
+def aggregate(context: typer.Context, lifeline: Lifeline = None) -> None:
+    """Run the aggregator alone: follows the log into the store and answers queries."""
+    from deploy.aggregate import run
+
+    run(session(context).settings, lifeline)
+
+
+def demo(
+    context: typer.Context,
+    trace: Annotated[Path | None, typer.Option(help="A CSV file: TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")] = None,
+) -> None:
+    """Meter a real LLM trace end to end and check every total against a plain recount; exit code 3 if one differs."""
+    from deploy.demo import run
+
+    run(trace, rows)
+
+
+def version() -> None:
+    """The version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(f"meterstream {installed('meterstream')}")

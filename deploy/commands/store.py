@@ -1,0 +1,40 @@
+"""The store's two commands: make it again, and see what is wrong."""
+
+import typer
+
+from deploy.giving_up import FAILED, GiveUp
+from deploy.output import note, show, show_one
+from deploy.session import session
+
+
+def rebuild(context: typer.Context) -> None:
+    """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
+    from deploy.progress import progress_bar
+    from deploy.rebuild import rebuild as run
+
+    here = session(context)
+    with progress_bar("records", None) as advance:
+        done = 0
+
+        def progress(records: int, total: int) -> None:
+            nonlocal done
+            advance(records - done)
+            done = records
+
+        tallies = run(here.data, progress)
+    show_one(tallies, here.output)
+    note(f"{here.data.store} is new, and has everything that the log has.")
+
+
+def doctor(context: typer.Context) -> None:
+    """Look at the log and the store, and say what is wrong and what heals it. Exit code 1 if something is."""
+    from deploy.doctor import examine
+
+    here = session(context)
+    findings = list(examine(here.data))
+    rows = [{"part": finding.part, "found": finding.found, "heal": finding.heal} for finding in findings]
+    show(rows, ("part", "found", "heal"), here.output)
+    wrong = sum(bool(finding.heal) for finding in findings)
+    if wrong:
+        raise GiveUp(f"{wrong} of {len(findings)} looks found something wrong; the last column says what to do", FAILED)
+    note("Nothing is wrong.")

@@ -1,0 +1,72 @@
+"""``meterstream tokens``: the credentials of an organization, on the machine that has its data."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import msgspec
+import typer
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import note, show, show_one
+from deploy.session import EPILOG, session
+
+app = typer.Typer(no_args_is_help=True, help="Access tokens of the organizations (works on --data).")
+
+COLUMNS = ("id", "organization", "name", "scopes", "created_at", "expires_at", "revoked_at")
+Organization = Annotated[str | None, typer.Option(help="Its id or name; not needed where there is only one.")]
+
+
+@app.command(epilog=EPILOG)
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Option(help="What the token is for.")] = "command line",
+    organization: Organization = None,
+    scope: Annotated[list[str] | None, typer.Option(help="What it may do; repeatable; everything by default.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="How long it is good; for ever by default.")] = None,
+) -> None:
+    """Create a token and show its secret, this once."""
+    from deploy.control import new_secret, new_token, open_control, shown
+    from meters.access import SCOPES
+    from meters.catalogue import TokenCreated
+
+    unknown = set(scope or ()) - set(SCOPES)
+    if unknown:
+        raise GiveUp(f"there is no scope {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}", USAGE)
+    here = session(context)
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    secret = new_secret()
+    with open_control(here.data) as control:
+        token = new_token(control.organization(organization), name, secret, scope or SCOPES, expires_at)
+        control.decide([TokenCreated(token)])
+        row = shown(token, control.catalogue)
+    show_one({"token": secret, **msgspec.to_builtins(row)}, here.output)
+    note("Keep the token now: only its digest is stored.")
+
+
+@app.command(epilog=EPILOG, name="list")
+def list_tokens(context: typer.Context, organization: Organization = None) -> None:
+    """The tokens there are, without their secrets."""
+    from deploy.control import open_control, shown
+
+    here = session(context)
+    with open_control(here.data) as control:
+        owner = control.organization(organization).id if organization else None
+        tokens = [one for one in control.catalogue.tokens.values() if owner in (None, one.organization_id)]
+        rows = [msgspec.to_builtins(shown(token, control.catalogue)) for token in tokens]
+    show(rows, COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def revoke(context: typer.Context, id: Annotated[str, typer.Argument(help="The token's id, from the list.")]) -> None:
+    """Take a token back. A running server refuses it within moments."""
+    from deploy.control import open_control, revoked, shown
+
+    here = session(context)
+    with open_control(here.data) as control:
+        found = [token for token in control.catalogue.tokens.values() if token.id == id]
+        if not found:
+            raise GiveUp(f"there is no token {id}; `meterstream tokens list` shows the ids")
+        if found[0].revoked_at is None:
+            control.decide([revoked(found[0])])
+        row = shown(control.catalogue.tokens[found[0].sha256], control.catalogue)
+    show_one(msgspec.to_builtins(row), here.output)

@@ -1,0 +1,74 @@
+"""``meterstream usage``: what was used, over time."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import Output, as_json, note, show, show_table
+from deploy.session import session
+
+# How far back each interval looks by default: a screenful, and within the API's limits.
+DEFAULT_RANGE = {
+    "hour": timedelta(hours=24),
+    "day": timedelta(days=30),
+    "week": timedelta(weeks=26),
+    "month": timedelta(days=365),
+    "year": timedelta(days=5 * 365),
+}
+EARLIEST = datetime(2023, 1, 1, tzinfo=UTC)  # the API knows nothing before
+
+
+def usage(
+    context: typer.Context,
+    meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
+    customer: Annotated[list[str] | None, typer.Option(help="Only this external customer id; repeatable.")] = None,
+    interval: Annotated[str, typer.Option(help="hour, day, week, month or year.")] = "day",
+    start: Annotated[str | None, typer.Option(help="From this time (ISO 8601, UTC unless it says).")] = None,
+    end: Annotated[str | None, typer.Option(help="Until this time; now by default.")] = None,
+    timezone: Annotated[str, typer.Option(help="Whose days and months, such as Europe/Berlin.")] = "UTC",
+    chart: Annotated[bool, typer.Option("--chart", help="Draw bars beside the numbers.")] = False,
+) -> None:
+    """What a meter counted, interval by interval, with its total and the position of the log it is true for."""
+    from deploy.client import exact_json, refused
+    from deploy.commands.meters import find_meter
+
+    here = session(context)
+    if interval not in DEFAULT_RANGE:
+        raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
+    until = _instant(end, "--end") if end else datetime.now(UTC)
+    since = _instant(start, "--start") if start else max(until - DEFAULT_RANGE[interval], EARLIEST)
+    with here.api() as api:
+        found = find_meter(api, meter)
+        response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={
+            "start_timestamp": since.isoformat(), "end_timestamp": until.isoformat(), "interval": interval,
+            "timezone": timezone, "external_customer_id": customer,
+        })
+        if not response.is_success:
+            raise refused(response)
+    _show(exact_json(response.content), response.headers.get("As-Of", ""), here.output, chart)
+
+
+def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> None:
+    rows = [
+        {"timestamp": point["timestamp"], "quantity": Decimal(point["quantity"])} for point in answer["quantities"]
+    ]
+    if output is Output.json:
+        print(as_json({**answer, "as_of": as_of}))
+    elif output is Output.csv:
+        show(rows, ("timestamp", "quantity"), output)
+    else:
+        total = {"timestamp": "total", "quantity": Decimal(answer["total"])}
+        show_table(rows, ("timestamp", "quantity"), chart="quantity" if chart else "")
+        show_table([total], ("timestamp", "quantity"))
+        note(f"As of log position {as_of or 'unknown'}.")
+
+
+def _instant(text: str, option: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise GiveUp(f"{option} takes an ISO 8601 time, and not {text!r}", USAGE) from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)

@@ -1,0 +1,132 @@
+"""The operator's hand on the control stream: organizations and tokens, with or without a running server.
+
+A decision is a record in the log like any other; a running gateway and aggregator read it within moments, and a
+stopped one finds it when it starts. The secret of a token exists in this process alone, for as long as it takes to
+show it; the log holds its digest.
+"""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import msgspec
+
+from deploy.data import DataDirectory
+from deploy.giving_up import GiveUp
+from meters.access import SCOPES, TOKEN_PREFIX, digest
+from meters.catalogue import (
+    Catalogue,
+    Change,
+    Organization,
+    OrganizationCreated,
+    Token,
+    TokenCreated,
+    TokenRevoked,
+    decode_change,
+    encode_change,
+)
+from meters.log import USAGE_CONTROL, Entry, Log, TryAgain
+
+READ_BYTES = 4 * 1024 * 1024
+SECRET_BYTES = 32  # 256 bits, more than anybody can guess
+
+
+class Control:
+    """The catalogue as the control stream has it, and the pen to write the next decision."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.catalogue = Catalogue(_changes(log))
+
+    def decide(self, changes: Sequence[Change]) -> None:
+        """Make decisions durable, all or none. Raises GiveUp when the log cannot take them now."""
+        value = b"\n".join(encode_change(change) for change in changes)
+        try:
+            asyncio.run(self._log.append(USAGE_CONTROL, [Entry(value)]))
+        except TryAgain as error:
+            raise GiveUp(f"the log cannot take this now ({error}); try again") from None
+        for change in changes:
+            self.catalogue.apply(change)
+
+    def organization(self, wanted: str | None) -> Organization:
+        """The organization of this id or name; without one, the only one there is. Raises GiveUp."""
+        known = list(self.catalogue.organizations.values())
+        found = [one for one in known if wanted is None or wanted in (one.id, one.name)]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(f"{one.name} ({one.id})" for one in known) or "none yet; see `meterstream orgs create`"
+        raise GiveUp(f"say which organization with --organization ID; there are: {names}")
+
+
+@contextmanager
+def open_control(data: DataDirectory, *, create: bool = False) -> Iterator[Control]:
+    """The control stream of a data directory. Raises GiveUp when there is none, unless it may be made."""
+    if create:
+        data.make()
+    else:
+        data.require()
+    log = data.open_log()
+    try:
+        yield Control(log)
+    finally:
+        log.close()
+
+
+def new_organization(name: str) -> Organization:
+    """An organization that is not yet decided."""
+    return Organization(id=str(uuid.uuid4()), name=name, created_at=datetime.now(UTC))
+
+
+def new_secret() -> str:
+    """A token that nobody has seen."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+
+
+def new_token(
+    organization: Organization,
+    name: str,
+    secret: str,
+    scopes: Sequence[str] = SCOPES,
+    expires_at: datetime | None = None,
+) -> Token:
+    """What is kept of a token that is not yet decided."""
+    return Token(
+        id=str(uuid.uuid4()), organization_id=organization.id, name=name, sha256=digest(secret), scopes=list(scopes),
+        created_at=datetime.now(UTC), expires_at=expires_at,
+    )
+
+
+def first_start(control: Control, secret: str | None) -> str | None:
+    """Make an organization with a token where there is none yet; the token's secret if it is new."""
+    if control.catalogue.organizations:
+        return None
+    organization = new_organization("default")
+    chosen = secret or new_secret()
+    control.decide([OrganizationCreated(organization), TokenCreated(new_token(organization, "first", chosen))])
+    return chosen
+
+
+def revoked(token: Token) -> TokenRevoked:
+    """The decision that a token is good no longer."""
+    return TokenRevoked(token.id, datetime.now(UTC))
+
+
+def shown(token: Token, catalogue: Catalogue) -> dict[str, object]:
+    """A token as a person sees it: everything but the digest."""
+    organization = catalogue.organizations.get(token.organization_id)
+    row = {name: value for name, value in msgspec.structs.asdict(token).items() if name != "sha256"}
+    return row | {"organization": organization.name if organization else token.organization_id}
+
+
+def _changes(log: Log) -> Iterator[Change]:
+    positions = log.starts(USAGE_CONTROL)
+    while records := log.read(USAGE_CONTROL, positions, bytes_max=READ_BYTES):
+        for record in records:
+            positions[record.partition] = record.offset + 1
+            for line in record.value.split(b"\n"):
+                change = decode_change(line)
+                if change is not None:
+                    yield change

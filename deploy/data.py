@@ -1,0 +1,108 @@
+"""What lies in a data directory, and who may hold it.
+
+    log.sqlite      the log, the only truth          any process may append, one aggregator reads
+    store.duckdb    the view of it                   the aggregator alone
+    api.sock        the aggregator's query API       the gateway passes reads on to it
+    serve.lock      who serves from here             held by ``serve`` and its children as long as one of them lives
+
+The lock is the operating system's, on an open file: it goes with the last process that holds it, however that
+process ended, so there is never a stale one to remove by hand.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from deploy.giving_up import GiveUp
+from ingest.log import open_log
+from meters.log import Log, Refused, TryAgain
+
+# Unix sockets have room for 108 bytes of path, with a final zero (Linux unix(7); macOS has 104).
+SOCKET_PATH_BYTES_MAX = 103
+# A server that was killed leaves its lock when the kernel has ended its children: milliseconds, unless it is busy.
+LOCK_PATIENCE_S = 3.0
+
+
+class DataDirectory(msgspec.Struct, frozen=True):
+    """The files of one installation."""
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        """The log's file."""
+        return self.path / "log.sqlite"
+
+    @property
+    def store(self) -> Path:
+        """The store's file."""
+        return self.path / "store.duckdb"
+
+    @property
+    def socket(self) -> Path:
+        """Where the aggregator answers. Raises GiveUp when the operating system has no room for so long a path."""
+        path = self.path / "api.sock"
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise GiveUp(f"{path} is too long for a socket ({SOCKET_PATH_BYTES_MAX} bytes); give a shorter --data")
+        return path
+
+    def open_log(self) -> Log:
+        """The log, made if there is none. Raises GiveUp when it cannot be opened."""
+        try:
+            return open_log(f"embedded:{self.path}")
+        except (TryAgain, Refused) as error:
+            raise GiveUp(f"{error}") from error
+
+    def make(self) -> None:
+        """Make the directory if there is none; only its owner may look inside. Raises GiveUp."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise GiveUp(f"cannot make the data directory {self.path}: {error.strerror}; give another --data") from None
+
+    def require(self) -> None:
+        """Raises GiveUp when there is no log here."""
+        if not self.log.exists():
+            raise GiveUp(
+                f"there is no Meterstream data in {self.path}; start one with `meterstream serve --data {self.path}`, "
+                "or name the right place with --data"
+            )
+
+    @contextlib.contextmanager
+    def hold(self, purpose: str) -> Iterator[int]:
+        """Hold the directory alone; gives the file descriptor of the lock, for children to inherit.
+
+        Raises GiveUp when somebody else holds it: ``purpose`` says what cannot be done meanwhile.
+        """
+        self.make()
+        lock = os.open(self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not _locked(lock):
+                owner = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+                raise GiveUp(
+                    f"cannot {purpose}: another server (process {owner}) uses {self.path}; "
+                    "stop it first, or give another --data"
+                )
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            yield lock
+        finally:
+            os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock could be had within a short time."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)

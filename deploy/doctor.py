@@ -1,0 +1,110 @@
+"""What is wrong with an installation, and which command heals it.
+
+Looks from the bottom up: the directory, the log, the decisions in it, the store, and how the two fit. A finding that
+makes the next look pointless ends the visit.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from deploy.control import Control
+from deploy.data import DataDirectory
+from deploy.giving_up import GiveUp
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+
+RESTORE_LOG = "restore log.sqlite from a backup; nothing else can replace it"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One look. ``heal`` says what to do, and is empty where nothing is wrong."""
+
+    part: str
+    found: str
+    heal: str = ""
+
+
+def examine(data: DataDirectory) -> Iterator[Finding]:
+    """Look at everything. Writes nothing but the store's own bookkeeping of who opened it."""
+    if not data.log.exists():
+        yield Finding("data", f"there is no log in {data.path}", "give the right --data, or start `meterstream serve`")
+        return
+    try:
+        log = data.open_log()
+    except Exception as error:  # whatever is wrong with the file, it is the finding
+        yield Finding("log", f"{data.log} cannot be opened: {error}", RESTORE_LOG)
+        return
+    try:
+        yield from _examine_log(log)
+        yield from _examine_store(data, log)
+    finally:
+        log.close()
+
+
+def _examine_log(log: Log) -> Iterator[Finding]:
+    for stream in (USAGE_EVENTS, USAGE_CONTROL):
+        records = sum(log.ends(stream).values()) - sum(log.starts(stream).values())
+        yield Finding(stream, f"{records} records, up to position {_text(log.ends(stream))}")
+    try:
+        catalogue = Control(log).catalogue
+    except ValueError as error:
+        yield Finding("decisions", f"a control record is damaged: {error}", RESTORE_LOG)
+        return
+    named: dict[str, dict[str, Any]] = {
+        "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
+    }
+    counts = ", ".join(f"{len(things)} {name}" for name, things in named.items())
+    heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
+    yield Finding("decisions", counts, heal)
+
+
+def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
+    try:
+        with data.hold("look into the store"):
+            yield from _open_store(data, log)
+    except GiveUp:
+        yield Finding("store", "a server runs here and has the store open; stop it to look inside")
+
+
+def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
+    from aggregator.store.store import Store, Unopenable
+
+    if not data.store.exists():
+        yield Finding("store", "there is none yet; the next start makes it from the log")
+        return
+    try:
+        store = Store.open(data.store, {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)})
+    except Unopenable as error:
+        yield Finding("store", str(error), "meterstream rebuild")
+        return
+    try:
+        tallies = ", ".join(f"{count} {name}" for name, count in store.tallies().items())
+        yield Finding("store", f"opens; {tallies}")
+        for stream in (USAGE_EVENTS, USAGE_CONTROL):
+            yield _fit(stream, store.positions(stream), log)
+    finally:
+        store.close()
+
+
+def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:
+    starts, ends = log.starts(stream), log.ends(stream)
+    name = f"store on {stream}"
+    if any(offset > ends.get(partition, 0) for partition, offset in positions.items()):
+        return Finding(
+            name, f"the store is at {_text(positions)}, past the end of the log at {_text(ends)}: the log lost records",
+            "restore the newest log.sqlite; only if that is the newest, meterstream rebuild counts what it still has",
+        )
+    if any(positions.get(partition, 0) < start for partition, start in starts.items()):
+        return Finding(
+            name, f"the store is at {_text(positions)}, and the log begins later, at {_text(starts)}",
+            "restore a newer store.duckdb from a backup; a rebuild would lack the records between",
+        )
+    behind = sum(end - positions.get(partition, 0) for partition, end in ends.items())
+    return Finding(name, f"{behind} records behind the log" + ("; the next start catches up" if behind else ""))
+
+
+def _text(positions: dict[int, int]) -> str:
+    from meters.log import format_position
+
+    return format_position(positions) or "nothing"

@@ -1,0 +1,153 @@
+"""Files of usage as events: NDJSON passed on byte by byte, CSV by a mapping of columns.
+
+Every event leaves here with an external_id. One that an NDJSON file lacks is drawn once, so that a repetition within
+the command is harmless; one of a CSV file is made from the content of the whole file and the number of the line, so
+that importing the same file again changes nothing.
+"""
+
+import csv
+import hashlib
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.sending import Line, Problem
+
+FIELDS = (
+    "name", "timestamp", "external_customer_id", "customer_id", "external_id", "parent_id", "member_id",
+    "external_member_id", "organization_id",
+)
+METADATA = "metadata."
+RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+
+
+def read_ndjson(file: IO[bytes]) -> Iterator[Line | Problem]:
+    """An event a line, empty lines skipped."""
+    decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+    for number, raw in enumerate(file, 1):
+        line = raw.strip()
+        if not line:
+            continue
+        try:
+            event = decoder.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            yield Problem(number, f"not an event: {error}")
+            continue
+        if bytes(event.get("external_id", b"null")) == b"null":
+            comma = b"," if event else b""  # the last key wins, so a null before it does no harm
+            line = line[:-1] + comma + b'"external_id":"' + str(uuid.uuid4()).encode() + b'"}'
+        yield Line(number, line)
+
+
+def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
+    """``name=model,metadata.tokens=Tokens`` as {"name": "model", ...}. Raises GiveUp for what no event has."""
+    mapping: dict[str, str] = {}
+    for part in (part for option in options for part in option.split(",")):
+        field, equals, value = part.partition("=")
+        field = field.strip()
+        if not equals:
+            raise GiveUp(f"{flag} takes FIELD=VALUE, separated by commas, and not {part!r}", USAGE)
+        key = field.removeprefix(METADATA) if field.startswith(METADATA) else ""
+        if field not in FIELDS and key in ("", *RESERVED):
+            raise GiveUp(f"{flag}: events have no {field!r}; only {', '.join(FIELDS)} and metadata.NAME", USAGE)
+        mapping[field] = value.strip()
+    return mapping
+
+
+class CsvFile(msgspec.Struct, frozen=True):
+    """A CSV file with a header line, and how its columns become events."""
+
+    path: Path
+    columns: dict[str, str]  # event field -> column
+    constants: dict[str, str]  # event field -> the same value for every line
+
+    def check(self) -> None:
+        """Raises GiveUp when the mapping cannot work for this file, before anything is sent."""
+        fields = self.columns.keys() | self.constants.keys()
+        if "name" not in fields or not fields & {"external_customer_id", "customer_id"}:
+            raise GiveUp(
+                "an event needs a name and a customer: give them with --map name=COLUMN,external_customer_id=COLUMN "
+                "or, the same for all, --set name=TEXT,external_customer_id=TEXT", USAGE,
+            )
+        with self._open() as file:
+            header = next(csv.reader(file), [])
+        missing = sorted(set(self.columns.values()) - set(header))
+        if missing:
+            raise GiveUp(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(header)}", USAGE)
+
+    def lines(self) -> Iterator[Line | Problem]:
+        """An event for every row, with the number of the file's line on which the row ends."""
+        with self._open() as file:
+            digest = self.digest()
+            reader = csv.DictReader(file)
+            for row in reader:
+                number = reader.line_num
+                try:
+                    yield Line(number, msgspec.json.encode(self._event(row, f"{digest}:{number}")))
+                except ValueError as error:
+                    yield Problem(number, str(error))
+
+    def digest(self) -> str:
+        """A name for exactly this content."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+    def rows(self) -> int:
+        """About how many rows there are, for a progress bar (a quoted newline counts as one more)."""
+        with self.path.open("rb") as file:
+            return max(sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")) - 1, 0)
+
+    def _open(self) -> IO[str]:
+        try:
+            return self.path.open(encoding="utf-8-sig", newline="")
+        except OSError as error:
+            raise GiveUp(f"cannot read {self.path}: {error.strerror}", USAGE) from None
+
+    def _event(self, row: Mapping[str, str | None], external_id: str) -> dict[str, object]:
+        event: dict[str, object] = {"external_id": external_id}
+        metadata: dict[str, object] = {}
+        texts = {field: row.get(column) or "" for field, column in self.columns.items()} | self.constants
+        for field, value in texts.items():
+            if value == "":
+                continue
+            if field.startswith(METADATA):
+                _place(metadata, field.removeprefix(METADATA), _value(value))
+            else:
+                event[field] = _instant(value) if field == "timestamp" else value
+        return event | {"metadata": metadata} if metadata else event
+
+
+def _place(metadata: dict[str, object], key: str, value: object) -> None:
+    """Set a key; a reserved one holds an object (``_cost.amount``)."""
+    outer, dot, inner = key.partition(".")
+    if dot and outer in RESERVED:
+        inside = metadata.setdefault(outer, {})
+        assert isinstance(inside, dict)
+        inside[inner] = value
+    else:
+        metadata[key] = value
+
+
+def _value(text: str) -> object:
+    """A cell as JSON would write it: a number keeps its digits, true and false are booleans, the rest is text."""
+    if text in ("true", "false"):
+        return text == "true"
+    return msgspec.Raw(text.encode()) if JSON_NUMBER.fullmatch(text) else text
+
+
+def _instant(text: str) -> str:
+    """A time with its offset; without one it is UTC. A number is seconds or milliseconds, as the server reads it."""
+    if JSON_NUMBER.fullmatch(text):
+        return text
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"timestamp: {text!r} is no ISO 8601 time") from None
+    return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).isoformat()

@@ -1,0 +1,15 @@
+"""How a command ends when it cannot go on: one line for the person, one number for the script that called it."""
+
+DONE = 0
+FAILED = 1  # the world said no: no server, no permission, a refused event
+USAGE = 2  # the command itself is wrong; nothing was tried
+MISMATCH = 3  # two ways to count gave different numbers
+BUG = 70  # what should not happen, as sysexits.h counts it
+
+
+class GiveUp(Exception):
+    """Stop, print the message and leave with the exit code. The message says what is wrong and what to do about it."""
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,27 @@
+"""How a child learns that its supervisor is gone, however it went.
+
+The pipe works everywhere: its other end closes with the process that holds it. On Linux the kernel's own signal is
+quicker and reaches a child that is stuck. Leaving at once is safe, because every part is built to be killed.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+from deploy.giving_up import FAILED
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def live_no_longer_than_supervisor(lifeline: int) -> None:
+    """End this process when the other end of the pipe is closed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_await_end, args=(lifeline,), name="lifeline", daemon=True).start()
+
+
+def _await_end(lifeline: int) -> None:
+    os.read(lifeline, 1)  # returns only when nobody can write any more
+    os._exit(FAILED)

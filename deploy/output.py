@@ -1,0 +1,98 @@
+"""How answers are shown: a table for a person, JSON or CSV for a program.
+
+Answers go to stdout, everything else to stderr.
+
+Quantities arrive and leave as exact decimals; no number passes through a float on its way to the screen.
+"""
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+CHART_WIDTH = 40  # columns of a full bar: fits beside two columns of text on an 80 column terminal
+
+
+class Output(StrEnum):
+    """The forms of an answer."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def note(message: str) -> None:
+    """Tell a person something that is not part of the answer."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def text(value: object) -> str:
+    """A value as a cell: plain decimals with digits grouped, nothing for None."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case int() | Decimal():
+            return f"{value:,f}" if isinstance(value, Decimal) else f"{value:,}"
+        case str():
+            return value
+        case _:
+            return as_json(value)
+
+
+def as_json(value: object) -> str:
+    """JSON with every Decimal as the number it is."""
+    return msgspec.json.Encoder(decimal_format="number").encode(value).decode()
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Output) -> None:
+    """Print rows. A table has the columns only; JSON has the whole rows; CSV has the columns, undecorated."""
+    match output:
+        case Output.json:
+            print(msgspec.json.format(as_json(list(rows)), indent=2))
+        case Output.csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([_plain(row.get(column)) for column in columns] for row in rows)
+        case Output.table:
+            show_table(rows, columns)
+
+
+def show_one(row: Mapping[str, Any], output: Output) -> None:
+    """Print one thing with all that is known of it."""
+    if output is Output.json:
+        print(msgspec.json.format(as_json(row), indent=2))
+    elif output is Output.csv:
+        show([row], list(row), output)
+    else:
+        show_table([{"field": name, "value": value} for name, value in row.items()], ["field", "value"])
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str = "", chart: str = "") -> None:
+    """Print a table; ``chart`` names a column to be drawn as bars as well."""
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        numeric = all(isinstance(row.get(column), int | Decimal | None) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    largest = max((Decimal(row[chart] or 0) for row in rows), default=Decimal(0)) if chart else Decimal(0)
+    if chart:
+        table.add_column("", min_width=CHART_WIDTH)
+    for row in rows:
+        bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0), width=CHART_WIDTH)] if chart else []
+        table.add_row(*(text(row.get(column)) for column in columns), *bar)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    return as_json(value) if isinstance(value, Mapping | list | bool) else value

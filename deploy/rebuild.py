@@ -1,0 +1,86 @@
+"""The store again, from the log alone.
+
+A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it has
+caught up. Whatever stops this before the rename leaves the old store as it was. The old write-ahead log goes just
+before the rename: without it the old file is a consistent store of an earlier position, so even that moment is safe.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from aggregator.consumer import Aggregator
+from aggregator.store.store import Store
+from deploy.data import DataDirectory
+from deploy.giving_up import GiveUp
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+
+WAIT_S = 0.2  # between two looks at how far it is
+
+
+def rebuild(data: DataDirectory, progress: Callable[[int, int], None]) -> dict[str, int]:
+    """Make the store again; ``progress`` hears records done and records in all. Returns lines by what became of them.
+
+    Raises GiveUp while a server runs, and when the log cannot be read to its end.
+    """
+    data.require()
+    with data.hold("rebuild the store"):
+        log = data.open_log()
+        try:
+            fresh = data.store.with_name(data.store.name + ".new")
+            _remove(fresh)
+            _follow(log, fresh, progress)
+            tallies = _finish(log, fresh)
+            _swap(fresh, data.store)
+        finally:
+            log.close()
+    return tallies
+
+
+def _follow(log: Log, fresh: Path, progress: Callable[[int, int], None]) -> None:
+    starts, ends = log.starts(USAGE_EVENTS), log.ends(USAGE_EVENTS)
+    total = sum(ends.values()) - sum(starts.values())
+    aggregator = Aggregator(log, fresh)
+    aggregator.start()
+    try:
+        while any(aggregator.as_of.get(partition, 0) < end for partition, end in ends.items()):
+            progress(sum(aggregator.as_of.values()) - sum(starts.values()), total)
+            if aggregator.ended.wait(WAIT_S):
+                raise GiveUp(f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched")
+    finally:
+        aggregator.stop()
+    progress(total, total)
+
+
+def _finish(log: Log, fresh: Path) -> dict[str, int]:
+    """Fold the new store into one file, and read what it counted."""
+    store = Store.open(fresh, {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)})
+    try:
+        tallies = store.tallies()
+        if not store.checkpoint():
+            raise GiveUp("the new store could not be written out; the old one is untouched, try again")
+    finally:
+        store.close()
+    return tallies
+
+
+def _swap(fresh: Path, store: Path) -> None:
+    if _beside(fresh, ".wal").exists():
+        raise GiveUp(f"{fresh} still has a write-ahead log; the old store is untouched, try again")
+    _beside(store, ".wal").unlink(missing_ok=True)
+    fresh.replace(store)
+    directory = os.open(store.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself should survive a loss of power
+    finally:
+        os.close(directory)
+
+
+def _remove(store: Path) -> None:
+    """Take away what an interrupted rebuild left."""
+    for path in (store, _beside(store, ".wal")):
+        path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)

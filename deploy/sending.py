@@ -1,0 +1,136 @@
+"""Events on their way to a gateway: batches, retries, and refusals with the number of the line they came from.
+
+An event that is sent gets its external_id before the first attempt and keeps it over every repetition, so an answer
+that was lost on the way costs a duplicate that the server recognizes and never a second count. What the server
+refuses (422) is taken out of its batch, reported, and the rest is sent again; this holds for every server that speaks
+Polar's API.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import httpx
+import msgspec
+
+from deploy.client import Api, exact_json, refused
+from deploy.giving_up import GiveUp
+
+INGEST_PATH = "/v1/events/ingest"
+BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
+BATCH_BYTES_MAX = 4 * 1024 * 1024  # well below the 10 MiB that a gateway takes
+PATIENCE_S = 120.0  # outlasts a restart of the server; longer is for the person to decide
+FIRST_PAUSE_S = 0.25
+PAUSE_S_MAX = 10.0
+BUSY = (429, 500, 502, 503, 504)  # another attempt may succeed; the ids make it harmless
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One event as JSON, with the line of the file it stands in."""
+
+    number: int
+    event: bytes
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why the event of a line was not taken."""
+
+    line: int
+    message: str
+
+
+class Delivery(msgspec.Struct):
+    """What became of the events so far."""
+
+    inserted: int = 0
+    duplicates: int = 0
+    log_position: str = ""
+    problems: list[Problem] = []
+
+
+def batches(lines: Iterable[Line], events_max: int) -> Iterator[list[Line]]:
+    """Lines in groups that fit into a request."""
+    group: list[Line] = []
+    size_bytes = 0
+    for line in lines:
+        if group and (len(group) == events_max or size_bytes + len(line.event) > BATCH_BYTES_MAX):
+            yield group
+            group, size_bytes = [], 0
+        group.append(line)
+        size_bytes += len(line.event) + 1
+    if group:
+        yield group
+
+
+def deliver(
+    api: Api, lines: Iterable[Line], *, events_max: int = BATCH_EVENTS, progress: Callable[[int], None] | None = None
+) -> Delivery:
+    """Send every line; ``progress`` hears how many events each batch had. Raises GiveUp when the server is lost."""
+    delivery = Delivery()
+    for batch in batches(lines, events_max):
+        _send_batch(api, batch, delivery)
+        if progress:
+            progress(len(batch))
+    return delivery
+
+
+def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
+    """Send a batch without what the server refuses of it."""
+    while batch:
+        response = _persist(api, b'{"events":[' + b",".join(line.event for line in batch) + b"]}", delivery)
+        if response.is_success:
+            answer = exact_json(response.content)
+            delivery.inserted += answer["inserted"]
+            delivery.duplicates += answer["duplicates"]
+            delivery.log_position = response.headers.get("Log-Position", delivery.log_position)
+            return
+        faults = _faults(response) if response.status_code == 422 else {}
+        if not faults:
+            raise refused(response)
+        delivery.problems += [Problem(batch[index].number, message) for index, message in sorted(faults.items())]
+        batch = [line for index, line in enumerate(batch) if index not in faults]
+
+
+def _faults(response: httpx.Response) -> dict[int, str]:
+    """The refused events of a 422 by their place in the batch, each with its first reason."""
+    faults: dict[int, str] = {}
+    for entry in _entries(response):
+        location = entry["loc"]
+        if len(location) > 2 and location[1] == "events" and isinstance(location[2], int):
+            field = ".".join(str(part) for part in location[3:])
+            faults.setdefault(location[2], f"{field}: {entry['msg']}" if field else entry["msg"])
+    return faults
+
+
+def _entries(response: httpx.Response) -> list[dict[str, Any]]:
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return detail if isinstance(detail, list) else []
+
+
+def _persist(api: Api, body: bytes, delivery: Delivery) -> httpx.Response:
+    """Send one body until somebody answers for it. A server that was never there is not waited for."""
+    deadline = time.monotonic() + PATIENCE_S
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            response = api.send("POST", INGEST_PATH, content=body)
+            if response.status_code not in BUSY:
+                return response
+            trouble = refused(response)
+            pause_s = _asked_pause(response, pause_s)
+        except httpx.TransportError as error:
+            trouble = api.unreachable(error)
+            if isinstance(error, httpx.ConnectError) and not delivery.log_position:
+                raise trouble from None
+        if time.monotonic() + pause_s > deadline:
+            raise GiveUp(f"{trouble} (tried for {PATIENCE_S:.0f} s; {delivery.inserted} events are safe)")
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, PAUSE_S_MAX)
+
+
+def _asked_pause(response: httpx.Response, pause_s: float) -> float:
+    asked = response.headers.get("Retry-After", "")
+    return max(min(float(asked), PAUSE_S_MAX), FIRST_PAUSE_S) if asked.isdigit() else pause_s

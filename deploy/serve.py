@@ -1,0 +1,186 @@
+"""``meterstream serve``: one process that keeps two others alive.
+
+    gateway     takes events and passes reads on         needs the log
+    aggregator  owns the store and answers the reads     needs the log, and the store for itself
+
+The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
+replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
+starts. A child that crashed is started again, at first at once, then with pauses that double; a child that explains
+itself (exit code 1 or 2) or crashes too often ends the whole. At the end the gateway goes first, so that nothing is
+taken in that nobody is left to count soon; what it took before is in the log.
+
+Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe that nobody ever writes
+to and leaves when the other end is gone, and on Linux the kernel kills it besides (deploy/lifeline.py).
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from deploy.control import first_start, open_control
+from deploy.data import DataDirectory
+from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.settings import Settings
+
+BACKLOG = 2048  # connections that wait while a gateway is replaced, as many as uvicorn would let wait
+STOP_PATIENCE_S = 20.0  # a round of the aggregator takes well under a second; a gateway lets its requests finish
+CRASHES_MAX = 5  # within the window below: more is a state that a restart does not heal
+CRASH_WINDOW_S = 60.0
+PAUSES_S = (0.0, 0.2, 1.0, 3.0, 5.0)  # before the first, second ... restart within the window
+
+logger = structlog.get_logger("serve")
+
+
+class Child:
+    """One process that should always run."""
+
+    def __init__(self, name: str, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
+        self.name = name
+        self._command = [sys.executable, "-m", "deploy.cli", name, *arguments]
+        self._descriptors = tuple(descriptors)
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+
+    async def keep(self) -> GiveUp | None:
+        """Run it, and run it again; returns when it was stopped (None) or is beyond help."""
+        crashes: list[float] = []
+        while True:
+            code = await self._run_once()
+            if self._stopping.is_set():
+                return None
+            if code in (FAILED, USAGE):
+                return GiveUp(f"the {self.name} cannot run; the line above says why", code)
+            now = time.monotonic()
+            crashes = [moment for moment in crashes if moment > now - CRASH_WINDOW_S] + [now]
+            if len(crashes) > CRASHES_MAX:
+                return GiveUp(
+                    f"the {self.name} ended {len(crashes)} times within {CRASH_WINDOW_S:.0f} s; what it logged above "
+                    "says why, and `meterstream doctor` looks at the data"
+                )
+            await self._pause(code, PAUSES_S[len(crashes) - 1])
+
+    async def _run_once(self) -> int:
+        # A group of its own: Ctrl-C is the supervisor's, who then stops its children in order.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, pass_fds=self._descriptors, stdin=asyncio.subprocess.DEVNULL, process_group=0
+        )
+        if self._stopping.is_set():
+            self._process.terminate()
+        return await self._process.wait()
+
+    async def _pause(self, code: int, pause_s: float) -> None:
+        logger.error("child_ended", child=self.name, exit_code=code, restart_in_s=pause_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), pause_s)
+
+    async def stop(self) -> None:
+        """Ask it to end, and insist after a while."""
+        self._stopping.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_PATIENCE_S)
+        except TimeoutError:
+            logger.error("child_killed", child=self.name, waited_s=STOP_PATIENCE_S)
+            process.kill()
+            await process.wait()
+
+
+class Started(msgspec.Struct, frozen=True):
+    """What a person wants to know when it runs."""
+
+    url: str
+    data: str
+    secret: str | None  # of the token that this start made
+    drawn: bool  # the secret was drawn here rather than given
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises GiveUp when it cannot begin or cannot go on."""
+    data = DataDirectory(settings.data)
+    with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
+        with open_control(data, create=True) as control:
+            secret = first_start(control, settings.token)
+        started = Started(_url(settings.host, listener), str(data.path), secret, drawn=not settings.token)
+        lifeline, held_end = os.pipe()
+        try:
+            failure = asyncio.run(_supervise(_children(data, listener, lifeline, lock), started))
+        finally:
+            os.close(held_end)
+            os.close(lifeline)
+    if failure:
+        raise failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises GiveUp with what to do."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise GiveUp(f"--host {host}: {error.strerror}", USAGE) from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise GiveUp(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port (0 takes a free one)"
+        ) from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, Child]:
+    """The gateway and the aggregator. Both hold the directory's lock, so none can be left over unnoticed."""
+    common = ("--data", str(data.path), "--lifeline", str(lifeline))
+    gateway = Child("gateway", (*common, "--socket", str(listener.fileno())), (lifeline, lock, listener.fileno()))
+    return gateway, Child("aggregate", common, (lifeline, lock))
+
+
+async def _supervise(children: tuple[Child, Child], started: Started) -> GiveUp | None:
+    gateway, aggregator = children
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with asyncio.TaskGroup() as group:
+        kept = [group.create_task(child.keep()) for child in (aggregator, gateway)]
+        asked = group.create_task(stop.wait())
+        _greet(started)
+        await asyncio.wait([asked, *kept], return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        await gateway.stop()
+        await aggregator.stop()
+    return next((failure for task in kept if (failure := task.result())), None)
+
+
+def _greet(started: Started) -> None:
+    """The one place that shows a secret: on stdout, apart from the logs, when the token is made."""
+    print(f"Meterstream listens on {started.url}, data in {started.data}. Ctrl-C stops it.", flush=True)
+    if started.secret is None:
+        return
+    token = started.secret if started.drawn else "$METERSTREAM_TOKEN"
+    quote = "'" if started.drawn else '"'
+    event = '{"events":[{"name":"llm.call","external_customer_id":"ada","metadata":{"tokens":812}}]}'
+    shown = f"Its token, shown this once:\n\n  {token}\n" if started.drawn else "Its token is the one you gave.\n"
+    print(
+        f"\nThis is the first start: there is now an organization called default. {shown}\n"
+        f"Send it an event:\n\n  curl -i {started.url}/v1/events/ingest \\\n"
+        f"    -H {quote}Authorization: Bearer {token}{quote} -H 'Content-Type: application/json' \\\n"
+        f"    -d '{event}'\n", flush=True,
+    )

@@ -1,0 +1,40 @@
+"""What every command knows: its settings and how to show its answer."""
+
+import msgspec
+import typer
+
+from deploy.client import Api
+from deploy.data import DataDirectory
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import Output
+from deploy.settings import Settings
+
+EPILOG = "Every command takes --url, --token, --data (or METERSTREAM_URL, _TOKEN, _DATA) and --output, anywhere."
+
+
+class Session(msgspec.Struct, frozen=True):
+    """One run of the command line."""
+
+    settings: Settings
+    output: Output
+
+    def api(self) -> Api:
+        """A client of the running server. Raises GiveUp when there is no token to show."""
+        if not self.settings.token:
+            raise GiveUp(
+                "a token is needed: --token, or METERSTREAM_TOKEN; `meterstream serve` prints one on its first start "
+                "and `meterstream tokens create` makes more", USAGE,
+            )
+        return Api(self.settings.url, self.settings.token)
+
+    @property
+    def data(self) -> DataDirectory:
+        """The files of the installation on this machine."""
+        return DataDirectory(self.settings.data)
+
+
+def session(context: typer.Context) -> Session:
+    """The session that the command line put into the context."""
+    found = context.obj
+    assert isinstance(found, Session)
+    return found

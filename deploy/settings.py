@@ -1,0 +1,78 @@
+"""Everything the environment may say, read once, at the start of a process.
+
+A variable is the field's name in capitals behind ``METERSTREAM_``: ``METERSTREAM_PORT=9000``. A command's option wins
+over its variable. A variable that is not listed here is refused rather than ignored, because a misspelled setting
+that does nothing is found too late.
+
+A struct and not pydantic-settings: importing that takes a quarter of a second, half of the time a gateway needs to
+be back after a crash.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from deploy.giving_up import USAGE, GiveUp
+
+PREFIX = "METERSTREAM_"
+
+
+class Secret(str):
+    """A text that does not show itself in logs, errors or a debugger's listing."""
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one process was told. Paths are relative to where it was started."""
+
+    data: Path = Path("data")  # the directory of the log and the store
+    host: str = "127.0.0.1"  # where serve and gateway listen
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000  # 0 takes any free one
+    url: str = "http://127.0.0.1:8000"  # where the command line finds a running server
+    token: Secret | None = None  # the command line's, and the first one that serve makes
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    debug: bool = False  # show a traceback for what should not happen
+
+    def but(self, **changes: Any) -> "Settings":
+        """These settings with every change that is not None, checked like the environment's.
+
+        Raises GiveUp naming the setting and what it should be.
+        """
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        fields |= {name: value for name, value in changes.items() if value is not None}
+        return _checked(fields, lambda field: f"--{field}")
+
+
+def _own(kind: type, value: Any) -> Any:
+    """What msgspec does not know how to make: a Path and a Secret, each from a text."""
+    return value if isinstance(value, kind) else kind(value)
+
+
+def _checked(fields: dict[str, Any], name: Callable[[str], str]) -> Settings:
+    try:
+        return msgspec.convert(fields, Settings, strict=False, dec_hook=_own)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$.")
+        raise GiveUp(f"{name(path.rstrip('`'))}: {reason}", USAGE) from None
+
+
+def _variable(field: str) -> str:
+    return f"{PREFIX}{field.upper()}"
+
+
+def read_environment() -> Settings:
+    """The settings of this process. Raises GiveUp for an unknown or malformed variable, naming it."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    known = {_variable(field): field for field in Settings.__struct_fields__}
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(name.removeprefix(PREFIX).lower(), known.values(), n=1)
+            hint = f"did you mean {_variable(close[0])}?" if close else f"known are {', '.join(known)}"
+            raise GiveUp(f"{name} is not a setting; {hint}", USAGE)
+    return _checked({known[name]: value for name, value in found.items()}, _variable)

@@ -1,0 +1,108 @@
+"""The demonstration's workload: LLM requests as they were, given to customers and priced by a stated rule.
+
+The trace is a CSV file with one row per request: TIMESTAMP (UTC, 100 ns digits), ContextTokens, GeneratedTokens, as in
+the Azure LLM inference trace of 2023 (CC-BY 4.0; P. Patel et al., Splitwise, ISCA 2024). Such a file names nobody, so
+the requests are spread over customers: customer k of 200 gets a share proportional to 1/k (Zipf), drawn with a fixed
+seed. Arrival times and token counts stay as they are.
+"""
+
+import csv
+import itertools
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.sending import Line
+
+TRACE_NAME = "AzureLLMInferenceTrace_conv.csv"
+COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+CUSTOMERS = 200
+SEED = 2023
+EVENT_NAME = "llm.request"
+# Prices in cents per token: 2.50 and 10 dollars per million, what such a service costs today.
+CONTEXT_CENTS = Decimal("0.00025")
+GENERATED_CENTS = Decimal("0.001")
+
+GENERATED_ROWS = 19_366  # as many as the Azure trace has, over the same hour
+GENERATED_START = datetime(2023, 11, 16, 18, 15, 46, tzinfo=UTC)
+GENERATED_GAP_S = 0.181  # mean seconds between requests
+
+
+class Request(NamedTuple):
+    """One row of the trace."""
+
+    timestamp: datetime
+    context_tokens: int
+    generated_tokens: int
+    customer: str
+
+
+def find_trace(repository: Path) -> Path | None:
+    """A copy of the Azure trace in ``data/azure-llm-2023`` of the repository or of a folder beside it."""
+    for place in (repository, *sorted(path for path in repository.parent.iterdir() if path.is_dir())):
+        candidate = place / "data" / "azure-llm-2023" / TRACE_NAME
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def make_trace(path: Path, rows: int = GENERATED_ROWS) -> None:
+    """Write a trace of the same shape: random gaps, long-tailed token counts, always the same ones."""
+    draw = random.Random(SEED)  # noqa: S311 (a workload, no secret)
+    moment = GENERATED_START
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for _ in range(rows):
+            moment += timedelta(seconds=draw.expovariate(1 / GENERATED_GAP_S))
+            context, generated = int(draw.lognormvariate(6.5, 1.0)) + 1, int(draw.lognormvariate(5.0, 0.8)) + 1
+            writer.writerow((f"{moment:%Y-%m-%d %H:%M:%S.%f}0", context, generated))
+
+
+def customers() -> Iterator[str]:
+    """Whose each next request is, by the rule above."""
+    draw = random.Random(SEED)  # noqa: S311
+    names = [f"customer-{number:03d}" for number in range(1, CUSTOMERS + 1)]
+    shares = list(itertools.accumulate(1 / number for number in range(1, CUSTOMERS + 1)))
+    while True:
+        yield from draw.choices(names, cum_weights=shares, k=1000)
+
+
+def read_trace(path: Path, rows: int | None) -> Iterator[Request]:
+    """The first ``rows`` requests, or all. Raises GiveUp for a file that is no such trace."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if set(COLUMNS) - set(reader.fieldnames or ()):
+                raise GiveUp(f"{path} should have the columns {', '.join(COLUMNS)}", USAGE)
+            for row, customer in zip(itertools.islice(reader, rows), customers(), strict=False):
+                timestamp, context, generated = (row[column] for column in COLUMNS)
+                yield Request(datetime.fromisoformat(f"{timestamp}+00:00"), int(context), int(generated), customer)
+    except (OSError, ValueError) as error:
+        raise GiveUp(f"{path} cannot be read as a trace: {error}", USAGE) from None
+
+
+def event(request: Request, number: int, trace_id: str) -> Line:
+    """A request as the event a service would send."""
+    cost = request.context_tokens * CONTEXT_CENTS + request.generated_tokens * GENERATED_CENTS
+    tokens = request.context_tokens + request.generated_tokens
+    body = {
+        "name": EVENT_NAME,
+        "external_customer_id": request.customer,
+        "external_id": f"{trace_id}:{number}",
+        "timestamp": request.timestamp,
+        "metadata": {
+            "customer": request.customer,
+            "tokens": tokens,
+            "context_tokens": request.context_tokens,
+            "generated_tokens": request.generated_tokens,
+            "_cost": {"amount": cost, "currency": "usd"},
+        },
+    }
+    return Line(number, msgspec.json.Encoder(decimal_format="number").encode(body))

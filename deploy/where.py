@@ -1,0 +1,54 @@
+"""Filters as a person types them: ``--where model=gpt-4 --where 'tokens>=100'``, all of which must hold.
+
+    =  !=  >  >=  <  <=      compare            ~  !~      contains, does not contain
+
+A value that reads as a number, true or false is one; quotes make it a text (``--where 'zip="00123"'``).
+"""
+
+import json
+import re
+from decimal import Decimal
+from typing import Any
+
+from deploy.giving_up import USAGE, GiveUp
+
+OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
+CLAUSE = re.compile(r"\s*(?P<property>[^=!<>~]+?)\s*(?P<operator>!=|>=|<=|!~|=|>|<|~)\s*(?P<value>.*?)\s*", re.DOTALL)
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+
+
+def parse_clause(text: str) -> dict[str, Any]:
+    """One clause in the API's form. Raises GiveUp."""
+    found = CLAUSE.fullmatch(text)
+    if not found:
+        raise GiveUp(f"--where takes PROPERTY=VALUE (or one of {' '.join(OPERATORS)}), and not {text!r}", USAGE)
+    return {
+        "property": found["property"],
+        "operator": OPERATORS[found["operator"]],
+        "value": _value(found["value"]),
+    }
+
+
+def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
+    """A filter from JSON, from clauses, or from neither, which matches everything. Raises GiveUp."""
+    if not filter:
+        return {"conjunction": "and", "clauses": [parse_clause(text) for text in where]}
+    if where:
+        raise GiveUp("--filter and --where exclude each other; put all of it into one", USAGE)
+    try:
+        parsed = json.loads(filter, parse_float=Decimal)
+    except ValueError as error:
+        raise GiveUp(f"--filter is no JSON: {error}", USAGE) from None
+    if not isinstance(parsed, dict):
+        raise GiveUp('--filter takes an object such as {"conjunction": "and", "clauses": []}', USAGE)
+    return parsed
+
+
+def _value(text: str) -> str | bool | int | Decimal:
+    if text in ("true", "false"):
+        return text == "true"
+    if JSON_NUMBER.fullmatch(text):
+        return Decimal(text) if "." in text else int(text)
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1]
+    return text

@@ -1,0 +1,64 @@
+"""The environment is read once, checked, and says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.settings import read_environment
+
+
+def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METERSTREAM_ and the field's name in capitals; what is not set has its default."""
+    monkeypatch.setenv("METERSTREAM_PORT", "9000")
+    monkeypatch.setenv("METERSTREAM_DATA", "elsewhere")
+    monkeypatch.setenv("METERSTREAM_DEBUG", "true")
+
+    settings = read_environment()
+
+    assert settings.port == 9000
+    assert settings.data == Path("elsewhere")
+    assert settings.debug is True
+    assert settings.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("METERSTREAM_PROT", "1", "METERSTREAM_PROT is not a setting; did you mean METERSTREAM_PORT?"),
+        ("METERSTREAM_QQQQ", "1", "METERSTREAM_QQQQ is not a setting; known are"),
+        ("METERSTREAM_PORT", "high", "METERSTREAM_PORT: Expected `int`"),
+        ("METERSTREAM_PORT", "65536", "METERSTREAM_PORT: Expected `int` <= 65535"),
+        ("METERSTREAM_LOG_LEVEL", "loud", "METERSTREAM_LOG_LEVEL: Invalid enum value"),
+    ],
+)
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str) -> None:
+    """Unknown and malformed variables end the program, each with its name and what it should be."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(GiveUp) as raised:
+        read_environment()
+
+    assert str(raised.value).startswith(complaint)
+    assert raised.value.exit_code == USAGE
+
+
+def test_an_option_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is typed wins; what is not typed stays, and the result is checked like the environment."""
+    monkeypatch.setenv("METERSTREAM_PORT", "9000")
+    settings = read_environment()
+
+    assert settings.but(port=1, host=None).port == 1
+    assert settings.but(host="::1").port == 9000
+    with pytest.raises(GiveUp, match="--port: Expected"):
+        settings.but(port=-1)
+
+
+def test_a_token_does_not_show_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings may end up in a log; their token may not."""
+    monkeypatch.setenv("METERSTREAM_TOKEN", "polar_oat_hush")
+
+    settings = read_environment()
+
+    assert settings.token == "polar_oat_hush"
+    assert "hush" not in repr(settings)
