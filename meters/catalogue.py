@@ -226,7 +226,9 @@ class Catalogue:
     def _put(self, customer: Customer) -> None:
         known = self.customers.get(customer.id)
         if known and known.external_id is not None:
-            self._external.pop((known.organization_id, known.external_id), None)
+            name = (known.organization_id, known.external_id)
+            if self._external.get(name) == known:  # another may have the name by now
+                del self._external[name]
         self.customers[customer.id] = customer
         if customer.external_id is not None and customer.deleted_at is None:
             self._external[customer.organization_id, customer.external_id] = customer

@@ -27,7 +27,7 @@ NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 Case = dict[str, Any]
 
 
-def named(*groups: str) -> Any:
+def named(*groups: str) -> pytest.MarkDecorator:
     """Parametrize a test over the cases of some groups."""
     chosen = cases(*groups)
     return pytest.mark.parametrize("case", chosen, ids=[case["id"] for case in chosen])

@@ -1,0 +1,196 @@
+"""Decisions, their lines, and what they add up to."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from msgspec.structs import replace
+
+from meters import exact_json
+from meters.aggregation import Aggregation
+from meters.catalogue import (
+    Catalogue,
+    Change,
+    Customer,
+    CustomerCreated,
+    CustomerDeleted,
+    CustomerUpdated,
+    DeadLetterReplayed,
+    MeterCreated,
+    MeterUpdated,
+    Organization,
+    OrganizationCreated,
+    Token,
+    TokenCreated,
+    TokenRevoked,
+    decode_change,
+    encode_change,
+    meter_from_json,
+    meter_json,
+)
+from meters.event import Event
+from meters.filter import Clause, Filter, Operator
+from meters.meter import Meter
+from meters.references import reference_refusals
+
+NOW, LATER = datetime(2026, 1, 1, 0, 0, 0, 123_456, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
+ORGANIZATION = Organization("o1", "Acme", NOW)
+TOKEN = Token(id="t1", organization_id="o1", name="ingest", sha256="ab", scopes=["events:write"], created_at=NOW)
+CUSTOMER = Customer(id="c1", organization_id="o1", external_id="u", metadata={"n": Decimal("0.10")}, created_at=NOW)
+METER = Meter(
+    id="m1",
+    organization_id="o1",
+    name="Tokens",
+    filter=Filter("or", [Clause("k", Operator.IN, [Decimal("0.1"), "x", True]), Filter("and", [])]),
+    aggregation=Aggregation("sum", "tokens"),
+    created_at=NOW,
+    metadata={"n": Decimal("1.50"), "i": 1, "b": True},
+)
+CHANGES: list[Change] = [
+    OrganizationCreated(ORGANIZATION),
+    TokenCreated(TOKEN),
+    CustomerCreated(CUSTOMER),
+    CustomerUpdated(replace(CUSTOMER, external_id="v", modified_at=LATER)),
+    MeterCreated(METER),
+    MeterUpdated(replace(METER, name="Renamed", aggregation=Aggregation("count"), modified_at=LATER)),
+    TokenRevoked("t1", LATER),
+    CustomerDeleted("c1", LATER),
+    DeadLetterReplayed(0, 7, 3, LATER),
+]
+
+
+def state(catalogue: Catalogue) -> tuple[object, ...]:
+    """Everything that can be read of a catalogue."""
+    return (
+        catalogue.organizations,
+        catalogue.tokens,
+        catalogue.customers,
+        catalogue.meters,
+        [catalogue.meters_of(id) for id in catalogue.organizations],
+        [catalogue.customer_by_external_id("o1", name) for name in ("u", "v")],
+    )
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: type(change).__name__)
+def test_a_change_survives_its_line(change: Change) -> None:
+    """One line, and the same change to the last digit when it is read."""
+    line = encode_change(change)
+    assert b"\n" not in line
+    again = decode_change(line)
+    assert again == change
+    assert encode_change(again) == line
+
+
+def test_changes_are_read_by_people_and_other_programs() -> None:
+    """The form of a line is a promise: a control stream outlives the version that wrote it."""
+    assert encode_change(TokenRevoked("t1", LATER)) == (
+        b'{"type":"token.revoked","id":"t1","revoked_at":"2026-02-01T00:00:00Z"}'
+    )
+    assert exact_json.decode(encode_change(MeterCreated(METER)))["meter"]["filter"] == {
+        "conjunction": "or",
+        "clauses": [
+            {"property": "k", "operator": "in", "value": [Decimal("0.1"), "x", True]},
+            {"conjunction": "and", "clauses": []},
+        ],
+    }
+
+
+def test_fields_and_types_of_a_newer_version_are_passed_over() -> None:
+    """An old process survives a newer one's decisions."""
+    assert decode_change(b'{"type":"credit.granted","units":5}') is None
+    line = b'{"type":"token.revoked","id":"t1","revoked_at":"2026-02-01T00:00:00Z","by":"someone"}'
+    assert decode_change(line) == TokenRevoked("t1", LATER)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"[]", b"{}", b'{"type":5}', b'{"type":"token.revoked"}', b'{"type":"meter.created","meter":{}}', b"\xff"],
+)
+def test_a_damaged_line_is_not_passed_over(line: bytes) -> None:
+    """The stream has one writer: what it cannot have written is damage, and said to be."""
+    with pytest.raises(ValueError):  # noqa: PT011 - any of several kinds, all of them a ValueError
+        decode_change(line)
+
+
+def test_a_meter_survives_its_json() -> None:
+    """Filter and all."""
+    assert meter_from_json(exact_json.decode(exact_json.encode(meter_json(METER)))) == METER
+
+
+def test_changes_applied_again_change_nothing() -> None:
+    """Each one at once, and all of them from the middle of a repetition."""
+    once = Catalogue(CHANGES)
+    doubled = Catalogue(change for change in CHANGES for _ in range(2))
+    resumed = Catalogue([*CHANGES, *CHANGES[3:]])
+    assert state(once) == state(doubled) == state(resumed)
+
+
+def test_a_customer_is_found_by_either_name_until_deleted() -> None:
+    """A new external id replaces the old one."""
+    catalogue = Catalogue(CHANGES[:3])
+    assert catalogue.customer_by_external_id("o1", "u") == CUSTOMER == catalogue.customer("o1", "c1")
+    assert catalogue.customer("o2", "c1") is None
+    assert catalogue.customer_by_external_id("o2", "u") is None
+    catalogue.apply(CHANGES[3])
+    assert catalogue.customer_by_external_id("o1", "u") is None
+    assert catalogue.customer_by_external_id("o1", "v") == catalogue.customer("o1", "c1")
+    catalogue.apply(CustomerDeleted("c1", LATER))
+    assert catalogue.customer_by_external_id("o1", "v") is None
+    assert catalogue.customer("o1", "c1") is None
+    assert catalogue.customers["c1"].deleted_at == LATER
+
+
+def test_an_external_id_taken_over_stays_with_its_new_customer() -> None:
+    """What happens later to the one who had it before does not take it away."""
+    successor = replace(CUSTOMER, id="c2")
+    catalogue = Catalogue([CHANGES[2], CustomerDeleted("c1", LATER), CustomerCreated(successor)])
+    catalogue.apply(CustomerDeleted("c1", LATER))
+    assert catalogue.customer_by_external_id("o1", "u") == successor
+
+
+def test_names_draw_in_each_other() -> None:
+    """An id brings its external id and the reverse; unknown names stay as they are."""
+    catalogue = Catalogue(CHANGES[:3])
+    both = (frozenset({"c1"}), frozenset({"u"}))
+    assert catalogue.identifiers("o1", ["c1"], []) == catalogue.identifiers("o1", [], ["u"]) == both
+    assert catalogue.identifiers("o1", ["x"], ["y"]) == (frozenset({"x"}), frozenset({"y"}))
+    assert catalogue.identifiers("o2", ["c1"], []) == (frozenset({"c1"}), frozenset())
+
+
+def test_meters_are_listed_in_the_order_of_their_creation() -> None:
+    """Changed ones keep their place, and other organizations see none."""
+    second = replace(METER, id="m2")
+    catalogue = Catalogue([MeterCreated(METER), MeterCreated(second), CHANGES[5]])
+    assert [meter.id for meter in catalogue.meters_of("o1")] == ["m1", "m2"]
+    assert catalogue.meters_of("o1")[0].name == "Renamed"
+    assert catalogue.meters_of("o2") == []
+
+
+@pytest.mark.parametrize(
+    ("event", "token_organization_id", "types"),
+    [
+        (Event("a", external_customer_id="nobody knows"), "o1", []),
+        (Event("a", customer_id="c1"), "o1", []),
+        (Event("a", customer_id="c1", organization_id="o1"), None, []),
+        (Event("a", external_customer_id="u", organization_id="o1"), "o1", ["organization_token"]),
+        (Event("a", external_customer_id="u"), None, ["missing"]),
+        (Event("a", external_customer_id="u", organization_id="o2"), None, ["organization_id"]),
+        (Event("a", customer_id="c2"), "o1", ["customer_id"]),
+        (Event("a", customer_id="c1"), "o2", ["customer_id"]),
+        (Event("a", customer_id="c1", member_id="x"), "o1", ["member_id"]),
+        (
+            Event("a", customer_id="c2", member_id="x", organization_id="o1"),
+            "o1",
+            [
+                "organization_token",
+                "customer_id",
+                "member_id",
+            ],
+        ),
+    ],
+)
+def test_names_that_mean_nothing(event: Event, token_organization_id: str | None, types: list[str]) -> None:
+    """Organization first, then customer, then member, each at its place."""
+    refusals = reference_refusals(event, Catalogue(CHANGES[:3]), token_organization_id=token_organization_id, index=2)
+    assert [refusal.type for refusal in refusals] == types
+    assert all(refusal.loc[:3] == ["body", "events", 2] and len(refusal.loc) == 4 for refusal in refusals)
