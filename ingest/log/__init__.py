@@ -1,0 +1,47 @@
+"""The log: durable, ordered, the only truth. Which kind is told by its URL.
+
+    embedded:DIR    one machine, one SQLite file DIR/log.sqlite; a plain path means the same
+    memory:         this process only, for tests
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ingest.log.embedded import EmbeddedLog
+from ingest.log.limits import Limits
+from ingest.log.memory import Disk, MemoryLog
+from meters.log import Log
+
+__all__ = ["Limits", "open_log"]
+
+# At least two letters, so that a drive letter is a path.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(.*)", re.DOTALL)
+
+
+def clock_us() -> int:
+    """Microseconds since 1970 UTC."""
+    return time.time_ns() // 1000
+
+
+def open_log(
+    url: str,
+    *,
+    partitions: Mapping[str, int] | None = None,
+    clock_us: Callable[[], int] = clock_us,
+    limits: Limits | None = None,
+) -> Log:
+    """Open the log at the URL, and make it if it is not there.
+
+    ``partitions`` are the number of partitions by stream; None takes what is there, or one each.
+    ``clock_us`` gives the ingestion time. Raises ValueError for an unknown URL; TryAgain; Refused when what is
+    there has other partitions or is no log.
+    """
+    match = _SCHEME.fullmatch(url)
+    scheme, rest = match.groups() if match else ("embedded", url)
+    if scheme == "embedded" and rest:
+        return EmbeddedLog(Path(rest), partitions, clock_us, limits or Limits())
+    if scheme == "memory" and not rest:
+        return MemoryLog(Disk(partitions), clock_us, limits or Limits())
+    raise ValueError(f"no log at {url!r}: expected embedded:DIRECTORY or memory:")

@@ -1,0 +1,109 @@
+"""The embedded log: the port on one SQLite file, for one machine.
+
+Several processes may open it, and several may append; SQLite's locks let one commit at a time. Appending is the
+writer's thread with its group commit (``writer``, ``appender``), reading is one statement per call (``reader``),
+``sqlite_file`` knows what lies on the disk. This module puts them together.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ingest.log.appender import FileAppender
+from ingest.log.limits import Limits
+from ingest.log.places import PARTITIONS, Places
+from ingest.log.reader import FileReader
+from ingest.log.retention import trim
+from ingest.log.sqlite_file import FILE_NAME, create, table_name
+from ingest.log.writer import GroupWriter
+from meters.log import Entry, Record, Refused, TryAgain
+
+# A waiting reader looks for commits of other processes, first often, because under load the next one is near,
+# then ever more rarely. A look takes about 10 microseconds, so an idle reader costs a thousandth of a core.
+POLL_S_MIN = 0.001
+POLL_S_MAX = 0.010
+
+
+class EmbeddedLog:
+    """The log in ``directory``/log.sqlite. See ``meters.log.Log`` for what the methods promise."""
+
+    def __init__(
+        self, directory: Path, partitions: Mapping[str, int] | None, clock_us: Callable[[], int], limits: Limits
+    ) -> None:
+        """Open the log, or make it with so many partitions by stream (None: as they are). Raises TryAgain, Refused."""
+        self._path = directory / FILE_NAME
+        self._limits = limits
+        try:
+            create(self._path, partitions or PARTITIONS, limits.lock_wait_s_max)
+        except (sqlite3.Error, OSError) as error:
+            raise TryAgain(f"the log cannot be opened: {error}", limits.retry_after_s) from error
+        self._reader = FileReader(self._path, limits.lock_wait_s_max)
+        self._places = Places({stream: count for stream, (_, count) in self._reader.streams().items()})
+        if partitions and self._places.partitions != dict(partitions):
+            self._reader.close()
+            raise Refused(f"the log has the partitions {self._places.partitions}, not {dict(partitions)}")
+        self._writer = GroupWriter(FileAppender(self._path, clock_us, limits), limits, "log-writer")
+
+    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        """Make the entries durable and return their offsets. Raises TryAgain, Refused."""
+        self._places.check_entries(stream, entries, self._limits)
+        return await self._writer.submit(stream, entries) if entries else []
+
+    def read(
+        self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
+    ) -> list[Record]:
+        """The next records from the positions. Raises PositionLost, TryAgain."""
+        deadline_s = time.monotonic() + wait_s
+        pause_s = POLL_S_MIN
+        version = self._reader.version()
+        records = self._read_now(stream, positions, bytes_max)
+        while not records and (left_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, POLL_S_MAX)
+            if (seen := self._reader.version()) != version:
+                version = seen
+                records = self._read_now(stream, positions, bytes_max)
+        return records
+
+    def starts(self, stream: str) -> dict[int, int]:
+        """The offset of the oldest record, by partition."""
+        return {partition: self._reader.bounds(stream, partition)[0] for partition in self._places.of(stream)}
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """The offset the next record will get, by partition."""
+        return {partition: self._reader.bounds(stream, partition)[1] for partition in self._places.of(stream)}
+
+    def identity(self, stream: str) -> str:
+        """The stream's name for itself, made with it."""
+        self._places.of(stream)
+        return self._reader.streams()[stream][0]
+
+    def trim(self, stream: str, older_than_us: int) -> int:
+        """Remove the oldest records, those ingested before the instant, and return how many. Raises TryAgain.
+
+        The newest record of a partition always stays, because it carries the next offset. The space is used
+        again; the file does not shrink.
+        """
+        try:
+            return sum(
+                trim(self._path, table_name(stream, partition), older_than_us, self._limits.lock_wait_s_max)
+                for partition in self._places.of(stream)
+            )
+        except sqlite3.Error as error:
+            raise TryAgain(f"the log cannot be trimmed now: {error}", self._limits.retry_after_s) from error
+
+    def close(self) -> None:
+        """Commit what is queued, then close the file."""
+        self._writer.close()
+        self._reader.close()
+
+    def _read_now(self, stream: str, positions: Mapping[int, int], bytes_max: int) -> list[Record]:
+        records: list[Record] = []
+        for partition in self._places.in_turn(stream, positions):
+            if bytes_max <= 0 and records:
+                break
+            found = self._reader.fetch(stream, partition, positions[partition], bytes_max)
+            bytes_max -= sum(len(record.value) for record in found)
+            records += found
+        return records

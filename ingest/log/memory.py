@@ -1,0 +1,146 @@
+"""The log in memory: the same port, for tests and simulations.
+
+What the death of a process leaves behind is the ``Disk``: two logs on one disk are two processes on one machine. A
+disk can be told to be full, so that a test can ask what its subject does about TryAgain.
+"""
+
+import threading
+import time
+import uuid
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+
+from ingest.log.limits import Limits
+from ingest.log.places import PARTITIONS, Places
+from meters.log import Entry, PositionLost, Record, Refused, TryAgain
+
+
+class Partition:
+    """Records without a gap, the first of them at offset ``start``."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.records: list[Record] = []
+
+    @property
+    def end(self) -> int:
+        """The offset the next record will get."""
+        return self.start + len(self.records)
+
+    def append(self, entry: Entry, number: int, now_us: int) -> int:
+        """Put the entry at the end, at a time never before its predecessor's; its offset."""
+        offset = self.end
+        time_us = max([now_us, *(record.timestamp_us for record in self.records[-1:])])
+        self.records.append(Record(number, offset, time_us, entry.value, entry.organization_id, entry.admitted))
+        return offset
+
+    def read(self, position: int, bytes_max: int) -> list[Record]:
+        """The records from the position: one if there is any, else no more than the bytes. Raises PositionLost."""
+        if not self.start <= position <= self.end:
+            raise PositionLost(f"{position} is not between {self.start} and {self.end}: retention, or another stream")
+        found: list[Record] = []
+        for record in self.records[position - self.start :]:
+            bytes_max -= len(record.value)
+            if bytes_max < 0 and found:
+                break
+            found.append(record)
+        return found
+
+    def trim(self, older_than_us: int) -> int:
+        """Remove the oldest, those before the instant, but never the newest; how many."""
+        removed = bisect_left(self.records[:-1], older_than_us, key=lambda record: record.timestamp_us)
+        del self.records[:removed]
+        self.start += removed
+        return removed
+
+
+class Disk:
+    """What outlives a log object. ``changed`` guards it and wakes readers; while ``full``, appends are TryAgain."""
+
+    def __init__(self, partitions: Mapping[str, int] | None = None) -> None:
+        self.places = Places(partitions or PARTITIONS)
+        self.streams = {
+            stream: [Partition() for _ in range(count)] for stream, count in self.places.partitions.items()
+        }
+        self.identities = {stream: uuid.uuid4().hex for stream in self.streams}
+        self.changed = threading.Condition()
+        self.full = False
+
+
+class MemoryLog:
+    """A log on the disk. See ``meters.log.Log`` for what the methods promise."""
+
+    def __init__(self, disk: Disk, clock_us: Callable[[], int], limits: Limits) -> None:
+        self._disk = disk
+        self._clock_us = clock_us
+        self._limits = limits
+        self._closed = False
+
+    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        """Keep the entries and return their offsets. Raises TryAgain, Refused."""
+        self._disk.places.check_entries(stream, entries, self._limits)
+        with self._disk.changed:
+            self._check_open()
+            if self._disk.full:
+                raise TryAgain("the disk is full", self._limits.retry_after_s)
+            now_us = self._clock_us()
+            partitions = self._disk.streams[stream]
+            offsets = [partitions[entry.partition].append(entry, entry.partition, now_us) for entry in entries]
+            self._disk.changed.notify_all()
+            return offsets
+
+    def read(
+        self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
+    ) -> list[Record]:
+        """The next records from the positions. Raises PositionLost, TryAgain."""
+        deadline_s = time.monotonic() + wait_s
+        with self._disk.changed:
+            while not (records := self._read_now(stream, positions, bytes_max)):
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return []
+                self._disk.changed.wait(left_s)
+            return records
+
+    def starts(self, stream: str) -> dict[int, int]:
+        """The offset of the oldest record, by partition."""
+        return {number: partition.start for number, partition in self._partitions(stream)}
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """The offset the next record will get, by partition."""
+        return {number: partition.end for number, partition in self._partitions(stream)}
+
+    def identity(self, stream: str) -> str:
+        """The stream's name for itself, made with the disk."""
+        self._partitions(stream)
+        return self._disk.identities[stream]
+
+    def trim(self, stream: str, older_than_us: int) -> int:
+        """Remove the oldest records, those ingested before the instant, but never the newest; how many."""
+        with self._disk.changed:
+            return sum(partition.trim(older_than_us) for _, partition in self._partitions(stream))
+
+    def close(self) -> None:
+        """Wake whoever waits; later calls raise TryAgain. The disk stays as it is."""
+        with self._disk.changed:
+            self._closed = True
+            self._disk.changed.notify_all()
+
+    def _read_now(self, stream: str, positions: Mapping[int, int], bytes_max: int) -> list[Record]:
+        self._check_open()
+        records: list[Record] = []
+        for partition in self._disk.places.in_turn(stream, positions):
+            if bytes_max <= 0 and records:
+                break
+            found = self._disk.streams[stream][partition].read(positions[partition], bytes_max)
+            bytes_max -= sum(len(record.value) for record in found)
+            records += found
+        return records
+
+    def _partitions(self, stream: str) -> list[tuple[int, Partition]]:
+        self._check_open()
+        return [(number, self._disk.streams[stream][number]) for number in self._disk.places.of(stream)]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TryAgain("the log is closed", self._limits.retry_after_s)
