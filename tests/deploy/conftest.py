@@ -1,0 +1,25 @@
+"""Installations for the tests of this room."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.installation import Installation
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Iterator[Installation]:
+    """A place for a server that is not yet started; whatever runs at the end is stopped."""
+    place = Installation(tmp_path / "data")
+    yield place
+    place.close()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """A running server that the tests of a module share. They must not stop it."""
+    place = Installation(tmp_path_factory.mktemp("running") / "data")
+    place.start()
+    yield place
+    place.close()

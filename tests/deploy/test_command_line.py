@@ -1,0 +1,156 @@
+"""The command line against a real server: what it says, in which form, and with which exit code."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import global_options_first
+from tests.deploy.installation import Installation, eventually, meterstream
+
+EVENTS = """{"name":"call","external_customer_id":"ada","external_id":"c1","metadata":{"tokens":0.1}}
+{"name":"call","external_customer_id":"ada","external_id":"c2","metadata":{"tokens":0.2}}
+{"name":"call","external_customer_id":"bob","metadata":{"tokens":5}}
+"""
+
+
+@pytest.fixture(scope="module")
+def counted(running: Installation) -> Installation:
+    """A server with a meter over three events, all of them visible."""
+    running.answer("meters", "create", "--name", "tokens", "--sum", "tokens", "--where", "name=call")
+    assert running.answer("events", "send", "-", text=EVENTS)["inserted"] == 3
+    eventually(lambda: len(running.answer("events", "list")) == 3)
+    return running
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "complaint"),
+    [
+        (["servee"], 2, "Did you mean 'serve'?"),
+        (["events", "sned", "-"], 2, "Did you mean 'send'?"),
+        (["usage", "x", "--intervall", "day"], 2, "--interval"),
+        (["usage", "x", "--output", "jsn"], 2, "'jsn' is not one of 'table', 'json', 'csv'"),
+        (["serve", "--port", "65536"], 2, "--port: Expected `int` <= 65535"),
+        (["usage", "x"], 2, "a token is needed: --token, or METERSTREAM_TOKEN"),
+        (["usage", "x", "--token", "t", "--url", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9"),
+        (["usage", "x", "--token", "t", "--url", "nonsense"], 2, "--url nonsense"),
+        (["events", "send", "missing.ndjson", "--token", "t"], 2, "cannot read missing.ndjson"),
+        (["tokens", "list", "--data", "missing"], 1, "there is no Meterstream data in missing"),
+        (["rebuild", "--data", "missing"], 1, "there is no Meterstream data in missing"),
+        (["meters", "create", "--name", "abc", "--token", "t"], 2, "give one of --count, --sum"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
+    """Every mistake gives its exit code and one line on stderr, and neither an answer nor a traceback."""
+    done = meterstream(*line)
+
+    assert done.returncode == code, done.stderr
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_global_options_stand_anywhere() -> None:
+    """They are moved to the front with their values, the rest keeps its order, and -- ends the search."""
+    line = ["usage", "--output", "json", "m", "--url=http://x", "--chart", "--", "--token"]
+    expected = ["--output", "json", "--url=http://x", "usage", "m", "--chart", "--", "--token"]
+
+    assert global_options_first(line) == expected
+
+
+def test_a_wrong_token_is_refused_with_the_way_out(counted: Installation) -> None:
+    """A token that the server does not know ends with exit code 1 and says how to get one."""
+    done = meterstream("meters", "list", "--url", counted.url, "--token", "polar_oat_wrong")
+
+    assert done.returncode == 1
+    assert "does not accept this token" in done.stderr
+    assert "meterstream tokens create" in done.stderr
+    assert "wrong" not in done.stderr
+
+
+def test_a_token_may_do_what_it_was_made_for(counted: Installation) -> None:
+    """A token made beside the running server works at once, within its scopes, until it is revoked."""
+    made = counted.answer("tokens", "create", "--scope", "meters:read")
+    here = ("--url", counted.url, "--token", made["token"])
+
+    eventually(lambda: meterstream("meters", "list", *here).returncode == 0)
+    refused = meterstream("events", "list", *here)
+    assert refused.returncode == 1
+    assert "higher privileges" in refused.stderr
+
+    counted.answer("tokens", "revoke", made["id"])
+    eventually(lambda: meterstream("meters", "list", *here).returncode == 1)
+    listed = [token for token in counted.answer("tokens", "list") if token["id"] == made["id"]]
+    assert listed[0]["revoked_at"]
+    assert made["token"] not in json.dumps(listed)
+
+
+def test_usage_is_exact_in_every_form(counted: Installation) -> None:
+    """JSON, CSV and the table show the same exact numbers: 0.1 and 0.2 are 0.3."""
+    usage = ("usage", "tokens", "--customer", "ada")
+
+    answer = counted.answer(*usage)
+    assert counted.run(*usage, "--output", "json").stdout.count("0.3") == 2
+    assert answer["as_of"].startswith("0:")
+
+    rows = list(csv.DictReader(io.StringIO(counted.run(*usage, "--output", "csv").stdout)))
+    assert rows[-1]["quantity"] == "0.3"
+    assert len(rows) == len(answer["quantities"])
+
+    chart = counted.run(*usage, "--chart").stdout
+    assert "0.3" in chart
+    assert "█" in chart
+
+
+def test_lists_have_every_form(counted: Installation) -> None:
+    """The same things come as JSON, as CSV and as a table."""
+    (meter,) = counted.answer("meters", "list")
+    rows = list(csv.DictReader(io.StringIO(counted.run("meters", "list", "--output", "csv").stdout)))
+
+    assert rows[0]["id"] == meter["id"]
+    assert json.loads(rows[0]["aggregation"]) == {"func": "sum", "property": "tokens"}
+    assert "tokens" in counted.run("meters", "list").stdout
+
+
+def test_an_unknown_meter_names_the_nearest(counted: Installation) -> None:
+    """A misspelled meter is wrong usage, with the name that was probably meant."""
+    done = counted.run("usage", "tokenz")
+
+    assert done.returncode == 2
+    assert "did you mean 'tokens'?" in done.stderr
+
+
+def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: Installation) -> None:
+    """Bad lines are reported with their numbers and exit code 1; the good ones between them are in."""
+    lines = ["{", '{"name":"other"}', "", '{"name":"other","external_customer_id":"eve","external_id":"kept"}']
+
+    done = counted.run("events", "send", "-", text="\n".join(lines))
+
+    assert done.returncode == 1
+    assert "line 1: not an event" in done.stderr
+    assert "line 2: " in done.stderr
+    assert "2 lines were not taken" in done.stderr
+    eventually(lambda: len(counted.answer("events", "list", "--name", "other")) == 1)
+
+
+def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path) -> None:
+    """The first import inserts every row; the second finds every one of them a duplicate."""
+    path = tmp_path / "usage.csv"
+    path.write_text("user,total\n" + "".join(f"u{number},{number}\n" for number in range(1000)))
+    columns = "external_customer_id=user,metadata.n=total"
+    command = ("events", "import", str(path), "--map", columns, "--set", "name=csv")
+
+    first, second = counted.answer(*command), counted.answer(*command)
+
+    assert (first["inserted"], first["duplicates"]) == (1000, 0)
+    assert (second["inserted"], second["duplicates"]) == (0, 1000)
+
+
+def test_a_preview_counts_without_creating(counted: Installation) -> None:
+    """A preview answers for stored events, and no meter is there afterwards."""
+    before = counted.answer("meters", "list")
+
+    assert counted.answer("meters", "preview", "--count", "--where", "name=call")
+    assert counted.answer("meters", "list") == before
