@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 from sqlglot import exp, parse_one
 
-from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage
+from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage, built_in_column
 from meters.aggregation import Aggregation, exact_sum, mean
 from meters.amount import INTEGER_DIGITS_MAX
 from meters.filter import Clause, Filter, Operator, Scalar, value_text
@@ -67,11 +67,24 @@ def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expr:
     return exp.and_(*parts) if filter.conjunction == "and" else exp.or_(*parts)
 
 
+def before_reading(filter: Filter, parameters: Parameters) -> list[exp.Expr]:
+    """Conditions on the columns of ``events`` without which the filter cannot hold: what fails them is not parsed."""
+    if filter.conjunction != "and":
+        return []
+    found: list[exp.Expr] = []
+    for part in filter.clauses:
+        if isinstance(part, Filter):
+            found += before_reading(part, parameters)
+        elif is_built_in(part.property):
+            found.append(_built_in(part, built_in_column(part.property), parameters))
+    return found
+
+
 def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Expr:
-    values = clause.value if isinstance(clause.value, list) else [clause.value]
+    values = _values(clause)
     operator = clause.operator
     if is_built_in(clause.property):
-        return _built_in(clause.property, operator, values, stage, parameters)
+        return _built_in(clause, stage.built_in(clause.property), parameters)
     if operator is Operator.EXISTS:
         present = stage.present(clause.property)
         return present if clause.value else exp.not_(present)
@@ -95,10 +108,15 @@ def _compare(property: str, operator: Operator, value: Scalar, stage: Stage, par
 
 def _compare_number(number: exp.Expr, operator: Operator, value: int | Decimal, parameters: Parameters) -> exp.Expr:
     """A value that no amount reaches is compared once, here, with any amount at all."""
-    if abs(value) >= 10**INTEGER_DIGITS_MAX:
+    if not _is_reachable(value):
         holds = _COMPARE[operator](0, value)
         return exp.and_(exp.convert(holds), exp.not_(number.is_(exp.null())))
     return _EXPRESSIONS[operator](this=number, expression=parameters.amount(Decimal(value)))
+
+
+def _is_reachable(value: int | Decimal) -> bool:
+    """Whether an amount can be that large. Not ``abs``, which rounds decimals to the ambient context."""
+    return -(10**INTEGER_DIGITS_MAX) < value < 10**INTEGER_DIGITS_MAX
 
 
 def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expr:
@@ -106,7 +124,7 @@ def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: P
     numbers = [
         parameters.amount(Decimal(value))
         for value in values
-        if not isinstance(value, str) and abs(value) < 10**INTEGER_DIGITS_MAX
+        if not isinstance(value, str) and _is_reachable(value)
     ]
     booleans = [exp.convert(value) for value in values if isinstance(value, bool)]
     facets = (stage.string, texts), (stage.number, numbers), (stage.boolean, booleans)
@@ -114,27 +132,29 @@ def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: P
     return exp.or_(*parts) if parts else exp.false()
 
 
-def _built_in(
-    property: str, operator: Operator, values: Sequence[Scalar], stage: Stage, parameters: Parameters
-) -> exp.Expr:
+def _built_in(clause: Clause, column: exp.Expr, parameters: Parameters) -> exp.Expr:
     """``name`` and ``source`` against strings, ``timestamp`` against integers; anything else is false."""
+    operator = clause.operator
     if operator is Operator.EXISTS:
-        return exp.convert(bool(values[0]))
-    legal = str if property in (NAME, SOURCE) else int
-    fitting = [value for value in values if isinstance(value, legal) and not isinstance(value, bool)]
-    column = stage.built_in(property)
+        return exp.convert(bool(clause.value))
+    legal = str if clause.property in (NAME, SOURCE) else int
+    fitting = [value for value in _values(clause) if isinstance(value, legal) and not isinstance(value, bool)]
     if not fitting:
         return exp.false()
     if operator in (Operator.LIKE, Operator.NOT_LIKE):
         return _like(exp.cast(column, "VARCHAR"), operator, str(fitting[0]), parameters)
-    if property == TIMESTAMP:
-        column = exp.cast(column, AMOUNT, dialect=DIALECT)
-        parts = [_compare_number(column, _single(operator), int(value), parameters) for value in fitting]
+    if clause.property == TIMESTAMP:
+        seconds = exp.cast(column, AMOUNT, dialect=DIALECT)
+        parts = [_compare_number(seconds, _single(operator), int(value), parameters) for value in fitting]
         return exp.or_(*parts)
     texts = [parameters.add(value) for value in fitting]
     if operator is Operator.IN:
         return exp.In(this=column, expressions=texts)
     return _EXPRESSIONS[operator](this=column, expression=texts[0])
+
+
+def _values(clause: Clause) -> Sequence[Scalar]:
+    return clause.value if isinstance(clause.value, list) else [clause.value]
 
 
 def _single(operator: Operator) -> Operator:

@@ -61,6 +61,10 @@ class Parameters:
     def add(self, value: object) -> exp.Expr:
         """A placeholder for the value."""
         name = f"v{len(self.values)}"
+        return self.named(name, value)
+
+    def named(self, name: str, value: object) -> exp.Expr:
+        """A placeholder with a name that fixed SQL may mention; ``v`` and a number are taken."""
         self.values[name] = value
         return exp.Placeholder(this=name)
 
@@ -79,32 +83,35 @@ class Stage:
 
     def string(self, property: str) -> exp.Expr:
         """VARCHAR: the value, where it is a string."""
-        return self._facet(property, "string")
+        return self._facet(property.split("."), "string")
 
     def number(self, property: str) -> exp.Expr:
         """DECIMAL(38, 12): the value, where it is a number."""
-        return self._facet(property, "number")
+        return self._facet(property.split("."), "number")
 
     def boolean(self, property: str) -> exp.Expr:
         """BOOLEAN: the value, where it is one."""
-        return self._facet(property, "boolean")
+        return self._facet(property.split("."), "boolean")
 
     def present(self, property: str) -> exp.Expr:
         """BOOLEAN, never NULL: whether there is a value other than null."""
-        return self._facet(property, "present")
+        return self._facet(property.split("."), "present")
 
     def text(self, property: str) -> exp.Expr:
         """VARCHAR: the text of a string, number (``meters.amount.number_text``) or boolean."""
-        return self._facet(property, "text")
+        return self._facet(property.split("."), "text")
+
+    def text_at(self, key: str) -> exp.Expr:
+        """As ``text``, for a top-level key, whatever dots it has."""
+        return self._facet([key], "text")
 
     def identity(self, property: str) -> exp.Expr:
         """VARCHAR: equal for two values exactly if ``unique`` takes them for one; NULL where there is none."""
-        return self._facet(property, "identity")
+        return self._facet(property.split("."), "identity")
 
     def built_in(self, property: str) -> exp.Expr:
         """``name`` and ``source`` VARCHAR; ``timestamp`` BIGINT, whole seconds since 1970."""
-        source = property if property in (NAME, SOURCE) else _SECONDS
-        return self._column(f"event_{property}", parse_one(source, dialect=DIALECT))
+        return self._column(f"event_{property}", built_in_column(property))
 
     def select(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The columns ``keep`` of ``source`` (a table, or a SELECT in parentheses) and every facet asked for."""
@@ -129,8 +136,8 @@ class Stage:
         sources = (f"t{place}", token.format(t=f"t[{place}]")), (f"x{place}", f"x[{place}]")
         return [exp.alias_(parse_one(source, dialect=DIALECT), name) for name, source in sources]
 
-    def _facet(self, property: str, facet: str) -> exp.Expr:
-        first, *rest = steps = property.split(".")
+    def _facet(self, steps: Sequence[str], facet: str) -> exp.Expr:
+        first, *rest = steps
         known, numbers = RESERVED.get(first, (frozenset(), frozenset())) if rest else (frozenset(), frozenset())
         if known and rest[0] not in known:
             return parse_one(_NOTHING[facet], dialect=DIALECT)
@@ -143,6 +150,11 @@ class Stage:
     def _column(self, name: str, expression: exp.Expr) -> exp.Expr:
         self._columns.setdefault(name, expression)
         return exp.column(name)
+
+
+def built_in_column(property: str) -> exp.Expr:
+    """A built-in property in terms of the columns of ``events``."""
+    return parse_one(property if property in (NAME, SOURCE) else _SECONDS, dialect=DIALECT)
 
 
 def pointer(steps: Sequence[str]) -> str:

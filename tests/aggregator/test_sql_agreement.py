@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import duckdb
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
@@ -109,6 +110,8 @@ def agree(
 
 @settings(max_examples=150, deadline=None)
 @given(clauses())
+@example(Clause("tokens", Operator.EQ, Decimal("99999999999999999999999999.999999999999")))
+@example(Clause("tokens", Operator.IN, [Decimal("-99999999999999999999999999"), 10**26]))
 def test_a_clause_holds_for_the_same_values(edges: duckdb.DuckDBPyConnection, clause: Clause) -> None:
     """Of all the values that could be taken wrongly, DuckDB and the reference let the same ones through."""
     filter = Filter("and", [clause])
