@@ -1,0 +1,190 @@
+"""From a body's bytes to lines for the log, or refusals. No I/O, no clock.
+
+What is plain beyond doubt (``ingest.plain``) is admitted as it stands. Every other event is read with care by
+``meters.event``, which alone decides, and has Polar's words for a refusal.
+
+The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
+because a line is an event; and an event without an external id gets one as its last key, because an event is counted
+by its identity. Of a repeated key the last one counts, so ``"external_id": null`` is overruled.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, VALUES_MAX
+from ingest.plain import find_suspects, read_plain
+from meters.catalogue import Catalogue
+from meters.event import CLOCK_SKEW, check_event
+from meters.references import reference_refusals
+from meters.refusal import DEPTH_MAX, Refusal
+
+SCHEMA = "RequestValidationError"
+BUSINESS = "PolarRequestValidationError"
+"""Polar's names for the two kinds of 422: what an event says, and what the names in it refer to."""
+
+ECHO_BYTES_MAX = 16 * 1024
+"""A larger body is not sent back as the ``input`` of what is wrong with it."""
+
+
+class Sender(Struct, frozen=True):
+    """Who sends, what is known just now, and how to name an event that has no name of its own.
+
+    ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape.
+    """
+
+    organization_id: str
+    catalogue: Catalogue
+    new_ids: Callable[[int], Sequence[str]]
+    clock_skew: timedelta = CLOCK_SKEW
+
+
+class Admitted(Struct, frozen=True):
+    """Lines for the log, each with its external id and its index in the request; the three lists run in step.
+
+    ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
+    empty unless the request was lenient.
+    """
+
+    lines: Sequence[Raw | bytes]
+    external_ids: Sequence[str]
+    indexes: Sequence[int]
+    named: bool
+    refusals: list[Refusal]
+
+    @property
+    def value(self) -> bytes:
+        """The record's value: NDJSON."""
+        return b"\n".join(self.lines)
+
+
+class Refused(Struct, frozen=True):
+    """The whole request is refused: Polar's name for the error, and its detail list."""
+
+    error: str
+    detail: list[dict[str, Any]]
+
+
+class _Envelope(Struct, gc=False):
+    events: list[Raw]
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
+_BYTE = re.compile(r"\(byte (\d+)\)")
+
+
+def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused:
+    """Every event of the body as a line, or why not. One bad event refuses all of them, unless ``lenient``."""
+    unreadable = _unreadable(body)
+    if unreadable is not None:
+        return unreadable
+    plains = read_plain(body)
+    if plains is None and body.count(b",") > VALUES_MAX:
+        return _refused("too_long", ("body", "events"), "Too many values to look at one by one; send fewer events")
+    try:
+        lines = _decode_envelope(body).events
+    except (msgspec.MsgspecError, RecursionError) as error:
+        return _no_envelope(body, error)
+    latest = now + sender.clock_skew
+    ids, suspects = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
+    if len(suspects) > CAREFUL_EVENTS_MAX:
+        return _refused("too_long", ("body", "events"), "Too many unusual events to look at one by one; send fewer")
+    error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
+    if refusals and not lenient:
+        return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+    if refusals:
+        refused = {refusal.index for refusal in refusals}
+        kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
+        lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
+    else:
+        kept = range(len(lines))
+    return _admitted(lines, ids, kept, refusals, sender, b"\n" in body)
+
+
+def _with_care(
+    lines: Sequence[Raw], suspects: Sequence[int], ids: list[str | None], sender: Sender, now: datetime, lenient: bool
+) -> tuple[str, list[Refusal]]:
+    """Read each suspect, note its external id, and collect what is wrong, in the order of the request.
+
+    Names are looked up only when every event is well made, as Polar does; a lenient request hears everything.
+    """
+    schema: list[Refusal] = []
+    business: list[Refusal] = []
+    for index in suspects:
+        event = check_event(bytes(lines[index]), index=index, now=now, clock_skew=sender.clock_skew)
+        if isinstance(event, list):
+            schema += event
+            if len(schema) >= DETAILS_MAX and not lenient:
+                break
+            continue
+        ids[index] = event.external_id
+        business += reference_refusals(
+            event, sender.catalogue, token_organization_id=sender.organization_id, index=index
+        )
+    if lenient:
+        return SCHEMA, sorted(schema + business, key=lambda refusal: refusal.index)
+    return (SCHEMA, schema) if schema else (BUSINESS, business)
+
+
+def _admitted(
+    lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], sender: Sender,
+    newlines: bool,
+) -> Admitted:
+    final: list[Raw | bytes] = list(lines)
+    if newlines:
+        final = [bytes(line).replace(b"\n", b" ") for line in final]
+    nameless = [place for place, external_id in enumerate(ids) if external_id is None]
+    named = list(ids)
+    for place, external_id in zip(nameless, sender.new_ids(len(nameless)) if nameless else (), strict=True):
+        named[place] = external_id
+        final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
+    return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
+
+
+def _unreadable(body: bytes) -> Refused | None:
+    if not body:
+        return _refused("missing", ("body",), "Field required")
+    if not body.isascii():
+        try:
+            body.decode()
+        except UnicodeDecodeError as error:
+            return _not_json(error.start, "invalid UTF-8")
+    return None
+
+
+def _no_envelope(body: bytes, error: Exception) -> Refused:
+    """Why the body is not ``{"events": [...]}``."""
+    if isinstance(error, RecursionError):
+        return _refused("value_error", ("body",), f"Value error, nesting is limited to {DEPTH_MAX} levels")
+    if not isinstance(error, msgspec.ValidationError):
+        found = _BYTE.search(str(error))
+        return _not_json(int(found[1]) if found else len(body), str(error))
+    echo = Raw(body) if len(body) <= ECHO_BYTES_MAX else None
+    try:
+        fields = _decode_fields(body)
+    except msgspec.ValidationError:
+        message = "Input should be a valid dictionary or object to extract fields from"
+        return _refused("model_attributes_type", ("body",), message, echo)
+    if "events" not in fields:
+        return _refused("missing", ("body", "events"), "Field required", echo)
+    events = fields["events"]
+    echo = events if len(bytes(events)) <= ECHO_BYTES_MAX else None
+    return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
+
+
+def _not_json(offset: int, reason: str) -> Refused:
+    entry = {"type": "json_invalid", "loc": ("body", offset), "msg": "JSON decode error", "input": {}}
+    return Refused(SCHEMA, [entry | {"ctx": {"error": reason}}])
+
+
+def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> Refused:
+    return Refused(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
+
+
+def _entry(refusal: Refusal) -> dict[str, Any]:
+    return {"type": refusal.type, "loc": refusal.loc, "msg": refusal.msg, "input": refusal.input}

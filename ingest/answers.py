@@ -1,0 +1,88 @@
+"""What the gateway says when it does not say yes: every status, its body and its headers, in Polar's shapes."""
+
+from typing import Any
+
+import msgspec
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+JSON = (b"content-type", b"application/json")
+CLOSE = (b"connection", b"close")
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A whole response. ``headers`` are lower case and without the length, which is added when it is sent."""
+
+    status: int
+    body: bytes
+    headers: Headers = (JSON,)
+
+
+def problem(status: int, error: str, detail: Any, *headers: tuple[bytes, bytes]) -> Answer:
+    """Polar's shape of an error: its name and what happened."""
+    return Answer(status, msgspec.json.encode({"error": error, "detail": detail}), (JSON, *headers))
+
+
+def _retry_after(seconds: float) -> tuple[bytes, bytes]:
+    return b"retry-after", b"%d" % max(1, round(seconds))
+
+
+def bad_request(detail: str) -> Answer:
+    """A request whose bytes mean nothing, or two things: the connection cannot be trusted any further."""
+    return problem(400, "BadRequest", detail, CLOSE)
+
+
+def undecodable(encoding: str) -> Answer:
+    """A body that is not what its Content-Encoding says."""
+    return problem(400, "BadRequest", f"The body is not one complete {encoding} stream.")
+
+
+def timed_out() -> Answer:
+    """A head or a body that took too long."""
+    return problem(408, "RequestTimeout", "The request did not arrive in time.", CLOSE)
+
+
+def length_required() -> Answer:
+    """A body without Content-Length; chunked uploads are not taken."""
+    return problem(411, "LengthRequired", "Content-Length is required.", CLOSE)
+
+
+def too_large(bytes_max: int) -> Answer:
+    """A body over the limit, as sent or unpacked."""
+    return problem(413, "RequestBodyTooLarge", f"The body may have at most {bytes_max} bytes.")
+
+
+def unsupported_encoding() -> Answer:
+    """A Content-Encoding that is not known; the header says which ones are."""
+    detail = "Content-Encoding should be one of gzip, zstd, identity."
+    return problem(415, "UnsupportedMediaType", detail, (b"accept-encoding", b"gzip, zstd, identity"))
+
+
+def too_many_requests(retry_after_s: float) -> Answer:
+    """Polar's 429: nothing but the number of seconds."""
+    return Answer(429, b"", (_retry_after(retry_after_s),))
+
+
+def unavailable(error: str, detail: str, retry_after_s: float) -> Answer:
+    """Not now: the same request may be answered later."""
+    return problem(503, error, detail, _retry_after(retry_after_s))
+
+
+def busy() -> Answer:
+    """As many bytes as the process may hold are held already."""
+    return unavailable("Busy", "Too much is being taken in at once.", 1)
+
+
+def no_answer() -> Answer:
+    """The query API took the request and did not answer in time."""
+    return problem(504, "ViewTimeout", "The query API did not answer in time.")
+
+
+def not_found() -> Answer:
+    """No such route, or an API version that does not exist."""
+    return Answer(404, b'{"detail":"Not Found"}')
+
+
+def method_not_allowed(allow: str) -> Answer:
+    """The route exists, and takes other methods."""
+    return Answer(405, b'{"detail":"Method Not Allowed"}', (JSON, (b"allow", allow.encode())))

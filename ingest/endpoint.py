@@ -1,0 +1,242 @@
+"""``POST /v1/events/ingest``: from a request to a durable record and an answer.
+
+A 2xx leaves after the append returned, never before; a log that cannot write is a 503 with Retry-After. The checks
+come in Polar's order, each answering for itself: API version, token and scope, the token's quota, the length and
+encoding of the body, the body as JSON, its events, the names in them.
+
+``duplicates`` in an answer is what this process can know: repetitions within the request, and of events that it
+acknowledged lately. All of them are written; the store alone decides what counts, and may know more.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ingest import answers, telemetry
+from ingest.admission import Admitted, Refused, Sender, admit
+from ingest.answers import JSON, Answer
+from ingest.body import ENCODINGS, Receive, read, unpack
+from ingest.limits import (
+    ANSWER_BYTES_MAX,
+    BODY_BYTES_MAX,
+    BODY_DEADLINE_S,
+    IN_FLIGHT_BYTES_MAX,
+    INLINE_BODY_BYTES_MAX,
+    InFlight,
+    RequestQuota,
+)
+from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.tail import CatalogueTail
+from meters import log as port
+from meters.access import Denied, authorize, writing
+from meters.catalogue import Token
+from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
+
+SCOPES = writing("events")
+
+VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
+"""Versions of Polar's API in which ingestion is what it is here."""
+VERSION_DEFAULT = b"2026-04"
+
+NOT_WRITABLE_S = 5.0
+"""How long a failed append keeps ``/readyz`` at no: long enough to be seen, short enough for traffic to try again."""
+
+Headers = Mapping[bytes, bytes]
+
+
+class Preferences(NamedTuple):
+    """What a ``Prefer`` header (RFC 7240) may ask: to keep the good events, and to hear of each one."""
+
+    lenient: bool
+    representation: bool
+
+    @property
+    def applied(self) -> bytes:
+        """The ``Preference-Applied`` header; empty for none."""
+        names = [b"handling=lenient"] * self.lenient + [b"return=representation"] * self.representation
+        return b", ".join(names)
+
+
+def read_preferences(header: bytes) -> Preferences:
+    """The preferences known here; others are ignored, as they may be."""
+    asked = {b"".join(part.partition(b";")[0].split()).lower() for part in header.split(b",")}
+    return Preferences(b"handling=lenient" in asked, b"return=representation" in asked)
+
+
+def new_ids(count: int) -> list[str]:
+    """So many external ids of 128 random bits: in a million million of them the chance of a pair is 10^-15."""
+    digits = os.urandom(16 * count).hex()
+    return [digits[start : start + 32] for start in range(0, 32 * count, 32)]
+
+
+class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator may set of the endpoint."""
+
+    body_bytes_max: int = BODY_BYTES_MAX
+    body_deadline_s: float = BODY_DEADLINE_S
+    in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX
+    requests_per_minute: int = 0  # for each token; 0 sets no limit
+
+
+class IngestEndpoint:
+    """Takes requests one by one; what they share is the log, the catalogue, and the limits."""
+
+    def __init__(self, log: Log, tail: CatalogueTail, settings: EndpointSettings) -> None:
+        self.in_flight = InFlight(settings.in_flight_bytes_max)
+        self.position: dict[int, int] = {}  # of usage.events, as far as this process knows
+        self._log = log
+        self._tail = tail
+        self._settings = settings
+        self._quota = RequestQuota(settings.requests_per_minute)
+        self._recent = RecentIdentities()
+        # One thread: parsing holds the interpreter, so a second would only take memory.
+        self._large_bodies = ThreadPoolExecutor(1, "admission")
+        self._not_writable_until_s = 0.0
+
+    @property
+    def writable(self) -> bool:
+        """False for a while after the log refused to write."""
+        return time.monotonic() >= self._not_writable_until_s
+
+    def close(self) -> None:
+        """End the thread."""
+        self._large_bodies.shutdown(wait=False, cancel_futures=True)
+
+    async def __call__(self, headers: Headers, length: int, receive: Receive) -> Answer:
+        """The whole answer to one request. ``headers`` are lower case, ``length`` is the Content-Length."""
+        version = headers.get(b"polar-version", VERSION_DEFAULT)
+        known = version in VERSIONS
+        found = await self._authorized(headers, length, receive) if known else answers.not_found()
+        telemetry.count_request(found.status)
+        shown = version if known else VERSION_DEFAULT
+        return Answer(found.status, found.body, (*found.headers, (b"polar-version", shown)))
+
+    async def _authorized(self, headers: Headers, length: int, receive: Receive) -> Answer:
+        if not self._tail.current:
+            return answers.unavailable("CatalogueUnavailable", "Tokens are not known yet.", 1)
+        now = datetime.now(UTC)
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        token = authorize(authorization, SCOPES, self._tail.catalogue, now)
+        if isinstance(token, Denied):
+            challenge = ((name.lower().encode(), value.encode()) for name, value in token.headers.items())
+            return Answer(token.status, token.body, (JSON, *challenge))
+        wait_s = self._quota.wait_s(token.id, time.monotonic())
+        if wait_s:
+            return answers.too_many_requests(wait_s)
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        if encoding not in ENCODINGS:
+            return answers.unsupported_encoding()
+        if length > self._settings.body_bytes_max:
+            return answers.too_large(self._settings.body_bytes_max)
+        return await self._read(token, encoding, read_preferences(headers.get(b"prefer", b"")), receive)
+
+    async def _read(self, token: Token, encoding: str, preferences: Preferences, receive: Receive) -> Answer:
+        settings = self._settings
+        body = await read(receive, settings.body_deadline_s, self.in_flight, settings.body_bytes_max)
+        if isinstance(body, Answer):
+            return body
+        held = len(body)
+        try:
+            if encoding not in ("", "identity"):
+                loop = asyncio.get_running_loop()
+                unpacked = await loop.run_in_executor(
+                    self._large_bodies, unpack, body, encoding, settings.body_bytes_max
+                )
+                if isinstance(unpacked, Answer):
+                    return unpacked
+                if not self.in_flight.take(len(unpacked)):
+                    return answers.busy()
+                body = unpacked
+                held += len(body)
+            return await self._admit(token, body, preferences)
+        finally:
+            self.in_flight.give_back(held)
+
+    async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
+        telemetry.BODY_BYTES.inc(len(body))
+        sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
+        now = datetime.now(UTC)
+        if len(body) <= INLINE_BODY_BYTES_MAX:
+            admitted = admit(body, sender, now, lenient=preferences.lenient)
+        else:
+            loop = asyncio.get_running_loop()
+            admitted = await loop.run_in_executor(self._large_bodies, _admit_large, body, sender, now, preferences)
+        if isinstance(admitted, Refused):
+            return _unprocessable(admitted)
+        return await self._append(token, admitted, preferences)
+
+    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences) -> Answer:
+        verdicts: Sequence[Verdict] | None = None
+        events = None
+        if admitted.named:
+            events = Fingerprints(token.organization_id, admitted.external_ids, admitted.lines)
+            verdicts = self._recent.judge(events)
+        if admitted.lines:
+            entry = Entry(admitted.value, 0, token.organization_id, admitted=True)
+            began_s = time.perf_counter()
+            try:
+                (offset,) = await self._log.append(USAGE_EVENTS, [entry])
+            except TryAgain as error:
+                self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
+                return answers.unavailable("LogUnavailable", "The log cannot write just now.", error.retry_after_s)
+            except port.Refused as error:
+                return answers.problem(413, "RequestBodyTooLarge", str(error))
+            telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
+            self._not_writable_until_s = 0.0
+            self.position[0] = max(self.position.get(0, 0), offset + 1)
+            position = {0: offset + 1}
+        else:
+            position = self.position
+        if events is not None:
+            self._recent.remember(events)
+        return _accepted(admitted, verdicts, preferences, position)
+
+
+def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
+    return admit(body, sender, now, lenient=preferences.lenient)
+
+
+def _unprocessable(refused: Refused) -> Answer:
+    telemetry.EVENTS_REJECTED.inc(len({entry["loc"][2] for entry in refused.detail if len(entry["loc"]) > 2}))
+    found = answers.problem(422, refused.error, refused.detail)
+    if len(found.body) <= ANSWER_BYTES_MAX:
+        return found
+    return answers.problem(422, refused.error, [entry | {"input": None} for entry in refused.detail])
+
+
+def _accepted(
+    admitted: Admitted, verdicts: Sequence[Verdict] | None, preferences: Preferences, position: Mapping[int, int]
+) -> Answer:
+    count = len(admitted.lines)
+    verdicts = verdicts or [Verdict.ACCEPTED] * count if preferences.representation or verdicts else None
+    inserted = count if verdicts is None else verdicts.count(Verdict.ACCEPTED)
+    rejected = len({refusal.index for refusal in admitted.refusals})
+    telemetry.count_events(inserted, 0 if verdicts is None else verdicts.count(Verdict.CONFLICT), count, rejected)
+    headers = [JSON, (b"log-position", format_position(position).encode())]
+    if not preferences.applied:
+        return Answer(200, b'{"inserted":%d,"duplicates":%d}' % (inserted, count - inserted), tuple(headers))
+    found: dict[str, Any] = {"inserted": inserted, "duplicates": count - inserted}
+    if preferences.lenient:
+        found["rejected"] = [
+            {"index": refusal.index, "type": refusal.type, "loc": refusal.loc, "msg": refusal.msg}
+            for refusal in admitted.refusals
+        ]
+    if preferences.representation:
+        found["events"] = _representation(admitted, verdicts or [])
+    headers.append((b"preference-applied", preferences.applied))
+    return Answer(200, msgspec.json.encode(found), tuple(headers))
+
+
+def _representation(admitted: Admitted, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """What became of each event of the request, in its order."""
+    kept = zip(admitted.indexes, verdicts, admitted.external_ids, strict=True)
+    rows = [{"index": index, "verdict": verdict, "external_id": external_id} for index, verdict, external_id in kept]
+    rejected = sorted({refusal.index for refusal in admitted.refusals})
+    rows += [{"index": index, "verdict": Verdict.REJECTED, "external_id": None} for index in rejected]
+    return sorted(rows, key=lambda row: row["index"])

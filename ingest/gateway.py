@@ -1,0 +1,171 @@
+"""The front door: one ASGI application that takes events itself and passes everything else on.
+
+``POST /v1/events/ingest`` is answered here (``ingest.endpoint``), as a bare callable without a framework, because it
+is nearly all of the traffic. So are ``/livez``, ``/readyz`` and ``/metrics``, which speak of this process. The rest
+goes to the query API (``ingest.passthrough``).
+
+The framing of a request is checked before anything else looks at it: what could be read in two ways is refused and
+the connection closed.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from ingest import answers, telemetry
+from ingest.answers import Answer
+from ingest.body import Gone, read
+from ingest.endpoint import EndpointSettings, IngestEndpoint
+from ingest.passthrough import Upstream, answer
+from ingest.tail import CatalogueTail
+from meters.log import USAGE_EVENTS, Log, TryAgain
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest", "/api/v1/events/ingest/"})
+OLD_PREFIX = b"/api/v1/"
+OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path begins with /v1.")
+
+WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+LOAD_PATIENCE_S = 0.5
+"""Seconds that a start waits for the catalogue before it listens: nearly always enough, and no reason to be late."""
+
+METRICS_PATIENCE_S = 2.0
+"""Seconds that the aggregator gets for its part of ``/metrics``."""
+
+logger = logging.getLogger("ingest.gateway")
+
+
+class GatewaySettings(EndpointSettings, frozen=True, kw_only=True):
+    """What an operator may set of the gateway."""
+
+    upstream: str | None = None  # the query API: unix:PATH or http://HOST:PORT; None answers reads with 503
+
+
+class Gateway:
+    """The ASGI application. One for a process; ``create_gateway`` makes it."""
+
+    def __init__(self, log: Log, settings: GatewaySettings) -> None:
+        self._log = log
+        self._settings = settings
+        self.tail = CatalogueTail(log)
+        self.endpoint = IngestEndpoint(log, self.tail, settings)
+        self._upstream = Upstream(settings.upstream or "unix:")
+        telemetry.observe(self.endpoint.in_flight, self.tail)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one request, or the life of the process."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            with contextlib.suppress(Gone):
+                await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        headers = dict(scope["headers"])
+        found = _misframed(scope["http_version"], method, headers)
+        if found is None and path in INGEST:
+            if method == "POST":
+                found = await self.endpoint(headers, int(headers[b"content-length"]), receive)
+            else:
+                found = answers.method_not_allowed("POST")
+            if path.startswith("/api/"):
+                found = msgspec.structs.replace(found, headers=(*found.headers, OLD_PREFIX_NOTICE))
+        elif found is None and path in _OWN:
+            found = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
+        if found is not None:
+            await answer(send, found)
+        else:
+            await self._pass_on(scope, int(headers.get(b"content-length", b"0")), receive, send)
+
+    async def _pass_on(self, scope: Message, length: int, receive: Receive, send: Send) -> None:
+        path = scope["raw_path"]
+        if path.startswith(OLD_PREFIX):
+            path = path[len("/api") :]
+            send = functools.partial(_send_with_notice, send)
+        bytes_max = self._settings.body_bytes_max
+        if length > bytes_max:
+            telemetry.count_passed_on(await answer(send, answers.too_large(bytes_max)))
+            return
+        in_flight = self.endpoint.in_flight
+        body = await read(receive, self._settings.body_deadline_s, in_flight, bytes_max) if length else b""
+        if isinstance(body, Answer):
+            telemetry.count_passed_on(await answer(send, body))
+            return
+        try:
+            telemetry.count_passed_on(await self._upstream.pass_on(scope, path, body, send))
+        finally:
+            in_flight.give_back(len(body))
+
+    async def live(self) -> Answer:
+        """``/livez``: the event loop turns."""
+        return Answer(200, b'{"status":"live"}')
+
+    async def ready(self) -> Answer:
+        """``/readyz``: tokens are known, and the log writes as far as anyone could tell."""
+        checks = {"catalogue": self.tail.current, "log": self.endpoint.writable}
+        body = msgspec.json.encode({"ready": all(checks.values()), "checks": checks})
+        return Answer(200 if all(checks.values()) else 503, body)
+
+    async def metrics(self) -> Answer:
+        """``/metrics``: this process's, then the aggregator's when it answers."""
+        own = telemetry.exposition()
+        others = await self._upstream.get("/metrics", METRICS_PATIENCE_S) if self._settings.upstream else None
+        return Answer(200, own + (others or b""), ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """From startup to shutdown: the owner of every background task."""
+        await receive()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.tail.run())
+            try:
+                self.endpoint.position.update(await asyncio.to_thread(self._log.ends, USAGE_EVENTS))
+            except TryAgain as error:
+                logger.warning("the log cannot be read yet: %s", error)
+            await self.tail.wait_until_loaded(LOAD_PATIENCE_S)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            self.tail.stop()
+        self._upstream.close()
+        self.endpoint.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+_OWN: dict[str, Callable[[Gateway], Awaitable[Answer]]] = {
+    "/livez": Gateway.live,
+    "/readyz": Gateway.ready,
+    "/metrics": Gateway.metrics,
+}
+
+
+def create_gateway(log: Log, settings: GatewaySettings) -> Gateway:
+    """The application on a log that the caller opened, and closes after it."""
+    return Gateway(log, settings)
+
+
+def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer | None:
+    """What is wrong with how the request says where it ends, or whom it is for."""
+    if version == "1.1" and b"host" not in headers:
+        return answers.bad_request("A request needs a Host header.")
+    if b"transfer-encoding" in headers:
+        if b"content-length" in headers:
+            return answers.bad_request("Content-Length and Transfer-Encoding exclude each other.")
+        return answers.length_required()
+    if method in WITH_BODY and b"content-length" not in headers:
+        return answers.length_required()
+    return None
+
+
+async def _send_with_notice(send: Send, message: Message) -> None:
+    if message["type"] == "http.response.start":
+        message = {**message, "headers": [*message["headers"], OLD_PREFIX_NOTICE]}
+    await send(message)

@@ -1,0 +1,290 @@
+"""Everything but ingestion, passed on to the query API.
+
+The query API lives in the aggregator, behind a unix socket (or an http address). A request goes there whole, so that
+a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they arrive. Headers
+that concern one connection only are left out. While the aggregator is away the answer is 503 with Retry-After: reads
+wait, events are taken all the same.
+
+The client is made for this one hop: HTTP/1.1 over a few kept connections, parsed as the server parses, no redirects,
+no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a general client costs instead.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+
+from ingest import answers
+from ingest.answers import Answer, Headers
+from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX, WRITE_DEADLINE_S
+
+Message = dict[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+HOP_BY_HOP = frozenset({
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+    b"trailer", b"transfer-encoding", b"upgrade", b"expect",
+})  # fmt: skip
+SERVER_ADDS = frozenset({b"date", b"server"})  # the gateway's own server says these
+
+CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all
+IDLE_S = 2.0  # kept connections are used within this, well before the other side lets go of them (5 s)
+BUFFER_BYTES = 256 * 1024  # of an answer held for a client that reads more slowly than the API writes
+RETRY_AFTER_S = 1  # an aggregator restarts in about a second
+
+
+class ViewUnavailable(Exception):
+    """The query API cannot be reached, or broke off before it answered."""
+
+
+class _Connection(asyncio.Protocol):
+    """One HTTP/1.1 connection to the query API, one request at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport
+        self.idle_since_s = 0.0
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.head = asyncio.Event()
+        self.complete = False
+        self.closed = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: list[bytes] = []
+        self._buffered = 0
+        self._more = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    def begin(self) -> None:
+        """Forget the last answer."""
+        self._parser = httptools.HttpResponseParser(self)
+        self.status, self.headers, self.complete = 0, [], False
+        self._chunks, self._buffered = [], 0
+        self.head.clear()
+        self._more.clear()
+
+    async def write(self, data: bytes) -> None:
+        """Send, waiting while the other side is behind."""
+        self.transport.write(data)
+        await self._writable.wait()
+
+    async def body(self) -> AsyncGenerator[bytes, None]:
+        """The answer's body as it arrives. Raises ViewUnavailable when it breaks off."""
+        while True:
+            await self._more.wait()
+            self._more.clear()
+            chunk, self._chunks, self._buffered = b"".join(self._chunks), [], 0
+            self.transport.resume_reading()
+            if chunk:
+                yield chunk
+            if self.complete:
+                return
+            if self.closed:
+                raise ViewUnavailable
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the next request may use this connection."""
+        return self.complete and not self.closed and bool(self._parser.should_keep_alive())
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self.closed = True
+        self.transport.abort()
+
+    # asyncio calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.close()
+            self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _wake(self) -> None:
+        self.head.set()
+        self._more.set()
+        self._writable.set()
+
+    # the parser calls these
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        self.head.set()
+
+    def on_body(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._buffered += len(data)
+        if self._buffered > BUFFER_BYTES:
+            self.transport.pause_reading()
+        self._more.set()
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self._more.set()
+
+
+class Upstream:
+    """The query API at ``unix:PATH`` or ``http://HOST:PORT``, with the connections kept to it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._idle: list[_Connection] = []
+        self._slots = asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_MAX)
+
+    async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
+        """Ask for ``path`` what the request asks, and send back the answer; its status.
+
+        An answer that breaks off in the middle is left unfinished, and the server cuts the connection: half an answer
+        is never taken for a whole one.
+        """
+        async with self._slots:
+            try:
+                connection = await self._ask(scope["method"], _request(scope, path, body))
+            except ViewUnavailable:
+                return await answer(send, _away())
+            except TimeoutError:
+                return await answer(send, answers.no_answer())
+            try:
+                await _stream(connection, scope["method"], send)
+                self._keep(connection, scope["method"])
+            except (ViewUnavailable, TimeoutError):
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+            return connection.status
+
+    async def get(self, path: str, deadline_s: float) -> bytes | None:
+        """The body of a plain GET that was answered with 200 in time, else None."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                connection = await self._ask("GET", b"GET %s HTTP/1.1\r\nhost: localhost\r\n\r\n" % path.encode())
+                try:
+                    body = b"".join([chunk async for chunk in connection.body()])
+                finally:
+                    connection.close()
+        except (ViewUnavailable, TimeoutError):
+            return None
+        return body if connection.status == 200 else None
+
+    def close(self) -> None:
+        """Let go of the kept connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _ask(self, method: str, request: bytes) -> _Connection:
+        """A connection on which the answer has begun. Raises ViewUnavailable, TimeoutError."""
+        kept = self._kept()
+        if kept is not None:
+            try:
+                return await _exchange(kept, request)
+            except ViewUnavailable:
+                # The other side may let go of a kept connection at any moment. A read can simply be asked again.
+                if method not in ("GET", "HEAD"):
+                    raise
+        return await _exchange(await self._connect(), request)
+
+    def _kept(self) -> _Connection | None:
+        now_s = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and now_s - connection.idle_since_s < IDLE_S:
+                connection.begin()
+                return connection
+            connection.close()
+        return None
+
+    def _keep(self, connection: _Connection, method: str) -> None:
+        if method != "HEAD" and connection.reusable:
+            connection.idle_since_s = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        kind, _, path = self._address.partition(":")
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                if kind == "unix":
+                    return (await loop.create_unix_connection(_Connection, path))[1]
+                parts = urlsplit(self._address)
+                return (await loop.create_connection(_Connection, parts.hostname or "", parts.port or 80))[1]
+        except (OSError, TimeoutError) as error:
+            raise ViewUnavailable from error
+
+
+def _away() -> Answer:
+    detail = "The query API is not reachable just now. Events are accepted meanwhile."
+    return answers.unavailable("ViewUnavailable", detail, RETRY_AFTER_S)
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], also: frozenset[bytes] = frozenset()) -> Headers:
+    """The headers that concern more than one connection, without those in ``also``."""
+    headers = tuple(headers)
+    dropped = HOP_BY_HOP | also
+    for name, value in headers:
+        if name == b"connection":
+            dropped |= {token.strip().lower() for token in value.split(b",")}
+    return tuple((name, value) for name, value in headers if name not in dropped)
+
+
+def _request(scope: Message, path: bytes, body: bytes) -> bytes:
+    target = path + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+    lines = [b"%s %s HTTP/1.1" % (scope["method"].encode(), target)]
+    lines += [b"%s: %s" % header for header in end_to_end(scope["headers"])]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+async def _exchange(connection: _Connection, request: bytes) -> _Connection:
+    """Send the request and wait for the answer's head; the connection is closed if there is none."""
+    try:
+        await connection.write(request)
+        async with asyncio.timeout(PASSTHROUGH_ANSWER_DEADLINE_S):
+            await connection.head.wait()
+        if not connection.status:
+            raise ViewUnavailable
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _stream(connection: _Connection, method: str, send: Send) -> None:
+    headers = end_to_end(connection.headers, SERVER_ADDS)
+    await send({"type": "http.response.start", "status": connection.status, "headers": headers})
+    if method != "HEAD" and connection.status not in (204, 304):
+        async with contextlib.aclosing(connection.body()) as chunks:
+            async for chunk in chunks:
+                async with asyncio.timeout(WRITE_DEADLINE_S):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def answer(send: Send, what: Answer) -> int:
+    """Send a whole answer; its status."""
+    length = (b"content-length", b"%d" % len(what.body))
+    await send({"type": "http.response.start", "status": what.status, "headers": [*what.headers, length]})
+    await send({"type": "http.response.body", "body": what.body})
+    return what.status

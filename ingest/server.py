@@ -1,0 +1,201 @@
+"""The socket side: uvicorn with its fast parser, and the limits that uvicorn leaves to others.
+
+uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So its protocol is given a clock and a
+ruler: a request whose head is late or long is answered and cut, an answer that nobody reads is cut, and beyond a
+number of connections a new one is told to come back. One sweep a second looks at all of them; a request pays for it
+with two assignments.
+"""
+
+import asyncio
+import resource
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ingest import answers, telemetry
+from ingest.answers import Answer
+from ingest.gateway import Gateway, GatewaySettings, create_gateway
+from ingest.limits import (
+    CONNECTIONS_MAX,
+    HEAD_BYTES_MAX,
+    HEAD_DEADLINE_S,
+    IDLE_DEADLINE_S,
+    SHUTDOWN_DEADLINE_S,
+    WRITE_DEADLINE_S,
+)
+from meters.log import Log
+
+SWEEP_TICKS = 10  # uvicorn ticks ten times a second
+DESCRIPTORS_SPARE = 256  # for the log, the query API, and what Python opens
+REASONS = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}
+
+
+class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
+    """What an operator may set of the whole process."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 takes any free one
+    head_deadline_s: float = HEAD_DEADLINE_S
+    write_deadline_s: float = WRITE_DEADLINE_S
+    connections_max: int = CONNECTIONS_MAX
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol with limits on heads, answers and connections."""
+
+    connections_max = CONNECTIONS_MAX  # GatewayServer sets it in a class of its own
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head, or send the client away."""
+        self.head_since_s: float | None = self.loop.time()  # None while no head is awaited
+        self.head_bytes = 0
+        self.in_message = False  # between the end of a head and the end of its body
+        self.unread_since_s: float | None = None  # a body still arrives though its request is answered
+        self.blocked_since_s: float | None = None  # the client does not read
+        super().connection_made(transport)
+        if len(self.connections) > self.connections_max:
+            self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, and measure what it holds of an unfinished head."""
+        if self.head_since_s is None and not self.in_message:
+            self.head_since_s = self.loop.time()
+            self.head_bytes = 0
+        self.head_bytes += len(data)
+        super().data_received(data)
+        if self.head_since_s is not None and self.head_bytes > HEAD_BYTES_MAX:
+            self.cut("head", _long_head())
+
+    def on_headers_complete(self) -> None:
+        """A head is whole: measure it once more, since it may have come in one piece."""
+        self.head_since_s = None
+        self.in_message = True
+        head_bytes = len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
+        if head_bytes > HEAD_BYTES_MAX:
+            self.cut("head", _long_head())
+        elif self.parser.get_http_version() not in ("1.1", "1.0"):
+            self.cut("head", answers.bad_request("HTTP/1.1 is spoken here."))
+        if not self.transport.is_closing():
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Bytes of a body, unless the request was cut."""
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The end of a body, unless the request was cut."""
+        self.in_message = False
+        self.unread_since_s = None
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer was sent; what is left of the body has to come soon, and is thrown away."""
+        if self.in_message:
+            self.unread_since_s = self.loop.time()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn answers to bytes that are no HTTP."""
+        self.cut("head", answers.bad_request("This is no HTTP/1.1 request."))
+
+    def pause_writing(self) -> None:
+        """The client does not read its answer."""
+        self.blocked_since_s = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self.blocked_since_s = None
+        super().resume_writing()
+
+    def cut(self, reason: str, answer: Answer | None = None) -> None:
+        """Close the connection, with an answer unless another one is under way."""
+        if self.transport.is_closing():
+            return
+        telemetry.CONNECTIONS_CUT.labels(reason).inc()
+        if answer is None or (self.cycle is not None and not self.cycle.response_complete):
+            self.transport.abort()
+            return
+        headers = (*answer.headers, answers.CLOSE, (b"content-length", b"%d" % len(answer.body)))
+        head = b"HTTP/1.1 %d %s\r\n" % (answer.status, REASONS[answer.status])
+        self.transport.write(head + b"".join([b"%s: %s\r\n" % header for header in headers]) + b"\r\n" + answer.body)
+        self.transport.close()
+
+
+def _long_head() -> Answer:
+    return answers.problem(431, "RequestHeaderFieldsTooLarge", f"A head may have {HEAD_BYTES_MAX} bytes.")
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn around a gateway, sweeping its connections."""
+
+    def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
+        class Limited(Protocol):
+            connections_max = settings.connections_max
+
+        self._settings = settings
+        super().__init__(
+            uvicorn.Config(
+                gateway,
+                host=settings.host,
+                port=settings.port,
+                http=Limited,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=IDLE_DEADLINE_S,
+                timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
+            )
+        )
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: uvicorn's own business; once a second: the sweep."""
+        if counter % SWEEP_TICKS == 0:
+            self.sweep(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
+    def sweep(self, now_s: float) -> None:
+        """Cut every connection that has been late for too long."""
+        connections: set[Any] = self.server_state.connections
+        telemetry.CONNECTIONS.set(len(connections))
+        for connection in list(connections):
+            if _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
+                connection.cut("head", answers.timed_out())
+            elif _late(connection.unread_since_s, self._settings.body_deadline_s, now_s):
+                connection.cut("body")
+            elif _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):
+                connection.cut("unread")
+
+
+def _late(since_s: float | None, deadline_s: float, now_s: float) -> bool:
+    return since_s is not None and now_s - since_s > deadline_s
+
+
+def run(log: Log, settings: ServerSettings, sockets: Sequence[socket.socket] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what was begun. The caller opened ``log``, and closes it after.
+
+    ``sockets`` are listening sockets to use instead of the host and port.
+    """
+    _allow_descriptors(settings.connections_max + DESCRIPTORS_SPARE)
+    GatewayServer(create_gateway(log, settings), settings).run(list(sockets) if sockets else None)
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise the process's own limit on open files as far as it may; many systems start at 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,91 @@
+"""The operator's decisions, as the gateway follows them.
+
+The gateway has no database. Who may send, and which customers exist, are in the control stream; a thread reads it
+from the beginning into memory and then waits for more, so that a revoked token is refused within a second. Until the
+stream was read once, and whenever it could not be read for a while, the gateway does not know who may send, and says
+"try again" rather than guess.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+
+from meters.catalogue import Catalogue, decode_change
+from meters.log import USAGE_CONTROL, Log, PositionLost, TryAgain, format_position
+
+READ_BYTES_MAX = 4 * 1024 * 1024
+"""Bytes of control records taken at once: some ten thousand customers."""
+
+WAIT_S = 0.25
+"""Seconds one read waits for more: how late a decision acts at the worst, where the log has no wake-up of its own."""
+
+STALE_S = 10.0
+"""Seconds without a successful read after which what is known is no longer trusted."""
+
+logger = logging.getLogger("ingest.tail")
+
+
+class CatalogueTail:
+    """The catalogue as of the last record read, and whether it may be trusted. One thread writes; all may read."""
+
+    def __init__(self, log: Log) -> None:
+        self.catalogue = Catalogue()
+        self.position: dict[int, int] = {}
+        self._log = log
+        self._loaded = threading.Event()
+        self._read_at_s = 0.0
+        self._stopping = threading.Event()
+
+    @property
+    def current(self) -> bool:
+        """Whether the whole stream was read, and the last read is not long ago."""
+        return self._loaded.is_set() and time.monotonic() - self._read_at_s < STALE_S
+
+    async def wait_until_loaded(self, seconds: float) -> bool:
+        """Whether the whole stream was read within so many seconds."""
+        return await asyncio.to_thread(self._loaded.wait, seconds)
+
+    async def run(self) -> None:
+        """Follow the stream until ``stop``. Owns its thread."""
+        try:
+            await asyncio.to_thread(self._follow)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Let the thread end, at the latest after one read's wait."""
+        self._stopping.set()
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._read_once()
+            except TryAgain as error:
+                self._stopping.wait(min(error.retry_after_s, 1.0))
+            except (PositionLost, ValueError):
+                # Not to be healed by waiting; the gateway refuses to guess.
+                self._loaded.clear()
+                logger.exception("the control stream cannot be followed from %s", format_position(self.position))
+                return
+
+    def _read_once(self) -> None:
+        if not self.position:
+            self.position = dict(self._log.starts(USAGE_CONTROL))
+        if not self._loaded.is_set() and self._at(self._log.ends(USAGE_CONTROL)):
+            self._read_at_s = time.monotonic()
+            self._loaded.set()
+        wait_s = WAIT_S if self._loaded.is_set() else 0.0
+        for record in self._log.read(USAGE_CONTROL, self.position, bytes_max=READ_BYTES_MAX, wait_s=wait_s):
+            self._apply(record.value)
+            self.position[record.partition] = record.offset + 1
+        self._read_at_s = time.monotonic()
+
+    def _at(self, ends: dict[int, int]) -> bool:
+        return all(self.position[partition] >= end for partition, end in ends.items())
+
+    def _apply(self, value: bytes) -> None:
+        for line in value.split(b"\n"):
+            change = decode_change(line)
+            if change is not None:
+                self.catalogue.apply(change)
