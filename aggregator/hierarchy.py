@@ -74,7 +74,7 @@ def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, na
 
 
 def _any_pending(connection: duckdb.DuckDBPyConnection) -> bool:
-    return connection.execute("SELECT 1 FROM pending LIMIT 1").fetchone() is not None
+    return bool(connection.execute("SELECT 1 FROM pending LIMIT 1").fetchall())
 
 
 def _pending_table(named: list[Child]) -> pa.Table:

@@ -188,15 +188,15 @@ class Store:
 
     def _move(self, stream: str, before: Mapping[int, int], after: Mapping[int, int]) -> None:
         """Compare and set: the epoch is ours and every position is where this round began."""
-        row = self._connection.execute("SELECT writer_epoch FROM about").fetchone()
-        if row != (self.epoch,):
-            raise Replaced(f"writer epoch is {row}, ours is {self.epoch}")
+        found = self._connection.execute("SELECT writer_epoch FROM about").fetchall()
+        if found != [(self.epoch,)]:
+            raise Replaced(f"writer epoch is {found}, ours is {self.epoch}")
         for partition, offset in after.items():
             moved = self._connection.execute(
                 "UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?",
                 [offset, stream, partition, before.get(partition, 0)],
-            ).fetchone()
-            if moved != (1,):
+            ).fetchall()
+            if moved != [(1,)]:
                 raise Replaced(f"{stream} partition {partition} is not at {before.get(partition, 0)} any more")
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NOW_US = int(NOW.timestamp()) * 1_000_000
 SMALL = Settings(memory_limit="512MB", threads=1)
 CAUGHT_UP_TIMEOUT_S = 30
+LOOK_AGAIN_S = 0.05  # not every change announces itself
 
 
 def line(external_id: str | None = None, **fields: Any) -> bytes:
@@ -99,10 +101,11 @@ class Running:
         return self.engine
 
     def _until(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + CAUGHT_UP_TIMEOUT_S
+        done = False
         with self._moved:
-            done = self._moved.wait_for(
-                lambda: reached() or self.engine.ended.is_set(), timeout=CAUGHT_UP_TIMEOUT_S
-            )
+            while not (done or self.engine.ended.is_set()) and time.monotonic() < deadline:
+                done = self._moved.wait_for(reached, timeout=LOOK_AGAIN_S)
         if self.engine.failure is not None:
             raise self.engine.failure
         assert done, "the engine did not catch up"

@@ -1,0 +1,196 @@
+"""How many events a second go from a POST to a number, how fresh the number is, and whether it is right.
+
+One run: a server of its own, ten meters, 100,000 customers, bodies of 100 events with unique ids. First at full
+speed, then at half of what full speed gave, with reads of one customer and one meter beside it. The server, the load
+and the reader share the machine. At the end every meter's total is compared with the sum of what was acknowledged.
+
+    python -m benchmarks.end_to_end [--seconds 30] [--rate 50000]
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.load import MODELS, Bodies, Ledger, send
+from benchmarks.report import Report
+from benchmarks.server import TOKEN, Server, usage
+
+EVERYTHING: dict[str, Any] = {"conjunction": "and", "clauses": []}
+
+
+def only(property: str, value: object, operator: str = "eq") -> dict[str, Any]:
+    """A filter of one clause."""
+    return {"conjunction": "and", "clauses": [{"property": property, "operator": operator, "value": value}]}
+
+
+def meters() -> list[dict[str, Any]]:
+    """Ten meters over three properties, the cost, a name and a region."""
+    tokens = {"func": "sum", "property": "tokens"}
+    by_model = [
+        {"name": f"tokens {model.decode()}", "filter": only("model", model.decode()), "aggregation": tokens}
+        for model in MODELS
+    ]
+    latency = [
+        {"name": f"{func} latency", "filter": EVERYTHING, "aggregation": {"func": func, "property": "latency_ms"}}
+        for func in ("min", "max", "avg")
+    ]
+    return [
+        {"name": "all tokens", "filter": EVERYTHING, "aggregation": tokens},
+        {"name": "requests", "filter": only("name", "chat.completion"), "aggregation": {"func": "count"}},
+        {"name": "cost", "filter": EVERYTHING, "aggregation": {"func": "sum", "property": "_cost.amount"}},
+        *by_model,
+        *latency,
+    ]
+
+
+def load(port: int, run: int, seconds: float, rate: float | None, results: "multiprocessing.Queue[Ledger]") -> None:
+    """The sender's process."""
+    ledger = asyncio.run(send("127.0.0.1", port, TOKEN, Bodies(run), seconds=seconds, rate=rate))
+    results.put(ledger)
+
+
+class Phase:
+    """One stretch of load, measured from outside."""
+
+    def __init__(self, server: Server, run: int, seconds: float, rate: float | None) -> None:
+        self._before = server.processes()
+        _, counts = freshness(server)
+        results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
+        sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
+        began = time.monotonic()
+        sender.start()
+        reads = list(read_totals(server, sender)) if rate else []
+        self.ledger = results.get()
+        self.sender_cpu_s = usage(sender.pid or 0)["cpu_s"]
+        sender.join()
+        self.sent_s = time.monotonic() - began
+        server.wait_for(end_position(server))
+        self.done_s = time.monotonic() - began
+        after = server.processes()
+        self.cpu_s = {name: after[name]["cpu_s"] - self._before[name]["cpu_s"] for name in after}
+        self.peak_mb = {name: after[name]["peak_mb"] for name in after}
+        edges, later = freshness(server)
+        self.freshness = edges, later - counts
+        self.reads_ms = np.percentile(np.array(reads) * 1000, [50, 99]).tolist() if reads else []
+
+    @property
+    def rate(self) -> float:
+        """Events a second, from the first request until the last event was counted."""
+        return self.ledger.events / self.done_s
+
+
+def end_position(server: Server) -> str:
+    """The position of an empty request: everything before it is in the log."""
+    answer = server.http.post("/v1/events/ingest", json={"events": [{"name": "end", "external_customer_id": "end"}]})
+    answer.raise_for_status()
+    position: str = answer.headers["log-position"]
+    return position
+
+
+def read_totals(server: Server, sender: multiprocessing.Process) -> Iterator[float]:
+    """Seconds of each read of one customer's total on one meter, while the sender lives."""
+    random = np.random.default_rng(3)
+    ids = [meter["id"] for meter in server.http.get("/v1/meters/", params={"limit": 100}).json()["items"]]
+    with httpx.Client(base_url=server.url, headers=server.http.headers, timeout=30) as client:
+        while sender.is_alive():
+            customer = f"customer-{random.integers(0, 100_000):08d}"
+            began = time.perf_counter()
+            path = f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage"
+            client.get(path, params={"external_customer_id": customer}).raise_for_status()
+            yield time.perf_counter() - began
+            time.sleep(0.01)
+
+
+def freshness(server: Server) -> tuple[np.ndarray, np.ndarray]:
+    """The freshness histogram so far: upper edges in seconds, and cumulative counts."""
+    text = server.http.get("/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("meterstream_freshness_seconds_bucket")]
+    edges = [float(line.split('le="')[1].split('"')[0].replace("+Inf", "inf")) for line in lines]
+    return np.array(edges), np.array([float(line.rsplit(" ", 1)[1]) for line in lines])
+
+
+def quantile_ms(edges: np.ndarray, cumulative: np.ndarray, share: float) -> float:
+    """A quantile of a cumulative histogram, interpolated inside its bucket, in milliseconds."""
+    wanted = share * cumulative[-1]
+    place = int(np.searchsorted(cumulative, wanted))
+    below, low = (cumulative[place - 1], edges[place - 1]) if place else (0.0, 0.0)
+    inside = (wanted - below) / max(cumulative[place] - below, 1.0)
+    return 1000 * float(low + inside * (edges[place] - low))
+
+
+def check(server: Server, ids: list[str], ledgers: list[Ledger]) -> list[str]:
+    """Every summable total against the sum of what was acknowledged; the differences, in words."""
+    tokens = sum(ledger.tokens for ledger in ledgers)
+    events = sum(ledger.events for ledger in ledgers)
+    cost = Decimal(sum(ledger.cost_units for ledger in ledgers)).scaleb(-4)
+    expected = {"all tokens": Decimal(tokens), "requests": Decimal(events), "cost": cost}
+    found = {}
+    for meter_id, definition in zip(ids, meters(), strict=True):
+        if definition["name"] in expected:
+            found[definition["name"]] = _total(server, meter_id)
+    return [f"{name}: {found[name]} instead of {value}" for name, value in expected.items() if found[name] != value]
+
+
+def _total(server: Server, meter_id: str) -> Decimal:
+    parameters = {
+        "start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-01T12:00:00Z", "interval": "day",
+    }
+    answer = server.http.get(f"/v1/meters/{meter_id}/quantities", params=parameters, timeout=300)
+    answer.raise_for_status()
+    total: Decimal = json.loads(answer.text, parse_float=Decimal, parse_int=Decimal)["total"]
+    return total
+
+
+def row(name: str, phase: Phase) -> dict[str, Any]:
+    """A phase as a line of the report."""
+    events = phase.ledger.events
+    edges, counts = phase.freshness
+    latencies = np.array(phase.ledger.latencies_s) * 1000
+    return {
+        "phase": name,
+        "events": events,
+        "events/s": phase.rate,
+        "refused": phase.ledger.refused,
+        "ack p50 ms": float(np.percentile(latencies, 50)),
+        "ack p99 ms": float(np.percentile(latencies, 99)),
+        "fresh p50 ms": quantile_ms(edges, counts, 0.5),
+        "fresh p99 ms": quantile_ms(edges, counts, 0.99),
+        "read p50 ms": phase.reads_ms[0] if phase.reads_ms else None,
+        "read p99 ms": phase.reads_ms[1] if phase.reads_ms else None,
+        "gateway us/ev": 1e6 * phase.cpu_s.get("gateway", 0) / events,
+        "aggregate us/ev": 1e6 * phase.cpu_s.get("aggregate", 0) / events,
+        "sender us/ev": 1e6 * phase.sender_cpu_s / events,
+        "peak MB": sum(phase.peak_mb.values()),
+    }
+
+
+def main() -> None:
+    """Run and report; exit 3 when a total is not what was acknowledged."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rate", type=float, default=None, help="events/s of the second phase; half of the first's")
+    arguments = parser.parse_args()
+    report = Report("end_to_end", "from a POST to a number, on one machine, all processes included")
+    with Server() as server:
+        ids = server.create_meters(meters())
+        full = Phase(server, 1, arguments.seconds, None)
+        report.add(**row("full speed", full))
+        half = Phase(server, 2, arguments.seconds, arguments.rate or full.rate / 2)
+        report.add(**row("half load", half))
+        differences = check(server, ids, [full.ledger, half.ledger])
+    report.finish()
+    print("\n".join(differences) if differences else "counted = acknowledged, sums exact")
+    sys.exit(3 if differences else 0)
+
+
+if __name__ == "__main__":
+    main()
