@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ingest.log.limits import Limits
 from ingest.log.places import PARTITIONS, Places
-from meters.log import Entry, PositionLost, Record, Refused, TryAgain
+from meters.log import Entry, PositionLost, Record, TryAgain
 
 
 class Partition:

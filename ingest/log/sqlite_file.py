@@ -23,7 +23,7 @@ import fcntl
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from meters.log import Refused
@@ -67,9 +67,10 @@ def table_name(stream: str, partition: int) -> str:
 
 def connect(path: Path, busy_wait_s: float) -> sqlite3.Connection:
     """A connection as every user of the file must have it. Raises sqlite3.Error, Refused for a foreign file."""
-    # Autocommit, so that a statement is a transaction unless told otherwise; used by one thread at a time.
+    address = f"{path.absolute().as_uri()}?mode=rw"  # never made by accident: that is for `create`
+    # Autocommit: a statement is a transaction unless told otherwise. The owner sees to one thread at a time.
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", timeout=busy_wait_s, isolation_level=None, check_same_thread=False, uri=True
+        address, uri=True, timeout=busy_wait_s, isolation_level=None, check_same_thread=False
     )
     try:
         for pragma in _PRAGMAS:
@@ -96,10 +97,15 @@ def create(path: Path, partitions: Mapping[str, int], busy_wait_s: float) -> Non
     if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
         raise Refused(f"the log needs SQLite {SQLITE_VERSION_MIN}, this Python has {sqlite3.sqlite_version}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent) as directory:
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
         if not path.exists():
-            _create_beside(path, partitions, busy_wait_s)
+            fcntl.flock(directory, fcntl.LOCK_EX)  # one creator at a time; released by the close
+            if not path.exists():
+                _create_beside(path, partitions, busy_wait_s)
         os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _create_beside(path: Path, partitions: Mapping[str, int], busy_wait_s: float) -> None:
@@ -121,17 +127,6 @@ def _create_beside(path: Path, partitions: Mapping[str, int], busy_wait_s: float
         connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
     unfinished.rename(path)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    """Hold the directory against other creators; yields its descriptor."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def same_file(path: Path, status: os.stat_result) -> bool:

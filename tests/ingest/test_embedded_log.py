@@ -1,0 +1,320 @@
+"""What the embedded log does when the disk, the machine or the operator misbehave."""
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ingest.log import appender, open_log
+from ingest.log.limits import Limits
+from ingest.log.sqlite_file import FILE_NAME, create
+from ingest.log.writer import Batch
+from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
+
+SEED = 20261121
+KILLS = 10
+PLENTY = 1 << 30
+
+# Appends numbered values from eight tasks for ever, and writes a line for each acknowledgment as soon as it has it:
+# the offset, the number, and how long the WAL was.
+APPENDER = """
+import asyncio, os, sys
+from ingest.log import open_log
+from meters.log import USAGE_EVENTS, Entry
+
+async def main(directory, size, count):
+    log = open_log(directory)
+    numbers = iter(range(count))
+    async def appender():
+        for number in numbers:
+            value = b"%d." % number + os.urandom(size)
+            [offset] = await log.append(USAGE_EVENTS, [Entry(value)])
+            wal = os.stat(directory + "/log.sqlite-wal").st_size
+            os.write(1, b"%d %s %d\\n" % (offset, value.hex().encode(), wal))
+    await asyncio.gather(*[appender() for _ in range(8)])
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+os.kill(os.getpid(), 9)  # without a close, which would empty the WAL
+"""
+
+
+def start_appender(directory: Path, size: int, count: int) -> "subprocess.Popen[bytes]":
+    """A process that appends until it has done so many, or is killed."""
+    command = [sys.executable, "-c", APPENDER, str(directory), str(size), str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+def acknowledgments(text: bytes) -> list[tuple[int, bytes, int]]:
+    """Offset, value and length of the WAL for each whole line."""
+    lines = [line.split() for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [(int(offset), bytes.fromhex(value.decode()), int(wal)) for offset, value, wal in lines]
+
+
+@contextlib.contextmanager
+def opened(directory: Path, limits: Limits | None = None) -> Iterator[Log]:
+    """A log that is closed again."""
+    log = open_log(str(directory), limits=limits)
+    yield log
+    log.close()
+
+
+def append(log: Log, *values: bytes) -> list[int]:
+    """Append the values in one call."""
+    return asyncio.run(log.append(USAGE_EVENTS, [Entry(value) for value in values]))
+
+
+def read(log: Log, position: int = 0) -> list[Record]:
+    """Everything from the position on."""
+    return log.read(USAGE_EVENTS, {0: position}, bytes_max=PLENTY)
+
+
+@contextlib.contextmanager
+def held(file: Path) -> Iterator[sqlite3.Connection]:
+    """Another connection, that holds the write lock."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+def check_dense(log: Log) -> dict[int, bytes]:
+    """Every value by offset; the offsets have no gap."""
+    records = read(log)
+    assert list(range(len(records))) == [record.offset for record in records]
+    return {record.offset: record.value for record in records}
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """A process killed at any moment leaves a dense log with every acknowledged value where it was said to be."""
+    moments = random.Random(SEED)
+    acknowledged: dict[int, bytes] = {}
+    for _ in range(KILLS):
+        process = start_appender(tmp_path, size=moments.choice([10, 20_000]), count=1_000_000)
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(moments.randint(1, 300))]
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0]
+        acknowledged |= {offset: value for offset, value, _ in acknowledgments(b"".join(lines) + rest)}
+
+        with opened(tmp_path) as log:
+            found = check_dense(log)
+        lost = [offset for offset, value in acknowledged.items() if found.get(offset) != value]
+        assert lost == [], f"seed {SEED}"
+        assert len(set(found.values())) == len(found)
+
+
+def cut(wal: bytes, position: int) -> bytes:
+    """The end never reached the disk."""
+    return wal[:position]
+
+
+def flip(wal: bytes, position: int) -> bytes:
+    """One bit is wrong."""
+    return wal[:position] + bytes([wal[position] ^ 0x40]) + wal[position + 1 :]
+
+
+def zero(wal: bytes, position: int) -> bytes:
+    """The file system knew the length, but the bytes never came."""
+    return wal[:position] + bytes(len(wal) - position)
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, bytes, int]]]:
+    """What a killed process left, with its acknowledgments in order."""
+    directory = tmp_path_factory.mktemp("crashed")
+    process = start_appender(directory, size=500, count=150)
+    return directory, acknowledgments(process.communicate()[0])
+
+
+@pytest.mark.parametrize("damage", [cut, flip, zero])
+def test_a_torn_wal_gives_the_prefix(
+    tmp_path: Path, crashed: tuple[Path, list[tuple[int, bytes, int]]], damage: Callable[[bytes, int], bytes]
+) -> None:
+    """Wherever the WAL is damaged, what was acknowledged before that point is there, the log is dense, and goes on."""
+    source, acknowledged = crashed
+    wal = (source / f"{FILE_NAME}-wal").read_bytes()
+    positions = random.Random(SEED).sample(range(len(wal)), 40)
+    for number, position in enumerate(positions):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        shutil.copy(source / FILE_NAME, directory)
+        (directory / f"{FILE_NAME}-wal").write_bytes(damage(wal, position))
+        with opened(directory) as log:
+            found = check_dense(log)
+            assert [len(found)] == append(log, b"goes on")
+        promised = {offset: value for offset, value, length in acknowledged if length <= position}
+        assert promised.items() <= found.items(), f"{damage.__name__} at {position}, seed {SEED}"
+        written = {offset: value for offset, value, _ in acknowledged}
+        assert found.items() <= written.items()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(directory)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)  # noqa: S607 (found above)
+
+
+def test_a_full_disk_is_try_again_until_there_is_space(small_disk: Path) -> None:
+    """Without space appends are TryAgain and reads go on; with space they go on; nothing acknowledged is lost."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(10 << 20))
+    acknowledged: dict[int, bytes] = {}
+    with opened(small_disk) as log:
+        def fill() -> None:
+            while True:
+                value = os.urandom(100_000)
+                [offset] = append(log, value)
+                acknowledged[offset] = value
+
+        with pytest.raises(TryAgain):
+            fill()
+        assert acknowledged.items() <= check_dense(log).items()
+        full = len(acknowledged)
+        with pytest.raises(TryAgain):
+            fill()
+        ballast.unlink()
+        with pytest.raises(TryAgain):
+            fill()
+
+        assert len(acknowledged) > full > 0
+        assert acknowledged.items() <= check_dense(log).items()
+    with opened(small_disk) as log:
+        assert acknowledged.items() <= check_dense(log).items()
+
+
+def test_the_wal_starts_over(tmp_path: Path) -> None:
+    """However much is written, and whoever reads meanwhile, the WAL stays within a few checkpoints."""
+    with opened(tmp_path) as log, opened(tmp_path) as other:
+        for number in range(60):
+            append(log, *[bytes(100_000)] * 8)
+            assert len(read(other, 8 * number)) == 8
+
+    with opened(tmp_path) as log:
+        append(log, b"makes a WAL")
+        assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 2 * appender.CHECKPOINT_BYTES
+
+
+def test_nobody_checkpoints_while_another_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the write lock in other hands a checkpoint is left for later, and the file stays as it is."""
+    monkeypatch.setattr(appender, "CHECKPOINT_BYTES", 1)
+    file = tmp_path / FILE_NAME
+    create(file, {USAGE_EVENTS: 1}, 1.0)
+    batch = Batch()
+    batch.add(Entry(bytes(100_000)))
+    subject = appender.FileAppender(file, lambda: 0, Limits(lock_wait_s_max=0.01))
+    subject.commit({(USAGE_EVENTS, 0): batch})
+    before = file.stat().st_size
+
+    with held(file):
+        subject.tidy()
+        assert file.stat().st_size == before
+    subject.commit({(USAGE_EVENTS, 0): batch})
+    subject.tidy()
+    assert file.stat().st_size > before
+    subject.close()
+
+
+def test_a_lock_held_too_long_is_try_again(tmp_path: Path) -> None:
+    """Another process that sits on the write lock makes appends TryAgain, and reads none the worse."""
+    with opened(tmp_path, Limits(lock_wait_s_max=0.01)) as log:
+        append(log, b"a")
+        with held(tmp_path / FILE_NAME):
+            with pytest.raises(TryAgain, match="locked"):
+                append(log, b"b")
+            assert [record.value for record in read(log)] == [b"a"]
+
+        assert append(log, b"c") == [1]
+
+
+def test_a_gap_stops_the_reader(tmp_path: Path) -> None:
+    """A record that was taken out of the middle is not skipped: reading stops before it with PositionLost."""
+    with opened(tmp_path) as log:
+        append(log, b"a", b"b", b"c", b"d")
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as vandal, vandal:
+        vandal.execute('DELETE FROM usage_events_0 WHERE "offset" = 2')
+
+    with opened(tmp_path) as log:
+        assert [record.offset for record in read(log)] == [0, 1]
+        with pytest.raises(PositionLost, match="damaged"):
+            read(log, 2)
+
+
+def test_a_deleted_file_stops_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who deletes the log under a running process gets no acknowledgment for what would go nowhere."""
+    monkeypatch.setattr(appender, "SAME_FILE_CHECK_S", 0.0)
+    with opened(tmp_path) as log:
+        append(log, b"a")
+        for path in tmp_path.glob(f"{FILE_NAME}*"):
+            path.unlink()
+
+        for _ in range(2):
+            with pytest.raises(TryAgain):
+                append(log, b"b")
+        with pytest.raises(PositionLost):
+            read(log)
+
+
+def test_a_foreign_or_newer_file_is_refused(tmp_path: Path) -> None:
+    """A database that is not a log, or of a later format, is not touched."""
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as foreign, foreign:
+        foreign.execute("CREATE TABLE mine (value TEXT)")
+
+    with pytest.raises(Refused, match="not a log"):
+        open_log(str(tmp_path))
+
+
+def test_what_is_no_database_is_not_read(tmp_path: Path) -> None:
+    """Bytes that are no database stop the reader, who does not write over them."""
+    (tmp_path / FILE_NAME).write_bytes(b"these are not the records you are looking for" * 100)
+
+    with pytest.raises(PositionLost, match="damaged"):
+        open_log(str(tmp_path))
+
+
+def test_the_number_of_partitions_is_fixed(tmp_path: Path) -> None:
+    """A log is opened with the partitions it was made with, or with none named."""
+    open_log(str(tmp_path), partitions={USAGE_EVENTS: 4}).close()
+
+    with opened(tmp_path) as log:
+        assert log.ends(USAGE_EVENTS) == {0: 0, 1: 0, 2: 0, 3: 0}
+    with pytest.raises(Refused, match="partitions"):
+        open_log(str(tmp_path), partitions={USAGE_EVENTS: 5})
+
+
+def test_an_unfinished_creation_leaves_no_trace(tmp_path: Path) -> None:
+    """What a creator that died left behind, even a journal, does not end up in the log."""
+    (tmp_path / "log.unfinished").write_bytes(b"half")
+    (tmp_path / "log.unfinished-journal").write_bytes(b"hot")
+
+    with opened(tmp_path) as log:
+        assert append(log, b"a") == [0]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+@pytest.mark.parametrize("url", ["kafka://127.0.0.1:9092", "embedded:", "memory:elsewhere", "postgres:x"])
+def test_an_unknown_url_says_what_is_known(url: str) -> None:
+    """A URL of no known kind is an error that names the kinds there are."""
+    with pytest.raises(ValueError, match="embedded:DIRECTORY or memory:"):
+        open_log(url)
+
+
+def test_a_log_is_opened_without_anything_heavy() -> None:
+    """A process that only appends loads neither the store nor the web framework, so that it starts at once."""
+    program = "import sys, ingest.log; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
+
+    assert not {"duckdb", "pyarrow", "numpy", "fastapi", "pydantic", "httpx", "uvicorn"} & set(modules)
