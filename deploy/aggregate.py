@@ -5,7 +5,7 @@ from aggregator.process import run as run_aggregator
 from aggregator.store.store import Replaced, Unopenable
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
-from deploy.lifeline import live_no_longer_than_supervisor
+from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
 from deploy.settings import Settings
 from meters.log import PositionLost
@@ -13,6 +13,7 @@ from meters.log import PositionLost
 
 def run(settings: Settings, lifeline: int | None) -> None:
     """Serve until SIGTERM. Raises GiveUp where a restart would not help."""
+    leave_when_asked()
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
     configure_logs("aggregator", settings.log_level)

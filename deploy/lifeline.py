@@ -1,4 +1,4 @@
-"""How a child learns that its supervisor is gone, however it went.
+"""How a process of ours ends: when it is asked to, or when its supervisor is gone, however that went.
 
 The pipe works everywhere: its other end closes with the process that holds it. On Linux the kernel's own signal is
 quicker and reaches a child that is stuck. Leaving at once is safe, because every part is built to be killed.
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 
-from deploy.giving_up import FAILED
+from deploy.giving_up import DONE, FAILED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -20,6 +20,19 @@ def live_no_longer_than_supervisor(lifeline: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_await_end, args=(lifeline,), name="lifeline", daemon=True).start()
+
+
+def leave_when_asked() -> None:
+    """Let SIGTERM and SIGINT end the process through its ``finally`` clauses, with exit code 0.
+
+    A server takes the signals over while it runs and raises them again when it has stopped.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(DONE)
 
 
 def _await_end(lifeline: int) -> None:

@@ -6,9 +6,13 @@ commands; logs are for machines.
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import structlog
 from structlog.typing import EventDict, Processor
+
+from deploy.giving_up import BUG, GiveUp
 
 SECRET_KEYS = frozenset({"token", "secret", "authorization", "password"})
 
@@ -37,6 +41,7 @@ def configure_logs(process: str, level: str) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # not each start and stop
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -48,6 +53,18 @@ def configure_logs(process: str, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+@contextmanager
+def crashes_logged() -> Iterator[None]:
+    """Log what should not happen with its traceback, and leave; the supervisor starts the process again."""
+    try:
+        yield
+    except GiveUp:
+        raise  # explains itself in one line
+    except Exception:
+        structlog.get_logger().exception("crashed")
+        raise SystemExit(BUG) from None
 
 
 def hide_secrets(_: object, __: str, event: EventDict) -> EventDict:

@@ -17,7 +17,7 @@ PRODUCT = ("meters", "ingest", "aggregator", "deploy")
 FUNCTION_LINES_MAX = 70  # what still fits on a screen
 FILE_LINES_MAX = 400  # what can be read in one sitting
 NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "misc"}  # a name that says nothing
-ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj", "tmp"}  # a full word costs nothing
+ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj"}  # a full word costs nothing
 ENVIRONMENT_HOME = "deploy/settings.py"
 IMPURE_CALLS = {"float", "open", "print", "input", "eval", "exec", "globals", "__import__"}
 # Modules that are started by name rather than imported, and ports' implementations chosen by name.
@@ -28,7 +28,7 @@ UNWELCOME = re.compile(
     r"/(?:work|home|root|Users|farm)/[A-Za-z.]"  # a machine's paths
     r"|\bpypi\.org\b|pythonhosted\.org|registry\.npmjs|npmjs\.(?:org|com)|crates\.io|debian\.org|proxy\.golang"
     r"|\.\./shared\b|\bshared/(?:design|data|probes|conformance)"
-    r"|\b(?:claude|chatgpt|copilot|co-authored-by)\b",
+    r"|\bco-authored-by\b|\b(?:written|generated|built|made) (?:by|with) (?:an? )?(?:ai|llm|claude|chatgpt|copilot)\b",
     re.IGNORECASE,
 )
 

@@ -31,15 +31,19 @@ def gateway(
 ) -> None:
     """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
     from deploy.gateway import run
+    from deploy.logs import crashes_logged
 
-    run(session(context).settings.but(host=host, port=port), lifeline, socket)
+    with crashes_logged():
+        run(session(context).settings.but(host=host, port=port), lifeline, socket)
 
 
 def aggregate(context: typer.Context, lifeline: Lifeline = None) -> None:
     """Run the aggregator alone: follows the log into the store and answers queries."""
     from deploy.aggregate import run
+    from deploy.logs import crashes_logged
 
-    run(session(context).settings, lifeline)
+    with crashes_logged():
+        run(session(context).settings, lifeline)
 
 
 def demo(

@@ -1,0 +1,29 @@
+"""The gateway's process: the log of a data directory, and a socket to the world."""
+
+import socket
+
+from deploy.data import DataDirectory
+from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
+from deploy.logs import configure_logs
+from deploy.settings import Settings
+from ingest.server import ServerSettings
+from ingest.server import run as run_server
+
+
+def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
+    """Serve until SIGTERM, on the supervisor's listening socket or on one of its own. Raises GiveUp."""
+    leave_when_asked()
+    if lifeline is not None:
+        live_no_longer_than_supervisor(lifeline)
+    configure_logs("gateway", settings.log_level)
+    data = DataDirectory(settings.data)
+    data.make()
+    log = data.open_log()
+    try:
+        upstream = f"unix:{data.socket}"
+        run_server(
+            log, ServerSettings(host=settings.host, port=settings.port, upstream=upstream),
+            None if listener is None else [socket.socket(fileno=listener)],
+        )
+    finally:
+        log.close()
