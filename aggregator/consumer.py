@@ -15,9 +15,9 @@ from pathlib import Path
 import structlog
 
 from aggregator.engine import Committed, Engine
-from aggregator.store.store import Doubt, Replaced, Settings, Snapshot, Store, Unopenable, prepare_partitions
+from aggregator.store.store import MODEST, Replaced, Settings, Store, Unopenable, prepare_partitions
 from aggregator.telemetry import Telemetry
-from aggregator.view import Total, Unavailable
+from aggregator.view import Snapshot, Total, Unavailable
 from meters.catalogue import Catalogue, Change, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
@@ -32,7 +32,7 @@ logger = structlog.get_logger("aggregator")
 class Aggregator:
     """Follows the log into the store and answers for it. Implements ``aggregator.view.View``."""
 
-    def __init__(self, log: Log, path: Path, settings: Settings = Settings()) -> None:
+    def __init__(self, log: Log, path: Path, settings: Settings = MODEST) -> None:
         self._log, self._path, self._settings = log, path, settings
         self._engine: Engine | None = None
         self._stop = threading.Event()
@@ -95,7 +95,8 @@ class Aggregator:
         self.failure = failure
         self.telemetry.restarts.inc()
         final = isinstance(failure, _FINAL)
-        logger.error("aggregator_stopped" if final else "engine_ended", reason=str(failure), kind=type(failure).__name__)
+        what = "aggregator_stopped" if final else "engine_ended"
+        logger.error(what, reason=str(failure), kind=type(failure).__name__)
         if final:
             self._stop.set()
 
@@ -185,5 +186,3 @@ def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
 
-
-__all__ = ["Aggregator", "Doubt"]

@@ -25,9 +25,10 @@ from aggregator.store.store import Round, Store
 from meters.catalogue import Catalogue, Change, decode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
-ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: large enough to share DuckDB's fixed cost, small enough to stay fresh
+ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
 IDLE_WAIT_S = 0.02  # how long to wait for events before looking at the control stream again
+TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often
 _STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
 
 
@@ -101,18 +102,22 @@ class Engine:
     def _read_log(self) -> None:
         events, control = dict(self.as_of), self.control_position
         while not self.ended.is_set():
-            decisions = _patiently(lambda: self._log.read(USAGE_CONTROL, {0: control}, bytes_max=ROUND_BYTES_MAX))
-            records = _patiently(
-                lambda: self._log.read(
-                    USAGE_EVENTS, events, bytes_max=ROUND_BYTES_MAX, wait_s=0 if decisions else IDLE_WAIT_S
-                )
-            )
+            decisions = self._read(USAGE_CONTROL, {0: control}, 0)
+            records = self._read(USAGE_EVENTS, events, 0 if decisions else IDLE_WAIT_S)
             if not records and not decisions:
                 continue
             reading = Reading(decode(records, self.directory), decisions, dict(events), control)
             events.update(reading.batch.positions)
             control += len(decisions)
             self._hand_over(reading)
+
+    def _read(self, stream: str, positions: Mapping[int, int], wait_s: float) -> list[Record]:
+        """Read once; a log that asks to try again is asked again after as long as it said."""
+        try:
+            return self._log.read(stream, positions, bytes_max=ROUND_BYTES_MAX, wait_s=wait_s)
+        except TryAgain as later:
+            self.ended.wait(min(later.retry_after_s, TRY_AGAIN_MAX_S))
+            return []
 
     def _hand_over(self, reading: Reading) -> None:
         while not self.ended.is_set():
@@ -159,15 +164,6 @@ class Engine:
         found, content = self._seen.find(keys.hi, keys.lo)
         needs = judge(table, keys, found, content)
         return step(batch, needs, self.store.stored(needs.stored_elsewhere))
-
-
-def _patiently(read: Callable[[], list[Record]]) -> list[Record]:
-    """Read once; a log that asks to try again is asked again after as long as it said."""
-    try:
-        return read()
-    except TryAgain as later:
-        time.sleep(min(later.retry_after_s, 1.0))
-        return []
 
 
 def _changes(records: list[Record]) -> list[Change]:

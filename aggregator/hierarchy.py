@@ -8,7 +8,7 @@ for it. An event is never its own parent, and a chain longer than DEPTH_MAX stay
 Because an event's id is its identity, "which event is meant" needs no search: the id is computed from the name.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -169,7 +169,7 @@ def _ready(connection: duckdb.DuckDBPyConnection, parents: set[Identity]) -> dic
     return ready
 
 
-def _write(connection: duckdb.DuckDBPyConnection, rows: list[tuple[int, ...]]) -> None:
+def _write(connection: duckdb.DuckDBPyConnection, rows: Sequence[tuple[int, ...]]) -> None:
     names = ["id_hi", "id_lo", "parent_hi", "parent_lo", "root_hi", "root_lo"]
     columns = {name: pa.array([row[place] for row in rows], pa.uint64()) for place, name in enumerate(names)}
     columns["depth"] = pa.array([row[6] for row in rows], pa.int32())

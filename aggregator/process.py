@@ -15,7 +15,7 @@ import uvicorn
 
 from aggregator.api import create_app
 from aggregator.consumer import Aggregator
-from aggregator.store.store import Settings
+from aggregator.store.store import MODEST, Settings
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.0005
@@ -29,7 +29,7 @@ class Process(NamedTuple):
     socket: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0
-    settings: Settings = Settings()
+    settings: Settings = MODEST
 
 
 def run(log: Log, process: Process) -> None:
@@ -59,6 +59,6 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
 
 
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:
-    while not aggregator.ended.is_set():
+    while not aggregator.ended.is_set():  # noqa: ASYNC110 (set by a thread, which knows no loop)
         await asyncio.sleep(_WATCH_S)
     server.should_exit = True

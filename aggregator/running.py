@@ -161,7 +161,7 @@ def _counted(meters: list[Meter]) -> list[Meter]:
 def plan(meters: list[Meter], source: str) -> Plan:
     """Compile meters over a relation with the columns of ``events``."""
     stage, parameters = Stage(), Parameters()
-    columns: list[exp.Expression] = [exp.column("subject")]
+    columns: list[exp.Expr] = [exp.column("subject")]
     for place, meter in enumerate(meters):
         holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
         columns.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))

@@ -10,6 +10,7 @@ to a Python integer beside the columns, which has no end.
 """
 
 import threading
+from collections.abc import Sequence
 from decimal import Context, Decimal
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Values(NamedTuple):
 
     subject: Rows
     units: Integers | None = None
-    large: list[tuple[int, int]] = []
+    large: Sequence[tuple[int, int]] = ()
 
     @classmethod
     def of(cls, subject: npt.NDArray[np.int32], amounts: pa.Array | None) -> "Values":

@@ -57,6 +57,9 @@ class Settings(NamedTuple):
     threads: int = 2
 
 
+MODEST = Settings()
+
+
 class Round(NamedTuple):
     """Everything one transaction writes: a batch, what the step made of it, and control records beside it."""
 
@@ -79,7 +82,7 @@ class Store:
         self._next_dead: int = row[0] if row else 0
 
     @classmethod
-    def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = Settings()) -> "Store":
+    def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
         """Open or make the file, check that it belongs to this log, and claim the next writer epoch.
 
         ``identities`` maps each stream to its identity. Raises Unopenable with the way on in its message.
@@ -132,19 +135,16 @@ class Store:
             return {}
         asked = pa.table({n: pa.array([i[c] for i in identities], pa.uint64()) for c, n in enumerate(("hi", "lo"))})
         self._connection.register("asked", asked)
-        relation = self._connection.execute(
-            "SELECT e.* FROM events e JOIN asked ON e.id_hi = asked.hi AND e.id_lo = asked.lo"
-        )
-        rows = relation.to_arrow_table().to_pylist()
+        found = self._connection.sql("SELECT e.* FROM events e JOIN asked ON e.id_hi = asked.hi AND e.id_lo = asked.lo")
+        rows = found.to_arrow_table().to_pylist()
         self._connection.unregister("asked")
         return {(row["id_hi"], row["id_lo"]): row for row in rows}
 
     def tallies(self) -> dict[str, int]:
         """Lines so far by what became of them: stored, duplicates, conflicts, dead."""
         names = ("stored", "duplicates", "conflicts", "dead")
-        sums = ", ".join(f"coalesce(sum({name}), 0)::BIGINT" for name in names)
-        row = self._connection.execute(f"SELECT {sums} FROM tallies").fetchone()
-        return dict(zip(names, row or (0, 0, 0, 0), strict=True))
+        row = self._connection.cursor().execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
+        return {name: int(count or 0) for name, count in zip(names, row or (0, 0, 0, 0), strict=True)}
 
     def commit(self, round_: Round, seen: Seen, organization_ids: Mapping[int, str]) -> pa.Table:
         """Write a round, all of it, and return its event rows with their sequence numbers.
@@ -177,10 +177,13 @@ class Store:
             self._mark_replayed([value for _, value in round_.control])
         if round_.batch.organizations:
             connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
-        _insert(connection, "subjects", _subjects_table(round_.batch.subjects))
+        if round_.batch.subjects:
+            connection.register("numbered", _subjects_table(round_.batch.subjects))
+            connection.execute("INSERT INTO subjects SELECT * FROM numbered")
+            connection.unregister("numbered")
         if rows.num_rows:
             connection.register("arriving", rows)
-            connection.execute(f"INSERT INTO events SELECT {_EVENT_COLUMNS} FROM arriving")
+            connection.execute(f"INSERT INTO events SELECT {_EVENT_COLUMNS} FROM arriving")  # noqa: S608 (our columns)
             connection.unregister("arriving")
             named = hierarchy.children(rows, dict(organization_ids))
             hierarchy.resolve(connection, seen, round_.changes.keys, named)
@@ -306,17 +309,10 @@ def _positions(connection: duckdb.DuckDBPyConnection, stream: str) -> dict[int, 
 
 
 def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
-    columns = list(zip(*subjects, strict=True)) if subjects else [[], [], [], []]
+    columns = zip(*subjects, strict=True)
     types = (pa.int32(), pa.int32(), pa.string(), pa.string())
     names = ("number", "organization", "kind", "text")
     return pa.table({n: pa.array(list(c), t) for n, c, t in zip(names, columns, types, strict=True)})
-
-
-def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
-    if rows.num_rows:
-        connection.register("inserted", rows)
-        connection.execute(f"INSERT INTO {table} SELECT * FROM inserted")
-        connection.unregister("inserted")
 
 
 def _explain(path: Path, error: Exception) -> str:
