@@ -26,6 +26,9 @@ from meters.property import NAME, SOURCE, TIMESTAMP, is_built_in
 ORDINARY = 10**16
 """Amounts up to here are added by DuckDB: 10^10 of them in one group stay below the 26 digits of a DECIMAL(38, 12)."""
 
+UNREACHABLE = Decimal(10) ** INTEGER_DIGITS_MAX
+"""The least number that no amount reaches."""
+
 _EXPRESSIONS: dict[Operator, type[exp.Binary]] = {
     Operator.EQ: exp.EQ,
     Operator.NE: exp.NEQ,
@@ -116,7 +119,7 @@ def _compare_number(number: exp.Expr, operator: Operator, value: int | Decimal, 
 
 def _is_reachable(value: int | Decimal) -> bool:
     """Whether an amount can be that large. Not ``abs``, which rounds decimals to the ambient context."""
-    return -(10**INTEGER_DIGITS_MAX) < value < 10**INTEGER_DIGITS_MAX
+    return -UNREACHABLE < value < UNREACHABLE
 
 
 def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expr:

@@ -113,6 +113,11 @@ class Stage:
         """``name`` and ``source`` VARCHAR; ``timestamp`` BIGINT, whole seconds since 1970."""
         return self._column(f"event_{property}", built_in_column(property))
 
+    @property
+    def parses(self) -> bool:
+        """Whether anything asked for so far stands in the metadata."""
+        return bool(self._pointers)
+
     def select(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The columns ``keep`` of ``source`` (a table, or a SELECT in parentheses) and every facet asked for."""
         facets = [exp.alias_(column.copy(), name) for name, column in self._columns.items()]

@@ -1,0 +1,63 @@
+"""Lines of the log that could not be counted: listed with their reason and bytes until someone takes care of them."""
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import duckdb
+import msgspec
+
+from aggregator.store.queries.events import OFFSET_MAX
+from aggregator.store.queries.scope import aware
+
+_COLUMNS = "log_partition, log_offset, line, reason, detail, raw, ingested_at, replayed_at"
+_OPEN = "organization_id = $organization AND ($replayed OR replayed_at IS NULL)"
+_PAGE = f"SELECT {_COLUMNS} FROM dead_letters WHERE {_OPEN} ORDER BY number DESC LIMIT $limit OFFSET $offset"  # noqa: S608 - fixed text
+_COUNT = f"SELECT COUNT(*) FROM dead_letters WHERE {_OPEN}"  # noqa: S608 - fixed text
+_ONE = f"""SELECT {_COLUMNS} FROM dead_letters WHERE organization_id = $organization
+    AND log_partition = $partition AND log_offset = $offset AND line = $line"""  # noqa: S608 - fixed text
+
+Place = tuple[int, int, int]
+"""Partition, offset and line: where in the log. It names a dead letter for ever, also in a store made anew."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A line of the log and why it was not counted."""
+
+    log_partition: int
+    log_offset: int
+    line: int
+    reason: str
+    detail: str
+    raw: bytes
+    ingested_at: datetime
+    replayed_at: datetime | None
+
+
+class Letters(NamedTuple):
+    """Some dead letters, newest first, and how many there are."""
+
+    letters: list[DeadLetter]
+    total: int
+
+
+def page(
+    connection: duckdb.DuckDBPyConnection, organization_id: str, *, replayed: bool, limit: int, offset: int
+) -> Letters:
+    """The organization's dead letters; those taken care of only if ``replayed``."""
+    which: dict[str, Any] = {"organization": organization_id, "replayed": replayed}
+    ((total,),) = connection.execute(_COUNT, which).fetchall()
+    rows = connection.execute(_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
+    return Letters([_letter(row) for row in rows], total)
+
+
+def one(connection: duckdb.DuckDBPyConnection, organization_id: str, place: Place) -> DeadLetter | None:
+    """The organization's dead letter of this place."""
+    rows = connection.execute(
+        _ONE, dict(zip(("organization", "partition", "offset", "line"), (organization_id, *place), strict=True))
+    ).fetchall()
+    return _letter(rows[0]) if rows else None
+
+
+def _letter(row: tuple[Any, ...]) -> DeadLetter:
+    *fields, ingested_at, replayed_at = row
+    return DeadLetter(*(*fields, aware(ingested_at), replayed_at and aware(replayed_at)))

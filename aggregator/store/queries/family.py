@@ -1,0 +1,72 @@
+"""Events and what hangs below them.
+
+``hierarchy`` has a row for every event with a complete chain of parents. Walking down from an event looks only at the
+rows of its root, so the walk is as long as the trace is deep and no larger than the trace.
+"""
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+import duckdb
+from sqlglot import exp, parse_one
+
+from aggregator.store.queries.scope import CONTRIBUTION, Scope, counted
+from aggregator.store.sql import Measured, measures, statement
+from aggregator.store.stage import DIALECT, Parameters
+from meters.aggregation import Aggregation
+from meters.filter import EVERYTHING
+
+Identity = tuple[int, int]
+
+_ASKED = "SELECT UNNEST($tops_hi) AS top_hi, UNNEST($tops_lo) AS top_lo"
+_ROOTS = """
+    SELECT COALESCE(root_hi, top_hi) AS root_hi, COALESCE(root_lo, top_lo) AS root_lo
+    FROM asked LEFT JOIN hierarchy ON id_hi = top_hi AND id_lo = top_lo
+"""
+_RELATIVES = """
+    SELECT id_hi, id_lo, parent_hi, parent_lo FROM hierarchy
+    WHERE (root_hi, root_lo) IN (SELECT root_hi, root_lo FROM roots)
+"""
+_DESCENDANTS = """
+    SELECT top_hi, top_lo, top_hi AS id_hi, top_lo AS id_lo, 0 AS level FROM asked
+    UNION ALL
+    SELECT d.top_hi, d.top_lo, r.id_hi, r.id_lo, d.level + 1
+    FROM descendants d JOIN relatives r ON r.parent_hi = d.id_hi AND r.parent_lo = d.id_lo
+"""
+_COUNTS = "SELECT top_hi, top_lo, COUNT(*) - 1 FROM descendants GROUP BY top_hi, top_lo"
+_MEMBERS = "(id_hi, id_lo) IN (SELECT id_hi, id_lo FROM descendants)"
+
+
+def with_descendants(query: exp.Select, tops: Sequence[Identity], parameters: Parameters) -> exp.Select:
+    """Let the query use ``descendants``: top_hi, top_lo, id_hi, id_lo, level; each top is its own at level 0."""
+    parameters.named("tops_hi", [hi for hi, _ in tops])
+    parameters.named("tops_lo", [lo for _, lo in tops])
+    parts = (("asked", _ASKED), ("roots", _ROOTS), ("relatives", _RELATIVES), ("descendants", _DESCENDANTS))
+    for name, source in parts:
+        query = query.with_(name, as_=parse_one(source, dialect=DIALECT), recursive=True)
+    return query
+
+
+def descendant_counts(connection: duckdb.DuckDBPyConnection, tops: Sequence[Identity]) -> dict[Identity, int]:
+    """How many events hang below each of these, at any depth."""
+    parameters = Parameters()
+    query = parse_one(_COUNTS, dialect=DIALECT)
+    assert isinstance(query, exp.Select)
+    rows = connection.execute(*statement(with_descendants(query, tops, parameters), parameters)).fetchall()
+    return {(hi, lo): count for hi, lo, count in rows}
+
+
+def sums_below(
+    connection: duckdb.DuckDBPyConnection, organization: int, tops: Sequence[Identity], property: str
+) -> dict[Identity, Decimal]:
+    """The property summed over each event and all below it; events without a number in all of them are left out."""
+    parameters = Parameters()
+    aggregation = Aggregation("sum", property)
+    events = counted(
+        Scope(organization=organization), EVERYTHING, aggregation, parameters, keep=("id_hi", "id_lo"),
+        where=[_MEMBERS],
+    )  # fmt: skip
+    query = exp.select("top_hi", "top_lo", *measures(aggregation, CONTRIBUTION)).from_("descendants")
+    query = query.join(events.subquery("events"), using=["id_hi", "id_lo"]).group_by("top_hi", "top_lo")
+    rows = connection.execute(*statement(with_descendants(query, tops, parameters), parameters)).fetchall()
+    return {(hi, lo): Measured(*found).total for hi, lo, *found in rows}

@@ -1,0 +1,107 @@
+"""Which stored events a question is about, and what a meter counts among them.
+
+A question is narrowed in two steps. The ``Scope`` speaks of columns alone (tenant, customers, names, time): what is
+out of scope is never parsed. The meter's filter is then evaluated over a stage that parses each text once. The stage
+is materialized because DuckDB would otherwise push the conditions below it and parse twice.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+
+import duckdb
+import msgspec
+from sqlglot import exp
+
+from aggregator.store.sql import before_reading, condition, considered, value
+from aggregator.store.stage import DIALECT, Parameters, Stage
+from meters.aggregation import Aggregation
+from meters.filter import Filter
+
+NOBODY = -1
+"""The number of an organization that has no events yet."""
+
+CONTRIBUTION = exp.column("contribution")
+"""What ``counted`` calls the value that an event adds."""
+
+
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """The events of one organization, narrowed down. None means no restriction; an empty list, nothing.
+
+    ``subjects`` are customer numbers (``aggregator.directory``). ``since`` is inclusive, ``until`` and ``after``
+    are not. ``metadata`` keeps events whose value at each top-level key has one of the texts.
+    """
+
+    organization: int
+    subjects: list[int] | None = None
+    names: list[str] | None = None
+    sources: list[str] | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    after: datetime | None = None
+    metadata: Mapping[str, Collection[str]] = {}
+
+
+def organization_number(connection: duckdb.DuckDBPyConnection, organization_id: str) -> int:
+    """The number that the organization's events carry, or NOBODY."""
+    rows = connection.execute("SELECT number FROM organizations WHERE id = ?", [organization_id]).fetchall()
+    return int(rows[0][0]) if rows else NOBODY
+
+
+def naive(instant: datetime) -> datetime:
+    """The instant as the store writes it: UTC, without saying so."""
+    return instant.astimezone(UTC).replace(tzinfo=None)
+
+
+def aware(instant: datetime) -> datetime:
+    """The inverse of ``naive``."""
+    return instant.replace(tzinfo=UTC)
+
+
+def events_in(scope: Scope, parameters: Parameters, *columns: str) -> exp.Select:
+    """SELECT ``columns`` FROM events, of the scope (``metadata`` apart: that needs a stage)."""
+    found = exp.select(*columns, dialect=DIALECT).from_("events")
+    restrictions = (
+        ("organization = $organization", "organization", scope.organization),
+        ("subject IN (SELECT UNNEST($subjects))", "subjects", scope.subjects),
+        ("name IN (SELECT UNNEST($names))", "names", scope.names),
+        ("source IN (SELECT UNNEST($sources))", "sources", scope.sources),
+        ("timestamp >= $since", "since", scope.since and naive(scope.since)),
+        ("timestamp < $until", "until", scope.until and naive(scope.until)),
+        ("timestamp > $after", "after", scope.after and naive(scope.after)),
+    )
+    for restriction, name, limit in restrictions:
+        if limit is not None:
+            parameters.named(name, limit)
+            found = found.where(restriction, dialect=DIALECT)
+    return found
+
+
+def counted(
+    scope: Scope,
+    filter: Filter,
+    aggregation: Aggregation,
+    parameters: Parameters,
+    *,
+    keep: Sequence[str],
+    computed: Sequence[str] = (),
+    where: Sequence[str] = (),
+) -> exp.Select:
+    """SELECT ``keep``, contribution of every event of the scope that the meter counts.
+
+    ``computed`` are columns made of those of ``events``, for ``keep`` to name; ``where`` are conditions of fixed SQL.
+    """
+    stage = Stage()
+    holds = [condition(filter, stage, parameters), considered(aggregation, stage)]
+    holds += [_has_text(stage, key, texts, parameters) for key, texts in scope.metadata.items()]
+    contribution = exp.alias_(value(aggregation, stage), CONTRIBUTION.name)
+    source = events_in(scope, parameters, "*", *computed).where(*before_reading(filter, parameters))
+    source = source.where(*where, dialect=DIALECT)
+    staged = stage.select(source.subquery("source"), keep, parameters)
+    found = exp.select(*map(exp.column, keep), contribution).where(*holds)
+    if stage.parses:
+        return found.from_("stage").with_("stage", as_=staged, materialized=True)
+    return found.from_(staged.subquery("stage"))
+
+
+def _has_text(stage: Stage, key: str, texts: Collection[str], parameters: Parameters) -> exp.Expr:
+    return exp.In(this=stage.text_at(key), expressions=[parameters.add(text) for text in texts])

@@ -1,0 +1,142 @@
+"""How much, by when: a meter's quantities, and its value over everything.
+
+``meters.quantities`` states what the answers mean, and is what they are tested against.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from itertools import groupby
+from typing import NamedTuple
+
+import duckdb
+import msgspec
+from sqlglot import exp
+
+from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
+from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted
+from aggregator.store.sql import Measured, measures, statement
+from aggregator.store.stage import DIALECT, Parameters
+from meters.aggregation import Aggregation, Function, combine, exact_sum, mean
+from meters.filter import Filter
+from meters.quantities import Quantities, Quantity
+from meters.window import Interval, bucket, series
+
+ROWS_AT_ONCE = 10_000  # fetched; a bucket may have as many rows as there are customers
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted (a meter's filter and aggregation), where, and whether customer by customer first."""
+
+    filter: Filter
+    aggregation: Aggregation
+    scope: Scope
+    per_customer: Function | None = None
+
+
+class Answer(NamedTuple):
+    """The value of each bucket that has events, by the bucket's start, and the total over all of them."""
+
+    values: dict[datetime, Decimal]
+    total: Decimal
+
+
+def quantities(
+    connection: duckdb.DuckDBPyConnection,
+    question: Question,
+    *,
+    start: datetime,
+    end: datetime,
+    interval: Interval,
+    timezone: str,
+) -> Quantities:
+    """The series from ``start`` to ``end`` with its total, as ``meters.quantities`` defines them."""
+    points = series(start, end, interval, timezone)
+    bounds = [bucket(point, interval, timezone) for point in points]
+    answer = by_bucket(connection, question, bounds)
+    shown = [
+        Quantity(point, answer.values.get(starts, Decimal(0)))
+        for point, (starts, _) in zip(points, bounds, strict=True)
+    ]
+    return Quantities(shown, answer.total)
+
+
+def by_bucket(connection: duckdb.DuckDBPyConnection, question: Question, bounds: Sequence[Bounds]) -> Answer:
+    """The meter's value in each of the half-open buckets, which begin and end on quarter hours."""
+    buckets = sorted(set(bounds))
+    if not buckets:
+        return Answer({}, Decimal(0))
+    scope = msgspec.structs.replace(question.scope, since=buckets[0][0], until=buckets[-1][1])
+    rows = _rows(connection, msgspec.structs.replace(question, scope=scope), buckets)
+    parts: dict[datetime, Measured] = {}
+    values: dict[datetime, Decimal] = {}
+    distinct = 0
+    for starts, group in groupby(rows, key=lambda row: row.starts):
+        if starts is None:
+            distinct = next(iter(group)).measured.count
+            continue
+        found = [row.measured for row in group]
+        values[aware(starts)] = _bucket_value(question, found)
+        parts[aware(starts)] = _together(found)
+    return Answer(values, _total(question.aggregation, values, list(parts.values()), distinct))
+
+
+class _Row(NamedTuple):
+    """The measures of one bucket, or of one customer in it; ``starts`` is None for all of them together."""
+
+    starts: datetime | None
+    measured: Measured
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, question: Question, buckets: Sequence[Bounds]) -> Iterable[_Row]:
+    parameters = Parameters()
+    events = counted(
+        question.scope, question.filter, question.aggregation, parameters, keep=("quarter", "subject"),
+        computed=(QUARTER,),
+    )  # fmt: skip
+    query = in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
+    query = query.group_by(_groups(question), dialect=DIALECT).order_by("starts")
+    cursor = connection.execute(*statement(query, parameters))
+    while rows := cursor.fetchmany(ROWS_AT_ONCE):
+        for starts, *found in rows:
+            yield _Row(starts, Measured(*found))
+
+
+def _groups(question: Question) -> str:
+    """Distinct values cannot be added, so their total is a group of its own."""
+    each = "starts" if question.per_customer is None else "starts, subject"
+    return f"GROUPING SETS (({each}), ())" if question.aggregation.func == "unique" else each
+
+
+def _bucket_value(question: Question, found: list[Measured]) -> Decimal:
+    values = [measured.value(question.aggregation) for measured in found]
+    return values[0] if question.per_customer is None else combine(question.per_customer, values)
+
+
+def _together(parts: Sequence[Measured]) -> Measured:
+    """Count and sum of disjoint parts as one."""
+    return Measured(sum(part.count for part in parts), enormous=[exact_sum(part.total for part in parts)])
+
+
+def _total(
+    aggregation: Aggregation, values: dict[datetime, Decimal], parts: Sequence[Measured], distinct: int
+) -> Decimal:
+    match aggregation.func:
+        case "unique":
+            return Decimal(distinct)
+        case "avg":
+            whole = _together(parts)
+            return mean(whole.total, whole.count)
+        case "min" | "max":
+            return combine(aggregation.func, list(values.values()))
+        case _:
+            return exact_sum(values.values())
+
+
+def value_of(connection: duckdb.DuckDBPyConnection, question: Question) -> Measured:
+    """The meter's measures over the whole scope, customers and time together."""
+    parameters = Parameters()
+    events = counted(question.scope, question.filter, question.aggregation, parameters, keep=("subject",))
+    query = exp.select(*measures(question.aggregation, CONTRIBUTION)).from_(events.subquery("events"))
+    (row,) = connection.execute(*statement(query, parameters)).fetchall()
+    return Measured(*row)
