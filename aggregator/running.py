@@ -22,7 +22,7 @@ from aggregator.directory import Directory
 from aggregator.store.sql import Statement, condition, considered, statement, value
 from aggregator.store.stage import DIALECT, Parameters, Stage
 from aggregator.store.store import Store
-from aggregator.totals import MeterTotals, Values
+from aggregator.totals import Amounts, MeterTotals
 from aggregator.view import Total
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
@@ -35,9 +35,15 @@ logger = structlog.get_logger("aggregator")
 
 
 class Plan(NamedTuple):
-    """One organization's meters as one statement: ``subject``, then ``c0, v0, c1, v1, …``, a pair per meter."""
+    """One organization's meters as one statement: ``subject``, conditions ``c0, c1, …``, amounts ``v0, v1, …``.
+
+    A condition for each meter; an amount for each property, of which there are ``values``. ``reads`` says which
+    amount a meter reads, None for one that counts.
+    """
 
     meters: list[Meter]
+    reads: list[int | None]
+    values: int
     statement: Statement
 
 
@@ -91,7 +97,7 @@ class RunningTotals:
                 here = organizations == number
                 self._connection.register("arriving", rows if here.all() else rows.filter(pa.array(here)))
                 result = self._connection.sql(compiled.statement.sql, params=compiled.statement.parameters)
-                _scatter(self._meters, compiled.meters, result.to_arrow_table())
+                _scatter(self._meters, compiled, result.to_arrow_table())
                 self._connection.unregister("arriving")
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
@@ -129,7 +135,7 @@ class RunningTotals:
             for batch in batches:
                 if self._stopping.is_set():
                     return
-                _scatter(counted, compiled.meters, pa.Table.from_batches([batch]))
+                _scatter(counted, compiled, pa.Table.from_batches([batch]))
             for counting in counted.values():
                 counting.complete.set()
         except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
@@ -138,19 +144,15 @@ class RunningTotals:
             connection.close()
 
 
-def _scatter(counted: Mapping[str, Counting], meters: list[Meter], table: pa.Table) -> None:
+def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table) -> None:
     """Add the result of a plan to the totals of its meters."""
-    subject = table.column("subject").to_numpy()
-    for place, meter in enumerate(meters):
-        rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
+    subjects = table.column("subject").to_numpy().astype(np.intp)
+    amounts = [Amounts.of(table.column(f"v{place}").combine_chunks()) for place in range(compiled.values)]
+    for place, (meter, read) in enumerate(zip(compiled.meters, compiled.reads, strict=True)):
         counting = counted.get(meter.id)
-        if len(rows) == 0 or counting is None:
-            continue
-        amounts = None
-        if meter.aggregation.func != "count":
-            amounts = table.column(f"v{place}").combine_chunks()
-            amounts = amounts if len(rows) == len(subject) else amounts.take(pa.array(rows))
-        counting.totals.add(Values.of(subject[rows], amounts))
+        if counting is not None:
+            rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
+            counting.totals.add(subjects, None if read is None else amounts[read], rows)
 
 
 def _counted(meters: list[Meter]) -> list[Meter]:
@@ -161,12 +163,19 @@ def _counted(meters: list[Meter]) -> list[Meter]:
 def plan(meters: list[Meter], source: str) -> Plan:
     """Compile meters over a relation with the columns of ``events``."""
     stage, parameters = Stage(), Parameters()
-    columns: list[exp.Expr] = [exp.column("subject")]
+    conditions: list[exp.Expr] = []
+    amounts: dict[str, exp.Expr] = {}
+    reads: list[int | None] = []
     for place, meter in enumerate(meters):
         holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
-        columns.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
-        if meter.aggregation.func != "count":
-            columns.append(exp.alias_(value(meter.aggregation, stage), f"v{place}"))
-    relation = parse_one(source, dialect=DIALECT)
-    staged = stage.select(exp.Subquery(this=relation, alias=exp.to_identifier("source")), ["subject"], parameters)
-    return Plan(meters, statement(exp.select(*columns).from_(staged.subquery("stage")), parameters))
+        conditions.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
+        property = meter.aggregation.property
+        if meter.aggregation.func == "count" or property is None:
+            reads.append(None)
+            continue
+        amounts.setdefault(property, exp.alias_(value(meter.aggregation, stage), f"v{len(amounts)}"))
+        reads.append(list(amounts).index(property))
+    relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
+    staged = stage.select(relation, ["subject"], parameters).subquery("stage")
+    query = exp.select(exp.column("subject"), *conditions, *amounts.values()).from_(staged)
+    return Plan(meters, reads, len(amounts), statement(query, parameters))

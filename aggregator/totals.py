@@ -10,7 +10,6 @@ to a Python integer beside the columns, which has no end.
 """
 
 import threading
-from collections.abc import Sequence
 from decimal import Context, Decimal
 from typing import NamedTuple
 
@@ -23,34 +22,36 @@ from aggregator.view import Total
 Integers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
 ONE = 10**12  # 10^-12 units in a whole one
-_NONE_YET = {"min": np.iinfo(np.int64).max, "max": np.iinfo(np.int64).min}
+_LARGEST, _LEAST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+_NONE_YET = {"min": _LARGEST, "max": _LEAST}
 _EXACT = Context(prec=80)
 
 
-class Values(NamedTuple):
-    """The values that one meter counts in some rows: whose they are, and how much in 10^-12 units.
+class Amounts(NamedTuple):
+    """One property's amounts in some rows, in 10^-12 units, prepared once for all meters that read it.
 
-    ``units`` is None for a meter that only counts. ``large`` are the rows whose value does not fit 64 bits, as
-    (customer number, units); they are not among the others, but counted like them.
+    ``whole`` and ``fraction`` are ``units`` divided by 10^12. ``large`` marks the rows that do not fit 64 bits; their
+    128 bits stand in ``high`` and ``low``.
     """
 
-    subject: Rows
-    units: Integers | None = None
-    large: Sequence[tuple[int, int]] = ()
+    low: Integers
+    high: Integers
+    whole: Integers
+    fraction: Integers
+    large: npt.NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, subject: npt.NDArray[np.int32], amounts: pa.Array | None) -> "Values":
-        """From customer numbers and decimals with 12 places, none of them null."""
-        rows = subject.astype(np.intp)
-        if amounts is None:
-            return cls(rows)
-        words = np.frombuffer(amounts.buffers()[1], "<i8")[2 * amounts.offset : 2 * (amounts.offset + len(amounts))]
-        low, high = words[0::2], words[1::2]
-        small = (high == low >> 63) & ~np.isin(low, tuple(_NONE_YET.values()))  # the high word only repeats the sign
-        if small.all():
-            return cls(rows, low)
-        large = [(int(rows[row]), int(high[row]) << 64 | int(low[row]) % 2**64) for row in np.flatnonzero(~small)]
-        return cls(rows[small], low[small], large)
+    def of(cls, column: pa.Array) -> "Amounts":
+        """From decimals with 12 places; what stands in rows that are null does not matter."""
+        words = np.frombuffer(column.buffers()[1], "<i8")[2 * column.offset : 2 * (column.offset + len(column))]
+        low, high = np.ascontiguousarray(words[0::2]), np.ascontiguousarray(words[1::2])
+        fits = (high == low >> 63) & (low < _LARGEST) & (low > _LEAST)  # the high word only repeats the sign
+        whole, fraction = np.divmod(low, ONE)
+        return cls(low, high, whole, fraction, None if fits.all() else ~fits)
+
+    def units(self, row: int) -> int:
+        """One row, of any size."""
+        return int(self.high[row]) << 64 | int(self.low[row]) % 2**64
 
 
 class MeterTotals:
@@ -65,38 +66,43 @@ class MeterTotals:
         self._extreme = np.zeros(0, np.int64)
         self._large: dict[int, list[int]] = {}
 
-    def add(self, values: Values) -> None:
-        """Move the totals on."""
+    def add(self, subjects: Rows, amounts: Amounts | None, rows: Rows) -> None:
+        """Move the totals on by the chosen rows: whose they are, and how much (None for a meter that counts)."""
+        if len(rows) == 0:
+            return
         with self._lock:
-            self._add(values)
+            chosen = subjects if len(rows) == len(subjects) else subjects[rows]
+            self._grow(int(chosen.max()) + 1)
+            np.add.at(self._count, chosen, 1)
+            if amounts is not None:
+                self._add_amounts(subjects, chosen, amounts, rows)
 
-    def _add(self, values: Values) -> None:
-        rows = values.subject
-        if len(rows):
-            self._grow(int(rows.max()) + 1)
-            np.add.at(self._count, rows, 1)
-            if values.units is not None:
-                self._add_units(rows, values.units)
-        for subject, units in values.large:
-            self._grow(subject + 1)
-            self._count[subject] += 1
-            self._add_large(subject, units)
-
-    def _add_units(self, rows: Rows, units: Integers) -> None:
+    def _add_amounts(self, subjects: Rows, chosen: Rows, amounts: Amounts, rows: Rows) -> None:
+        if amounts.large is not None:
+            large = rows[amounts.large[rows]]
+            for row in large.tolist():
+                self._add_large(int(subjects[row]), amounts.units(row))
+            rows = rows[~amounts.large[rows]]
+            chosen = subjects[rows]
+        every = len(rows) == len(subjects)
         if self._func == "min":
-            np.minimum.at(self._extreme, rows, units)
+            np.minimum.at(self._extreme, chosen, amounts.low if every else amounts.low[rows])
         elif self._func == "max":
-            np.maximum.at(self._extreme, rows, units)
+            np.maximum.at(self._extreme, chosen, amounts.low if every else amounts.low[rows])
         else:
-            whole, fraction = np.divmod(units, ONE)
-            np.add.at(self._whole, rows, whole)
-            np.add.at(self._fraction, rows, fraction)
-            carry = self._fraction[rows] // ONE
-            if carry.any():
-                touched = np.unique(rows)
-                carry = self._fraction[touched] // ONE
-                self._whole[touched] += carry
-                self._fraction[touched] -= carry * ONE
+            np.add.at(self._whole, chosen, amounts.whole if every else amounts.whole[rows])
+            np.add.at(self._fraction, chosen, amounts.fraction if every else amounts.fraction[rows])
+            self._carry(chosen)
+
+    def _carry(self, chosen: Rows) -> None:
+        """Fractions that reached one become whole. A row listed twice is carried with the same result twice."""
+        fraction = self._fraction[chosen]
+        carry = fraction // ONE
+        if carry.any():
+            touched = np.unique(chosen[carry != 0])
+            carry = self._fraction[touched] // ONE
+            self._whole[touched] += carry
+            self._fraction[touched] -= carry * ONE
 
     def _add_large(self, subject: int, units: int) -> None:
         kept = self._large.setdefault(subject, [])

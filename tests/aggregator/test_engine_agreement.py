@@ -26,7 +26,18 @@ from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.meter import Meter
-from tests.aggregator.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization, rows
+from tests.aggregator.records import (
+    NOW,
+    ORGANIZATION,
+    Running,
+    created,
+    decisions,
+    entry,
+    line,
+    meter,
+    organization,
+    rows,
+)
 from tests.aggregator.strategies import aggregations, filters, metadata_texts
 
 # An example starts a real store several times, so a failing one is printed as found instead of being shrunk for minutes.
@@ -127,7 +138,7 @@ def assert_agrees(engine: Engine, model: Model, metered: list[Meter]) -> None:
 
 async def append(log: Log, lines: list[bytes], seed: int) -> None:
     """Write the lines in records of random length, admitted or foreign."""
-    choose = random.Random(seed)  # noqa: S311 (reproducible on purpose)
+    choose = random.Random(seed)
     while lines:
         count = choose.randint(1, 5)
         await log.append(USAGE_EVENTS, [entry(*lines[:count], admitted=choose.random() < 0.7)])

@@ -44,7 +44,7 @@ def test_a_chain_is_linked_in_any_order(tmp_path: Path, batches: Batches) -> Non
     """Parent, root and depth are the same whichever came first."""
     chains, waiting = linked(tmp_path, batches)
 
-    assert {"child": ("root", "root", 1), "leaf": ("child", "root", 2)} == chains
+    assert chains == {"child": ("root", "root", 1), "leaf": ("child", "root", 2)}
     assert set() == waiting
 
 
@@ -53,14 +53,14 @@ def test_a_parent_may_be_named_by_its_event_id(tmp_path: Path) -> None:
     root_id = event_id(*identity(ORGANIZATION, "root"))
     chains, _ = linked(tmp_path, [[("child", root_id)], [("root", None)]])
 
-    assert {"child": ("root", "root", 1)} == chains
+    assert chains == {"child": ("root", "root", 1)}
 
 
 def test_an_event_is_never_its_own_parent_and_an_orphan_waits(tmp_path: Path) -> None:
     """Neither is an error; both stay pending."""
     chains, waiting = linked(tmp_path, [[("own", "own"), ("orphan", "nobody")]])
 
-    assert {} == chains
+    assert chains == {}
     assert {"own", "orphan"} == waiting
 
 
@@ -69,5 +69,5 @@ def test_a_chain_longer_than_the_limit_stays_pending_below_it(tmp_path: Path) ->
     chain = [("e0", None)] + [(f"e{n}", f"e{n - 1}") for n in range(1, DEPTH_MAX + 3)]
     chains, waiting = linked(tmp_path, [chain])
 
-    assert DEPTH_MAX == len(chains)
+    assert len(chains) == DEPTH_MAX
     assert {f"e{DEPTH_MAX + 1}", f"e{DEPTH_MAX + 2}"} == waiting

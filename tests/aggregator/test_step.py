@@ -27,13 +27,13 @@ def test_a_row_carries_what_the_line_says() -> None:
     sent = line("r1", name="chat", timestamp="2026-02-01T00:00:00Z", parent_id="p", metadata=text)
     (row,) = decided(record(sent, offset=7)).rows.to_pylist()
 
-    assert ("chat", "r1", "p", 7, 0) == (
+    assert (
         row["name"], row["external_id"], row["parent"], row["log_offset"], row["line"]
-    )
+    ) == ("chat", "r1", "p", 7, 0)
     assert identity(ORGANIZATION, "r1") == (row["id_hi"], row["id_lo"])
-    assert "2026-02-01T00:00:00" == row["timestamp"].isoformat()
-    assert '{"tokens":12,"big":12345678901234567890.5}' == row["metadata"]
-    assert '{"/big":"12345678901234567890.5"}' == row["awkward"]
+    assert row["timestamp"].isoformat() == "2026-02-01T00:00:00"
+    assert row["metadata"] == '{"tokens":12,"big":12345678901234567890.5}'
+    assert row["awkward"] == '{"/big":"12345678901234567890.5"}'
 
 
 def test_no_timestamp_means_the_time_of_ingestion() -> None:
@@ -75,24 +75,24 @@ def test_a_line_that_cannot_be_counted_is_a_dead_letter_and_its_neighbours_count
 
     assert {0: Tally(stored=2, dead=1)} == changes.tallies
     (letter,) = changes.dead
-    assert (0, 3, 1, b"{not json", NOW_US) == (
+    assert (
         letter.partition, letter.offset, letter.line, letter.raw, letter.ingested_at_us
-    )
-    assert "json_invalid" == letter.reason
+    ) == (0, 3, 1, b"{not json", NOW_US)
+    assert letter.reason == "json_invalid"
 
 
 def test_an_admitted_record_that_does_not_decode_goes_the_careful_way() -> None:
     """Seconds since 1970 are a legal time that the fast way does not read."""
     (row,) = decided(record(line("a", timestamp=1_700_000_000))).rows.to_pylist()
 
-    assert "2023-11-14T22:13:20" == row["timestamp"].isoformat()
+    assert row["timestamp"].isoformat() == "2023-11-14T22:13:20"
 
 
 def test_a_line_without_an_id_is_known_by_its_place() -> None:
     """A producer that skips the gateway may leave the id out; reading the log again gives the same identity."""
     first, again = (decided(record(line(), line(), offset=5)).rows.to_pylist() for _ in range(2))
 
-    assert ["0:5:0", "0:5:1"] == [row["external_id"] for row in first]
+    assert [row["external_id"] for row in first] == ["0:5:0", "0:5:1"]
     assert [row["id_hi"] for row in first] == [row["id_hi"] for row in again]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.totals import MeterTotals, Values
+from aggregator.totals import Amounts, MeterTotals
 
 EXACT = Context(prec=100)
 amounts = st.one_of(
@@ -23,9 +23,10 @@ def added(func: str, rounds: list[list[tuple[int, Decimal]]]) -> MeterTotals:
     """The totals after these rounds of (customer number, amount)."""
     totals = MeterTotals(func)
     for rows in rounds:
-        subjects = np.array([subject for subject, _ in rows], np.int32)
+        subjects = np.array([subject for subject, _ in rows], np.intp)
         column = pa.array([amount for _, amount in rows], pa.decimal128(38, 12))
-        totals.add(Values.of(subjects, None if func == "count" else column))
+        amounts = None if func == "count" else Amounts.of(column)
+        totals.add(subjects, amounts, np.arange(len(rows)))
     return totals
 
 
