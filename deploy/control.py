@@ -43,9 +43,9 @@ class Control:
 
     def decide(self, changes: Sequence[Change]) -> None:
         """Make decisions durable, all or none. Raises GiveUp when the log cannot take them now."""
-        value = b"\n".join(encode_change(change) for change in changes)
+        entries = [Entry(encode_change(change), admitted=True) for change in changes]
         try:
-            asyncio.run(self._log.append(USAGE_CONTROL, [Entry(value)]))
+            asyncio.run(self._log.append(USAGE_CONTROL, entries))
         except TryAgain as error:
             raise GiveUp(f"the log cannot take this now ({error}); try again") from None
         for change in changes:

@@ -20,7 +20,7 @@ import msgspec
 
 from deploy.giving_up import GiveUp
 from ingest.log import open_log
-from meters.log import Log, Refused, TryAgain
+from meters.log import Log, PositionLost, Refused, TryAgain
 
 # Unix sockets have room for 108 bytes of path, with a final zero (Linux unix(7); macOS has 104).
 SOCKET_PATH_BYTES_MAX = 103
@@ -55,8 +55,8 @@ class DataDirectory(msgspec.Struct, frozen=True):
         """The log, made if there is none. Raises GiveUp when it cannot be opened."""
         try:
             return open_log(f"embedded:{self.path}")
-        except (TryAgain, Refused) as error:
-            raise GiveUp(f"{error}") from error
+        except (TryAgain, Refused, PositionLost) as error:
+            raise GiveUp(f"{error}; `meterstream doctor --data {self.path}` looks closer") from error
 
     def make(self) -> None:
         """Make the directory if there is none; only its owner may look inside. Raises GiveUp."""

@@ -32,8 +32,8 @@ def examine(data: DataDirectory) -> Iterator[Finding]:
         return
     try:
         log = data.open_log()
-    except Exception as error:  # whatever is wrong with the file, it is the finding
-        yield Finding("log", f"{data.log} cannot be opened: {error}", RESTORE_LOG)
+    except GiveUp as error:
+        yield Finding("log", f"{data.log} cannot be opened: {error.__cause__}", RESTORE_LOG)
         return
     try:
         yield from _examine_log(log)

@@ -6,11 +6,12 @@ before the rename: without it the old file is a consistent store of an earlier p
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aggregator.consumer import Aggregator
 from aggregator.store.store import Store
+from aggregator.view import Unavailable
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
@@ -43,13 +44,21 @@ def _follow(log: Log, fresh: Path, progress: Callable[[int, int], None]) -> None
     aggregator = Aggregator(log, fresh)
     aggregator.start()
     try:
-        while any(aggregator.as_of.get(partition, 0) < end for partition, end in ends.items()):
-            progress(sum(aggregator.as_of.values()) - sum(starts.values()), total)
-            if aggregator.ended.wait(WAIT_S):
+        while any((as_of := _as_of(aggregator)).get(partition, 0) < end for partition, end in ends.items()):
+            progress(sum(as_of.values()) - sum(starts.values()), total)
+            aggregator.ended.wait(WAIT_S)
+            if aggregator.failure:
                 raise GiveUp(f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched")
     finally:
         aggregator.stop()
     progress(total, total)
+
+
+def _as_of(aggregator: Aggregator) -> Mapping[int, int]:
+    try:
+        return aggregator.as_of
+    except Unavailable:
+        return {}
 
 
 def _finish(log: Log, fresh: Path) -> dict[str, int]:

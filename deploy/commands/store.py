@@ -9,10 +9,12 @@ from deploy.session import session
 
 def rebuild(context: typer.Context) -> None:
     """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
+    from deploy.logs import configure_logs
     from deploy.progress import progress_bar
     from deploy.rebuild import rebuild as run
 
     here = session(context)
+    configure_logs("rebuild", "critical")  # what goes wrong is said once, by the command
     with progress_bar("records", None) as advance:
         done = 0
 
