@@ -139,6 +139,7 @@ class Engine:
         changes = self._decide(batch) if batch.chunks else nothing(batch)
         decisions = [(record.offset, record.value) for record in reading.control]
         organizations = {known.number: name for name, known in self.directory.organizations.items()}
+        first_seq = self.store.next_seq
         began = time.perf_counter()
         round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from)
         rows = self.store.commit(round_, self._seen, organizations)
@@ -146,7 +147,7 @@ class Engine:
         self._seen.add(changes.keys)
         for change in _changes(reading.control):
             self.catalogue.apply(change)
-            self.totals.changed(change, self.store.next_seq)
+            self.totals.changed(change, first_seq)  # this round's rows are added below
         self.totals.add(rows)
         self.control_position += len(reading.control)
         self.as_of = {**self.as_of, **batch.positions}

@@ -118,7 +118,7 @@ def main() -> None:
         log.close()
         shutil.rmtree(directory, ignore_errors=True)
     report.finish()
-    print("counted = written, sums exact" if exact else "the totals are not what was written")
+    print("counted = written, sums exact" if exact else f"the totals are {tokens} and {cost}, not {ledger}")
     sys.exit(0 if exact else 3)
 
 

@@ -189,3 +189,13 @@ def test_any_batching_gives_the_same_store(tmp_path: Path, batching: int) -> Non
     assert [(f"r{n}", f'{{"tokens":{n % 50}}}', "call") for n in range(40)] == found
     conflicting = [lines[n] for n in range(40, 120) if n % 50 != (n % 40) % 50]
     assert [("conflict", raw) for raw in conflicting] + [("json_invalid", b"broken")] == sorted(dead, key=lambda d: d[0])
+
+
+def test_a_meter_made_in_the_same_round_as_events_counts_them_once(tmp_path: Path) -> None:
+    """History ends where the round that made the meter begins."""
+    log = open_log("memory:")
+    asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(meter("m"))])))
+    asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"), line("b"))]))
+    with Running(log, tmp_path / "store.duckdb") as running:
+        assert total_of(running.catch_up(), meter("m"), "ann") == 2
+    log.close()
