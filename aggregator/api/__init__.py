@@ -1,0 +1,5 @@
+"""The HTTP API of the aggregator: everything but ingestion. ``create_app`` is its only door."""
+
+from aggregator.api.app import Rules, create_app
+
+__all__ = ["Rules", "create_app"]

@@ -27,8 +27,9 @@ _SHALLOW = """NOT EXISTS (SELECT 1 FROM hierarchy WHERE hierarchy.id_hi = events
     AND hierarchy.id_lo = events.id_lo AND hierarchy.depth > $depth)"""  # a root has no row there
 _MENTIONS = """CONTAINS(LOWER(name), $search) OR CONTAINS(LOWER(source), $search)
     OR CONTAINS(LOWER(metadata), $search) OR subject IN (SELECT UNNEST($searched))"""
+_COUNT = "SELECT COUNT(*) FROM matched"
 _PAGE = """
-    SELECT (SELECT COUNT(*) FROM matched) AS total, LIST(seq ORDER BY timestamp, seq) AS seqs
+    SELECT LIST(seq ORDER BY timestamp, seq) AS seqs
     FROM (SELECT seq, timestamp FROM matched ORDER BY timestamp, seq LIMIT $limit OFFSET $offset)
 """
 _WHOLE = """
@@ -78,31 +79,37 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     ascending: bool = False
     limit: int = 10
     offset: int = 0
+    is_counted: bool = True
 
 
 class Page(NamedTuple):
-    """Some of the events found, and how many there are."""
+    """Some of the events found, how many there are (0 where nobody wants them counted), and whether more follow."""
 
     events: list[StoredEvent]
     total: int
+    has_more: bool
 
 
 def page(connection: duckdb.DuckDBPyConnection, listing: Listing) -> Page:
-    """One page of a listing, and the count of all it has."""
+    """One page of a listing. What has to be parsed is parsed once; what has not is scanned twice rather than kept."""
     parameters = Parameters()
     where = [VISIBLE, *_conditions(listing, parameters)]
     matched = counted(
         listing.scope, listing.filter, listing.aggregation, parameters, keep=("seq", "timestamp"), where=where
     )
-    parameters.named("limit", listing.limit)
+    parameters.named("limit", listing.limit + 1)
     parameters.named("offset", min(listing.offset, OFFSET_MAX))
     query = _directed(parse_one(_PAGE, dialect=DIALECT), listing.ascending)
+    if listing.is_counted:
+        query = query.select(f"({_COUNT}) AS total", dialect=DIALECT)
     walks = listing.parent is not None and listing.depth is not None
     if listing.parent is not None and walks:
         query = with_descendants(query, [listing.parent], parameters)
-    query = query.with_("matched", as_=matched, materialized=True, recursive=walks)
-    ((total, seqs),) = connection.execute(*statement(query, parameters)).fetchall()
-    return Page(_whole(connection, seqs or []), total)
+    parses_once = bool(matched.ctes) and listing.is_counted
+    query = query.with_("matched", as_=matched, materialized=parses_once, recursive=walks)
+    ((seqs, *total),) = connection.execute(*statement(query, parameters)).fetchall()
+    seqs = seqs or []
+    return Page(_whole(connection, seqs[: listing.limit]), sum(total), len(seqs) > listing.limit)
 
 
 def _conditions(listing: Listing, parameters: Parameters) -> list[str]:

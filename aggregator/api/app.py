@@ -1,0 +1,35 @@
+"""The API put together: one desk, a router per resource, errors in Polar's shapes."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from fastapi import FastAPI
+
+from aggregator.api import customers, dead_letters, errors, events, meters, metrics, usage
+from aggregator.api.desk import Desk, Rules
+from aggregator.api.document import describe, install_pages
+from aggregator.api.operations import operations
+from aggregator.view import View
+
+__all__ = ["Rules", "create_app"]
+
+
+def create_app(
+    view: View,
+    now: Callable[[], datetime],
+    new_id: Callable[[], str],
+    metrics_text: Callable[[], bytes] = bytes,
+    rules: Rules = Rules(),  # noqa: B008 - an immutable value
+) -> FastAPI:
+    """The ASGI application. It reads through ``view``, and takes time and ids from ``now`` and ``new_id``.
+
+    ``metrics_text`` is what ``/metrics`` shows; ``rules`` are what billing has to say about meters.
+    """
+    app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
+    app.state.desk = Desk(view, now, new_id, rules)
+    errors.install(app)
+    for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
+        app.include_router(router)
+    app.include_router(operations(metrics_text))
+    install_pages(app)
+    return app

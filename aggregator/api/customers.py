@@ -1,0 +1,146 @@
+"""Customers, as far as usage needs them: made, found, and given by either of their names."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
+from aggregator.api.errors import Malformed, NotFound, Refused
+from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.shapes import customer_shape
+from meters.access import reading, writing
+from meters.amount import amount_text
+from meters.catalogue import Catalogue, Customer, CustomerCreated, Token
+from meters.detail import Detail, detail
+from meters.resource import parse_metadata
+
+router = APIRouter(tags=["customers"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("customers")))]
+Writer = Annotated[Token, Depends(allow(writing("customers")))]
+TEXT_LENGTH_MAX = 500  # an address has 254 characters by its standard; names and ids are no longer than metadata
+
+
+def customers_of(catalogue: Catalogue, organization_id: str) -> list[Customer]:
+    """The organization's customers, oldest first."""
+    known = catalogue.customers.values()
+    return [found for found in known if found.organization_id == organization_id and not found.deleted_at]
+
+
+def customers_mentioned(catalogue: Catalogue, organization_id: str, search: str) -> list[Customer]:
+    """Those whose name, email or external id holds the text, whatever its case."""
+    wanted = search.lower()
+    return [
+        found
+        for found in customers_of(catalogue, organization_id)
+        if any(wanted in (text or "").lower() for text in (found.name, found.email, found.external_id))
+    ]
+
+
+@router.post("/v1/customers/", status_code=201, summary="Create a customer")
+async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Response:
+    """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``."""
+    body = await body_of(request)
+    fields = _fields(body)
+    async with desk.deciding:
+        _refuse_taken(desk.catalogue, token.organization_id, fields)
+        customer = Customer(
+            id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now(), **fields
+        )  # fmt: skip
+        await desk.decide(CustomerCreated(customer))
+    return answer(customer_shape(customer), desk.view.as_of, 201)
+
+
+def _fields(body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        message = "Input should be a valid dictionary or object"
+        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
+    refuse_organization(body)
+    complaints: list[Detail] = []
+    if body.get("email") is None:
+        complaints.append(detail("missing", ("body", "email"), "Field required", body))
+    fields = {name: body[name] for name in ("email", "external_id", "name") if body.get(name) is not None}
+    for name, text in fields.items():
+        complaints += _text_complaints(name, text)
+    metadata = parse_metadata(body.get("metadata", {}), ("body", "metadata"))
+    complaints += metadata if isinstance(metadata, list) else []
+    if complaints:
+        raise Malformed(complaints)
+    return fields | {"metadata": metadata}
+
+
+def _text_complaints(name: str, text: Any) -> list[Detail]:
+    where = ("body", name)
+    if not isinstance(text, str):
+        return [detail("string_type", where, "Input should be a valid string", text)]
+    if len(text) > TEXT_LENGTH_MAX:
+        return [detail("string_too_long", where, f"String should have at most {TEXT_LENGTH_MAX} characters", text)]
+    if name == "email" and not ("@" in text.strip("@") and not any(mark.isspace() for mark in text)):
+        return [detail("value_error", where, "value is not a valid email address: it has no name or no domain", text)]
+    return []
+
+
+def refuse_organization(body: dict[str, Any]) -> None:
+    """A token has one organization; naming one beside it is an error even if it is the same (as with Polar)."""
+    given = body.get("organization_id")
+    if given is not None:
+        message = "Setting organization_id is disallowed when using an organization token."
+        raise Refused("organization_token", ("body", "organization_id"), message, given)
+
+
+def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, Any]) -> None:
+    external_id = fields.get("external_id")
+    if external_id is not None and catalogue.customer_by_external_id(organization_id, external_id):
+        message = "A customer with this external ID already exists."
+        raise Refused("value_error", ("body", "external_id"), message, external_id)
+    email = fields["email"]
+    if any((known.email or "").lower() == email.lower() for known in customers_of(catalogue, organization_id)):
+        message = "A customer with this email address already exists."
+        raise Refused("value_error", ("body", "email"), message, email)
+
+
+@router.get("/v1/customers/", summary="List customers")
+async def list_customers(
+    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The organization's customers, newest first."""
+    chosen = order(sorting, ("created_at", "email", "name"), "-created_at")
+    found = [
+        customer
+        for customer in customers_mentioned(desk.catalogue, token.organization_id, query or "")
+        if (email is None or (customer.email or "").lower() == email.lower()) and has_texts(customer.metadata, metadata)
+    ]
+    found.sort(key=lambda customer: (getattr(customer, chosen.by) or "", customer.id), reverse=not chosen.ascending)
+    shapes = [customer_shape(customer) for customer in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+def has_texts(metadata: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
+    """Whether each key has one of the texts."""
+    return all(key in metadata and _text(metadata[key]) in found for key, found in wanted.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value if isinstance(value, str) else amount_text(value)
+
+
+@router.get("/v1/customers/external/{external_id}", summary="Get a customer by external id")
+async def get_external(desk: AtDesk, token: Reader, external_id: str) -> Response:
+    """One customer, by the id that its organization gave it."""
+    return _found(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))
+
+
+@router.get("/v1/customers/{id}", summary="Get a customer")
+async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One customer."""
+    return _found(desk, desk.catalogue.customer(token.organization_id, str(id)))
+
+
+def _found(desk: Desk, customer: Customer | None) -> Response:
+    if customer is None:
+        raise NotFound
+    return answer(customer_shape(customer), desk.view.as_of)

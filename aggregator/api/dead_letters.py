@@ -1,0 +1,72 @@
+"""Dead letters: what arrived and could not be counted. Ours; Polar has no such thing.
+
+A mended event is sent through ``POST /v1/events/ingest`` like any other, because there is one door for events. What is
+done here is to say that the letter is taken care of, so that the list stays short.
+"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+
+from aggregator.api.desk import AtDesk, CaughtUp, allow, answer
+from aggregator.api.errors import NotFound
+from aggregator.api.paging import WhichPage, listed
+from aggregator.api.shapes import letter_shape
+from aggregator.store.queries import dead_letters
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.dead_letters import DeadLetter, Letters, Place
+from meters.access import reading, writing
+from meters.catalogue import DeadLetterReplayed, Token
+
+router = APIRouter(tags=["dead letters"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("events")))]
+Writer = Annotated[Token, Depends(allow(writing("events")))]
+DIGITS_MAX = 18  # of a part of a place: an offset is a 64-bit number
+
+
+@router.get("/v1/dead-letters/", summary="List dead letters")
+async def list_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
+    """The lines that could not be counted, newest first, with their reason and their bytes."""
+
+    def question(here: Here) -> Letters:
+        return dead_letters.page(
+            here.connection, token.organization_id, replayed=include_replayed, limit=page.limit, offset=page.offset
+        )
+
+    (letters, total), as_of = await desk.ask(token, question)
+    return answer(listed([letter_shape(letter) for letter in letters], total, page), as_of)
+
+
+@router.get("/v1/dead-letters/{id}", summary="Get a dead letter")
+async def get_letter(desk: AtDesk, token: Reader, id: str) -> Response:
+    """One dead letter."""
+    letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+    return answer(letter_shape(letter), as_of)
+
+
+@router.post("/v1/dead-letters/{id}/replay", summary="Mark a dead letter as taken care of")
+async def replay_letter(desk: AtDesk, token: Writer, id: str) -> Response:
+    """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
+    letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+    if letter.replayed_at is None:
+        place = letter.log_partition, letter.log_offset, letter.line
+        async with desk.deciding:
+            await desk.decide(DeadLetterReplayed(*place, desk.now()))
+        letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+    return answer(letter_shape(letter), as_of)
+
+
+def _find(here: Here, token: Token, id: str) -> DeadLetter:
+    place = _place(id)
+    letter = dead_letters.one(here.connection, token.organization_id, place) if place else None
+    if letter is None:
+        raise NotFound
+    return letter
+
+
+def _place(id: str) -> Place | None:
+    parts = id.split("-")
+    if len(parts) != 3 or not all(p.isascii() and p.isdigit() and len(p) <= DIGITS_MAX for p in parts):
+        return None
+    partition, offset, line = map(int, parts)
+    return partition, offset, line

@@ -1,0 +1,152 @@
+"""What every endpoint needs: who asks, what they may see, and a place to put the question.
+
+Answers from memory are given on the event loop. Questions to the store block, so each gets a thread; only a few run
+at a time and only so many wait. Decisions are taken one after the other, each against what the last one made true.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from fastapi import Depends, Request, Response
+
+from aggregator.api.errors import BodyTooLarge, Busy, Forbidden, Malformed, json_response
+from aggregator.api.limits import BODY_BYTES_MAX, QUERIES_AT_ONCE, QUERIES_WAITING_MAX, QUERY_S_MAX, WAIT_S_MAX
+from aggregator.store.queries.asking import Asking, Here, Reading
+from aggregator.view import View
+from meters import exact_json
+from meters.access import Denied, authorize
+from meters.catalogue import Catalogue, Change, Token
+from meters.detail import detail
+from meters.log import format_position, parse_position
+from meters.meter import Meter
+
+T = TypeVar("T")
+
+
+def _never(_: Meter) -> bool:
+    return False
+
+
+class Rules(NamedTuple):
+    """What billing has to say about a meter; nothing bills yet, so nothing is forbidden."""
+
+    is_billed: Callable[[Meter], bool] = _never
+    is_attached: Callable[[Meter], bool] = _never
+
+
+class Desk:
+    """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
+
+    def __init__(self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], rules: Rules) -> None:
+        self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
+        self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._waiting = 0
+        self.deciding = asyncio.Lock()
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Organizations, customers and meters."""
+        return self.view.catalogue
+
+    async def ask(self, token: Token, question: Callable[[Here], T]) -> Reading[T]:
+        """Put a question to the store for the token's organization. Raises Busy, TooLong, TooLarge, Unavailable."""
+        if self._waiting >= QUERIES_WAITING_MAX:
+            raise Busy
+        self._waiting += 1
+        try:
+            await self._running.acquire()
+        finally:
+            self._waiting -= 1
+        asking = Asking(self.view, token.organization_id, question)
+        timer = asyncio.get_running_loop().call_later(QUERY_S_MAX, asking.interrupt)
+        try:
+            return await asyncio.to_thread(asking.run)
+        finally:
+            timer.cancel()
+            asking.interrupt()  # whoever asked has gone, or this does nothing
+            self._running.release()
+
+    async def decide(self, change: Change) -> None:
+        """Make a decision true. The caller holds ``deciding`` from before it looked at the catalogue."""
+        await self.view.decide(change)
+
+    def subjects(
+        self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None
+    ) -> list[int] | None:
+        """The numbers of the customers asked for, under either name of each; None when nobody in particular is."""
+        if customer_ids is None and external_ids is None:
+            return None
+        organization = token.organization_id
+        ids, externals = self.catalogue.identifiers(organization, customer_ids or (), external_ids or ())
+        numbers = {number for id in ids for number in self.view.numbers(organization, None, id)}
+        numbers |= {number for name in externals for number in self.view.numbers(organization, name, None)}
+        return sorted(numbers)
+
+
+def desk(request: Request) -> Desk:
+    """The desk of the app that serves the request."""
+    found: Desk = request.app.state.desk
+    return found
+
+
+def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
+    """A dependency: the caller's token, which has one of the scopes."""
+
+    async def who(request: Request) -> Token:
+        here = desk(request)
+        outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
+        if isinstance(outcome, Denied):
+            raise Forbidden(outcome)
+        return outcome
+
+    return who
+
+
+async def caught_up(request: Request) -> None:
+    """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time."""
+    seconds = _wait_seconds(request.headers.get("prefer", ""))
+    text = request.headers.get("log-position")
+    if seconds is None or not text:
+        return
+    position = parse_position(text)
+    if position is None:
+        message = "Input should be positions such as 0:18,1:7"
+        raise Malformed([detail("value_error", ("header", "Log-Position"), message, text)])
+    await desk(request).view.wait_for(position, min(seconds, WAIT_S_MAX))
+
+
+def _wait_seconds(prefer: str) -> int | None:
+    """The ``wait`` of a Prefer header (RFC 7240); None where there is none."""
+    for preference in prefer.lower().split(","):
+        name, _, value = preference.strip().partition("=")
+        value = value.strip(' "')
+        if name.strip() == "wait" and value.isascii() and value.isdigit():
+            return int(value[:6])
+    return None
+
+
+CaughtUp = Depends(caught_up)
+AtDesk = Annotated[Desk, Depends(desk)]
+
+
+async def body_of(request: Request) -> Any:
+    """The request's JSON with exact numbers. Raises BodyTooLarge, Malformed."""
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > BODY_BYTES_MAX:
+            raise BodyTooLarge
+    if not received:
+        raise Malformed([detail("missing", ("body",), "Field required")])
+    try:
+        return exact_json.decode(bytes(received))
+    except ValueError as error:
+        place = getattr(error, "pos", 0)
+        raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error
+
+
+def answer(body: Any, as_of: Mapping[int, int], status: int = 200) -> Response:
+    """A response that says as of which positions it is true."""
+    return json_response(status, body, {"As-Of": format_position(as_of)})

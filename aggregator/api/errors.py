@@ -1,0 +1,138 @@
+"""What a client reads when something is wrong, in Polar's shapes (section 10.2 of its contract).
+
+A handler raises one of these; ``install`` makes the answers. Nothing of the inside gets out: what is not foreseen here
+is a plain 500.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from aggregator.api.limits import QUERY_S_MAX, RETRY_AFTER_S
+from aggregator.store.queries.asking import TooLarge, TooLong
+from aggregator.view import Unavailable
+from meters import exact_json
+from meters.access import Denied
+from meters.detail import Detail, detail
+from meters.log import TryAgain
+
+
+class Forbidden(Exception):
+    """Who asks may not: ``denied`` is the whole answer."""
+
+    def __init__(self, denied: Denied) -> None:
+        super().__init__(denied.status)
+        self.denied = denied
+
+
+class NotFound(Exception):
+    """There is no such thing, or it is another organization's, which is the same to who asks."""
+
+
+class Malformed(Exception):
+    """The request is not of the shape that it should have."""
+
+    def __init__(self, details: Sequence[Detail]) -> None:
+        super().__init__(str(details))
+        self.details = details
+
+
+class Refused(Exception):
+    """The request is well formed and cannot be done."""
+
+    def __init__(self, type: str, loc: tuple[str | int, ...], msg: str, input: Any = None) -> None:
+        super().__init__(msg)
+        self.details = [detail(type, loc, msg, input)]
+
+
+class BodyTooLarge(Exception):
+    """The body has more bytes than are read."""
+
+
+class Busy(Exception):
+    """Too many questions are waiting already."""
+
+
+def json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
+    """A response of JSON whose decimals are numbers of all their digits."""
+    return Response(exact_json.encode(body), status, headers, "application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Turn the exceptions above, and those of the rooms below, into answers."""
+    for kind, answer in _ANSWERS.items():
+        app.exception_handler(kind)(answer)
+
+
+async def _forbidden(_: Request, error: Forbidden) -> Response:
+    denied = error.denied
+    return Response(denied.body, denied.status, dict(denied.headers), "application/json")
+
+
+async def _not_found(_: Request, __: Exception) -> Response:
+    return json_response(404, {"error": "ResourceNotFound", "detail": "Not found"})
+
+
+async def _malformed(_: Request, error: Malformed) -> Response:
+    return json_response(422, {"error": "RequestValidationError", "detail": error.details})
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> Response:
+    details = [_plain(entry) for entry in error.errors()]
+    return json_response(422, {"error": "RequestValidationError", "detail": details})
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    """An entry of pydantic's as JSON: without its link, and with exceptions as their words."""
+    plain: dict[str, Any] = {key: entry[key] for key in ("type", "loc", "msg", "input") if key in entry}
+    if entry.get("ctx"):
+        plain["ctx"] = {key: value if isinstance(value, int) else str(value) for key, value in entry["ctx"].items()}
+    return plain
+
+
+async def _refused(_: Request, error: Refused) -> Response:
+    return json_response(422, {"error": "PolarRequestValidationError", "detail": error.details})
+
+
+async def _too_large(_: Request, __: Exception) -> Response:
+    return json_response(413, {"error": "RequestBodyTooLarge", "detail": "The request body is too large."})
+
+
+def _later(error: str, message: str, after_s: float) -> Response:
+    headers = {"Retry-After": str(max(1, round(after_s)))}
+    return json_response(503, {"error": error, "detail": message}, headers)
+
+
+async def _busy(_: Request, __: Exception) -> Response:
+    return _later("TooManyQueries", "Too many questions are waiting for the store.", RETRY_AFTER_S)
+
+
+async def _unavailable(_: Request, error: Unavailable | TryAgain) -> Response:
+    return _later("ViewUnavailable", "The view cannot answer just now.", error.retry_after_s)
+
+
+async def _too_long(_: Request, __: Exception) -> Response:
+    message = f"The question takes longer than {QUERY_S_MAX:.0f} seconds. Ask for a shorter range, or filter by name."
+    return json_response(504, {"error": "QueryTimeout", "detail": message})
+
+
+async def _too_much(_: Request, __: Exception) -> Response:
+    message = "The question needs more memory than the store may use. Ask for a shorter range."
+    return json_response(503, {"error": "QueryTooLarge", "detail": message})
+
+
+_ANSWERS: dict[type[Exception], Any] = {
+    Forbidden: _forbidden,
+    NotFound: _not_found,
+    Malformed: _malformed,
+    RequestValidationError: _invalid,
+    Refused: _refused,
+    BodyTooLarge: _too_large,
+    Busy: _busy,
+    Unavailable: _unavailable,
+    TryAgain: _unavailable,
+    TooLong: _too_long,
+    TooLarge: _too_much,
+}

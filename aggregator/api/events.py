@@ -1,0 +1,196 @@
+"""Reading events: lists, one event, and the names they go by (section 2 of Polar's contract).
+
+Where Polar's list compares metadata with strings alone, this one compares with the text of strings, numbers and
+booleans, as its quantities do. ``query`` needs no ``organization_id``, since a token has but one organization.
+"""
+
+from decimal import Decimal
+from typing import Annotated, Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Response
+
+from aggregator.api.customers import customers_mentioned
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import Malformed, NotFound, Refused
+from aggregator.api.limits import (
+    AGGREGATE_FIELD_LENGTH_MAX,
+    AGGREGATE_FIELDS_MAX,
+    DEPTH_MAX,
+    SEARCH_LENGTH_MAX,
+    SEARCH_LENGTH_MIN,
+)
+from aggregator.api.paging import Ids, Instant, MetadataTexts, Texts, WhichPage, listed, order, texts
+from aggregator.api.shapes import event_shape, name_shape
+from aggregator.store.queries import events, family
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.events import Listing, StoredEvent
+from aggregator.store.queries.family import Identity
+from aggregator.store.queries.scope import NOBODY, Scope
+from meters import exact_json
+from meters.access import reading
+from meters.aggregation import Aggregation
+from meters.catalogue import Token
+from meters.detail import detail
+from meters.event import SYSTEM, USER
+from meters.filter import Filter
+from meters.filter_json import parse_filter
+from meters.meter import Meter
+
+router = APIRouter(tags=["events"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("events")))]
+Sorting = Annotated[list[str] | None, Query(description="timestamp or -timestamp")]
+Search = Annotated[str | None, Query(min_length=SEARCH_LENGTH_MIN, max_length=SEARCH_LENGTH_MAX)]
+NameSearch = Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)]
+Depth = Annotated[int | None, Query(ge=0, le=DEPTH_MAX)]
+Field = Annotated[str, Query(pattern="^[a-zA-Z0-9_.]+$", max_length=AGGREGATE_FIELD_LENGTH_MAX)]
+Fields = Annotated[list[Field] | None, Query(max_length=AGGREGATE_FIELDS_MAX)]
+Sums = dict[Identity, dict[str, Decimal]]
+EVERY_EVENT = Aggregation("count")
+
+
+async def _scope(
+    desk: AtDesk, token: Reader, organization_id: Ids = None, customer_id: Ids = None,
+    external_customer_id: Texts = None, source: Texts = None,
+) -> Scope:  # fmt: skip
+    """What is common to lists of events and of names."""
+    for given in source or ():
+        if given not in (SYSTEM, USER):
+            raise Malformed([detail("enum", ("query", "source"), f"Input should be '{SYSTEM}' or '{USER}'", given)])
+    subjects = desk.subjects(token, texts(customer_id), external_customer_id)
+    if organization_id is not None and token.organization_id not in map(str, organization_id):
+        subjects = []
+    return Scope(organization=NOBODY, subjects=subjects, sources=source)
+
+
+InScope = Annotated[Scope, Depends(_scope)]
+
+
+async def _listing(
+    desk: AtDesk, token: Reader, scope: InScope, page: WhichPage, metadata: MetadataTexts,
+    filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
+    start_timestamp: Instant | None = None, end_timestamp: Instant | None = None, name: Texts = None,
+    meter_id: UUID | None = None, query: Search = None, parent_id: UUID | None = None, depth: Depth = None,
+    sorting: Sorting = None, cursor_pagination: bool = False,
+) -> Listing:  # fmt: skip
+    """What the parameters ask for. Both timestamps are exclusive."""
+    filters = [] if filter is None else [_filter(filter)]
+    meter = None if meter_id is None else _meter(desk, token, str(meter_id))
+    if meter:
+        filters.append(meter.filter)
+    return Listing(
+        scope=msgspec.structs.replace(scope, names=name, after=start_timestamp, until=end_timestamp, metadata=metadata),
+        filter=Filter("and", list(filters)),
+        aggregation=meter.aggregation if meter else EVERY_EVENT,
+        search=query,
+        searched=_mentioned(desk, token, query),
+        parent=None if parent_id is None else identity_of(parent_id),
+        depth=depth,
+        ascending=order(sorting, ["timestamp"], "-timestamp").ascending,
+        limit=page.limit,
+        offset=page.offset,
+        is_counted=not cursor_pagination,
+    )
+
+
+def _filter(text: str) -> Filter:
+    where = ("query", "filter")
+    try:
+        parsed = parse_filter(exact_json.decode(text), where)
+    except ValueError as error:
+        raise Malformed([detail("json_invalid", where, "Invalid JSON", text)]) from error
+    if isinstance(parsed, Filter):
+        return parsed
+    raise Malformed(parsed)
+
+
+def _meter(desk: Desk, token: Token, id: str) -> Meter:
+    meter = desk.catalogue.meters.get(id)
+    if meter is None or meter.organization_id != token.organization_id:
+        raise Refused("meter_id", ("query", "meter_id"), "Meter not found.", id)
+    return meter
+
+
+def _mentioned(desk: Desk, token: Token, search: str | None) -> list[int]:
+    """Numbers of the customers that a search text occurs in."""
+    if search is None:
+        return []
+    found = customers_mentioned(desk.catalogue, token.organization_id, search)
+    return desk.subjects(token, [customer.id for customer in found], None) or []
+
+
+def identity_of(id: UUID) -> Identity:
+    """The identity that an event's public id is."""
+    return id.int >> 64, id.int & 0xFFFF_FFFF_FFFF_FFFF
+
+
+@router.get("/v1/events/", summary="List events")
+async def list_events(
+    desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)], page: WhichPage,
+    aggregate_fields: Fields = None,
+) -> Response:  # fmt: skip
+    """Events, newest first. One that waits for its parent is not shown; it counts all the same."""
+    found, as_of = await desk.ask(token, lambda here: _page(here, listing, aggregate_fields or []))
+    items = [_shape(desk, token, event, found) for event in found.page.events]
+    if listing.is_counted:
+        return answer(listed(items, found.page.total, page), as_of)
+    return answer({"items": items, "pagination": {"has_next_page": found.page.has_more}}, as_of)
+
+
+class _Found(NamedTuple):
+    page: events.Page
+    children: dict[Identity, int]
+    sums: Sums
+
+
+def _page(here: Here, listing: Listing, fields: list[str]) -> _Found:
+    scope = msgspec.structs.replace(listing.scope, organization=here.organization)
+    page = events.page(here.connection, msgspec.structs.replace(listing, scope=scope))
+    return _with_family(here, page, fields)
+
+
+def _with_family(here: Here, page: events.Page, fields: list[str]) -> _Found:
+    tops = [event.identity for event in page.events]
+    children = family.descendant_counts(here.connection, tops) if tops else {}
+    sums: Sums = {}
+    for field in dict.fromkeys(fields if tops else ()):
+        for top, amount in family.sums_below(here.connection, here.organization, tops, field).items():
+            sums.setdefault(top, {})[field] = amount
+    return _Found(page, children, sums)
+
+
+def _shape(desk: Desk, token: Token, event: StoredEvent, found: _Found) -> dict[str, Any]:
+    children, sums = found.children.get(event.identity, 0), found.sums.get(event.identity, {})
+    return event_shape(event, token.organization_id, desk.catalogue, children, sums)
+
+
+@router.get("/v1/events/names", summary="List the names of events")
+async def list_names(
+    desk: AtDesk, token: Reader, scope: InScope, page: WhichPage, query: NameSearch = None, sorting: Sorting = None
+) -> Response:
+    """The names that events go by, with how often and when they were seen."""
+    chosen = order(sorting, events.NAME_ORDERS, "-last_seen")
+
+    def question(here: Here) -> tuple[list[events.EventName], int]:
+        return events.names(
+            here.connection, msgspec.structs.replace(scope, organization=here.organization), search=query,
+            order=chosen.by, ascending=chosen.ascending, limit=page.limit, offset=page.offset,
+        )  # fmt: skip
+
+    (names, total), as_of = await desk.ask(token, question)
+    return answer(listed([name_shape(name) for name in names], total, page), as_of)
+
+
+@router.get("/v1/events/{id}", summary="Get an event")
+async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fields = None) -> Response:
+    """One event, by the id that lists show."""
+
+    def question(here: Here) -> _Found:
+        event = events.one(here.connection, here.organization, identity_of(id))
+        return _with_family(here, events.Page([event] if event else [], 0, False), aggregate_fields or [])
+
+    found, as_of = await desk.ask(token, question)
+    if not found.page.events:
+        raise NotFound
+    return answer(_shape(desk, token, found.page.events[0], found), as_of)

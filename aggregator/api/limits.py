@@ -1,0 +1,46 @@
+"""Limits of the API, each with its reason."""
+
+BODY_BYTES_MAX = 2 * 1024 * 1024
+"""Of a request: the largest filter that is accepted fits, with every text at its longest escaped."""
+
+PAGE_ROWS_MAX = 100
+"""Items of one page; Polar's limit, and like there a larger wish is cut down silently."""
+
+PAGE_ROWS_DEFAULT = 10
+"""Items of one page when nobody says (Polar's default)."""
+
+QUERIES_AT_ONCE = 4
+"""Questions that the store answers side by side; each uses every thread of DuckDB, so more only share memory."""
+
+QUERIES_WAITING_MAX = 64
+"""Questions in line behind those. At half a second each the last one waits eight seconds; more are turned away."""
+
+QUERY_S_MAX = 30.0
+"""How long a question may take: Polar's statement timeout, and half of the command line's patience."""
+
+WAIT_S_MAX = 30.0
+"""The longest that ``Prefer: wait`` is honored; clients of Polar give up after 5 to 30 seconds."""
+
+RETRY_AFTER_S = 1
+"""When to come back after 503: the line has moved, or the view has restarted, in about a second."""
+
+AGGREGATE_FIELDS_MAX = 10
+"""Fields to add up along traces in one request: each walks the traces of the page once."""
+
+AGGREGATE_FIELD_LENGTH_MAX = 255
+"""Characters of such a field (Polar's limit)."""
+
+SEARCH_LENGTH_MIN = 3
+"""Characters of a search for events (Polar's limit): fewer would find nearly everything."""
+
+SEARCH_LENGTH_MAX = 1000
+"""Characters of a search: as long as a filter's text."""
+
+DEPTH_MAX = 5
+"""Levels of a trace that may be asked for (Polar's limit)."""
+
+IDENTIFIERS_MAX = 1000
+"""Values of one repeated parameter, such as customers; a URL hardly holds more."""
+
+PREVIEW_CUSTOMERS = 10
+"""Customers that a preview names: enough to recognize one's own."""

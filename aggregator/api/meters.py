@@ -1,0 +1,97 @@
+"""Meters: made, shown and changed (section 3.1 of Polar's contract). In ``query`` wildcards are plain characters."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from aggregator.api.customers import has_texts, refuse_organization
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
+from aggregator.api.errors import Malformed, NotFound, Refused
+from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.shapes import meter_shape
+from meters.access import reading, writing
+from meters.catalogue import MeterCreated, MeterUpdated, Token
+from meters.meter import Meter, new_meter, updated_meter
+
+router = APIRouter(tags=["meters"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("meters")))]
+Writer = Annotated[Token, Depends(allow(writing("meters")))]
+
+
+def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
+    """The organization's meter. Raises NotFound."""
+    meter = desk.catalogue.meters.get(str(id))
+    if meter is None or meter.organization_id != token.organization_id:
+        raise NotFound
+    return meter
+
+
+@router.post("/v1/meters/", status_code=201, summary="Create a meter")
+async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Response:
+    """Make a meter. It counts every stored event that its filter lets through, from the first one on."""
+    body = await body_of(request)
+    if isinstance(body, dict):
+        refuse_organization(body)
+    async with desk.deciding:
+        meter = new_meter(body, id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now())
+        if isinstance(meter, list):
+            raise Malformed(meter)
+        await desk.decide(MeterCreated(meter))
+    return answer(meter_shape(meter), desk.view.as_of, 201)
+
+
+@router.get("/v1/meters/", summary="List meters")
+async def list_meters(
+    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, is_archived: bool | None = None,
+    sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The organization's meters, by name."""
+    chosen = order(sorting, ("name", "created_at"), "name")
+    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
+    found = [
+        meter
+        for meter in (desk.catalogue.meters_of(token.organization_id) if is_asked else ())
+        if (query or "").lower() in meter.name.lower()
+        and is_archived in (None, meter.archived_at is not None)
+        and has_texts(meter.metadata, metadata)
+    ]
+    found.sort(key=lambda meter: (getattr(meter, chosen.by), meter.id), reverse=not chosen.ascending)
+    shapes = [meter_shape(meter) for meter in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.get("/v1/meters/{id}", summary="Get a meter")
+async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One meter."""
+    return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
+
+
+@router.patch("/v1/meters/{id}", summary="Change a meter")
+async def change_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Change what is named in the body. What was billed by a meter fixes its filter and aggregation."""
+    meter_of(desk, token, id)
+    body = await body_of(request)
+    async with desk.deciding:
+        meter = meter_of(desk, token, id)
+        changed = updated_meter(meter, body, modified_at=desk.now(), locked=desk.rules.is_billed(meter))
+        if isinstance(changed, list):
+            raise _complaint(changed)
+        if changed.archived_at and not meter.archived_at and desk.rules.is_attached(meter):
+            message = "This meter is still attached to a price or a benefit."
+            raise Refused("value_error", ("body", "is_archived"), message, True)
+        await desk.decide(MeterUpdated(changed))
+    return answer(meter_shape(changed), desk.view.as_of)
+
+
+def _complaint(details: list[Any]) -> Exception:
+    """The lock is a rule of business, everything else one of form; form comes first."""
+    malformed = [entry for entry in details if entry["type"] != "forbidden"]
+    if malformed:
+        return Malformed(malformed)
+    first = details[0]
+    refused = Refused(first["type"], tuple(first["loc"]), first["msg"], first["input"])
+    refused.details = details
+    return refused

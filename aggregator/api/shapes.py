@@ -1,0 +1,154 @@
+"""Things as Polar's clients expect them: every field they insist on, and digits as they were sent.
+
+Metadata goes out as the tokens that came in. The exceptions are the reserved keys: ``_cost.amount`` is a string,
+because both Python clients want one; numbers that were sent as text are numbers; unknown keys do not exist.
+"""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from aggregator.store.queries.dead_letters import DeadLetter
+from aggregator.store.queries.events import EventName, StoredEvent
+from meters.amount import amount_text, parse_amount
+from meters.catalogue import Catalogue, Customer, meter_json
+from meters.event import event_id
+from meters.facts import RESERVED
+from meters.meter import Meter
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+Json = dict[str, Any]
+
+
+def number(amount: Decimal) -> msgspec.Raw:
+    """A JSON number of exactly these digits."""
+    return msgspec.Raw(amount_text(amount).encode())
+
+
+def customer_shape(customer: Customer) -> Json:
+    """A customer. What this product does not know (billing, avatars) is null."""
+    unknown = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
+    known = {
+        "id": customer.id,
+        "created_at": customer.created_at,
+        "modified_at": customer.modified_at,
+        "metadata": customer.metadata,
+        "external_id": customer.external_id,
+        "email": customer.email or "",
+        "email_verified": False,
+        "type": "individual",
+        "name": customer.name,
+        "organization_id": customer.organization_id,
+        "deleted_at": customer.deleted_at,
+        "first_user_event_at": None,
+        "avatar_url": None,
+    }
+    return known | dict.fromkeys(unknown)
+
+
+def meter_shape(meter: Meter) -> Json:
+    """A meter, its filter and aggregation as they were given."""
+    return meter_json(meter)
+
+
+def event_shape(
+    event: StoredEvent, organization_id: str, catalogue: Catalogue, children: int, sums: Mapping[str, Decimal]
+) -> Json:
+    """An event. ``sums`` are written over its metadata, under their dotted paths."""
+    customer_id = event.who if event.kind == "customer" else None
+    external_id = event.who if event.kind == "external" else None
+    customer = _customer(catalogue, organization_id, customer_id, external_id)
+    return {
+        "id": event_id(event.id_hi, event.id_lo),
+        "timestamp": event.timestamp,
+        "organization_id": organization_id,
+        "customer_id": customer_id,
+        "customer": customer_shape(customer) if customer else None,
+        "external_customer_id": external_id,
+        "member_id": event.member_id,
+        "external_member_id": event.external_member_id,
+        "child_count": children,
+        "parent_id": event_id(*event.parent) if event.parent else None,
+        "label": event.name,
+        "source": event.source,
+        "name": event.name,
+        "metadata": metadata_shape(event.metadata, sums),
+    }
+
+
+def _customer(
+    catalogue: Catalogue, organization_id: str, customer_id: str | None, external_id: str | None
+) -> Customer | None:
+    if customer_id is not None:
+        return catalogue.customer(organization_id, customer_id)
+    return catalogue.customer_by_external_id(organization_id, external_id) if external_id is not None else None
+
+
+def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> Any:
+    """An event's metadata, mostly the text that is stored."""
+    if not sums and '"_cost"' not in text and '"_llm"' not in text and "\\u005f" not in text.lower():
+        return msgspec.Raw(text.encode())
+    fields: Json = dict(_fields(text.encode()))
+    for key in RESERVED.keys() & fields.keys():
+        fields[key] = _reserved(key, bytes(fields[key]))
+    for path, amount in sums.items():
+        _write(fields, path.split("."), amount)
+    return fields
+
+
+def _reserved(key: str, token: bytes) -> Json:
+    known, numbers = RESERVED[key]
+    inner = _fields(token)
+    return {
+        name: _number(key, bytes(raw).strip(b'"')) if name in numbers else raw
+        for name, raw in inner.items()
+        if name in known
+    }
+
+
+def _number(key: str, token: bytes) -> str | msgspec.Raw:
+    amount = parse_amount(token) or Decimal(0)
+    return amount_text(amount) if key == "_cost" else number(amount)
+
+
+def _write(fields: Json, path: list[str], amount: Decimal) -> None:
+    """Put a sum in its place, making the objects on the way; a cost needs its currency."""
+    *parents, last = path
+    for name in parents:
+        inner = fields.get(name)
+        fields[name] = inner = inner if isinstance(inner, dict) else {}
+        fields = inner
+    is_cost = path == ["_cost", "amount"]
+    fields[last] = amount_text(amount) if is_cost else number(amount)
+    if is_cost:
+        fields.setdefault("currency", "usd")
+
+
+def name_shape(name: EventName) -> Json:
+    """A name that events go by."""
+    return {
+        "name": name.name,
+        "label": name.name,
+        "source": name.source,
+        "occurrences": name.occurrences,
+        "first_seen": name.first_seen,
+        "last_seen": name.last_seen,
+    }
+
+
+def letter_shape(letter: DeadLetter) -> Json:
+    """A dead letter. ``raw`` is its line; bytes that are no UTF-8 are written as \\xNN."""
+    place = letter.log_partition, letter.log_offset, letter.line
+    return {
+        "id": "-".join(map(str, place)),
+        "log_partition": letter.log_partition,
+        "log_offset": letter.log_offset,
+        "line": letter.line,
+        "reason": letter.reason,
+        "detail": letter.detail,
+        "raw": letter.raw.decode("utf-8", "backslashreplace"),
+        "ingested_at": letter.ingested_at,
+        "replayed_at": letter.replayed_at,
+    }

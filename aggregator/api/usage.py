@@ -1,0 +1,161 @@
+"""How much was used: series, one customer's running total, and what a meter would count if it existed.
+
+A running total comes from memory and is answered on the event loop; everything else is a question to the store.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Request, Response
+
+from aggregator.api.desk import AtDesk, CaughtUp, allow, answer, body_of
+from aggregator.api.errors import Malformed, Refused
+from aggregator.api.limits import PREVIEW_CUSTOMERS
+from aggregator.api.meters import meter_of
+from aggregator.api.paging import Ids, Instant, MetadataTexts, Texts, texts
+from aggregator.api.shapes import number
+from aggregator.store.queries import preview, usage
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.scope import NOBODY, Scope
+from aggregator.store.queries.usage import Question
+from aggregator.store.sql import Measured
+from aggregator.view import Total
+from meters.access import reading
+from meters.aggregation import Aggregation, Function, parse_aggregation
+from meters.amount import amount_text
+from meters.catalogue import Token
+from meters.detail import detail
+from meters.filter import Filter
+from meters.filter_json import parse_filter
+from meters.quantities import Quantities
+from meters.window import Interval, range_refusal, zone
+
+router = APIRouter(tags=["usage"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("meters")))]
+
+
+def known_zone(timezone: str) -> str:
+    """The name of a time zone. Raises Malformed for an unknown one."""
+    if zone(timezone) is None:
+        message = "Input should be the name of a time zone, such as Europe/Berlin"
+        raise Malformed([detail("value_error", ("query", "timezone"), message, timezone)])
+    return timezone
+
+
+def check_range(start: datetime, end: datetime, interval: Interval) -> None:
+    """Raise Refused for a range that has too many intervals."""
+    reason = range_refusal(start, end, interval)
+    if reason is not None:
+        raise Refused("value_error", ("query",), reason)
+
+
+@router.get("/v1/meters/{id}/quantities", summary="Get a meter's quantities")
+async def get_quantities(
+    desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Instant, end_timestamp: Instant,
+    interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
+    customer_aggregation_function: Function | None = None,
+) -> Response:  # fmt: skip
+    """What the meter counted, interval by interval. Each quantity is that of the whole calendar unit."""
+    meter = meter_of(desk, token, id)
+    known_zone(timezone)
+    check_range(start_timestamp, end_timestamp, interval)
+    subjects = desk.subjects(token, texts(customer_id), external_customer_id)
+    scope = Scope(organization=NOBODY, subjects=subjects, metadata=metadata)
+
+    def question(here: Here) -> Quantities:
+        asked = Question(
+            filter=meter.filter, aggregation=meter.aggregation, per_customer=customer_aggregation_function,
+            scope=msgspec.structs.replace(scope, organization=here.organization),
+        )  # fmt: skip
+        return usage.quantities(
+            here.connection, asked, start=start_timestamp, end=end_timestamp, interval=interval, timezone=timezone
+        )
+
+    quantities, as_of = await desk.ask(token, question)
+    points = [{"timestamp": point.timestamp, "quantity": number(point.quantity)} for point in quantities.quantities]
+    return answer({"quantities": points, "total": number(quantities.total)}, as_of)
+
+
+@router.get("/v1/meters/{id}/usage", summary="Get what one customer used")
+async def get_usage(
+    desk: AtDesk, token: Reader, id: UUID, customer_id: UUID | None = None, external_customer_id: str | None = None
+) -> Response:
+    """One customer's total since the beginning. ``value`` is a string, so that no client bends its digits."""
+    meter = meter_of(desk, token, id)
+    if (customer_id is None) == (external_customer_id is None):
+        message = "Give either customer_id or external_customer_id"
+        raise Refused("value_error", ("query",), message)
+    ids = None if customer_id is None else [str(customer_id)]
+    externals = None if external_customer_id is None else [external_customer_id]
+    subjects = desk.subjects(token, ids, externals) or []
+    as_of = desk.view.as_of  # before the total is read: the total may be newer than it says, never older
+    total = desk.view.total(meter.id, subjects)
+    if total is None:
+        question = Question(
+            filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)
+        )
+        measured, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, _at(question, here)))
+    else:
+        measured = _measured(total)
+    body = {
+        "meter_id": meter.id,
+        "customer_id": customer_id and str(customer_id),
+        "external_customer_id": external_customer_id,
+        "value": amount_text(measured.value(meter.aggregation)),
+        "count": measured.count,
+    }
+    return answer(body, as_of)
+
+
+def _measured(total: Total) -> Measured:
+    return Measured(total.count, enormous=[total.sum], min=total.min, max=total.max)
+
+
+def _at(question: Question, here: Here) -> Question:
+    scope = msgspec.structs.replace(question.scope, organization=here.organization)
+    return msgspec.structs.replace(question, scope=scope)
+
+
+@router.post("/v1/meters/preview", summary="Preview a meter")
+async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Response:
+    """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far."""
+    body = await body_of(request)
+    filter, aggregation = _definition(body)
+    question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
+    found, as_of = await desk.ask(
+        token, lambda here: preview.preview(here.connection, _at(question, here), PREVIEW_CUSTOMERS)
+    )
+    whole = found.whole
+    customers = [
+        {
+            "customer_id": row.who if row.kind == "customer" else None,
+            "external_customer_id": row.who if row.kind == "external" else None,
+            "quantity": number(row.measured.value(aggregation)),
+        }
+        for row in found.customers
+    ]
+    body = {
+        "total": number(whole.value(aggregation)),
+        "events": found.events,
+        "customers": found.customers_count,
+        "first_seen": found.first_seen,
+        "last_seen": found.last_seen,
+        "top_customers": customers,
+    }
+    return answer(body, as_of)
+
+
+def _definition(body: Any) -> tuple[Filter, Aggregation]:
+    if not isinstance(body, dict):
+        message = "Input should be a valid dictionary or object"
+        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
+    missing = [key for key in ("filter", "aggregation") if key not in body]
+    if missing:
+        raise Malformed([detail("missing", ("body", key), "Field required", body) for key in missing])
+    filter = parse_filter(body["filter"], ("body", "filter"))
+    aggregation = parse_aggregation(body["aggregation"], ("body", "aggregation"))
+    if isinstance(filter, Filter) and isinstance(aggregation, Aggregation):
+        return filter, aggregation
+    raise Malformed([entry for part in (filter, aggregation) if isinstance(part, list) for entry in part])

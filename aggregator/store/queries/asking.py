@@ -1,0 +1,61 @@
+"""Putting a question to the store: in a thread, against one snapshot, and not for ever."""
+
+from collections.abc import Callable, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+import duckdb
+
+from aggregator.store.queries.scope import organization_number
+from aggregator.view import View
+
+T = TypeVar("T")
+
+
+class TooLong(Exception):
+    """The question took longer than it may."""
+
+
+class TooLarge(Exception):
+    """The question needs more memory than the store may use."""
+
+
+class Here(NamedTuple):
+    """Where a question is put: a connection that reads one snapshot, and the number of who asks."""
+
+    connection: duckdb.DuckDBPyConnection
+    organization: int
+
+
+class Reading(NamedTuple, Generic[T]):
+    """An answer, and the ``usage.events`` positions that it is true for."""
+
+    answer: T
+    as_of: Mapping[int, int]
+
+
+class Asking(Generic[T]):
+    """One question on its way. ``run`` blocks and belongs to a thread; ``interrupt`` may come from any other."""
+
+    def __init__(self, view: View, organization_id: str, question: Callable[[Here], T]) -> None:
+        self._view, self._organization_id, self._question = view, organization_id, question
+        self._connection: duckdb.DuckDBPyConnection | None = None
+
+    def run(self) -> Reading[T]:
+        """The answer. Raises TooLong, TooLarge, Unavailable."""
+        with self._view.read() as snapshot:
+            self._connection = snapshot.connection
+            try:
+                here = Here(snapshot.connection, organization_number(snapshot.connection, self._organization_id))
+                return Reading(self._question(here), snapshot.as_of)
+            except duckdb.InterruptException as error:
+                raise TooLong from error
+            except duckdb.OutOfMemoryException as error:
+                raise TooLarge from error
+            finally:
+                self._connection = None
+
+    def interrupt(self) -> None:
+        """Have ``run`` raise TooLong soon, if it still runs."""
+        connection = self._connection
+        if connection is not None:
+            connection.interrupt()

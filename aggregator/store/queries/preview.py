@@ -1,0 +1,68 @@
+"""What a meter would count, before there is one: enough to see whether its filter means what was meant."""
+
+from datetime import datetime
+from typing import NamedTuple
+
+import duckdb
+from sqlglot import exp
+
+from aggregator.store.queries.scope import CONTRIBUTION, aware, counted
+from aggregator.store.queries.usage import Question
+from aggregator.store.sql import MEASURES, Measured, measures, statement
+from aggregator.store.stage import DIALECT, Parameters
+from meters.aggregation import Function
+
+_ABOUT = ("COUNT(*) AS events", "COUNT(DISTINCT subject) AS customers", "MIN(timestamp) AS first_seen")
+_LARGEST: dict[Function, str] = {"sum": "sum", "avg": "sum", "min": "min", "max": "max"}  # others: the count
+
+
+class CustomerUsage(NamedTuple):
+    """What one customer used; ``kind`` says by which of its names (``who``) it was named."""
+
+    kind: str
+    who: str
+    measured: Measured
+
+
+class Preview(NamedTuple):
+    """Everything together, and the customers with the most of it."""
+
+    whole: Measured
+    events: int
+    customers_count: int
+    first_seen: datetime | None
+    last_seen: datetime | None
+    customers: list[CustomerUsage]
+
+
+def preview(connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int) -> Preview:
+    """Evaluate the meter over its whole scope, once for everyone and once by customer."""
+    parameters = Parameters()
+    about = exp.select(
+        *measures(question.aggregation, CONTRIBUTION), *_ABOUT, "MAX(timestamp) AS last_seen", dialect=DIALECT
+    )
+    query = about.from_(_events(question, parameters).subquery("events"))
+    ((*found, events, customers, first, last),) = connection.execute(*statement(query, parameters)).fetchall()
+    top = _top(connection, question, customers_max)
+    return Preview(Measured(*found), events, customers, first and aware(first), last and aware(last), top)
+
+
+def _top(connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int) -> list[CustomerUsage]:
+    parameters = Parameters()
+    largest = exp.column(_LARGEST.get(question.aggregation.func, "count"), quoted=True)
+    used = exp.select("subject", *measures(question.aggregation, CONTRIBUTION))
+    used = used.from_(_events(question, parameters).subquery("events")).group_by("subject")
+    used = used.order_by(exp.Ordered(this=largest, desc=True, nulls_first=False), "subject")
+    used = used.limit(parameters.add(customers_max))
+    columns = [exp.column(name, "used", quoted=True) for name in MEASURES]
+    query = exp.select("kind", "text", *columns).from_(used.subquery("used"))
+    query = query.join("subjects", on="subjects.number = used.subject", dialect=DIALECT)
+    query = query.order_by(exp.Ordered(this=largest.copy(), desc=True, nulls_first=False), "subject")
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return [CustomerUsage(kind, who, Measured(*found)) for kind, who, *found in rows]
+
+
+def _events(question: Question, parameters: Parameters) -> exp.Select:
+    return counted(
+        question.scope, question.filter, question.aggregation, parameters, keep=("subject", "timestamp")
+    )  # fmt: skip
