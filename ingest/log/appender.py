@@ -3,8 +3,10 @@
 Offsets, dense and without a counter of their own, come from the newest record: its offset plus one. So does the
 clock's floor. That is why retention never removes the newest record of a partition.
 
-After any error the connection is dropped and the next group opens another: what SQLite thinks of a transaction
-whose sync failed is not to be built upon, what is on the disk is.
+After any error the connections are dropped and the next group opens others: what SQLite thinks of a transaction
+whose sync failed is not to be built upon. Whoever opens them, after an error or another process's death, first
+copies the WAL into the file. A sync that failed may have left pages that the system shows but the disk never got,
+and a commit written behind such pages would go with them when the power goes.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from ingest.log.limits import Limits
 from ingest.log.sqlite_file import PAGE_BYTES, connect, same_file, table_name
 from ingest.log.writer import Batch, Place
 
-# A checkpoint holds up whoever comes meanwhile, about 3 ms for each MiB; beyond 4 MiB larger ones only stall longer.
+# A checkpoint holds up whoever comes meanwhile, 3 to 8 ms for each MiB: larger ones stall longer and save little.
 CHECKPOINT_BYTES = 4 << 20
 # What a commit adds to the WAL besides its values, at least: the last leaf of the table, written again.
 COMMIT_BYTES = PAGE_BYTES
@@ -47,7 +49,7 @@ class FileAppender:
         self._limits = limits
         self._connection: sqlite3.Connection | None = None
         self._copier: sqlite3.Connection | None = None
-        self._wal_bytes = CHECKPOINT_BYTES  # what a predecessor left behind is unknown: look at the first occasion
+        self._wal_bytes = 0
         self._checked_s = 0.0
         self._status: os.stat_result | None = None
 
@@ -66,15 +68,11 @@ class FileAppender:
 
     def tidy(self) -> None:
         """Copy the WAL into the file when it has grown enough. What cannot be copied stays safe in the WAL."""
-        if self._wal_bytes < CHECKPOINT_BYTES or self._connection is None:
-            return
-        self._wal_bytes = 0
-        try:
-            if self._copier is None:
-                self._copier = connect(self._path, self._limits.lock_wait_s_max)
-            checkpoint(self._connection, self._copier)
-        except (sqlite3.Error, OSError):
-            self.close()
+        if self._wal_bytes >= CHECKPOINT_BYTES:
+            try:
+                self._checkpoint()
+            except (sqlite3.Error, OSError):
+                self.close()
 
     def close(self) -> None:
         """Drop the connections; the next commit opens others."""
@@ -86,14 +84,21 @@ class FileAppender:
 
     def _open(self) -> sqlite3.Connection:
         now_s = time.monotonic()
-        if self._connection is not None and now_s - self._checked_s > SAME_FILE_CHECK_S:
+        if self._connection is None:
+            self._connection = connect(self._path, self._limits.lock_wait_s_max)
+            self._copier = connect(self._path, self._limits.lock_wait_s_max)
+            self._status, self._checked_s = os.stat(self._path), now_s
+            self._checkpoint()
+        if now_s - self._checked_s > SAME_FILE_CHECK_S:
             self._checked_s = now_s
             if self._status is None or not same_file(self._path, self._status):
                 raise OSError(f"{self._path.name} was replaced")
-        if self._connection is None:
-            self._connection = connect(self._path, self._limits.lock_wait_s_max)
-            self._status, self._checked_s = os.stat(self._path), now_s
         return self._connection
+
+    def _checkpoint(self) -> None:
+        if self._connection is not None and self._copier is not None:
+            self._wal_bytes = 0
+            checkpoint(self._connection, self._copier)
 
 
 def _insert(connection: sqlite3.Connection, place: Place, batch: Batch, now_us: int) -> int:

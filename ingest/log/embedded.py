@@ -20,9 +20,9 @@ from ingest.log.writer import GroupWriter
 from meters.log import Entry, Record, Refused, TryAgain
 
 # A waiting reader looks for commits of other processes, first often, because under load the next one is near,
-# then ever more rarely. A look takes about 10 microseconds, so an idle reader costs a thousandth of a core.
+# then more and more rarely: an idle reader costs one hundredth of a core, and its first record waits 20 ms at most.
 POLL_S_MIN = 0.001
-POLL_S_MAX = 0.010
+POLL_S_MAX = 0.020
 
 
 class EmbeddedLog:

@@ -12,11 +12,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     value_bytes_max: int = 16 * MEBIBYTE
     # Under half a second of writing at the slowest rate measured, so a full queue empties within one retry.
     queue_bytes_max: int = 64 * MEBIBYTE
-    # An entry costs about 1 KiB of objects besides its value: at most 64 MiB of them.
-    queue_entries_max: int = 65_536
+    # Under a second of writing, one small entry a request; each costs about 1 KiB of objects besides its value.
+    queue_entries_max: int = 32_768
     # A commit of this size takes tens of milliseconds; larger groups would only make the first in them wait.
     group_bytes_max: int = 8 * MEBIBYTE
-    # What a client of a full or failing log is asked to wait: longer than the queue needs to empty.
+    # What a client of a full or failing log is asked to wait: about what a full queue needs to empty.
     retry_after_s: float = 1.0
-    # How long to wait for another process's commit or checkpoint (milliseconds) before saying TryAgain.
+    # Another process's commit or checkpoint takes milliseconds; one that holds the lock for so long is stuck.
     lock_wait_s_max: float = 5.0

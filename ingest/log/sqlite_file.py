@@ -43,6 +43,7 @@ CACHE_KIBIBYTES = 8192
 WAL_BYTES_KEPT = 64 << 20
 
 _PRAGMAS = (
+    "journal_mode = WAL",  # as it was made; a copy made by VACUUM INTO comes back without it
     "synchronous = FULL",  # a commit returns after the WAL is on the disk
     "wal_autocheckpoint = 0",  # see above
     f"journal_size_limit = {WAL_BYTES_KEPT}",
@@ -73,9 +74,9 @@ def connect(path: Path, busy_wait_s: float) -> sqlite3.Connection:
         address, uri=True, timeout=busy_wait_s, isolation_level=None, check_same_thread=False
     )
     try:
+        _refuse_foreign(connection)
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}").fetchone()
-        _refuse_foreign(connection)
     except BaseException:
         connection.close()
         raise

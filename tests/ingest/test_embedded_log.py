@@ -196,6 +196,43 @@ def test_a_full_disk_is_try_again_until_there_is_space(small_disk: Path) -> None
         assert acknowledged.items() <= check_dense(log).items()
 
 
+# Appends one value after another and says of each what it was told.
+LONELY_APPENDER = """
+import asyncio, os, sys
+from ingest.log import open_log
+from meters.log import USAGE_EVENTS, Entry, TryAgain
+
+async def main(log):
+    for number in range(30):
+        try:
+            [offset] = await log.append(USAGE_EVENTS, [Entry(b"%d" % number)])
+            os.write(1, b"%d %d\\n" % (offset, number))
+        except TryAgain:
+            os.write(1, b"refused %d\\n" % number)
+
+asyncio.run(main(open_log(sys.argv[1])))
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("failing", ["20", "20+", "20..26"], ids=["once", "for ever", "for a while"])
+def test_a_failed_sync_is_never_acknowledged(tmp_path: Path, failing: str) -> None:
+    """When the disk says that it could not keep what was written, the answer is TryAgain until it can again."""
+    inject = ["strace", "-f", "-qq", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={failing}"]
+    command = [*inject, "-o", os.devnull, sys.executable, "-c", LONELY_APPENDER, str(tmp_path)]
+    if shutil.which("strace") is None:
+        pytest.skip("strace, which injects the errors, is not installed")
+    output = subprocess.run(command, capture_output=True, text=True)
+    if "ptrace" in output.stderr:
+        pytest.skip("tracing a process is not allowed here")
+    told = [line.split() for line in output.stdout.splitlines()]
+    acknowledged = {int(offset): number.encode() for offset, number in told if offset != "refused"}
+
+    assert 30 > len(acknowledged) > 0 if failing != "20" else len(acknowledged) == 29
+    with opened(tmp_path) as log:
+        assert acknowledged.items() <= check_dense(log).items()
+
+
 def test_the_wal_starts_over(tmp_path: Path) -> None:
     """However much is written, and whoever reads meanwhile, the WAL stays within a few checkpoints."""
     with opened(tmp_path) as log, opened(tmp_path) as other:
@@ -283,6 +320,26 @@ def test_what_is_no_database_is_not_read(tmp_path: Path) -> None:
 
     with pytest.raises(PositionLost, match="damaged"):
         open_log(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [".backup '{copy}'", "VACUUM INTO '{copy}'"])
+def test_a_backup_of_a_running_log_goes_on(tmp_path: Path, command: str) -> None:
+    """A copy made by SQLite's own means while the log is open holds what was acknowledged, and can be opened."""
+    if shutil.which("sqlite3") is None:
+        pytest.skip("the sqlite3 command is not installed")
+    (tmp_path / "copy").mkdir()
+    with opened(tmp_path) as log:
+        append(log, b"a", b"b")
+        copying = ["sqlite3", str(tmp_path / FILE_NAME), command.format(copy=tmp_path / "copy" / FILE_NAME)]
+        subprocess.run(copying, check=True)
+        append(log, b"c")
+        identity = log.identity(USAGE_EVENTS)
+
+    with opened(tmp_path / "copy") as copy:
+        assert copy.identity(USAGE_EVENTS) == identity
+        assert append(copy, b"other") == [2]
+        assert check_dense(copy) == {0: b"a", 1: b"b", 2: b"other"}
+        assert (tmp_path / "copy" / f"{FILE_NAME}-wal").exists()
 
 
 def test_the_number_of_partitions_is_fixed(tmp_path: Path) -> None:
