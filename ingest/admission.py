@@ -88,8 +88,8 @@ def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) 
         return _refused("too_long", ("body", "events"), "Too many values to look at one by one; send fewer events")
     try:
         lines = _decode_envelope(body).events
-    except (msgspec.MsgspecError, RecursionError) as error:
-        return _no_envelope(body, error)
+    except (msgspec.MsgspecError, RecursionError):
+        return _no_envelope(body)
     latest = now + sender.clock_skew
     ids, suspects = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
     if len(suspects) > CAREFUL_EVENTS_MAX:
@@ -157,11 +157,13 @@ def _unreadable(body: bytes) -> Refused | None:
     return None
 
 
-def _no_envelope(body: bytes, error: Exception) -> Refused:
+def _no_envelope(body: bytes) -> Refused:
     """Why the body is not ``{"events": [...]}``."""
-    if isinstance(error, RecursionError):
+    try:
+        msgspec.json.decode(body, type=Raw)
+    except RecursionError:
         return _refused("value_error", ("body",), f"Value error, nesting is limited to {DEPTH_MAX} levels")
-    if not isinstance(error, msgspec.ValidationError):
+    except msgspec.DecodeError as error:
         found = _BYTE.search(str(error))
         return _not_json(int(found[1]) if found else len(body), str(error))
     echo = Raw(body) if len(body) <= ECHO_BYTES_MAX else None

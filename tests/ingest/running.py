@@ -58,6 +58,7 @@ class RunningGateway:
         self.port = self._socket.getsockname()[1]
         self.settings = ServerSettings(**settings)
         self.gateway = create_gateway(self.log, self.settings)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         self.server = GatewayServer(self.gateway, self.settings)
         self._thread = threading.Thread(target=self.server.run, args=([self._socket],), name="gateway")
 
@@ -69,16 +70,12 @@ class RunningGateway:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.client.close()
         self.server.should_exit = True
         self._thread.join(PATIENCE_S)
         self._socket.close()
         self.log.close()
         assert not self._thread.is_alive()
-
-    @property
-    def url(self) -> str:
-        """Where it answers."""
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def authorization(self) -> dict[str, str]:
@@ -113,9 +110,7 @@ class RunningGateway:
     def ingest(self, body: Any = None, *, content: bytes | None = None, **headers: str) -> httpx.Response:
         """Post events with the first token. Underscores in names of headers stand for hyphens."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.post(
-            f"{self.url}/v1/events/ingest", json=body, content=content, headers=self.authorization | named
-        )
+        return self.client.post("/v1/events/ingest", json=body, content=content, headers=self.authorization | named)
 
     def records(self) -> list[Record]:
         """Every record of the events' stream."""
