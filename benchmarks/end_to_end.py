@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.load import MODELS, Bodies, Ledger, send
 from benchmarks.report import Report
-from benchmarks.server import TOKEN, Server, usage
+from benchmarks.server import TOKEN, Server
 
 EVERYTHING: dict[str, Any] = {"conjunction": "and", "clauses": []}
 
@@ -52,10 +52,10 @@ def meters() -> list[dict[str, Any]]:
     ]
 
 
-def load(port: int, run: int, seconds: float, rate: float | None, results: "multiprocessing.Queue[Ledger]") -> None:
+def load(port: int, run: int, seconds: float, rate: float | None, results: "multiprocessing.Queue[tuple[Ledger, float]]") -> None:
     """The sender's process."""
     ledger = asyncio.run(send("127.0.0.1", port, TOKEN, Bodies(run), seconds=seconds, rate=rate))
-    results.put(ledger)
+    results.put((ledger, time.process_time()))
 
 
 class Phase:
@@ -64,13 +64,12 @@ class Phase:
     def __init__(self, server: Server, run: int, seconds: float, rate: float | None) -> None:
         self._before = server.processes()
         _, counts = freshness(server)
-        results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
+        results: multiprocessing.Queue[tuple[Ledger, float]] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         began = time.monotonic()
         sender.start()
         reads = list(read_totals(server, sender)) if rate else []
-        self.ledger = results.get()
-        self.sender_cpu_s = usage(sender.pid or 0)["cpu_s"]
+        self.ledger, self.sender_cpu_s = results.get()
         sender.join()
         self.sent_s = time.monotonic() - began
         server.wait_for(end_position(server))
