@@ -36,7 +36,7 @@ def open_log(
 
     ``partitions`` are the number of partitions by stream; None takes what is there, or one each.
     ``clock_us`` gives the ingestion time. Raises ValueError for an unknown URL; TryAgain; Refused when what is
-    there has other partitions or is no log.
+    there has other partitions or is no log; PositionLost when it is damaged.
     """
     match = _SCHEME.fullmatch(url)
     scheme, rest = match.groups() if match else ("embedded", url)

@@ -31,7 +31,10 @@ class EmbeddedLog:
     def __init__(
         self, directory: Path, partitions: Mapping[str, int] | None, clock_us: Callable[[], int], limits: Limits
     ) -> None:
-        """Open the log, or make it with so many partitions by stream (None: as they are). Raises TryAgain, Refused."""
+        """Open the log, or make it with so many partitions by stream (None: as they are).
+
+        Raises TryAgain, Refused; PositionLost when what is there is damaged.
+        """
         self._path = directory / FILE_NAME
         self._limits = limits
         try:
