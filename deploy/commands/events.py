@@ -1,16 +1,20 @@
 """``meterstream events``: sending usage, and looking at what arrived and at what could not be counted."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, Session, session
+
+if TYPE_CHECKING:
+    from deploy.sending import Line
 
 app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
 
@@ -77,24 +81,40 @@ def dead(context: typer.Context) -> None:
 @app.command(epilog=EPILOG)
 def replay(
     context: typer.Context,
-    id: Annotated[str, typer.Argument(help="The dead letter, as `meterstream events dead` shows it.")],
+    id: Annotated[str, typer.Argument(help="The dead letter's id, as `meterstream events dead` shows it.")],
     file: Annotated[Path | None, typer.Option(help="The mended event; without it the letter goes as it is.")] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Send nothing: it is not worth it.")] = False,
 ) -> None:
-    """Send a dead letter again, mended if a file is given."""
+    """Send a dead letter again, mended if a file is given, and take it off the list once it is in."""
+    from deploy.sending import deliver
+
     here = session(context)
+    if file and drop:
+        raise GiveUp("--file and --drop exclude each other", USAGE)
     with here.api() as api:
-        body = _mended(file) if file else {}
-        show_one(api.post(f"/v1/dead-letters/{id}/replay", body), here.output)
+        letter = api.get(f"/v1/dead-letters/{id}")
+        if not drop:
+            event = _event(_content(file) if file else letter["raw"].encode(), str(file or id))
+            delivery = deliver(api, [event])
+            if delivery.problems:
+                raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
+        show_one(api.post(f"/v1/dead-letters/{id}/replay", {}), here.output)
 
 
-def _mended(file: Path) -> dict[str, Any]:
-    from deploy.client import exact_json
-
+def _content(file: Path) -> bytes:
     with _opened(file) as source:
-        try:
-            return {"event": exact_json(source.read())}
-        except ValueError as error:
-            raise GiveUp(f"{file} holds no JSON: {error}", USAGE) from None
+        return source.read()
+
+
+def _event(content: bytes, source: str) -> "Line":
+    """The one event of a file or of a dead letter. Raises GiveUp."""
+    from deploy.event_files import read_ndjson
+    from deploy.sending import Line
+
+    found = list(read_ndjson(io.BytesIO(content)))
+    if len(found) != 1 or not isinstance(found[0], Line):
+        raise GiveUp(f"{source} should hold one event, a JSON object on one line", USAGE)
+    return found[0]
 
 
 @contextmanager

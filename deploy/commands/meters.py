@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.client import Api
-from deploy.giving_up import USAGE, GiveUp
+from deploy.giving_up import MISMATCH, USAGE, GiveUp
 from deploy.output import as_json, note, show, show_one
 from deploy.session import EPILOG, session
 
@@ -71,12 +71,16 @@ def preview(
 
 @app.command(epilog=EPILOG)
 def backfill(context: typer.Context, meter: Annotated[str, typer.Argument(help="A meter's id or name.")]) -> None:
-    """Count a meter's whole history again and compare."""
+    """Count a meter's whole history again and compare it with the running totals. Exit code 3 if one differs."""
+    from deploy.backfill import compare_totals
+
     here = session(context)
-    note("A meter counts history from its first event on; nothing has to be filled in. This recounts and compares.")
+    note("A meter counts all history, from the first event on, so nothing has to be filled in. This counts it again.")
     with here.api() as api:
-        found = find_meter(api, meter)
-        show_one(api.post(f"{PATH}{found['id']}/backfill", {}), here.output)
+        rows = compare_totals(api, find_meter(api, meter))
+    show(rows, ("customer", "running", "recounted", "equal"), here.output)
+    if not all(row["equal"] for row in rows):
+        raise GiveUp("running totals differ from a recount; stop the server and run `meterstream rebuild`", MISMATCH)
 
 
 def find_meter(api: Api, wanted: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A running server that the tests of a module share. They must not stop it."""
     place = Installation(tmp_path_factory.mktemp("running") / "data")
-    place.start()
-    yield place
-    place.close()
+    try:
+        place.start()
+        yield place
+    finally:
+        place.close()
