@@ -118,7 +118,7 @@ def _link(
     connection: duckdb.DuckDBPyConnection, seen: Seen, present: set[Identity], candidates: list[Child]
 ) -> list[Child]:
     """Give a hierarchy row to each candidate whose parent is here and complete; return those that got one."""
-    parents = _parents(seen, present, candidates)
+    parents = _own(connection, candidates, _parents(seen, present, candidates))
     ready = _ready(connection, set(parents.values()))
     linked: list[Child] = []
     rows = []
@@ -148,6 +148,30 @@ def _parents(seen: Seen, present: set[Identity], candidates: list[Child]) -> dic
                 parents[child.id] = meant
                 break
     return parents
+
+
+def _own(
+    connection: duckdb.DuckDBPyConnection, candidates: list[Child], parents: dict[Identity, Identity]
+) -> dict[Identity, Identity]:
+    """Without the parents of other tenants: an external id is hashed with its tenant, an event id is anybody's."""
+    by_event_id = {
+        child.id: (*child.by_event_id, child.organization)
+        for child in candidates
+        if child.by_event_id is not None and parents.get(child.id) == child.by_event_id
+    }
+    if not by_event_id:
+        return parents
+    hi, lo, organization = zip(*by_event_id.values(), strict=True)
+    claimed = pa.table({"hi": pa.array(hi, pa.uint64()), "lo": pa.array(lo, pa.uint64()), "organization": organization})
+    connection.register("claimed", claimed)
+    own = set(
+        connection.execute(
+            """SELECT DISTINCT c.hi, c.lo, c.organization FROM claimed c
+               JOIN events e ON e.id_hi = c.hi AND e.id_lo = c.lo AND e.organization = c.organization"""
+        ).fetchall()
+    )
+    connection.unregister("claimed")
+    return {child: parent for child, parent in parents.items() if child not in by_event_id or by_event_id[child] in own}
 
 
 def _ready(connection: duckdb.DuckDBPyConnection, parents: set[Identity]) -> dict[Identity, tuple[Identity, int]]:

@@ -9,6 +9,7 @@ from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
 from meters.amount import amount_text
@@ -38,7 +39,12 @@ def customers_mentioned(catalogue: Catalogue, organization_id: str, search: str)
     ]
 
 
-@router.post("/v1/customers/", status_code=201, summary="Create a customer")
+@router.post(
+    "/v1/customers/",
+    status_code=201,
+    openapi_extra=takes("CustomerCreate"),
+    responses=gives(ref("Customer"), 201),
+)
 async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``."""
     body = await body_of(request)
@@ -100,7 +106,7 @@ def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, 
         raise Refused("value_error", ("body", "email"), message, email)
 
 
-@router.get("/v1/customers/", summary="List customers")
+@router.get("/v1/customers/", responses=gives(page_of("Customer")))
 async def list_customers(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
@@ -128,13 +134,13 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else amount_text(value)
 
 
-@router.get("/v1/customers/external/{external_id}", summary="Get a customer by external id")
-async def get_external(desk: AtDesk, token: Reader, external_id: str) -> Response:
+@router.get("/v1/customers/external/{external_id}", responses=gives(ref("Customer")))
+async def get_customer_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """One customer, by the id that its organization gave it."""
     return _found(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))
 
 
-@router.get("/v1/customers/{id}", summary="Get a customer")
+@router.get("/v1/customers/{id}", responses=gives(ref("Customer")))
 async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One customer."""
     return _found(desk, desk.catalogue.customer(token.organization_id, str(id)))

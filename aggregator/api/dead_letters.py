@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Response
 from aggregator.api.desk import AtDesk, CaughtUp, allow, answer
 from aggregator.api.errors import NotFound
 from aggregator.api.paging import WhichPage, listed
+from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import letter_shape
 from aggregator.store.queries import dead_letters
 from aggregator.store.queries.asking import Here
@@ -24,8 +25,8 @@ Writer = Annotated[Token, Depends(allow(writing("events")))]
 DIGITS_MAX = 18  # of a part of a place: an offset is a 64-bit number
 
 
-@router.get("/v1/dead-letters/", summary="List dead letters")
-async def list_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
+@router.get("/v1/dead-letters/", responses=gives(page_of("DeadLetter")))
+async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
     """The lines that could not be counted, newest first, with their reason and their bytes."""
 
     def question(here: Here) -> Letters:
@@ -37,15 +38,15 @@ async def list_letters(desk: AtDesk, token: Reader, page: WhichPage, include_rep
     return answer(listed([letter_shape(letter) for letter in letters], total, page), as_of)
 
 
-@router.get("/v1/dead-letters/{id}", summary="Get a dead letter")
-async def get_letter(desk: AtDesk, token: Reader, id: str) -> Response:
+@router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
+async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
     """One dead letter."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
     return answer(letter_shape(letter), as_of)
 
 
-@router.post("/v1/dead-letters/{id}/replay", summary="Mark a dead letter as taken care of")
-async def replay_letter(desk: AtDesk, token: Writer, id: str) -> Response:
+@router.post("/v1/dead-letters/{id}/replay", responses=gives(ref("DeadLetter")))
+async def replay_dead_letter(desk: AtDesk, token: Writer, id: str) -> Response:
     """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
     if letter.replayed_at is None:

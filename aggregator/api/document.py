@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from aggregator.api.schemas import SCHEMAS
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
 code { font: 14px/1.4 ui-monospace, monospace } summary { cursor: pointer; padding: .2rem 0 }
@@ -22,6 +24,8 @@ Send `Authorization: Bearer <token>`. Every answer about usage says in `As-Of` w
 read what was just written, send the `Log-Position` of the ingestion's answer back with `Prefer: wait=5`; when the time
 is up before the view is there, the answer comes all the same and its `As-Of` says how far it got.
 
+Lists take `page` and `limit`; events, quantities and meters take `metadata[key]=value`, repeatable.
+
 Quantities are JSON numbers with all their digits: read them as decimals where that matters."""
 
 
@@ -31,7 +35,13 @@ def describe() -> str:
 
 
 def install_pages(app: FastAPI) -> None:
-    """Serve ``/docs``."""
+    """Serve ``/docs``, and complete the document at ``/openapi.json``."""
+    document = app.openapi()
+    components = document.setdefault("components", {})
+    made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
+    components["schemas"] = made | SCHEMAS
+    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"token": []}]
     digest = b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     headers = {"Content-Security-Policy": _POLICY.format(digest=digest), "X-Content-Type-Options": "nosniff"}
 

@@ -21,7 +21,8 @@ from aggregator.api.limits import (
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
 )
-from aggregator.api.paging import Ids, Instant, MetadataTexts, Texts, WhichPage, listed, order, texts
+from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, listed, order, texts
+from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import event_shape, name_shape
 from aggregator.store.queries import events, family
 from aggregator.store.queries.asking import Here
@@ -125,16 +126,16 @@ def identity_of(id: UUID) -> Identity:
     return id.int >> 64, id.int & 0xFFFF_FFFF_FFFF_FFFF
 
 
-@router.get("/v1/events/", summary="List events")
+@router.get("/v1/events/", responses=gives(page_of("Event")))
 async def list_events(
-    desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)], page: WhichPage,
+    desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)],
     aggregate_fields: Fields = None,
 ) -> Response:  # fmt: skip
     """Events, newest first. One that waits for its parent is not shown; it counts all the same."""
     found, as_of = await desk.ask(token, lambda here: _page(here, listing, aggregate_fields or []))
     items = [_shape(desk, token, event, found) for event in found.page.events]
     if listing.is_counted:
-        return answer(listed(items, found.page.total, page), as_of)
+        return answer(listed(items, found.page.total, Page(listing.limit, listing.offset)), as_of)
     return answer({"items": items, "pagination": {"has_next_page": found.page.has_more}}, as_of)
 
 
@@ -165,7 +166,7 @@ def _shape(desk: Desk, token: Token, event: StoredEvent, found: _Found) -> dict[
     return event_shape(event, token.organization_id, desk.catalogue, children, sums)
 
 
-@router.get("/v1/events/names", summary="List the names of events")
+@router.get("/v1/events/names", responses=gives(page_of("EventName")))
 async def list_names(
     desk: AtDesk, token: Reader, scope: InScope, page: WhichPage, query: NameSearch = None, sorting: Sorting = None
 ) -> Response:
@@ -182,7 +183,7 @@ async def list_names(
     return answer(listed([name_shape(name) for name in names], total, page), as_of)
 
 
-@router.get("/v1/events/{id}", summary="Get an event")
+@router.get("/v1/events/{id}", responses=gives(ref("Event")))
 async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fields = None) -> Response:
     """One event, by the id that lists show."""
 

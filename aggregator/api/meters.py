@@ -10,6 +10,7 @@ from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import meter_shape
 from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token
@@ -28,7 +29,12 @@ def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
     return meter
 
 
-@router.post("/v1/meters/", status_code=201, summary="Create a meter")
+@router.post(
+    "/v1/meters/",
+    status_code=201,
+    openapi_extra=takes("MeterCreate"),
+    responses=gives(ref("Meter"), 201),
+)
 async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a meter. It counts every stored event that its filter lets through, from the first one on."""
     body = await body_of(request)
@@ -42,7 +48,7 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
     return answer(meter_shape(meter), desk.view.as_of, 201)
 
 
-@router.get("/v1/meters/", summary="List meters")
+@router.get("/v1/meters/", responses=gives(page_of("Meter")))
 async def list_meters(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, is_archived: bool | None = None,
@@ -63,14 +69,14 @@ async def list_meters(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
-@router.get("/v1/meters/{id}", summary="Get a meter")
+@router.get("/v1/meters/{id}", responses=gives(ref("Meter")))
 async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One meter."""
     return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
 
 
-@router.patch("/v1/meters/{id}", summary="Change a meter")
-async def change_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+@router.patch("/v1/meters/{id}", openapi_extra=takes("MeterUpdate"), responses=gives(ref("Meter")))
+async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Change what is named in the body. What was billed by a meter fixes its filter and aggregation."""
     meter_of(desk, token, id)
     body = await body_of(request)

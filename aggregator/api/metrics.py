@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Response
 from aggregator.api.desk import AtDesk, CaughtUp, allow, answer
 from aggregator.api.errors import Refused
 from aggregator.api.paging import Ids, Texts, texts
+from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import number
 from aggregator.api.usage import check_range, known_zone
 from aggregator.store.queries import metrics
@@ -95,7 +96,7 @@ def periods(first: date, last: date, interval: Interval, timezone: str) -> list[
     return found
 
 
-@router.get("/v1/metrics/", summary="Get metrics")
+@router.get("/v1/metrics/", responses=gives(ref("Metrics")))
 async def get_metrics(
     desk: AtDesk, token: Reader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
     organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
@@ -137,7 +138,7 @@ def _wanted(slugs: list[str] | None) -> dict[str, Metric]:
     return {slug: metric for slug, metric in METRICS.items() if slugs is None or slug in slugs}
 
 
-@router.get("/v1/metrics/limits", summary="Get the limits of metrics")
+@router.get("/v1/metrics/limits", responses=gives(ref("MetricsLimits")))
 async def get_limits(desk: AtDesk, token: Reader) -> Response:
     """How long a range each interval takes."""
     intervals = {

@@ -15,6 +15,7 @@ from aggregator.api.errors import Malformed, Refused
 from aggregator.api.limits import PREVIEW_CUSTOMERS
 from aggregator.api.meters import meter_of
 from aggregator.api.paging import Ids, Instant, MetadataTexts, Texts, texts
+from aggregator.api.schemas import gives, ref, takes
 from aggregator.api.shapes import number
 from aggregator.store.queries import preview, usage
 from aggregator.store.queries.asking import Here
@@ -51,8 +52,8 @@ def check_range(start: datetime, end: datetime, interval: Interval) -> None:
         raise Refused("value_error", ("query",), reason)
 
 
-@router.get("/v1/meters/{id}/quantities", summary="Get a meter's quantities")
-async def get_quantities(
+@router.get("/v1/meters/{id}/quantities", responses=gives(ref("Quantities")))
+async def get_meter_quantities(
     desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Instant, end_timestamp: Instant,
     interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
     customer_aggregation_function: Function | None = None,
@@ -78,8 +79,8 @@ async def get_quantities(
     return answer({"quantities": points, "total": number(quantities.total)}, as_of)
 
 
-@router.get("/v1/meters/{id}/usage", summary="Get what one customer used")
-async def get_usage(
+@router.get("/v1/meters/{id}/usage", responses=gives(ref("Usage")))
+async def get_customer_usage(
     desk: AtDesk, token: Reader, id: UUID, customer_id: UUID | None = None, external_customer_id: str | None = None
 ) -> Response:
     """One customer's total since the beginning. ``value`` is a string, so that no client bends its digits."""
@@ -118,7 +119,11 @@ def _at(question: Question, here: Here) -> Question:
     return msgspec.structs.replace(question, scope=scope)
 
 
-@router.post("/v1/meters/preview", summary="Preview a meter")
+@router.post(
+    "/v1/meters/preview",
+    openapi_extra=takes("MeterDefinition"),
+    responses=gives(ref("Preview")),
+)
 async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Response:
     """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far."""
     body = await body_of(request)

@@ -1,12 +1,15 @@
-"""An API over a real aggregator: events go into the log, questions go over HTTP."""
+"""An API over a real aggregator: events go into the log, questions go over HTTP, each test is a tenant of its own."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import httpx
 
@@ -14,127 +17,166 @@ from aggregator.api import Rules, create_app
 from aggregator.consumer import Aggregator
 from ingest.log import open_log
 from meters.access import SCOPES, digest
-from meters.catalogue import Change, Token, TokenCreated
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, format_position
-from tests.aggregator.records import (
-    NOW,
-    NOW_US,
-    ORGANIZATION,
-    OTHER_ORGANIZATION,
-    SMALL,
-    decisions,
-    entry,
-    line,
-    organization,
-)
+from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated
+from meters.event import event_id, identity
+from meters.log import USAGE_EVENTS, format_position
+from tests.aggregator.records import NOW, NOW_US, SMALL, entry, line
 
-SECRET = "polar_oat_full"
-OTHER_SECRET = "polar_oat_other"
-READING_SECRET = "polar_oat_reading_meters"
-LIMIT_S = 20
+PATIENCE_S = 20
+T = TypeVar("T")
+Json = Any
 
 
-def token(secret: str, organization_id: str, scopes: list[str]) -> Change:
-    """The decision that makes a token good."""
-    made = Token(
-        id=f"token {secret}",
-        organization_id=organization_id,
-        name="test",
-        sha256=digest(secret),
-        scopes=scopes,
-        created_at=NOW,
-    )
-    return TokenCreated(made)
+def exact(response: httpx.Response) -> Json:
+    """JSON with its fractions as decimals."""
+    return json.loads(response.content, parse_float=Decimal)
 
 
-STARTING = [
-    organization(),
-    organization(OTHER_ORGANIZATION),
-    token(SECRET, ORGANIZATION, list(SCOPES)),
-    token(OTHER_SECRET, OTHER_ORGANIZATION, list(SCOPES)),
-    token(READING_SECRET, ORGANIZATION, ["meters:read"]),
-]
+class Server:
+    """The app, in this process, with an event loop of its own; ``run`` lets a coroutine run on it."""
 
-
-class Served:
-    """A client of the API, the log behind it, and the app itself."""
-
-    def __init__(self, log: Log, aggregator: Aggregator, rules: Rules) -> None:
-        self._log = log
-        self.aggregator = aggregator
+    def __init__(self, path: Path, rules: Rules) -> None:
+        self._runner = asyncio.Runner()
+        self.log = open_log("memory:", clock_us=lambda: NOW_US)
+        self.aggregator = Aggregator(self.log, path / "store.duckdb", SMALL)
+        self.now = NOW
         numbers = count(1)
         self.app = create_app(
-            aggregator, lambda: NOW, lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
-            aggregator.telemetry.text, rules,
-        )  # fmt: skip
+            self.aggregator,
+            lambda: self.now,
+            lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
+            self.aggregator.telemetry.text,
+            rules,
+        )
         transport = httpx.ASGITransport(app=self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://meterstream.test")
+        self.aggregator.start()
 
-    async def send(self, *lines: bytes, organization_id: str | None = ORGANIZATION, admitted: bool = True) -> str:
-        """Put events into the log and wait until they are visible; return the ``Log-Position``."""
-        (offset,) = await self._log.append(
-            USAGE_EVENTS, [entry(*lines, organization_id=organization_id, admitted=admitted)]
-        )
-        assert await self.aggregator.wait_for({0: offset + 1}, LIMIT_S)
-        return format_position({0: offset + 1})
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the server's loop."""
+        return self._runner.run(work)
 
-    async def event(self, external_id: str | None = None, **fields: Any) -> str:
-        """Send one event."""
-        return await self.send(line(external_id, **fields))
+    def close(self) -> None:
+        """Stop everything."""
+        self.run(self.http.aclose())
+        self.aggregator.stop()
+        self.log.close()
+        self._runner.close()
 
-    async def ask(
-        self, method: str, path: str, *, secret: str | None = SECRET, headers: dict[str, str] | None = None, **more: Any
+    def ask(
+        self, method: str, path: str, *, secret: str | None = None, headers: dict[str, str] | None = None, **more: Any
     ) -> httpx.Response:
-        """One request, with the organization's token unless another (or none) is given."""
+        """One request, with a token if there is one."""
         authorization = {"Authorization": f"Bearer {secret}"} if secret else {}
-        return await self.http.request(method, path, headers=authorization | (headers or {}), **more)
+        return self.run(self.http.request(method, path, headers=authorization | (headers or {}), **more))
 
-    async def get(self, path: str, **params: Any) -> Any:
-        """The JSON of a GET that succeeds, its fractions exact."""
-        response = await self.ask("GET", path, params=params)
-        assert response.status_code == 200, response.text
-        return exact(response)
+    def decide(self, *changes: Change) -> None:
+        """Decisions of the operator, in force when this returns."""
+        for change in changes:
+            self.run(self.aggregator.decide(change))
 
-    async def post(self, path: str, body: Any) -> Any:
+    def tenant(self) -> "Tenant":
+        """A new organization with a token that may do everything."""
+        tenant = Tenant(self, str(uuid4()))
+        self.decide(OrganizationCreated(Organization(tenant.id, "test", NOW)))
+        tenant.secret = tenant.token(*SCOPES)
+        return tenant
+
+
+class Tenant:
+    """An organization as its administrator and its producers see it."""
+
+    def __init__(self, server: Server, id: str) -> None:
+        self.server, self.id = server, id
+        self.secret = ""
+
+    def token(self, *scopes: str, expires_at: datetime | None = None) -> str:
+        """The secret of a new token."""
+        secret = f"polar_oat_{uuid4().hex}"
+        made = Token(
+            id=str(uuid4()),
+            organization_id=self.id,
+            name="test",
+            sha256=digest(secret),
+            scopes=list(scopes),
+            created_at=NOW,
+            expires_at=expires_at,
+        )
+        self.server.decide(TokenCreated(made))
+        return secret
+
+    def send(self, *lines: bytes, admitted: bool = True) -> str:
+        """Put events into the log and wait until they are visible; the ``Log-Position`` of the last."""
+
+        async def sending() -> str:
+            record = entry(*lines, organization_id=self.id, admitted=admitted)
+            (offset,) = await self.server.log.append(USAGE_EVENTS, [record])
+            assert await self.server.aggregator.wait_for({0: offset + 1}, PATIENCE_S)
+            return format_position({0: offset + 1})
+
+        return self.server.run(sending())
+
+    def event(self, external_id: str | None = None, **fields: Any) -> str:
+        """Send one event and return the id that it has in answers."""
+        external_id = external_id or uuid4().hex
+        self.send(line(external_id, **fields))
+        return self.id_of(external_id)
+
+    def id_of(self, external_id: str) -> str:
+        """The public id of an event of this organization."""
+        return event_id(*identity(self.id, external_id))
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """One request with the tenant's token, or another ``secret``."""
+        return self.server.ask(method, path, **{"secret": self.secret, **more})
+
+    def get(self, path: str, **params: Any) -> Json:
+        """The JSON of a GET that succeeds."""
+        return self._succeed("GET", path, params=params)
+
+    def post(self, path: str, body: Json) -> Json:
         """The JSON of a POST that succeeds."""
-        response = await self.ask("POST", path, json=body)
+        return self._succeed("POST", path, json=body)
+
+    def patch(self, path: str, body: Json) -> Json:
+        """The JSON of a PATCH that succeeds."""
+        return self._succeed("PATCH", path, json=body)
+
+    def _succeed(self, method: str, path: str, **more: Any) -> Json:
+        response = self.ask(method, path, **more)
         assert response.is_success, response.text
         return exact(response)
 
-    async def meter(self, filter: dict[str, Any] | None = None, **aggregation: Any) -> str:
-        """Make a meter and return its id."""
+    def refusal(self, method: str, path: str, **more: Any) -> tuple[int, str, list[tuple[str, list[Any]]]]:
+        """Status, error, and the (type, loc) of each complaint of a request that is refused."""
+        response = self.ask(method, path, **more)
+        body = response.json()
+        details = body["detail"] if isinstance(body["detail"], list) else []
+        return response.status_code, body["error"], [(entry["type"], entry["loc"]) for entry in details]
+
+    def meter(self, filter: Json = None, **aggregation: Any) -> str:
+        """Make a meter; its id. Everything is counted by default."""
         body = {
             "name": "Tokens",
             "filter": filter or {"conjunction": "and", "clauses": []},
             "aggregation": aggregation or {"func": "count"},
         }
-        made: str = (await self.post("/v1/meters/", body))["id"]
+        made: str = self.post("/v1/meters/", body)["id"]
         return made
 
-    async def refusal(self, method: str, path: str, **more: Any) -> tuple[int, str, list[tuple[str, list[Any]]]]:
-        """Status, error and the (type, loc) of each complaint of a request that is refused."""
-        response = await self.ask(method, path, **more)
-        body = response.json()
-        return response.status_code, body["error"], [(entry["type"], entry["loc"]) for entry in body["detail"]]
+    def customer(self, **fields: Any) -> str:
+        """Make a customer; its id."""
+        made: str = self.post("/v1/customers/", {"email": f"{uuid4().hex}@example.com", **fields})["id"]
+        return made
 
 
-def exact(response: httpx.Response) -> Any:
-    """JSON with its fractions as decimals."""
-    return json.loads(response.content, parse_float=Decimal)
-
-
-@asynccontextmanager
-async def serving(path: Path, rules: Rules = Rules()) -> AsyncIterator[Served]:  # noqa: B008 - an immutable value
-    """A running API with two organizations and a token each (SECRET, OTHER_SECRET), and nothing else."""
-    log = open_log("memory:", clock_us=lambda: NOW_US)
-    aggregator = Aggregator(log, path / "store.duckdb", SMALL)
-    await log.append(USAGE_CONTROL, decisions(STARTING))
-    aggregator.start()
-    served = Served(log, aggregator, rules)
+@contextmanager
+def serving(path: Path, rules: Rules = Rules()) -> Iterator[Server]:  # noqa: B008 - an immutable value
+    """A running API without any organization."""
+    server = Server(path, rules)
     try:
-        assert await aggregator._wait(lambda: len(aggregator.catalogue.tokens) == 3, LIMIT_S)
-        yield served
+        yield server
     finally:
-        await served.http.aclose()
-        aggregator.stop()
-        log.close()
+        server.close()
+
+

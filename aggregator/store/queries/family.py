@@ -18,7 +18,8 @@ from meters.filter import EVERYTHING
 
 Identity = tuple[int, int]
 
-_ASKED = "SELECT UNNEST($tops_hi) AS top_hi, UNNEST($tops_lo) AS top_lo"
+# The casts matter: numbers that happen to be small would make a column too narrow for the next.
+_ASKED = "SELECT UNNEST(CAST($tops_hi AS UBIGINT[])) AS top_hi, UNNEST(CAST($tops_lo AS UBIGINT[])) AS top_lo"
 _ROOTS = """
     SELECT COALESCE(root_hi, top_hi) AS root_hi, COALESCE(root_lo, top_lo) AS root_lo
     FROM asked LEFT JOIN hierarchy ON id_hi = top_hi AND id_lo = top_lo

@@ -1,0 +1,138 @@
+"""Bodies as JSON Schema, for the OpenAPI document; tests hold the answers against it."""
+
+from typing import Any
+
+from meters.aggregation import FUNCTIONS
+from meters.filter import Operator
+from meters.meter import NAME_LENGTH_MIN, UNITS
+
+Schema = dict[str, Any]
+BOOLEAN: Schema = {"type": "boolean"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+ID: Schema = {"type": "string", "format": "uuid"}
+NUMBER: Schema = {"type": "number"}
+OBJECT: Schema = {"type": "object"}
+TEXT: Schema = {"type": "string"}
+TIME: Schema = {"type": "string", "format": "date-time"}
+
+
+def ref(name: str) -> Schema:
+    """The schema of this name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def nullable(schema: Schema) -> Schema:
+    """The same, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def many(schema: Schema) -> Schema:
+    """A list."""
+    return {"type": "array", "items": schema}
+
+
+def _object(properties: Schema, *optional: str) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+    }
+
+
+def _one_of(*names: str) -> Schema:
+    return {"type": "string", "enum": list(names)}
+
+
+def page_of(name: str) -> Schema:
+    """A list in Polar's envelope."""
+    return _object({"items": many(ref(name)), "pagination": ref("Pagination")})
+
+
+_SCALAR: Schema = {"type": ["string", "number", "boolean"]}
+_METADATA: Schema = {"type": "object", "additionalProperties": _SCALAR}
+_METER: Schema = {
+    "name": {"type": "string", "minLength": NAME_LENGTH_MIN},
+    "filter": ref("Filter"),
+    "aggregation": ref("Aggregation"),
+    "unit": _one_of(*UNITS),
+    "custom_label": nullable(TEXT),
+    "custom_multiplier": nullable({"type": "integer", "exclusiveMinimum": 0}),
+    "metadata": _METADATA,
+}
+_CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": _METADATA}
+_UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
+_NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
+
+SCHEMAS: Schema = {
+    "Filter": _object(
+        {"conjunction": _one_of("and", "or"), "clauses": many({"anyOf": [ref("Clause"), ref("Filter")]})}
+    ),
+    "Clause": _object(
+        {
+            "property": TEXT,
+            "operator": _one_of(*Operator),
+            "value": {"anyOf": [_SCALAR, many(_SCALAR)]},
+        }
+    ),
+    "Aggregation": _object({"func": _one_of(*FUNCTIONS), "property": TEXT}, "property"),
+    "MeterCreate": _object(_METER, *(name for name in _METER if name not in ("name", "filter", "aggregation"))),
+    "MeterUpdate": _object(_METER | {"is_archived": BOOLEAN}, *_METER, "is_archived"),
+    "MeterDefinition": _object({"filter": ref("Filter"), "aggregation": ref("Aggregation")}),
+    "Meter": _object(
+        {"id": ID, "organization_id": ID, **_METER}
+        | {"created_at": TIME, "modified_at": nullable(TIME), "archived_at": nullable(TIME)}
+    ),
+    "Quantities": _object(
+        {"quantities": many(_object({"timestamp": TIME, "quantity": NUMBER})), "total": NUMBER}
+    ),
+    "Usage": _object({"meter_id": ID, **_NAMED, "value": TEXT, "count": COUNT}),
+    "Preview": _object(
+        {"total": NUMBER, "events": COUNT, "customers": COUNT}
+        | {"first_seen": nullable(TIME), "last_seen": nullable(TIME)}
+        | {"top_customers": many(_object({**_NAMED, "quantity": NUMBER}))}
+    ),
+    "CustomerCreate": _object(_CUSTOMER, "external_id", "name", "metadata"),
+    "Customer": _object(
+        {"id": ID, "organization_id": ID, **_CUSTOMER}
+        | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
+        | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "type": TEXT, "avatar_url": nullable(TEXT)}
+        | dict.fromkeys(_UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
+    ),
+    "Event": _object(
+        {"id": ID, "timestamp": TIME, "organization_id": ID, **_NAMED, "customer": nullable(ref("Customer"))}
+        | {"member_id": nullable(TEXT), "external_member_id": nullable(TEXT), "child_count": COUNT}
+        | {"parent_id": nullable(ID), "label": TEXT, "source": TEXT, "name": TEXT, "metadata": OBJECT}
+    ),
+    "EventName": _object(
+        {"name": TEXT, "label": TEXT, "source": TEXT, "occurrences": COUNT, "first_seen": TIME, "last_seen": TIME}
+    ),
+    "Metrics": _object({"periods": many(OBJECT), "totals": OBJECT, "metrics": OBJECT}),
+    "MetricsLimits": _object({"min_date": {"type": "string", "format": "date"}, "intervals": OBJECT}),
+    "DeadLetter": _object(
+        {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "reason": TEXT, "detail": TEXT}
+        | {"raw": TEXT, "ingested_at": TIME, "replayed_at": nullable(TIME)}
+    ),
+    "Readiness": _object({"status": TEXT, "as_of": OBJECT}),
+    "Pagination": _object(
+        {"total_count": COUNT, "max_page": COUNT, "has_next_page": BOOLEAN},
+        "total_count", "max_page", "has_next_page",
+    ),
+    "Error": _object({"error": TEXT, "detail": {}, "error_description": TEXT}, "detail", "error_description"),
+    "Invalid": _object({"error": TEXT, "detail": many(_object({"type": TEXT, "loc": many({}), "msg": TEXT}))}),
+}  # fmt: skip
+
+
+def takes(name: str) -> dict[str, Any]:
+    """What a route says in ``openapi_extra`` about its request's body."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(name)}}}}
+
+
+def gives(schema: Schema, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """What a route says in ``responses`` about its answers."""
+    refusals = {401: "Error", 403: "Error", 404: "Error", 422: "Invalid", 503: "Error", 504: "Error"}
+    found: dict[int | str, dict[str, Any]] = {
+        code: {"description": name, "content": {"application/json": {"schema": ref(name)}}}
+        for code, name in refusals.items()
+    }
+    found[status] = {"description": "The answer", "content": {"application/json": {"schema": schema}}}
+    return found
