@@ -7,6 +7,7 @@ with two assignments.
 """
 
 import asyncio
+import re
 import resource
 import socket
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ from meters.log import Log
 
 SWEEP_TICKS = 10  # uvicorn ticks ten times a second
 DESCRIPTORS_SPARE = 256  # for the log, the query API, and what Python opens
+OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2
+# Java's client offers HTTP/2 on every first request. The parser would stop for it, before the body; an offer may be
+# declined, so it is made invisible to the parser.
+_H2C_OFFER = re.compile(rb"^((?:[^\r\n]+\r\n)+)upgrade:[ \t]*h2c(?=\r\n)", re.IGNORECASE)
 REASONS = {
     400: b"Bad Request",
     408: b"Request Timeout",
@@ -70,6 +75,8 @@ class Protocol(HttpToolsProtocol):
             self.head_since_s = self.loop.time()
             self.head_bytes = 0
         self.head_bytes += len(data)
+        if self.head_since_s is not None and b"h2c" in data[:OFFER_BYTES]:
+            data = _H2C_OFFER.sub(rb"\1x-declined: h2c", data, count=1)
         super().data_received(data)
         if self.head_since_s is not None and self.head_bytes > HEAD_BYTES_MAX:
             self.cut("head", _long_head())
