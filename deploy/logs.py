@@ -14,6 +14,7 @@ from structlog.typing import EventDict, Processor
 
 from deploy.giving_up import BUG, GiveUp
 
+ROOMS = ("aggregator", "deploy", "ingest")
 SECRET_KEYS = frozenset({"token", "secret", "authorization", "password"})
 
 
@@ -40,8 +41,10 @@ def configure_logs(process: str, level: str) -> None:
             ],
         )
     )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # not each start and stop
+    # Libraries are heard when something is wrong; our own rooms as the setting says.
+    logging.basicConfig(level=max(logging.WARNING, logging.getLevelName(level.upper())), handlers=[handler], force=True)
+    for room in ROOMS:
+        logging.getLogger(room).setLevel(level.upper())
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

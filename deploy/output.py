@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-CHART_WIDTH = 40  # columns of a full bar: fits beside two columns of text on an 80 column terminal
+CHART_WIDTH_MAX = 100  # columns of a table with bars: wider ones say no more
 
 
 class Output(StrEnum):
@@ -79,17 +79,19 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, markup=False)
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
         numeric = all(isinstance(row.get(column), int | Decimal | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     largest = max((Decimal(row[chart] or 0) for row in rows), default=Decimal(0)) if chart else Decimal(0)
     if chart:
-        table.add_column("", min_width=CHART_WIDTH)
+        table.add_column("", ratio=1)
+        table.width = min(console.width, CHART_WIDTH_MAX)
     for row in rows:
-        bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0), width=CHART_WIDTH)] if chart else []
+        bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0))] if chart else []
         table.add_row(*(text(row.get(column)) for column in columns), *bar)
-    Console(highlight=False, markup=False).print(table)
+    console.print(table)
 
 
 def _plain(value: object) -> object:

@@ -36,7 +36,7 @@ CRASHES_MAX = 5  # within the window below: more is a state that a restart does 
 CRASH_WINDOW_S = 60.0
 PAUSES_S = (0.0, 0.2, 1.0, 3.0, 5.0)  # before the first, second ... restart within the window
 
-logger = structlog.get_logger("serve")
+logger = structlog.get_logger("deploy.serve")
 
 
 class Child:

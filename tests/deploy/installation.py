@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 PATIENCE_S = 60.0  # for what takes a second on a machine that does nothing else
 
 
@@ -69,7 +71,7 @@ class Installation:
         if not self.token:
             self.greeting += self._rest_of_greeting()
             self.token = re.findall(r"polar_oat_[\w-]+", self.greeting)[0]
-        eventually(lambda: self.run("meters", "list").returncode == 0)
+        eventually(lambda: httpx.get(f"{self.url}/v1/meters/", headers=self.headers).status_code == 200)
 
     def _rest_of_greeting(self) -> str:
         assert self.server is not None
@@ -116,6 +118,11 @@ class Installation:
         done = self.run(*arguments, "--output", "json", text=text)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client sends to show its token."""
+        return {"Authorization": f"Bearer {self.token}"}
 
     @property
     def log(self) -> str:
