@@ -14,11 +14,11 @@ from uuid import uuid4
 import uvicorn
 
 from aggregator.api import create_app
-from aggregator.consumer import Aggregator
+from aggregator.consumer import FINAL, Aggregator
 from aggregator.store.store import MODEST, Settings
 from meters.log import Log
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.002
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
 
@@ -41,7 +41,7 @@ def run(log: Log, process: Process) -> None:
         asyncio.run(_serve(aggregator, process))
     finally:
         aggregator.stop()
-    if aggregator.failure is not None and aggregator.ended.is_set():
+    if isinstance(aggregator.failure, FINAL):
         raise aggregator.failure
 
 

@@ -9,6 +9,7 @@ sequence number at which it was made, while the rounds add what comes after. Add
 """
 
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and 
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
 
+# True, and a copy of a few thousand narrow rows; the relation without it is planned twice, which costs more.
+warnings.filterwarnings("ignore", message="Arrow output on a DB-API result makes an extra copy")
+
 logger = structlog.get_logger("aggregator")
 
 
@@ -45,6 +49,7 @@ class Plan(NamedTuple):
     reads: list[int | None]
     values: int
     statement: Statement
+    parsed: duckdb.Statement  # parsing the text again would cost as much as a thousand rows
 
 
 class Counting(NamedTuple):
@@ -96,7 +101,7 @@ class RunningTotals:
             if compiled is not None:
                 here = organizations == number
                 self._connection.register("arriving", rows if here.all() else rows.filter(pa.array(here)))
-                result = self._connection.sql(compiled.statement.sql, params=compiled.statement.parameters)
+                result = self._connection.execute(compiled.parsed, compiled.statement.parameters)
                 _scatter(self._meters, compiled, result.to_arrow_table())
                 self._connection.unregister("arriving")
 
@@ -107,16 +112,16 @@ class RunningTotals:
 
     def _plan(self, organization: int) -> Plan | None:
         if organization not in self._plans:
-            names = {known.number: name for name, known in self._directory.organizations.items()}
-            meters = [m for m in _counted(self._catalogue.meters_of(names[organization])) if m.id in self._meters]
-            self._plans[organization] = plan(meters, _ARRIVING) if meters else None
+            organization_id = self._directory.organization_ids[organization]
+            meters = [m for m in _counted(self._catalogue.meters_of(organization_id)) if m.id in self._meters]
+            self._plans[organization] = plan(meters, _ARRIVING, self._connection) if meters else None
         return self._plans[organization]
 
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
         for meter in meters:
             self._meters[meter.id] = Counting(MeterTotals(meter.aggregation.func), threading.Event())
         counted = {meter.id: self._meters[meter.id] for meter in meters}
-        if before_seq == 0 or not meters:
+        if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
             for counting in counted.values():
                 counting.complete.set()
             return
@@ -127,12 +132,12 @@ class RunningTotals:
     def _history(self, meters: list[Meter], counted: dict[str, Counting], before_seq: int) -> None:
         """A thread: evaluate the meters over the events stored before ``before_seq``."""
         number = self._directory.organizations[meters[0].organization_id].number
-        compiled = plan(meters, _HISTORY)
-        parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
         connection = self._store.cursor()
         try:
-            batches = connection.sql(compiled.statement.sql, params=parameters).to_arrow_reader(HISTORY_ROWS)
-            for batch in batches:
+            compiled = plan(meters, _HISTORY, connection)
+            parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
+            relation = connection.sql(compiled.statement.sql, params=parameters)
+            for batch in relation.to_arrow_reader(HISTORY_ROWS):
                 if self._stopping.is_set():
                     return
                 _scatter(counted, compiled, pa.Table.from_batches([batch]))
@@ -160,7 +165,7 @@ def _counted(meters: list[Meter]) -> list[Meter]:
     return [meter for meter in meters if meter.aggregation.func != "unique"]
 
 
-def plan(meters: list[Meter], source: str) -> Plan:
+def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection) -> Plan:
     """Compile meters over a relation with the columns of ``events``."""
     stage, parameters = Stage(), Parameters()
     conditions: list[exp.Expr] = []
@@ -178,4 +183,5 @@ def plan(meters: list[Meter], source: str) -> Plan:
     relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
     staged = stage.select(relation, ["subject"], parameters).subquery("stage")
     query = exp.select(exp.column("subject"), *conditions, *amounts.values()).from_(staged)
-    return Plan(meters, reads, len(amounts), statement(query, parameters))
+    compiled = statement(query, parameters)
+    return Plan(meters, reads, len(amounts), compiled, connection.extract_statements(compiled.sql)[0])

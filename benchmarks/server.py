@@ -60,10 +60,13 @@ class Server:
             except httpx.TransportError:
                 pass
             time.sleep(0.02)
+        self.stop()
         raise RuntimeError((self.data / "server.log").read_text()[-2000:])
 
     def stop(self) -> None:
         """SIGTERM, then wait."""
+        if self.process.poll() is not None:
+            return
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 

@@ -13,6 +13,10 @@ DuckDB's, because its default would stall every few batches.
 """
 
 import contextlib
+import errno
+import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +31,14 @@ from aggregator.directory import Directory
 from aggregator.seen import Keys, Seen
 from aggregator.step import Changes, Identity
 from aggregator.store import schema
-from aggregator.view import Snapshot
+from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
+_INTERRUPT_AGAIN_S = 0.02  # a reader between two statements cannot be interrupted, so it is tried again
 _EVENT_COLUMNS = (
     "seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user', "
     "timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward"
@@ -48,6 +55,10 @@ class Replaced(Exception):
 
 class Unopenable(Exception):
     """The file cannot be used as it is. The message says which command heals it."""
+
+
+class NotNow(Exception):
+    """The file cannot be opened just now, for a reason outside of it, such as a full disk: try again later."""
 
 
 class Settings(NamedTuple):
@@ -75,6 +86,9 @@ class Store:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int) -> None:
         self._connection = connection
+        self._readers: set[duckdb.DuckDBPyConnection] = set()
+        self._readers_changed = threading.Condition()
+        self._closing = False
         self.epoch = epoch
         row = connection.execute("SELECT coalesce(max(seq) + 1, 0) FROM events").fetchone()
         self.next_seq: int = row[0] if row else 0
@@ -85,18 +99,32 @@ class Store:
     def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
         """Open or make the file, check that it belongs to this log, and claim the next writer epoch.
 
-        ``identities`` maps each stream to its identity. Raises Unopenable with the way on in its message.
+        ``identities`` maps each stream to its identity. Raises Unopenable with the way on in its message, NotNow.
         """
-        try:
-            connection = _connect(path, settings)
-            _migrate(connection, identities)
-        except (duckdb.Error, OSError) as error:
-            raise Unopenable(_explain(path, error)) from error
-        row = connection.execute("UPDATE about SET writer_epoch = writer_epoch + 1 RETURNING writer_epoch").fetchone()
-        return cls(connection, row[0] if row else 0)
+        with contextlib.ExitStack() as undo:
+            try:
+                connection = _connect(path, settings)
+                undo.callback(connection.close)  # a half open instance would be found again by the next opener
+                _migrate(connection, identities)
+                store = cls(connection, _claim_epoch(connection))
+            except (duckdb.Error, OSError) as error:
+                raise _explained(path, error) from error
+            undo.pop_all()
+        return store
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, as soon as nobody reads any more; queries that run are interrupted.
+
+        DuckDB keeps an instance while anyone holds a part of it, and hands it to whoever opens the file next. So
+        waiting is what makes sure that the next one starts from the file.
+        """
+        deadline = time.monotonic() + _READERS_PATIENCE_S
+        with self._readers_changed:
+            self._closing = True
+            while self._readers and time.monotonic() < deadline:
+                for reader in self._readers:
+                    reader.interrupt()
+                self._readers_changed.wait(_INTERRUPT_AGAIN_S)
         self._connection.close()
 
     def positions(self, stream: str) -> dict[int, int]:
@@ -191,16 +219,15 @@ class Store:
 
     def _move(self, stream: str, before: Mapping[int, int], after: Mapping[int, int]) -> None:
         """Compare and set: the epoch is ours and every position is where this round began."""
-        found = self._connection.execute("SELECT writer_epoch FROM about").fetchall()
-        if found != [(self.epoch,)]:
-            raise Replaced(f"writer epoch is {found}, ours is {self.epoch}")
         for partition, offset in after.items():
             moved = self._connection.execute(
-                "UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?",
-                [offset, stream, partition, before.get(partition, 0)],
+                """UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?
+                   AND (SELECT writer_epoch FROM about) = ?""",
+                [offset, stream, partition, before.get(partition, 0), self.epoch],
             ).fetchall()
             if moved != [(1,)]:
-                raise Replaced(f"{stream} partition {partition} is not at {before.get(partition, 0)} any more")
+                expected = f"{stream} partition {partition} at {before.get(partition, 0)}, writer epoch {self.epoch}"
+                raise Replaced(f"another writer was here: the store is not where this one left it ({expected})")
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:
         for value in values:
@@ -227,25 +254,42 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Snapshot]:
-        """A consistent snapshot on a connection of its own."""
-        connection = self._connection.cursor()
+        """A consistent snapshot on a connection of its own. Raises Unavailable when the store is closed or dead."""
+        connection = self._reader()
         try:
             connection.execute("BEGIN")
             yield Snapshot(connection, _positions(connection, USAGE_EVENTS))
+        except Exception as error:
+            if self._closing or isinstance(error, duckdb.FatalException):
+                raise Unavailable("the store is being opened again") from error
+            raise
         finally:
             connection.close()
+            with self._readers_changed:
+                self._readers.discard(connection)
+                self._readers_changed.notify_all()
+
+    def _reader(self) -> duckdb.DuckDBPyConnection:
+        with self._readers_changed:
+            if self._closing:
+                raise Unavailable("the store is being opened again")
+            connection = self._connection.cursor()
+            self._readers.add(connection)
+        return connection
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Another connection to the same file, for a thread of its own."""
         return self._connection.cursor()
 
     def checkpoint(self) -> bool:
-        """Fold the write-ahead log into the file; False when DuckDB asks to try later."""
+        """Fold the write-ahead log into the file; False when DuckDB asks to try later. Raises Doubt."""
         connection = self._connection.cursor()
         try:
             connection.execute("CHECKPOINT")
         except duckdb.TransactionException:
             return False
+        except duckdb.Error as error:
+            raise Doubt(str(error)) from error
         finally:
             connection.close()
         return True
@@ -292,15 +336,21 @@ def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]
     connection.execute("CHECKPOINT")
 
 
+def _claim_epoch(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("UPDATE about SET writer_epoch = writer_epoch + 1 RETURNING writer_epoch").fetchone()
+    return row[0] if row else 0
+
+
 def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> None:
     """Give every partition of a stream a position and a tally, once."""
-    connection = store.cursor()
-    have = set(_positions(connection, stream))
-    for partition in sorted(set(partitions) - have):
-        connection.execute("INSERT INTO positions VALUES (?, ?, 0)", [stream, partition])
-        if stream == USAGE_EVENTS:
-            connection.execute("INSERT INTO tallies VALUES (?, 0, 0, 0, 0)", [partition])
-    connection.close()
+    with contextlib.closing(store.cursor()) as connection:
+        connection.execute("BEGIN")  # a position without its tally would never get one
+        have = set(_positions(connection, stream))
+        for partition in sorted(set(partitions) - have):
+            connection.execute("INSERT INTO positions VALUES (?, ?, 0)", [stream, partition])
+            if stream == USAGE_EVENTS:
+                connection.execute("INSERT INTO tallies VALUES (?, 0, 0, 0, 0)", [partition])
+        connection.execute("COMMIT")
 
 
 def _positions(connection: duckdb.DuckDBPyConnection, stream: str) -> dict[int, int]:
@@ -315,8 +365,11 @@ def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
     return pa.table({n: pa.array(list(c), t) for n, c, t in zip(names, columns, types, strict=True)})
 
 
-def _explain(path: Path, error: Exception) -> str:
+def _explained(path: Path, error: Exception) -> Exception:
+    """What an error while opening means. DuckDB tells the system's reasons by their text alone."""
     text = str(error).splitlines()[0]
-    if "lock" in text.lower():
-        return f"{path} is in use by another process: stop that one first ({text})"
-    return f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild"
+    if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
+        return NotNow(f"{path} cannot be opened now ({text})")
+    if "Could not set lock" in text:
+        return Unopenable(f"{path} is in use by another process: stop that one first ({text})")
+    return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")
