@@ -1,0 +1,160 @@
+"""What the gateway answers when it cannot, and that what it answered with yes is in the log."""
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ingest.log import open_log
+from ingest.log.limits import Limits
+from ingest.log.memory import Disk, MemoryLog
+from meters.access import TOKEN_PREFIX
+from meters.catalogue import TokenCreated
+from meters.event import identity
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
+from tests.ingest.running import CREATED, RunningGateway, event, eventually
+
+BODY = json.dumps({"events": [event()]}).encode()
+
+
+def test_a_token_has_its_quota() -> None:
+    """Beyond the requests of a minute: 429, an empty body, and the seconds to wait. Others are not concerned."""
+    with RunningGateway(requests_per_minute=2) as gateway:
+        assert [gateway.ingest({"events": []}).status_code for _ in range(3)] == [200, 200, 429]
+        answer = gateway.ingest({"events": []})
+        assert answer.content == b""
+        assert 0 < int(answer.headers["retry-after"]) <= 30
+        secret = TOKEN_PREFIX + uuid.uuid4().hex
+        gateway.decide(TokenCreated(gateway.make_token(secret, ["events:write"])))
+        eventually(lambda: gateway.ingest({"events": []}, authorization=f"Bearer {secret}").status_code == 200)
+
+
+def memory_log(disk: Disk) -> MemoryLog:
+    """A log on a disk that the test holds."""
+    log = open_log("memory:")
+    assert isinstance(log, MemoryLog)
+    return MemoryLog(disk, log._clock_us, Limits())
+
+
+def test_a_log_that_cannot_write_is_no_yes() -> None:
+    """503 with Retry-After, /readyz says so, and all is well again when the log is."""
+    disk = Disk()
+    with RunningGateway(memory_log(disk)) as gateway:
+        disk.full = True
+        answer = gateway.ingest({"events": [event(external_id="later")]})
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"] == "LogUnavailable"
+        ready = gateway.client.get("/readyz")
+        assert ready.status_code == 503
+        assert ready.json()["checks"] == {"catalogue": True, "log": False}
+        disk.full = False
+        assert gateway.ingest({"events": [event(external_id="later")]}).json() == {"inserted": 1, "duplicates": 0}
+        assert gateway.client.get("/readyz").status_code == 200
+
+
+def test_more_bytes_than_may_be_held_are_turned_away() -> None:
+    """503 before memory is spent; what was held is given back."""
+    with RunningGateway(in_flight_bytes_max=500) as gateway:
+        for _ in range(3):
+            answer = gateway.ingest(content=b" " * 501)
+            assert answer.status_code == 503
+            assert answer.json()["error"] == "Busy"
+        assert gateway.ingest(content=BODY).status_code == 200
+        assert gateway.gateway.endpoint.in_flight.bytes == 0
+
+
+class SlowControlLog(MemoryLog):
+    """A log whose control stream cannot be read at first."""
+
+    open = False
+
+    def read(self, stream: str, *arguments: Any, **options: Any) -> Any:
+        """Nothing, until it is open."""
+        if stream == USAGE_CONTROL and not self.open:
+            return []
+        return super().read(stream, *arguments, **options)
+
+
+def test_nobody_is_turned_away_before_the_tokens_are_known() -> None:
+    """Until the control stream was read, a good token is answered "try again" and not "unknown"."""
+    log = SlowControlLog(Disk(), lambda: 0, Limits())
+    with RunningGateway(log) as gateway:
+        answer = gateway.ingest({"events": [event()]})
+        assert answer.status_code == 503
+        assert answer.json()["error"] == "CatalogueUnavailable"
+        assert gateway.client.get("/readyz").json()["checks"]["catalogue"] is False
+        assert gateway.client.get("/livez").status_code == 200
+        log.open = True
+        eventually(lambda: gateway.client.get("/readyz").status_code == 200)
+        assert gateway.ingest({"events": [event()]}).status_code == 200
+
+
+def test_a_damaged_control_stream_stops_the_gateway_from_guessing() -> None:
+    """What is no decision cannot be passed over: tokens are not trusted from there on."""
+    with RunningGateway() as gateway:
+        asyncio.run(gateway.log.append(USAGE_CONTROL, [Entry(b"no decision")]))
+        eventually(lambda: gateway.ingest({"events": []}).status_code == 503)
+
+
+# ---- the lost answer
+
+
+class HeldLog(MemoryLog):
+    """A log that writes at once and says so only when it is let go."""
+
+    let_go = threading.Event()
+
+    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        """Durable now, acknowledged later."""
+        offsets = await super().append(stream, entries)
+        if stream == USAGE_EVENTS:
+            await asyncio.to_thread(self.let_go.wait)
+        return offsets
+
+
+def test_a_repeated_request_after_a_lost_answer_has_the_same_identities() -> None:
+    """A client that lost the answer sends again: the log has both copies, with the same identity and content."""
+    log = HeldLog(Disk(), lambda: 0, Limits())
+    with RunningGateway(log) as gateway:
+        body = json.dumps({"events": [event(external_id=f"lost-{number}") for number in range(3)]}).encode()
+        head = (
+            f"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            f"authorization: Bearer {gateway.secret}\r\n\r\n"
+        )
+        with gateway.connect() as connection:
+            connection.sendall(head.encode() + body)
+            eventually(lambda: gateway.records())
+        log.let_go.set()
+        assert gateway.ingest(content=body).status_code == 200
+        first, second = gateway.records()
+        assert first.value == second.value
+        ids = [json.loads(line)["external_id"] for line in gateway.lines()]
+        identities = [identity(gateway.organization_id, external_id) for external_id in ids]
+        assert identities[:3] == identities[3:]
+
+
+def test_what_was_acknowledged_survives_the_process(tmp_path: Path) -> None:
+    """On the embedded log: many clients at once, and every event with a 200 is in the file afterwards."""
+    def send(number: int) -> str:
+        name = f"kept-{number}"
+        assert gateway.ingest({"events": [event(external_id=name)]}).status_code == 200
+        return name
+
+    with (
+        RunningGateway(open_log(f"embedded:{tmp_path}")) as gateway,
+        concurrent.futures.ThreadPoolExecutor(8) as clients,
+    ):
+        acknowledged = set(clients.map(send, range(80)))
+    log = open_log(f"embedded:{tmp_path}")
+    records = log.read(USAGE_EVENTS, {0: 0}, bytes_max=1 << 30)
+    log.close()
+    assert {msgspec.json.decode(record.value)["external_id"] for record in records} == acknowledged
+    assert [record.offset for record in records] == list(range(80))
+    assert min(record.timestamp_us for record in records) > CREATED.timestamp() * 1e6
