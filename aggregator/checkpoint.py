@@ -9,22 +9,18 @@ import threading
 from aggregator.store.store import Store
 
 ROWS_BETWEEN = 400_000  # about half a second of work beside the rounds, and a second of replay after a crash
+AGAIN_S = 0.05  # DuckDB does not checkpoint while a transaction writes; a round takes about this long
 IDLE_S = 5.0  # what is left over is folded in when nothing else happens
 
 
 class Checkpointer:
-    """A thread that checkpoints when enough rows came, or some came and then none."""
+    """Checkpoints when enough rows came, or some came and then none. ``run`` is for a thread of the caller's."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._rows = 0
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
 
     def wrote(self, rows: int) -> None:
         """Tell of rows committed."""
@@ -34,14 +30,13 @@ class Checkpointer:
                 self._wake.notify()
 
     def stop(self) -> None:
-        """Let a checkpoint under way finish, then end."""
+        """Have ``run`` return, after a checkpoint under way."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Until ``stop``. Raises Doubt when a checkpoint failed: the instance is not to be used any more."""
         before = 0
         while True:
             with self._wake:
@@ -50,6 +45,11 @@ class Checkpointer:
                     return
                 due = self._rows >= ROWS_BETWEEN or 0 < self._rows == before
                 before = rows = self._rows
-            if due and self._store.checkpoint():
-                with self._wake:
+            if not due:
+                continue
+            done = self._store.checkpoint()
+            with self._wake:
+                if done:
                     self._rows -= rows
+                else:  # a round is being committed
+                    self._wake.wait_for(lambda: self._stopping, timeout=AGAIN_S)

@@ -2,8 +2,9 @@
 
 An engine that ends is not mended. The owner closes it, opens the store again, which says what was committed, and
 starts the next one there; between two engines reads answer "unavailable" and nothing is lost, because the log keeps
-what was acknowledged. Three endings are final: another writer took over, the log lost a position, or the store file
-cannot be opened. Then the process must stop and say so; guessing would make a wrong bill.
+what was acknowledged. A full disk is such a state between two engines, for as long as it is full. Three endings are
+final: another writer took over, the log lost a position, or the store file cannot be used. Then the process must stop
+and say so; guessing would make a wrong bill.
 """
 
 import asyncio
@@ -23,8 +24,9 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
 RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
 RESTART_DELAY_MAX_S = 10.0
+_LOOK_S = 0.1  # how soon a stop is heard
 DECISION_TIMEOUT_S = 30.0  # a decision is durable at once; this long we wait for it to be applied
-_FINAL = (Replaced, PositionLost, Unopenable)
+FINAL = (Replaced, PositionLost, Unopenable)
 
 logger = structlog.get_logger("aggregator")
 
@@ -44,8 +46,13 @@ class Aggregator:
         self.failure: Exception | None = None
 
     def start(self) -> None:
-        """Open the store and begin to follow the log. Raises Unopenable, with the way on in its message."""
-        self._engine = self._open()
+        """Open the store and begin to follow the log. Raises Unopenable, with the way on in its message.
+
+        What may pass is waited for in the background, like later on.
+        """
+        self._try_open()
+        if isinstance(self.failure, FINAL):
+            raise self.failure
         self._thread.start()
 
     def stop(self) -> None:
@@ -57,23 +64,24 @@ class Aggregator:
     def _open(self) -> Engine:
         streams = (USAGE_EVENTS, USAGE_CONTROL)
         store = Store.open(self._path, {stream: self._log.identity(stream) for stream in streams}, self._settings)
-        for stream in streams:
-            prepare_partitions(store, stream, list(self._log.ends(stream)))
-        engine = Engine(self._log, store, self._observed)
-        engine.start()
+        try:
+            for stream in streams:
+                prepare_partitions(store, stream, list(self._log.ends(stream)))
+            engine = Engine(self._log, store, self._observed)
+            engine.start()
+        except BaseException:
+            store.close()
+            raise
         return engine
 
     def _live(self) -> None:
         delay_s = RESTART_DELAY_S
         while not self._stop.is_set():
-            engine = self._engine
-            if engine is None:
-                engine = self._try_open()
+            engine = self._engine or self._try_open()
             if engine is not None:
                 self._until_ended(engine)
                 delay_s = RESTART_DELAY_S if engine.rounds else min(2 * delay_s, RESTART_DELAY_MAX_S)
-                self._judge(engine.failure)
-            self._stop.wait(0 if self._stop.is_set() else delay_s)
+            self._stop.wait(delay_s)
         self.ended.set()
 
     def _try_open(self) -> Engine | None:
@@ -81,20 +89,24 @@ class Aggregator:
             self._engine = self._open()
         except Exception as error:  # the disk may be full or the log away: say so, and try again after the delay
             self._judge(error)
+        self._release()  # the store may be further than anybody here has heard
         return self._engine
 
     def _until_ended(self, engine: Engine) -> None:
-        while not (engine.ended.wait(0.1) or self._stop.is_set()):
+        while not (engine.ended.wait(_LOOK_S) or self._stop.is_set()):
             continue
         self._engine = None
-        engine.stop()
+        try:
+            engine.stop()
+        except Exception as error:
+            self._judge(error)
+        if engine.failure is not None:
+            self._judge(engine.failure)
 
-    def _judge(self, failure: Exception | None) -> None:
-        if failure is None:
-            return
+    def _judge(self, failure: Exception) -> None:
         self.failure = failure
         self.telemetry.restarts.inc()
-        final = isinstance(failure, _FINAL)
+        final = isinstance(failure, FINAL)
         what = "aggregator_stopped" if final else "engine_ended"
         logger.error(what, reason=str(failure), kind=type(failure).__name__)
         if final:

@@ -26,6 +26,7 @@ class Directory:
 
     def __init__(self) -> None:
         self.organizations: dict[str, Organization] = {}
+        self.organization_ids: dict[int, str] = {}
         self.subjects_count = 0
         self._fresh_organizations: list[tuple[int, str]] = []
         self._fresh_subjects: list[tuple[int, int, str, str]] = []
@@ -73,6 +74,7 @@ class Directory:
         """Take over a number from the store."""
         organization = Organization(number, _id_bytes(organization_id), {}, {})
         self.organizations[organization_id] = organization
+        self.organization_ids[number] = organization_id
         return organization
 
     def restore_subject(self, number: int, organization: Organization, kind: str, text: str) -> None:

@@ -1,10 +1,10 @@
 """One life of the aggregator: open the store, follow the log, end at the first doubt.
 
 Two threads in a pipeline, because DuckDB works outside the interpreter's lock: the reader turns the next records into
-columns while the writer commits the ones before. A round is: decode, look up, decide, write once, then move what is
-kept in memory (identities, catalogue, totals) and publish the new position. Memory moves only after the commit, and
-only this engine's: when anything fails in or around the commit the engine ends, and the next one starts from what the
-store says.
+columns while the writer commits the ones before; a third checkpoints. A round is: decode, look up, decide, write
+once, then move what is kept in memory (identities, catalogue, totals) and publish the new position. Memory moves only
+after the commit, and only this engine's: when anything fails in or around the commit, or a checkpoint does, the engine
+ends, and the next one starts from what the store says.
 """
 
 import queue
@@ -71,24 +71,23 @@ class Engine:
         self.failure: Exception | None = None
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
-            for work in (self._read_log, self._write_rounds)
+            for work in (self._read_log, self._write_rounds, self._checkpointer.run)
         ]
 
     def start(self) -> None:
         """Begin to follow the log."""
         self.totals.start()
-        self._checkpointer.start()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End both threads between rounds and close the store. What was not committed is read again next time."""
+        """End every thread between rounds and close the store. What was not committed is read again next time."""
         self.ended.set()
+        self._checkpointer.stop()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
         self.totals.stop()
-        self._checkpointer.stop()
         self.store.close()
 
     def _guard(self, work: Callable[[], None]) -> None:
@@ -138,11 +137,10 @@ class Engine:
         batch = reading.batch
         changes = self._decide(batch) if batch.chunks else nothing(batch)
         decisions = [(record.offset, record.value) for record in reading.control]
-        organizations = {known.number: name for name, known in self.directory.organizations.items()}
         first_seq = self.store.next_seq
         began = time.perf_counter()
         round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from)
-        rows = self.store.commit(round_, self._seen, organizations)
+        rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
         self._seen.add(changes.keys)
         for change in _changes(reading.control):
