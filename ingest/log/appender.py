@@ -33,7 +33,7 @@ SAME_FILE_CHECK_S = 1.0
 _INSERT = """INSERT INTO {table}
 SELECT (SELECT coalesce(max("offset") + 1, 0) FROM {table}) + head.key,
     max(:now_us, coalesce((SELECT timestamp_us FROM {table} ORDER BY "offset" DESC LIMIT 1), :now_us)),
-    json_extract(head.value, '$[0]'), json_extract(head.value, '$[1]'),
+    json_extract(head.value, '$[0]'), json_extract(head.value, '$[1]'), json_extract(head.value, '$[4]'),
     substr(:joined, json_extract(head.value, '$[2]'), json_extract(head.value, '$[3]'))
 FROM json_each(:heads) AS head"""
 

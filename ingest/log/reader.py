@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from ingest.log.packing import unpack
 from ingest.log.sqlite_file import connect, same_file, table_name
 from meters.log import PositionLost, Record, TryAgain
 
@@ -25,22 +26,22 @@ from meters.log import PositionLost, Record, TryAgain
 RECORDS_MAX = 50_000
 
 _FETCH = """WITH RECURSIVE run(place, bytes) AS (
-    SELECT "offset", length(value) FROM {table} WHERE "offset" = :position
+    SELECT "offset", length FROM {table} WHERE "offset" = :position
     UNION ALL
-    SELECT "offset", bytes + length(value) FROM run JOIN {table} ON "offset" = place + 1
-    WHERE bytes + length(value) <= :bytes_max
+    SELECT "offset", bytes + length FROM run JOIN {table} ON "offset" = place + 1
+    WHERE bytes + length <= :bytes_max
     LIMIT :records_max
 )
 SELECT (SELECT min("offset") FROM {table}), (SELECT max("offset") + 1 FROM {table}),
     json_array(json_group_array("offset"), json_group_array(timestamp_us), json_group_array(length(value)),
-        json_group_array(organization_id), json_group_array(admitted)),
+        json_group_array(organization_id), json_group_array(admitted), json_group_array(length)),
     CAST(group_concat(value, '') AS BLOB)
 FROM {table} WHERE "offset" BETWEEN :position AND (SELECT max(place) FROM run)"""
 
 _BOUNDS = """SELECT (SELECT min("offset") FROM {table}), (SELECT max("offset") + 1 FROM {table})"""
 
-# offsets, timestamps, lengths, organizations, admitted
-_Columns = tuple[list[int], list[int], list[int], list[str | None], list[int]]
+# offsets, timestamps, stored lengths, organizations, admitted, plain lengths
+_Columns = tuple[list[int], list[int], list[int], list[str | None], list[int], list[int]]
 _columns = msgspec.json.Decoder(_Columns)
 
 
@@ -130,11 +131,14 @@ def _check_position(where: str, position: int, start: int, end: int) -> None:
 
 
 def _records(where: str, partition: int, position: int, columns: _Columns, joined: bytes) -> list[Record]:
-    offsets, timestamps, lengths, organizations, admitted = columns
+    offsets, timestamps, lengths, organizations, admitted, plain = columns
     cuts = [0, *accumulate(lengths)]
     if offsets != list(range(position, position + len(offsets))) or cuts[-1] != len(joined):
         raise PositionLost(f"{where} is damaged after {position}: offsets or lengths do not add up")
-    values = [joined[start:end] for start, end in pairwise(cuts)]
+    try:
+        values = [unpack(joined[start:end], length) for (start, end), length in zip(pairwise(cuts), plain, strict=True)]
+    except ValueError as error:
+        raise PositionLost(f"{where} is damaged after {position}: {error}") from error
     return [
         Record(partition, offset, timestamp, value, organization, admission == 1)
         for offset, timestamp, value, organization, admission in zip(

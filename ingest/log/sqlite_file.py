@@ -58,7 +58,7 @@ _CREATE_STREAMS = (
 )
 _CREATE_RECORDS = """CREATE TABLE {table} (
     "offset" INTEGER PRIMARY KEY, timestamp_us INTEGER NOT NULL,
-    organization_id TEXT, admitted INTEGER NOT NULL, value BLOB NOT NULL)"""
+    organization_id TEXT, admitted INTEGER NOT NULL, length INTEGER NOT NULL, value BLOB NOT NULL)"""
 
 
 def table_name(stream: str, partition: int) -> str:

@@ -19,27 +19,31 @@ from typing import Protocol
 import msgspec
 
 from ingest.log.limits import Limits
+from ingest.log.packing import pack
 from meters.log import Entry, TryAgain
 
 Place = tuple[str, int]  # stream, partition
 
 
 class Batch:
-    """What one group adds to one partition: the values end to end, and a head for each.
+    """What one group adds to one partition: the values as they are stored, end to end, and a head for each.
 
-    A head is (organization_id, admitted, where the value starts counted from 1, its length in bytes).
+    A head is (organization_id, admitted, where the stored value starts counted from 1, its length in bytes, the
+    length of the plain value).
     """
 
     def __init__(self) -> None:
-        self.heads: list[tuple[str | None, bool, int, int]] = []
+        self.heads: list[tuple[str | None, bool, int, int, int]] = []
         self.values: list[bytes] = []
         self.value_bytes = 0
 
     def add(self, entry: Entry) -> None:
         """Put the entry at the end."""
-        self.heads.append((entry.organization_id, entry.admitted, self.value_bytes + 1, len(entry.value)))
-        self.values.append(entry.value)
-        self.value_bytes += len(entry.value)
+        stored = pack(entry.value)
+        start = self.value_bytes + 1
+        self.heads.append((entry.organization_id, entry.admitted, start, len(stored), len(entry.value)))
+        self.values.append(stored)
+        self.value_bytes += len(stored)
 
 
 class Appender(Protocol):
