@@ -52,8 +52,8 @@ def meters() -> list[dict[str, Any]]:
     ]
 
 
-def load(port: int, run: int, seconds: float, rate: float | None, results: "multiprocessing.Queue[tuple[Ledger, float]]") -> None:
-    """The sender's process."""
+def load(port: int, run: int, seconds: float, rate: float | None, results: Any) -> None:
+    """The sender's process. Puts its ledger and its CPU seconds into the queue ``results``."""
     ledger = asyncio.run(send("127.0.0.1", port, TOKEN, Bodies(run), seconds=seconds, rate=rate))
     results.put((ledger, time.process_time()))
 

@@ -18,7 +18,7 @@ _LIBRARIES = ("duckdb", "pyarrow", "numpy", "msgspec", "uvicorn", "xxhash")
 
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and command."""
-    commit = subprocess.run(  # noqa: S603
+    commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
     )

@@ -40,7 +40,7 @@ from tests.aggregator.records import (
 )
 from tests.aggregator.strategies import aggregations, filters, metadata_texts
 
-# An example starts a real store several times, so a failing one is printed as found instead of being shrunk for minutes.
+# An example starts a real store several times, so a failing one is printed as found, not shrunk for minutes.
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)
 CUSTOMERS = ["ann", "bob", "é"]
 
@@ -145,7 +145,12 @@ async def append(log: Log, lines: list[bytes], seed: int) -> None:
         lines = lines[count:]
 
 
-@settings(max_examples=20, deadline=None, phases=QUICK, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=20,
+    deadline=None,
+    phases=QUICK,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(
     lives=st.lists(st.lists(sent_lines(), max_size=15), min_size=1, max_size=3),
     metered=meters(),
@@ -188,7 +193,8 @@ def test_any_batching_gives_the_same_store(tmp_path: Path, batching: int) -> Non
 
     assert [(f"r{n}", f'{{"tokens":{n % 50}}}', "call") for n in range(40)] == found
     conflicting = [lines[n] for n in range(40, 120) if n % 50 != (n % 40) % 50]
-    assert [("conflict", raw) for raw in conflicting] + [("json_invalid", b"broken")] == sorted(dead, key=lambda d: d[0])
+    expected = [("conflict", raw) for raw in conflicting] + [("json_invalid", b"broken")]
+    assert expected == sorted(dead, key=lambda letter: letter[0])
 
 
 def test_a_meter_made_in_the_same_round_as_events_counts_them_once(tmp_path: Path) -> None:

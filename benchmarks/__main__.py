@@ -1,0 +1,34 @@
+"""All benchmarks, one after the other: ``make bench``. Each prints its table and writes its results as JSON.
+
+    python -m benchmarks [NAME ...] [--quick]
+"""
+
+import argparse
+import subprocess
+import sys
+
+FULL = {
+    "accept": ["--seconds", "5"],
+    "log_append": [],
+    "drain": ["--events", "2000000"],
+    "end_to_end": ["--seconds", "30"],
+}
+QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"]}
+
+
+def main() -> None:
+    """Run them; the exit code is the worst of theirs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*FULL, []], help="which ones; all by default")
+    parser.add_argument("--quick", action="store_true", help="short runs, to see that they work")
+    arguments = parser.parse_args()
+    chosen = QUICK if arguments.quick else FULL
+    worst = 0
+    for name in arguments.names or chosen:
+        result = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *chosen.get(name, [])], check=False)
+        worst = max(worst, result.returncode)
+    sys.exit(worst)
+
+
+if __name__ == "__main__":
+    main()
