@@ -43,8 +43,8 @@ def application(path: str) -> FastAPI:
     @app.post("/v1/events/ingest")
     async def ingest(body: Events) -> dict[str, int]:
         rows = [
-            (event.external_id, event.name, event.external_customer_id, str(event.timestamp), json.dumps(event.metadata))
-            for event in body.events
+            (sent.external_id, sent.name, sent.external_customer_id, str(sent.timestamp), json.dumps(sent.metadata))
+            for sent in body.events
         ]
         with connection:
             cursor = connection.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", rows)
