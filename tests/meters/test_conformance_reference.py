@@ -1,72 +1,31 @@
 """The pure reference gives Polar's answers, save where ``differences.py`` says why not."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
-from typing import Any
-
-import msgspec
-import pytest
 
 from meters import exact_json
-from meters.aggregation import considers, evaluate, is_summable, parse_aggregation
+from meters.aggregation import considers, evaluate, is_summable
 from meters.catalogue import Catalogue, Customer, CustomerCreated
-from meters.event import Event, check_event
-from meters.facts import Facts, facts
+from meters.event import check_event
 from meters.filter import Clause, Filter, matches
 from meters.filter_json import filter_json, parse_filter
-from meters.meter import Meter
 from meters.quantities import Selection, quantities
-from meters.timestamp import parse_timestamp
 from meters.window import Interval, range_refusal
-from tests.conformance.cases import cases, same_number
+from tests.conformance.cases import (
+    NOW,
+    ORGANIZATION,
+    Case,
+    agree,
+    cases,
+    clause_of,
+    facts_of,
+    filled_in,
+    instant,
+    meter_of,
+    named,
+    same_number,
+)
 from tests.conformance.differences import DIFFERENCES
-
-ORGANIZATION = "1db1e1a0-0000-4000-8000-000000000000"
-NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
-
-Case = dict[str, Any]
-
-
-def named(*groups: str) -> pytest.MarkDecorator:
-    """Parametrize a test over the cases of some groups."""
-    chosen = cases(*groups)
-    return pytest.mark.parametrize("case", chosen, ids=[case["id"] for case in chosen])
-
-
-def agree(case: Case, same: bool, ours: object) -> None:
-    """The answer is Polar's if and only if no difference is declared."""
-    declared = DIFFERENCES.get(case["id"])
-    assert same is (declared is None), f"ours: {ours}; Polar's: {case['then']}; declared difference: {declared}"
-
-
-def instant(text: str) -> datetime:
-    """A timestamp of the file."""
-    parsed = parse_timestamp(text)
-    assert isinstance(parsed, datetime)
-    return parsed
-
-
-def meter_of(case: Case) -> Meter:
-    """The case's meter."""
-    stated = case["given"]["meter"]
-    filter, aggregation = parse_filter(stated["filter"]), parse_aggregation(stated["aggregation"], ())
-    assert isinstance(filter, Filter), filter
-    assert not isinstance(aggregation, list), aggregation
-    return Meter(
-        id="m1", organization_id=ORGANIZATION, name="m1", filter=filter, aggregation=aggregation, created_at=NOW
-    )
-
-
-def facts_of(event: Case) -> Facts:
-    """An event of the file, through the tokens that its metadata would have on the wire."""
-    sent = Event(
-        name=event["name"],
-        timestamp=instant(event["timestamp"]),
-        metadata={key: msgspec.Raw(exact_json.encode(value)) for key, value in event["metadata"].items()},
-        customer_id=event["customer"],
-        external_customer_id=event.get("external_customer_id"),
-    )
-    return facts(sent, NOW, source=event["source"])
 
 
 @named("filter")
@@ -84,10 +43,7 @@ def test_filters_match_what_polar_matches(case: Case) -> None:
 @named("filter_validation")
 def test_filters_are_taken_and_refused_as_polar_does(case: Case) -> None:
     """A clause is taken, and kept with the value that Polar keeps, or refused."""
-    clause = dict(case["when"]["params"]["clause"])
-    if repeat := clause.pop("value_repeat", None):
-        clause["value"] = repeat["char"] * repeat["count"]
-    parsed = parse_filter({"conjunction": "and", "clauses": [clause]})
+    parsed = parse_filter({"conjunction": "and", "clauses": [clause_of(case)]})
     accepted = isinstance(parsed, Filter)
     agree(case, accepted is case["then"]["accepted"], parsed)
     if isinstance(parsed, Filter) and "stored_value" in case["then"]:
@@ -174,19 +130,11 @@ SYMBOLS = {
 }
 
 
-def sent(value: Any) -> Any:
-    """An event of an ingest case as it would be sent."""
-    if isinstance(value, dict) and "repeat_char" in value:
-        return value["repeat_char"] * value["count"]
-    if isinstance(value, dict):
-        return {key: sent(item) for key, item in value.items()}
-    return SYMBOLS.get(value, value) if isinstance(value, str) else value
-
-
 @named("ingest")
 def test_events_are_taken_and_refused_as_polar_does(case: Case) -> None:
     """What needs no catalogue to be refused is refused by the event's own rules, and nothing else is."""
-    checked = [check_event(exact_json.encode(sent(event)), now=NOW) for event in case["when"]["params"]["events"]]
+    events = [filled_in(event, SYMBOLS) for event in case["when"]["params"]["events"]]
+    checked = [check_event(exact_json.encode(event), now=NOW) for event in events]
     refused = any(isinstance(result, list) for result in checked)
     needs_catalogue = "error_types" in case["then"]
     agree(case, refused is (case["then"]["status"] == 422 and not needs_catalogue), checked)
