@@ -1,8 +1,8 @@
 """``POST /v1/events/ingest``: from a request to a durable record and an answer.
 
 A 2xx leaves after the append returned, never before; a log that cannot write is a 503 with Retry-After. The checks
-come in Polar's order, each answering for itself: API version, token and scope, the token's quota, the length and
-encoding of the body, the body as JSON, its events, the names in them.
+come in Polar's order, each answering for itself: token and scope, the token's quota, the encoding and length of the
+body, the body as JSON, its events, the names in them.
 
 ``duplicates`` in an answer is what this process can know: repetitions within the request, and of events that it
 acknowledged lately. All of them are written; the store alone decides what counts, and may know more.
@@ -39,10 +39,6 @@ from meters.catalogue import Token
 from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
 
 SCOPES = writing("events")
-
-VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
-"""Versions of Polar's API in which ingestion is what it is here."""
-VERSION_DEFAULT = b"2026-04"
 
 NOT_WRITABLE_S = 5.0
 """How long a failed append keeps ``/readyz`` at no: long enough to be seen, short enough for traffic to try again."""
@@ -109,15 +105,7 @@ class IngestEndpoint:
         self._large_bodies.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, headers: Headers, length: int, receive: Receive) -> Answer:
-        """The whole answer to one request. ``headers`` are lower case, ``length`` is the Content-Length."""
-        version = headers.get(b"polar-version", VERSION_DEFAULT)
-        known = version in VERSIONS
-        found = await self._authorized(headers, length, receive) if known else answers.not_found()
-        telemetry.count_request(found.status)
-        shown = version if known else VERSION_DEFAULT
-        return Answer(found.status, found.body, (*found.headers, (b"polar-version", shown)))
-
-    async def _authorized(self, headers: Headers, length: int, receive: Receive) -> Answer:
+        """The answer to one request. ``headers`` are lower case, ``length`` is the Content-Length. Raises Gone."""
         if not self._tail.current:
             return answers.unavailable("CatalogueUnavailable", "Tokens are not known yet.", 1)
         now = datetime.now(UTC)

@@ -33,6 +33,10 @@ INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/i
 OLD_PREFIX = b"/api/v1/"
 OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path begins with /v1.")
 
+VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
+"""Versions of Polar's API in which ingestion is what it is here."""
+VERSION_DEFAULT = b"2026-04"
+
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 LOAD_PATIENCE_S = 0.5
@@ -73,19 +77,34 @@ class Gateway:
         path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
         found = _misframed(scope["http_version"], method, headers)
-        if found is None and path in INGEST:
-            if method == "POST":
-                found = await self.endpoint(headers, int(headers[b"content-length"]), receive)
-            else:
-                found = answers.method_not_allowed("POST")
-            if path.startswith("/api/"):
-                found = msgspec.structs.replace(found, headers=(*found.headers, OLD_PREFIX_NOTICE))
+        if path in INGEST:
+            found = await self._ingest(scope, headers, found, receive)
         elif found is None and path in _OWN:
             found = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
         if found is not None:
             await answer(send, found)
         else:
             await self._pass_on(scope, int(headers.get(b"content-length", b"0")), receive, send)
+
+    async def _ingest(
+        self, scope: Message, headers: dict[bytes, bytes], misframed: Answer | None, receive: Receive
+    ) -> Answer:
+        version = headers.get(b"polar-version", VERSION_DEFAULT)
+        if misframed is not None:
+            found = misframed
+        elif version not in VERSIONS:
+            found = answers.not_found()
+        elif scope["method"] != "POST":
+            found = answers.method_not_allowed("POST")
+        else:
+            if b"prefer" in headers:  # may stand in several lines
+                headers[b"prefer"] = b",".join([value for name, value in scope["headers"] if name == b"prefer"])
+            found = await self.endpoint(headers, int(headers[b"content-length"]), receive)
+        telemetry.count_request(found.status)
+        shown = [(b"polar-version", version if version in VERSIONS else VERSION_DEFAULT)]
+        if scope["path"].startswith("/api/"):
+            shown.append(OLD_PREFIX_NOTICE)
+        return Answer(found.status, found.body, (*found.headers, *shown))
 
     async def _pass_on(self, scope: Message, length: int, receive: Receive, send: Send) -> None:
         path = scope["raw_path"]

@@ -62,6 +62,8 @@ def test_the_api_version_is_echoed(gateway: RunningGateway, version: str) -> Non
     """Every answer names the version of the API that it is given in."""
     assert gateway.ingest({"events": []}, polar_version=version).headers["polar-version"] == version
     assert gateway.ingest({"events": []}).headers["polar-version"] == "2026-04"
+    refused = gateway.client.get("/v1/events/ingest", headers={"polar-version": version})
+    assert refused.headers["polar-version"] == version
 
 
 def test_an_unknown_api_version_is_not_found(gateway: RunningGateway) -> None:
@@ -240,3 +242,30 @@ def test_a_lenient_request_without_a_good_event_writes_nothing(gateway: RunningG
     assert answer.status_code == 200
     assert answer.json()["inserted"] == 0
     assert len(gateway.lines()) == before
+
+
+def test_preferences_may_stand_in_several_lines(gateway: RunningGateway) -> None:
+    """As every list in HTTP may."""
+    lines = [("prefer", "handling=lenient"), ("prefer", "return=representation"), *gateway.authorization.items()]
+    answer = gateway.client.post("/v1/events/ingest", json={"events": [{}]}, headers=lines)
+    assert answer.headers["preference-applied"] == "handling=lenient, return=representation"
+
+
+def test_every_event_is_in_one_metric(gateway: RunningGateway) -> None:
+    """Accepted, duplicate, conflict and rejected add up to what was sent; requests are counted by status."""
+    def counted() -> dict[str, float]:
+        lines = gateway.client.get("/metrics").text.splitlines()
+        rows = (line.rpartition(" ") for line in lines if line.startswith("meterstream_gateway_"))
+        return {name.removeprefix("meterstream_gateway_"): float(value) for name, _, value in rows}
+
+    before = counted()
+    same = event(external_id="metric")
+    gateway.ingest({"events": [same, same, event(external_id="metric", name="other"), {}]}, prefer="handling=lenient")
+    gateway.ingest({"events": [event(), {}, {}]})
+    after = counted()
+    for verdict, count in {"accepted": 1, "duplicate": 1, "conflict": 1, "rejected": 3}.items():
+        name = f'events_total{{verdict="{verdict}"}}'
+        assert after[name] - before[name] == count, verdict
+    assert after['requests_total{status="200"}'] - before['requests_total{status="200"}'] == 1
+    assert after['requests_total{status="422"}'] - before['requests_total{status="422"}'] == 1
+    assert after["catalogue_current"] == 1
