@@ -36,12 +36,6 @@ def describe() -> str:
 
 def install_pages(app: FastAPI) -> None:
     """Serve ``/docs``, and complete the document at ``/openapi.json``."""
-    document = app.openapi()
-    components = document.setdefault("components", {})
-    made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
-    components["schemas"] = made | SCHEMAS
-    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"token": []}]
     digest = b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     headers = {"Content-Security-Policy": _POLICY.format(digest=digest), "X-Content-Type-Options": "nosniff"}
 
@@ -53,6 +47,17 @@ def install_pages(app: FastAPI) -> None:
     async def docs() -> Response:
         """The API as a page to read."""
         return Response(page(), media_type="text/html", headers=headers)
+
+    _complete(app.openapi())  # after the last route: another one would have it made anew
+
+
+def _complete(document: dict[str, Any]) -> None:
+    """Add the schemas of bodies and the kind of credential."""
+    components = document.setdefault("components", {})
+    made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
+    components["schemas"] = made | SCHEMAS
+    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"token": []}]
 
 
 def _page(document: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.engine import Committed, Engine
-from aggregator.store.store import Settings, Store, prepare_partitions
+from aggregator.store.opening import Settings
+from aggregator.store.store import Store, prepare_partitions
 from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 from meters.meter import Meter, new_meter

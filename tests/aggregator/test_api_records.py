@@ -1,0 +1,111 @@
+"""Customers and dead letters over HTTP."""
+
+from typing import Any
+
+import pytest
+
+from tests.aggregator.records import line
+from tests.aggregator.serving import Server, Tenant
+
+NOWHERE = "00000000-0000-4000-8000-00000000ffff"
+
+
+def test_a_customer_is_shown_with_all_that_clients_insist_on(tenant: Tenant) -> None:
+    """Every field of Polar's is there, what is not known is null, and either id finds it."""
+    body = {"email": "ann@example.com", "external_id": "a/b", "name": "Ann", "metadata": {"seats": 3}}
+    made = tenant.post("/v1/customers/", body)
+    unknown = ["modified_at", "deleted_at", "first_user_event_at", "avatar_url", "billing_name", "billing_address"]
+    unknown += ["tax_id", "locale", "default_payment_method_id"]
+    assert made == body | dict.fromkeys(unknown) | {
+        "id": made["id"],
+        "created_at": "2026-03-01T12:00:00Z",
+        "email_verified": False,
+        "type": "individual",
+        "organization_id": tenant.id,
+    }
+    assert tenant.get(f"/v1/customers/{made['id']}") == made
+    other = tenant.post("/v1/customers/", {"email": "bob@example.com", "external_id": "bob"})
+    assert tenant.get("/v1/customers/external/bob") == other
+
+
+def test_lists_of_customers(tenant: Tenant) -> None:
+    """Customers are found by text, address and metadata, newest first or as asked."""
+    for name, plan in (("Ann", "free"), ("Bob", "pro"), ("Cid", "pro")):
+        tenant.customer(email=f"{name}@Example.com", external_id=name, name=name, metadata={"plan": plan})
+
+    def found(**asked: Any) -> list[str]:
+        return [customer["name"] for customer in tenant.get("/v1/customers/", **asked)["items"]]
+
+    assert found(sorting="name") == ["Ann", "Bob", "Cid"]
+    assert found(query="bO") == ["Bob"]
+    assert found(email="cid@example.com") == ["Cid"]
+    assert sorted(found(**{"metadata[plan]": "pro"})) == ["Bob", "Cid"]
+    assert tenant.get("/v1/customers/", limit=2)["pagination"] == {"total_count": 3, "max_page": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "complaints"),
+    [
+        ({}, [("missing", ["body", "email"])]),
+        ({"email": "ann"}, [("value_error", ["body", "email"])]),
+        ({"email": "a@b", "name": 5}, [("string_type", ["body", "name"])]),
+        ({"email": "a@b", "external_id": "x" * 501}, [("string_too_long", ["body", "external_id"])]),
+        ({"email": "a@b", "metadata": {"k": None}}, [("string_type", ["body", "metadata", "k"])]),
+        (5, [("model_attributes_type", ["body"])]),
+    ],
+)
+def test_a_customer_that_makes_no_sense_is_refused(tenant: Tenant, body: Any, complaints: list[Any]) -> None:
+    """Each field is complained about at its place."""
+    assert tenant.refusal("POST", "/v1/customers/", json=body) == (422, "RequestValidationError", complaints)
+
+
+def test_names_of_customers_are_taken_once_in_an_organization(server: Server, tenant: Tenant) -> None:
+    """An external id and an address belong to one customer of a tenant; other tenants are free to use them."""
+    tenant.customer(email="ann@example.com", external_id="ann")
+    for body, field in (
+        ({"email": "new@example.com", "external_id": "ann"}, "external_id"),
+        ({"email": "ANN@example.com"}, "email"),
+    ):
+        refusal = tenant.refusal("POST", "/v1/customers/", json=body)
+        assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", field])])
+    theirs = server.tenant().customer(email="ann@example.com", external_id="ann")
+    assert tenant.ask("GET", f"/v1/customers/{theirs}").status_code == 404
+    assert tenant.ask("GET", "/v1/customers/external/nobody").status_code == 404
+
+
+def dead(tenant: Tenant) -> dict[str, Any]:
+    """The only dead letter of the tenant."""
+    (letter,) = tenant.get("/v1/dead-letters/")["items"]
+    found: dict[str, Any] = letter
+    return found
+
+
+def test_a_dead_letter_says_what_arrived_and_why_it_does_not_count(server: Server, tenant: Tenant) -> None:
+    """Reason, place and bytes are shown to its tenant and to nobody else."""
+    position = tenant.send(line("good"), b'{"name": "\xff"}', admitted=False)
+    letter = dead(tenant)
+    offset = int(position.split(":")[1]) - 1
+    assert (letter["id"], letter["raw"]) == (f"0-{offset}-1", '{"name": "\\xff"}')
+    assert (letter["ingested_at"], letter["replayed_at"]) == ("2026-03-01T12:00:00Z", None)
+    assert letter["reason"]
+    assert tenant.get(f"/v1/dead-letters/{letter['id']}") == letter
+    other = server.tenant()
+    assert other.get("/v1/dead-letters/")["items"] == []
+    assert other.ask("POST", f"/v1/dead-letters/{letter['id']}/replay").status_code == 404
+
+
+def test_a_dead_letter_that_was_taken_care_of_leaves_the_list(tenant: Tenant) -> None:
+    """Marking is a decision in the log; doing it twice is doing it once, and nothing is lost by it."""
+    tenant.send(b"{", admitted=False)
+    path = f"/v1/dead-letters/{dead(tenant)['id']}"
+    marked = tenant.post(f"{path}/replay", {})
+    assert marked["replayed_at"] == "2026-03-01T12:00:00Z"
+    assert tenant.post(f"{path}/replay", {}) == marked == tenant.get(path)
+    assert tenant.get("/v1/dead-letters/") == {"items": [], "pagination": {"total_count": 0, "max_page": 0}}
+    assert tenant.get("/v1/dead-letters/", include_replayed=True)["items"] == [marked]
+
+
+@pytest.mark.parametrize("id", ["x", "1-2", "0-0--1", "0-0-9", "1-" + "9" * 30 + "-1", "²-0-0"])
+def test_a_dead_letter_that_is_not_there(tenant: Tenant, id: str) -> None:
+    """A place where nothing lies, and what is no place, are 404."""
+    assert tenant.ask("GET", f"/v1/dead-letters/{id}").status_code == 404
