@@ -2,7 +2,8 @@
 
 from aggregator.process import Process
 from aggregator.process import run as run_aggregator
-from aggregator.store.store import Replaced, Unopenable
+from aggregator.store.opening import Unopenable
+from aggregator.store.store import Replaced
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor

@@ -113,7 +113,7 @@ def _details(response: httpx.Response) -> list[str]:
     """The refusals of a 422, each as ``where: what``."""
     try:
         entries = response.json()["detail"]
-        lines = [f"{'.'.join(map(str, entry['loc'][1:]))}: {entry['msg']}" for entry in entries]
+        lines = [": ".join(filter(None, (".".join(map(str, entry["loc"][1:])), entry["msg"]))) for entry in entries]
     except (ValueError, KeyError, TypeError):
         return []
     hidden = len(lines) - DETAILS_SHOWN_MAX

@@ -28,18 +28,21 @@ from meters.catalogue import (
     decode_change,
     encode_change,
 )
-from meters.log import USAGE_CONTROL, Entry, Log, TryAgain
+from meters.log import USAGE_CONTROL, Entry, Log, PositionLost, TryAgain
 
 READ_BYTES = 4 * 1024 * 1024
 SECRET_BYTES = 32  # 256 bits, more than anybody can guess
 
 
 class Control:
-    """The catalogue as the control stream has it, and the pen to write the next decision."""
+    """The catalogue as the control stream has it, and the pen to write the next decision. Making one raises GiveUp."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self.catalogue = Catalogue(_changes(log))
+        try:
+            self.catalogue = Catalogue(_changes(log))
+        except (TryAgain, PositionLost) as error:
+            raise GiveUp(f"the log's decisions cannot be read: {error}; see `meterstream doctor`") from error
 
     def decide(self, changes: Sequence[Change]) -> None:
         """Make decisions durable, all or none. Raises GiveUp when the log cannot take them now."""

@@ -48,8 +48,8 @@ def _examine_log(log: Log) -> Iterator[Finding]:
         yield Finding(stream, f"{records} records, up to position {_text(log.ends(stream))}")
     try:
         catalogue = Control(log).catalogue
-    except ValueError as error:
-        yield Finding("decisions", f"a control record is damaged: {error}", RESTORE_LOG)
+    except (ValueError, GiveUp) as error:
+        yield Finding("decisions", f"a control record is damaged: {error.__cause__ or error}", RESTORE_LOG)
         return
     named: dict[str, dict[str, Any]] = {
         "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
@@ -68,7 +68,8 @@ def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
 
 
 def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
-    from aggregator.store.store import Store, Unopenable
+    from aggregator.store.opening import Unopenable
+    from aggregator.store.store import Store
 
     if not data.store.exists():
         yield Finding("store", "there is none yet; the next start makes it from the log")

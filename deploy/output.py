@@ -51,7 +51,7 @@ def as_json(value: object) -> str:
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Output) -> None:
-    """Print rows. A table has the columns only; JSON has the whole rows; CSV has the columns, undecorated."""
+    """Print rows: JSON with all that is known, CSV with the columns, a table with those that are not empty."""
     match output:
         case Output.json:
             print(msgspec.json.format(as_json(list(rows)), indent=2))
@@ -60,7 +60,8 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Outp
             writer.writerow(columns)
             writer.writerows([_plain(row.get(column)) for column in columns] for row in rows)
         case Output.table:
-            show_table(rows, columns)
+            filled = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
+            show_table(rows, filled or columns)
 
 
 def show_one(row: Mapping[str, Any], output: Output) -> None:

@@ -97,7 +97,8 @@ def _faults(response: httpx.Response) -> dict[int, str]:
     for entry in _entries(response):
         location = entry["loc"]
         if len(location) > 2 and location[1] == "events" and isinstance(location[2], int):
-            field = ".".join(str(part) for part in location[3:])
+            # Polar names the variant of an event that it tried, which nobody wrote.
+            field = ".".join(str(part) for part in location[3:] if not str(part).startswith("EventCreate"))
             faults.setdefault(location[2], f"{field}: {entry['msg']}" if field else entry["msg"])
     return faults
 

@@ -3,11 +3,12 @@
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.output import Output, as_json, note, show, show_table
+from deploy.output import Output, as_json, show, show_table, text
 from deploy.session import session
 
 # How far back each interval looks by default: a screenful, and within the API's limits.
@@ -39,7 +40,7 @@ def usage(
     if interval not in DEFAULT_RANGE:
         raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
     until = _instant(end, "--end") if end else datetime.now(UTC)
-    since = _instant(start, "--start") if start else max(until - DEFAULT_RANGE[interval], EARLIEST)
+    since = _instant(start, "--start") if start else _beginning(until, interval, timezone)
     with here.api() as api:
         found = find_meter(api, meter)
         response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={
@@ -60,10 +61,22 @@ def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> No
     elif output is Output.csv:
         show(rows, ("timestamp", "quantity"), output)
     else:
-        total = {"timestamp": "total", "quantity": Decimal(answer["total"])}
         show_table(rows, ("timestamp", "quantity"), chart="quantity" if chart else "")
-        show_table([total], ("timestamp", "quantity"))
-        note(f"As of log position {as_of or 'unknown'}.")
+        print(f"Total {text(Decimal(answer['total']))}, as of log position {as_of}.")
+
+
+def _beginning(until: datetime, interval: str, timezone: str) -> datetime:
+    """Where to begin when nobody says: the default range back, at the start of its hour, day, week, month or year."""
+    try:
+        local = max(until - DEFAULT_RANGE[interval], EARLIEST).astimezone(ZoneInfo(timezone))
+    except (ZoneInfoNotFoundError, ValueError):
+        raise GiveUp(f"--timezone takes a name such as Europe/Berlin, and not {timezone!r}", USAGE) from None
+    local -= timedelta(days=local.weekday() if interval == "week" else 0)
+    parts = {"minute": 0, "second": 0, "microsecond": 0}
+    parts |= {} if interval == "hour" else {"hour": 0}
+    parts |= {"day": 1} if interval in ("month", "year") else {}
+    parts |= {"month": 1} if interval == "year" else {}
+    return max(local.replace(**parts), EARLIEST)  # type: ignore[arg-type]  # no zone is among the parts
 
 
 def _instant(text: str, option: str) -> datetime:

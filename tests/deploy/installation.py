@@ -53,6 +53,7 @@ class Installation:
         self.greeting = ""
         self._log = data.with_suffix(".stderr")
         self.server: subprocess.Popen[str] | None = None
+        self._http = httpx.Client()
         self._lifeline, self._held_end = os.pipe()  # the server ends with the tests, even when they are killed
 
     def start(self, *options: str) -> None:
@@ -71,7 +72,7 @@ class Installation:
         if not self.token:
             self.greeting += self._rest_of_greeting()
             self.token = re.findall(r"polar_oat_[\w-]+", self.greeting)[0]
-        eventually(lambda: httpx.get(f"{self.url}/v1/meters/", headers=self.headers).status_code == 200)
+        eventually(lambda: self.get("/v1/meters/").status_code == 200)
 
     def _rest_of_greeting(self) -> str:
         assert self.server is not None
@@ -96,6 +97,7 @@ class Installation:
         """Stop if it runs, and let go of everything."""
         if self.server is not None:
             self.stop()
+        self._http.close()
         os.close(self._held_end)
         os.close(self._lifeline)
 
@@ -119,10 +121,9 @@ class Installation:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """What a client sends to show its token."""
-        return {"Authorization": f"Bearer {self.token}"}
+    def get(self, path: str, **params: str) -> httpx.Response:
+        """A plain request with the token."""
+        return self._http.get(self.url + path, params=params, headers={"Authorization": f"Bearer {self.token}"})
 
     @property
     def log(self) -> str:
