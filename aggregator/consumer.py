@@ -16,7 +16,8 @@ from pathlib import Path
 import structlog
 
 from aggregator.engine import Committed, Engine
-from aggregator.store.store import MODEST, Replaced, Settings, Store, Unopenable, prepare_partitions
+from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
+from aggregator.store.store import Replaced, Store, prepare_partitions
 from aggregator.telemetry import Telemetry
 from aggregator.view import Snapshot, Total, Unavailable
 from meters.catalogue import Catalogue, Change, encode_change
@@ -65,9 +66,10 @@ class Aggregator:
         streams = (USAGE_EVENTS, USAGE_CONTROL)
         store = Store.open(self._path, {stream: self._log.identity(stream) for stream in streams}, self._settings)
         try:
-            for stream in streams:
-                prepare_partitions(store, stream, list(self._log.ends(stream)))
-            engine = Engine(self._log, store, self._observed)
+            with explaining(self._path):
+                for stream in streams:
+                    prepare_partitions(store, stream, list(self._log.ends(stream)))
+                engine = Engine(self._log, store, self._observed)
             engine.start()
         except BaseException:
             store.close()

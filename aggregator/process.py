@@ -15,7 +15,7 @@ import uvicorn
 
 from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
-from aggregator.store.store import MODEST, Settings
+from aggregator.store.opening import MODEST, Settings
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.002

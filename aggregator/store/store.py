@@ -13,11 +13,10 @@ DuckDB's, because its default would stall every few batches.
 """
 
 import contextlib
-import errno
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,19 +29,18 @@ from aggregator.apply import Batch
 from aggregator.directory import Directory
 from aggregator.seen import Keys, Seen
 from aggregator.step import Changes, Identity
-from aggregator.store import schema
+from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 
-_NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
-_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
 _INTERRUPT_AGAIN_S = 0.02  # a reader between two statements cannot be interrupted, so it is tried again
 _EVENT_COLUMNS = (
     "seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user', "
     "timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward"
 )
+Place = tuple[int, int, int]  # partition, offset and line of a dead letter
 
 
 class Doubt(Exception):
@@ -51,24 +49,6 @@ class Doubt(Exception):
 
 class Replaced(Exception):
     """Another writer took over, or the positions are not the expected ones: stop, do not retry."""
-
-
-class Unopenable(Exception):
-    """The file cannot be used as it is. The message says which command heals it."""
-
-
-class NotNow(Exception):
-    """The file cannot be opened just now, for a reason outside of it, such as a full disk: try again later."""
-
-
-class Settings(NamedTuple):
-    """How much of the machine the store may use."""
-
-    memory_limit: str = "4GB"
-    threads: int = 2
-
-
-MODEST = Settings()
 
 
 class Round(NamedTuple):
@@ -94,6 +74,9 @@ class Store:
         self.next_seq: int = row[0] if row else 0
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM dead_letters").fetchone()
         self._next_dead: int = row[0] if row else 0
+        self._replayed: dict[Place, datetime] = {}
+        for value in self.control():
+            self._note_replayed(value)
 
     @classmethod
     def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
@@ -101,16 +84,13 @@ class Store:
 
         ``identities`` maps each stream to its identity. Raises Unopenable with the way on in its message, NotNow.
         """
-        with contextlib.ExitStack() as undo:
-            try:
-                connection = _connect(path, settings)
-                undo.callback(connection.close)  # a half open instance would be found again by the next opener
-                _migrate(connection, identities)
-                store = cls(connection, _claim_epoch(connection))
-            except (duckdb.Error, OSError) as error:
-                raise _explained(path, error) from error
-            undo.pop_all()
-        return store
+        connection, epoch = open_file(path, identities, settings)
+        try:
+            with explaining(path):
+                return cls(connection, epoch)
+        except BaseException:
+            connection.close()
+            raise
 
     def close(self) -> None:
         """Let go of the file, as soon as nobody reads any more; queries that run are interrupted.
@@ -231,13 +211,22 @@ class Store:
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:
         for value in values:
-            change = decode_change(value)
-            if isinstance(change, DeadLetterReplayed):
+            place = self._note_replayed(value)
+            if place:
                 self._connection.execute(
                     """UPDATE dead_letters SET replayed_at = ?
                        WHERE log_partition = ? AND log_offset = ? AND line = ? AND replayed_at IS NULL""",
-                    [change.replayed_at.replace(tzinfo=None), change.log_partition, change.log_offset, change.line],
+                    [self._replayed[place], *place],
                 )
+
+    def _note_replayed(self, value: bytes) -> Place | None:
+        """Remember which dead letter a decision settles: it may be read before the letter, when a store is rebuilt."""
+        change = decode_change(value)
+        if not isinstance(change, DeadLetterReplayed):
+            return None
+        place = change.log_partition, change.log_offset, change.line
+        self._replayed.setdefault(place, change.replayed_at.replace(tzinfo=None))
+        return place
 
     def _tally(self, changes: Changes) -> None:
         for partition, tally in changes.tallies.items():
@@ -248,8 +237,11 @@ class Store:
             )
         if changes.dead:
             self._connection.executemany(
-                """INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?::BIGINT), NULL)""",
-                [(self._next_dead + place, *letter) for place, letter in enumerate(changes.dead)],
+                """INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?::BIGINT), ?)""",
+                [
+                    (self._next_dead + number, *letter, self._replayed.get(letter[:3]))
+                    for number, letter in enumerate(sorted(changes.dead, key=lambda letter: letter[:3]))
+                ],
             )
 
     @contextlib.contextmanager
@@ -295,52 +287,6 @@ class Store:
         return True
 
 
-def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
-    return duckdb.connect(
-        str(path),
-        config={
-            "memory_limit": settings.memory_limit,
-            "threads": settings.threads,
-            "temp_directory": f"{path}.tmp",
-            "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        },
-    )
-
-
-def _migrate(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
-    known = connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'about'").fetchone()
-    if known == (0,):
-        _create(connection, identities)
-    version = connection.execute("SELECT version FROM about").fetchone()
-    if version != (schema.VERSION,):
-        raise Unopenable(f"the store has layout {version}, this program has {schema.VERSION}: run meterstream rebuild")
-    stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
-    for stream, identity in identities.items():
-        if stored.get(stream) != identity:
-            raise Unopenable(
-                f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity}): "
-                "point --data at the right log, or run meterstream rebuild to make the store from this one"
-            )
-
-
-def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
-    connection.execute("BEGIN")
-    for statement in schema.TABLES.split(";"):
-        if statement.strip():
-            connection.execute(statement)
-    connection.execute("INSERT INTO about VALUES (?, 0)", [schema.VERSION])
-    connection.executemany("INSERT INTO streams VALUES (?, ?)", list(identities.items()))
-    connection.execute("COMMIT")
-    connection.execute("CHECKPOINT")
-
-
-def _claim_epoch(connection: duckdb.DuckDBPyConnection) -> int:
-    row = connection.execute("UPDATE about SET writer_epoch = writer_epoch + 1 RETURNING writer_epoch").fetchone()
-    return row[0] if row else 0
-
-
 def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> None:
     """Give every partition of a stream a position and a tally, once."""
     with contextlib.closing(store.cursor()) as connection:
@@ -363,13 +309,3 @@ def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
     types = (pa.int32(), pa.int32(), pa.string(), pa.string())
     names = ("number", "organization", "kind", "text")
     return pa.table({n: pa.array(list(c), t) for n, c, t in zip(names, columns, types, strict=True)})
-
-
-def _explained(path: Path, error: Exception) -> Exception:
-    """What an error while opening means. DuckDB tells the system's reasons by their text alone."""
-    text = str(error).splitlines()[0]
-    if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
-        return NotNow(f"{path} cannot be opened now ({text})")
-    if "Could not set lock" in text:
-        return Unopenable(f"{path} is in use by another process: stop that one first ({text})")
-    return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")

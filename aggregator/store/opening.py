@@ -1,0 +1,116 @@
+"""How the store's file is opened: made if it is not there, checked that it belongs to this log, claimed by one writer.
+
+What goes wrong here is one of two things. The file cannot be used as it is, and a person must run a command; or the
+machine cannot serve it just now, and it is tried again.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+
+from aggregator.store import schema
+
+_NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Unopenable(Exception):
+    """The file cannot be used as it is. The message says which command heals it."""
+
+
+class NotNow(Exception):
+    """The file cannot be opened just now, for a reason outside of it, such as a full disk: try again later."""
+
+
+class Settings(NamedTuple):
+    """How much of the machine the store may use."""
+
+    memory_limit: str = "4GB"
+    threads: int = 2
+
+
+MODEST = Settings()
+
+
+def open_file(path: Path, identities: Mapping[str, str], settings: Settings) -> tuple[duckdb.DuckDBPyConnection, int]:
+    """The file, and the writer epoch that is ours now. ``identities`` maps each stream to its identity.
+
+    Raises Unopenable, NotNow.
+    """
+    with contextlib.ExitStack() as undo, explaining(path):
+        connection = _connect(path, settings)
+        undo.callback(connection.close)  # an instance that is half open would be found again by the next opener
+        _migrate(connection, identities)
+        epoch = _claim_epoch(connection)
+        undo.pop_all()
+    return connection, epoch
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Around whatever reads a file just opened: says what an error means. Raises Unopenable, NotNow."""
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:
+        raise _explained(path, error) from error
+
+
+def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(
+        str(path),
+        config={
+            "memory_limit": settings.memory_limit,
+            "threads": settings.threads,
+            "temp_directory": f"{path}.tmp",
+            "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
+
+
+def _migrate(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
+    known = connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'about'").fetchone()
+    if known == (0,):
+        _create(connection, identities)
+    version = connection.execute("SELECT version FROM about").fetchone()
+    if version != (schema.VERSION,):
+        raise Unopenable(f"the store has layout {version}, this program has {schema.VERSION}: run meterstream rebuild")
+    stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
+    for stream, identity in identities.items():
+        if stored.get(stream) != identity:
+            raise Unopenable(
+                f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity}): "
+                "point --data at the right log, or run meterstream rebuild to make the store from this one"
+            )
+
+
+def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
+    connection.execute("BEGIN")
+    for statement in schema.TABLES.split(";"):
+        if statement.strip():
+            connection.execute(statement)
+    connection.execute("INSERT INTO about VALUES (?, 0)", [schema.VERSION])
+    connection.executemany("INSERT INTO streams VALUES (?, ?)", list(identities.items()))
+    connection.execute("COMMIT")
+    connection.execute("CHECKPOINT")
+
+
+def _claim_epoch(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("UPDATE about SET writer_epoch = writer_epoch + 1 RETURNING writer_epoch").fetchone()
+    return row[0] if row else 0
+
+
+def _explained(path: Path, error: Exception) -> Exception:
+    """What an error while opening means. DuckDB tells the system's reasons by their text alone."""
+    text = str(error).splitlines()[0]
+    if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
+        return NotNow(f"{path} cannot be opened now ({text})")
+    if "Could not set lock" in text:
+        return Unopenable(f"{path} is in use by another process: stop that one first ({text})")
+    return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")
