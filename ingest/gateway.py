@@ -34,7 +34,7 @@ OLD_PREFIX = b"/api/v1/"
 OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path begins with /v1.")
 
 VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
-"""Versions of Polar's API in which ingestion is what it is here."""
+"""Versions of Polar's API in which metering is what it is here."""
 VERSION_DEFAULT = b"2026-04"
 
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
@@ -77,40 +77,33 @@ class Gateway:
         path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
         found = _misframed(scope["http_version"], method, headers)
+        if found is None and path in _OWN:
+            own = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
+            await answer(send, own)
+            return
+        version = headers.get(b"polar-version", VERSION_DEFAULT)
+        if found is None and version not in VERSIONS:
+            found = answers.not_found()
+        send = functools.partial(_send_with, send, _shown(version, path))
         if path in INGEST:
-            found = await self._ingest(scope, headers, found, receive)
-        elif found is None and path in _OWN:
-            found = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
+            found = found or await self._ingest(scope, headers, receive)
+            telemetry.count_request(found.status)
         if found is not None:
             await answer(send, found)
         else:
             await self._pass_on(scope, int(headers.get(b"content-length", b"0")), receive, send)
 
-    async def _ingest(
-        self, scope: Message, headers: dict[bytes, bytes], misframed: Answer | None, receive: Receive
-    ) -> Answer:
-        version = headers.get(b"polar-version", VERSION_DEFAULT)
-        if misframed is not None:
-            found = misframed
-        elif version not in VERSIONS:
-            found = answers.not_found()
-        elif scope["method"] != "POST":
-            found = answers.method_not_allowed("POST")
-        else:
-            if b"prefer" in headers:  # may stand in several lines
-                headers[b"prefer"] = b",".join([value for name, value in scope["headers"] if name == b"prefer"])
-            found = await self.endpoint(headers, int(headers[b"content-length"]), receive)
-        telemetry.count_request(found.status)
-        shown = [(b"polar-version", version if version in VERSIONS else VERSION_DEFAULT)]
-        if scope["path"].startswith("/api/"):
-            shown.append(OLD_PREFIX_NOTICE)
-        return Answer(found.status, found.body, (*found.headers, *shown))
+    async def _ingest(self, scope: Message, headers: dict[bytes, bytes], receive: Receive) -> Answer:
+        if scope["method"] != "POST":
+            return answers.method_not_allowed("POST")
+        if b"prefer" in headers:  # may stand in several lines
+            headers[b"prefer"] = b",".join([value for name, value in scope["headers"] if name == b"prefer"])
+        return await self.endpoint(headers, int(headers[b"content-length"]), receive)
 
     async def _pass_on(self, scope: Message, length: int, receive: Receive, send: Send) -> None:
         path = scope["raw_path"]
         if path.startswith(OLD_PREFIX):
             path = path[len("/api") :]
-            send = functools.partial(_send_with_notice, send)
         bytes_max = self._settings.body_bytes_max
         if length > bytes_max:
             telemetry.count_passed_on(await answer(send, answers.too_large(bytes_max)))
@@ -184,7 +177,13 @@ def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer
     return None
 
 
-async def _send_with_notice(send: Send, message: Message) -> None:
+def _shown(version: bytes, path: str) -> list[tuple[bytes, bytes]]:
+    """What every answer says of the API: its version, and that an old path is old."""
+    shown = [(b"polar-version", version if version in VERSIONS else VERSION_DEFAULT)]
+    return [*shown, OLD_PREFIX_NOTICE] if path.startswith("/api/v1/") else shown
+
+
+async def _send_with(send: Send, headers: list[tuple[bytes, bytes]], message: Message) -> None:
     if message["type"] == "http.response.start":
-        message = {**message, "headers": [*message["headers"], OLD_PREFIX_NOTICE]}
+        message = {**message, "headers": [*message["headers"], *headers]}
     await send(message)
