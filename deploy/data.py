@@ -80,12 +80,14 @@ class DataDirectory(msgspec.Struct, frozen=True):
         Raises GiveUp when somebody else holds it: ``purpose`` says what cannot be done meanwhile.
         """
         self.make()
-        lock = os.open(self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock = os.open(self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise GiveUp(f"cannot {purpose}: {self.path} cannot be written: {error.strerror}") from None
         try:
             if not _locked(lock):
-                owner = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
                 raise GiveUp(
-                    f"cannot {purpose}: another server (process {owner}) uses {self.path}; "
+                    f"cannot {purpose}: another server (process {_owner(lock)}) uses {self.path}; "
                     "stop it first, or give another --data"
                 )
             os.ftruncate(lock, 0)
@@ -95,14 +97,30 @@ class DataDirectory(msgspec.Struct, frozen=True):
             os.close(lock)
 
 
-def _locked(descriptor: int) -> bool:
-    """Whether the lock could be had within a short time."""
+def _owner(lock: int) -> int:
+    """The process that took the lock; its children may hold it after it. 0 when that is not written."""
+    text = os.pread(lock, 20, 0).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def _locked(lock: int) -> bool:
+    """Whether the lock could be had: at once, or soon after the death of whoever took it."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if _runs(_owner(lock)) or time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process is one, too
+    return process != 0

@@ -28,7 +28,9 @@ import structlog
 from deploy.control import first_start, open_control
 from deploy.data import DataDirectory
 from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.output import note
 from deploy.settings import Settings
+from meters.access import digest
 
 BACKLOG = 2048  # connections that wait while a gateway is replaced, as many as uvicorn would let wait
 STOP_PATIENCE_S = 20.0  # a round of the aggregator takes well under a second; a gateway lets its requests finish
@@ -40,11 +42,11 @@ logger = structlog.get_logger("deploy.serve")
 
 
 class Child:
-    """One process that should always run."""
+    """One process that should always run, with the descriptors that it inherits."""
 
-    def __init__(self, name: str, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
+    def __init__(self, name: str, command: Sequence[str], descriptors: Sequence[int] = ()) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", "deploy.cli", name, *arguments]
+        self._command = command
         self._descriptors = tuple(descriptors)
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
@@ -111,6 +113,8 @@ def serve(settings: Settings) -> None:
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
         with open_control(data, create=True) as control:
             secret = first_start(control, settings.token)
+            if settings.token and digest(settings.token) not in control.catalogue.tokens:
+                note("The token that was given is not known here; `meterstream tokens create` makes one.")
         started = Started(_url(settings.host, listener), str(data.path), secret, drawn=not settings.token)
         lifeline, held_end = os.pipe()
         try:
@@ -148,9 +152,14 @@ def _url(host: str, listener: socket.socket) -> str:
 
 def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, Child]:
     """The gateway and the aggregator. Both hold the directory's lock, so none can be left over unnoticed."""
-    common = ("--data", str(data.path), "--lifeline", str(lifeline))
-    gateway = Child("gateway", (*common, "--socket", str(listener.fileno())), (lifeline, lock, listener.fileno()))
-    return gateway, Child("aggregate", common, (lifeline, lock))
+    program = (sys.executable, "-m", "deploy.cli", "--data", str(data.path))
+    common, socket_number = ("--lifeline", str(lifeline)), listener.fileno()
+    gateway = (*program, "gateway", *common, "--socket", str(socket_number))
+    aggregator = (*program, "aggregate", *common)
+    return (
+        Child("gateway", gateway, (lifeline, lock, socket_number)),
+        Child("aggregator", aggregator, (lifeline, lock)),
+    )
 
 
 async def _supervise(children: tuple[Child, Child], started: Started) -> GiveUp | None:

@@ -128,7 +128,7 @@ def test_what_a_restart_cannot_heal_ends_everything(installation: Installation) 
 
     assert done.returncode == 1
     assert "meterstream rebuild" in done.stderr
-    assert "the aggregate cannot run" in done.stderr
+    assert "the aggregator cannot run" in done.stderr
     assert installation.run("doctor").returncode == 1
     assert installation.run("rebuild").returncode == 0
     assert installation.run("doctor").returncode == 0

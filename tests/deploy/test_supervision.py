@@ -1,0 +1,61 @@
+"""How often a child is started again, and when that ends."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy import serve
+from deploy.giving_up import GiveUp
+from deploy.serve import CRASHES_MAX, Child
+
+COUNTING = "import sys; open(sys.argv[1], 'a').write('started '); raise SystemExit(int(sys.argv[2]))"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "PAUSES_S", (0.0,) * CRASHES_MAX)
+
+
+def keep(tmp_path: Path, exit_code: int) -> tuple[GiveUp | None, int]:
+    """Keep a child that ends with this code; how that ended, and how often it was started."""
+    starts = tmp_path / "starts"
+    child = Child("gateway", [sys.executable, "-c", COUNTING, str(starts), str(exit_code)])
+
+    async def kept() -> GiveUp | None:
+        return await child.keep()
+
+    return asyncio.run(kept()), starts.read_text().count("started")
+
+
+def test_a_child_that_always_crashes_is_given_up(tmp_path: Path) -> None:
+    """After so many crashes in a short time another start would not help, and the last words say so."""
+    failure, starts = keep(tmp_path, 70)
+
+    assert starts == CRASHES_MAX + 1
+    assert failure is not None
+    assert "the gateway ended 6 times within 60 s" in str(failure)
+
+
+@pytest.mark.parametrize("exit_code", [1, 2])
+def test_a_child_that_explains_itself_is_not_started_again(tmp_path: Path, exit_code: int) -> None:
+    """Exit codes 1 and 2 come with a line that says why; a second try would only say it again."""
+    failure, starts = keep(tmp_path, exit_code)
+
+    assert starts == 1
+    assert failure is not None
+    assert failure.exit_code == exit_code
+
+
+def test_a_stopped_child_stays_stopped() -> None:
+    """A child that is asked to end is waited for, and is no failure."""
+
+    async def scenario() -> GiveUp | None:
+        child = Child("gateway", [sys.executable, "-c", "import signal; signal.pause()"])
+        kept = asyncio.create_task(child.keep())
+        await asyncio.sleep(0)
+        await child.stop()
+        return await kept
+
+    assert asyncio.run(scenario()) is None
