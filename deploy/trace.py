@@ -45,11 +45,8 @@ class Request(NamedTuple):
 
 def find_trace(repository: Path) -> Path | None:
     """A copy of the Azure trace in ``data/azure-llm-2023`` of the repository or of a folder beside it."""
-    for place in (repository, *sorted(path for path in repository.parent.iterdir() if path.is_dir())):
-        candidate = place / "data" / "azure-llm-2023" / TRACE_NAME
-        if candidate.is_file():
-            return candidate
-    return None
+    name = f"data/azure-llm-2023/{TRACE_NAME}"
+    return next(iter([*repository.glob(name), *sorted(repository.parent.glob(f"*/{name}"))]), None)
 
 
 def make_trace(path: Path, rows: int = GENERATED_ROWS) -> None:
