@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import Admitted, Refused, Sender, admit
+from ingest.admission import BUSINESS, Admitted, Refused, Sender, admit
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -37,6 +37,7 @@ from meters import log as port
 from meters.access import Denied, authorize, writing
 from meters.catalogue import Token
 from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
+from meters.refusal import Reason
 
 SCOPES = writing("events")
 
@@ -148,16 +149,24 @@ class IngestEndpoint:
 
     async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
         telemetry.BODY_BYTES.inc(len(body))
-        sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
-        now = datetime.now(UTC)
-        if len(body) <= INLINE_BODY_BYTES_MAX:
-            admitted = admit(body, sender, now, lenient=preferences.lenient)
-        else:
-            loop = asyncio.get_running_loop()
-            admitted = await loop.run_in_executor(self._large_bodies, _admit_large, body, sender, now, preferences)
+        known = dict(self._tail.position)
+        admitted = await self._judge(token, body, preferences)
+        if _names_unknown(admitted):  # or made a moment ago, and not yet known here
+            if not await self._tail.catch_up():
+                return answers.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
+            if self._tail.position != known:
+                admitted = await self._judge(token, body, preferences)
         if isinstance(admitted, Refused):
             return _unprocessable(admitted)
         return await self._append(token, admitted, preferences)
+
+    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> Admitted | Refused:
+        sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
+        now = datetime.now(UTC)
+        if len(body) <= INLINE_BODY_BYTES_MAX:
+            return admit(body, sender, now, lenient=preferences.lenient)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._large_bodies, _admit_large, body, sender, now, preferences)
 
     async def _append(self, token: Token, admitted: Admitted, preferences: Preferences) -> Answer:
         verdicts: Sequence[Verdict] | None = None
@@ -188,6 +197,14 @@ class IngestEndpoint:
 
 def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
     return admit(body, sender, now, lenient=preferences.lenient)
+
+
+def _names_unknown(admitted: Admitted | Refused) -> bool:
+    """Whether an event was refused because there is no such customer."""
+    unknown, _ = Reason.CUSTOMER_UNKNOWN.value
+    if isinstance(admitted, Refused):
+        return admitted.error == BUSINESS and any(entry["type"] == unknown for entry in admitted.detail)
+    return any(refusal.type == unknown for refusal in admitted.refusals)
 
 
 def _unprocessable(refused: Refused) -> Answer:

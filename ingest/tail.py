@@ -23,6 +23,9 @@ WAIT_S = 0.25
 STALE_S = 10.0
 """Seconds without a successful read after which what is known is no longer trusted."""
 
+CATCH_UP_S = 1.0
+"""Seconds that a request waits for what was decided before it came; it takes milliseconds."""
+
 logger = logging.getLogger("ingest.tail")
 
 
@@ -34,6 +37,7 @@ class CatalogueTail:
         self.position: dict[int, int] = {}
         self._log = log
         self._loaded = threading.Event()
+        self._moved = threading.Condition()
         self._read_at_s = 0.0
         self._stopping = threading.Event()
 
@@ -45,6 +49,18 @@ class CatalogueTail:
     async def wait_until_loaded(self, seconds: float) -> bool:
         """Whether the whole stream was read within so many seconds."""
         return await asyncio.to_thread(self._loaded.wait, seconds)
+
+    async def catch_up(self) -> bool:
+        """Whether everything that was decided before this call is known, after waiting a moment for it."""
+        return await asyncio.to_thread(self._catch_up)
+
+    def _catch_up(self) -> bool:
+        try:
+            ends = self._log.ends(USAGE_CONTROL)
+        except TryAgain:
+            return False
+        with self._moved:
+            return self._moved.wait_for(lambda: self._at(ends), CATCH_UP_S)
 
     async def run(self) -> None:
         """Follow the stream until ``stop``. Owns its thread."""
@@ -80,6 +96,8 @@ class CatalogueTail:
             self._apply(record.value)
             self.position[record.partition] = record.offset + 1
         self._read_at_s = time.monotonic()
+        with self._moved:
+            self._moved.notify_all()
 
     def _at(self, ends: dict[int, int]) -> bool:
         return all(self.position[partition] >= end for partition, end in ends.items())

@@ -15,9 +15,9 @@ from ingest.log import open_log
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
 from meters.access import TOKEN_PREFIX
-from meters.catalogue import TokenCreated
+from meters.catalogue import Customer, CustomerCreated, TokenCreated
 from meters.event import identity
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
 from tests.ingest.running import CREATED, RunningGateway, event, eventually
 
 BODY = json.dumps({"events": [event()]}).encode()
@@ -158,3 +158,37 @@ def test_what_was_acknowledged_survives_the_process(tmp_path: Path) -> None:
     assert {msgspec.json.decode(record.value)["external_id"] for record in records} == acknowledged
     assert [record.offset for record in records] == list(range(80))
     assert min(record.timestamp_us for record in records) > CREATED.timestamp() * 1e6
+
+
+def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path) -> None:
+    """An event may follow its customer at once: what is in the log already is not unknown, only not read yet."""
+    with RunningGateway(open_log(f"embedded:{tmp_path}")) as gateway:
+        for preference in ("handling=strict", "handling=lenient") * 10:
+            customer = Customer(id=str(uuid.uuid4()), organization_id=gateway.organization_id, created_at=CREATED)
+            gateway.decide(CustomerCreated(customer))
+            body = {"events": [{"name": "call", "customer_id": customer.id}]}
+            assert gateway.ingest(body, prefer=preference).json()["inserted"] == 1
+
+
+class ControlLostLog(MemoryLog):
+    """A log whose control stream can be followed, and not be asked how far it goes once it is ``lost``."""
+
+    lost = False
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """Where the stream ends, as long as it can be told."""
+        if stream == USAGE_CONTROL and self.lost:
+            raise TryAgain("not now")
+        return super().ends(stream)
+
+
+def test_no_customer_is_called_unknown_while_that_is_uncertain() -> None:
+    """503 with Retry-After where the newest decisions cannot be read, and Polar's refusal where they can."""
+    log = ControlLostLog(Disk(), lambda: 0, Limits())
+    body = {"events": [{"name": "call", "customer_id": str(uuid.uuid4())}]}
+    with RunningGateway(log) as gateway:
+        assert gateway.ingest(body).status_code == 422
+        log.lost = True
+        answer = gateway.ingest(body)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
