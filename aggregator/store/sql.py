@@ -15,9 +15,9 @@ from operator import eq, ge, gt, le, lt, ne
 from typing import NamedTuple
 
 import msgspec
-from sqlglot import exp, parse_one
+from sqlglot import exp
 
-from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage, built_in_column
+from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage, amount_type, built_in_column, fixed
 from meters.aggregation import Aggregation, exact_sum, mean
 from meters.amount import INTEGER_DIGITS_MAX
 from meters.filter import Clause, Filter, Operator, Scalar, value_text
@@ -67,7 +67,7 @@ def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expr:
         condition(part, stage, parameters) if isinstance(part, Filter) else _clause(part, stage, parameters)
         for part in filter.clauses
     ]
-    return exp.and_(*parts) if filter.conjunction == "and" else exp.or_(*parts)
+    return exp.and_(*parts, copy=False) if filter.conjunction == "and" else exp.or_(*parts, copy=False)
 
 
 def before_reading(filter: Filter, parameters: Parameters) -> list[exp.Expr]:
@@ -90,7 +90,7 @@ def _clause(clause: Clause, stage: Stage, parameters: Parameters) -> exp.Expr:
         return _built_in(clause, stage.built_in(clause.property), parameters)
     if operator is Operator.EXISTS:
         present = stage.present(clause.property)
-        return present if clause.value else exp.not_(present)
+        return present if clause.value else exp.not_(present, copy=False)
     if operator in (Operator.LIKE, Operator.NOT_LIKE):
         return _like(stage.text(clause.property), operator, value_text(values[0]), parameters)
     if operator is Operator.IN:
@@ -106,14 +106,14 @@ def _compare(property: str, operator: Operator, value: Scalar, stage: Stage, par
         parts.append(_compare_number(stage.number(property), operator, value, parameters))
     if isinstance(value, bool):
         parts.append(binary(this=stage.boolean(property), expression=exp.convert(value)))
-    return exp.or_(*parts)
+    return exp.or_(*parts, copy=False)
 
 
 def _compare_number(number: exp.Expr, operator: Operator, value: int | Decimal, parameters: Parameters) -> exp.Expr:
     """A value that no amount reaches is compared once, here, with any amount at all."""
     if not _is_reachable(value):
         holds = _COMPARE[operator](0, value)
-        return exp.and_(exp.convert(holds), exp.not_(number.is_(exp.null())))
+        return exp.and_(exp.convert(holds), exp.not_(number.is_(exp.null()), copy=False), copy=False)
     return _EXPRESSIONS[operator](this=number, expression=parameters.amount(Decimal(value)))
 
 
@@ -125,14 +125,12 @@ def _is_reachable(value: int | Decimal) -> bool:
 def _any_of(property: str, values: Sequence[Scalar], stage: Stage, parameters: Parameters) -> exp.Expr:
     texts = [parameters.add(value_text(value)) for value in values]
     numbers = [
-        parameters.amount(Decimal(value))
-        for value in values
-        if not isinstance(value, str) and _is_reachable(value)
+        parameters.amount(Decimal(value)) for value in values if not isinstance(value, str) and _is_reachable(value)
     ]
     booleans = [exp.convert(value) for value in values if isinstance(value, bool)]
     facets = (stage.string, texts), (stage.number, numbers), (stage.boolean, booleans)
     parts = [exp.In(this=facet(property), expressions=list(found)) for facet, found in facets if found]
-    return exp.or_(*parts) if parts else exp.false()
+    return exp.or_(*parts, copy=False) if parts else exp.false()
 
 
 def _built_in(clause: Clause, column: exp.Expr, parameters: Parameters) -> exp.Expr:
@@ -147,9 +145,9 @@ def _built_in(clause: Clause, column: exp.Expr, parameters: Parameters) -> exp.E
     if operator in (Operator.LIKE, Operator.NOT_LIKE):
         return _like(exp.cast(column, "VARCHAR"), operator, str(fitting[0]), parameters)
     if clause.property == TIMESTAMP:
-        seconds = exp.cast(column, AMOUNT, dialect=DIALECT)
+        seconds = exp.Cast(this=column, to=amount_type())
         parts = [_compare_number(seconds, _single(operator), int(value), parameters) for value in fitting]
-        return exp.or_(*parts)
+        return exp.or_(*parts, copy=False)
     texts = [parameters.add(value) for value in fitting]
     if operator is Operator.IN:
         return exp.In(this=column, expressions=texts)
@@ -166,23 +164,23 @@ def _single(operator: Operator) -> Operator:
 
 def _like(text: exp.Expr, operator: Operator, needle: str, parameters: Parameters) -> exp.Expr:
     found = exp.Contains(this=text, expression=parameters.add(needle))
-    return found if operator is Operator.LIKE else exp.not_(found)
+    return found if operator is Operator.LIKE else exp.not_(found, copy=False)
 
 
 def considered(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     """Whether the aggregation takes an event that the filter let through; never NULL."""
     if aggregation.func in ("count", "unique"):
         return exp.true()
-    return exp.not_(_amount(aggregation, stage).is_(exp.null()))
+    return exp.not_(_amount(aggregation, stage).is_(exp.null()), copy=False)
 
 
 def _amount(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     """The number that a numeric function reads."""
     property = aggregation.property or ""
     if property == TIMESTAMP:
-        return exp.cast(stage.built_in(property), AMOUNT, dialect=DIALECT)
+        return exp.Cast(this=stage.built_in(property), to=amount_type())
     if is_built_in(property):
-        return exp.cast(exp.null(), AMOUNT, dialect=DIALECT)
+        return fixed(f"CAST(NULL AS {AMOUNT})")
     return stage.number(property)
 
 
@@ -192,7 +190,7 @@ def value(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     ``unique`` looks up built-in names in the metadata, as Polar does.
     """
     if aggregation.func == "count":
-        return exp.cast(exp.Literal.number(1), AMOUNT, dialect=DIALECT)
+        return fixed(f"CAST(1 AS {AMOUNT})")
     if aggregation.func == "unique":
         return stage.identity(aggregation.property or "")
     return _amount(aggregation, stage)
@@ -215,16 +213,15 @@ def measures(aggregation: Aggregation, contribution: exp.Expr) -> list[exp.Expr]
         enormous = f"LIST(x) FILTER (WHERE NOT ({ordinary}))"
         sources = ["COUNT(x)", f"SUM(x) FILTER (WHERE {ordinary})", enormous, "MIN(x)", "MAX(x)"]
     return [
-        exp.alias_(_with(source, contribution), name, quoted=True)
+        exp.alias_(_with(source, contribution), name, quoted=True, copy=False)
         for source, name in zip(sources, MEASURES, strict=True)
     ]
 
 
 def _with(source: str, contribution: exp.Expr) -> exp.Expr:
     """The fragment of SQL, with the contribution in the place of ``x``."""
-    tree = parse_one(source, dialect=DIALECT)
-    return tree.transform(
-        lambda node: contribution.copy() if isinstance(node, exp.Column) and node.name == "x" else node
+    return fixed(source).transform(
+        lambda node: contribution.copy() if isinstance(node, exp.Column) and node.name == "x" else node, copy=False
     )
 
 

@@ -11,6 +11,8 @@ back as JSON text (``5``, ``"5"``, ``true``, ``{...}``); numbers that DuckDB's J
 """
 
 from collections.abc import Sequence
+from functools import cache
+from typing import cast
 
 from sqlglot import exp, parse_one
 
@@ -52,6 +54,16 @@ _UNQUOTED = f"COALESCE({_STRING}, {{t}})"
 _SECONDS = "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
 
 
+@cache
+def _parsed(sql: str) -> exp.Expr:
+    return parse_one(sql, dialect=DIALECT)
+
+
+def fixed(sql: str) -> exp.Expr:
+    """SQL that is written in this program, as an expression. Parsing is slow, so it is done once."""
+    return _parsed(sql).copy()
+
+
 class Parameters:
     """Values of a statement, each under a name of its own; text from outside gets into SQL in no other way."""
 
@@ -70,7 +82,7 @@ class Parameters:
 
     def amount(self, value: object) -> exp.Expr:
         """A placeholder for a number that an amount is compared with."""
-        return exp.cast(self.add(value), AMOUNT, dialect=DIALECT)
+        return exp.Cast(this=self.add(value), to=amount_type())
 
 
 class Stage:
@@ -120,37 +132,40 @@ class Stage:
 
     def select(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The columns ``keep`` of ``source`` (a table, or a SELECT in parentheses) and every facet asked for."""
-        facets = [exp.alias_(column.copy(), name) for name, column in self._columns.items()]
+        facets = [exp.alias_(column, name, copy=False) for name, column in self._columns.items()]
         if self._pointers:
-            source = self._tokens(source, keep, parameters).subquery("tokens")
-        return exp.select(*map(exp.column, keep), *facets).from_(source)
+            source = self._tokens(source, keep, parameters).subquery("tokens", copy=False)
+        return exp.select(*map(exp.column, keep), *facets, copy=False).from_(source, copy=False)
 
     def _tokens(self, source: exp.Expr, keep: Sequence[str], parameters: Parameters) -> exp.Select:
         """The token and the exact text of each pointer, as columns."""
         kept = [exp.column(name) for name in dict.fromkeys((*keep, NAME, SOURCE, TIMESTAMP))]
         pointers = parameters.add(list(self._pointers))
-        tokens = exp.cast(_call("json_extract", exp.column("metadata"), pointers), "VARCHAR[]", dialect=DIALECT)
+        tokens = _call("json_extract", exp.column("metadata"), pointers)
+        tokens = exp.Cast(this=tokens, to=fixed("CAST(NULL AS VARCHAR[])").args["to"])
         awkward = parameters.add([pointer([path]) for path in self._pointers])  # there a pointer is a key
         exact = _call("json_extract_string", exp.column("awkward"), awkward)
-        parsed = exp.select(*kept, exp.alias_(tokens, "t"), exp.alias_(exact, "x")).from_(source)
+        read = exp.alias_(tokens, "t", copy=False), exp.alias_(exact, "x", copy=False)
+        parsed = exp.select(*kept, *read, copy=False).from_(source, copy=False)
         picked = [column for place in self._pointers.values() for column in self._pick(place)]
-        return exp.select(*kept, *picked).from_(parsed.subquery("parsed"))
+        kept = [column.copy() for column in kept]
+        return exp.select(*kept, *picked, copy=False).from_(parsed.subquery("parsed", copy=False), copy=False)
 
     def _pick(self, place: int) -> list[exp.Expr]:
         token = _UNQUOTED if place in self._unquoted else "{t}"
         sources = (f"t{place}", token.format(t=f"t[{place}]")), (f"x{place}", f"x[{place}]")
-        return [exp.alias_(parse_one(source, dialect=DIALECT), name) for name, source in sources]
+        return [exp.alias_(fixed(source), name, copy=False) for name, source in sources]
 
     def _facet(self, steps: Sequence[str], facet: str) -> exp.Expr:
         first, *rest = steps
         known, numbers = RESERVED.get(first, (frozenset(), frozenset())) if rest else (frozenset(), frozenset())
         if known and rest[0] not in known:
-            return parse_one(_NOTHING[facet], dialect=DIALECT)
+            return fixed(_NOTHING[facet])
         place = self._pointers.setdefault(pointer(steps), len(self._pointers) + 1)
         if len(rest) == 1 and rest[0] in numbers:
             self._unquoted.add(place)
         source = _FACETS[facet].format(t=f"t{place}", x=f"x{place}")
-        return self._column(f"p{place}_{facet}", parse_one(source, dialect=DIALECT))
+        return self._column(f"p{place}_{facet}", fixed(source))
 
     def _column(self, name: str, expression: exp.Expr) -> exp.Expr:
         self._columns.setdefault(name, expression)
@@ -159,7 +174,12 @@ class Stage:
 
 def built_in_column(property: str) -> exp.Expr:
     """A built-in property in terms of the columns of ``events``."""
-    return parse_one(property if property in (NAME, SOURCE) else _SECONDS, dialect=DIALECT)
+    return fixed(property if property in (NAME, SOURCE) else _SECONDS)
+
+
+def amount_type() -> exp.Expr:
+    """The type of an amount, for a cast."""
+    return cast(exp.Expr, fixed(f"CAST(NULL AS {AMOUNT})").args["to"])
 
 
 def pointer(steps: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from datetime import datetime
 from sqlglot import exp
 
 from aggregator.store.queries.scope import naive
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters, fixed
 
 Bounds = tuple[datetime, datetime]
 """A half-open bucket, which begins and ends on quarter hours."""
@@ -18,10 +18,10 @@ Bounds = tuple[datetime, datetime]
 QUARTER = "TIME_BUCKET(INTERVAL '15 minutes', timestamp) AS quarter"
 """The column of events that ``in_buckets`` needs."""
 
-_QUARTERS = """(
+_QUARTERS = """
     SELECT starts, UNNEST(GENERATE_SERIES(starts, ends - INTERVAL '15 minutes', INTERVAL '15 minutes')) AS quarter
     FROM (SELECT UNNEST($starts) AS starts, UNNEST($ends) AS ends)
-) AS quarters"""
+"""
 
 
 def in_buckets(
@@ -30,5 +30,6 @@ def in_buckets(
     """SELECT starts, ``columns`` of the events (with a ``quarter``) that fall into a bucket; ``starts`` names it."""
     parameters.named("starts", [naive(starts) for starts, _ in buckets])
     parameters.named("ends", [naive(ends) for _, ends in buckets])
-    query = exp.select(exp.column("starts"), *columns).from_(events.subquery("events"))
-    return query.join(_QUARTERS, using="quarter", dialect=DIALECT)
+    query = exp.select(exp.column("starts"), *columns, copy=False)
+    query = query.from_(events.subquery("events", copy=False), copy=False)
+    return query.join(fixed(_QUARTERS), using="quarter", join_alias="quarters", copy=False)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
-from sqlglot import exp, parse_one
+from sqlglot import exp
 
 from aggregator.store.queries.family import Identity, with_descendants
 from aggregator.store.queries.scope import Scope, aware, counted, events_in
 from aggregator.store.sql import statement
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
 from meters.filter import EVERYTHING, Filter
 
@@ -99,14 +99,14 @@ def page(connection: duckdb.DuckDBPyConnection, listing: Listing) -> Page:
     )
     parameters.named("limit", listing.limit + 1)
     parameters.named("offset", min(listing.offset, OFFSET_MAX))
-    query = _directed(parse_one(_PAGE, dialect=DIALECT), listing.ascending)
+    query = _directed(_select(_PAGE), listing.ascending)
     if listing.is_counted:
-        query = query.select(f"({_COUNT}) AS total", dialect=DIALECT)
+        query = query.select(fixed(f"({_COUNT}) AS total"), copy=False)
     walks = listing.parent is not None and listing.depth is not None
     if listing.parent is not None and walks:
         query = with_descendants(query, [listing.parent], parameters)
     parses_once = bool(matched.ctes) and listing.is_counted
-    query = query.with_("matched", as_=matched, materialized=parses_once, recursive=walks)
+    query = query.with_("matched", as_=matched, materialized=parses_once, recursive=walks, copy=False)
     ((seqs, *total),) = connection.execute(*statement(query, parameters)).fetchall()
     seqs = seqs or []
     return Page(_whole(connection, seqs[: listing.limit]), sum(total), len(seqs) > listing.limit)
@@ -128,9 +128,14 @@ def _conditions(listing: Listing, parameters: Parameters) -> list[str]:
     return conditions
 
 
-def _directed(query: exp.Expr, ascending: bool) -> exp.Select:
+def _directed(query: exp.Select, ascending: bool) -> exp.Select:
     for ordered in query.find_all(exp.Ordered):
         ordered.set("desc", not ascending)
+    return query
+
+
+def _select(sql: str) -> exp.Select:
+    query = fixed(sql)
     assert isinstance(query, exp.Select)
     return query
 
@@ -155,7 +160,7 @@ def one(connection: duckdb.DuckDBPyConnection, organization: int, identity: Iden
     parameters.named("id_hi", identity[0])
     parameters.named("id_lo", identity[1])
     query = events_in(Scope(organization=organization), parameters, "seq")
-    query = query.where("id_hi = $id_hi", "id_lo = $id_lo", VISIBLE, dialect=DIALECT)
+    query = query.where(fixed("id_hi = $id_hi"), fixed("id_lo = $id_lo"), fixed(VISIBLE), copy=False)
     rows = connection.execute(*statement(query, parameters)).fetchall()
     found = _whole(connection, [seq for (seq,) in rows])
     return found[0] if found else None
@@ -172,6 +177,10 @@ class EventName(msgspec.Struct, frozen=True):
 
 
 NAME_ORDERS = ("name", "occurrences", "first_seen", "last_seen")
+_NAMED = """
+    SELECT name, source, COUNT(*) AS occurrences, MIN(timestamp) AS first_seen, MAX(timestamp) AS last_seen
+    FROM found GROUP BY name, source
+"""
 _NAMES = """
     SELECT total, name, source, occurrences, first_seen, last_seen
     FROM (SELECT COUNT(*) AS total FROM named)
@@ -193,20 +202,15 @@ def names(
     """The names in a scope by ``order`` (of NAME_ORDERS), a page of them and how many there are."""
     assert order in NAME_ORDERS
     parameters = Parameters()
-    found = events_in(scope, parameters, "name", "source", "timestamp").where(VISIBLE, dialect=DIALECT)
+    found = events_in(scope, parameters, "name", "source", "timestamp").where(fixed(VISIBLE), copy=False)
     if search is not None:
         parameters.named("search", search.lower())
-        found = found.where("CONTAINS(LOWER(name), $search)", dialect=DIALECT)
-    named = exp.select(
-        "name", "source", "COUNT(*) AS occurrences", "MIN(timestamp) AS first_seen", "MAX(timestamp) AS last_seen",
-        dialect=DIALECT,
-    ).from_(found.subquery("found")).group_by("name", "source")  # fmt: skip
-    direction = "ASC" if ascending else "DESC"
-    query = parse_one(_NAMES.format(order=f"{order} {direction}"), dialect=DIALECT)
+        found = found.where(fixed("CONTAINS(LOWER(name), $search)"), copy=False)
+    named = _select(_NAMED).with_("found", as_=found, copy=False)
+    query = _select(_NAMES.format(order=f"{order} {'ASC' if ascending else 'DESC'}"))
     parameters.named("limit", limit)
     parameters.named("offset", min(offset, OFFSET_MAX))
-    assert isinstance(query, exp.Select)
-    query = query.with_("named", as_=named, materialized=True)
+    query = query.with_("named", as_=named, materialized=True, copy=False)
     rows = connection.execute(*statement(query, parameters)).fetchall()
     shown = [EventName(*(*row[1:4], aware(row[4]), aware(row[5]))) for row in rows if row[1] is not None]
     return shown, rows[0][0]

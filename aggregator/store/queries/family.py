@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 import duckdb
-from sqlglot import exp, parse_one
+from sqlglot import exp
 
 from aggregator.store.queries.scope import CONTRIBUTION, Scope, counted
 from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
 from meters.filter import EVERYTHING
 
@@ -34,27 +34,29 @@ _DESCENDANTS = """
     SELECT d.top_hi, d.top_lo, r.id_hi, r.id_lo, d.level + 1
     FROM descendants d JOIN relatives r ON r.parent_hi = d.id_hi AND r.parent_lo = d.id_lo
 """
-_COUNTS = "SELECT top_hi, top_lo, COUNT(*) - 1 FROM descendants GROUP BY top_hi, top_lo"
+_PARTS = {"asked": _ASKED, "roots": _ROOTS, "relatives": _RELATIVES, "descendants": _DESCENDANTS}
+_CTES = ", ".join(f"{name} AS ({source})" for name, source in _PARTS.items())
+_COUNTS = f"WITH RECURSIVE {_CTES} SELECT top_hi, top_lo, COUNT(*) - 1 FROM descendants GROUP BY top_hi, top_lo"  # noqa: S608 - fixed text
 _MEMBERS = "(id_hi, id_lo) IN (SELECT id_hi, id_lo FROM descendants)"
 
 
 def with_descendants(query: exp.Select, tops: Sequence[Identity], parameters: Parameters) -> exp.Select:
     """Let the query use ``descendants``: top_hi, top_lo, id_hi, id_lo, level; each top is its own at level 0."""
-    parameters.named("tops_hi", [hi for hi, _ in tops])
-    parameters.named("tops_lo", [lo for _, lo in tops])
-    parts = (("asked", _ASKED), ("roots", _ROOTS), ("relatives", _RELATIVES), ("descendants", _DESCENDANTS))
-    for name, source in parts:
-        query = query.with_(name, as_=parse_one(source, dialect=DIALECT), recursive=True)
+    for name, value in _asked(tops).items():
+        parameters.named(name, value)
+    for name, source in _PARTS.items():
+        query = query.with_(name, as_=fixed(source), recursive=True, copy=False)
     return query
 
 
 def descendant_counts(connection: duckdb.DuckDBPyConnection, tops: Sequence[Identity]) -> dict[Identity, int]:
     """How many events hang below each of these, at any depth."""
-    parameters = Parameters()
-    query = parse_one(_COUNTS, dialect=DIALECT)
-    assert isinstance(query, exp.Select)
-    rows = connection.execute(*statement(with_descendants(query, tops, parameters), parameters)).fetchall()
+    rows = connection.execute(_COUNTS, _asked(tops)).fetchall()
     return {(hi, lo): count for hi, lo, count in rows}
+
+
+def _asked(tops: Sequence[Identity]) -> dict[str, list[int]]:
+    return {"tops_hi": [hi for hi, _ in tops], "tops_lo": [lo for _, lo in tops]}
 
 
 def sums_below(

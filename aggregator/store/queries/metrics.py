@@ -9,13 +9,12 @@ from decimal import Decimal
 
 import duckdb
 import msgspec
-from sqlglot import parse_one
 
 from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
 from aggregator.store.queries.scope import Scope, aware, events_in
 from aggregator.store.queries.usage import Question, by_bucket, value_of
 from aggregator.store.sql import statement
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
 from meters.filter import EVERYTHING
 
@@ -56,7 +55,7 @@ def _customers(
     parameters = Parameters()
     within = msgspec.structs.replace(scope, since=periods[0][0], until=periods[-1][1])
     events = events_in(within, parameters, "subject", QUARTER)
-    query = in_buckets(events, periods, [parse_one("COUNT(DISTINCT subject)", dialect=DIALECT)], parameters)
-    query = query.group_by("GROUPING SETS ((starts), ())", dialect=DIALECT)
+    query = in_buckets(events, periods, [fixed("COUNT(DISTINCT subject)")], parameters)
+    query = query.group_by("GROUPING SETS ((starts), ())", copy=False)
     rows = connection.execute(*statement(query, parameters)).fetchall()
     return {starts and aware(starts): count for starts, count in rows}

@@ -9,10 +9,15 @@ from sqlglot import exp
 from aggregator.store.queries.scope import CONTRIBUTION, aware, counted
 from aggregator.store.queries.usage import Question
 from aggregator.store.sql import MEASURES, Measured, measures, statement
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Function
 
-_ABOUT = ("COUNT(*) AS events", "COUNT(DISTINCT subject) AS customers", "MIN(timestamp) AS first_seen")
+_ABOUT = (
+    "COUNT(*) AS events",
+    "COUNT(DISTINCT subject) AS customers",
+    "MIN(timestamp) AS first",
+    "MAX(timestamp) AS last",
+)
 _LARGEST: dict[Function, str] = {"sum": "sum", "avg": "sum", "min": "min", "max": "max"}  # others: the count
 
 
@@ -38,9 +43,7 @@ class Preview(NamedTuple):
 def preview(connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int) -> Preview:
     """Evaluate the meter over its whole scope, once for everyone and once by customer."""
     parameters = Parameters()
-    about = exp.select(
-        *measures(question.aggregation, CONTRIBUTION), *_ABOUT, "MAX(timestamp) AS last_seen", dialect=DIALECT
-    )
+    about = exp.select(*measures(question.aggregation, CONTRIBUTION), *map(fixed, _ABOUT))
     query = about.from_(_events(question, parameters).subquery("events"))
     ((*found, events, customers, first, last),) = connection.execute(*statement(query, parameters)).fetchall()
     top = _top(connection, question, customers_max)
@@ -56,7 +59,7 @@ def _top(connection: duckdb.DuckDBPyConnection, question: Question, customers_ma
     used = used.limit(parameters.add(customers_max))
     columns = [exp.column(name, "used", quoted=True) for name in MEASURES]
     query = exp.select("kind", "text", *columns).from_(used.subquery("used"))
-    query = query.join("subjects", on="subjects.number = used.subject", dialect=DIALECT)
+    query = query.join("subjects", on="subjects.number = used.subject")
     query = query.order_by(exp.Ordered(this=largest.copy(), desc=True, nulls_first=False), "subject")
     rows = connection.execute(*statement(query, parameters)).fetchall()
     return [CustomerUsage(kind, who, Measured(*found)) for kind, who, *found in rows]

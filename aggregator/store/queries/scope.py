@@ -13,7 +13,7 @@ import msgspec
 from sqlglot import exp
 
 from aggregator.store.sql import before_reading, condition, considered, value
-from aggregator.store.stage import DIALECT, Parameters, Stage
+from aggregator.store.stage import Parameters, Stage, fixed
 from meters.aggregation import Aggregation
 from meters.filter import Filter
 
@@ -59,7 +59,7 @@ def aware(instant: datetime) -> datetime:
 
 def events_in(scope: Scope, parameters: Parameters, *columns: str) -> exp.Select:
     """SELECT ``columns`` FROM events, of the scope (``metadata`` apart: that needs a stage)."""
-    found = exp.select(*columns, dialect=DIALECT).from_("events")
+    found = exp.select(*map(fixed, columns), copy=False).from_(exp.to_table("events"), copy=False)
     restrictions = (
         ("organization = $organization", "organization", scope.organization),
         ("subject IN (SELECT UNNEST($subjects))", "subjects", scope.subjects),
@@ -72,7 +72,7 @@ def events_in(scope: Scope, parameters: Parameters, *columns: str) -> exp.Select
     for restriction, name, limit in restrictions:
         if limit is not None:
             parameters.named(name, limit)
-            found = found.where(restriction, dialect=DIALECT)
+            found = found.where(fixed(restriction), copy=False)
     return found
 
 
@@ -93,14 +93,15 @@ def counted(
     stage = Stage()
     holds = [condition(filter, stage, parameters), considered(aggregation, stage)]
     holds += [_has_text(stage, key, texts, parameters) for key, texts in scope.metadata.items()]
-    contribution = exp.alias_(value(aggregation, stage), CONTRIBUTION.name)
-    source = events_in(scope, parameters, "*", *computed).where(*before_reading(filter, parameters))
-    source = source.where(*where, dialect=DIALECT)
-    staged = stage.select(source.subquery("source"), keep, parameters)
-    found = exp.select(*map(exp.column, keep), contribution).where(*holds)
+    contribution = exp.alias_(value(aggregation, stage), CONTRIBUTION.name, copy=False)
+    source = events_in(scope, parameters, "*", *computed).where(*before_reading(filter, parameters), copy=False)
+    source = source.where(*map(fixed, where), copy=False)
+    staged = stage.select(source.subquery("source", copy=False), keep, parameters)
+    found = exp.select(*map(exp.column, keep), contribution, copy=False).where(*holds, copy=False)
     if stage.parses:
-        return found.from_("stage").with_("stage", as_=staged, materialized=True)
-    return found.from_(staged.subquery("stage"))
+        found = found.with_("stage", as_=staged, materialized=True, copy=False)
+        return found.from_(exp.to_table("stage"), copy=False)
+    return found.from_(staged.subquery("stage", copy=False), copy=False)
 
 
 def _has_text(stage: Stage, key: str, texts: Collection[str], parameters: Parameters) -> exp.Expr:

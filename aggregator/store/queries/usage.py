@@ -16,7 +16,7 @@ from sqlglot import exp
 from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
 from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted
 from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import DIALECT, Parameters
+from aggregator.store.stage import Parameters
 from meters.aggregation import Aggregation, Function, combine, exact_sum, mean
 from meters.filter import Filter
 from meters.quantities import Quantities, Quantity
@@ -95,17 +95,20 @@ def _rows(connection: duckdb.DuckDBPyConnection, question: Question, buckets: Se
         computed=(QUARTER,),
     )  # fmt: skip
     query = in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
-    query = query.group_by(_groups(question), dialect=DIALECT).order_by("starts")
+    query = query.group_by(*_groups(question), copy=False).order_by(exp.column("starts"), copy=False)
     cursor = connection.execute(*statement(query, parameters))
     while rows := cursor.fetchmany(ROWS_AT_ONCE):
         for starts, *found in rows:
             yield _Row(starts, Measured(*found))
 
 
-def _groups(question: Question) -> str:
+def _groups(question: Question) -> list[exp.Expr]:
     """Distinct values cannot be added, so their total is a group of its own."""
-    each = "starts" if question.per_customer is None else "starts, subject"
-    return f"GROUPING SETS (({each}), ())" if question.aggregation.func == "unique" else each
+    names = ["starts"] if question.per_customer is None else ["starts", "subject"]
+    columns: list[exp.Expr] = [exp.column(name) for name in names]
+    if question.aggregation.func != "unique":
+        return columns
+    return [exp.GroupingSets(expressions=[exp.Tuple(expressions=columns), exp.Tuple(expressions=[])])]
 
 
 def _bucket_value(question: Question, found: list[Measured]) -> Decimal:
@@ -137,6 +140,7 @@ def value_of(connection: duckdb.DuckDBPyConnection, question: Question) -> Measu
     """The meter's measures over the whole scope, customers and time together."""
     parameters = Parameters()
     events = counted(question.scope, question.filter, question.aggregation, parameters, keep=("subject",))
-    query = exp.select(*measures(question.aggregation, CONTRIBUTION)).from_(events.subquery("events"))
+    query = exp.select(*measures(question.aggregation, CONTRIBUTION), copy=False)
+    query = query.from_(events.subquery("events", copy=False), copy=False)
     (row,) = connection.execute(*statement(query, parameters)).fetchall()
     return Measured(*row)
