@@ -1,5 +1,7 @@
 """The aggregator's process: the log and the store of a data directory, the API on its socket."""
 
+import contextlib
+
 from aggregator.process import Process
 from aggregator.process import run as run_aggregator
 from aggregator.store.opening import Unopenable
@@ -19,7 +21,12 @@ def run(settings: Settings, lifeline: int | None) -> None:
         live_no_longer_than_supervisor(lifeline)
     configure_logs("aggregator", settings.log_level)
     data = DataDirectory(settings.data)
-    data.make()
+    # A supervisor holds the directory for its children; without one the aggregator does, against a rebuild.
+    with data.hold("aggregate") if lifeline is None else contextlib.nullcontext():
+        _serve(data)
+
+
+def _serve(data: DataDirectory) -> None:
     data.socket.unlink(missing_ok=True)  # left over from a process that was killed
     log = data.open_log()
     try:

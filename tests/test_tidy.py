@@ -20,8 +20,7 @@ NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "mi
 ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj"}  # a full word costs nothing
 ENVIRONMENT_HOME = "deploy/settings.py"
 IMPURE_CALLS = {"float", "open", "print", "input", "eval", "exec", "globals", "__import__"}
-# Modules that are started by name rather than imported, and ports' implementations chosen by name.
-ENTRANCES = {"deploy.cli"}
+ENTRANCES = {"deploy.cli"}  # started by its name
 
 # Places and words that belong to one machine or to how the work was done, not to the product.
 UNWELCOME = re.compile(
