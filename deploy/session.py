@@ -1,13 +1,17 @@
 """What every command knows: its settings and how to show its answer."""
 
+from typing import TYPE_CHECKING
+
 import msgspec
 import typer
 
-from deploy.client import Api
 from deploy.data import DataDirectory
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import Output
 from deploy.settings import Settings
+
+if TYPE_CHECKING:
+    from deploy.client import Api
 
 EPILOG = "Every command takes --url, --token, --data (or METERSTREAM_URL, _TOKEN, _DATA) and --output, anywhere."
 
@@ -18,13 +22,15 @@ class Session(msgspec.Struct, frozen=True):
     settings: Settings
     output: Output
 
-    def api(self) -> Api:
+    def api(self) -> "Api":
         """A client of the running server. Raises GiveUp when there is no token to show."""
         if not self.settings.token:
             raise GiveUp(
                 "a token is needed: --token, or METERSTREAM_TOKEN; `meterstream serve` prints one on its first start "
                 "and `meterstream tokens create` makes more", USAGE,
             )
+        from deploy.client import Api  # its HTTP client takes a tenth of a second to load, and a gateway needs none
+
         return Api(self.settings.url, self.settings.token)
 
     @property

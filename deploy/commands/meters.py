@@ -1,13 +1,15 @@
 """``meterstream meters``: what is counted."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.client import Api
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
 from deploy.output import as_json, note, show, show_one
 from deploy.session import EPILOG, session
+
+if TYPE_CHECKING:
+    from deploy.client import Api
 
 app = typer.Typer(no_args_is_help=True, help="Say what is counted: meters, their filters and aggregations.")
 
@@ -83,7 +85,7 @@ def backfill(context: typer.Context, meter: Annotated[str, typer.Argument(help="
         raise GiveUp("running totals differ from a recount; stop the server and run `meterstream rebuild`", MISMATCH)
 
 
-def find_meter(api: Api, wanted: str) -> dict[str, Any]:
+def find_meter(api: "Api", wanted: str) -> dict[str, Any]:
     """The meter of this id or name. Raises GiveUp with the names there are."""
     import difflib
 
