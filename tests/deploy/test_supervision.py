@@ -1,6 +1,7 @@
 """How often a child is started again, and when that ends."""
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,13 @@ def test_a_stopped_child_stays_stopped() -> None:
         return await kept
 
     assert asyncio.run(scenario()) is None
+
+
+def test_a_gateway_loads_nothing_heavy() -> None:
+    """What a gateway imports before it listens has no store, no framework and no HTTP client in it."""
+    heavy = {"duckdb", "pyarrow", "numpy", "sqlglot", "fastapi", "starlette", "pydantic", "httpx", "aggregator"}
+    program = "import deploy.cli, deploy.gateway, sys; print(*sys.modules)"
+
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert heavy & set(loaded.split()) == set()
