@@ -16,13 +16,16 @@ from sqlglot import exp
 from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
 from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted
 from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import Parameters
+from aggregator.store.stage import Parameters, amount_type, fixed
 from meters.aggregation import Aggregation, Function, combine, exact_sum, mean
 from meters.filter import Filter
 from meters.quantities import Quantities, Quantity
 from meters.window import Interval, bucket, series
 
 ROWS_AT_ONCE = 10_000  # fetched; a bucket may have as many rows as there are customers
+
+_MEASURE: dict[Function, str] = {"count": "count", "unique": "count", "sum": "sum", "min": "min", "max": "max"}
+"""Which measure is the value of a function, where one is."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,11 +70,20 @@ def by_bucket(connection: duckdb.DuckDBPyConnection, question: Question, bounds:
     if not buckets:
         return Answer({}, Decimal(0))
     scope = msgspec.structs.replace(question.scope, since=buckets[0][0], until=buckets[-1][1])
-    rows = _rows(connection, msgspec.structs.replace(question, scope=scope), buckets)
+    question = msgspec.structs.replace(question, scope=scope)
+    if question.per_customer is not None:
+        values = _by_customer(connection, question, buckets, question.per_customer)
+        if values is not None:
+            return Answer(values, _customers_total(connection, question, buckets, values))
+    return _by_row(connection, question, buckets)
+
+
+def _by_row(connection: duckdb.DuckDBPyConnection, question: Question, buckets: Sequence[Bounds]) -> Answer:
+    """Values from rows by bucket, or by bucket and customer, put together in Python."""
     parts: dict[datetime, Measured] = {}
     values: dict[datetime, Decimal] = {}
     distinct = 0
-    for starts, group in groupby(rows, key=lambda row: row.starts):
+    for starts, group in groupby(_rows(connection, question, buckets), key=lambda row: row.starts):
         if starts is None:
             distinct = next(iter(group)).measured.count
             continue
@@ -90,16 +102,57 @@ class _Row(NamedTuple):
 
 def _rows(connection: duckdb.DuckDBPyConnection, question: Question, buckets: Sequence[Bounds]) -> Iterable[_Row]:
     parameters = Parameters()
-    events = counted(
-        question.scope, question.filter, question.aggregation, parameters, keep=("quarter", "subject"),
-        computed=(QUARTER,),
-    )  # fmt: skip
-    query = in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
+    query = _measured(question, buckets, parameters)
     query = query.group_by(*_groups(question), copy=False).order_by(exp.column("starts"), copy=False)
     cursor = connection.execute(*statement(query, parameters))
     while rows := cursor.fetchmany(ROWS_AT_ONCE):
         for starts, *found in rows:
             yield _Row(starts, Measured(*found))
+
+
+def _measured(question: Question, buckets: Sequence[Bounds], parameters: Parameters) -> exp.Select:
+    """SELECT starts, measures of the events in each bucket; the caller groups."""
+    events = counted(
+        question.scope, question.filter, question.aggregation, parameters, keep=("quarter", "subject"),
+        computed=(QUARTER,),
+    )  # fmt: skip
+    return in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
+
+
+def _by_customer(
+    connection: duckdb.DuckDBPyConnection, question: Question, buckets: Sequence[Bounds], function: Function
+) -> dict[datetime, Decimal] | None:
+    """Values of a function over customers, without a row per customer leaving DuckDB.
+
+    None where DuckDB cannot tell exactly: for the mean of each customer, and if there is an enormous amount.
+    """
+    measure = _MEASURE.get(question.aggregation.func)
+    if measure is None:
+        return None
+    parameters = Parameters()
+    customers = _measured(question, buckets, parameters).group_by("starts", "subject", copy=False)
+    outer = Aggregation(function, "")
+    contribution = exp.Cast(this=exp.column(measure, quoted=True), to=amount_type())
+    query = exp.select(
+        exp.column("starts"), fixed("BOOL_OR(enormous IS NOT NULL)"), *measures(outer, contribution), copy=False
+    )
+    query = query.from_(customers.subquery("customers", copy=False), copy=False).group_by("starts", copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    if any(is_enormous for _, is_enormous, *_ in rows):
+        return None
+    return {aware(starts): Measured(*found).value(outer) for starts, _, *found in rows}
+
+
+def _customers_total(
+    connection: duckdb.DuckDBPyConnection,
+    question: Question,
+    buckets: Sequence[Bounds],
+    values: dict[datetime, Decimal],
+) -> Decimal:
+    """Totals of distinct values do not know customers; all others are made from the values."""
+    if question.aggregation.func != "unique":
+        return _total(question.aggregation, values, [], 0)
+    return _by_row(connection, msgspec.structs.replace(question, per_customer=None), buckets).total
 
 
 def _groups(question: Question) -> list[exp.Expr]:
