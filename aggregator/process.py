@@ -49,7 +49,7 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
     app = create_app(aggregator, lambda: datetime.now(UTC), lambda: str(uuid4()), aggregator.telemetry.text)
     where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, loop="uvloop", http="httptools", lifespan="off", **where
+        app, log_config=None, access_log=False, loop="uvloop", http="httptools", lifespan="off", **where
     )
     server = uvicorn.Server(config)
     async with asyncio.TaskGroup() as group:
