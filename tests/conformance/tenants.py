@@ -106,6 +106,11 @@ class Server:
         for tenant in self._tenants:
             tenant.http = self._http
 
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self._installation.url
+
     def settle(self, position: str) -> None:
         """Let every read from now on wait for what was written up to here."""
         self._http.headers.update({"prefer": f"wait={WAIT_S}", "log-position": position})

@@ -1,0 +1,48 @@
+"""Virtual environments for clients that cannot live together with each other, or with this product's dependencies.
+
+Each is made once, from a pinned list with hashes, in the user's cache; a changed list makes a new one.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+CACHE = Path.home() / ".cache" / "meterstream-tests"
+INSTALL_S_MAX = 500  # seconds; it takes ten where the packages are near
+
+
+def interpreter(version: str) -> Path:
+    """A Python that has this version of polar-sdk. Skips the test where it cannot be installed, and fails it in CI."""
+    requirements = Path(__file__).parent / f"requirements-{version}.txt"
+    digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    home = CACHE / f"polar-sdk-{version}-{digest}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another session may be making the same one
+        complete = home / "complete"
+        if not complete.exists():
+            _make(home, requirements)
+            complete.touch()
+    return home / "bin" / "python"
+
+
+def _make(home: Path, requirements: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+    venv.create(home, symlinks=True)
+    command = [sys.executable, "-m", "pip", "--python", str(home), "install", "--quiet",
+               "--disable-pip-version-check", "--require-hashes", "-r", str(requirements)]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S_MAX, check=False)
+        reason = done.stderr if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {INSTALL_S_MAX} seconds"
+    if reason:
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up(f"{requirements.stem} cannot be installed: {reason.strip()[-300:]}")
