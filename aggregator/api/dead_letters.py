@@ -6,10 +6,10 @@ done here is to say that the letter is taken care of, so that the list stays sho
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.desk import AtDesk, CaughtUp, allow, answer
-from aggregator.api.errors import NotFound
+from aggregator.api.desk import AtDesk, CaughtUp, allow, answer, body_of
+from aggregator.api.errors import NotFound, Refused
 from aggregator.api.paging import WhichPage, listed
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import letter_shape
@@ -46,8 +46,12 @@ async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
 
 
 @router.post("/v1/dead-letters/{id}/replay", responses=gives(ref("DeadLetter")))
-async def replay_dead_letter(desk: AtDesk, token: Writer, id: str) -> Response:
+async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: str) -> Response:
     """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
+    body = await body_of(request, otherwise={})
+    if body != {}:
+        message = "Send the mended event to /v1/events/ingest first, then this without a body."
+        raise Refused("value_error", ("body",), message, body)
     letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
     if letter.replayed_at is None:
         place = letter.log_partition, letter.log_offset, letter.line

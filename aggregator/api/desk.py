@@ -85,8 +85,8 @@ class Desk:
         return sorted(numbers)
 
 
-def desk(request: Request) -> Desk:
-    """The desk of the app that serves the request."""
+async def desk(request: Request) -> Desk:
+    """The desk of the app that serves the request. A coroutine, because other dependencies are run in threads."""
     found: Desk = request.app.state.desk
     return found
 
@@ -95,7 +95,7 @@ def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
     """A dependency: the caller's token, which has one of the scopes."""
 
     async def who(request: Request) -> Token:
-        here = desk(request)
+        here = await desk(request)
         outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
         if isinstance(outcome, Denied):
             raise Forbidden(outcome)
@@ -114,7 +114,8 @@ async def caught_up(request: Request) -> None:
     if position is None:
         message = "Input should be positions such as 0:18,1:7"
         raise Malformed([detail("value_error", ("header", "Log-Position"), message, text)])
-    await desk(request).view.wait_for(position, min(seconds, WAIT_S_MAX))
+    here = await desk(request)
+    await here.view.wait_for(position, min(seconds, WAIT_S_MAX))
 
 
 def _wait_seconds(prefer: str) -> int | None:
@@ -131,13 +132,15 @@ CaughtUp = Depends(caught_up)
 AtDesk = Annotated[Desk, Depends(desk)]
 
 
-async def body_of(request: Request) -> Any:
-    """The request's JSON with exact numbers. Raises BodyTooLarge, Malformed."""
+async def body_of(request: Request, *, otherwise: Any = None) -> Any:
+    """The request's JSON with exact numbers; ``otherwise`` where there is none. Raises BodyTooLarge, Malformed."""
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
         if len(received) > BODY_BYTES_MAX:
             raise BodyTooLarge
+    if not received and otherwise is not None:
+        return otherwise
     if not received:
         raise Malformed([detail("missing", ("body",), "Field required")])
     try:

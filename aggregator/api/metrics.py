@@ -76,9 +76,20 @@ METRICS = {
     ),
 }  # fmt: skip
 ABSENT = frozenset({
-    "orders", "revenue", "net_revenue", "cumulative_revenue", "net_cumulative_revenue", "average_order_value",
-    "active_subscriptions", "committed_subscriptions", "monthly_recurring_revenue", "annual_recurring_revenue",
-    "churn_rate", "average_revenue_per_user", "checkouts", "gross_margin", "gross_margin_percentage", "cashflow", "ltv",
+    "active_subscriptions", "annual_recurring_revenue", "average_order_value", "average_revenue_per_user",
+    "average_seats_per_customer", "canceled_subscriptions", "canceled_subscriptions_customer_service",
+    "canceled_subscriptions_low_quality", "canceled_subscriptions_missing_features", "canceled_subscriptions_other",
+    "canceled_subscriptions_switched_service", "canceled_subscriptions_too_complex",
+    "canceled_subscriptions_too_expensive", "canceled_subscriptions_unused", "cashflow", "checkouts",
+    "checkouts_conversion", "churn_rate", "churned_seat_customers", "churned_subscriptions",
+    "committed_annual_recurring_revenue", "committed_monthly_recurring_revenue", "committed_subscriptions",
+    "cumulative_revenue", "gross_margin", "gross_margin_percentage", "ltv", "monthly_recurring_revenue",
+    "net_average_order_value", "net_cumulative_revenue", "net_revenue", "new_seat_customers", "new_subscriptions",
+    "new_subscriptions_net_revenue", "new_subscriptions_revenue", "one_time_products",
+    "one_time_products_net_revenue", "one_time_products_revenue", "orders", "renewed_subscriptions",
+    "renewed_subscriptions_net_revenue", "renewed_subscriptions_revenue", "revenue", "seat_customers",
+    "seat_utilization_rate", "seats_claimed", "seats_pending", "seats_total", "succeeded_checkouts",
+    "trial_committed_monthly_recurring_revenue", "trial_monthly_recurring_revenue",
 })  # fmt: skip
 """Metrics that Polar has and nobody here can know: asking for one is no error, and gives nothing."""
 

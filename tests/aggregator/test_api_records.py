@@ -105,6 +105,15 @@ def test_a_dead_letter_that_was_taken_care_of_leaves_the_list(tenant: Tenant) ->
     assert tenant.get("/v1/dead-letters/", include_replayed=True)["items"] == [marked]
 
 
+def test_an_event_sent_with_the_mark_is_not_taken_for_sent(tenant: Tenant) -> None:
+    """There is one door for events; marking a letter with a body that would be lost is refused, and marks nothing."""
+    tenant.send(b"{", admitted=False)
+    path = f"/v1/dead-letters/{dead(tenant)['id']}/replay"
+    refusal = tenant.refusal("POST", path, json={"event": {"name": "mended"}})
+    assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body"])])
+    assert dead(tenant)["replayed_at"] is None
+
+
 @pytest.mark.parametrize("id", ["x", "1-2", "0-0--1", "0-0-9", "1-" + "9" * 30 + "-1", "²-0-0"])
 def test_a_dead_letter_that_is_not_there(tenant: Tenant, id: str) -> None:
     """A place where nothing lies, and what is no place, are 404."""
