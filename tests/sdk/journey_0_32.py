@@ -11,7 +11,7 @@ from typing import Any
 import story
 from polar_sdk import Polar
 from polar_sdk.ingestion import Ingestion
-from polar_sdk.models import HTTPValidationError, ResourceNotFound, SDKError
+from polar_sdk.models import HTTPValidationError, MetricPeriod, ResourceNotFound, SDKError
 
 Json = dict[str, Any]
 
@@ -108,11 +108,14 @@ def metrics(polar: Polar) -> Json:
     """Costs, and the limits of ranges."""
     dates = story.DATES | {name: date.fromisoformat(story.DATES[name]) for name in ("start_date", "end_date")}
     found = polar.metrics.get(**dates, metrics=story.METRICS)
+    slugs = [name for name in MetricPeriod.model_fields if name != "timestamp"]
+    every = polar.metrics.get(**dates, metrics=slugs)
     return {
         "periods": [story.shown(plain(period), "timestamp", *story.METRICS) for period in found.periods],
         "totals": story.shown(plain(found.totals), *story.METRICS),
         "kinds": {slug: plain(found.metrics)[slug]["type"] for slug in story.METRICS},
         "limits": plain(polar.metrics.limits()),
+        "told_of_all": sorted(name for name, value in plain(every.periods[0]).items() if value is not None),
     }
 
 

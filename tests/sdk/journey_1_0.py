@@ -12,6 +12,7 @@ import story
 from polar.base import PolarClientError
 from polar.v2026_10 import Polar
 from polar.v2026_10.errors import HTTPValidationError, ResourceNotFound
+from polar.v2026_10.outputs import MetricPeriod
 
 Json = dict[str, Any]
 plain = dataclasses.asdict
@@ -94,11 +95,14 @@ def quantities(polar: Polar, meter_id: str) -> Json:
 def metrics(polar: Polar) -> Json:
     """Costs, and the limits of ranges."""
     found = polar.metrics.get(**story.DATES, metrics=story.METRICS)
+    slugs = [field.name for field in dataclasses.fields(MetricPeriod) if field.name != "timestamp"]
+    every = polar.metrics.get(**story.DATES, metrics=slugs)
     return {
         "periods": [story.shown(plain(period), "timestamp", *story.METRICS) for period in found.periods],
         "totals": story.shown(plain(found.totals), *story.METRICS),
         "kinds": {slug: plain(found.metrics)[slug]["type"] for slug in story.METRICS},
         "limits": plain(polar.metrics.limits()),
+        "told_of_all": sorted(name for name, value in plain(every.periods[0]).items() if value is not None),
     }
 
 

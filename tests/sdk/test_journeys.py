@@ -106,6 +106,7 @@ EXPECTED: dict[str, Any] = {
                 "year": {"min_days": 366, "max_days": 3650},
             },
         },
+        "told_of_all": sorted(["timestamp", *story.METRICS]),  # asked for every metric that the client knows
     },
     "refusals": {
         "unknown": [404, "ResourceNotFound", "Not found"],
