@@ -27,7 +27,9 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
-IDLE_WAIT_S = 0.02  # how long to wait for events before looking at the control stream again
+ROUND_PERIOD_S = 0.04  # a small round costs nearly as much as one of thousands of events, so these come no faster
+SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
+IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
 TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often
 _STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
 
@@ -87,8 +89,10 @@ class Engine:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        self.totals.stop()
-        self.store.close()
+        try:
+            self.totals.stop()
+        finally:
+            self.store.close()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -101,6 +105,7 @@ class Engine:
     def _read_log(self) -> None:
         events, control = dict(self.as_of), self.control_position
         while not self.ended.is_set():
+            began_s = time.monotonic()
             decisions = self._read(USAGE_CONTROL, {0: control}, 0)
             records = self._read(USAGE_EVENTS, events, 0 if decisions else IDLE_WAIT_S)
             if not records and not decisions:
@@ -109,6 +114,8 @@ class Engine:
             events.update(reading.batch.positions)
             control += len(decisions)
             self._hand_over(reading)
+            if reading.batch.lines < SMALL_ROUND_LINES and not decisions:
+                self.ended.wait(max(0.0, began_s + ROUND_PERIOD_S - time.monotonic()))
 
     def _read(self, stream: str, positions: Mapping[int, int], wait_s: float) -> list[Record]:
         """Read once; a log that asks to try again is asked again after as long as it said."""

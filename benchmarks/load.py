@@ -32,7 +32,8 @@ class Ledger:
     by_model: np.ndarray = field(default_factory=lambda: np.zeros(len(MODELS), np.int64))
     refused: int = 0
     latencies_s: list[float] = field(default_factory=list)
-    by_customer: dict[int, int] = field(default_factory=dict)
+    began_s: float = 0.0  # on the machine's monotonic clock, when the first request was due
+    cpu_s: float = 0.0  # what sending cost
 
 
 class Bodies:
@@ -101,10 +102,16 @@ async def send(
     seconds: float,
     rate: float | None,
     connections: int = 16,
-    requests_max: int | None = None,
+    prepared: int = 0,
 ) -> Ledger:
-    """Send for so many seconds, at ``rate`` events a second (None: as fast as answers come). Bounded by itself."""
+    """Send for so many seconds, at ``rate`` events a second (None: as fast as answers come). Bounded by itself.
+
+    So many bodies are ``prepared`` before the clock starts, because in life the senders are other machines.
+    """
     ledger = Ledger()
+    ready = [bodies.make() for _ in range(prepared)]
+    ready.reverse()
+    ledger.began_s, cpu_s = time.monotonic(), time.process_time()
     began = time.perf_counter()
     sent = 0
 
@@ -112,8 +119,8 @@ async def send(
         nonlocal sent
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            while time.perf_counter() - began < seconds and (requests_max is None or sent < requests_max):
-                body, numbers = bodies.make()
+            while time.perf_counter() - began < seconds:
+                body, numbers = ready.pop() if ready else bodies.make()
                 due = began + sent * len(numbers.tokens) / rate if rate else 0.0
                 sent += 1
                 if (wait := due - time.perf_counter()) > 0:
@@ -125,6 +132,7 @@ async def send(
     async with asyncio.TaskGroup() as group:
         for _ in range(connections):
             group.create_task(connection())
+    ledger.cpu_s = time.process_time() - cpu_s
     return ledger
 
 
