@@ -8,6 +8,7 @@ A meter counts history as it counts the future, so a new one is counted from the
 sequence number at which it was made, while the rounds add what comes after. Additions may come in any order.
 """
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Mapping
@@ -125,28 +126,27 @@ class RunningTotals:
             for counting in counted.values():
                 counting.complete.set()
             return
-        thread = threading.Thread(target=self._history, args=(meters, counted, before_seq), daemon=True)
+        work = meters, counted, before_seq
+        thread = threading.Thread(target=self._history, args=work, name="history", daemon=True)
         self._threads.append(thread)
         thread.start()
 
     def _history(self, meters: list[Meter], counted: dict[str, Counting], before_seq: int) -> None:
         """A thread: evaluate the meters over the events stored before ``before_seq``."""
         number = self._directory.organizations[meters[0].organization_id].number
-        connection = self._store.cursor()
         try:
-            compiled = plan(meters, _HISTORY, connection)
-            parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
-            relation = connection.sql(compiled.statement.sql, params=parameters)
-            for batch in relation.to_arrow_reader(HISTORY_ROWS):
-                if self._stopping.is_set():
-                    return
-                _scatter(counted, compiled, pa.Table.from_batches([batch]))
+            with contextlib.closing(self._store.cursor()) as connection:
+                compiled = plan(meters, _HISTORY, connection)
+                parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
+                relation = connection.sql(compiled.statement.sql, params=parameters)
+                for batch in relation.to_arrow_reader(HISTORY_ROWS):
+                    if self._stopping.is_set():
+                        return
+                    _scatter(counted, compiled, pa.Table.from_batches([batch]))
             for counting in counted.values():
                 counting.complete.set()
         except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
             logger.error("history_not_counted", reason=str(error))
-        finally:
-            connection.close()
 
 
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table) -> None:

@@ -1,0 +1,113 @@
+"""Every place of a round where something can go wrong, found by watching a round instead of by a list.
+
+``watch`` puts itself around the calls a round is made of: each statement to DuckDB, each reading of the log, each
+step in between. A call is two points, one before it and one after it, told apart by name and by how often the name
+came already. What happens at a point is up to whoever watches: count it, raise, or end the process.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import duckdb
+
+from aggregator import checkpoint, consumer, engine
+from aggregator.running import RunningTotals
+from aggregator.seen import Seen
+from aggregator.store import opening
+from aggregator.store.store import Store
+from ingest.log.embedded import EmbeddedLog
+from meters.catalogue import Catalogue
+
+Point = tuple[str, int]  # name, and which time it comes
+STATEMENTS = ("execute", "executemany", "sql", "register", "unregister", "cursor", "close")
+WORDS = 3  # of a statement's text, enough to tell statements apart: "INSERT INTO events"
+CALLS: tuple[tuple[Any, str], ...] = (
+    (engine, "decode"), (engine, "join"), (engine, "judge"), (engine, "step"), (engine, "nothing"),
+    (Seen, "find"), (Seen, "add"), (Catalogue, "apply"), (RunningTotals, "changed"), (RunningTotals, "add"),
+    (RunningTotals, "start"), (checkpoint.Checkpointer, "wrote"), (Store, "commit"), (Store, "directory"),
+    (Store, "seen"), (Store, "checkpoint"), (consumer, "prepare_partitions"), (consumer.Aggregator, "_observed"),
+    (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (opening, "_migrate"),
+)
+# Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
+HURRIED: tuple[tuple[Any, str, Any], ...] = (
+    (engine, "ROUND_BYTES_MAX", 1), (engine, "_STOP_POLL_S", 0.003), (engine, "IDLE_WAIT_S", 0.003),
+    (consumer, "RESTART_DELAY_S", 0.001), (consumer, "RESTART_DELAY_MAX_S", 0.01), (checkpoint, "ROWS_BETWEEN", 1),
+    (checkpoint, "AGAIN_S", 0.003),
+)
+
+
+class Points:
+    """Counts what comes by; ``strike`` decides what happens there, until all is ``silent``."""
+
+    def __init__(self, strike: Callable[[Point], None]) -> None:
+        self._strike = strike
+        self._lock = threading.Lock()
+        self._seen: Counter[str] = Counter()
+        self.silent = False
+
+    def at(self, name: str) -> None:
+        """A point was reached."""
+        with self._lock:
+            self._seen[name] += 1
+            point = name, self._seen[name]
+        if not self.silent:
+            self._strike(point)
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, with a point on either side."""
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            self.at(f"before {name}")
+            result = call(*arguments, **named)
+            self.at(f"after {name}")
+            return result
+
+        return watched
+
+
+class Connection:
+    """A DuckDB connection whose every statement is two points."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, points: Points) -> None:
+        self._connection, self._points = connection, points
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._connection, name)
+        if name not in STATEMENTS:
+            return attribute
+
+        def statement(*arguments: Any, **named: Any) -> Any:
+            text = getattr(arguments[0], "query", arguments[0]) if arguments else ""
+            result = self._points.around(" ".join([name, *str(text).split()[:WORDS]]), attribute)(*arguments, **named)
+            return Connection(result, self._points) if name == "cursor" else result
+
+        return statement
+
+
+@contextlib.contextmanager
+def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
+    """While it lasts, every step of every aggregator in this process is a point, and it hurries."""
+    points = Points(strike)
+    connect = points.around("connect", opening._connect)
+    with contextlib.ExitStack() as patches:
+        for owner, name in CALLS:
+            label = f"{getattr(owner, '__name__', owner).rpartition('.')[2]}.{name}"
+            patches.enter_context(patch.object(owner, name, points.around(label, getattr(owner, name))))
+        for owner, name, value in HURRIED:
+            patches.enter_context(patch.object(owner, name, value))
+        patches.enter_context(patch.object(opening, "_connect", lambda *where: Connection(connect(*where), points)))
+        yield points
+
+
+def disk_full(point: Point) -> Exception:
+    """What a full disk raises there: DuckDB's own error from a statement, the system's from anything else."""
+    words = os.strerror(errno.ENOSPC)
+    if point[0].split()[1] in STATEMENTS:
+        return duckdb.IOException(f"IO Error: {words} (injected {point})")
+    return OSError(errno.ENOSPC, words, str(point))
