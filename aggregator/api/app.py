@@ -9,6 +9,7 @@ from aggregator.api import customers, dead_letters, errors, events, meters, metr
 from aggregator.api.desk import Desk, Rules
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
+from aggregator.api.redirects import RelativeRedirects
 from aggregator.view import View
 
 __all__ = ["Rules", "create_app"]
@@ -27,6 +28,7 @@ def create_app(
     """
     app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
     app.state.desk = Desk(view, now, new_id, rules)
+    app.add_middleware(RelativeRedirects)
     errors.install(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
         app.include_router(router)

@@ -94,10 +94,10 @@ def test_an_expired_token_is_good_no_longer(server: Server, tenant: Tenant) -> N
 
 
 def test_paths_without_their_slash_are_redirected(server: Server) -> None:
-    """Collections end with a slash; without it the answer is a 307 that keeps method and body."""
+    """Collections end with a slash; without it the answer is a 307 that keeps method and body, and names no host."""
     for path in ("/v1/meters", "/v1/events", "/v1/metrics", "/v1/customers"):
         response = server.ask("GET", f"{path}?limit=3")
-        assert (response.status_code, response.headers["location"]) == (307, f"http://meterstream.test{path}/?limit=3")
+        assert (response.status_code, response.headers["location"]) == (307, f"{path}/?limit=3")
 
 
 def test_unknown_paths_and_methods(server: Server) -> None:
