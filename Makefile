@@ -41,8 +41,7 @@ lint: setup  ## style, types and the direction of imports
 	@$(BIN)/lint-imports
 
 bench: setup  ## every benchmark, each beside its baseline
-	@for script in $$(grep -l '__name__ == "__main__"' benchmarks/*.py); do \
-		$(BIN)/python -m benchmarks.$$(basename $$script .py) $(ARGS) || exit 1; done
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what was made here, except the data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
