@@ -5,7 +5,10 @@ from memory in the low milliseconds while the reader decodes at full speed.
 """
 
 import asyncio
+import contextlib
 import sys
+import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -16,20 +19,26 @@ import uvicorn
 from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
 from aggregator.store.opening import MODEST, Settings
+from aggregator.view import Unavailable
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.002
+HOUSEKEEPING_S = 60.0  # retention is a matter of days
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
 
 class Process(NamedTuple):
-    """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None."""
+    """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None.
+
+    ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit.
+    """
 
     store: Path
     socket: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0
     settings: Settings = MODEST
+    housekeeping: Callable[[Mapping[int, int]], None] | None = None
 
 
 def run(log: Log, process: Process) -> None:
@@ -37,12 +46,21 @@ def run(log: Log, process: Process) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     aggregator = Aggregator(log, process.store, process.settings)
     aggregator.start()
+    if process.housekeeping is not None:
+        keeper = threading.Thread(target=_keep_house, args=(aggregator, process.housekeeping), daemon=True)
+        keeper.start()
     try:
         asyncio.run(_serve(aggregator, process))
     finally:
         aggregator.stop()
     if isinstance(aggregator.failure, FINAL):
         raise aggregator.failure
+
+
+def _keep_house(aggregator: Aggregator, housekeeping: Callable[[Mapping[int, int]], None]) -> None:
+    while not aggregator.ended.wait(HOUSEKEEPING_S):
+        with contextlib.suppress(Unavailable):  # between two engines: the next time will do
+            housekeeping(aggregator.as_of)
 
 
 async def _serve(aggregator: Aggregator, process: Process) -> None:

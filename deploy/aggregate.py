@@ -10,7 +10,9 @@ from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
+from deploy.retention import trimming
 from deploy.settings import Settings
+from ingest.log import clock_us
 from meters.log import PositionLost
 
 
@@ -23,14 +25,15 @@ def run(settings: Settings, lifeline: int | None) -> None:
     data = DataDirectory(settings.data)
     # A supervisor holds the directory for its children; without one the aggregator does, against a rebuild.
     with data.hold("aggregate") if lifeline is None else contextlib.nullcontext():
-        _serve(data)
+        _serve(data, settings.retention_days)
 
 
-def _serve(data: DataDirectory) -> None:
+def _serve(data: DataDirectory, retention_days: int) -> None:
     data.socket.unlink(missing_ok=True)  # left over from a process that was killed
     log = data.open_log()
     try:
-        run_aggregator(log, Process(store=data.store, socket=data.socket))
+        housekeeping = trimming(log, retention_days, clock_us) if retention_days else None
+        run_aggregator(log, Process(store=data.store, socket=data.socket, housekeeping=housekeeping))
     except (Unopenable, Replaced) as error:
         raise GiveUp(f"{error}; `meterstream doctor --data {data.path}` looks closer") from error
     except PositionLost as error:

@@ -22,7 +22,13 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
     try:
         upstream = f"unix:{data.socket}"
         run_server(
-            log, ServerSettings(host=settings.host, port=settings.port, upstream=upstream),
+            log,
+            ServerSettings(
+                host=settings.host,
+                port=settings.port,
+                upstream=upstream,
+                requests_per_minute=settings.requests_per_minute,
+            ),
             None if listener is None else [socket.socket(fileno=listener)],
         )
     finally:

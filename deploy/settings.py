@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000  # 0 takes any free one
     url: str = "http://127.0.0.1:8000"  # where the command line finds a running server
     token: Secret | None = None  # the command line's, and the first one that serve makes
+    retention_days: Annotated[int, msgspec.Meta(ge=0)] = 0  # records older than this leave the log; 0 keeps all
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0  # of one token at one gateway; 0 sets no limit
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False  # show a traceback for what should not happen
 

@@ -112,6 +112,13 @@ class Log(Protocol):
         """The offset that the next record will get, by partition."""
         ...
 
+    def trim(self, stream: str, older_than_us: int) -> int:
+        """Remove the oldest records, those ingested before the instant; how many. Raises TryAgain.
+
+        The newest record of a partition always stays. A kind whose retention is set elsewhere removes none.
+        """
+        ...
+
     def identity(self, stream: str) -> str:
         """A name that changes when the stream is deleted and made again. The store refuses another's."""
         ...
