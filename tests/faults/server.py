@@ -1,0 +1,97 @@
+"""The whole server under a fault: a supervisor with its two children, any of which can be killed or stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.deploy.installation import alive
+from tests.faults.evidence import eventually
+
+TOKEN = "polar_oat_fault_test_0123456789"
+
+
+class Server:
+    """A supervisor with its two children, any of which can be killed."""
+
+    def __init__(self, data: Path, output: Path) -> None:
+        self.data, self._output = data, output
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=60
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._killed_s = 0.0
+
+    def start(self, victim: str = "server") -> float:
+        """Start what does not run; the seconds from the kill until its part of the requests is answered."""
+        if self.process is None:
+            command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", str(self.port)]
+            with self._output.open("ab") as output:
+                self.process = subprocess.Popen([*command, "--token", TOKEN], stdout=output, stderr=output)
+        eventually(self._reads if victim == "aggregate" else self._accepts)
+        return time.monotonic() - self._killed_s
+
+    def _accepts(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self._output.read_text()[-2000:]
+        with contextlib.suppress(httpx.TransportError):
+            return self.client.post("/v1/events/ingest", json={"events": []}).status_code == 200
+        return False
+
+    def _reads(self) -> bool:
+        return self.client.get("/v1/events/names").status_code == 200
+
+    def children(self) -> dict[str, int]:
+        """The process ids of the gateway and the aggregator."""
+        assert self.process is not None
+        found = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found.update({name: int(pid) for name in ("gateway", "aggregate") if name.encode() in arguments})
+        return found
+
+    def kill(self, victim: str) -> None:
+        """SIGKILL to the gateway, the aggregator, or all three processes."""
+        children = self.children()
+        assert self.process is not None
+        pids = [self.process.pid, *children.values()] if victim == "server" else [children[victim]]
+        self._killed_s = time.monotonic()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        if victim == "server":
+            self.process.wait()
+            self.process = None
+        eventually(lambda: not any(alive(pid) for pid in pids))
+
+    def calls(self) -> int:
+        """How many events called "call" the API counts, once the view has read everything that is in the log."""
+        event = {"name": "end", "external_customer_id": "end", "external_id": "end"}
+        position = self.client.post("/v1/events/ingest", json={"events": [event]}).headers["log-position"]
+
+        def answer() -> list[dict[str, object]] | None:
+            found = self.client.get("/v1/events/names", headers={"prefer": "wait=30", "log-position": position})
+            reached = found.status_code == 200 and _offset(found.headers["as-of"]) >= _offset(position)
+            return found.json()["items"] if reached else None
+
+        return sum(int(str(item["occurrences"])) for item in eventually(answer) if item["name"] == "call")
+
+    def close(self) -> None:
+        """A polite end."""
+        self.client.close()
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+
+
+def _offset(position: str) -> int:
+    return int(position.split(":")[1])
