@@ -80,12 +80,13 @@ def test_a_store_on_a_full_disk_catches_up_when_there_is_room(
         write_usage(log, 10, SEED)
         eventually(lambda: caught_up(aggregator, ends(log)))
         disk.fill(leave_kib=300)
-        bodies = 0
-        while restarts(aggregator) < RESTARTS:
-            bodies += 1
-            assert bodies < BODIES_MAX, "the disk did not become full"
-            write_usage(log, 1, SEED + bodies, decide=False)  # the log takes it, whatever the store does
+
+        def failed_often() -> bool:
+            write_usage(log, 1, SEED + 1 + len(answers), decide=False)  # the log takes it, whatever the store does
             answers.append(stored(aggregator))
+            return restarts(aggregator) >= RESTARTS
+
+        eventually(failed_often)
         assert not aggregator.ended.is_set()
         disk.empty()
         eventually(lambda: caught_up(aggregator, ends(log)))
