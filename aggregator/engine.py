@@ -27,7 +27,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
-ROUND_PERIOD_S = 0.06  # a small round costs nearly as much as one of thousands of events, so these come no faster
+ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands of events, so these come no faster
 SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
 TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often

@@ -6,6 +6,7 @@ from memory in the low milliseconds while the reader decodes at full speed.
 
 import asyncio
 import contextlib
+import gc
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from aggregator.view import Unavailable
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.002
+GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before
 HOUSEKEEPING_S = 60.0  # retention is a matter of days
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
@@ -44,6 +46,8 @@ class Process(NamedTuple):
 def run(log: Log, process: Process) -> None:
     """Serve until SIGTERM or SIGINT. Raises what ended the aggregator for good, for the command line to explain."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.freeze()  # what is loaded by now stays; looking through it again and again only stalls everybody
+    gc.set_threshold(GARBAGE_THRESHOLD, 50, 100)
     aggregator = Aggregator(log, process.store, process.settings)
     aggregator.start()
     if process.housekeeping is not None:

@@ -5,6 +5,9 @@ index on purpose: identity is checked in memory before a row is written (``aggre
 cost more than that check, grow with every row, and have returned nothing after a crash. Amounts are never stored
 here: they are read from the metadata text when asked for, so a new meter counts the past as it counts the future.
 
+The two long texts are packed with zstd: as small as what DuckDB would choose, at half the cost of a checkpoint, because
+nothing else is tried first.
+
 Migrations run alone, before any data moves, and each is followed by a checkpoint.
 """
 
@@ -21,8 +24,8 @@ CREATE TABLE events (
     id_hi UBIGINT, id_lo UBIGINT, content UBIGINT,
     organization INTEGER, subject INTEGER, name VARCHAR, source VARCHAR,
     timestamp TIMESTAMP, ingested_at TIMESTAMP,
-    external_id VARCHAR, parent VARCHAR, member_id VARCHAR, external_member_id VARCHAR,
-    metadata VARCHAR, awkward VARCHAR
+    external_id VARCHAR USING COMPRESSION zstd, parent VARCHAR, member_id VARCHAR, external_member_id VARCHAR,
+    metadata VARCHAR USING COMPRESSION zstd, awkward VARCHAR
 );
 CREATE TABLE pending (
     id_hi UBIGINT, id_lo UBIGINT, organization INTEGER, parent VARCHAR,
