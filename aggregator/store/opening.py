@@ -43,9 +43,11 @@ def open_file(path: Path, identities: Mapping[str, str], settings: Settings) -> 
     Raises Unopenable, NotNow.
     """
     with contextlib.ExitStack() as undo, explaining(path):
+        if not path.exists():
+            _make(path, identities, settings)
         connection = _connect(path, settings)
         undo.callback(connection.close)  # an instance that is half open would be found again by the next opener
-        _migrate(connection, identities)
+        _check(connection, identities)
         epoch = _claim_epoch(connection)
         undo.pop_all()
     return connection, epoch
@@ -74,10 +76,21 @@ def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
     )
 
 
-def _migrate(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
-    known = connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'about'").fetchone()
-    if known == (0,):
+def _make(path: Path, identities: Mapping[str, str], settings: Settings) -> None:
+    """Make the file under another name and rename it: whoever dies on the way leaves nothing half made."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    for leftover in (unfinished, _write_ahead_log(unfinished), _write_ahead_log(path)):
+        leftover.unlink(missing_ok=True)
+    with contextlib.closing(_connect(unfinished, settings)) as connection:
         _create(connection, identities)
+    unfinished.rename(path)
+
+
+def _write_ahead_log(path: Path) -> Path:
+    return path.with_name(f"{path.name}.wal")
+
+
+def _check(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
     version = connection.execute("SELECT version FROM about").fetchone()
     if version != (schema.VERSION,):
         raise Unopenable(f"the store has layout {version}, this program has {schema.VERSION}: run meterstream rebuild")

@@ -32,7 +32,7 @@ CALLS: tuple[tuple[Any, str], ...] = (
     (Seen, "find"), (Seen, "add"), (Catalogue, "apply"), (RunningTotals, "changed"), (RunningTotals, "add"),
     (RunningTotals, "start"), (checkpoint.Checkpointer, "wrote"), (Store, "commit"), (Store, "directory"),
     (Store, "seen"), (Store, "checkpoint"), (consumer, "prepare_partitions"), (consumer.Aggregator, "_observed"),
-    (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (opening, "_migrate"),
+    (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (opening, "_make"), (opening, "_check"),
 )
 # Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
 HURRIED: tuple[tuple[Any, str, Any], ...] = (

@@ -47,7 +47,8 @@ INDISPENSABLE = {
         "connect", "execute BEGIN", "execute COMMIT", "execute CHECKPOINT", "execute UPDATE positions SET",
         "execute INSERT INTO events", "execute INSERT INTO hierarchy", "execute INSERT INTO subjects",
         "execute UPDATE tallies SET", "executemany INSERT INTO dead_letters", "executemany INSERT INTO control",
-        "engine.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "opening._migrate",
+        "engine.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "opening._make",
+        "opening._check",
     )
 }
 Strike = Callable[[Point], bool]
