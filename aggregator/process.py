@@ -57,6 +57,7 @@ def run(log: Log, process: Process) -> None:
         asyncio.run(_serve(aggregator, process))
     finally:
         aggregator.stop()
+        gc.unfreeze()  # or the bindings of DuckDB complain of what is left at the end
     if isinstance(aggregator.failure, FINAL):
         raise aggregator.failure
 
