@@ -129,14 +129,9 @@ class Aggregator:
     @property
     def _now(self) -> Engine:
         engine = self._engine
-        if engine is None:
+        if engine is None or not engine.informed:
             raise Unavailable("the store is being opened", RESTART_DELAY_S)
         return engine
-
-    @property
-    def ready(self) -> bool:
-        """Whether reads can be answered."""
-        return self._engine is not None
 
     @property
     def catalogue(self) -> Catalogue:

@@ -65,6 +65,7 @@ class Engine:
         self.catalogue = _catalogue(store.control())
         self.totals = RunningTotals(store, self.directory, self.catalogue)
         self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
+        self._control_goal = log.ends(USAGE_CONTROL).get(0, 0)
         self.as_of: Mapping[int, int] = store.positions(USAGE_EVENTS)
         self._rounds: queue.Queue[Reading] = queue.Queue(ROUNDS_AHEAD)
         self._checkpointer = Checkpointer(store)
@@ -75,6 +76,11 @@ class Engine:
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
             for work in (self._read_log, self._write_rounds, self._checkpointer.run)
         ]
+
+    @property
+    def informed(self) -> bool:
+        """Whether every decision made before this life is applied. Until then a good token may look unknown."""
+        return self.control_position >= self._control_goal
 
     def start(self) -> None:
         """Begin to follow the log."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.consumer import Aggregator
+from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import Log
 from tests.aggregator.records import ORGANIZATION, SMALL
@@ -209,3 +210,20 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
 
     assert {None} == set(unknown)
     assert world.expected == world.run("clean.duckdb", lambda point: None)
+
+
+def test_a_view_that_has_not_read_the_decisions_says_later_instead_of_no(world: World) -> None:
+    """Before the tokens and meters of the log are applied nothing is answered: a good token would look unknown."""
+
+    def strike(point: Point) -> None:
+        if point[0] == "before Store.commit":
+            raise disk_full(point)
+
+    with watch(strike):
+        aggregator = Aggregator(world.log, world.directory / "uninformed.duckdb", SMALL)
+        aggregator.start()
+        with pytest.raises(Unavailable):
+            _ = aggregator.catalogue
+        with pytest.raises(Unavailable), aggregator.read():
+            pass
+        aggregator.stop()
