@@ -79,7 +79,10 @@ class Server:
         position = self.client.post("/v1/events/ingest", json={"events": [event]}).headers["log-position"]
 
         def answer() -> list[dict[str, object]] | None:
-            found = self.client.get("/v1/events/names", headers={"prefer": "wait=30", "log-position": position})
+            try:
+                found = self.client.get("/v1/events/names", headers={"prefer": "wait=30", "log-position": position})
+            except httpx.TransportError:  # a kept connection may end between two requests; asking again is harmless
+                return None
             reached = found.status_code == 200 and _offset(found.headers["as-of"]) >= _offset(position)
             return found.json()["items"] if reached else None
 
