@@ -4,6 +4,7 @@ Looks from the bottom up: the directory, the log, the decisions in it, the store
 makes the next look pointless ends the visit.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,24 +69,28 @@ def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
 
 
 def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
-    from aggregator.store.opening import Unopenable
+    from aggregator.store.opening import NotNow, Unopenable, explaining
     from aggregator.store.store import Store
 
     if not data.store.exists():
         yield Finding("store", "there is none yet; the next start makes it from the log")
         return
-    try:
-        store = Store.open(data.store, {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)})
-    except Unopenable as error:
-        yield Finding("store", str(error), "meterstream rebuild")
-        return
-    try:
+    identities = {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)}
+    with contextlib.ExitStack() as opened:
+        try:
+            store = opened.enter_context(contextlib.closing(Store.open(data.store, identities)))
+            with explaining(data.store):
+                store.read_through()
+        except Unopenable as error:
+            yield Finding("store", str(error), "meterstream rebuild")
+            return
+        except NotNow as error:
+            yield Finding("store", str(error), "make room for it, then look again")
+            return
         tallies = ", ".join(f"{count} {name}" for name, count in store.tallies().items())
-        yield Finding("store", f"opens; {tallies}")
-        for stream in (USAGE_EVENTS, USAGE_CONTROL):
+        yield Finding("store", f"opens, and every row can be read; {tallies}")
+        for stream in identities:
             yield _fit(stream, store.positions(stream), log)
-    finally:
-        store.close()
 
 
 def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:

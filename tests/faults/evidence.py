@@ -188,7 +188,8 @@ def assert_store_tells(tables: Tables, counted: Counted) -> None:
     assert sorted(counted.dead) == [(row[1], row[2], row[3]) for row in tables["dead_letters"]]
     assert [row[0] for row in tables["dead_letters"]] == list(range(len(counted.dead)))
     assert [row[0] for row in tables["control"]] == list(range(positions(tables, USAGE_CONTROL).get(0, 0)))
-    assert [(0, *counted.tallies.values())] == tables["tallies"]
+    tallies = [(0, *counted.tallies.values())] if positions(tables) else []  # a partition gets both at once
+    assert tallies == tables["tallies"]
 
 
 def ends(log: Log) -> Ends:
