@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from aggregator.continuity import break_in
 from aggregator.engine import Committed, Engine
 from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
 from aggregator.store.store import Replaced, Store, prepare_partitions
@@ -69,6 +70,9 @@ class Aggregator:
             with explaining(self._path):
                 for stream in streams:
                     prepare_partitions(store, stream, list(self._log.ends(stream)))
+                broken = break_in(self._log, store)
+                if broken:
+                    raise PositionLost(broken)
                 engine = Engine(self._log, store, self._observed)
             engine.start()
         except BaseException:

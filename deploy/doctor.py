@@ -15,6 +15,9 @@ from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 
+RESTORE_NEWEST = (
+    "restore the newest log.sqlite; only if that is the newest, meterstream rebuild counts what it still has"
+)
 RESTORE_LOG = "restore log.sqlite from a backup; nothing else can replace it"
 
 
@@ -69,6 +72,7 @@ def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
 
 
 def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
+    from aggregator.continuity import break_in
     from aggregator.store.opening import NotNow, Unopenable, explaining
     from aggregator.store.store import Store
 
@@ -89,8 +93,10 @@ def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
             return
         tallies = ", ".join(f"{count} {name}" for name, count in store.tallies().items())
         yield Finding("store", f"opens, and every row can be read; {tallies}")
-        for stream in identities:
-            yield _fit(stream, store.positions(stream), log)
+        fits = [_fit(stream, store.positions(stream), log) for stream in identities]
+        yield from fits
+        if not any(fit.heal for fit in fits) and (broken := break_in(log, store)):
+            yield Finding("store and log", broken, RESTORE_NEWEST)
 
 
 def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:
@@ -99,7 +105,7 @@ def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:
     if any(offset > ends.get(partition, 0) for partition, offset in positions.items()):
         return Finding(
             name, f"the store is at {_text(positions)}, past the end of the log at {_text(ends)}: the log lost records",
-            "restore the newest log.sqlite; only if that is the newest, meterstream rebuild counts what it still has",
+            RESTORE_NEWEST,
         )
     if any(positions.get(partition, 0) < start for partition, start in starts.items()):
         return Finding(

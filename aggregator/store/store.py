@@ -154,6 +154,13 @@ class Store:
         row = self._connection.cursor().execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
         return {name: int(count or 0) for name, count in zip(names, row or (0, 0, 0, 0), strict=True)}
 
+    def newest(self) -> dict[int, tuple[int, int]]:
+        """{partition: (offset, ingestion time in microseconds since 1970)} of the newest events."""
+        rows = self._connection.execute(
+            "SELECT log_partition, max(log_offset), epoch_us(max(ingested_at)) FROM events GROUP BY log_partition"
+        ).fetchall()
+        return {partition: (offset, ingested_us) for partition, offset, ingested_us in rows}
+
     def read_through(self) -> None:
         """Read every value, so that a damaged block is found: each has a checksum. Raises duckdb.Error."""
         tables = self._connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()

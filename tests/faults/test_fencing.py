@@ -1,0 +1,174 @@
+"""One writer, one log, one store: whoever is not the one stops and says so, before it can make a number wrong."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aggregator.consumer import Aggregator
+from aggregator.store.opening import Unopenable
+from aggregator.store.store import Replaced, Store
+from ingest.log import open_log
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost
+from tests.aggregator.records import SMALL, entry
+from tests.deploy.installation import meterstream
+from tests.faults.evidence import (
+    Tables,
+    assert_store_tells,
+    caught_up,
+    count,
+    ends,
+    eventually,
+    export,
+    usage,
+    write_sample,
+)
+
+STORE = "store.duckdb"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    """The log of the data directory, with one of everything."""
+    opened = open_log(str(tmp_path))
+    write_sample(opened)
+    yield opened
+    opened.close()
+
+
+def follow(log: Log, path: Path) -> Aggregator:
+    """An aggregator that has read everything."""
+    aggregator = Aggregator(log, path, SMALL)
+    aggregator.start()
+    eventually(lambda: caught_up(aggregator, ends(log)))
+    return aggregator
+
+
+def followed(log: Log, path: Path) -> Tables:
+    """What a store says after an aggregator has read everything and gone."""
+    follow(log, path).stop()
+    return export(path)
+
+
+def append(log: Log, id: str) -> None:
+    """One more event."""
+    asyncio.run(log.append(USAGE_EVENTS, [entry(usage(id))]))
+
+
+def identities(log: Log) -> dict[str, str]:
+    """Which log this is."""
+    return {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)}
+
+
+def test_a_second_process_is_refused_with_one_clear_line(log: Log, tmp_path: Path) -> None:
+    """The store's file has one owner; another aggregator leaves with exit code 1 and the first one goes on."""
+    aggregator = follow(log, tmp_path / STORE)
+    second = meterstream("aggregate", "--data", str(tmp_path))
+    append(log, "after")
+    eventually(lambda: caught_up(aggregator, ends(log)))
+    aggregator.stop()
+
+    assert second.returncode == 1
+    assert "is in use by another process: stop that one first" in second.stderr
+    assert len([line for line in second.stderr.splitlines() if line.startswith("meterstream: ")]) == 1
+    assert_store_tells(export(tmp_path / STORE), count(log))
+
+
+def test_a_writer_that_was_replaced_cannot_commit(log: Log, tmp_path: Path) -> None:
+    """A newer writer has the higher epoch: the older one's next round is refused, whole, and it ends for good."""
+    aggregator = follow(log, tmp_path / STORE)
+    newer = Store.open(tmp_path / STORE, identities(log), SMALL)
+    before = newer.positions(USAGE_EVENTS)
+    append(log, "after")
+    eventually(aggregator.ended.is_set)
+    after, tallies = newer.positions(USAGE_EVENTS), newer.tallies()
+    newer.close()
+    aggregator.stop()
+
+    assert isinstance(aggregator.failure, Replaced)
+    assert before == after
+    assert count(log, before).tallies == tallies
+    assert_store_tells(followed(log, tmp_path / STORE), count(log))
+
+
+def test_a_store_of_another_log_is_refused(log: Log, tmp_path: Path) -> None:
+    """A store counts one log; beside any other it is not opened, and the message says both ways on."""
+    followed(log, tmp_path / STORE)
+    other = open_log(str(tmp_path / "other"))
+    with pytest.raises(Unopenable, match="point --data at the right log, or run meterstream rebuild"):
+        Aggregator(other, tmp_path / STORE, SMALL).start()
+    other.close()
+
+    assert_store_tells(followed(log, tmp_path / STORE), count(log))
+
+
+def test_a_log_that_is_replaced_ends_its_reader(log: Log, tmp_path: Path) -> None:
+    """A log that is deleted under a running aggregator is not waited for: what comes next is another log."""
+    aggregator = follow(log, tmp_path / STORE)
+    move(tmp_path, tmp_path / "deleted")
+    open_log(str(tmp_path)).close()
+    eventually(aggregator.ended.is_set)
+    aggregator.stop()
+
+    assert isinstance(aggregator.failure, PositionLost)
+
+
+def test_a_log_made_anew_is_refused_and_the_way_on_works(log: Log, tmp_path: Path) -> None:
+    """Neither the old numbers nor a silent zero: the operator is told, and a rebuild counts the new log."""
+    followed(log, tmp_path / STORE)
+    log.close()
+    move(tmp_path, tmp_path / "deleted")
+    with_new = open_log(str(tmp_path))
+    append(with_new, "new")
+    refused = meterstream("aggregate", "--data", str(tmp_path))
+    ill = meterstream("doctor", "--data", str(tmp_path), "--output", "json")
+    healed = meterstream("rebuild", "--data", str(tmp_path))
+    counted = count(with_new)
+    with_new.close()
+
+    assert refused.returncode == 1
+    assert "the store was made from another" in refused.stderr
+    assert ill.returncode == 1
+    assert "meterstream rebuild" in [finding["heal"] for finding in json.loads(ill.stdout)]
+    assert healed.returncode == 0, healed.stderr
+    assert_store_tells(export(tmp_path / STORE), counted)
+
+
+@pytest.mark.parametrize(("written_on", "found"), [(0, "the log lost records"), (3, "restored from an older copy")])
+def test_a_log_restored_from_an_older_copy_is_not_continued(
+    log: Log, tmp_path: Path, written_on: int, found: str
+) -> None:
+    """It gives offsets a second time, to records that would never be counted: the aggregator ends, and says why."""
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    log.close()
+    move(tmp_path, backup)
+    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    later = open_log(str(tmp_path))
+    append(later, "later")
+    before = followed(later, tmp_path / STORE)
+    later.close()
+    move(tmp_path, tmp_path / "lost")
+    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    restored = open_log(str(tmp_path))
+    for number in range(written_on):
+        append(restored, f"again-{number}")
+    aggregator = Aggregator(restored, tmp_path / STORE, SMALL)
+    with pytest.raises(PositionLost):
+        aggregator.start()
+    restored.close()
+    ill = meterstream("doctor", "--data", str(tmp_path), "--output", "json")
+
+    assert before == export(tmp_path / STORE)
+    assert ill.returncode == 1
+    assert any(found in finding["found"] for finding in json.loads(ill.stdout))
+
+
+def move(data: Path, to: Path) -> None:
+    """Take the log's files away."""
+    to.mkdir(exist_ok=True)
+    for file in data.glob("log.sqlite*"):
+        shutil.move(file, to)
