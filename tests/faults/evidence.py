@@ -6,6 +6,7 @@ that is settled. The count reads the log with the careful reader of ``meters`` a
 """
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from tests.aggregator.records import (
     organization,
 )
 
+SEED = int(os.environ.get("SEED", "20261121"))  # printed by every test that draws; SEED=n repeats it
 PATIENCE_S = 60.0  # for what takes milliseconds on a machine that does nothing else
 METERS = {"sum": "tokens", "count": None, "max": "tokens", "avg": "tokens"}  # function, property
 CUSTOMERS = ("ann", "bob", "eve")

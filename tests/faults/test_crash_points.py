@@ -6,7 +6,6 @@ the log says up to the stored position, or not be opened yet. At the end it must
 without faults, row by row.
 """
 
-import os
 import random
 import shutil
 import signal
@@ -22,6 +21,7 @@ from ingest.log import open_log
 from meters.log import Log
 from tests.aggregator.records import ORGANIZATION, SMALL
 from tests.faults.evidence import (
+    SEED,
     Tables,
     assert_store_tells,
     assert_totals_agree,
@@ -37,7 +37,6 @@ from tests.faults.evidence import (
 from tests.faults.lives import start_life
 from tests.faults.points import Point, disk_full, watch
 
-SEED = int(os.environ.get("SEED", "20261121"))
 RANDOM_ERRORS = 60
 RANDOM_SHARE = 0.02  # of the points that come by: a round has about a hundred
 # Whatever else is found by watching, these must be among it.

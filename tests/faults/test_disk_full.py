@@ -1,7 +1,6 @@
 """A full disk stops what needs the disk, and only as long as it is full. Nothing is lost, nothing is counted twice."""
 
 import asyncio
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from meters.log import USAGE_EVENTS, TryAgain
 from tests.aggregator.records import SMALL, entry
 from tests.faults.disk import SmallDisk
 from tests.faults.evidence import (
+    SEED,
     assert_store_tells,
     assert_totals_agree,
     caught_up,
@@ -31,7 +31,6 @@ from tests.faults.evidence import (
 from tests.faults.server import Server
 from tests.ingest.running import RunningGateway
 
-SEED = int(os.environ.get("SEED", "20261121"))
 EVENTS_A_BODY = 100
 BODIES_MAX = 400  # a disk that is not full by then is too large for the test
 RESTARTS = 3  # on a disk that stays full

@@ -6,7 +6,6 @@ or the gateway alone, or the aggregator alone; the supervisor has to start those
 """
 
 import asyncio
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,10 +15,9 @@ import httpx
 import pytest
 
 from ingest.log import open_log
-from tests.faults.evidence import assert_store_tells, count, export
+from tests.faults.evidence import SEED, assert_store_tells, count, export
 from tests.faults.server import TOKEN, Server
 
-SEED = int(os.environ.get("SEED", "20261121"))
 ROUNDS = 20
 EVENTS_A_BODY = 10
 CLIENTS = 8

@@ -1,7 +1,6 @@
 """A damaged store is never a wrong one: it opens as an exact earlier state or not at all, and the log makes it anew."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import SMALL
 from tests.deploy.installation import meterstream
 from tests.faults.evidence import (
+    SEED,
     Counted,
     Tables,
     assert_store_tells,
@@ -34,7 +34,6 @@ from tests.faults.evidence import (
     write_usage,
 )
 
-SEED = int(os.environ.get("SEED", "20261121"))
 CUTS, FLIPS, ZEROS = 40, 40, 20
 STORE, WAL = "store.duckdb", "store.duckdb.wal"
 
