@@ -71,7 +71,7 @@ class Phase:
         results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         sender.start()
-        reads = list(read_totals(server, sender)) if rate else []
+        reads = list(read_totals(server, results)) if rate else []
         self.ledger = results.get()
         sender.join()
         server.wait_for(end_position(server))
@@ -98,12 +98,15 @@ def end_position(server: Server) -> str:
     return position
 
 
-def read_totals(server: Server, sender: multiprocessing.Process) -> Iterator[tuple[float, float]]:
-    """When each read of one customer's total on one meter began, and the seconds it took, while the sender lives."""
+def read_totals(server: Server, results: "multiprocessing.Queue[Ledger]") -> Iterator[tuple[float, float]]:
+    """When each read of one customer's total on one meter began, and its seconds, until the sender has a result.
+
+    The sender itself is no sign: it cannot end before its ledger, larger than a pipe, has been taken from the queue.
+    """
     random = np.random.default_rng(3)
     ids = [meter["id"] for meter in server.http.get("/v1/meters/", params={"limit": 100}).json()["items"]]
     with httpx.Client(base_url=server.url, headers=server.http.headers, timeout=30) as client:
-        while sender.is_alive():
+        while results.empty():
             customer = f"customer-{random.integers(0, 100_000):08d}"
             began_s = time.monotonic()
             path = f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage"

@@ -37,7 +37,7 @@ class Server:
             command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", str(self.port)]
             with self._output.open("ab") as output:
                 self.process = subprocess.Popen([*command, "--token", TOKEN], stdout=output, stderr=output)
-        eventually(self._reads if victim == "aggregate" else self._accepts)
+        eventually(self.reads if victim == "aggregate" else self._accepts)
         return time.monotonic() - self._killed_s
 
     def _accepts(self) -> bool:
@@ -47,7 +47,8 @@ class Server:
             return self.client.post("/v1/events/ingest", json={"events": []}).status_code == 200
         return False
 
-    def _reads(self) -> bool:
+    def reads(self) -> bool:
+        """Whether a question is answered."""
         return self.client.get("/v1/events/names").status_code == 200
 
     def children(self) -> dict[str, int]:

@@ -63,7 +63,7 @@ def append(log: Log, *lines: bytes, admitted: bool = False) -> None:
 
 
 def test_steps_of_the_clock_change_neither_order_nor_totals(log: Log, clock: Clock, tmp_path: Path) -> None:
-    """Back an hour, on a second, back a year, to the seventies and past 2038: events keep their order and their own times."""
+    """Back an hour, on a second, back a year, to the seventies and past 2038: order and own times stay."""
     asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(*metered())])))
     choose = random.Random(SEED)
     own = "2026-02-28T23:59:59.999999Z"
