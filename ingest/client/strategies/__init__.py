@@ -1,0 +1,1 @@
+"""Strategies: small files, none of which knows another, that turn what happened into events."""
