@@ -12,6 +12,7 @@ from hashlib import sha256
 import msgspec
 
 from meters.catalogue import Catalogue, Token
+from meters.sessions import CustomerSession
 
 TOKEN_PREFIX = "polar_oat_"  # noqa: S105 - a prefix, not a secret
 """How every token begins, because Polar's clients look at it."""
@@ -26,6 +27,11 @@ SCOPES = (
     "customer_meters:read",
     "metrics:read",
     "organizations:read",
+    "benefits:read",
+    "benefits:write",
+    "customer_sessions:write",
+    "webhooks:read",
+    "webhooks:write",
 )
 
 _INVALID = "The access token provided is expired, revoked, malformed, or invalid for other reasons."
@@ -58,9 +64,8 @@ def writing(resource: str) -> frozenset[str]:
 
 def authorize(header: str | None, scopes: frozenset[str], catalogue: Catalogue, now: datetime) -> Token | Denied:
     """The token in an ``Authorization`` header, where it is good now and has any of the scopes."""
-    scheme, _, secret = (header or "").strip().partition(" ")
-    secret = secret.strip()
-    if scheme.lower() != "bearer" or not secret:
+    secret = _presented(header)
+    if secret is None:
         return _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
     token = _find(secret, catalogue)
     if token is None or not is_good(token, now):
@@ -68,6 +73,23 @@ def authorize(header: str | None, scopes: frozenset[str], catalogue: Catalogue, 
     if scopes.isdisjoint(token.scopes):
         return _refused(403, "insufficient_scope", _INSUFFICIENT, f', scope="{" ".join(sorted(scopes))}"')
     return token
+
+
+def authorize_customer(header: str | None, catalogue: Catalogue, now: datetime) -> CustomerSession | Denied:
+    """The customer's session in an ``Authorization`` header. An organization's token is not one."""
+    secret = _presented(header)
+    if secret is None:
+        return _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
+    session = catalogue.sessions.find(digest(secret), now)
+    if session is None or catalogue.customer(session.organization_id, session.customer_id) is None:
+        return _refused(401, "invalid_token", _INVALID, "")
+    return session
+
+
+def _presented(header: str | None) -> str | None:
+    """The secret in an ``Authorization`` header."""
+    scheme, _, secret = (header or "").strip().partition(" ")
+    return secret.strip() or None if scheme.lower() == "bearer" else None
 
 
 def is_good(token: Token, now: datetime) -> bool:

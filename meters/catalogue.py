@@ -13,9 +13,12 @@ from typing import Any
 import msgspec
 
 from meters import exact_json
+from meters.benefits import BenefitChange, Benefits
 from meters.filter import Filter
 from meters.filter_json import filter_json, parse_filter
 from meters.meter import Meter
+from meters.sessions import SessionChange, Sessions
+from meters.webhooks import WebhookChange, Webhooks
 
 
 class Organization(msgspec.Struct, frozen=True):
@@ -122,6 +125,9 @@ Change = (
     | MeterCreated
     | MeterUpdated
     | DeadLetterReplayed
+    | BenefitChange
+    | SessionChange
+    | WebhookChange
 )
 
 _PLAIN = (
@@ -132,6 +138,9 @@ _PLAIN = (
     | CustomerUpdated
     | CustomerDeleted
     | DeadLetterReplayed
+    | BenefitChange
+    | SessionChange
+    | WebhookChange
 )
 _PLAIN_TYPES = frozenset(str(kind.__struct_config__.tag) for kind in _PLAIN.__args__)
 _METER_CHANGES: dict[str, type[MeterCreated] | type[MeterUpdated]] = {
@@ -192,6 +201,7 @@ class Catalogue:
         self.tokens: dict[str, Token] = {}  # by sha256
         self.customers: dict[str, Customer] = {}
         self.meters: dict[str, Meter] = {}
+        self.benefits, self.sessions, self.webhooks = Benefits(), Sessions(), Webhooks()
         self._external: dict[tuple[str, str], Customer] = {}
         self._meters: dict[str, dict[str, Meter]] = {}
         for change in changes:
@@ -216,6 +226,9 @@ class Catalogue:
                 self._meters.setdefault(meter.organization_id, {})[meter.id] = meter
             case DeadLetterReplayed():
                 pass  # concerns the store alone
+            case _:
+                for part in (self.benefits, self.sessions, self.webhooks):
+                    part.apply(change)
 
     def _revoke(self, id: str, revoked_at: datetime) -> None:
         for token in self.tokens.values():

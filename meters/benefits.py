@@ -1,0 +1,167 @@
+"""What customers are given for what they pay: benefits, grants of them, and subscriptions.
+
+A ``meter_credit`` benefit gives units of a meter to every customer it is granted to, again in every cycle. The grant
+remembers what it credited last, because that is what is taken back when it is revoked. Editing a benefit changes what
+later grants and cycles give, and nothing that was given.
+
+Subscriptions are decided elsewhere (by whoever takes the money) and mirrored here: they say which meters are paid for
+and in which period a customer is.
+"""
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+METER_CREDIT = "meter_credit"
+UNITS_MAX = 2**31 - 1
+"""Units that a benefit gives at once (Polar's limit)."""
+
+ACTIVE = frozenset({"active", "trialing"})
+"""States in which a subscription gives its customer anything (Polar's rule)."""
+
+
+class Benefit(msgspec.Struct, frozen=True, kw_only=True):
+    """Units of a meter; those with ``rollover`` that are left over go into the next cycle."""
+
+    id: str
+    organization_id: str
+    description: str
+    meter_id: str
+    units: int
+    rollover: bool
+    created_at: datetime
+    metadata: dict[str, Any] = {}
+    modified_at: datetime | None = None
+    deleted_at: datetime | None = None
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back."""
+
+    id: str
+    organization_id: str
+    benefit_id: str
+    customer_id: str
+    created_at: datetime
+    granted_at: datetime
+    modified_at: datetime | None = None
+    revoked_at: datetime | None = None
+    subscription_id: str | None = None
+    last_credited_meter_id: str | None = None
+    last_credited_units: int | None = None
+    last_credited_at: datetime | None = None
+
+
+class Subscription(msgspec.Struct, frozen=True, kw_only=True):
+    """A customer pays for a product, period by period. ``meter_ids`` are those with a price in it."""
+
+    id: str
+    organization_id: str
+    customer_id: str
+    status: str
+    created_at: datetime
+    amount: int
+    currency: str
+    recurring_interval: str
+    current_period_start: datetime
+    product_id: str
+    current_period_end: datetime | None = None
+    modified_at: datetime | None = None
+    metadata: dict[str, Any] = {}
+    trial_start: datetime | None = None
+    trial_end: datetime | None = None
+    cancel_at_period_end: bool = False
+    canceled_at: datetime | None = None
+    started_at: datetime | None = None
+    ends_at: datetime | None = None
+    ended_at: datetime | None = None
+    discount_id: str | None = None
+    price_id: str | None = None
+    seats: int | None = None
+    meter_ids: list[str] = []
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it gives its customer anything now."""
+        return self.status in ACTIVE
+
+
+class BenefitSet(msgspec.Struct, frozen=True, tag_field="type", tag="benefit.set"):
+    """The benefit's new state, whole."""
+
+    benefit: Benefit
+
+
+class GrantSet(msgspec.Struct, frozen=True, tag_field="type", tag="benefit_grant.set"):
+    """The grant's new state, whole."""
+
+    grant: Grant
+
+
+class SubscriptionSet(msgspec.Struct, frozen=True, tag_field="type", tag="subscription.set"):
+    """The subscription's new state, whole."""
+
+    subscription: Subscription
+
+
+class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="delivery.applied"):
+    """What another system told was taken in. ``versions`` say, by name of a thing, which state of it is known now."""
+
+    organization_id: str
+    delivery_id: str
+    kind: str
+    at: datetime
+    versions: dict[str, str] = {}
+
+
+BenefitChange = BenefitSet | GrantSet | SubscriptionSet | DeliveryApplied
+
+
+class Benefits:
+    """The decisions above, folded. ``apply`` takes them in the order of the control stream."""
+
+    def __init__(self) -> None:
+        self.benefits: dict[str, Benefit] = {}
+        self.grants: dict[str, Grant] = {}
+        self.subscriptions: dict[str, Subscription] = {}
+        self.deliveries: set[tuple[str, str]] = set()  # organization and delivery
+        self.versions: dict[tuple[str, str], str] = {}  # by organization and thing
+        self._grants_of: dict[str, dict[str, None]] = {}  # ids by customer, in order
+        self._subscriptions_of: dict[str, dict[str, None]] = {}
+
+    def apply(self, change: object) -> None:
+        """Take in one change; others than the above are somebody else's."""
+        match change:
+            case BenefitSet(benefit):
+                self.benefits[benefit.id] = benefit
+            case GrantSet(grant):
+                self.grants[grant.id] = grant
+                self._grants_of.setdefault(grant.customer_id, {})[grant.id] = None
+            case SubscriptionSet(subscription):
+                self.subscriptions[subscription.id] = subscription
+                self._subscriptions_of.setdefault(subscription.customer_id, {})[subscription.id] = None
+            case DeliveryApplied(organization_id=organization_id, delivery_id=delivery_id, versions=versions):
+                self.deliveries.add((organization_id, delivery_id))
+                for thing, version in versions.items():
+                    place = (organization_id, thing)
+                    self.versions[place] = max(version, self.versions.get(place, ""))
+
+    def benefits_of(self, organization_id: str) -> list[Benefit]:
+        """The organization's benefits, oldest first, without those that were deleted."""
+        every = self.benefits.values()
+        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+
+    def grants_of(self, customer_id: str) -> list[Grant]:
+        """Every grant of a customer, revoked ones too, oldest first."""
+        return [self.grants[id] for id in self._grants_of.get(customer_id, ())]
+
+    def subscriptions_of(self, customer_id: str) -> list[Subscription]:
+        """Every subscription of a customer, ended ones too, oldest first."""
+        return [self.subscriptions[id] for id in self._subscriptions_of.get(customer_id, ())]
+
+    def paid_meters(self, customer_id: str) -> set[str]:
+        """The meters that a customer has by an active subscription or a grant that holds."""
+        priced = {id for one in self.subscriptions_of(customer_id) if one.is_active for id in one.meter_ids}
+        granted = {self.benefits[one.benefit_id].meter_id for one in self.grants_of(customer_id) if not one.revoked_at}
+        return priced | granted

@@ -1,0 +1,187 @@
+"""Whom to tell, and of what: endpoints, thresholds, and the senders that are listened to.
+
+An endpoint hears that a customer's state changed, or that a threshold of a meter was reached. A threshold is reached
+once each time it is crossed and once in each cycle (from one reset to the next): what was reached is a decision like
+any other, so that a store made anew from the log does not tell it again. For the same reason the log knows until when
+each endpoint was told everything.
+
+Secrets have to be kept to sign with; they show themselves to nobody else, not even in an error's text.
+"""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+import msgspec
+
+STATE_CHANGED = "customer.state_changed"
+THRESHOLD_REACHED = "meter.threshold_reached"
+EVENT_TYPES = (STATE_CHANGED, THRESHOLD_REACHED)
+
+
+class SigningSecret(msgspec.Struct, frozen=True):
+    """A secret that signs until it expires."""
+
+    value: str
+    expires_at: datetime | None = None
+
+    def __repr__(self) -> str:
+        return "SigningSecret(...)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """An address that wants to be told. The newest secret stands first; the others are on their way out."""
+
+    id: str
+    organization_id: str
+    url: str
+    events: list[str]
+    secrets: list[SigningSecret]
+    created_at: datetime
+    name: str | None = None
+    modified_at: datetime | None = None
+    disabled_at: datetime | None = None
+    disabled_reason: str | None = None
+    deleted_at: datetime | None = None
+
+    def hears(self, type: str) -> bool:
+        """Whether it is told of this type of event now."""
+        return type in self.events and self.disabled_at is None and self.deleted_at is None
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """An organization of Polar's that may tell us what it decided, by the secret it signs with."""
+
+    id: str
+    organization_id: str
+    secret: SigningSecret
+    created_at: datetime
+    name: str | None = None
+    deleted_at: datetime | None = None
+
+
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
+    """A line to watch: of one customer, or of every customer when ``customer_id`` is None.
+
+    ``usage`` is reached from below, ``balance`` from above. ``percent`` is of the credits of the cycle, and without
+    credits there is nothing to take a part of.
+    """
+
+    id: str
+    organization_id: str
+    meter_id: str
+    measure: Literal["usage", "balance"]
+    unit: Literal["units", "percent"]
+    value: Decimal
+    created_at: datetime
+    customer_id: str | None = None
+    deleted_at: datetime | None = None
+
+    def is_reached(self, consumed: Decimal, credited: Decimal) -> bool:
+        """Whether the line is reached at this usage and these credits."""
+        if self.unit == "percent" and credited <= 0:
+            return False
+        line = self.value * credited / 100 if self.unit == "percent" else self.value
+        return consumed >= line if self.measure == "usage" else credited - consumed <= line
+
+
+class EndpointSet(msgspec.Struct, frozen=True, tag_field="type", tag="webhook_endpoint.set"):
+    """The endpoint's new state, whole."""
+
+    endpoint: Endpoint
+
+
+class SourceSet(msgspec.Struct, frozen=True, tag_field="type", tag="webhook_source.set"):
+    """The source's new state, whole."""
+
+    source: Source
+
+
+class ThresholdSet(msgspec.Struct, frozen=True, tag_field="type", tag="meter_threshold.set"):
+    """The threshold's new state, whole."""
+
+    threshold: Threshold
+
+
+class ThresholdReached(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="meter_threshold.reached"):
+    """A customer reached a line in a cycle. The numbers are those that were seen then."""
+
+    id: str
+    threshold_id: str
+    customer_id: str
+    cycle: str
+    at: datetime
+    consumed: Decimal
+    credited: Decimal
+
+
+class ThresholdCleared(msgspec.Struct, frozen=True, tag_field="type", tag="meter_threshold.cleared"):
+    """The customer is on the other side of the line again, so it can be reached again."""
+
+    threshold_id: str
+    customer_id: str
+    at: datetime
+
+
+class EndpointSettled(msgspec.Struct, frozen=True, tag_field="type", tag="webhook_endpoint.settled"):
+    """Of everything up to this time of the log the endpoint was told, or never will be."""
+
+    endpoint_id: str
+    through: datetime
+
+
+WebhookChange = (
+    EndpointSet | SourceSet | ThresholdSet | ThresholdReached | ThresholdCleared | EndpointSettled
+)  # fmt: skip
+
+
+class Webhooks:
+    """The decisions above, folded. ``apply`` takes them in the order of the control stream."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, Endpoint] = {}
+        self.sources: dict[str, Source] = {}
+        self.thresholds: dict[str, Threshold] = {}
+        self.reached: dict[tuple[str, str], ThresholdReached] = {}  # by threshold and customer
+        self.settled: dict[str, datetime] = {}  # by endpoint
+
+    def apply(self, change: object) -> None:
+        """Take in one change; others than the above are somebody else's."""
+        match change:
+            case EndpointSet(endpoint):
+                self.endpoints[endpoint.id] = endpoint
+            case SourceSet(source):
+                self.sources[source.id] = source
+            case ThresholdSet(threshold):
+                self.thresholds[threshold.id] = threshold
+            case ThresholdReached(threshold_id=threshold_id, customer_id=customer_id):
+                self.reached[threshold_id, customer_id] = change
+            case ThresholdCleared(threshold_id, customer_id):
+                self.reached.pop((threshold_id, customer_id), None)
+            case EndpointSettled(endpoint_id, through):
+                self.settled[endpoint_id] = max(through, self.settled.get(endpoint_id, through))
+
+    def endpoints_of(self, organization_id: str) -> list[Endpoint]:
+        """The organization's endpoints, oldest first, without those that were deleted."""
+        return [one for one in self.endpoints.values() if one.organization_id == organization_id and not one.deleted_at]
+
+    def sources_of(self, organization_id: str) -> list[Source]:
+        """The organization's sources, oldest first, without those that were deleted."""
+        return [one for one in self.sources.values() if one.organization_id == organization_id and not one.deleted_at]
+
+    def thresholds_of(self, organization_id: str) -> list[Threshold]:
+        """The organization's thresholds, oldest first, without those that were deleted."""
+        every = self.thresholds.values()
+        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+
+    def listening(self) -> dict[str, datetime]:
+        """Organizations that are told something now, and until when all of their endpoints were told everything."""
+        found: dict[str, datetime] = {}
+        for endpoint in self.endpoints.values():
+            if any(endpoint.hears(type) for type in EVENT_TYPES):
+                settled = self.settled.get(endpoint.id, endpoint.created_at)
+                found[endpoint.organization_id] = min(settled, found.get(endpoint.organization_id, settled))
+        return found
