@@ -11,7 +11,7 @@ ARGS ?=
 TRACE ?=
 DEMO_ROWS ?=
 
-.PHONY: help setup run demo test lint bench clean
+.PHONY: help setup run demo kafka test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ run: setup  ## start Meterstream on 127.0.0.1:8000, data in ./data
 
 demo: setup  ## meter a real LLM trace end to end and check every total against a plain recount
 	@$(BIN)/meterstream demo $(if $(TRACE),--trace "$(TRACE)") $(if $(DEMO_ROWS),--rows $(DEMO_ROWS)) $(ARGS)
+
+kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven
+	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 test: setup  ## every test
 	@$(BIN)/python -m pytest $(ARGS)

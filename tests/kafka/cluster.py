@@ -1,0 +1,230 @@
+"""One to three real Kafka brokers on loopback, to be started, killed, paused and started again on the same data.
+
+A node is broker and KRaft controller in one Java process. The settings make it small and quick to notice a death;
+they change nothing about what it promises to a client. Ports lie below the range that the system gives to outgoing
+connections, so a node that is started again finds its own port free.
+"""
+
+import base64
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from tests.kafka.jars import jars
+
+READY_S_MAX = 90.0  # a start takes about 3 s alone on a machine, several times as long on a busy one
+STOP_S_MAX = 30.0
+PORTS = range(10_000, 32_000)
+JAVA = (
+    "java", "-Xms96m", "-Xmx320m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+)  # fmt: skip
+
+_SETTINGS = """
+process.roles=broker,controller
+node.id={node}
+controller.quorum.voters={voters}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+log.dirs={data}
+auto.create.topics.enable=false
+num.network.threads=1
+num.io.threads=2
+offsets.topic.num.partitions=1
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+group.initial.rebalance.delay.ms=0
+log.cleaner.dedupe.buffer.size=4194304
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
+replica.lag.time.max.ms=3000
+log.retention.check.interval.ms=500
+log.initial.task.delay.ms=500
+log.segment.delete.delay.ms=500
+"""
+
+
+class Node:
+    """One broker process and its folder."""
+
+    def __init__(self, number: int, folder: Path, libraries: Path) -> None:
+        self.number, self.folder = number, folder
+        self.port, self.controller_port = free_port(), free_port()
+        self._classes = f"{libraries}/*"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where clients find it, ``127.0.0.1:PORT``."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running broker."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        """What the broker complained of in all of its lives."""
+        path = self.folder / "output.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def prepare(self, settings: str, cluster_id: str, format_options: Sequence[str]) -> None:
+        """Write the settings and format the data folder."""
+        self.folder.mkdir(parents=True)
+        path = self.folder / "server.properties"
+        path.write_text(settings)
+        command = [*JAVA, "-cp", self._classes, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(path)]
+        done = subprocess.run([*command, *format_options], capture_output=True, text=True)
+        assert done.returncode == 0, f"formatting the storage failed: {done.stdout} {done.stderr}"
+
+    def start(self) -> None:
+        """Start the process on its data; ``Cluster.wait_ready`` tells when it serves."""
+        assert not self.running
+        with (self.folder / "output.txt").open("ab") as output:
+            self._process = subprocess.Popen(
+                [*JAVA, "-cp", self._classes, "kafka.Kafka", str(self.folder / "server.properties")],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Let it close its files; SIGKILL when it does not within STOP_S_MAX."""
+        self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """SIGSTOP: the process is there and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is None or not self.running:
+            return
+        self._process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()  # a paused process hears nothing else
+        try:
+            self._process.wait(STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Cluster:
+    """Brokers of one release that know each other. Make one with ``running``, or ``start`` and ``stop`` it yourself.
+
+    ``settings`` are broker settings over those of this module; ``{number}`` and ``{folder}`` in a value are a node's
+    own. ``format_options`` go to the storage tool.
+    """
+
+    def __init__(
+        self, folder: Path, version: str = "4", nodes: int = 1, settings: Mapping[str, str] | None = None,
+        format_options: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        libraries = jars(version)
+        self.version = version
+        self.nodes = [Node(number, folder / f"node-{number}", libraries) for number in range(1, nodes + 1)]
+        voters = ",".join(f"{node.number}@127.0.0.1:{node.controller_port}" for node in self.nodes)
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        for node in self.nodes:
+            data = node.folder / "data"
+            text = _SETTINGS.format(
+                node=node.number, voters=voters, port=node.port, controller_port=node.controller_port, data=data
+            )
+            for name, value in (settings or {}).items():  # the last line of a name counts
+                text += f"{name}={value.replace('{port}', str(node.port)).replace('{folder}', str(node.folder))}\n"
+            node.prepare(text, cluster_id, format_options)
+
+    @property
+    def bootstrap(self) -> str:
+        """Every node's address, comma separated: Kafka's ``bootstrap.servers``."""
+        return ",".join(node.address for node in self.nodes)
+
+    def admin(self) -> AdminClient:
+        """A client for topics and their settings."""
+        return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+
+    def start(self) -> None:
+        """Start every node and wait until all of them serve."""
+        for node in self.nodes:
+            node.start()
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until every running node is known to the cluster. Raises AssertionError with the broker's words."""
+        expected = sum(node.running for node in self.nodes)
+        deadline_s = time.monotonic() + READY_S_MAX
+        admin = self.admin()
+        while True:
+            for node in self.nodes:
+                assert node.running or expected < len(self.nodes), f"node {node.number} ended: {node.output[-2000:]}"
+            with contextlib.suppress(KafkaException):
+                if len(admin.list_topics(timeout=0.5).brokers) >= expected:
+                    return
+            assert time.monotonic() < deadline_s, f"not ready in time: {self.nodes[0].output[-2000:]}"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Stop every node. A quorum needs its majority to close in order, so all are told before any is awaited."""
+        for node in self.nodes:
+            if node.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(node.pid, signal.SIGTERM)
+                    node.resume()
+        for node in self.nodes:
+            node.stop()
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path, version: str = "4", nodes: int = 1, settings: Mapping[str, str] | None = None,
+    format_options: Sequence[str] = (),
+) -> Iterator[Cluster]:  # fmt: skip
+    """A cluster that serves, for as long as the block lasts. Raises ``jars.Missing``."""
+    cluster = Cluster(folder, version, nodes, settings, format_options)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+_handed_out: set[int] = set()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, outside the range for outgoing connections, and never the same one twice."""
+    while True:
+        port = random.choice(PORTS)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _handed_out:
+                _handed_out.add(port)
+                return port

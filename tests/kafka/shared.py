@@ -1,0 +1,50 @@
+"""One broker of each release for all tests of a run, started by the first that needs it.
+
+Where there can be none, the tests that need one skip, and the end of the run says so; on a machine of continuous
+integration (``CI=true``) that is a failure instead.
+"""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.cluster import Cluster
+from tests.kafka.jars import Missing
+
+unavailable: list[str] = []
+"""Why tests were skipped, if they were; the first reason is enough for a person."""
+
+
+def need_kafka(reason: Missing) -> None:
+    """Skip the test, or fail it where brokers must be."""
+    unavailable.append(str(reason))
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"the tests on a real Kafka broker must run here, but {reason}")
+    pytest.skip(f"no Kafka broker: {reason}")
+
+
+@functools.cache
+def _started(version: str) -> Cluster | Missing:
+    folder = Path(tempfile.mkdtemp(prefix="meterstream-kafka-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        cluster = Cluster(folder / "cluster", version)
+    except Missing as reason:
+        return reason
+    atexit.register(cluster.stop)  # before the folder goes: the last registered is the first called
+    cluster.start()
+    return cluster
+
+
+def shared_broker(version: str = "4") -> Cluster:
+    """The run's broker of that release. Use topics of your own; never stop it. Skips or fails the test without one."""
+    found = _started(version)
+    if isinstance(found, Missing):
+        need_kafka(found)
+    assert isinstance(found, Cluster)
+    return found
