@@ -7,6 +7,7 @@ the control stream, true once the round that applied it has committed) and waits
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import datetime
 from decimal import Decimal
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import duckdb
 import msgspec
 
 from meters.catalogue import Catalogue, Change
+from meters.ledger import Ledger
 
 
 class Unavailable(Exception):
@@ -40,6 +42,14 @@ class Total(msgspec.Struct, frozen=True):
     max: Decimal | None
 
 
+class Consumption(msgspec.Struct, frozen=True):
+    """What one customer used of one meter in the newest window, exact. ``count`` are the events considered."""
+
+    count: int
+    value: Decimal
+    last_at: datetime | None  # when the newest of them arrived
+
+
 class View(Protocol):
     """The aggregator, as its guests see it."""
 
@@ -52,8 +62,13 @@ class View(Protocol):
         """A snapshot of the store, for a thread of its own. Blocking calls; never held across an await."""
         ...
 
-    async def decide(self, change: Change) -> None:
-        """Write a decision to the control stream and return when it is true everywhere in this process."""
+    @property
+    def ledger(self) -> Ledger:
+        """Credits and resets as of the last commit. Read only."""
+        ...
+
+    async def decide(self, *changes: Change) -> None:
+        """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
         ...
 
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
@@ -68,6 +83,14 @@ class View(Protocol):
         """The meter's running total over these numbers, from memory (count, sum, avg, min, max meters).
 
         None while the meter is still being counted, and for ``unique`` meters: ask the store then.
+        """
+        ...
+
+    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
+        """The meter's value over what arrived from these numbers since a time, from memory.
+
+        None where memory does not have it: while the meter is still being counted, or for another time than the
+        newest reset of the customer. Ask the store then.
         """
         ...
 

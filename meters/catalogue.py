@@ -14,9 +14,11 @@ import msgspec
 
 from meters import exact_json
 from meters.benefits import BenefitChange, Benefits
+from meters.credit import CreditChange
 from meters.filter import Filter
 from meters.filter_json import filter_json, parse_filter
 from meters.meter import Meter
+from meters.price import MeterPriced, Prices
 from meters.sessions import SessionChange, Sessions
 from meters.webhooks import WebhookChange, Webhooks
 
@@ -125,6 +127,8 @@ Change = (
     | MeterCreated
     | MeterUpdated
     | DeadLetterReplayed
+    | CreditChange
+    | MeterPriced
     | BenefitChange
     | SessionChange
     | WebhookChange
@@ -138,6 +142,8 @@ _PLAIN = (
     | CustomerUpdated
     | CustomerDeleted
     | DeadLetterReplayed
+    | CreditChange
+    | MeterPriced
     | BenefitChange
     | SessionChange
     | WebhookChange
@@ -201,6 +207,7 @@ class Catalogue:
         self.tokens: dict[str, Token] = {}  # by sha256
         self.customers: dict[str, Customer] = {}
         self.meters: dict[str, Meter] = {}
+        self.prices = Prices()
         self.benefits, self.sessions, self.webhooks = Benefits(), Sessions(), Webhooks()
         self._external: dict[tuple[str, str], Customer] = {}
         self._meters: dict[str, dict[str, Meter]] = {}
@@ -227,7 +234,7 @@ class Catalogue:
             case DeadLetterReplayed():
                 pass  # concerns the store alone
             case _:
-                for part in (self.benefits, self.sessions, self.webhooks):
+                for part in (self.prices, self.benefits, self.sessions, self.webhooks):
                     part.apply(change)
 
     def _revoke(self, id: str, revoked_at: datetime) -> None:

@@ -1,0 +1,187 @@
+"""The ledger: what customers were credited, where their meters began anew, and what is left.
+
+For one customer and one meter: a reset begins a window. In the newest window, credits are added up in the order of
+their times and the sum never falls below zero; usage counts by when it arrived, whatever time it states of itself.
+The balance is what was credited less what was used; it may be below zero, and usage may be negative.
+
+The ledger holds credits and resets alone. It is the same whatever the order in which it is told of them, and telling
+it twice changes nothing: everything is ordered by (time, id).
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+
+from meters.amount import EXACT
+from meters.credit import Cause, CreditGranted, MeterReset
+from meters.event import event_id
+
+ZERO = Decimal(0)
+
+
+class Credit(msgspec.Struct, frozen=True, gc=False):
+    """One movement of credited units. Its sort key is (``at``, ``id``)."""
+
+    at: datetime
+    id: str
+    units: Decimal
+    rollover: bool
+    cause: Cause
+    reference: str | None = None
+
+    @property
+    def place(self) -> tuple[datetime, str]:
+        """Where it stands among others."""
+        return (self.at, self.id)
+
+
+class Reset(msgspec.Struct, frozen=True, gc=False):
+    """Where a window begins."""
+
+    at: datetime
+    id: str
+    reference: str | None = None
+
+    @property
+    def place(self) -> tuple[datetime, str]:
+        """Where it stands among others."""
+        return (self.at, self.id)
+
+
+class Account(msgspec.Struct, gc=False):
+    """One customer's credits and resets of one meter, each in its order. ``credited`` is of the newest window."""
+
+    credits: list[Credit] = []
+    resets: list[Reset] = []
+    credited: Decimal = ZERO
+
+    @property
+    def since(self) -> datetime | None:
+        """Where the newest window begins; None: at the beginning of everything."""
+        return self.resets[-1].at if self.resets else None
+
+    @property
+    def moved_at(self) -> datetime:
+        """The time of the newest movement."""
+        return max(moved[-1].at for moved in (self.credits, self.resets) if moved)
+
+    def window(self) -> Iterator[Credit]:
+        """The credits of the newest window, in their order."""
+        since = self.since
+        return (credit for credit in self.credits if since is None or credit.at >= since)
+
+
+def floored(units: Iterable[Decimal]) -> Decimal:
+    """The running sum that never falls below zero."""
+    total = ZERO
+    for step in units:
+        total = max(ZERO, EXACT.add(total, step))
+    return total
+
+
+def rollover_units(account: Account, consumed: Decimal, until: datetime | None = None) -> Decimal:
+    """What of the rollover credits goes into the next window: other credits are used up first.
+
+    ``consumed`` is the usage of the window that ends; ``until`` leaves out credits from that time on. Of N other
+    credits, V with rollover and u units used, max(0, min(trunc(N + V - u), V)) are left.
+    """
+    counted = [credit for credit in account.window() if until is None or credit.at < until]
+    plain = floored(credit.units for credit in counted if not credit.rollover)
+    carried = floored(credit.units for credit in counted if credit.rollover)
+    left = EXACT.subtract(EXACT.add(plain, carried), consumed)
+    return max(ZERO, min(Decimal(int(left)), carried))
+
+
+class Ledger:
+    """All accounts. Changed by ``apply`` alone, which says whose newest window begins elsewhere now."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, dict[str, Account]] = {}  # by customer and meter
+        self._keys: dict[tuple[str, str], CreditGranted] = {}
+        self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
+
+    def apply(self, change: object) -> None:
+        """Take in one change; others than credits and resets are somebody else's."""
+        match change:
+            case CreditGranted():
+                self._credit(change)
+            case MeterReset():
+                self._reset(change)
+
+    def _credit(self, change: CreditGranted) -> None:
+        units = self._units.setdefault(change.units, change.units)
+        self._put(change.customer_id, change.meter_id, credit=Credit(
+            change.at, change.id, units, change.rollover, change.cause, change.reference
+        ))  # fmt: skip
+        if change.key is not None:
+            self._keys.setdefault((change.organization_id, change.key), change)
+
+    def _reset(self, change: MeterReset) -> None:
+        for meter_id in change.meter_ids:
+            units = change.rollover.get(meter_id, ZERO)
+            carried = Credit(change.at, change.id, units, True, "rollover", change.reference) if units > 0 else None
+            self._put(change.customer_id, meter_id, carried, Reset(change.at, change.id, change.reference))
+
+    def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
+        account = self._accounts.setdefault(customer_id, {}).setdefault(meter_id, Account())
+        if reset is not None:
+            _insert(account.resets, reset)
+        newest = credit is not None and _insert(account.credits, credit)
+        if credit is not None and newest and reset is None and (account.since is None or credit.at >= account.since):
+            account.credited = floored((account.credited, credit.units))  # what came before it holds
+        else:
+            account.credited = floored(held.units for held in account.window())
+
+    def account(self, customer_id: str, meter_id: str) -> Account | None:
+        """The account, if there ever was a credit or a reset."""
+        return self._accounts.get(customer_id, {}).get(meter_id)
+
+    def accounts(self, customer_id: str) -> dict[str, Account]:
+        """The customer's accounts by meter. Not to be changed."""
+        return self._accounts.get(customer_id, {})
+
+    def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
+        """What was decided for a request with this Idempotency-Key."""
+        return self._keys.get((organization_id, key))
+
+
+def _insert(held: list[Any], new: Credit | Reset) -> bool:
+    """Into its place, unless it is there already; whether it is the last one now and was not there."""
+    place = bisect_left(held, new.place, key=lambda known: known.place)
+    if place < len(held) and held[place].id == new.id:
+        return False
+    held.insert(place, new)
+    return place == len(held) - 1
+
+
+class Window(NamedTuple):
+    """A stretch of an account between two resets: from ``since`` on (None: ever since) to before ``until``."""
+
+    since: datetime | None
+    until: datetime | None
+
+
+def windows(account: Account) -> list[Window]:
+    """Every window, oldest first. There is always one."""
+    cuts = sorted({reset.at for reset in account.resets})
+    return [Window(since, until) for since, until in zip([None, *cuts], [*cuts, None], strict=True)]
+
+
+def customer_meter_id(customer_id: str, meter_id: str) -> str:
+    """The id of a customer's meter: a mix of both ids, from which, with the meter's, the customer's is found again."""
+    return _mixed(int(customer_id.replace("-", ""), 16), meter_id)
+
+
+def customer_of(customer_meter_id: str, meter_id: str) -> str:
+    """The inverse: whose the customer meter is, if it is of this meter. Any id gives an answer; ask who that is."""
+    return _mixed(int(customer_meter_id.replace("-", ""), 16), meter_id)
+
+
+def _mixed(id: int, meter_id: str) -> str:
+    mixed = id ^ int(xxhash.xxh3_128_hexdigest(b"customer meter " + meter_id.encode()), 16)
+    return event_id(mixed >> 64, mixed & (1 << 64) - 1)
