@@ -1,0 +1,152 @@
+"""The other side: requests to a Polar organization (or to anything that speaks its API), each within the limit.
+
+``send`` makes one request and judges nothing: the forwarder has its own rules. ``get`` and ``pages`` are for reading
+and try again by themselves: reading twice is harmless. All of them take a place of the ``RequestWindow`` first, so
+whatever shares its file shares the limit.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import httpx
+
+from aggregator.forward.pace import Circuit, jitter, retry_after_s
+from aggregator.forward.request_window import RequestWindow
+
+SERVERS = {"production": "https://api.polar.sh", "sandbox": "https://sandbox-api.polar.sh"}
+INGEST_PATH = "/v1/events/ingest"
+BODY_BYTES_MAX = 10_485_760  # Polar's
+ANSWER_TIMEOUT_S = 60.0  # an upstream that is busy with a large batch may take most of a minute
+CONNECT_TIMEOUT_S = 10.0
+READ_ATTEMPTS_MAX = 10  # with growing pauses: several minutes of an upstream that is away
+PAGE_ROWS = 100  # the most that Polar gives at once
+
+
+class NoAnswer(Exception):
+    """There was no whole answer: the request may have been carried out, or not."""
+
+
+class Denied(Exception):
+    """The upstream refuses us or the request: trying again gives the same. The message says what to do."""
+
+
+class Answer(NamedTuple):
+    """A whole answer. Header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        """A 2xx."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """The body with exact decimals. Raises ValueError."""
+        return json.loads(self.body, parse_float=Decimal)
+
+    def words(self) -> str:
+        """What the body says, in one line, for a person: its detail, or its first characters."""
+        try:
+            said = self.json()
+        except ValueError:
+            return self.body[:200].decode("utf-8", "replace").strip() or f"status {self.status}"
+        if isinstance(said, dict):
+            said = said.get("detail") or said.get("error_description") or said.get("error") or said
+        return said if isinstance(said, str) else json.dumps(said, default=str)[:2_000]
+
+
+def base_url(server: str) -> str:
+    """The address of ``production``, ``sandbox``, or of a URL given as such. Raises ValueError."""
+    if server in SERVERS:
+        return SERVERS[server]
+    if server.startswith(("https://", "http://")):
+        return server.rstrip("/")
+    raise ValueError(f"{server!r} is neither {', '.join(SERVERS)} nor a URL that begins with https://")
+
+
+class Upstream:
+    """An authenticated connection. A context manager; one thread at a time."""
+
+    def __init__(
+        self, server: str, token: str, window: RequestWindow, *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
+        self.url, self.window = base_url(server), window
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}", "User-Agent": "meterstream"},
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+        )
+
+    def __enter__(self) -> "Upstream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._http.close()
+
+    def send(
+        self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None
+    ) -> Answer:
+        """One request, when the window has a place. Raises NoAnswer."""
+        head = {"Content-Type": "application/json"} if content is not None else {}
+        place = self.window.take()
+        try:
+            response = self._http.request(method, path, params=params, content=content, headers=head)
+        except httpx.HTTPError as error:
+            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+        finally:
+            self.window.ended(place)
+        return Answer(response.status_code, dict(response.headers), response.content)
+
+    def ingest(self, body: bytes) -> Answer:
+        """One batch of events, ``{"events": [...]}``. Raises NoAnswer."""
+        return self.send("POST", INGEST_PATH, content=body)
+
+    def get(self, path: str, **params: Any) -> Any:
+        """The JSON of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
+        given = {name: value for name, value in params.items() if value is not None}
+        circuit = Circuit()
+        while True:
+            pause_s = self._pause_before_retry(circuit, path, given)
+            if not isinstance(pause_s, float):
+                return pause_s.json()
+            self.window.clock.pause(pause_s)
+
+    def _pause_before_retry(self, circuit: Circuit, path: str, params: Mapping[str, Any]) -> Answer | float:
+        """The answer, or how long to wait before the next try."""
+        try:
+            answer = self.send("GET", path, params=params)
+        except NoAnswer:
+            if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
+                raise
+            return circuit.failed(self.window.clock.now_us(), None, jitter())
+        if answer.is_success:
+            return answer
+        if not is_passing(answer.status):
+            raise Denied(f"{self.url}{path} answered {answer.status}: {answer.words()}")
+        if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
+            raise NoAnswer(f"{self.url}{path} still answers {answer.status}: {answer.words()}")
+        now_us = self.window.clock.now_us()
+        return circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Every item of a list, page by page. Raises Denied, NoAnswer."""
+        page = 1
+        while True:
+            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
+            yield from answer["items"]
+            if page >= answer["pagination"]["max_page"]:
+                return
+            page += 1
+
+
+def is_passing(status: int) -> bool:
+    """Whether the same request may succeed later."""
+    return status in (408, 425, 429) or status >= 500
