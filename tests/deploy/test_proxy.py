@@ -1,0 +1,171 @@
+"""The reverse proxy that is shipped, run for real: one address, in front of gateways and the query API."""
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ingest.gateway import VERSION_DEFAULT, VERSIONS
+from tests.deploy.installation import Installation, eventually
+from tests.deploy.programs import program
+
+SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
+GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"
+AGGREGATOR = "server aggregator:8000 max_fails=0;"
+LISTEN = "listen 8080;"
+# One process, that writes to a directory of its own alone.
+MAIN = """
+daemon off; master_process off; pid {0}/nginx.pid; error_log {0}/error.log;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;
+    uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;
+    include {0}/meterstream.conf;
+}}
+"""
+EVENT = {"name": "call", "external_customer_id": "proxied", "metadata": {"n": 1}}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def proxy(directory: Path, gateways: list[str], aggregator: str) -> Iterator[str]:
+    """nginx with the shipped configuration in front of these servers; its address."""
+    port, text = free_port(), SHIPPED.read_text()
+    for shipped, here in (
+        (GATEWAY, " ".join(f"server {gateway} max_fails=2 fail_timeout=5s;" for gateway in gateways)),
+        (AGGREGATOR, f"server {aggregator} max_fails=0;"),
+        (LISTEN, f"listen 127.0.0.1:{port};"),
+    ):
+        assert text.count(shipped) == 1
+        text = text.replace(shipped, here)
+    (directory / "meterstream.conf").write_text(text)
+    (directory / "nginx.conf").write_text(MAIN.format(directory))
+    command = [program("nginx", "nginx-light"), "-p", str(directory), "-c", str(directory / "nginx.conf")]
+    with (directory / "output").open("w") as output, subprocess.Popen([*command, "-e", str(directory / "error.log")],
+                                                                      stdout=output, stderr=output) as nginx:
+        try:
+            eventually(lambda: _listens(port) or nginx.poll() is not None)
+            assert nginx.poll() is None, (directory / "error.log").read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            nginx.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def through(running: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a proxy whose first gateway is down; reads go to the aggregator's own socket."""
+    directory = tmp_path_factory.mktemp("proxy")
+    gateways = [f"127.0.0.1:{free_port()}", running.url.removeprefix("http://")]
+    headers = {"authorization": f"Bearer {running.token}"}
+    with (
+        proxy(directory, gateways, f"unix:{os.path.realpath(running.data)}/api.sock") as url,
+        httpx.Client(base_url=url, headers=headers, timeout=30) as client,
+    ):
+        yield client
+
+
+def passed_on(running: Installation) -> int:
+    """How many requests the gateway passed on to the query API."""
+    lines = running.get("/metrics").text.splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if line.startswith("meterstream_gateway_passed_on_total"))
+
+
+def test_an_event_goes_in_and_is_read_back_at_one_address(through: httpx.Client, running: Installation) -> None:
+    """Events reach a gateway that lives, reads the aggregator without a gateway, and the position holds for both."""
+    before = passed_on(running)
+    written = through.post("/v1/events/ingest", json={"events": [EVENT | {"external_id": "through"}]})
+    position = {"prefer": "wait=20", "log-position": written.headers["log-position"]}
+    read = through.get("/v1/events/", params={"external_customer_id": "proxied"}, headers=position)
+
+    assert written.json() == {"inserted": 1, "duplicates": 0}
+    assert [item["name"] for item in read.json()["items"]] == ["call"]
+    assert passed_on(running) == before
+
+
+@pytest.mark.parametrize("path", ["/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest"])
+def test_every_spelling_of_ingestion_reaches_a_gateway(through: httpx.Client, path: str) -> None:
+    """Each is answered as the gateway itself does, with the position in the log."""
+    answer = through.post(path, json={"events": []})
+
+    assert answer.status_code == 200
+    assert "log-position" in answer.headers
+    assert ("x-polar-deprecation-notice" in answer.headers) == path.startswith("/api/")
+
+
+def test_old_paths_of_reads_still_work(through: httpx.Client) -> None:
+    """A gateway knows them, so they go through one."""
+    answer = through.get("/api/v1/meters/")
+
+    assert answer.status_code == 200
+    assert "x-polar-deprecation-notice" in answer.headers
+
+
+@pytest.mark.parametrize("version", [None, *sorted(VERSIONS)])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_every_answer_names_its_version_once(through: httpx.Client, method: str, version: bytes | None) -> None:
+    """Whoever answers, the header stands there once and says what was asked for."""
+    headers = {} if version is None else {"polar-version": version.decode()}
+    path = "/v1/meters/" if method == "GET" else "/v1/events/ingest"
+    answer = through.request(method, path, json={"events": []} if method == "POST" else None, headers=headers)
+
+    assert answer.status_code == 200
+    assert answer.headers.get_list("polar-version") == [(version or VERSION_DEFAULT).decode()]
+
+
+def test_an_unknown_version_is_refused_as_by_a_gateway(through: httpx.Client) -> None:
+    """It is no version of the API, so there is nothing at that address."""
+    answer = through.get("/v1/meters/", headers={"polar-version": "1999-01"})
+
+    assert answer.status_code == 404
+    assert answer.json() == {"detail": "Not Found"}
+
+
+def test_a_body_that_is_too_large_is_refused_by_the_gateway(through: httpx.Client) -> None:
+    """The refusal has Polar's shape, not nginx's page."""
+    answer = through.post("/v1/events/ingest", content=b"x" * (10 * 1024 * 1024 + 1))
+
+    assert answer.status_code == 413
+    assert answer.json()["error"] == "RequestBodyTooLarge"
+
+
+def test_a_body_of_unknown_length_is_taken(through: httpx.Client) -> None:
+    """A gateway wants to know the length; the proxy collects the chunks and tells it."""
+    chunks = iter([b'{"events":', b"[]}"])
+    answer = through.post("/v1/events/ingest", content=chunks, headers={"content-type": "application/json"})
+
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/livez"])
+def test_what_speaks_of_one_process_is_not_public(through: httpx.Client, path: str) -> None:
+    """Behind one address it would speak of whichever process happened to answer."""
+    assert through.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/events/ingest", "/v1/meters/"])
+def test_nobody_behind_the_proxy_is_a_reason_to_come_back(tmp_path: Path, path: str) -> None:
+    """When no server can be reached the answer is 503 with Retry-After, as JSON."""
+    with proxy(tmp_path, [f"127.0.0.1:{free_port()}"], f"127.0.0.1:{free_port()}") as url:
+        answer = httpx.post(url + path, json={"events": []})
+
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"] == "ServiceUnavailable"
