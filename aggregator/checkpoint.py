@@ -2,14 +2,20 @@
 
 A checkpoint costs about a microsecond per row written since the last one, and rounds go on beside it. Often enough
 means: the file opens quickly after a crash (replay is slower than a checkpoint) and no single checkpoint is long.
+
+What a checkpoint finds becomes row groups of its own, of 122,880 rows at most. DuckDB would like to merge small ones with
+their neighbors there and then; that keeps a round waiting for up to half a second, because a table takes no rows
+while it is rewritten. So under load a checkpoint comes when there is nearly a full row group and merges nothing, and
+the small ones that a quiet time leaves behind are merged in the next quiet time.
 """
 
 import threading
 
 from aggregator.store.store import Store
 
-ROWS_BETWEEN = 150_000  # about 0.1 s of work beside the rounds; more at once keeps a commit waiting for longer
+ROWS_BETWEEN = 100_000  # and what comes while it is noticed: nearly a row group, about 0.1 s of work beside the rounds
 AGAIN_S = 0.05  # DuckDB does not checkpoint while a transaction writes; a round takes about this long
+MERGES_MAX = 100  # in a quiet time; DuckDB's own limit
 IDLE_S = 5.0  # what is left over is folded in when nothing else happens
 
 
@@ -45,9 +51,10 @@ class Checkpointer:
                     return
                 due = self._rows >= ROWS_BETWEEN or 0 < self._rows == before
                 before = rows = self._rows
+                merges_max = 0 if rows >= ROWS_BETWEEN else MERGES_MAX
             if not due:
                 continue
-            done = self._store.checkpoint()
+            done = self._store.checkpoint(merges_max)
             with self._wake:
                 if done:
                     self._rows -= rows

@@ -286,10 +286,15 @@ class Store:
         """Another connection to the same file, for a thread of its own."""
         return self._connection.cursor()
 
-    def checkpoint(self) -> bool:
-        """Fold the write-ahead log into the file; False when DuckDB asks to try later. Raises Doubt."""
+    def checkpoint(self, merges_max: int = 0) -> bool:
+        """Fold the write-ahead log into the file; False when DuckDB asks to try later. Raises Doubt.
+
+        ``merges_max`` bounds how many runs of small row groups are rewritten as large ones meanwhile. A table that is
+        being rewritten takes no rows, so a round waits for as long.
+        """
         connection = self._connection.cursor()
         try:
+            connection.execute("SET GLOBAL max_vacuum_tasks = ?", [merges_max])
             connection.execute("CHECKPOINT")
         except duckdb.TransactionException:
             return False
