@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
+import duckdb
 import structlog
 
 from aggregator.continuity import break_in
@@ -20,8 +22,9 @@ from aggregator.engine import Committed, Engine
 from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
 from aggregator.store.store import Replaced, Store, prepare_partitions
 from aggregator.telemetry import Telemetry
-from aggregator.view import Snapshot, Total, Unavailable
+from aggregator.view import Consumption, Snapshot, Total, Unavailable
 from meters.catalogue import Catalogue, Change, encode_change
+from meters.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
 RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
@@ -153,6 +156,12 @@ class Aggregator:
         with self._now.store.read() as snapshot:
             yield snapshot
 
+    @contextlib.contextmanager
+    def outbox(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
+        with self._now.store.outbox() as connection:
+            yield connection
+
     def numbers(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
         """The numbers under which a customer's events are stored: none, one or two."""
         return self._now.directory.find(organization_id, external_customer_id, customer_id)
@@ -161,10 +170,20 @@ class Aggregator:
         """The meter's running total over these customer numbers; None while it is still being counted."""
         return self._now.totals.total(meter_id, subjects)
 
-    async def decide(self, change: Change) -> None:
-        """Write a decision to the control stream and return when it is true everywhere in this process."""
-        (offset,) = await self._log.append(USAGE_CONTROL, [Entry(encode_change(change), admitted=True)])
-        if not await self._wait(lambda: self._now.control_position > offset, DECISION_TIMEOUT_S):
+    @property
+    def ledger(self) -> Ledger:
+        """Credits and resets as of the last commit. Read only."""
+        return self._now.ledger
+
+    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
+        """The meter's value over what arrived from these numbers since a time; None where memory does not have it."""
+        return self._now.totals.consumed(meter_id, subjects, since)
+
+    async def decide(self, *changes: Change) -> None:
+        """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
+        entries = [Entry(encode_change(change), admitted=True) for change in changes]
+        offsets = await self._log.append(USAGE_CONTROL, entries)
+        if not await self._wait(lambda: self._now.control_position > max(offsets), DECISION_TIMEOUT_S):
             raise Unavailable("the decision is durable but not yet applied", RESTART_DELAY_S)
 
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:

@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.apply import Batch, decode
+from aggregator.boundaries import Boundaries
 from aggregator.checkpoint import Checkpointer
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
 from aggregator.step import Changes, join, judge, nothing, step
 from aggregator.store.store import Round, Store
+from aggregator.webhooks.causes import causes
 from meters.catalogue import Catalogue, Change, decode_change
+from meters.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
@@ -62,8 +65,13 @@ class Engine:
         self._log, self.store, self._observe = log, store, observe
         self.directory = store.directory()
         self._seen: Seen = store.seen()
-        self.catalogue = _catalogue(store.control())
-        self.totals = RunningTotals(store, self.directory, self.catalogue)
+        self.catalogue, self.ledger = Catalogue(), Ledger()
+        for change in map(decode_change, store.control()):
+            if change is not None:
+                self.catalogue.apply(change)
+                self.ledger.apply(change)
+        self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
+        self.totals = RunningTotals(store, self.directory, self.catalogue, self._boundaries.begins)
         self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
         self._control_goal = log.ends(USAGE_CONTROL).get(0, 0)
         self.as_of: Mapping[int, int] = store.positions(USAGE_EVENTS)
@@ -150,16 +158,20 @@ class Engine:
         batch = reading.batch
         changes = self._decide(batch) if batch.chunks else nothing(batch)
         decisions = [(record.offset, record.value) for record in reading.control]
+        decided = [(record, decode_change(record.value)) for record in reading.control]
+        caused = causes(changes.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
-        round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from)
+        round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
         self._seen.add(changes.keys)
-        for change in _changes(reading.control):
-            self.catalogue.apply(change)
-            self.totals.changed(change, first_seq)  # this round's rows are added below
+        for _, change in decided:
+            if change is not None:
+                self._apply(change, first_seq)
+        self._boundaries.number(batch.subjects)
         self.totals.add(rows)
+        self._boundaries.cut(self.totals)
         self.control_position += len(reading.control)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
@@ -171,22 +183,15 @@ class Engine:
             )
         )
 
+    def _apply(self, change: Change, first_seq: int) -> None:
+        self._boundaries.note(change)
+        self.catalogue.apply(change)
+        self.ledger.apply(change)
+        self._boundaries.note(change)
+        self.totals.changed(change, first_seq)  # the rows of the round are added after its decisions
+
     def _decide(self, batch: Batch) -> Changes:
         table, keys = join(batch)
         found, content = self._seen.find(keys.hi, keys.lo)
         needs = judge(table, keys, found, content)
         return step(batch, needs, self.store.stored(needs.stored_elsewhere))
-
-
-def _changes(records: list[Record]) -> list[Change]:
-    decoded = (decode_change(record.value) for record in records)
-    return [change for change in decoded if change is not None]
-
-
-def _catalogue(values: list[bytes]) -> Catalogue:
-    catalogue = Catalogue()
-    for value in values:
-        change = decode_change(value)
-        if change is not None:
-            catalogue.apply(change)
-    return catalogue

@@ -71,6 +71,10 @@ class View(Protocol):
         """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
         ...
 
+    def outbox(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
+        ...
+
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
         """Whether the view reached the ``usage.events`` position within the time."""
         ...

@@ -11,7 +11,7 @@ nothing else is tried first.
 Migrations run alone, before any data moves, and each is followed by a checkpoint.
 """
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE about (version INTEGER, writer_epoch BIGINT);
@@ -43,4 +43,16 @@ CREATE TABLE tallies (
     log_partition INTEGER, stored BIGINT, duplicates BIGINT, conflicts BIGINT, dead BIGINT
 );
 CREATE TABLE control (log_offset BIGINT, value VARCHAR);
+CREATE TABLE webhook_causes (
+    number BIGINT, organization_id VARCHAR, subject INTEGER, customer_id VARCHAR, change VARCHAR, caused_at TIMESTAMP
+);
+CREATE TABLE webhook_messages (
+    id VARCHAR, endpoint_id VARCHAR, organization_id VARCHAR, type VARCHAR, customer_id VARCHAR,
+    body VARCHAR USING COMPRESSION zstd, caused_at TIMESTAMP, created_at TIMESTAMP, due_at TIMESTAMP,
+    attempts INTEGER, status VARCHAR, settled_at TIMESTAMP
+);
+CREATE TABLE webhook_attempts (
+    id VARCHAR, message_id VARCHAR, endpoint_id VARCHAR, organization_id VARCHAR, number INTEGER,
+    started_at TIMESTAMP, took_ms INTEGER, status_code INTEGER, outcome VARCHAR
+);
 """

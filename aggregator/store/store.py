@@ -59,6 +59,7 @@ class Round(NamedTuple):
     control: Sequence[tuple[int, bytes]]  # (offset, change as JSON)
     events_from: Mapping[int, int]
     control_from: int
+    causes: pa.Table | None = None  # of webhooks (``aggregator.webhooks.causes``)
 
 
 class Store:
@@ -74,6 +75,8 @@ class Store:
         self.next_seq: int = row[0] if row else 0
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM dead_letters").fetchone()
         self._next_dead: int = row[0] if row else 0
+        row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM webhook_causes").fetchone()
+        self._next_cause: int = row[0] if row else 0
         self._replayed: dict[Place, datetime] = {}
         for value in self.control():
             self._note_replayed(value)
@@ -209,6 +212,12 @@ class Store:
             named = hierarchy.children(rows, dict(organization_ids))
             hierarchy.resolve(connection, seen, round_.changes.keys, named)
         self._tally(round_.changes)
+        if round_.causes is not None:
+            connection.register("caused", round_.causes)
+            numbered = "INSERT INTO webhook_causes SELECT ? + row_number() OVER (), * FROM caused"
+            connection.execute(numbered, [self._next_cause])
+            connection.unregister("caused")
+            self._next_cause += round_.causes.num_rows + 1
 
     def _move(self, stream: str, before: Mapping[int, int], after: Mapping[int, int]) -> None:
         """Compare and set: the epoch is ours and every position is where this round began."""
@@ -269,10 +278,13 @@ class Store:
                 raise Unavailable("the store is being opened again") from error
             raise
         finally:
-            connection.close()
-            with self._readers_changed:
-                self._readers.discard(connection)
-                self._readers_changed.notify_all()
+            self._let_go(connection)
+
+    def _let_go(self, connection: duckdb.DuckDBPyConnection) -> None:
+        connection.close()
+        with self._readers_changed:
+            self._readers.discard(connection)
+            self._readers_changed.notify_all()
 
     def _reader(self) -> duckdb.DuckDBPyConnection:
         with self._readers_changed:
@@ -281,6 +293,22 @@ class Store:
             connection = self._connection.cursor()
             self._readers.add(connection)
         return connection
+
+    @contextlib.contextmanager
+    def outbox(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A small transaction of its own on the tables of webhooks, which no round but adds to.
+
+        Raises Unavailable where it cannot be made true; what it did is then to be done again.
+        """
+        connection = self._reader()
+        try:
+            connection.execute("BEGIN")
+            yield connection
+            connection.execute("COMMIT")
+        except duckdb.Error as error:
+            raise Unavailable(f"the outbox cannot be written now: {error}") from error
+        finally:
+            self._let_go(connection)
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Another connection to the same file, for a thread of its own."""

@@ -1,0 +1,191 @@
+"""The outbox: causes that were written with the changes, messages made of them, and every attempt to deliver one.
+
+    webhook_causes     who moved; written by the one transaction of a round, gone once messages are made of it
+    webhook_messages   what is told to one endpoint, word for word, so that a repetition is the same bytes
+    webhook_attempts   the delivery log
+
+A message is pending until it is delivered, failed for good, or superseded: of one customer's state only the newest is
+worth telling, so an endpoint that is away costs a message per customer and not one per change. Only the sender writes
+here (the round adds causes); each function is one step of a small transaction that the caller opens and commits.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+import duckdb
+
+Status = Literal["pending", "delivered", "failed", "superseded"]
+CAUSES_AT_ONCE = 5_000
+"""Causes taken in one transaction: a state takes a fraction of a millisecond to write down."""
+
+MESSAGES_AT_ONCE = 20
+"""Messages of one endpoint between two marks: what is told twice if the process dies meanwhile."""
+
+KEPT = timedelta(days=30)
+"""How long settled messages can be looked at and sent again."""
+
+
+class Cause(NamedTuple):
+    """Who moved: a customer by id, or by the name that usage gives (``kind`` and ``text``, as in the directory).
+
+    ``change`` is a threshold that was reached, as JSON.
+    """
+
+    number: int
+    organization_id: str
+    customer_id: str | None
+    kind: str | None
+    text: str | None
+    change: str | None
+    caused_at: datetime
+
+
+class Message(NamedTuple):
+    """What is told to one endpoint. ``id`` is the ``webhook-id``, the same for every attempt and for a redelivery."""
+
+    id: str
+    endpoint_id: str
+    organization_id: str
+    type: str
+    customer_id: str
+    body: str
+    caused_at: datetime
+    created_at: datetime
+    due_at: datetime
+    attempts: int = 0
+    status: Status = "pending"
+    settled_at: datetime | None = None
+
+
+class Attempt(NamedTuple):
+    """One try. ``outcome`` says in a few words what came of it; a status code only where there was an answer."""
+
+    id: str
+    message_id: str
+    endpoint_id: str
+    organization_id: str
+    number: int
+    started_at: datetime
+    took_ms: int
+    status_code: int | None
+    outcome: str
+
+
+_MESSAGE = ", ".join(Message._fields)
+_ATTEMPT = ", ".join(Attempt._fields)
+Connection = duckdb.DuckDBPyConnection
+
+
+def take_causes(connection: Connection) -> list[Cause]:
+    """The oldest causes, in their order."""
+    rows = connection.execute(
+        """SELECT c.number, c.organization_id, c.customer_id, s.kind, s.text, c.change, c.caused_at
+           FROM webhook_causes c LEFT JOIN subjects s ON s.number = c.subject ORDER BY c.number LIMIT ?""",
+        [CAUSES_AT_ONCE],
+    ).fetchall()
+    return [Cause(*row) for row in rows]
+
+
+def put_messages(connection: Connection, messages: Sequence[Message], through: int) -> None:
+    """Write what was made of every cause up to ``through``, and let go of those. Newer states supersede older ones."""
+    for message in messages:
+        if message.type == "customer.state_changed":
+            connection.execute(
+                """UPDATE webhook_messages SET status = 'superseded', settled_at = ?
+                   WHERE status = 'pending' AND endpoint_id = ? AND customer_id = ? AND type = ?""",
+                [message.created_at, message.endpoint_id, message.customer_id, message.type],
+            )
+    if messages:
+        marks = ", ".join("?" * len(Message._fields))
+        statement = f"INSERT INTO webhook_messages ({_MESSAGE}) VALUES ({marks})"  # noqa: S608 (our columns)
+        connection.executemany(statement, list(messages))
+    connection.execute("DELETE FROM webhook_causes WHERE number <= ?", [through])
+
+
+def pending(connection: Connection, endpoint_id: str) -> list[Message]:
+    """The next messages for an endpoint, oldest first, due or not."""
+    rows = connection.execute(
+        f"""SELECT {_MESSAGE} FROM webhook_messages WHERE status = 'pending' AND endpoint_id = ?
+            ORDER BY created_at, rowid LIMIT {MESSAGES_AT_ONCE}""",  # noqa: S608 (our columns)
+        [endpoint_id],
+    ).fetchall()
+    return [Message(*row) for row in rows]
+
+
+def waiting(connection: Connection, now: datetime) -> list[str]:
+    """The endpoints for which a message is due."""
+    rows = connection.execute(
+        "SELECT DISTINCT endpoint_id FROM webhook_messages WHERE status = 'pending' AND due_at <= ?", [now]
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+def mark(connection: Connection, messages: Sequence[Message], attempts: Sequence[Attempt]) -> None:
+    """Write down what became of messages, and the attempts that were made.
+
+    A message that was superseded meanwhile stays so, unless it was delivered after all.
+    """
+    for message in messages:
+        connection.execute(
+            """UPDATE webhook_messages SET status = ?, attempts = ?, due_at = ?, settled_at = ?
+               WHERE id = ? AND endpoint_id = ? AND (status = 'pending' OR ? = 'delivered')""",
+            [message.status, message.attempts, message.due_at, message.settled_at, message.id, message.endpoint_id,
+             message.status],
+        )  # fmt: skip
+    if attempts:
+        marks = ", ".join("?" * len(Attempt._fields))
+        statement = f"INSERT INTO webhook_attempts ({_ATTEMPT}) VALUES ({marks})"  # noqa: S608 (our columns)
+        connection.executemany(statement, list(attempts))
+
+
+def failures_in_a_row(connection: Connection, endpoint_id: str, since: datetime, most: int) -> int:
+    """How many of the newest settled messages failed since a time, one after the other, up to ``most``."""
+    rows = connection.execute(
+        """SELECT status FROM webhook_messages WHERE endpoint_id = ? AND status IN ('delivered', 'failed')
+           AND settled_at >= ? ORDER BY settled_at DESC LIMIT ?""",
+        [endpoint_id, since, most],
+    ).fetchall()
+    return next((place for place, (status,) in enumerate(rows) if status != "failed"), len(rows))
+
+
+def unsettled_since(connection: Connection) -> tuple[datetime | None, dict[str, datetime]]:
+    """The time of the oldest cause, and by endpoint that of its oldest pending message."""
+    row = connection.execute("SELECT min(caused_at) FROM webhook_causes").fetchone()
+    rows = connection.execute(
+        "SELECT endpoint_id, min(caused_at) FROM webhook_messages WHERE status = 'pending' GROUP BY endpoint_id"
+    ).fetchall()
+    return (row[0] if row else None), dict(rows)
+
+
+def forget(connection: Connection, now: datetime) -> None:
+    """Let go of what was settled long ago, and of its attempts."""
+    connection.execute("DELETE FROM webhook_messages WHERE settled_at < ?", [now - KEPT])
+    connection.execute("DELETE FROM webhook_attempts WHERE started_at < ?", [now - KEPT])
+
+
+def deliver_again(connection: Connection, organization_id: str, message_id: str, now: datetime) -> int:
+    """Make a message due now, whatever became of it; how many endpoints will hear it."""
+    found = connection.execute(
+        """UPDATE webhook_messages SET status = 'pending', attempts = 0, due_at = ?, settled_at = NULL
+           WHERE organization_id = ? AND id = ?""",
+        [now, organization_id, message_id],
+    ).fetchone()
+    return found[0] if found else 0
+
+
+def deliveries(
+    connection: Connection, organization_id: str, endpoint_id: str | None, limit: int, offset: int
+) -> tuple[list[dict[str, Any]], int]:
+    """A page of the delivery log, newest first, each attempt with its message; and how many there are."""
+    chosen = "a.organization_id = $organization AND ($endpoint IS NULL OR a.endpoint_id = $endpoint)"
+    asked = {"organization": organization_id, "endpoint": endpoint_id}
+    row = connection.execute(f"SELECT count(*) FROM webhook_attempts a WHERE {chosen}", asked).fetchone()  # noqa: S608
+    cursor = connection.execute(
+        f"""SELECT a.*, m.type, m.customer_id, m.status, m.body FROM webhook_attempts a
+            LEFT JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
+            WHERE {chosen} ORDER BY a.started_at DESC, a.number DESC LIMIT $limit OFFSET $offset""",  # noqa: S608
+        asked | {"limit": limit, "offset": offset},
+    )
+    names = [column[0] for column in cursor.description or ()]
+    return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()], row[0] if row else 0

@@ -1,0 +1,90 @@
+"""Where a webhook may go.
+
+An address comes from whoever has a token, and the request leaves from inside the operator's network: without a check
+it could reach what only that network may. So a target is public and speaks https, unless the operator's setting allows
+others. A name is resolved here and the connection goes to the very address that was checked; a name that changes its
+mind afterwards changes nothing.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from typing import NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+URL_LENGTH_MAX = 2000
+"""Characters of an address: what every server takes."""
+
+RESOLVE_S_MAX = 5.0
+"""Seconds for a name: half of what a delivery has."""
+
+PORTS = {"https": 443, "http": 80}
+
+
+class Forbidden(Exception):
+    """This target may not be reached; the message says why and repeats nothing secret."""
+
+
+class Target(NamedTuple):
+    """Where to connect to, and for whom: the request names ``host``, and so must the certificate."""
+
+    url: str
+    host: str
+    server_name: str
+
+
+def refusal(url: str, *, private_allowed: bool) -> str | None:
+    """Why an address cannot be taken; None where it can. Its name is not resolved, which is done for each delivery."""
+    try:
+        _check(_parts(url, private_allowed), private_allowed)
+    except Forbidden as reason:
+        return str(reason)
+    return None
+
+
+async def resolve(url: str, *, private_allowed: bool) -> Target:
+    """The address to connect to. Raises Forbidden, OSError where the name is not known, TimeoutError."""
+    parts = _parts(url, private_allowed)
+    host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+    async with asyncio.timeout(RESOLVE_S_MAX):
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(place[4][0]) for place in found]
+    for address in addresses:
+        _check_address(address, private_allowed)
+    if not addresses:
+        raise OSError("the name has no address")
+    literal = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
+    return Target(parts._replace(netloc=f"{literal}:{port}").geturl(), parts.netloc, host)
+
+
+def _parts(url: str, private_allowed: bool) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        known = parts.hostname and (parts.port or PORTS.get(parts.scheme))
+    except ValueError as error:
+        raise Forbidden("the URL cannot be read") from error
+    if parts.scheme not in (PORTS if private_allowed else ("https",)):
+        raise Forbidden("the URL should begin with https://")
+    if not known or len(url) > URL_LENGTH_MAX or not url.isascii() or not url.isprintable() or " " in url:
+        raise Forbidden(f"the URL should name a host, in ASCII, with at most {URL_LENGTH_MAX} characters")
+    if parts.username is not None or parts.password is not None or parts.fragment:
+        raise Forbidden("the URL should carry no user, no password and no fragment")
+    return parts
+
+
+def _check(parts: SplitResult, private_allowed: bool) -> None:
+    host = parts.hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        host = "127.0.0.1"
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return  # a name
+    _check_address(host, private_allowed)
+
+
+def _check_address(address: str, private_allowed: bool) -> None:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(found, "ipv4_mapped", None) or found
+    if not private_allowed and (not inner.is_global or inner.is_multicast):
+        raise Forbidden("the URL leads to an address that is not public; the operator may allow such targets")
