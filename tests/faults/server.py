@@ -49,7 +49,9 @@ class Server:
 
     def reads(self) -> bool:
         """Whether a question is answered."""
-        return self.client.get("/v1/events/names").status_code == 200
+        with contextlib.suppress(httpx.TransportError):  # a kept connection may have ended with its gateway
+            return self.client.get("/v1/events/names").status_code == 200
+        return False
 
     def children(self) -> dict[str, int]:
         """The process ids of the gateway and the aggregator."""
