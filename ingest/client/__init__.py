@@ -9,7 +9,9 @@ It speaks to Meterstream and to Polar alike. It needs httpx and msgspec, and not
 """
 
 from ingest.client.event import Event
+from ingest.client.ingestion import Ingestion, Stats
+from ingest.client.limits import Limits
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.strategy import Customer, Strategy
 
-__all__ = ["Customer", "Event", "EventRefused", "Rejection", "SpoolFull", "Strategy"]
+__all__ = ["Customer", "Event", "EventRefused", "Ingestion", "Limits", "Rejection", "SpoolFull", "Stats", "Strategy"]

@@ -1,7 +1,7 @@
 """Values as applications have them, made into values that metadata may hold.
 
 Where the meaning is clear a value is converted: None and the empty string say nothing and are left out, decimals keep
-their digits, instants become ISO 8601, whatever counts as an integer becomes one, enumerations become their value. Where
+their digits, instants become ISO 8601, whatever counts as an integer becomes one, enumerations their value. Where
 it is not clear (NaN, an instant without zone, anything nested) the event is refused, at the line that captured it.
 
 ``_cost.amount`` is in cents and is rounded half to even at 12 decimals, because ``0.1 + 0.2`` has 17.

@@ -1,0 +1,254 @@
+"""``Ingestion``: where an application hands its usage over, and can forget about it.
+
+``ingest`` returns within microseconds: it gives the event its id and its bytes, writes it to the spool and leaves. A
+thread sends it, and again until the server has acknowledged it, over restarts of either side. Whatever happened to an
+event, it was acknowledged, rejected (and handed to ``on_rejected``), dropped (by choice, and counted) or is pending:
+the four add up to what was captured, and ``stats`` has them.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from ingest.client import lifecycle
+from ingest.client.event import Event, seal
+from ingest.client.limits import DEFAULT_SPOOL, Limits
+from ingest.client.outbox import Outbox, WhenFull
+from ingest.client.rejection import EventRefused, Rejection, SpoolFull
+from ingest.client.sending import Sender
+from ingest.client.spool import Spool, SpoolBroken, abandoned, fingerprint
+from ingest.client.strategy import S
+from ingest.client.transport import HttpTransport, Transport
+from ingest.client.values import Unacceptable
+
+logger = logging.getLogger(__name__)
+
+_FULL = ("full", "There was no room for the event in time")
+_CLOSED = ("closed", "The ingestion is closed")
+_ADOPTED_AT_ONCE = 1000  # events that move from an abandoned spool in one transaction
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of events since the client was made (or forked). ``captured`` and ``adopted`` together are
+    ``acknowledged + pending + rejected + dropped``."""
+
+    captured: int
+    """Calls of ``ingest``, whatever came of them."""
+    adopted: int
+    """Events taken over from processes that are gone."""
+    acknowledged: int
+    rejected: int
+    dropped: int
+    """Given up to make room, because that was chosen."""
+    pending: int
+    pending_bytes: int
+    unspooled: int
+    """Events that only memory held for a time, because the disk failed."""
+    duplicates: int
+    """Events that the server knew already, as it says."""
+    requests: int
+    retries: int
+    last_problem: str | None
+    """The cause of the last request that was not answered with a yes."""
+
+
+class Ingestion:
+    """Captures events and sends them in the background. A context manager; or call ``close`` at the end.
+
+    ``token``, ``base_url``: as the server gave them; ``https://api.polar.sh`` is Polar's.
+    ``spool``: a directory for what is not yet acknowledged, shared by as many processes as you like; None keeps events
+    in memory alone, and a killed process loses them. ``previous_tokens`` are those whose events may still lie there.
+    ``when_full``: what happens once ``limits.held_bytes_max`` wait: ``block`` for at most ``limits.block_s_max`` and
+    then reject, ``drop_oldest``, or ``raise`` SpoolFull.
+    ``on_rejected`` gets every event that will not count, from any thread. ``strict`` raises at capture instead.
+    ``handle_sigterm``: end in order at SIGTERM if nobody else handles it.
+    """
+
+    def __init__(
+        self, token: str, *, base_url: str, spool: str | Path | None = DEFAULT_SPOOL, when_full: WhenFull = "block",
+        on_rejected: Callable[[Rejection], object] | None = None, strict: bool = False, gzip: bool = True,
+        previous_tokens: Sequence[str] = (), handle_sigterm: bool = True, transport: Transport | None = None,
+        limits: Limits | None = None,
+    ) -> None:  # fmt: skip
+        self._limits = limits or Limits()
+        self._directory = _usable(spool)
+        self._owners = [fingerprint(base_url, each) for each in (token, *previous_tokens)]
+        self._when_full, self._on_rejected, self._strict = when_full, on_rejected, strict
+        self._transport = transport or HttpTransport(
+            token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max
+        )
+        self._is_closed = False
+        self._begin()
+        lifecycle.look_after(self, handle_sigterm=handle_sigterm)
+        if self._directory and any(self._directory.glob(f"{self._owners[0]}-*")):
+            self._start()
+
+    def _begin(self) -> None:
+        """The state of one process."""
+        self._outbox = Outbox(
+            self._limits, self._when_full, Spool(self._directory, self._owners[0]) if self._directory else None
+        )
+        self._sender = Sender(self._outbox, self._transport, self._tell)
+        self._refused = 0
+        self._is_started = False
+        self._stop = threading.Event()
+
+    def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
+        """Capture one event; its id, or None when it was rejected.
+
+        Takes microseconds, and at most ``limits.block_s_max`` when the spool is full and it shall block. Raises
+        nothing, but EventRefused in strict mode and SpoolFull if that was chosen. The event is not changed.
+        """
+        try:
+            sealed = seal(event)
+        except Unacceptable as problem:
+            self._refuse(Rejection(event, None, problem.type, problem.loc, problem.msg, "capture"))
+            return None
+        if not self._is_started:
+            self._start()
+        try:
+            if self._outbox.put(sealed.line):
+                return sealed.external_id
+        except SpoolFull:
+            self._count_refused()
+            raise
+        type, msg = _CLOSED if self._is_closed else _FULL
+        self._refuse(Rejection(event, sealed.external_id, type, (), msg, "spool"))
+        return None
+
+    capture = ingest
+
+    def strategy(self, strategy_class: type[S], event_name: str, **metadata: Any) -> S:
+        """A strategy that reports events of this name, with this metadata on each."""
+        return strategy_class(event_name, self, metadata)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Send what was captured until now without lingering; whether all of it was settled in time."""
+        outbox = self._outbox
+        number = outbox.hurry()
+        with outbox.changed:
+            return outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        deadline_s = time.monotonic() + (self._limits.close_s_max if timeout_s is None else timeout_s)
+        if self._is_started:
+            self.flush(max(0.0, deadline_s - time.monotonic()))
+        self._stop.set()
+        lost = self._outbox.close()
+        self._sender.join(deadline_s)
+        self._transport.close()
+        lifecycle.leave(self)
+        if lost:
+            logger.error("events were lost: the server took them not in time and no spool holds them",
+                         extra={"events": lost})  # fmt: skip
+
+    def stats(self) -> Stats:
+        """The counters, and what is on its way."""
+        outbox, sender = self._outbox, self._sender
+        with outbox.changed:
+            return Stats(
+                captured=outbox.taken + self._refused, adopted=outbox.adopted, acknowledged=outbox.acknowledged,
+                rejected=outbox.rejected + self._refused, dropped=outbox.dropped, pending=outbox.pending,
+                pending_bytes=outbox.held_bytes, unspooled=outbox.unspooled, duplicates=sender.duplicates,
+                requests=sender.requests, retries=sender.retries, last_problem=sender.last_problem,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def hold_still(self) -> None:
+        """A fork is about to happen."""
+        self._outbox.changed.acquire()
+
+    def go_on(self) -> None:
+        """The fork has happened, and this is the parent."""
+        self._outbox.changed.release()
+
+    def start_anew(self) -> None:
+        """This is a forked child: events, threads, connections and the spool's file are the parent's."""
+        self._outbox.forget()
+        self._transport.after_fork()
+        self._begin()
+
+    def _start(self) -> None:
+        with self._outbox.changed:
+            if self._is_started or self._is_closed:
+                return
+            self._is_started = True
+        lifecycle.started(self)
+        self._sender.start()
+        if self._directory:
+            threading.Thread(target=self._adopt, name="meterstream-client-adopt", daemon=True).start()
+
+    def _adopt(self) -> None:
+        """Now and then, take over what processes that are gone have left."""
+        directory, outbox = self._directory, self._outbox
+        assert directory is not None
+        while True:
+            for spool in abandoned(directory, self._owners):
+                try:
+                    _move(spool, outbox)
+                except SpoolBroken as error:
+                    logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
+                finally:
+                    spool.close()
+            if self._stop.wait(self._limits.adopt_every_s):
+                return
+
+    def _count_refused(self) -> None:
+        with self._outbox.changed:
+            self._refused += 1
+
+    def _refuse(self, rejection: Rejection) -> None:
+        self._count_refused()
+        if self._strict:
+            raise EventRefused(rejection)
+        self._tell(rejection)
+
+    def _tell(self, rejection: Rejection) -> None:
+        """Hand a rejection over; the handler's own errors are logged and go no further."""
+        told = {"by": rejection.by, "type": rejection.type, "loc": rejection.loc}
+        logger.warning("an event was rejected", extra=told)
+        if self._on_rejected is not None:
+            try:
+                self._on_rejected(rejection)
+            except Exception:
+                logger.exception("on_rejected failed")
+
+
+def _usable(spool: str | Path | None) -> Path | None:
+    """The spool's directory. Raises OSError when it was named and cannot be made; the default is then done without."""
+    if spool is None:
+        return None
+    directory = Path(spool)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        if spool is not DEFAULT_SPOOL:
+            raise
+        logger.warning("no spool: events are held in memory only", extra={"cause": str(error)})
+        return None
+    return directory
+
+
+def _move(spool: Spool, outbox: Outbox) -> None:
+    """Every event of an abandoned spool into our own, then out of it. Between the two they are in both: an event that
+    is sent twice has one id and counts once."""
+    while rows := spool.read(-1, _ADOPTED_AT_ONCE):
+        outbox.adopt([line for _, line in rows])
+        spool.delete([number for number, _ in rows])

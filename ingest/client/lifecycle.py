@@ -1,0 +1,95 @@
+"""Clients and the life of their process: forks, SIGTERM, the end of the interpreter.
+
+A fork happens while no client is in the middle of something: its lock is held across. The child starts every client
+anew, with threads, connections and a spool of its own, and without the parent's events, which the parent sends.
+At the end of the interpreter every client closes within its bound. SIGTERM, which by default ends Python on the spot,
+is made to end it in order, but only where the application has not decided otherwise.
+"""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Protocol
+from weakref import WeakSet
+
+
+class Living(Protocol):
+    """A client, as its process sees it."""
+
+    def hold_still(self) -> None:
+        """Let nothing happen until ``go_on``."""
+
+    def go_on(self) -> None:
+        """Let things happen again."""
+
+    def start_anew(self) -> None:
+        """In a forked child: leave everything to the parent."""
+
+    def close(self) -> None:
+        """Send the rest, within a bound."""
+
+
+_POOLS = ("multiprocessing.util", "billiard.util")
+_FIRST = 100  # before pools and managers end, which have 15 and less
+
+_clients: "WeakSet[Living]" = WeakSet()
+_held: list[Living] = []
+_forking = threading.RLock()
+
+
+def look_after(client: Living, *, handle_sigterm: bool) -> None:
+    """From now on the client hears of forks and of the end."""
+    _clients.add(client)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signals are set nowhere else
+    if handle_sigterm and in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end_in_order)
+
+
+def started(client: Living) -> None:
+    """The client has something to close now. Children of multiprocessing and of Celery's pool end without the
+    interpreter's own farewell, but keep a list of their own."""
+    for library in _POOLS:
+        if library in sys.modules:
+            sys.modules[library].Finalize(client, client.close, exitpriority=_FIRST)
+
+
+def leave(client: Living) -> None:
+    """The client is closed and needs to hear of nothing."""
+    _clients.discard(client)
+
+
+def _end_in_order(number: int, frame: FrameType | None) -> None:
+    """Unwind the main thread, so that ``with`` and ``finally`` do their work and the interpreter ends as it should."""
+    raise SystemExit(128 + number)
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    _held.extend(sorted(_clients, key=id))  # one order for every thread that forks
+    for client in _held:
+        client.hold_still()
+
+
+def _after_in_parent() -> None:
+    while _held:
+        _held.pop().go_on()
+    _forking.release()
+
+
+def _after_in_child() -> None:
+    while _held:
+        _held.pop().start_anew()
+    _forking.release()
+
+
+def _at_exit() -> None:
+    for client in list(_clients):
+        client.close()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -1,0 +1,283 @@
+"""What is captured and not yet settled: the line in which events wait for the server.
+
+An event is in exactly one place: waiting in memory, waiting in the spool alone (when memory is full), held back for a
+later try, or in flight. It leaves when it is settled: acknowledged, rejected or dropped; until then it stays in the
+spool, whatever else happens. One lock guards everything; nothing slow but the spool's file is touched under it.
+"""
+
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from threading import Condition
+from typing import Literal
+
+import msgspec
+
+from ingest.client.limits import MEMORY_EVENTS_MAX, Limits
+from ingest.client.pace import Pace
+from ingest.client.rejection import SpoolFull
+from ingest.client.spool import Row, Spool, SpoolBroken
+
+logger = logging.getLogger(__name__)
+
+WhenFull = Literal["block", "drop_oldest", "raise"]
+
+_SPOOL_RETRY_S = 1.0
+"""How long events stay in memory only after the disk failed, before it is tried again."""
+
+
+class Batch(msgspec.Struct):
+    """Events that travel together. ``tries`` counts what went wrong with these very events; ``mark`` is the number of
+    batches that had been acknowledged when that happened last, or when this one left first."""
+
+    rows: list[Row]
+    tries: int = 0
+    mark: int = 0
+
+
+Again = tuple[Batch, float]
+"""What is to be sent again, and after how many seconds."""
+
+
+class Outbox:
+    """The waiting events of one process."""
+
+    def __init__(self, limits: Limits, when_full: WhenFull, spool: Spool | None) -> None:
+        self.limits, self.pace = limits, Pace(limits)
+        self.changed = Condition()  # over a lock that its owner may take again: a fork may happen while it is held
+        self.taken = self.adopted = self.acknowledged = self.rejected = self.dropped = self.unspooled = 0
+        self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = 0
+        self.is_closing = False
+        self._when_full, self._spool = when_full, spool
+        self._memory: deque[Row] = deque()
+        self._held_back: list[tuple[float, int, Batch]] = []  # heap by the time of the next try
+        self._flying: set[int] = set()  # the first number of each batch in flight
+        self._number = 0  # of the newest event
+        self._loaded = 0  # of the newest event that is, or was, in memory
+        self._is_behind = False  # the spool has events that memory has not
+        self._unspooled: set[int] = set()
+        self._unerased: list[int] = []  # settled, but the disk would not forget them yet
+        self._spool_again_s = 0.0
+        self._first_since_s = 0.0  # since when the head of the line waits
+        self._hurry = 0  # events up to this number do not linger
+        self._waiting = 0  # threads in ``take``
+
+    def put(self, line: bytes) -> bool:
+        """Take one event; False when there is no room, or when it closes. Raises SpoolFull if that was chosen."""
+        with self.changed:
+            if self.held_bytes + len(line) > self.limits.held_bytes_max and not self._make_room(len(line)):
+                return False
+            if self.is_closing:
+                return False
+            self._number += 1
+            row = (self._number, line)
+            in_memory_only = not self._write(row)
+            if in_memory_only or not (self._is_behind or self._fills_memory()):
+                self._remember(row)
+            else:
+                self._is_behind = True
+            self.taken += 1
+            self.pending += 1
+            self.held_bytes += len(line)
+            return True
+
+    def adopt(self, lines: Sequence[bytes]) -> None:
+        """Take over events that another process has left, whatever the bound says. Raises SpoolBroken."""
+        assert self._spool is not None
+        with self.changed:
+            rows = list(enumerate(lines, self._number + 1))
+            self._spool.append_all(rows)
+            self._number += len(rows)
+            self._is_behind = True
+            self.adopted += len(rows)
+            self.pending += len(rows)
+            self.held_bytes += sum(map(len, lines))
+            self.changed.notify()
+
+    def take(self) -> Batch | None:
+        """The next batch, once there is one and the pace allows it; None when the outbox closes."""
+        with self.changed:
+            while not self.is_closing:
+                now_s = time.monotonic()
+                wait_s = self._seconds_until_ready(now_s)
+                if wait_s is not None and wait_s <= 0 and (batch := self._form(now_s)):
+                    batch.mark = batch.mark if batch.tries else self.acknowledged_batches
+                    self._flying.add(batch.rows[0][0])
+                    self.in_flight += 1
+                    if self._memory or self._held_back:
+                        self.changed.notify()
+                    return batch
+                self._waiting += 1
+                self.changed.wait(wait_s)
+                self._waiting -= 1
+            return None
+
+    def settle(self, rows: Sequence[Row], *, is_acknowledged: bool) -> None:
+        """These events of a batch in flight need nothing any more."""
+        with self.changed:
+            if is_acknowledged:
+                self.acknowledged_batches += 1
+                self.acknowledged += len(rows)
+                self.pace.worked()
+            else:
+                self.rejected += len(rows)
+            self.pending -= len(rows)
+            self.held_bytes -= sum(len(line) for _, line in rows)
+            self._erase([number for number, _ in rows])
+
+    def land(self, batch: Batch, again: Sequence[Again] = ()) -> None:
+        """A batch is not in flight any more; what is left of it is tried again."""
+        with self.changed:
+            self.in_flight -= 1
+            self._flying.remove(batch.rows[0][0])
+            for part, delay_s in again:
+                heapq.heappush(self._held_back, (time.monotonic() + delay_s, part.rows[0][0], part))
+            self.changed.notify_all()
+
+    def hurry(self) -> int:
+        """Let nothing that is here now linger; the number to wait for in ``is_settled``."""
+        with self.changed:
+            self._hurry = self._number
+            self.changed.notify_all()
+            return self._number
+
+    def is_settled(self, number: int) -> bool:
+        """Whether every event up to this number is settled. The lock is held by the caller."""
+        if self._is_behind and self._loaded < number:
+            return False
+        heads = [*self._flying, *(batch.rows[0][0] for _, _, batch in self._held_back)]
+        heads += [row[0] for row in self._memory] if self._unspooled else [row[0] for row in islice(self._memory, 1)]
+        return all(first > number for first in heads)
+
+    def close(self) -> int:
+        """Stop giving out batches, and give the spool up; how many events are lost because nothing else has them."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify_all()
+            lost = len(self._unspooled) if self._spool else self.pending
+            if self._spool:
+                self._erase([])
+                self._spool.close()
+            return lost
+
+    def forget(self) -> None:
+        """After a fork, in the child: everything here is the parent's."""
+        if self._spool:
+            self._spool.forget()
+
+    def _write(self, row: Row) -> bool:
+        """Into the spool, if there is one and it works."""
+        if self._spool is None:
+            return False
+        try:
+            if self._spool_again_s and time.monotonic() < self._spool_again_s:
+                raise SpoolBroken
+            self._spool.append(*row)
+            self._spool_again_s = 0.0
+            return True
+        except SpoolBroken as error:
+            if not self._spool_again_s:
+                logger.warning("the spool cannot be written; events are held in memory", extra={"cause": str(error)})
+            if time.monotonic() >= self._spool_again_s:
+                self._spool_again_s = time.monotonic() + _SPOOL_RETRY_S
+            self._unspooled.add(row[0])
+            self.unspooled += 1
+            return False
+
+    def _remember(self, row: Row) -> None:
+        if not self._memory:
+            self._first_since_s = time.monotonic()
+        self._memory.append(row)
+        if not self._is_behind:
+            self._loaded = row[0]
+        if self._waiting and len(self._memory) in (1, self.limits.batch_events_max):
+            self.changed.notify()
+
+    def _fills_memory(self) -> bool:
+        return self._spool is not None and len(self._memory) >= MEMORY_EVENTS_MAX
+
+    def _make_room(self, needed_bytes: int) -> bool:
+        """Room for an event, made as the user chose."""
+        def has_room() -> bool:
+            return self.held_bytes + needed_bytes <= self.limits.held_bytes_max
+
+        if self._when_full == "raise":
+            raise SpoolFull("as many bytes as allowed wait for the server")
+        if self._when_full == "block":
+            return self.changed.wait_for(has_room, self.limits.block_s_max)
+        while not has_room() and (self._memory or self._refill()):
+            number, line = self._memory.popleft()
+            self.dropped += 1
+            self.pending -= 1
+            self.held_bytes -= len(line)
+            self._erase([number])
+        return has_room()
+
+    def _seconds_until_ready(self, now_s: float) -> float | None:
+        """0 when a batch may leave now, None when nothing waits."""
+        if not self.pace.allows(now_s, self.in_flight):
+            return max(self.pace.until_s - now_s, 0.0) or None  # or until the request that asks comes back
+        waits = []
+        if self._held_back:
+            waits.append(self._held_back[0][0] - now_s)
+        if self._memory or self._is_behind:
+            ready = self._is_behind or len(self._memory) >= self.limits.batch_events_max
+            ready = ready or (bool(self._memory) and self._memory[0][0] <= self._hurry)
+            waits.append(0.0 if ready else self._first_since_s + self.limits.linger_s - now_s)
+        return min(waits) if waits else None
+
+    def _form(self, now_s: float) -> Batch | None:
+        """A batch that was held back and is due, or the head of the line.
+
+        While the server does not answer, a batch that may be the reason is not the one to ask with.
+        """
+        due = bool(self._held_back) and self._held_back[0][0] <= now_s
+        if due and not (self.pace.failures and self._held_back[0][2].tries and self._memory):
+            return heapq.heappop(self._held_back)[2]
+        if not self._memory and not (self._is_behind and self._refill()):
+            return None
+        rows: list[Row] = []
+        size = 0
+        for row in islice(self._memory, self.limits.batch_events_max):
+            size += len(row[1]) + 1
+            if rows and size > self.limits.batch_bytes_max:
+                break
+            rows.append(row)
+        for _ in rows:
+            self._memory.popleft()
+        self._first_since_s = now_s
+        return Batch(rows)
+
+    def _refill(self) -> bool:
+        """Read on in the spool; False when there was nothing, or the disk fails just now."""
+        assert self._spool is not None
+        try:
+            rows = self._spool.read(self._loaded, MEMORY_EVENTS_MAX // 4)
+        except SpoolBroken as error:
+            self.pace.failed(time.monotonic())
+            logger.warning("the spool cannot be read", extra={"cause": str(error)})
+            return False
+        if not rows:
+            self._is_behind, self._loaded = False, self._number
+            return False
+        self._loaded = rows[-1][0]
+        self._memory.extend(rows)
+        return True
+
+    def _erase(self, numbers: Sequence[int]) -> None:
+        """Settled events leave the spool; where the disk fails, at the next opportunity."""
+        if self._spool is None:
+            return
+        if nowhere := self._unspooled.intersection(numbers):
+            self._unspooled -= nowhere
+            numbers = [number for number in numbers if number not in nowhere]
+        self._unerased.extend(numbers)
+        if self._unerased:
+            try:
+                self._spool.delete(self._unerased)
+                self._unerased = []
+            except SpoolBroken as error:
+                logger.warning("the spool keeps what was sent until its disk works", extra={"cause": str(error)})

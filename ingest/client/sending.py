@@ -1,0 +1,138 @@
+"""The threads that bring events to the server: take a batch, send it, settle what the answer settles, keep the rest.
+
+An event that will never be taken is found and handed over, and the others of its batch go on without it: by the
+index that the answer names, or by halves when it names none. A batch that fails for no stated reason steps aside and
+lets others pass; only when others get through is it halved, down to the event at fault.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from threading import Thread
+
+import msgspec
+
+from ingest.client.answer import Detail, Failed, Outcome, Refused, Taken, Unavailable
+from ingest.client.outbox import Again, Batch, Outbox
+from ingest.client.rejection import Rejection
+from ingest.client.spool import Row
+from ingest.client.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+OnRejected = Callable[[Rejection], object]
+
+_EARLY_TRIES_MAX = 3  # waits for a server's clock to reach an event's time
+_EARLY_S_MAX = 600.0  # a clock further ahead than this is not drift: the event is rejected
+_FINAL_TRIES = 5  # of a single event that is answered with an unexplained 4xx
+
+
+class Sender:
+    """Sends what is in the outbox, with as many threads as requests may be in flight."""
+
+    def __init__(self, outbox: Outbox, transport: Transport, reject: OnRejected) -> None:
+        self._outbox, self._transport, self._reject = outbox, transport, reject
+        self._threads: list[Thread] = []
+        self.requests = self.retries = self.duplicates = 0
+        self.last_problem: str | None = None
+
+    def start(self) -> None:
+        """Start the threads."""
+        for number in range(self._outbox.limits.in_flight_max):
+            thread = Thread(target=self._run, name=f"meterstream-client-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def join(self, deadline_s: float) -> None:
+        """Wait for the threads to end, until a time of the monotonic clock."""
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _run(self) -> None:
+        while (batch := self._outbox.take()) is not None:
+            again: list[Again] = [(batch, 0.0)]
+            try:
+                again = self._settled(batch, self._transport.send([line for _, line in batch.rows]))
+            except Exception as error:  # the thread must live; the batch is tried again
+                self._put_off(Unavailable(type(error).__name__))
+                logger.exception("sending failed unexpectedly")
+            finally:
+                self._outbox.land(batch, again)
+
+    def _settled(self, batch: Batch, outcome: Outcome) -> list[Again]:
+        """Do what the outcome says; what is left to be sent again, and after how many seconds."""
+        self.requests += 1
+        if isinstance(outcome, Taken):
+            self._outbox.settle(batch.rows, is_acknowledged=True)
+            self.duplicates += outcome.duplicates
+            return []
+        self.retries += 1
+        self.last_problem = outcome.cause
+        if isinstance(outcome, Unavailable):
+            self._put_off(outcome)
+            return [(batch, 0.0)]
+        if isinstance(outcome, Failed):
+            return self._failed(batch, outcome)
+        return self._refused(batch, outcome)
+
+    def _put_off(self, outcome: Unavailable) -> None:
+        """The whole client waits; the batch is the first to go when it goes on."""
+        with self._outbox.changed:
+            pace = self._outbox.pace
+            pace.failed(time.monotonic(), outcome.retry_after_s)
+            if pace.failures == 1:
+                logger.warning("the server cannot be reached or asks to wait", extra={"cause": outcome.cause})
+
+    def _failed(self, batch: Batch, outcome: Failed) -> list[Again]:
+        """Step aside; halve once it is clear that others get through."""
+        outbox, tries = self._outbox, batch.tries + 1
+        with outbox.changed:
+            others_pass = outbox.acknowledged_batches > batch.mark
+            delay_s = outbox.pace.backoff_s(tries)
+            if not others_pass:
+                outbox.pace.failed(time.monotonic())
+        logger.warning("a request failed", extra={"cause": outcome.cause, "events": len(batch.rows), "tries": tries})
+        if len(batch.rows) == 1 and outcome.is_final and tries >= _FINAL_TRIES and others_pass:
+            self._hand_over(batch.rows[0], Detail(outcome.cause, (), "The server does not take this event"))
+            return []
+        parts = _halves(batch.rows) if others_pass and len(batch.rows) > 1 else [batch.rows]
+        return [(Batch(rows, tries, outbox.acknowledged_batches), delay_s) for rows in parts]
+
+    def _refused(self, batch: Batch, outcome: Refused) -> list[Again]:
+        """Hand over the events that the answer names, or halve until one stands alone."""
+        with self._outbox.changed:
+            self._outbox.pace.worked()
+        named = {index: detail for index, detail in outcome.details.items() if 0 <= index < len(batch.rows)}
+        if not named and len(batch.rows) > 1:
+            return [(Batch(rows, batch.tries), 0.0) for rows in _halves(batch.rows)]
+        named = named or {0: Detail("refused", (), f"The server refused the event ({outcome.cause})")}
+        early = self._early(batch, named, outcome.ahead_s)
+        for index, detail in named.items():
+            if index not in early:
+                self._hand_over(batch.rows[index], detail)
+        rest = [row for index, row in enumerate(batch.rows) if index not in named]
+        later = [batch.rows[index] for index in early]
+        parts = [(Batch(rest), 0.0), (Batch(later, batch.tries + 1), outcome.ahead_s + 1)]
+        return [(part, delay_s) for part, delay_s in parts if part.rows]
+
+    def _early(self, batch: Batch, named: dict[int, Detail], ahead_s: float) -> list[int]:
+        """Events refused only because this machine's clock is ahead of the server's: later they will be taken."""
+        if not 0 < ahead_s <= _EARLY_S_MAX or batch.tries >= _EARLY_TRIES_MAX:
+            return []
+        return sorted(index for index, detail in named.items() if _is_about_the_future(detail))
+
+    def _hand_over(self, row: Row, detail: Detail) -> None:
+        event = msgspec.json.decode(row[1])
+        id = event.get("external_id")
+        self._reject(Rejection(event, id, detail.type, detail.loc, detail.msg, "server"))
+        self._outbox.settle([row], is_acknowledged=False)
+
+
+def _halves(rows: list[Row]) -> list[list[Row]]:
+    middle = len(rows) // 2
+    return [rows[:middle], rows[middle:]]
+
+
+def _is_about_the_future(detail: Detail) -> bool:
+    return detail.loc[-1:] == ("timestamp",) and detail.type == "value_error"
+

@@ -1,0 +1,91 @@
+"""How batches travel: over HTTP to ``/v1/events/ingest``, as every server of this contract takes them.
+
+Nothing here depends on one server. Compression is tried once with a body worth it; a server that answers such a body
+with a 4xx before it ever took one gets the same body plain, and no other kind from then on.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Protocol
+from zlib import compressobj
+
+import httpx
+
+from ingest.client.answer import Failed, Outcome, Refused, Taken, Unavailable, read_answer
+
+PATH = "/v1/events/ingest"
+
+_GZIP_LEVEL = 1  # events repeat their keys: the first level already makes them five times smaller
+_GZIP_WINDOW_BITS = 31  # zlib's way of asking for a gzip header
+_GZIP_BODY_BYTES_MIN = 1400  # what fits into one packet is not worth the work
+
+
+class Transport(Protocol):
+    """Sends batches, from several threads at once."""
+
+    def send(self, lines: Sequence[bytes]) -> Outcome:
+        """Send events, a JSON object each; what became of them. Blocks, and does not raise."""
+
+    def after_fork(self) -> None:
+        """In the child: make new connections, and leave the parent's alone."""
+
+    def close(self) -> None:
+        """Give connections up."""
+
+
+class HttpTransport:
+    """Batches as JSON bodies, over a pool of connections."""
+
+    def __init__(self, token: str, base_url: str, *, timeout_s: float, connections: int, gzip: bool) -> None:
+        self._url = base_url.rstrip("/") + PATH
+        self._headers = {"authorization": f"Bearer {token}", "content-type": "application/json",
+                         "user-agent": "meterstream-client", "accept": "application/json"}  # fmt: skip
+        self._timeout, self._connections = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)), connections
+        self._compresses, self._knows_compression = gzip, False
+        self._client = self._connect()
+
+    def send(self, lines: Sequence[bytes]) -> Outcome:
+        """Post one body; what the answer says of its events."""
+        body = b'{"events":[' + b",".join(lines) + b"]}"
+        try:
+            if not self._compresses or len(body) < _GZIP_BODY_BYTES_MIN:
+                return self._post(body, {})
+            outcome = self._post(_gzip(body), {"content-encoding": "gzip"})
+            if isinstance(outcome, Taken):
+                self._knows_compression = True
+            elif not self._knows_compression and _may_be_compression(outcome):
+                outcome = self._post(body, {})
+                self._compresses = not isinstance(outcome, Taken)  # the body was good, so it was the compression
+            return outcome
+        except (httpx.HTTPError, OSError) as error:
+            return Unavailable(type(error).__name__)
+
+    def after_fork(self) -> None:
+        """A new pool; the old one's sockets belong to the parent."""
+        self._client = self._connect()
+
+    def close(self) -> None:
+        """Close the pool."""
+        with contextlib.suppress(Exception):
+            self._client.close()
+
+    def _connect(self) -> httpx.Client:
+        limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+        return httpx.Client(timeout=self._timeout, limits=limits, headers=self._headers)
+
+    def _post(self, body: bytes, headers: dict[str, str]) -> Outcome:
+        answer = self._client.post(self._url, content=body, headers=headers)
+        return read_answer(answer.status_code, answer.headers, answer.content, datetime.now(UTC))
+
+
+def _gzip(body: bytes) -> bytes:
+    packer = compressobj(_GZIP_LEVEL, wbits=_GZIP_WINDOW_BITS)
+    return packer.compress(body) + packer.flush()
+
+
+def _may_be_compression(outcome: Outcome) -> bool:
+    """A refusal of the body as a whole; one that names events has read them."""
+    if isinstance(outcome, Refused):
+        return not outcome.details
+    return isinstance(outcome, Failed)
