@@ -5,7 +5,7 @@ from datetime import datetime
 
 from fastapi import FastAPI
 
-from aggregator.api import customers, dead_letters, errors, events, meters, metrics, usage
+from aggregator.api import customers, dead_letters, errors, events, feed, meters, metrics, usage
 from aggregator.api.desk import Desk, Rules
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
@@ -32,6 +32,7 @@ def create_app(
     errors.install(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
         app.include_router(router)
+    app.include_router(feed.router)
     app.include_router(operations(metrics_text))
     install_pages(app)
     return app

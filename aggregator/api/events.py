@@ -76,8 +76,8 @@ async def _listing(
     sorting: Sorting = None, cursor_pagination: bool = False,
 ) -> Listing:  # fmt: skip
     """What the parameters ask for. Both timestamps are exclusive."""
-    filters = [] if filter is None else [_filter(filter)]
-    meter = None if meter_id is None else _meter(desk, token, str(meter_id))
+    filters = [] if filter is None else [parsed_filter(filter)]
+    meter = None if meter_id is None else wanted_meter(desk, token, str(meter_id))
     if meter:
         filters.append(meter.filter)
     return Listing(
@@ -95,7 +95,8 @@ async def _listing(
     )
 
 
-def _filter(text: str) -> Filter:
+def parsed_filter(text: str) -> Filter:
+    """A filter that was given as JSON in the query. Raises Malformed."""
     where = ("query", "filter")
     try:
         parsed = parse_filter(exact_json.decode(text), where)
@@ -106,7 +107,8 @@ def _filter(text: str) -> Filter:
     raise Malformed(parsed)
 
 
-def _meter(desk: Desk, token: Token, id: str) -> Meter:
+def wanted_meter(desk: Desk, token: Token, id: str) -> Meter:
+    """The organization's meter that a query names. Raises Refused."""
     meter = desk.catalogue.meters.get(id)
     if meter is None or meter.organization_id != token.organization_id:
         raise Refused("meter_id", ("query", "meter_id"), "Meter not found.", id)

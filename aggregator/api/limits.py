@@ -44,3 +44,15 @@ IDENTIFIERS_MAX = 1000
 
 PREVIEW_CUSTOMERS = 10
 """Customers that a preview names: enough to recognize one's own."""
+
+FEED_ROWS_MAX = 10_000
+"""Events of one page of the feed: a few megabytes, and half a second."""
+
+FEED_ROWS_DEFAULT = 1_000
+"""Events of such a page when nobody says."""
+
+FEED_METERS_MAX = 100
+"""Meters that are rolled up in one question: each reads the events once."""
+
+FEED_WINDOW_S_MAX = 86_400
+"""Seconds of a rollup's window: a day. What is sent later than that belongs to no bill any more."""

@@ -112,6 +112,22 @@ SCHEMAS: Schema = {
         {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "reason": TEXT, "detail": TEXT}
         | {"raw": TEXT, "ingested_at": TIME, "replayed_at": nullable(TIME)}
     ),
+    "FeedPage": _object(
+        {"items": many(_object({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}
+    ),
+    "FeedBacklog": _object({"events": COUNT, "oldest_ingested_at": nullable(TIME)}),
+    "FeedRollup": _object(
+        {
+            "items": many(
+                _object({"meter_id": ID, **_NAMED, "window": TIME, "count": COUNT, "sum": NUMBER}, *_NAMED)
+            ),
+            "position": TEXT,
+        }
+    ),
+    "FeedTraffic": _object(
+        {"events": COUNT, "metadata_bytes": COUNT, "busiest_minute": COUNT}
+        | {"rollups": many(_object({"meter_id": ID, "events": COUNT}))}
+    ),
     "Readiness": _object({"status": TEXT, "as_of": OBJECT}),
     "Pagination": _object(
         {"total_count": COUNT, "max_page": COUNT, "has_next_page": BOOLEAN},

@@ -1,0 +1,173 @@
+"""The feed: what was counted, in the order of the log, for whoever hands it on or checks it. Ours; Polar has none.
+
+A reader keeps the ``position`` of an answer and gives it with the next question. It is half-open and speaks of the log,
+so nothing is missed or read twice, whatever happens to the reader or the store. Events come in the form in which they
+could be ingested elsewhere: a customer known here only by its id goes by its external id, and a parent too.
+"""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Response
+
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import Malformed
+from aggregator.api.events import parsed_filter, wanted_meter
+from aggregator.api.limits import FEED_METERS_MAX, FEED_ROWS_DEFAULT, FEED_ROWS_MAX, FEED_WINDOW_S_MAX
+from aggregator.api.paging import Ids, Instant, Texts
+from aggregator.api.schemas import gives, ref
+from aggregator.api.shapes import number
+from aggregator.place import Place, format_places, parse_places
+from aggregator.store.queries import feed
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.feed import FeedEvent, FeedPage, Group, Wanted
+from aggregator.store.queries.scope import NOBODY, Scope
+from meters.access import reading
+from meters.catalogue import Token
+from meters.detail import detail
+from meters.filter import Filter
+
+router = APIRouter(tags=["feed"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("events")))]
+Meters = Annotated[list[UUID], Query(max_length=FEED_METERS_MAX)]
+WindowSeconds = Annotated[int, Query(ge=1, le=FEED_WINDOW_S_MAX, description="Seconds of a window")]
+EXTERNAL = "external"
+
+
+async def _position(
+    position: Annotated[str, Query(description="The position of an earlier answer; empty for the beginning")] = "",
+) -> dict[int, Place]:
+    found = parse_places(position)
+    if found is None:
+        message = "Input should be places such as 0:18:0,1:7:2"
+        raise Malformed([detail("value_error", ("query", "position"), message, position)])
+    return found
+
+
+async def _wanted(
+    desk: AtDesk, token: Reader, name: Texts = None, meter_id: UUID | None = None,
+    filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
+    start_timestamp: Instant | None = None, end_timestamp: Instant | None = None,
+) -> Wanted:  # fmt: skip
+    """What the reader selects: all that is given must hold. The start is inclusive, the end is not."""
+    filters = [] if filter is None else [parsed_filter(filter)]
+    filters += [] if meter_id is None else [wanted_meter(desk, token, str(meter_id)).filter]
+    scope = Scope(organization=NOBODY, names=name, since=start_timestamp, until=end_timestamp)
+    return Wanted(scope=scope, filter=Filter("and", list(filters)))
+
+
+Position = Annotated[dict[int, Place], Depends(_position)]
+Selected = Annotated[Wanted, Depends(_wanted)]
+
+
+def _here(wanted: Wanted, here: Here) -> Wanted:
+    scope = msgspec.structs.replace(wanted.scope, organization=here.organization)
+    return msgspec.structs.replace(wanted, scope=scope)
+
+
+@router.get("/v1/feed/", responses=gives(ref("FeedPage")))
+async def read_feed(
+    desk: AtDesk, token: Reader, position: Position, wanted: Selected,
+    limit: Annotated[int, Query(ge=1)] = FEED_ROWS_DEFAULT,
+) -> Response:  # fmt: skip
+    """The next events from ``position`` on. An empty page may still move the position: keep it."""
+
+    def question(here: Here) -> tuple[FeedPage, dict[str, str]]:
+        page = feed.page(here.connection, _here(wanted, here), position, min(limit, FEED_ROWS_MAX))
+        return page, _parents(here, page.events)
+
+    (page, parents), as_of = await desk.ask(token, question)
+    items = [_item(desk, token, event, parents) for event in page.events]
+    return answer({"items": items, "position": format_places(page.position)}, as_of)
+
+
+def _parents(here: Here, events: list[FeedEvent]) -> dict[str, str]:
+    """The external ids of parents that are named by their public id."""
+    ids = {text: id for event in events if (text := event.parent) and (id := _public_id(text)) is not None}
+    found = feed.parents(here.connection, here.organization, list(ids.values()))
+    return {text: found[id] for text, id in ids.items() if id in found}
+
+
+def _public_id(text: str) -> int | None:
+    try:
+        return UUID(text).int
+    except ValueError:
+        return None
+
+
+def _item(desk: Desk, token: Token, event: FeedEvent, parents: dict[str, str]) -> dict[str, Any]:
+    place = format_places({event.partition: (event.offset, event.line)})
+    parent = None if event.parent is None else parents.get(event.parent, event.parent)
+    members = {"member_id": event.member_id, "external_member_id": event.external_member_id, "parent_id": parent}
+    body = {"name": event.name, "timestamp": event.timestamp, "external_id": event.external_id}
+    customer = _customer(desk, token, event.kind, event.who)
+    if "customer_id" not in customer:
+        del members["member_id"]  # speaks of a member of a customer_id
+    body |= customer | {name: value for name, value in members.items() if value is not None}
+    body["metadata"] = msgspec.Raw(event.metadata.encode())
+    return {"place": place, "ingested_at": event.ingested_at, "event": body}
+
+
+def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> dict[str, str]:
+    """By external id where there is one: a customer_id of ours means nothing elsewhere."""
+    if kind == EXTERNAL:
+        return {"external_customer_id": who or ""}
+    known = desk.catalogue.customer(token.organization_id, who or "")
+    if known is not None and known.external_id is not None:
+        return {"external_customer_id": known.external_id}
+    return {"customer_id": who or ""}
+
+
+@router.get("/v1/feed/backlog", responses=gives(ref("FeedBacklog")))
+async def read_backlog(desk: AtDesk, token: Reader, position: Position, wanted: Selected) -> Response:
+    """How many events stand from ``position`` on, and when the oldest of them came in."""
+    found, as_of = await desk.ask(token, lambda here: feed.backlog(here.connection, _here(wanted, here), position))
+    return answer({"events": found.events, "oldest_ingested_at": found.oldest}, as_of)
+
+
+@router.get("/v1/feed/rollup", responses=gives(ref("FeedRollup")))
+async def read_rollup(
+    desk: AtDesk, token: Reader, position: Position, meter_id: Meters, before: Instant,
+    window_seconds: WindowSeconds = 60,
+) -> Response:  # fmt: skip
+    """What the events from ``position`` on, ingested ``before``, add up to: by meter, customer and window of time."""
+    meters = [wanted_meter(desk, token, str(id)) for id in meter_id]
+
+    def question(here: Here) -> tuple[list[Group], dict[int, Place]]:
+        scope = Scope(organization=here.organization)
+        wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
+        return feed.rollup(here.connection, wanted, position, before, window_seconds) if wanted else ([], position)
+
+    (groups, reached), as_of = await desk.ask(token, question)
+    items = [
+        {
+            "meter_id": meters[group.meter].id, **_customer(desk, token, group.kind, group.who),
+            "window": group.starts, "count": group.count, "sum": number(group.sum),
+        }
+        for group in groups
+    ]  # fmt: skip
+    return answer({"items": items, "position": format_places(reached)}, as_of)
+
+
+@router.get("/v1/feed/traffic", responses=gives(ref("FeedTraffic")))
+async def read_traffic(
+    desk: AtDesk, token: Reader, wanted: Selected, since: Instant, rollup_meter_id: Ids = None,
+    window_seconds: WindowSeconds = 60,
+) -> Response:  # fmt: skip
+    """What came in since an instant, and how many events a rollup would make of it."""
+    meters = [wanted_meter(desk, token, str(id)) for id in rollup_meter_id or ()]
+
+    def question(here: Here) -> tuple[feed.Traffic, list[int]]:
+        return feed.traffic(here.connection, _here(wanted, here), since), [
+            feed.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
+        ]
+
+    (traffic, windows), as_of = await desk.ask(token, question)
+    rollups = [{"meter_id": meter.id, "events": events} for meter, events in zip(meters, windows, strict=True)]
+    return answer({**traffic._asdict(), "rollups": rollups}, as_of)
+
+
+def _whole(here: Here, filter: Filter) -> Wanted:
+    return Wanted(scope=Scope(organization=here.organization), filter=filter)
+

@@ -1,0 +1,332 @@
+"""Stored events in the order of the log, from a place on: what was counted, for whoever hands it on.
+
+A row of ``events`` is written by the transaction that counts it, and names its place in the log. So the rows from a
+place on are an outbox that needs no table of its own: an event is in it exactly if it was counted, once, and what has
+been taken out of it is one place per partition. Within a partition rows keep the log's order, and a customer's events
+are all in one.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import duckdb
+import msgspec
+from sqlglot import exp
+
+from aggregator.place import Place
+from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, events_in, naive
+from aggregator.store.sql import Measured, measures, statement
+from aggregator.store.stage import Parameters, fixed
+from meters.aggregation import Aggregation
+from meters.filter import EVERYTHING, Filter
+from meters.log import USAGE_EVENTS
+
+SPAN_MIN = 64  # records looked at first; doubled until the page is full, so little is read in vain
+RECORDS_MAX = 2_000_000  # looked at for one page: a selective filter gets a page that is not full, and goes on
+PAGE_BYTES_MAX = 12_000_000  # of metadata: a full request to Polar, and not much more memory
+ROLLUP_EVENTS_MAX = 1_000_000  # added up at once: a second or two of DuckDB's time
+
+_FROM = "log_partition = $partition", "log_offset >= $offset", "(log_offset > $offset OR line >= $line)"
+_WHOLE = """
+    SELECT e.log_offset, e.line, e.name, e.timestamp, e.ingested_at, s.kind, s.text, e.external_id, e.parent,
+           e.member_id, e.external_member_id, e.metadata
+    FROM events e LEFT JOIN subjects s ON s.number = e.subject
+    WHERE e.seq BETWEEN $low AND $high AND e.seq IN (SELECT UNNEST($seqs)) ORDER BY e.log_offset, e.line
+"""
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Which events: those of the scope that the filter lets through and the aggregation considers."""
+
+    scope: Scope
+    filter: Filter = EVERYTHING
+    aggregation: Aggregation = Aggregation("count")
+
+
+class FeedEvent(msgspec.Struct, frozen=True):
+    """An event as it was counted. ``kind`` says by which of its names (``who``) the customer was named."""
+
+    partition: int
+    offset: int
+    line: int
+    name: str
+    timestamp: datetime
+    ingested_at: datetime
+    kind: str | None
+    who: str | None
+    external_id: str
+    parent: str | None
+    member_id: str | None
+    external_member_id: str | None
+    metadata: str
+
+
+class FeedPage(NamedTuple):
+    """Events, and the places before which nothing else is wanted."""
+
+    events: list[FeedEvent]
+    position: dict[int, Place]
+
+
+class Group(msgspec.Struct, frozen=True):
+    """What one customer used of one meter in one window of time, as far as it stands between two places."""
+
+    meter: int
+    kind: str | None
+    who: str | None
+    starts: datetime
+    count: int
+    sum: Any
+
+
+def page(
+    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place], limit: int
+) -> FeedPage:
+    """The next events from ``position`` on, at most ``limit``; a partition's in the order of the log."""
+    ends = _ends(connection)
+    events: list[FeedEvent] = []
+    reached = dict(position)
+    for partition, end in ends.items():
+        part = _Part(wanted, partition, end)
+        found, place = _search(connection, part, position.get(partition, (0, 0)), max(1, limit // len(ends)))
+        taken, place = _read(connection, partition, found, place)
+        events += taken
+        reached[partition] = place
+    return FeedPage(events, reached)
+
+
+class _Part(NamedTuple):
+    wanted: Wanted
+    partition: int
+    end: int
+
+    def where(self, parameters: Parameters, place: Place) -> tuple[str, ...]:
+        parameters.named("partition", self.partition)
+        parameters.named("offset", place[0])
+        parameters.named("line", place[1])
+        return _FROM
+
+
+_Found = tuple[int, int, int]  # seq, offset, line
+
+
+def _search(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, limit: int) -> tuple[list[_Found], Place]:
+    """Up to ``limit`` events from the place on, and the place behind what was looked at."""
+    first = _first(connection, part, place, "MIN(log_offset)")
+    if first is None:
+        return [], max(place, (part.end, 0))
+    place = max(place, (first, 0))
+    found: list[_Found] = []
+    span, last = SPAN_MIN, min(part.end, first + RECORDS_MAX)
+    while len(found) < limit and place[0] < last:
+        until = min(place[0] + span, last)
+        found += _span(connection, part, place, until, limit - len(found))
+        place, span = (until, 0), 2 * span
+    if len(found) >= limit:
+        return found, (found[-1][1], found[-1][2] + 1)
+    return found, place
+
+
+def _first(
+    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, column: str, **limits: tuple[str, object]
+) -> Any:
+    """An aggregate over the columns of what is wanted from the place on, without looking at metadata."""
+    parameters = Parameters()
+    query = events_in(part.wanted.scope, parameters, column)
+    for name, (condition, limit) in limits.items():
+        parameters.named(name, limit)
+        query = query.where(fixed(condition), copy=False)
+    query = query.where(*map(fixed, part.where(parameters, place)), copy=False)
+    ((value,),) = connection.execute(*statement(query, parameters)).fetchall()
+    return value
+
+
+def _span(
+    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int, limit: int
+) -> list[_Found]:
+    parameters = Parameters()
+    parameters.named("until_offset", until)
+    where = (*part.where(parameters, place), "log_offset < $until_offset")
+    keep = ("seq", "log_offset", "line")
+    wanted = part.wanted
+    query = counted(wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=keep, where=where)
+    query = query.order_by("log_offset", "line", copy=False).limit(limit, copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return [(seq, offset, line) for seq, offset, line, _ in rows]
+
+
+def _read(
+    connection: duckdb.DuckDBPyConnection, partition: int, found: Sequence[_Found], place: Place
+) -> tuple[list[FeedEvent], Place]:
+    """The events whole, as many as PAGE_BYTES_MAX allows (at least one), and the place behind the last."""
+    if not found:
+        return [], place
+    seqs = [seq for seq, _, _ in found]
+    rows = connection.execute(_WHOLE, {"low": min(seqs), "high": max(seqs), "seqs": seqs})
+    events: list[FeedEvent] = []
+    size = 0
+    while some := rows.fetchmany(500):
+        for offset, line, name, timestamp, ingested_at, *rest in some:
+            size += len(rest[-1])
+            if events and size > PAGE_BYTES_MAX:
+                return events, (events[-1].offset, events[-1].line + 1)
+            events.append(FeedEvent(partition, offset, line, name, aware(timestamp), aware(ingested_at), *rest))
+    return events, place
+
+
+def _ends(connection: duckdb.DuckDBPyConnection) -> dict[int, int]:
+    sql = "SELECT log_partition, next_offset FROM positions WHERE stream = ? ORDER BY log_partition"
+    return dict(connection.execute(sql, [USAGE_EVENTS]).fetchall())
+
+
+def parents(connection: duckdb.DuckDBPyConnection, organization: int, ids: Sequence[int]) -> dict[int, str]:
+    """{128-bit id: external id} of those that are public ids of the organization's events."""
+    if not ids:
+        return {}
+    halves = {"his": [id >> 64 for id in ids], "los": [id & 0xFFFF_FFFF_FFFF_FFFF for id in ids]}
+    sql = """SELECT id_hi, id_lo, external_id FROM events WHERE organization = $organization
+             AND id_hi IN (SELECT UNNEST($his)::UBIGINT) AND id_lo IN (SELECT UNNEST($los)::UBIGINT)"""
+    rows = connection.execute(sql, {"organization": organization, **halves}).fetchall()
+    return {hi << 64 | lo: external_id for hi, lo, external_id in rows}
+
+
+class Backlog(NamedTuple):
+    """How many events stand behind a place, and when the oldest of them came in."""
+
+    events: int
+    oldest: datetime | None
+
+
+def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place]) -> Backlog:
+    """What is wanted from ``position`` on."""
+    total, oldest = 0, None
+    for partition, end in _ends(connection).items():
+        parameters = Parameters()
+        where = _Part(wanted, partition, end).where(parameters, position.get(partition, (0, 0)))
+        found = counted(
+            wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("ingested_at",), where=where
+        )
+        query = exp.select(fixed("COUNT(*)"), fixed("MIN(ingested_at)"), copy=False)
+        query = query.from_(found.subquery("found", copy=False), copy=False)
+        ((events, first),) = connection.execute(*statement(query, parameters)).fetchall()
+        total += events
+        oldest = min(filter(None, (oldest, first)), default=None)
+    return Backlog(total, oldest and aware(oldest))
+
+
+def rollup(
+    connection: duckdb.DuckDBPyConnection, meters: Sequence[Wanted], position: Mapping[int, Place], before: datetime,
+    window_s: int,
+) -> tuple[list[Group], dict[int, Place]]:
+    """Every meter by customer and window, over the events from ``position`` on that were ingested ``before``.
+
+    Ends early, at a record, when there is more than ROLLUP_EVENTS_MAX; the places say where.
+    """
+    reached = dict(position)
+    groups: list[Group] = []
+    for partition, end in _ends(connection).items():
+        part, place = _Part(meters[0], partition, end), position.get(partition, (0, 0))
+        until = _until(connection, part, place, before)
+        if (until, 0) <= place:
+            continue
+        for number, wanted in enumerate(meters):
+            groups += _groups(connection, _Part(wanted, partition, end), place, until, (number, window_s))
+        reached[partition] = until, 0
+    return groups, reached
+
+
+def _until(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, before: datetime) -> int:
+    anybody = _Part(Wanted(scope=Scope(organization=part.wanted.scope.organization)), part.partition, part.end)
+    newer = ("ingested_at >= $before", naive(before))
+    first_newer = _first(connection, anybody, place, "MIN(log_offset)", before=newer)
+    until = part.end if first_newer is None else int(first_newer)
+    inside = ("log_offset < $until_offset", until)
+    if _first(connection, anybody, place, "COUNT(*)", until_offset=inside) <= ROLLUP_EVENTS_MAX:
+        return until
+    return _cut(connection, anybody, place, until)
+
+
+def _cut(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int) -> int:
+    """The record before which about ROLLUP_EVENTS_MAX events stand; never the one the place is in."""
+    parameters = Parameters()
+    parameters.named("until_offset", until)
+    query = events_in(part.wanted.scope, parameters, "log_offset")
+    query = query.where(*map(fixed, (*part.where(parameters, place), "log_offset < $until_offset")), copy=False)
+    query = query.order_by("log_offset", copy=False).limit(1, copy=False).offset(ROLLUP_EVENTS_MAX, copy=False)
+    ((offset,),) = connection.execute(*statement(query, parameters)).fetchall()
+    return max(int(offset), place[0] + 1)
+
+
+def _groups(
+    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int, how: tuple[int, int]
+) -> list[Group]:
+    number, window_s = how
+    parameters = Parameters()
+    parameters.named("until_offset", until)
+    parameters.named("window_s", window_s)
+    where = (*part.where(parameters, place), "log_offset < $until_offset")
+    wanted = part.wanted
+    found = counted(
+        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject", "starts"),
+        computed=(_STARTS,), where=where,
+    )  # fmt: skip
+    grouped = exp.select("subject", "starts", *measures(wanted.aggregation, CONTRIBUTION), copy=False)
+    grouped = grouped.from_(found.subquery("found", copy=False), copy=False)
+    grouped = grouped.group_by("subject", "starts", copy=False)
+    query = exp.select("kind", "text", "g.starts", "g.count", "g.sum", "g.enormous", copy=False)
+    query = query.from_(grouped.subquery("g", copy=False), copy=False)
+    query = query.join("subjects", on="subjects.number = g.subject", join_type="left", copy=False)
+    query = query.order_by("g.starts", "kind", "text", copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return [
+        Group(number, kind, who, aware(starts), count, Measured(count, sum, enormous).total)
+        for kind, who, starts, count, sum, enormous in rows
+    ]
+
+
+_STARTS = "TIME_BUCKET(TO_SECONDS($window_s), timestamp) AS starts"
+_ARRIVED = "TIME_BUCKET(TO_SECONDS($window_s), ingested_at) AS arrived"
+
+
+class Traffic(NamedTuple):
+    """A time's traffic: events, the bytes of their metadata and names, and the events of the busiest minute."""
+
+    events: int
+    metadata_bytes: int
+    busiest_minute: int
+
+
+def traffic(connection: duckdb.DuckDBPyConnection, wanted: Wanted, since: datetime) -> Traffic:
+    """What came in since the instant."""
+    parameters = Parameters()
+    parameters.named("ingested_since", naive(since))
+    found = counted(
+        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("minute", "bytes"),
+        computed=(
+            "DATE_TRUNC('minute', ingested_at) AS minute",
+            "STRLEN(metadata) + STRLEN(name) + STRLEN(external_id) AS bytes",
+        ),
+        where=("ingested_at >= $ingested_since",),
+    )  # fmt: skip
+    minutes = exp.select("minute", fixed("COUNT(*) AS n"), fixed("SUM(bytes) AS bytes"), copy=False)
+    minutes = minutes.from_(found.subquery("found", copy=False), copy=False).group_by("minute", copy=False)
+    query = exp.select(*map(fixed, ("COALESCE(SUM(n), 0)", "COALESCE(SUM(bytes), 0)", "COALESCE(MAX(n), 0)")))
+    query = query.from_(minutes.subquery("minutes", copy=False), copy=False)
+    ((events, size, busiest),) = connection.execute(*statement(query, parameters)).fetchall()
+    return Traffic(int(events), int(size), int(busiest))
+
+
+def windows(connection: duckdb.DuckDBPyConnection, wanted: Wanted, since: datetime, window_s: int) -> int:
+    """How many customers and windows there are among what came in since the instant: the events of a rollup."""
+    parameters = Parameters()
+    parameters.named("ingested_since", naive(since))
+    parameters.named("window_s", window_s)
+    found = counted(
+        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject", "starts", "arrived"),
+        computed=(_STARTS, _ARRIVED), where=("ingested_at >= $ingested_since",),
+    )  # fmt: skip
+    query = exp.select(fixed("COUNT(DISTINCT (subject, starts, arrived))"), copy=False)
+    query = query.from_(found.subquery("found", copy=False), copy=False)
+    ((number,),) = connection.execute(*statement(query, parameters)).fetchall()
+    return int(number)
