@@ -11,8 +11,9 @@ sequence number at which it was made, while the rounds add what comes after. Add
 import contextlib
 import threading
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -24,14 +25,19 @@ from aggregator.directory import Directory
 from aggregator.store.sql import Statement, condition, considered, statement, value
 from aggregator.store.stage import DIALECT, Parameters, Stage
 from aggregator.store.store import Store
-from aggregator.totals import Amounts, MeterTotals
-from aggregator.view import Total
+from aggregator.totals import Amounts, Integers
+from aggregator.view import Consumption, Total
+from aggregator.windows import EVER, MeterWindows, microseconds
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
+_SINCE = (
+    "SELECT * FROM events WHERE organization = $organization AND ingested_at >= make_timestamp($since)"
+    " AND subject IN (SELECT UNNEST($subjects))"
+)
 
 # True, and a copy of a few thousand narrow rows; the relation without it is planned twice, which costs more.
 warnings.filterwarnings("ignore", message="Arrow output on a DB-API result makes an extra copy")
@@ -40,10 +46,11 @@ logger = structlog.get_logger("aggregator")
 
 
 class Plan(NamedTuple):
-    """One organization's meters as one statement: ``subject``, conditions ``c0, c1, …``, amounts ``v0, v1, …``.
+    """One organization's meters as one statement: ``subject``, ``ingested_at``, conditions ``c0, c1, …``, and
+    contributions ``v0, v1, …``.
 
-    A condition for each meter; an amount for each property, of which there are ``values``. ``reads`` says which
-    amount a meter reads, None for one that counts.
+    A condition for each meter; a contribution for each property, of which there are ``values``: an amount, or for
+    ``unique`` meters an identity. ``reads`` says which one a meter reads, None for one that counts.
     """
 
     meters: list[Meter]
@@ -56,15 +63,19 @@ class Plan(NamedTuple):
 class Counting(NamedTuple):
     """A meter's totals, and whether its history is in them yet."""
 
-    totals: MeterTotals
+    totals: MeterWindows
     complete: threading.Event
 
 
 class RunningTotals:
     """See the module. ``add`` and ``changed`` are the writer's; ``total`` is for any thread."""
 
-    def __init__(self, store: Store, directory: Directory, catalogue: Catalogue) -> None:
-        self._store, self._directory, self._catalogue = store, directory, catalogue
+    def __init__(
+        self, store: Store, directory: Directory, catalogue: Catalogue,
+        begins: Callable[[Meter], Mapping[int, int]] = lambda _: {},
+    ) -> None:  # fmt: skip
+        """``begins`` says where the windows of a meter begin, by customer number, in us; the others begin at EVER."""
+        self._store, self._directory, self._catalogue, self._begins = store, directory, catalogue, begins
         self._connection = store.cursor()
         self._meters: dict[str, Counting] = {}
         self._plans: dict[int, Plan | None] = {}
@@ -74,7 +85,7 @@ class RunningTotals:
     def start(self) -> None:
         """Count the stored history of every meter, in the background."""
         for organization_id in self._catalogue.organizations:
-            self._count_history(list(_counted(self._catalogue.meters_of(organization_id))), self._store.next_seq)
+            self._count_history(self._catalogue.meters_of(organization_id), self._store.next_seq)
 
     def stop(self) -> None:
         """Give up counting history and let go of the store."""
@@ -90,7 +101,7 @@ class RunningTotals:
         meter = change.meter
         self._plans.clear()
         self._meters.pop(meter.id, None)
-        self._count_history(list(_counted([meter])), before_seq)
+        self._count_history([meter], before_seq)
 
     def add(self, rows: pa.Table) -> None:
         """Move the totals on by the rows of a committed round."""
@@ -111,16 +122,61 @@ class RunningTotals:
         counting = self._meters.get(meter_id)
         return counting.totals.total(subjects) if counting is not None and counting.complete.is_set() else None
 
+    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
+        """What arrived from these numbers since a time; None while it is counted, or for a time that is not kept."""
+        counting = self._meters.get(meter_id)
+        if counting is None or not counting.complete.is_set():
+            return None
+        return counting.totals.consumed(subjects, microseconds(since))
+
+    def is_cut(self, meter_id: str) -> bool:
+        """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""
+        counting = self._meters.get(meter_id)
+        return counting is not None and counting.totals.is_cut
+
+    def cut(self, meter: Meter, cuts: Mapping[int, int]) -> None:
+        """Begin the windows of customers at other times (us, or EVER), when every stored row is in the totals.
+
+        What arrived since is asked of the store, where anything did. A meter whose history is still being counted is
+        counted anew then, since nobody knows which of those rows it has.
+        """
+        counting = self._meters.get(meter.id)
+        if counting is None:
+            return
+        cuts = {subject: since for subject, since in cuts.items() if counting.totals.is_elsewhere(subject, since)}
+        late = {subject: since for subject, since in cuts.items() if counting.totals.has_rows(subject, since)}
+        inside = self._inside(meter, late) if late and counting.complete.is_set() else None
+        if late and inside is None:
+            self._count_history([meter], self._store.next_seq)
+        else:
+            counting.totals.cut(cuts, inside)
+
+    def _inside(self, meter: Meter, late: Mapping[int, int]) -> MeterWindows:
+        number = self._directory.organizations[meter.organization_id].number
+        compiled = plan([meter], _SINCE, self._connection)
+        asked = {"organization": number, "subjects": list(late), "since": min(late.values())}
+        parameters = compiled.statement.parameters | asked
+        result: Any = self._connection.execute(compiled.parsed, parameters).to_arrow_table()
+        begins = np.full(max(late) + 1, EVER, np.int64)
+        begins[list(late)] = list(late.values())
+        subjects = result.column("subject").to_numpy()
+        result = result.filter(pa.array(_arrived(result) >= begins[subjects]))
+        inside = Counting(MeterWindows(meter.aggregation.func), threading.Event())
+        _scatter({meter.id: inside}, compiled, result)
+        return inside.totals
+
     def _plan(self, organization: int) -> Plan | None:
         if organization not in self._plans:
             organization_id = self._directory.organization_ids[organization]
-            meters = [m for m in _counted(self._catalogue.meters_of(organization_id)) if m.id in self._meters]
+            meters = [meter for meter in self._catalogue.meters_of(organization_id) if meter.id in self._meters]
             self._plans[organization] = plan(meters, _ARRIVING, self._connection) if meters else None
         return self._plans[organization]
 
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
         for meter in meters:
-            self._meters[meter.id] = Counting(MeterTotals(meter.aggregation.func), threading.Event())
+            windows = MeterWindows(meter.aggregation.func)
+            windows.cut(self._begins(meter))
+            self._meters[meter.id] = Counting(windows, threading.Event())
         counted = {meter.id: self._meters[meter.id] for meter in meters}
         if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
             for counting in counted.values():
@@ -152,24 +208,27 @@ class RunningTotals:
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table) -> None:
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
-    amounts = [Amounts.of(table.column(f"v{place}").combine_chunks()) for place in range(compiled.values)]
+    arrived = _arrived(table)
+    columns = [table.column(f"v{place}").combine_chunks() for place in range(compiled.values)]
+    contributions = [Amounts.of(column) if pa.types.is_decimal(column.type) else column for column in columns]
     for place, (meter, read) in enumerate(zip(compiled.meters, compiled.reads, strict=True)):
         counting = counted.get(meter.id)
         if counting is not None:
             rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
-            counting.totals.add(subjects, None if read is None else amounts[read], rows)
+            counting.totals.add(subjects, None if read is None else contributions[read], rows, arrived)
 
 
-def _counted(meters: list[Meter]) -> list[Meter]:
-    """The meters that have a running total: distinct values cannot be added up."""
-    return [meter for meter in meters if meter.aggregation.func != "unique"]
+def _arrived(table: pa.Table) -> Integers:
+    """When each row arrived, in microseconds since 1970."""
+    arrived: Integers = table.column("ingested_at").to_numpy().astype("datetime64[us]").astype(np.int64)
+    return arrived
 
 
 def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection) -> Plan:
     """Compile meters over a relation with the columns of ``events``."""
     stage, parameters = Stage(), Parameters()
     conditions: list[exp.Expr] = []
-    amounts: dict[str, exp.Expr] = {}
+    contributions: dict[tuple[str, bool], exp.Expr] = {}
     reads: list[int | None] = []
     for place, meter in enumerate(meters):
         holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
@@ -178,10 +237,12 @@ def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection
         if meter.aggregation.func == "count" or property is None:
             reads.append(None)
             continue
-        amounts.setdefault(property, exp.alias_(value(meter.aggregation, stage), f"v{len(amounts)}"))
-        reads.append(list(amounts).index(property))
+        read = property, meter.aggregation.func == "unique"
+        contributions.setdefault(read, exp.alias_(value(meter.aggregation, stage), f"v{len(contributions)}"))
+        reads.append(list(contributions).index(read))
     relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
-    staged = stage.select(relation, ["subject"], parameters).subquery("stage")
-    query = exp.select(exp.column("subject"), *conditions, *amounts.values()).from_(staged)
+    kept = ["subject", "ingested_at"]
+    staged = stage.select(relation, kept, parameters).subquery("stage")
+    query = exp.select(*map(exp.column, kept), *conditions, *contributions.values()).from_(staged)
     compiled = statement(query, parameters)
-    return Plan(meters, reads, len(amounts), compiled, connection.extract_statements(compiled.sql)[0])
+    return Plan(meters, reads, len(contributions), compiled, connection.extract_statements(compiled.sql)[0])

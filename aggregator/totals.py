@@ -136,6 +136,31 @@ class MeterTotals:
                 units += sum(int(self._whole[subject]) * ONE + int(self._fraction[subject]) for subject in known)
         return Total(count, _amount(units), None, None)
 
+    def copy(self, subject: int, other: "MeterTotals") -> None:
+        """Take over what another one has of a customer."""
+        self._merge(subject, other, keep=0, sign=1)
+
+    def take_away(self, subject: int, other: "MeterTotals") -> None:
+        """Take what another one has of a customer off: for meters whose values add up."""
+        self._merge(subject, other, keep=1, sign=-1)
+
+    def clear(self, subject: int) -> None:
+        """Forget a customer."""
+        self._merge(subject, MeterTotals(self._func), keep=0, sign=1)
+
+    def _merge(self, subject: int, other: "MeterTotals", keep: int, sign: int) -> None:
+        with self._lock:
+            self._grow(subject + 1)
+            none_yet = _NONE_YET.get(self._func, 0)
+            for name, fill in (("_count", 0), ("_whole", 0), ("_fraction", 0), ("_extreme", none_yet)):
+                mine, theirs = getattr(self, name), getattr(other, name)
+                if len(mine):
+                    mine[subject] = keep * mine[subject] + sign * (theirs[subject] if subject < len(theirs) else fill)
+            large = sum(other._large.get(subject, [])) * sign + keep * sum(self._large.get(subject, []))
+            self._large.pop(subject, None)
+            if large:
+                self._large[subject] = [large]
+
     def _extremes(self, known: list[int], large: list[int], count: int) -> Total:
         none_yet = _NONE_YET[self._func]
         found = [int(self._extreme[s]) for s in known if self._extreme[s] != none_yet] + large

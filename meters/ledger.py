@@ -9,7 +9,7 @@ it twice changes nothing: everything is ordered by (time, id).
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -98,10 +98,10 @@ def rollover_units(account: Account, consumed: Decimal, until: datetime | None =
 
 
 class Ledger:
-    """All accounts. Changed by ``apply`` alone, which says whose newest window begins elsewhere now."""
+    """All accounts. Changed by ``apply`` alone."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, dict[str, Account]] = {}  # by customer and meter
+        self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
         self._keys: dict[tuple[str, str], CreditGranted] = {}
         self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
 
@@ -128,7 +128,7 @@ class Ledger:
             self._put(change.customer_id, meter_id, carried, Reset(change.at, change.id, change.reference))
 
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
-        account = self._accounts.setdefault(customer_id, {}).setdefault(meter_id, Account())
+        account = self._accounts.setdefault(meter_id, {}).setdefault(customer_id, Account())
         if reset is not None:
             _insert(account.resets, reset)
         newest = credit is not None and _insert(account.credits, credit)
@@ -139,11 +139,11 @@ class Ledger:
 
     def account(self, customer_id: str, meter_id: str) -> Account | None:
         """The account, if there ever was a credit or a reset."""
-        return self._accounts.get(customer_id, {}).get(meter_id)
+        return self._accounts.get(meter_id, {}).get(customer_id)
 
-    def accounts(self, customer_id: str) -> dict[str, Account]:
-        """The customer's accounts by meter. Not to be changed."""
-        return self._accounts.get(customer_id, {})
+    def of_meter(self, meter_id: str) -> Mapping[str, Account]:
+        """The meter's accounts by customer."""
+        return self._accounts.get(meter_id, {})
 
     def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
         """What was decided for a request with this Idempotency-Key."""

@@ -68,9 +68,9 @@ class Desk:
             asking.interrupt()  # whoever asked has gone, or this does nothing
             self._running.release()
 
-    async def decide(self, change: Change) -> None:
-        """Make a decision true. The caller holds ``deciding`` from before it looked at the catalogue."""
-        await self.view.decide(change)
+    async def decide(self, *changes: Change) -> None:
+        """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue."""
+        await self.view.decide(*changes)
 
     def subjects(
         self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None

@@ -1,0 +1,178 @@
+"""What each customer used of one meter since the newest reset, in memory, beside what was used since the beginning.
+
+A window holds what *arrived* since its reset, so an event that arrives late belongs to the newest window, and one that
+arrived before the reset and is read after it does not. Most rows of most rounds belong to the newest window. So a
+meter whose values add up keeps, for a customer with a reset, what lies *before* the window and takes it off the whole;
+the others (min, max, unique) keep what lies inside. Either way a round costs a comparison of times, as arrays.
+"""
+
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from aggregator.totals import Integers, MeterTotals, Rows
+from aggregator.view import Consumption, Total
+from meters.aggregation import mean
+from meters.amount import EXACT
+from meters.facts import EPOCH, MICROSECOND
+
+ADDING = frozenset({"count", "sum", "avg"})
+EVER = np.iinfo(np.int64).min
+"""The time, in microseconds since 1970, at which a window begins that has no reset."""
+
+
+class Kept(Protocol):
+    """What is kept by customer number: totals, or distinct values. The contributions are made for it."""
+
+    def add(self, subjects: Rows, contributions: Any, rows: Rows) -> None:
+        """Move on by the chosen rows."""
+
+    def copy(self, subject: int, other: Any) -> None:
+        """Take over what another one has of a customer."""
+
+    def take_away(self, subject: int, other: Any) -> None:
+        """Take off what another one has of a customer."""
+
+    def clear(self, subject: int) -> None:
+        """Forget a customer."""
+
+
+class DistinctValues:
+    """The values that customers used of a ``unique`` meter: a set for each customer number."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, set[str]] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, subjects: Rows, identities: pa.Array, rows: Rows) -> None:
+        """Take in the chosen rows; equal ones are put together before Python sees them."""
+        table = pa.table({"subject": subjects[rows], "identity": identities.take(pa.array(rows))})
+        pairs = table.group_by(["subject", "identity"]).aggregate([([], "count_all")]).to_pydict()
+        for subject, identity, count in zip(pairs["subject"], pairs["identity"], pairs["count_all"], strict=True):
+            self._counts[subject] = self._counts.get(subject, 0) + count
+            values = self._values.setdefault(subject, set())
+            if identity is not None:
+                values.add(identity)
+
+    def copy(self, subject: int, other: "DistinctValues") -> None:
+        """Take over what another one has of a customer."""
+        self._values[subject] = set(other._values.get(subject, ()))
+        self._counts[subject] = other._counts.get(subject, 0)
+
+    def take_away(self, subject: int, other: "DistinctValues") -> None:
+        """Distinct values do not add up, so nothing can be taken off."""
+        raise NotImplementedError
+
+    def clear(self, subject: int) -> None:
+        """Forget a customer."""
+        self._values.pop(subject, None)
+        self._counts.pop(subject, None)
+
+    def value(self, subjects: list[int]) -> tuple[int, Decimal]:
+        """Events considered, and distinct values, of several numbers as one customer."""
+        found = set[str]().union(*(self._values.get(subject, ()) for subject in subjects))
+        return sum(self._counts.get(subject, 0) for subject in subjects), Decimal(len(found))
+
+
+class MeterWindows:
+    """One meter, by customer number. One thread cuts; adding and reading may come from any."""
+
+    def __init__(self, func: str) -> None:
+        self._func = func
+        self._lock = threading.Lock()
+        self._whole: Kept = _kept(func)
+        self._apart: Kept = _kept(func)  # before the window where values add up, inside of it elsewhere
+        self._since = np.zeros(0, np.int64)
+        self._newest = np.zeros(0, np.int64)
+        self.is_cut = False
+
+    def add(self, subjects: Rows, contributions: Any, rows: Rows, arrived: Integers) -> None:
+        """Move on by the chosen rows: whose they are, what they contribute, and when each row arrived, in us."""
+        if len(rows) == 0:
+            return
+        chosen, times = subjects[rows], arrived[rows]
+        with self._lock:
+            self._grow(int(chosen.max()) + 1)
+            np.maximum.at(self._newest, chosen, times)
+            self._whole.add(subjects, contributions, rows)
+            if self.is_cut:
+                since = self._since[chosen]
+                apart = times < since if self._func in ADDING else (since != EVER) & (times >= since)
+                if apart.any():
+                    self._apart.add(subjects, contributions, rows[apart])
+
+    def _grow(self, rows: int) -> None:
+        have = len(self._newest)
+        if rows > have:
+            more = np.full(max(rows - have, have // 2, 1024), EVER, np.int64)
+            self._newest, self._since = np.concatenate([self._newest, more]), np.concatenate([self._since, more])
+
+    def is_elsewhere(self, subject: int, since: int) -> bool:
+        """Whether the customer's window begins at another time than this."""
+        return (int(self._since[subject]) if subject < len(self._since) else EVER) != since
+
+    def has_rows(self, subject: int, since: int) -> bool:
+        """Whether something arrived from the customer at or after this time."""
+        return since != EVER and subject < len(self._newest) and int(self._newest[subject]) >= since
+
+    def cut(self, cuts: Mapping[int, int], inside: "MeterWindows | None" = None) -> None:
+        """Begin the customers' windows at these times. ``inside`` has what arrived since, if anything did."""
+        with self._lock:
+            self.is_cut = self.is_cut or bool(cuts)
+            for subject, since in cuts.items():
+                self._grow(subject + 1)
+                self._since[subject] = since
+                self._set_apart(subject, since, inside._whole if inside is not None else _kept(self._func))
+
+    def _set_apart(self, subject: int, since: int, inside: Kept) -> None:
+        if since == EVER:
+            self._apart.clear(subject)
+        elif self._func in ADDING:
+            self._apart.copy(subject, self._whole)
+            self._apart.take_away(subject, inside)
+        else:
+            self._apart.copy(subject, inside)
+
+    def total(self, subjects: list[int]) -> Total | None:
+        """Since the beginning; None for distinct values, which have no such total."""
+        with self._lock:
+            return self._whole.total(subjects) if isinstance(self._whole, MeterTotals) else None
+
+    def consumed(self, subjects: list[int], since: int) -> Consumption | None:
+        """In the window that begins at ``since``; None if that is not where these customers' windows begin."""
+        with self._lock:
+            known = [subject for subject in subjects if subject < len(self._newest) and self._newest[subject] != EVER]
+            if any(self._since[subject] != since for subject in known):
+                return None
+            last = max((int(self._newest[subject]) for subject in known), default=EVER)
+            count, value = self._value(known, since)
+        return Consumption(count, value, None if last == EVER else EPOCH + last * MICROSECOND)
+
+    def _value(self, subjects: list[int], since: int) -> tuple[int, Decimal]:
+        inside = self._whole if since == EVER or self._func in ADDING else self._apart
+        if isinstance(inside, DistinctValues):
+            return inside.value(subjects)
+        assert isinstance(inside, MeterTotals)
+        found = inside.total(subjects)
+        if self._func not in ADDING:
+            return found.count, (found.min if self._func == "min" else found.max) or Decimal(0)
+        if since != EVER:
+            assert isinstance(self._apart, MeterTotals)
+            before = self._apart.total(subjects)
+            found = Total(found.count - before.count, EXACT.subtract(found.sum, before.sum), None, None)
+        value = {"count": Decimal(found.count), "sum": found.sum}.get(self._func)
+        return found.count, mean(found.sum, found.count) if value is None else value
+
+
+def _kept(func: str) -> Kept:
+    return DistinctValues() if func == "unique" else MeterTotals(func)
+
+
+def microseconds(instant: datetime | None) -> int:
+    """A time as it is kept here; None is EVER."""
+    return EVER if instant is None else (instant - EPOCH) // MICROSECOND
