@@ -95,8 +95,9 @@ class Node:
         self.folder.mkdir(parents=True)
         path = self.folder / "server.properties"
         path.write_text(settings)
-        command = [*JAVA, "-cp", self._classes, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(path)]
-        done = subprocess.run([*command, *format_options], capture_output=True, text=True)
+        command = [*JAVA, "-cp", self._classes, "kafka.tools.StorageTool", "format"]
+        options = [f"--cluster-id={cluster_id}", "-c", str(path), *format_options]  # an id may begin with a dash
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
         assert done.returncode == 0, f"formatting the storage failed: {done.stdout} {done.stderr}"
 
     def start(self) -> None:
