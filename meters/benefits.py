@@ -105,17 +105,7 @@ class SubscriptionSet(msgspec.Struct, frozen=True, tag_field="type", tag="subscr
     subscription: Subscription
 
 
-class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="delivery.applied"):
-    """What another system told was taken in. ``versions`` say, by name of a thing, which state of it is known now."""
-
-    organization_id: str
-    delivery_id: str
-    kind: str
-    at: datetime
-    versions: dict[str, str] = {}
-
-
-BenefitChange = BenefitSet | GrantSet | SubscriptionSet | DeliveryApplied
+BenefitChange = BenefitSet | GrantSet | SubscriptionSet
 
 
 class Benefits:
@@ -125,8 +115,6 @@ class Benefits:
         self.benefits: dict[str, Benefit] = {}
         self.grants: dict[str, Grant] = {}
         self.subscriptions: dict[str, Subscription] = {}
-        self.deliveries: set[tuple[str, str]] = set()  # organization and delivery
-        self.versions: dict[tuple[str, str], str] = {}  # by organization and thing
         self._grants_of: dict[str, dict[str, None]] = {}  # ids by customer, in order
         self._subscriptions_of: dict[str, dict[str, None]] = {}
 
@@ -141,11 +129,6 @@ class Benefits:
             case SubscriptionSet(subscription):
                 self.subscriptions[subscription.id] = subscription
                 self._subscriptions_of.setdefault(subscription.customer_id, {})[subscription.id] = None
-            case DeliveryApplied(organization_id=organization_id, delivery_id=delivery_id, versions=versions):
-                self.deliveries.add((organization_id, delivery_id))
-                for thing, version in versions.items():
-                    place = (organization_id, thing)
-                    self.versions[place] = max(version, self.versions.get(place, ""))
 
     def benefits_of(self, organization_id: str) -> list[Benefit]:
         """The organization's benefits, oldest first, without those that were deleted."""

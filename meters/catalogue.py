@@ -18,6 +18,7 @@ from meters.credit import CreditChange
 from meters.filter import Filter
 from meters.filter_json import filter_json, parse_filter
 from meters.meter import Meter
+from meters.mirror import DeliveryApplied, Mirror
 from meters.price import MeterPriced, Prices
 from meters.sessions import SessionChange, Sessions
 from meters.webhooks import WebhookChange, Webhooks
@@ -130,6 +131,7 @@ Change = (
     | CreditChange
     | MeterPriced
     | BenefitChange
+    | DeliveryApplied
     | SessionChange
     | WebhookChange
 )
@@ -145,6 +147,7 @@ _PLAIN = (
     | CreditChange
     | MeterPriced
     | BenefitChange
+    | DeliveryApplied
     | SessionChange
     | WebhookChange
 )
@@ -208,7 +211,7 @@ class Catalogue:
         self.customers: dict[str, Customer] = {}
         self.meters: dict[str, Meter] = {}
         self.prices = Prices()
-        self.benefits, self.sessions, self.webhooks = Benefits(), Sessions(), Webhooks()
+        self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
         self._external: dict[tuple[str, str], Customer] = {}
         self._meters: dict[str, dict[str, Meter]] = {}
         for change in changes:
@@ -234,7 +237,7 @@ class Catalogue:
             case DeadLetterReplayed():
                 pass  # concerns the store alone
             case _:
-                for part in (self.prices, self.benefits, self.sessions, self.webhooks):
+                for part in (self.prices, self.benefits, self.sessions, self.webhooks, self.mirror):
                     part.apply(change)
 
     def _revoke(self, id: str, revoked_at: datetime) -> None:

@@ -97,7 +97,7 @@ def test_changes_are_read_by_people_and_other_programs() -> None:
 
 def test_fields_and_types_of_a_newer_version_are_passed_over() -> None:
     """An old process survives a newer one's decisions."""
-    assert decode_change(b'{"type":"credit.granted","units":5}') is None
+    assert decode_change(b'{"type":"moon.eclipsed","units":5}') is None
     line = b'{"type":"token.revoked","id":"t1","revoked_at":"2026-02-01T00:00:00Z","by":"someone"}'
     assert decode_change(line) == TokenRevoked("t1", LATER)
 
