@@ -8,10 +8,14 @@
 It speaks to Meterstream and to Polar alike. It needs httpx and msgspec, and nothing of the server.
 """
 
+from ingest.client.asynchronous import AsyncIngestion
 from ingest.client.event import Event
 from ingest.client.ingestion import Ingestion, Stats
 from ingest.client.limits import Limits
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.strategy import Customer, Strategy
 
-__all__ = ["Customer", "Event", "EventRefused", "Ingestion", "Limits", "Rejection", "SpoolFull", "Stats", "Strategy"]
+__all__ = [
+    "AsyncIngestion", "Customer", "Event", "EventRefused", "Ingestion", "Limits", "Rejection", "SpoolFull", "Stats",
+    "Strategy",
+]  # fmt: skip

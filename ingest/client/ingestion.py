@@ -152,6 +152,10 @@ class Ingestion:
             logger.error("events were lost: the server took them not in time and no spool holds them",
                          extra={"events": lost})  # fmt: skip
 
+    def may_wait(self) -> bool:
+        """Whether the next event may have to wait for room."""
+        return self._outbox.is_nearly_full()
+
     def stats(self) -> Stats:
         """The counters, and what is on its way."""
         outbox, sender = self._outbox, self._sender

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from ingest.client.event import EVENT_BYTES_MAX
 from ingest.client.limits import MEMORY_EVENTS_MAX, Limits
 from ingest.client.pace import Pace
 from ingest.client.rejection import SpoolFull
@@ -83,6 +84,10 @@ class Outbox:
             self.pending += 1
             self.held_bytes += len(line)
             return True
+
+    def is_nearly_full(self) -> bool:
+        """Whether the largest event would find no room."""
+        return self.held_bytes + EVENT_BYTES_MAX > self.limits.held_bytes_max
 
     def adopt(self, lines: Sequence[bytes]) -> None:
         """Take over events that another process has left, whatever the bound says. Raises SpoolBroken."""
