@@ -1,0 +1,190 @@
+"""The log's lines as columns with a fingerprint each, made without any of the code that fills the store.
+
+The store's rows were made by ``aggregator.apply`` with one parser; here another one (DuckDB's JSON) reads the same
+bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be careful: what it
+takes for different is read again by ``meters.event``, line by line, before anybody calls it a difference. It has to be
+right in one direction only: two lines that mean something else must not get the same fingerprint.
+
+A fingerprint is DuckDB's hash over everything that the store keeps of an event. Sums of fingerprints do not depend on
+the order of rows, so they serve as checksums of any bucket.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import duckdb
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from aggregator.awkward import awkward_numbers, suspicious
+from meters.log import Record
+
+LINE_BITS = 24
+"""Lines of one record are numbered below 2^24; the largest body holds a quarter of a million."""
+
+HOUR_US = 3_600_000_000
+_WORD = np.dtype(">u8")
+_NO_ORGANIZATION = bytes(16)
+_FIELDS = (
+    "name", "external_id", "external_customer_id", "customer_id", "timestamp", "parent_id", "member_id",
+    "external_member_id", "organization_id",
+)  # fmt: skip
+_READ = """
+    SELECT f[1] AS name, f[2] AS external_id, f[3] AS external_customer_id, f[4] AS customer_id, f[5] AS timestamp,
+        f[6] AS parent, f[7] AS member_id, f[8] AS external_member_id, f[9] AS organization_id, metadata
+    FROM (
+        SELECT json_extract_string(raw, $fields) AS f, CAST(json_extract(raw, '/metadata') AS VARCHAR) AS metadata
+        FROM (SELECT CASE WHEN json_valid(raw) THEN raw ELSE '{}' END AS raw FROM lines)
+    )
+"""
+# A time is read here only where it says plainly that it is UTC; DuckDB passes over any other zone.
+_PRINT = """
+    SELECT hash(
+        id_hi, id_lo, content, organization, CASE WHEN external_customer_id IS NULL THEN 'customer' ELSE 'external' END,
+        coalesce(external_customer_id, customer_id), name,
+        CASE WHEN timestamp IS NULL THEN make_timestamp(ingested_us)
+             WHEN ends_with(timestamp, 'Z') OR ends_with(timestamp, '+00:00') THEN TRY_CAST(timestamp AS TIMESTAMP) END,
+        make_timestamp(ingested_us), external_id, parent,
+        CASE WHEN external_customer_id IS NULL THEN member_id END, external_member_id,
+        coalesce(metadata, '{}'), awkward
+    ) AS print FROM read
+"""
+Words = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+
+
+class Lines(NamedTuple):
+    """Lines of consecutive records of one partition, in order. ``keys`` are places: offset and line in one number."""
+
+    keys: Integers
+    prints: Words
+    hi: Words
+    lo: Words
+    content: Words
+    ingested_us: Integers
+    raws: list[bytes]
+    tenants: list[str | None]  # as the records name them
+
+
+def key_of(offset: int, line: int) -> int:
+    """A place within a partition as one number, in the order of the log."""
+    return offset << LINE_BITS | line
+
+
+def place_of(key: int) -> tuple[int, int]:
+    """The inverse of ``key_of``: offset and line."""
+    return key >> LINE_BITS, key & (1 << LINE_BITS) - 1
+
+
+class _Metadata(msgspec.Struct):
+    metadata: dict[str, msgspec.Raw] = {}
+
+
+_DECODE = msgspec.json.Decoder(_Metadata).decode
+
+
+class LineReader:
+    """Turns records into ``Lines``. Has a DuckDB of its own, without a file."""
+
+    def __init__(self, threads: int = 2, memory_limit: str = "256MB") -> None:
+        self._connection = duckdb.connect(config={"threads": threads, "memory_limit": memory_limit})
+
+    def close(self) -> None:
+        """Let go of DuckDB."""
+        self._connection.close()
+
+    def read(self, records: Sequence[Record]) -> Lines:
+        """Every line that is not empty, with its fingerprint."""
+        raws, keys, ingested_us, tenants = _split(records)
+        if not raws:
+            empty = np.zeros(0, np.uint64)
+            return Lines(keys, empty, empty, empty, empty, ingested_us, raws, tenants)
+        self._connection.register("lines", pa.table({"raw": _texts(raws)}))
+        read = self._connection.sql(_READ, params={"fields": [f"/{field}" for field in _FIELDS]}).to_arrow_table()
+        own = read["organization_id"].to_pylist()
+        organizations = [tenant or named for tenant, named in zip(tenants, own, strict=True)]
+        partition = records[0].partition
+        externals = [
+            known if known is not None else "{}:{}:{}".format(partition, *place_of(key))
+            for known, key in zip(read["external_id"].to_pylist(), keys.tolist(), strict=True)
+        ]
+        hi, lo = _identities(organizations, externals)
+        content = np.array([xxhash.xxh3_64_intdigest(raw) for raw in raws], np.uint64)
+        read = read.drop(["external_id", "organization_id"])
+        columns = {
+            "id_hi": hi, "id_lo": lo, "content": content, "ingested_us": ingested_us,
+            "organization": pa.array(organizations, pa.string()), "external_id": pa.array(externals, pa.string()),
+            "awkward": _awkward(raws),
+        }  # fmt: skip
+        for name, column in columns.items():
+            read = read.append_column(name, pa.array(column))
+        self._connection.register("read", read)
+        prints = self._connection.sql(_PRINT).to_arrow_table()["print"].to_numpy()
+        return Lines(keys, prints, hi, lo, content, ingested_us, raws, tenants)
+
+
+def _split(records: Sequence[Record]) -> tuple[list[bytes], Integers, Integers, list[str | None]]:
+    raws: list[bytes] = []
+    keys: list[int] = []
+    stamps: list[int] = []
+    tenants: list[str | None] = []
+    for record in records:
+        lines = record.value.split(b"\n")
+        numbers = [number for number, line in enumerate(lines) if line.strip()]
+        if len(numbers) < len(lines):
+            lines = [lines[number] for number in numbers]
+        first = key_of(record.offset, 0)
+        raws += lines
+        keys += [first + number for number in numbers]
+        stamps += [record.timestamp_us] * len(lines)
+        tenants += [record.organization_id] * len(lines)
+    return raws, np.array(keys, np.int64), np.array(stamps, np.int64), tenants
+
+
+def _texts(raws: list[bytes]) -> pa.Array:
+    try:
+        return pa.array(raws, pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:  # not UTF-8 somewhere: those lines are for the careful reading
+        return pa.array([_text(raw) for raw in raws], pa.string())
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _identities(organizations: Sequence[str | None], externals: Sequence[str]) -> tuple[Words, Words]:
+    """As ``meters.event.identity``, for many."""
+    known = {name: _organization_bytes(name) for name in set(organizations)}
+    digest = xxhash.xxh3_128_digest
+    joined = b"".join(
+        [digest(known[name] + external.encode()) for name, external in zip(organizations, externals, strict=True)]
+    )
+    words = np.frombuffer(joined, _WORD).astype(np.uint64)
+    return words[0::2].copy(), words[1::2].copy()
+
+
+def _organization_bytes(organization_id: str | None) -> bytes:
+    try:
+        return bytes.fromhex((organization_id or "").replace("-", "")) or _NO_ORGANIZATION
+    except ValueError:
+        return _NO_ORGANIZATION
+
+
+def _awkward(raws: list[bytes]) -> pa.Array:
+    """Numbers that need exact text, where a line may hold any."""
+    if not suspicious(b"\n".join(raws)):
+        return pa.nulls(len(raws), pa.string())
+    return pa.array([_awkward_of(raw) if suspicious(raw) else None for raw in raws], pa.string())
+
+
+def _awkward_of(raw: bytes) -> str | None:
+    try:
+        return awkward_numbers(_DECODE(raw).metadata)
+    except (msgspec.MsgspecError, RecursionError):
+        return None

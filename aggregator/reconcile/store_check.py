@@ -1,0 +1,229 @@
+"""The store against itself: identities, numbers and tallies without gaps, and totals against the raw events.
+
+The running totals are what customers see and what a balance is made of. Each is compared with a plain recount of the
+raw events, for every meter and customer: first for blocks of customers, then customer by customer inside a block that
+differs, then by the hour, down to the one event that explains the difference if one does.
+"""
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
+
+from aggregator.reconcile.questions import StoreSide
+from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
+from aggregator.reconcile.worth import Worth
+from aggregator.store.queries.audit import SEQ_BLOCK, SLICES
+from aggregator.store.sql import Measured
+from aggregator.view import Total
+from meters.amount import EXACT, amount_text
+from meters.catalogue import Catalogue
+from meters.event import event_id
+from meters.meter import Meter
+
+BLOCK = 1_000  # customers whose totals are compared at once
+SHOWN_MAX = 1_000  # repeated identities and gaps that are named
+_HOUR = timedelta(hours=1)
+
+
+class TotalsSide(Protocol):
+    """Running totals, and the events they should be made of."""
+
+    def total(self, meter: Meter, subjects: list[int]) -> Total | None:
+        """The running total of some customers together; None when there is none to compare."""
+        ...
+
+    def by_customer(self, meter: Meter) -> Iterable[tuple[int, Measured]]:
+        """The recount, in the order of the customers' numbers."""
+        ...
+
+    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
+        """The recount of one customer."""
+        ...
+
+    def customers(self) -> int:
+        """How many customer numbers were given."""
+        ...
+
+    def who(self, subject: int) -> str:
+        """The customer's name."""
+        ...
+
+    def same_moment(self, meter: Meter, subject: int) -> tuple[Total, Measured] | None:
+        """Total and recount of one customer that are true for one position; None when that cannot be had."""
+        ...
+
+
+def check_store(store: StoreSide, totals: TotalsSide, catalogue: Catalogue, worth: Worth) -> Check:
+    """Everything that a store says about itself."""
+    check = Check(name="store", sides="totals and raw events, and the store's own bookkeeping")
+    _identities(check, store)
+    _sequence(check, store)
+    _bookkeeping(check, store)
+    for organization_id in catalogue.organizations:
+        for meter in catalogue.meters_of(organization_id):
+            _meter(check, totals, meter, worth)
+    return check
+
+
+def _identities(check: Check, store: StoreSide) -> None:
+    found = 0
+    for slice_ in range(SLICES):
+        for row in store.ask("repeated_identities", slice=slice_, most=SHOWN_MAX).to_pylist():
+            found += 1
+            check.add(_broken(
+                Cause.DOUBLED, f"event {event_id(row['id_hi'], row['id_lo'])}", f"stored {row['times']} times",
+                row["times"] - 1,
+            ))  # fmt: skip
+    stored = sum(row["stored"] for row in store.ask("partitions").to_pylist())
+    check.counted.append(Counted("identities, each once", stored, found))
+
+
+def _sequence(check: Check, store: StoreSide) -> None:
+    """Numbers of rows are 0, 1, 2, ...: by blocks, each of which has one possible sum."""
+    blocks = store.ask("seq_blocks").to_pylist()
+    broken = 0
+    for expected, block in enumerate(blocks):
+        full = SEQ_BLOCK if expected < len(blocks) - 1 else block["last"] % SEQ_BLOCK + 1
+        if (block["block"], block["rows"], block["sum"]) != (expected, full, full * (full - 1) // 2):
+            broken += 1
+            if broken <= SHOWN_MAX:
+                cause = Cause.DOUBLED if block["rows"] > full else Cause.LOST
+                what = f"{block['rows']} rows where {full} are numbered"
+                where = f"sequence numbers from {expected * SEQ_BLOCK}"
+                check.add(_broken(cause, where, what, abs(full - block["rows"]) or 1))
+                if block["block"] != expected:
+                    break
+    check.counted.append(Counted("rows numbered without a gap", sum(block["rows"] for block in blocks), broken))
+
+
+def _broken(cause: Cause, where: str, what: str, count: int = 1) -> Difference:
+    return Difference(check="store", cause=cause, where=where, what=what, repair=Repair.REBUILD, count=count)
+
+
+def _bookkeeping(check: Check, store: StoreSide) -> None:
+    """Positions, tallies and small numbers."""
+    before = check.differences_count
+    tallies = {row["log_partition"]: row for row in store.ask("tallies").to_pylist()}
+    stored = {row["log_partition"]: row for row in store.ask("partitions").to_pylist()}
+    dead = {row["log_partition"]: row for row in store.ask("dead_by_partition").to_pylist()}
+    for partition in sorted({*tallies, *stored, *dead}):
+        _partition(check, partition, tallies.get(partition), stored.get(partition, {}), dead.get(partition, {}))
+    for name, what in (("dead_numbers", "dead letters"), ("control_numbers", "decisions")):
+        (row,) = store.ask(name).to_pylist()
+        if row["rows"] and (row["first"], row["last"]) != (0, row["rows"] - 1):
+            check.add(_broken(Cause.LOST, what, f"{row['rows']} of them, numbered {row['first']} to {row['last']}"))
+    for row in store.ask("numbers").to_pylist():
+        if not row["rows"] == row["numbers"] == row["texts"]:
+            check.add(_broken(Cause.DOUBLED, row["name"], "a number or a name was given twice"))
+    (row,) = store.ask("strays").to_pylist()
+    for name in ("organizations", "subjects"):
+        if row[name]:
+            check.add(_broken(Cause.UNFOUNDED, "events", f"{row[name]} rows belong to nobody ({name})", row[name]))
+    check.counted.append(Counted("partitions and small tables", len(tallies) + 6, check.differences_count - before))
+
+
+def _partition(
+    check: Check, partition: int, tally: dict[str, Any] | None, stored: dict[str, Any], dead: dict[str, Any]
+) -> None:
+    where = f"partition {partition}"
+    if tally is None:
+        check.add(_broken(Cause.UNFOUNDED, where, "rows of a partition that the store does not follow"))
+        return
+    ends = max(stored.get("ends") or 0, dead.get("ends") or 0)
+    if ends > tally["next_offset"]:
+        what = f"rows up to offset {ends - 1}, and the position is {tally['next_offset']}"
+        check.add(_broken(Cause.DOUBLED, where, f"{what}: the rest would be counted again"))
+    for name, row in (("stored", stored), ("conflicts", dead), ("dead", dead)):
+        have, said = row.get(name) or 0, tally[name]
+        if have != said:
+            cause = Cause.LOST if have < said else Cause.DOUBLED
+            check.add(_broken(cause, where, f"the tally of {name} says {said}, there are {have}", abs(have - said)))
+
+
+class _Cell(NamedTuple):
+    subject: int
+    measured: Measured
+
+
+def _meter(check: Check, totals: TotalsSide, meter: Meter, worth: Worth) -> None:
+    if meter.aggregation.func == "unique":
+        check.notes.append(f"{meter.name}: distinct values have no running total; they are counted when asked for")
+        return
+    if totals.total(meter, [0]) is None:
+        check.notes.append(f"{meter.name}: its history is still being counted")
+        return
+    compared = different = 0
+    cells = (_Cell(*cell) for cell in totals.by_customer(meter))
+    blocks = {block: list(group) for block, group in groupby(cells, key=lambda cell: cell.subject // BLOCK)}
+    for block in range(-(-totals.customers() // BLOCK)):
+        counted = blocks.get(block, [])
+        compared += len(counted)
+        subjects = list(range(block * BLOCK, (block + 1) * BLOCK))
+        if not _agree(meter, totals.total(meter, subjects), [cell.measured for cell in counted]):
+            for difference in _inside(totals, meter, subjects, dict(counted), worth):
+                different += 1
+                check.add(difference)
+    check.counted.append(Counted(f"customers of {meter.name}", compared, different))
+
+
+def _agree(meter: Meter, total: Total | None, parts: list[Measured]) -> bool:
+    if total is None or total.count != sum(part.count for part in parts):
+        return False
+    match meter.aggregation.func:
+        case "count":
+            return True
+        case "min":
+            return total.min == min((part.min for part in parts if part.min is not None), default=None)
+        case "max":
+            return total.max == max((part.max for part in parts if part.max is not None), default=None)
+        case _:
+            expected = Decimal(0)
+            for part in parts:
+                expected = EXACT.add(expected, part.total)
+            return total.sum == expected
+
+
+def _inside(
+    totals: TotalsSide, meter: Meter, subjects: list[int], counted: dict[int, Measured], worth: Worth
+) -> Iterator[Difference]:
+    for subject in subjects:
+        running, raw = totals.total(meter, [subject]), counted.get(subject, Measured(0))
+        if running is None or _agree(meter, running, [raw] if raw.count else []):
+            continue
+        again = totals.same_moment(meter, subject)  # a running server may have moved on between the two
+        if again is None or _agree(meter, again[0], [again[1]] if again[1].count else []):
+            continue
+        yield _explained(totals, meter, subject, *again, worth)
+
+
+def _explained(
+    totals: TotalsSide, meter: Meter, subject: int, running: Total, raw: Measured, worth: Worth
+) -> Difference:
+    """Name the customer, and the hour when only one can be meant."""
+    amount, count = EXACT.subtract(running.sum, raw.total), running.count - raw.count
+    if meter.aggregation.func == "count":
+        amount = Decimal(count)
+    cause = Cause.UNKNOWN
+    if abs(count) == 1:
+        cause = Cause.LOST if count < 0 else Cause.DOUBLED
+    elif count == 0:
+        cause = Cause.CHANGED
+    missing = -amount if cause is Cause.LOST else amount
+    fitting = [hour for hour, part in totals.by_hour(meter, subject) if part.total == missing and part.count == 1]
+    hour = fitting[0].replace(tzinfo=UTC) if cause in (Cause.LOST, Cause.DOUBLED) and len(fitting) == 1 else None
+    quantities = {meter.name: amount} if meter.aggregation.func in ("count", "sum") else {}
+    return Difference(
+        check="store", cause=cause, where=f"{meter.name}, customer {totals.who(subject)}",
+        what=f"the running total says {_shown(meter, running.count, running.sum, running.min, running.max)}, "
+             f"the raw events {_shown(meter, raw.count, raw.total, raw.min, raw.max)}",
+        repair=Repair.RESTART, window=(hour, hour + _HOUR) if hour else None, quantities=quantities,
+        cents=worth.cents(meter.organization_id, quantities),
+    )  # fmt: skip
+
+
+def _shown(meter: Meter, count: int, total: Decimal, least: Decimal | None, most: Decimal | None) -> str:
+    extreme = {"min": least, "max": most}.get(meter.aggregation.func)
+    amount = total if extreme is None else extreme
+    return f"{count} events" if meter.aggregation.func == "count" else f"{amount_text(amount)} in {count} events"

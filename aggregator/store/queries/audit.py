@@ -1,0 +1,101 @@
+"""Everything that reconciliation asks of a store: a closed list of statements, by name.
+
+What is asked names positions, so answers from different moments agree: a row once stored never changes. So the same
+questions can be put to the file of a stopped server and to one that runs.
+
+A fingerprint is DuckDB's hash over everything that the store keeps of an event (``aggregator.reconcile.lines`` makes
+the same of a line). Places within a partition are one number: the offset, 24 bits to the left, and the line.
+"""
+
+from collections.abc import Mapping
+
+import duckdb
+import pyarrow as pa
+
+SLICES = 16
+"""Identities are looked at in so many parts, by their first four bits: a part of 100 million fits into memory."""
+
+SEQ_BLOCK = 65_536
+"""Sequence numbers whose sum is compared at once."""
+
+_PRINT = """hash(
+    e.id_hi, e.id_lo, e.content, o.id, s.kind, s.text, e.name, e.timestamp, e.ingested_at, e.external_id, e.parent,
+    e.member_id, e.external_member_id, CAST(json(e.metadata) AS VARCHAR), e.awkward)"""
+"""Of a row ``e``, its organization ``o`` and its subject ``s``. Metadata is written as DuckDB's JSON writes it."""
+
+QUESTIONS: Mapping[str, str] = {
+    "about": "SELECT version FROM about",
+    "streams": "SELECT stream, identity FROM streams",
+    "tallies": """
+        SELECT t.*, p.next_offset FROM tallies t JOIN positions p USING (log_partition)
+        WHERE p.stream = 'usage.events' ORDER BY 1""",
+    "control": "SELECT log_offset, value FROM control ORDER BY log_offset",
+    "organizations": "SELECT number, id FROM organizations ORDER BY number",
+    # what the log is compared with
+    "rows": """
+        SELECT e.log_offset << 24 | e.line AS key, PRINT AS print, epoch_us(e.ingested_at) AS ingested_us
+        FROM events e
+        LEFT JOIN organizations o ON o.number = e.organization
+        LEFT JOIN subjects s ON s.number = e.subject
+        WHERE e.log_partition = $partition AND e.log_offset >= $since AND e.log_offset < $until
+        ORDER BY 1""".replace("PRINT", _PRINT),
+    "dead": """
+        SELECT log_offset << 24 | line AS key, reason, raw FROM dead_letters
+        WHERE log_partition = $partition AND log_offset >= $since AND log_offset < $until ORDER BY 1""",
+    "at": """
+        SELECT e.*, e.log_offset << 24 | e.line AS key, o.id AS organization_id, s.kind, s.text AS who
+        FROM events e JOIN asked ON e.log_partition = asked.partition
+            AND e.log_offset << 24 | e.line = asked.key
+        LEFT JOIN organizations o ON o.number = e.organization LEFT JOIN subjects s ON s.number = e.subject
+        WHERE e.log_offset BETWEEN (SELECT min(key) >> 24 FROM asked)
+            AND (SELECT max(key) >> 24 FROM asked)
+        ORDER BY key, seq""",
+    "known": """
+        SELECT e.id_hi, e.id_lo, e.content, e.log_partition AS partition, log_offset << 24 | line AS key
+        FROM events e SEMI JOIN asked ON e.id_hi = asked.id_hi AND e.id_lo = asked.id_lo""",
+    # the store against itself
+    "partitions": """
+        SELECT log_partition, count(*) AS stored, max(log_offset) + 1 AS ends FROM events GROUP BY ALL ORDER BY 1""",
+    "dead_by_partition": """
+        SELECT log_partition, count(*) FILTER (WHERE reason = 'conflict') AS conflicts,
+            count(*) FILTER (WHERE reason <> 'conflict') AS dead, max(log_offset) + 1 AS ends
+        FROM dead_letters GROUP BY ALL ORDER BY 1""",
+    "repeated_identities": """
+        SELECT id_hi, id_lo, count(*) AS times FROM events WHERE id_hi >> 60 = $slice
+        GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT $most""",
+    "seq_blocks": """
+        SELECT seq // 65536 AS block, count(*) AS rows, min(seq) AS first, max(seq) AS last,
+            sum(seq - seq // 65536 * 65536) AS sum FROM events GROUP BY block ORDER BY block""",
+    "dead_numbers": "SELECT count(*) AS rows, min(number) AS first, max(number) AS last FROM dead_letters",
+    "control_numbers": "SELECT count(*) AS rows, min(log_offset) AS first, max(log_offset) AS last FROM control",
+    "strays": """
+        SELECT count(*) FILTER (WHERE o.number IS NULL) AS organizations,
+            count(*) FILTER (WHERE s.number IS NULL OR s.organization <> e.organization) AS subjects
+        FROM events e LEFT JOIN organizations o ON o.number = e.organization
+        LEFT JOIN subjects s ON s.number = e.subject""",
+    "numbers": """
+        SELECT 'organizations' AS name, count(*) AS rows, count(DISTINCT number) AS numbers, count(DISTINCT id) AS texts
+        FROM organizations
+        UNION ALL
+        SELECT 'subjects', count(*), count(DISTINCT number), count(DISTINCT (organization, kind, text))
+        FROM subjects""",
+}
+"""By name. Parameters stand for numbers; ``asked`` is a table that comes with the question.
+
+65536 is SEQ_BLOCK.
+"""
+
+
+
+def put(
+    connection: duckdb.DuckDBPyConnection, question: str, asked: pa.Table | None, parameters: Mapping[str, int]
+) -> pa.Table:
+    """Put one of ``QUESTIONS`` to a connection. Raises KeyError for any other."""
+    statement = QUESTIONS[question]
+    if asked is None:
+        return connection.sql(statement, params=dict(parameters)).to_arrow_table()
+    connection.register("asked", asked)
+    try:
+        return connection.sql(statement, params=dict(parameters)).to_arrow_table()
+    finally:
+        connection.unregister("asked")

@@ -1,0 +1,130 @@
+"""The log against the store: whatever is planted is found and named, and nothing else."""
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from aggregator.reconcile.report import Cause
+from meters.event import event_id, identity
+from tests.aggregator.records import ORGANIZATION
+from tests.faults.evidence import write_usage
+from tests.reconcile.planting import Left
+
+ROOT = "(SELECT seq FROM events WHERE external_id = 'root' LIMIT 1)"
+
+
+def test_an_untouched_store_is_equal(left: Left) -> None:
+    """Every line is accounted for, and every checksum agrees."""
+    report = left.report()
+
+    assert report.differences == []
+    assert report.is_equal
+    log = report.checks[0]
+    assert sum(bucket.lines for bucket in log.buckets) == 25
+    assert [bucket.log_checksum for bucket in log.buckets] == [bucket.store_checksum for bucket in log.buckets]
+    assert len(log.buckets) > 1
+
+
+def test_a_long_log_with_everything_in_it_is_equal(tmp_path: Path) -> None:
+    """Repetitions, contradictions, broken lines and awkward numbers in bulk are no differences."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        write_usage(log, records=60, seed=3, lines=50)
+    left.count()
+
+    assert left.report().differences == []
+
+
+def test_a_removed_row_is_lost(left: Left) -> None:
+    """A row that is missing is named by its event, with what it was worth."""
+    left.spoil(f"DELETE FROM events WHERE seq = {ROOT}")
+
+    (difference,) = left.check("log").differences
+
+    assert difference.cause is Cause.LOST
+    assert event_id(*identity(ORGANIZATION, "root")) in difference.where
+    assert difference.quantities == {"meter meter-sum": Decimal(-11), "meter meter-count": Decimal(-1)}
+
+
+def test_a_doubled_row_is_doubled(left: Left) -> None:
+    """A row that stands there twice is named once, by both checks."""
+    left.spoil(f"INSERT INTO events SELECT * FROM events WHERE seq = {ROOT}")
+
+    report = left.report()
+
+    assert {difference.cause for difference in report.differences} == {Cause.DOUBLED}
+    in_log, *in_store = report.differences
+    assert "root" in in_log.where
+    assert in_log.quantities["meter meter-sum"] == 11
+    assert any(event_id(*identity(ORGANIZATION, "root")) in difference.where for difference in in_store)
+
+
+def test_a_changed_quantity_is_changed(left: Left) -> None:
+    """A quantity that was altered is named with both values and the difference."""
+    left.spoil(f"UPDATE events SET metadata = '{{\"tokens\":12}}' WHERE seq = {ROOT}")
+
+    (difference,) = left.check("log").differences
+
+    assert difference.cause is Cause.CHANGED
+    assert "metadata.tokens: the log says 11, the store has 12" in difference.what
+    assert difference.quantities == {"meter meter-sum": Decimal(1)}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("name", "'other'"), ("timestamp", "timestamp + INTERVAL 1 MICROSECOND"), ("subject", "1 - subject"),
+        ("external_id", "'elsewhere'"), ("content", "content + 1"), ("parent", "'b'"),
+        ("awkward", "'{\"/tokens\":\"1\"}'"), ("id_lo", "id_lo - 1"),
+        ("ingested_at", "ingested_at + INTERVAL 1 MICROSECOND"),
+    ],
+)  # fmt: skip
+def test_every_column_is_compared(left: Left, column: str, value: str) -> None:
+    """Whatever is changed about a row shows."""
+    left.spoil(f"UPDATE events SET {column} = {value} WHERE seq = {ROOT}")
+
+    assert Cause.CHANGED in {difference.cause for difference in left.check("log").differences}
+
+
+def test_a_missing_hour_is_one_difference(left: Left) -> None:
+    """What is lost within an hour is told as that hour."""
+    (hour,) = [b for b in left.check("log").buckets if b.stored and b.hour.hour == 11]
+    left.spoil("DELETE FROM events WHERE date_trunc('hour', ingested_at) = '2026-03-01 11:00'")
+
+    (difference,) = left.check("log").differences
+
+    assert difference.cause is Cause.LOST
+    assert difference.count == hour.stored
+    assert difference.window is not None
+    assert difference.window[0] == hour.hour
+    assert len(difference.events) == hour.stored
+
+
+def test_a_missing_dead_letter_is_lost(left: Left) -> None:
+    """A line that cannot be counted and is not on record either is a difference; so is a contradiction."""
+    left.spoil("DELETE FROM dead_letters WHERE number IN (0, 2)")
+
+    causes = [difference.cause for difference in left.check("log").differences]
+
+    assert sorted(causes) == [Cause.CONFLICT, Cause.LOST]
+
+
+def test_a_row_that_no_line_says_is_unfounded(left: Left) -> None:
+    """A row without a line behind it is called so."""
+    left.spoil(f"INSERT INTO events SELECT * REPLACE (900 AS line, 5 AS id_hi) FROM events WHERE seq = {ROOT}")
+
+    (difference,) = left.check("log").differences
+
+    assert difference.cause is Cause.UNFOUNDED
+
+
+def test_a_store_that_is_behind_is_not_different(left: Left) -> None:
+    """What was not read yet is a note, not a difference."""
+    with left.log() as log:
+        write_usage(log, records=2, seed=1, decide=False)
+
+    check = left.check("log")
+
+    assert check.differences == []
+    assert check.notes == ["partition 0: 2 records are not in the store yet"]
