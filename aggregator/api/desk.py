@@ -52,6 +52,10 @@ class Desk:
 
     async def ask(self, token: Token, question: Callable[[Here], T]) -> Reading[T]:
         """Put a question to the store for the token's organization. Raises Busy, TooLong, TooLarge, Unavailable."""
+        return await self.ask_about(token.organization_id, question)
+
+    async def ask_about(self, organization_id: str, question: Callable[[Here], T]) -> Reading[T]:
+        """The same where nobody shows a token."""
         if self._waiting >= QUERIES_WAITING_MAX:
             raise Busy
         self._waiting += 1
@@ -59,7 +63,7 @@ class Desk:
             await self._running.acquire()
         finally:
             self._waiting -= 1
-        asking = Asking(self.view, token.organization_id, question)
+        asking = Asking(self.view, organization_id, question)
         timer = asyncio.get_running_loop().call_later(QUERY_S_MAX, asking.interrupt)
         try:
             return await asyncio.to_thread(asking.run)

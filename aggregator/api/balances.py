@@ -1,0 +1,163 @@
+"""What a customer has of a meter: the answer that lists, states, sessions and webhooks share.
+
+Everything here comes from memory: the ledger has the credits, the running totals what was used since the newest
+reset. Only while a meter's history is still being counted is the store asked instead.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import NamedTuple
+
+import msgspec
+
+from aggregator.api.desk import Desk
+from aggregator.store.queries import usage
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.scope import NOBODY, Scope
+from aggregator.store.queries.usage import Question
+from aggregator.view import Consumption, Unavailable
+from meters.amount import EXACT
+from meters.catalogue import Customer
+from meters.ledger import ZERO, Account, customer_meter_id, customer_of
+from meters.meter import Meter
+
+RECOUNTED_MAX = 100
+"""Customer meters that one request may have counted from the store: a page's worth."""
+
+
+class CustomerMeter(NamedTuple):
+    """One customer's meter, as of now. ``account`` is None where there was never a credit or a reset."""
+
+    customer: Customer
+    meter: Meter
+    account: Account | None
+    consumption: Consumption
+
+    @property
+    def id(self) -> str:
+        """The same for the same customer and meter, always."""
+        return customer_meter_id(self.customer.id, self.meter.id)
+
+    @property
+    def created_at(self) -> datetime:
+        """When there first were both the customer and the meter."""
+        return max(self.customer.created_at, self.meter.created_at)
+
+    @property
+    def modified_at(self) -> datetime | None:
+        """When the newest usage arrived or the newest movement of credits took place."""
+        times = [self.consumption.last_at, self.account.moved_at if self.account else None]
+        return max((time for time in times if time is not None), default=None)
+
+    @property
+    def since(self) -> datetime | None:
+        """Where the window begins; None: with the first event."""
+        return self.account.since if self.account else None
+
+    @property
+    def consumed(self) -> Decimal:
+        """Units used in the window."""
+        return self.consumption.value
+
+    @property
+    def credited(self) -> Decimal:
+        """Units credited in the window, the sum never below zero."""
+        return self.account.credited if self.account else ZERO
+
+    @property
+    def balance(self) -> Decimal:
+        """What is left: below zero where more was used than credited."""
+        return EXACT.subtract(self.credited, self.consumed)
+
+
+Pair = tuple[Customer, Meter]
+
+
+async def customer_meters(desk: Desk, pairs: Sequence[Pair]) -> list[CustomerMeter]:
+    """Those of the pairs where there is anything: usage that the meter counts, or a credit, or a reset.
+
+    Raises Unavailable while too many of them are still being counted.
+    """
+    read = [(customer, meter, from_memory(desk, customer, meter)) for customer, meter in pairs]
+    missing = [(customer, meter) for customer, meter, consumption in read if consumption is None]
+    if len(missing) > RECOUNTED_MAX:
+        raise Unavailable("meters are still being counted")
+    recounted = await _recount(desk, missing) if missing else {}
+    found = []
+    for customer, meter, consumption in read:
+        known = consumption or recounted[customer.id, meter.id]
+        account = desk.view.ledger.account(customer.id, meter.id)
+        if account is not None or known.count:
+            found.append(CustomerMeter(customer, meter, account, known))
+    return found
+
+
+async def customer_meter(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:
+    """One pair, whether there is anything or not."""
+    account = desk.view.ledger.account(customer.id, meter.id)
+    consumption = from_memory(desk, customer, meter)
+    if consumption is None:
+        consumption = (await _recount(desk, [(customer, meter)]))[customer.id, meter.id]
+    return CustomerMeter(customer, meter, account, consumption)
+
+
+def find(desk: Desk, organization_id: str, id: str) -> Pair | None:
+    """Whose customer meter this is, and of which meter; None if it is nobody's in the organization."""
+    for meter in desk.catalogue.meters_of(organization_id):
+        customer = desk.catalogue.customer(organization_id, customer_of(id, meter.id))
+        if customer is not None:
+            return customer, meter
+    return None
+
+
+def from_memory(desk: Desk, customer: Customer, meter: Meter) -> Consumption | None:
+    """What was used in the window, if memory has it."""
+    account = desk.view.ledger.account(customer.id, meter.id)
+    return desk.view.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+
+
+def numbers_of(desk: Desk, customer: Customer) -> list[int]:
+    """The numbers under which the customer's events are stored, by either name."""
+    return desk.view.numbers(customer.organization_id, customer.external_id, customer.id)
+
+
+async def consumed_between(
+    desk: Desk, customer: Customer, meter: Meter, since: datetime | None, until: datetime
+) -> Decimal:
+    """The meter's value over what arrived in a stretch of time, counted from the store."""
+    asked = _question(desk, customer, meter, since, until)
+    measured, _ = await desk.ask_about(customer.organization_id, lambda here: usage.value_of(here.connection, _at(asked, here)))
+    return measured.value(meter.aggregation)
+
+
+async def _recount(desk: Desk, pairs: Sequence[Pair]) -> dict[tuple[str, str], Consumption]:
+    ledger = desk.view.ledger
+    questions = {}
+    for customer, meter in pairs:
+        account = ledger.account(customer.id, meter.id)
+        questions[customer.id, meter.id] = _question(desk, customer, meter, account.since if account else None)
+
+    def count(here: Here) -> dict[tuple[str, str], Consumption]:
+        found = {}
+        for names, asked in questions.items():
+            measured = usage.value_of(here.connection, _at(asked, here))
+            found[names] = Consumption(measured.count, measured.value(asked.aggregation), None)
+        return found
+
+    counted, _ = await desk.ask_about(pairs[0][0].organization_id, count)
+    return counted
+
+
+def _question(
+    desk: Desk, customer: Customer, meter: Meter, since: datetime | None, until: datetime | None = None
+) -> Question:
+    scope = Scope(
+        organization=NOBODY, subjects=numbers_of(desk, customer), arrived_from=since, arrived_until=until
+    )  # fmt: skip
+    return Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
+
+
+def _at(question: Question, here: Here) -> Question:
+    scope = msgspec.structs.replace(question.scope, organization=here.organization)
+    return msgspec.structs.replace(question, scope=scope)
