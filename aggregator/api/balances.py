@@ -153,7 +153,7 @@ def _question(
     desk: Desk, customer: Customer, meter: Meter, since: datetime | None, until: datetime | None = None
 ) -> Question:
     scope = Scope(
-        organization=NOBODY, subjects=numbers_of(desk, customer), arrived_from=since, arrived_until=until
+        organization=NOBODY, subjects=numbers_of(desk, customer), arrived_since=since, arrived_until=until
     )  # fmt: skip
     return Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
 

@@ -28,7 +28,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """The events of one organization, narrowed down. None means no restriction; an empty list, nothing.
 
     ``subjects`` are customer numbers (``aggregator.directory``). ``since`` is inclusive, ``until`` and ``after``
-    are not; nor is ``arrived_until``, while ``arrived_from`` is. ``metadata`` keeps events whose value at each
+    are not; nor is ``arrived_until``, while ``arrived_since`` is. ``metadata`` keeps events whose value at each
     top-level key has one of the texts.
     """
 
@@ -39,7 +39,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     since: datetime | None = None
     until: datetime | None = None
     after: datetime | None = None
-    arrived_from: datetime | None = None
+    arrived_since: datetime | None = None
     arrived_until: datetime | None = None
     metadata: Mapping[str, Collection[str]] = {}
 
@@ -71,10 +71,6 @@ def events_in(scope: Scope, parameters: Parameters, *columns: str) -> exp.Select
         ("timestamp >= $since", "since", scope.since and naive(scope.since)),
         ("timestamp < $until", "until", scope.until and naive(scope.until)),
         ("timestamp > $after", "after", scope.after and naive(scope.after)),
-        ("ingested_at >= $arrived_since", "arrived_since", scope.arrived_since and naive(scope.arrived_since)),
-        ("ingested_at < $arrived_until", "arrived_until", scope.arrived_until and naive(scope.arrived_until)),
-        ("ingested_at >= $arrived_from", "arrived_from", scope.arrived_from and naive(scope.arrived_from)),
-        ("ingested_at < $arrived_until", "arrived_until", scope.arrived_until and naive(scope.arrived_until)),
     )
     for restriction, name, limit in restrictions:
         if limit is not None:
