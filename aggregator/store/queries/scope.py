@@ -71,6 +71,8 @@ def events_in(scope: Scope, parameters: Parameters, *columns: str) -> exp.Select
         ("timestamp >= $since", "since", scope.since and naive(scope.since)),
         ("timestamp < $until", "until", scope.until and naive(scope.until)),
         ("timestamp > $after", "after", scope.after and naive(scope.after)),
+        ("ingested_at >= $arrived_since", "arrived_since", scope.arrived_since and naive(scope.arrived_since)),
+        ("ingested_at < $arrived_until", "arrived_until", scope.arrived_until and naive(scope.arrived_until)),
     )
     for restriction, name, limit in restrictions:
         if limit is not None:
