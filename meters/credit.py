@@ -59,7 +59,22 @@ class MeterReset(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     reference: str | None = None
 
 
-CreditChange = CreditGranted | MeterReset
+class ResetRevised(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="meter.reset_revised"):
+    """A reset that was decided carries over other units than it said, as news that came later show.
+
+    ``id`` and ``at`` are the reset's. ``rollover`` None: there was no cut after all.
+    """
+
+    id: str
+    organization_id: str
+    customer_id: str
+    meter_id: str
+    at: datetime
+    rollover: Decimal | None = None
+    reference: str | None = None
+
+
+CreditChange = CreditGranted | MeterReset | ResetRevised
 
 
 def revocation_id(credit_id: str) -> str:
