@@ -59,14 +59,15 @@ def clean(metadata: Mapping[str, Any]) -> dict[str, Any]:
             if value is None:
                 continue
         cleaned[key] = value
+    for key in (COST, LLM):
+        if key in cleaned and not isinstance(cleaned[key], dict):
+            raise Unacceptable(Reason.DICT_TYPE, "metadata", key)
     return cleaned
 
 
 def _converted(key: str, value: Any) -> Any:
     if value is None:
         return None
-    if not isinstance(key, str):
-        raise Unacceptable(Reason.STRING_TYPE, "metadata", str(key))
     if key == COST:
         return _cost(value)
     if key == LLM:

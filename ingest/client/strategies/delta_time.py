@@ -63,6 +63,9 @@ class DeltaTime(Strategy):
 
     def start(self, customer: CustomerLike, *, external_id: str | None = None, **metadata: Value) -> Timer:
         """Begin to measure. A task that may run twice names its ``external_id``, and counts once."""
+        return self._timer(customer, external_id, metadata)
+
+    def _timer(self, customer: CustomerLike, external_id: str | None, metadata: Mapping[str, Value]) -> Timer:
         def finish(elapsed_ns: int, more: Mapping[str, Value]) -> str | None:
             seconds = Decimal(elapsed_ns).scaleb(-_NANOSECONDS)
             measured = {"deltaTime": seconds, "strategy": "DeltaTime"}
@@ -75,7 +78,7 @@ class DeltaTime(Strategy):
 
     def ingest(self, external_customer_id: str, **metadata: Value) -> Timer:
         """In the shape of Polar's strategies: begin to measure for a customer, named by your id."""
-        return self.start(external_customer_id, **metadata)
+        return self._timer(external_customer_id, None, metadata)
 
     def measured(self, customer: WhoseCall, **metadata: Value) -> Callable[[F], F]:
         """A decorator that measures every call. ``customer`` may be a function of the call's arguments."""
@@ -86,7 +89,7 @@ class DeltaTime(Strategy):
                 except Exception:
                     logger.exception("nobody knows whose call this is; it is not measured")
                     return Timer(lambda elapsed_ns, more: None, self._clock_ns)
-                return self.start(who, **metadata)
+                return self._timer(who, None, metadata)
 
             return cast(F, functools.wraps(function)(_wrapped(function, begin)))
 
