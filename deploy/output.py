@@ -23,6 +23,7 @@ class Output(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+    html = "html"  # a page; reconcile alone has one
 
 
 def note(message: str) -> None:

@@ -6,7 +6,7 @@ read here in any case, so a server that runs does little more than answer questi
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import msgspec
@@ -19,33 +19,39 @@ from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.data import DataDirectory
-from deploy.giving_up import FAILED, GiveUp
+from deploy.giving_up import GiveUp
 from meters.log import Log, format_position
 
 CHECKS = ("log", "store", "ledger", "upstream")
-REPORTS = "reconcile"  # a folder of the data directory: progress, and what repairs did
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What to compare. Times are UTC, half-open."""
+    """What to compare. Times are UTC, half-open; ``repair`` is plan, apply or None."""
 
     checks: tuple[str, ...] = CHECKS
     since: datetime | None = None
     until: datetime | None = None
+    repair: str | None = None
 
 
 def reconcile(data: DataDirectory, task: Task) -> Report:
-    """Compare what a stopped server left. Raises GiveUp when it runs, or when log or store cannot be opened."""
+    """Compare log and store of one directory. Raises GiveUp when one of them cannot be opened."""
     data.require()
-    with data.hold("reconcile the store's file"), contextlib.closing(data.open_log()) as log:
+    with _stopped(data) as store, contextlib.closing(data.open_log()) as log:
+        return _compare(log, store, task)
+
+
+@contextlib.contextmanager
+def _stopped(data: DataDirectory) -> Iterator[StoppedStore]:
+    with data.hold("reconcile the store's file"):
         if not data.store.exists():
             raise GiveUp(f"there is no store in {data.path} yet; start a server, or run `meterstream rebuild`")
         try:
             store = StoppedStore(data.store)
         except Foreign as error:
-            raise GiveUp(str(error), FAILED) from error
+            raise GiveUp(str(error)) from error
         with contextlib.closing(store):
-            return _compare(log, store, task)
+            yield store
 
 
 def _compare(log: Log, store: StoppedStore, task: Task) -> Report:
@@ -55,18 +61,19 @@ def _compare(log: Log, store: StoppedStore, task: Task) -> Report:
     as_of = format_position({row["log_partition"]: row["next_offset"] for row in tallies})
     report = Report(made_at=datetime.now(UTC), as_of=as_of, since=task.since, until=task.until, checks=[])
 
-    def store_check() -> Check:
+    def check_totals() -> Check:
         with contextlib.closing(StoppedTotals(store, catalogue)) as totals:
             return check_store(store, totals, catalogue, worth)
 
     if "log" in task.checks:
-        report.checks.append(_timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run()))
+        report.checks.append(timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run()))
     if "store" in task.checks:
-        report.checks.append(_timed(store_check))
+        report.checks.append(timed(check_totals))
     return report
 
 
-def _timed(check: Callable[[], Check]) -> Check:
+def timed(check: Callable[[], Check]) -> Check:
+    """Run a check and note how long it took."""
     began = time.monotonic()
     found = check()
     found.seconds = round(time.monotonic() - began, 3)

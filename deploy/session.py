@@ -39,8 +39,10 @@ class Session(msgspec.Struct, frozen=True):
         return DataDirectory(self.settings.data)
 
 
-def session(context: typer.Context) -> Session:
-    """The session that the command line put into the context."""
+def session(context: typer.Context, *, page: bool = False) -> Session:
+    """The session that the command line put into the context. Raises GiveUp for a page where there is none."""
     found = context.obj
     assert isinstance(found, Session)
+    if found.output is Output.html and not page:
+        raise GiveUp("--output html is for `meterstream reconcile`; here it is table, json or csv", USAGE)
     return found

@@ -127,7 +127,7 @@ class Check(msgspec.Struct, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What a repair did, in a sentence."""
+    """What a repair does or did, in a sentence, and to how many things."""
 
     repair: Repair
     what: str
@@ -144,6 +144,7 @@ class Report(msgspec.Struct, kw_only=True):
     checks: list[Check]
     plan: list[Done] = []
     done: list[Done] = []
+    mended: list[Difference] = []  # what was found before the repair; ``checks`` are from after it
 
     @property
     def differences(self) -> list[Difference]:

@@ -1,0 +1,120 @@
+"""``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.giving_up import DONE, MISMATCH, USAGE, GiveUp
+from deploy.output import Output, note, show, show_table
+from deploy.session import session
+
+if TYPE_CHECKING:
+    from aggregator.reconcile.report import Report
+
+
+class Which(StrEnum):
+    """What to compare."""
+
+    all = "all"
+    log = "log"
+    store = "store"
+    ledger = "ledger"
+    upstream = "upstream"
+
+
+class Mend(StrEnum):
+    """What to do about differences."""
+
+    plan = "plan"
+    apply = "apply"
+
+
+def reconcile(
+    context: typer.Context,
+    check: Annotated[list[Which] | None, typer.Option(help="What to compare; repeatable; all by default.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this time (ISO 8601, UTC unless it says).")] = None,
+    until: Annotated[str | None, typer.Option(help="Until this time, exclusively.")] = None,
+    repair: Annotated[Mend | None, typer.Option(help="List what would mend the differences, or do it.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write the report to this file, as a page (HTML).")] = None,
+) -> int:
+    """Compare the log with the store, the store with itself, balances with entries, and all of it with Polar.
+
+    Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do.
+    """
+    from aggregator.reconcile.page import page
+    from aggregator.reconcile.report import report_json
+    from deploy.logs import configure_logs
+    from deploy.proof import prove
+    from deploy.reconcile import CHECKS, Task
+
+    here = session(context, page=True)
+    configure_logs("reconcile", "critical")  # what goes wrong is said once, by the command
+    wanted = [one.value for one in check or [Which.all]]
+    checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
+    task = Task(
+        checks=checks, since=_instant(since, "--since"), until=_instant(until, "--until"),
+        repair=repair.value if repair else None,
+    )  # fmt: skip
+    found = prove(here, task)
+    if report is not None:
+        _write(report, page(found))
+    if here.output is Output.json:
+        print(report_json(found).decode())
+    elif here.output is Output.html:
+        print(page(found), end="")
+    else:
+        _print(found, here.output)
+    return DONE if found.is_equal else MISMATCH
+
+
+def _print(found: "Report", output: Output) -> None:
+    from aggregator.reconcile.page import money
+
+    rows = [
+        {
+            "check": one.check, "cause": one.cause.value, "where": one.where, "what": one.what, "events": one.count,
+            "quantities": ", ".join(f"{name} {amount:+f}" for name, amount in one.quantities.items()),
+            "money": money(one.cents) if one.cents else None, "repair": one.repair.value,
+        }
+        for one in found.differences
+    ]  # fmt: skip
+    columns = ("check", "cause", "where", "what", "events", "quantities", "money", "repair")
+    if output is Output.csv:
+        show(rows, columns, output)
+        return
+    show_table([
+        {
+            "check": check.name, "compared": sum(one.compared for one in check.counted),
+            "different": check.differences_count, "seconds": f"{check.seconds:.1f}", "not compared": check.skipped,
+        }
+        for check in found.checks
+    ], ("check", "compared", "different", "seconds", "not compared"))  # fmt: skip
+    if rows:
+        show_table(rows, [name for name in columns if any(row[name] not in (None, "") for row in rows)])
+    for check in found.checks:
+        for remark in check.notes:
+            note(f"{check.name}: {remark}")
+    for action in [*found.plan, *found.done]:
+        print(action.what)
+    verdict = "Everything agrees" if found.is_equal else "There are differences"
+    print(f"{verdict}, as of log position {found.as_of}.")
+
+
+def _instant(text: str | None, option: str) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise GiveUp(f"{option} takes an ISO 8601 time, and not {text!r}", USAGE) from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise GiveUp(f"the report cannot be written to {path}: {error.strerror}") from None
