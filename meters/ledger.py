@@ -116,12 +116,14 @@ class Ledger:
                 self._revise(change)
 
     def _credit(self, change: CreditGranted) -> None:
+        if change.key is not None:
+            first = self._keys.setdefault((change.organization_id, change.key), change)
+            if first.id != change.id:
+                return  # decided twice, because nobody could tell that it was decided
         units = self._units.setdefault(change.units, change.units)
         self._put(change.customer_id, change.meter_id, credit=Credit(
             change.at, change.id, units, change.rollover, change.cause, change.reference
         ))  # fmt: skip
-        if change.key is not None:
-            self._keys.setdefault((change.organization_id, change.key), change)
 
     def _reset(self, change: MeterReset) -> None:
         for meter_id in change.meter_ids:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from fastapi import FastAPI
 
-from aggregator.api import customers, dead_letters, errors, events, feed, meters, metrics, usage
+from aggregator.api import charges, credits, customer_meters, customers, dead_letters, errors, events, feed, meters, metrics, usage
 from aggregator.api.desk import Desk, Rules
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
@@ -31,6 +31,8 @@ def create_app(
     app.add_middleware(RelativeRedirects)
     errors.install(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
+        app.include_router(router)
+    for router in (customer_meters.router, credits.router, charges.router):
         app.include_router(router)
     app.include_router(feed.router)
     app.include_router(operations(metrics_text))

@@ -127,7 +127,8 @@ async def consumed_between(
 ) -> Decimal:
     """The meter's value over what arrived in a stretch of time, counted from the store."""
     asked = _question(desk, customer, meter, since, until)
-    measured, _ = await desk.ask_about(customer.organization_id, lambda here: usage.value_of(here.connection, _at(asked, here)))
+    organization_id = customer.organization_id
+    measured, _ = await desk.ask_about(organization_id, lambda here: usage.value_of(here.connection, _at(asked, here)))
     return measured.value(meter.aggregation)
 
 

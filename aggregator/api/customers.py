@@ -1,8 +1,10 @@
 """Customers, as far as usage needs them: made, found, and given by either of their names."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
+import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
@@ -13,13 +15,14 @@ from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
 from meters.amount import amount_text
-from meters.catalogue import Catalogue, Customer, CustomerCreated, Token
+from meters.catalogue import Catalogue, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated, Token
 from meters.detail import Detail, detail
 from meters.resource import parse_metadata
 
 router = APIRouter(tags=["customers"], dependencies=[CaughtUp])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
+_GONE: dict[int | str, dict[str, Any]] = {204: {"description": "There is no such customer any more"}}
 TEXT_LENGTH_MAX = 500  # an address has 254 characters by its standard; names and ids are no longer than metadata
 
 
@@ -48,7 +51,7 @@ def customers_mentioned(catalogue: Catalogue, organization_id: str, search: str)
 async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``."""
     body = await body_of(request)
-    fields = _fields(body)
+    fields = _fields(body, required=("email",))
     async with desk.deciding:
         _refuse_taken(desk.catalogue, token.organization_id, fields)
         customer = Customer(
@@ -58,22 +61,25 @@ async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Resp
     return answer(customer_shape(customer), desk.view.as_of, 201)
 
 
-def _fields(body: Any) -> dict[str, Any]:
+def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields that the body gives; null is as good as nothing."""
     if not isinstance(body, dict):
         message = "Input should be a valid dictionary or object"
         raise Malformed([detail("model_attributes_type", ("body",), message, body)])
     refuse_organization(body)
     complaints: list[Detail] = []
-    if body.get("email") is None:
-        complaints.append(detail("missing", ("body", "email"), "Field required", body))
+    for name in required:
+        if body.get(name) is None:
+            complaints.append(detail("missing", ("body", name), "Field required", body))
     fields = {name: body[name] for name in ("email", "external_id", "name") if body.get(name) is not None}
     for name, text in fields.items():
         complaints += _text_complaints(name, text)
-    metadata = parse_metadata(body.get("metadata", {}), ("body", "metadata"))
-    complaints += metadata if isinstance(metadata, list) else []
+    if "metadata" in body:
+        fields["metadata"] = parse_metadata(body["metadata"], ("body", "metadata"))
+        complaints += fields["metadata"] if isinstance(fields["metadata"], list) else []
     if complaints:
         raise Malformed(complaints)
-    return fields | {"metadata": metadata}
+    return fields
 
 
 def _text_complaints(name: str, text: Any) -> list[Detail]:
@@ -95,13 +101,18 @@ def refuse_organization(body: dict[str, Any]) -> None:
         raise Refused("organization_token", ("body", "organization_id"), message, given)
 
 
-def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, Any]) -> None:
+def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, Any], but: str | None = None) -> None:
+    """Two customers do not share an external id or an address. ``but`` is the one that may have them already."""
     external_id = fields.get("external_id")
-    if external_id is not None and catalogue.customer_by_external_id(organization_id, external_id):
+    owner = catalogue.customer_by_external_id(organization_id, external_id) if external_id is not None else None
+    if owner is not None and owner.id != but:
         message = "A customer with this external ID already exists."
         raise Refused("value_error", ("body", "external_id"), message, external_id)
-    email = fields["email"]
-    if any((known.email or "").lower() == email.lower() for known in customers_of(catalogue, organization_id)):
+    email = fields.get("email")
+    if email is not None and any(
+        (known.email or "").lower() == email.lower() and known.id != but
+        for known in customers_of(catalogue, organization_id)
+    ):
         message = "A customer with this email address already exists."
         raise Refused("value_error", ("body", "email"), message, email)
 
@@ -137,16 +148,73 @@ def _text(value: Any) -> str:
 @router.get("/v1/customers/external/{external_id}", responses=gives(ref("Customer")))
 async def get_customer_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """One customer, by the id that its organization gave it."""
-    return _found(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))
+    return answer(customer_shape(_called(desk, token, external_id)), desk.view.as_of)
+
+
+@router.patch(
+    "/v1/customers/external/{external_id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer"))
+)
+async def update_customer_by_external_id(
+    request: Request, desk: AtDesk, token: Writer, external_id: str
+) -> Response:  # fmt: skip
+    """As below, by the organization's own id."""
+    return await _update(request, desk, lambda: _called(desk, token, external_id))
+
+
+@router.delete("/v1/customers/external/{external_id}", status_code=204, responses=_GONE)
+async def delete_customer_by_external_id(desk: AtDesk, token: Writer, external_id: str) -> Response:
+    """As below, by the organization's own id."""
+    return await _delete(desk, lambda: _called(desk, token, external_id))
 
 
 @router.get("/v1/customers/{id}", responses=gives(ref("Customer")))
 async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One customer."""
-    return _found(desk, desk.catalogue.customer(token.organization_id, str(id)))
+    return answer(customer_shape(customer_by_id(desk, token, id)), desk.view.as_of)
 
 
-def _found(desk: Desk, customer: Customer | None) -> Response:
+@router.patch("/v1/customers/{id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
+async def update_customer(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Change what is named in the body. An external id can be given once and stays."""
+    return await _update(request, desk, lambda: customer_by_id(desk, token, id))
+
+
+@router.delete("/v1/customers/{id}", status_code=204, responses=_GONE)
+async def delete_customer(desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """The customer cannot be named any more. Usage stays stored, and its external id is free for another customer."""
+    return await _delete(desk, lambda: customer_by_id(desk, token, id))
+
+
+def customer_by_id(desk: Desk, token: Token, id: UUID) -> Customer:
+    """The organization's customer. Raises NotFound."""
+    customer = desk.catalogue.customer(token.organization_id, str(id))
     if customer is None:
         raise NotFound
-    return answer(customer_shape(customer), desk.view.as_of)
+    return customer
+
+
+def _called(desk: Desk, token: Token, external_id: str) -> Customer:
+    customer = desk.catalogue.customer_by_external_id(token.organization_id, external_id)
+    if customer is None:
+        raise NotFound
+    return customer
+
+
+async def _update(request: Request, desk: Desk, find: Callable[[], Customer]) -> Response:
+    find()
+    fields = _fields(await body_of(request))
+    async with desk.deciding:
+        customer = find()
+        if customer.external_id is not None and fields.get("external_id", customer.external_id) != customer.external_id:
+            message = "The external ID of a customer cannot be changed."
+            raise Refused("value_error", ("body", "external_id"), message, fields["external_id"])
+        _refuse_taken(desk.catalogue, customer.organization_id, fields, but=customer.id)
+        changed = msgspec.structs.replace(customer, modified_at=desk.now(), **fields)
+        await desk.decide(CustomerUpdated(changed))
+    return answer(customer_shape(changed), desk.view.as_of)
+
+
+async def _delete(desk: Desk, find: Callable[[], Customer]) -> Response:
+    async with desk.deciding:
+        await desk.decide(CustomerDeleted(find().id, desk.now()))
+    return Response(status_code=204)

@@ -44,6 +44,7 @@ class Desk:
         self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._waiting = 0
         self.deciding = asyncio.Lock()
+        self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
 
     @property
     def catalogue(self) -> Catalogue:

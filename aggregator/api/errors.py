@@ -47,6 +47,10 @@ class Refused(Exception):
         self.details = [detail(type, loc, msg, input)]
 
 
+class Conflict(Exception):
+    """The same is being done already; what comes of it can be asked for in a moment."""
+
+
 class BodyTooLarge(Exception):
     """The body has more bytes than are read."""
 
@@ -96,6 +100,10 @@ async def _refused(_: Request, error: Refused) -> Response:
     return json_response(422, {"error": "PolarRequestValidationError", "detail": error.details})
 
 
+async def _conflict(_: Request, error: Conflict) -> Response:
+    return json_response(409, {"error": "Conflict", "detail": str(error)}, {"Retry-After": str(RETRY_AFTER_S)})
+
+
 async def _too_large(_: Request, __: Exception) -> Response:
     return json_response(413, {"error": "RequestBodyTooLarge", "detail": "The request body is too large."})
 
@@ -129,6 +137,7 @@ _ANSWERS: dict[type[Exception], Any] = {
     Malformed: _malformed,
     RequestValidationError: _invalid,
     Refused: _refused,
+    Conflict: _conflict,
     BodyTooLarge: _too_large,
     Busy: _busy,
     Unavailable: _unavailable,

@@ -85,11 +85,18 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         changed = updated_meter(meter, body, modified_at=desk.now(), locked=desk.rules.is_billed(meter))
         if isinstance(changed, list):
             raise _complaint(changed)
-        if changed.archived_at and not meter.archived_at and desk.rules.is_attached(meter):
+        if changed.archived_at and not meter.archived_at and _is_attached(desk, meter):
             message = "This meter is still attached to a price or a benefit."
             raise Refused("value_error", ("body", "is_archived"), message, True)
         await desk.decide(MeterUpdated(changed))
     return answer(meter_shape(changed), desk.view.as_of)
+
+
+def _is_attached(desk: Desk, meter: Meter) -> bool:
+    """Whether anything is sold or given by this meter."""
+    benefits = desk.catalogue.benefits.benefits_of(meter.organization_id)
+    is_given = any(benefit.meter_id == meter.id for benefit in benefits)
+    return is_given or desk.catalogue.prices.of(meter.id) is not None or desk.rules.is_attached(meter)
 
 
 def _complaint(details: list[Any]) -> Exception:

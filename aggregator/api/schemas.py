@@ -3,6 +3,7 @@
 from typing import Any
 
 from meters.aggregation import FUNCTIONS
+from meters.credit import CAUSES, UNITS_MAX
 from meters.filter import Operator
 from meters.meter import NAME_LENGTH_MIN, UNITS
 
@@ -60,6 +61,8 @@ _METER: Schema = {
     "metadata": _METADATA,
 }
 _CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": _METADATA}
+_UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
+_PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
 _UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
 _NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
 
@@ -97,6 +100,33 @@ SCHEMAS: Schema = {
         | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
         | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "type": TEXT, "avatar_url": nullable(TEXT)}
         | dict.fromkeys(_UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
+    ),
+    "CustomerUpdate": _object(_CUSTOMER, *_CUSTOMER),
+    "CustomerMeter": _object(
+        {"id": ID, "created_at": TIME, "modified_at": nullable(TIME), "customer_id": ID, "meter_id": ID}
+        | {"consumed_units": NUMBER, "credited_units": NUMBER, "balance": NUMBER}
+        | {"customer": ref("Customer"), "meter": ref("Meter")}
+    ),
+    "LedgerEntry": _object(
+        {"id": TEXT, "at": TIME, "cause": _one_of(*CAUSES, "usage", "reset"), "units": NUMBER, "balance": NUMBER}
+        | {"stated_units": nullable(NUMBER), "rollover": nullable(BOOLEAN), "reference": nullable(TEXT)}
+        | {"events": nullable(COUNT), "arrived_from": nullable(TIME), "arrived_until": nullable(TIME)}
+    ),
+    "CreditCreate": _object({"meter_id": ID, "units": _UNITS, "rollover": BOOLEAN}, "rollover"),
+    "Credit": _object(
+        {"id": TEXT, "at": TIME, "customer_id": ID, "meter_id": ID, "units": NUMBER, "rollover": BOOLEAN}
+        | {"cause": _one_of(*CAUSES), "reference": nullable(TEXT)}
+    ),
+    "PriceSet": _object(
+        {"unit_amount": {"type": ["string", "number"]}, "cap_amount": nullable({"type": "integer", "minimum": 0})},
+        "cap_amount",
+    ),
+    "Price": _object({"meter_id": ID, **_PRICE}),
+    "Charges": _object(
+        {"customer_id": ID, "amount": COUNT, "items": many(_object(
+            {"meter_id": ID, **_PRICE, "meter_name": TEXT, "period_start": nullable(TIME), "consumed_units": NUMBER}
+            | {"credited_units": NUMBER, "billed_units": NUMBER, "amount": COUNT}
+        ))}
     ),
     "Event": _object(
         {"id": ID, "timestamp": TIME, "organization_id": ID, **_NAMED, "customer": nullable(ref("Customer"))}

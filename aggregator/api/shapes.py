@@ -10,13 +10,18 @@ from typing import Any
 
 import msgspec
 
+from aggregator.api.balances import CustomerMeter
 from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
 from meters.amount import amount_text, parse_amount
 from meters.catalogue import Catalogue, Customer, meter_json
+from meters.credit import CreditGranted
 from meters.event import event_id
 from meters.facts import RESERVED
+from meters.ledger import Credit
 from meters.meter import Meter
+from meters.price import Price
+from meters.statement import Entry
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 Json = dict[str, Any]
@@ -46,6 +51,60 @@ def customer_shape(customer: Customer) -> Json:
         "avatar_url": None,
     }
     return known | dict.fromkeys(unknown)
+
+
+def customer_meter_shape(one: CustomerMeter, embedded: bool = True) -> Json:
+    """A customer meter, with the customer and the meter whole unless ``embedded`` is false."""
+    shape = {
+        "id": one.id,
+        "created_at": one.created_at,
+        "modified_at": one.modified_at,
+        "customer_id": one.customer.id,
+        "meter_id": one.meter.id,
+        "consumed_units": number(one.consumed),
+        "credited_units": number(one.credited),
+        "balance": number(one.balance),
+    }
+    if embedded:
+        shape |= {"customer": customer_shape(one.customer), "meter": meter_shape(one.meter)}
+    return shape
+
+
+def entry_shape(entry: Entry) -> Json:
+    """A movement of a balance. ``units`` is what the balance changed by, ``stated_units`` what a credit said."""
+    usage = entry.usage
+    return {
+        "id": entry.id,
+        "at": entry.at,
+        "cause": entry.cause,
+        "units": number(entry.units),
+        "balance": number(entry.balance),
+        "stated_units": None if entry.stated is None else number(entry.stated),
+        "rollover": entry.rollover,
+        "reference": entry.reference,
+        "events": usage.count if usage else None,
+        "arrived_from": usage.arrived_from if usage else None,
+        "arrived_until": usage.arrived_until if usage else None,
+    }
+
+
+def credit_shape(credit: Credit | CreditGranted, customer_id: str, meter_id: str) -> Json:
+    """Units that came, or went where they are negative."""
+    return {
+        "id": credit.id,
+        "at": credit.at,
+        "customer_id": customer_id,
+        "meter_id": meter_id,
+        "units": number(credit.units),
+        "rollover": credit.rollover,
+        "cause": credit.cause,
+        "reference": credit.reference,
+    }
+
+
+def price_shape(meter_id: str, price: Price) -> Json:
+    """A price; the unit amount is a string, so that no client bends its digits."""
+    return {"meter_id": meter_id, "unit_amount": amount_text(price.unit_amount), "cap_amount": price.cap_amount}
 
 
 def meter_shape(meter: Meter) -> Json:

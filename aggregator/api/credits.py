@@ -1,0 +1,155 @@
+"""Units given to a customer by hand: given once however often the request is repeated, listed, and taken back.
+
+A request with an ``Idempotency-Key`` is decided once; its repetition gets the same answer, for ever, since the key is
+part of the decision. The same key with another body is refused, and so is a repetition while the first is under way.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from hashlib import sha256
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from aggregator.api.customers import customer_by_id, refuse_organization
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
+from aggregator.api.errors import Conflict, Malformed, NotFound, Refused
+from aggregator.api.paging import WhichPage, cut, listed
+from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api.shapes import credit_shape
+from meters import exact_json
+from meters.access import reading, writing
+from meters.catalogue import Customer, Token
+from meters.credit import UNITS_MAX, CreditGranted, revocation_id
+from meters.detail import detail
+from meters.ledger import Credit
+
+router = APIRouter(tags=["credits"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("customers") | {"customer_meters:read"}))]
+Writer = Annotated[Token, Depends(allow(writing("customers")))]
+KEY_LENGTH_MAX = 255  # what other payment APIs take
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=KEY_LENGTH_MAX)]
+
+
+@router.post(
+    "/v1/customers/{id}/credits",
+    status_code=201,
+    openapi_extra=takes("CreditCreate"),
+    responses=gives(ref("Credit"), 201) | {409: gives(ref("Error"))[404]},
+)
+async def give_credits(
+    request: Request, desk: AtDesk, token: Writer, id: UUID, idempotency_key: Key = None
+) -> Response:  # fmt: skip
+    """Credit ``units`` of a meter; with ``rollover`` what is left of them at a reset goes into the next window."""
+    customer = customer_by_id(desk, token, id)
+    body = await body_of(request)
+    meter_id, units, rollover = _fields(desk, token, body)
+    content = sha256(exact_json.encode([customer.id, meter_id, units, rollover])).hexdigest()
+    with _only(desk, token, idempotency_key):
+        async with desk.deciding:
+            known = _decided(desk, token, idempotency_key, content)
+            change = known or CreditGranted(
+                id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, meter_id=meter_id,
+                units=Decimal(units), rollover=rollover, at=desk.now(), key=idempotency_key, content=content,
+            )  # fmt: skip
+            if known is None:
+                await desk.decide(change)
+    return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of, 201)
+
+
+@contextmanager
+def _only(desk: Desk, token: Token, key: str | None) -> Iterator[None]:
+    """Nobody else is at work under this key. Raises Conflict."""
+    name = token.organization_id, key
+    if key is not None and name in desk.keys_at_work:
+        raise Conflict("A request with this Idempotency-Key is being worked on.")
+    desk.keys_at_work.add(name)
+    try:
+        yield
+    finally:
+        desk.keys_at_work.discard(name)
+
+
+def _decided(desk: Desk, token: Token, key: str | None, content: str) -> CreditGranted | None:
+    known = desk.view.ledger.by_key(token.organization_id, key) if key is not None else None
+    if known is not None and known.content != content:
+        message = "This Idempotency-Key was used for another request."
+        raise Refused("idempotency_key", ("header", "Idempotency-Key"), message, key)
+    return known
+
+
+def _fields(desk: Desk, token: Token, body: Any) -> tuple[str, int, bool]:
+    if not isinstance(body, dict):
+        message = "Input should be a valid dictionary or object"
+        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
+    refuse_organization(body)
+    missing = [name for name in ("meter_id", "units") if name not in body]
+    complaints = [detail("missing", ("body", name), "Field required", body) for name in missing]
+    units: Any
+    units, rollover = body.get("units"), body.get("rollover", False)
+    if not isinstance(units, int) or isinstance(units, bool) or not 0 < units <= UNITS_MAX:
+        units = 0
+        if "units" in body:
+            message = f"Input should be a whole number from 1 to {UNITS_MAX}"
+            complaints.append(detail("value_error", ("body", "units"), message, body["units"]))
+    if not isinstance(rollover, bool):
+        complaints.append(detail("bool_type", ("body", "rollover"), "Input should be a valid boolean", rollover))
+    if complaints:
+        raise Malformed(complaints)
+    meter = desk.catalogue.meters.get(str(body["meter_id"]).lower())
+    if meter is None or meter.organization_id != token.organization_id:
+        raise Refused("meter_id", ("body", "meter_id"), "Meter not found.", body["meter_id"])
+    return meter.id, units, rollover
+
+
+@router.get("/v1/customers/{id}/credits", responses=gives(page_of("Credit")))
+async def list_credits(
+    desk: AtDesk, token: Reader, id: UUID, page: WhichPage, meter_id: UUID | None = None
+) -> Response:  # fmt: skip
+    """Every movement of the customer's credited units, newest first."""
+    customer = customer_by_id(desk, token, id)
+    found = [
+        (credit, meter.id)
+        for meter in desk.catalogue.meters_of(token.organization_id)
+        if meter_id is None or meter.id == str(meter_id)
+        for credit in _credits(desk, customer, meter.id)
+    ]
+    found.sort(key=lambda one: one[0].place, reverse=True)
+    shapes = [credit_shape(credit, customer.id, of) for credit, of in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+def _credits(desk: Desk, customer: Customer, meter_id: str) -> list[Credit]:
+    account = desk.view.ledger.account(customer.id, meter_id)
+    return account.credits if account is not None else []
+
+
+@router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(ref("Credit")))
+async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: str) -> Response:
+    """Take a credit back, while the window lasts in which it was given. Repeating this takes nothing more."""
+    customer = customer_by_id(desk, token, id)
+    async with desk.deciding:
+        credit, meter_id = _credit(desk, token, customer, credit_id)
+        taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
+        change = taken or CreditGranted(
+            id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
+            meter_id=meter_id, units=-credit.units, rollover=credit.rollover, at=desk.now(), cause="revoke",
+            reference=credit.id,
+        )  # fmt: skip
+        if isinstance(change, CreditGranted):
+            account = desk.view.ledger.account(customer.id, meter_id)
+            if credit.units <= 0 or account is None or credit not in account.window():
+                message = "Only what was given since the last reset can be taken back."
+                raise Refused("value_error", ("path", "credit_id"), message, credit_id)
+            await desk.decide(change)
+    return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of)
+
+
+def _credit(desk: Desk, token: Token, customer: Customer, credit_id: str) -> tuple[Credit, str]:
+    for meter in desk.catalogue.meters_of(token.organization_id):
+        for credit in _credits(desk, customer, meter.id):
+            if credit.id == credit_id:
+                return credit, meter.id
+    raise NotFound

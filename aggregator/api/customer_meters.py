@@ -1,0 +1,144 @@
+"""Customer meters (section 5 of Polar's contract) and their ledgers: what is left, and every movement that led there.
+
+Rows exist for whoever used a meter, was credited or had a reset. They come from memory and are as of the last commit;
+in Polar they are recomputed seconds to hours later.
+"""
+
+import asyncio
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Response
+
+from aggregator.api.balances import CustomerMeter, Pair, customer_meters, find, numbers_of
+from aggregator.api.customers import customers_of
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import NotFound
+from aggregator.api.paging import Ids, Page, Texts, WhichPage, cut, listed, order, texts
+from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
+from aggregator.store.queries import arrivals, events
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.events import Listing
+from aggregator.store.queries.scope import NOBODY, Scope
+from meters.catalogue import Customer, Token
+from meters.ledger import Account
+from meters.statement import Usage, parse_usage_id, statement
+
+router = APIRouter(tags=["customer meters"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(frozenset({"customer_meters:read"})))]
+SORTINGS = (
+    "created_at", "modified_at", "customer_id", "customer_name", "meter_id", "meter_name", "consumed_units",
+    "credited_units", "balance",
+)  # fmt: skip
+PAIRS_AT_ONCE = 2_000
+"""Pairs of customers and meters that are looked at on the event loop, in about 20 ms; more get a thread."""
+
+
+@router.get("/v1/customer-meters/", responses=gives(page_of("CustomerMeter")))
+async def list_customer_meters(
+    desk: AtDesk, token: Reader, page: WhichPage, organization_id: Ids = None, customer_id: Ids = None,
+    external_customer_id: Texts = None, meter_id: Ids = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """What customers used, were credited and have left, latest change first. Archived meters only when asked for."""
+    chosen = order(sorting, SORTINGS, "-modified_at")
+    as_of = desk.view.as_of
+    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
+    pairs = _pairs(desk, token, texts(customer_id), external_customer_id, texts(meter_id)) if is_asked else []
+    if len(pairs) <= PAIRS_AT_ONCE:
+        found = await customer_meters(desk, pairs)
+    else:
+        found = await asyncio.to_thread(asyncio.run, customer_meters(desk, pairs))
+    found.sort(key=lambda one: (_key(one, chosen.by), one.id), reverse=not chosen.ascending)
+    shapes = [customer_meter_shape(one) for one in cut(found, page)]
+    return answer(listed(shapes, len(found), page), as_of)
+
+
+def _pairs(
+    desk: Desk, token: Token, ids: list[str] | None, externals: list[str] | None, meter_ids: list[str] | None
+) -> list[Pair]:
+    meters = [
+        meter
+        for meter in desk.catalogue.meters_of(token.organization_id)
+        if (meter.archived_at is None if meter_ids is None else meter.id in meter_ids)
+    ]
+    return [(customer, meter) for customer in _customers(desk, token, ids, externals) for meter in meters]
+
+
+def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[str] | None) -> list[Customer]:
+    organization = token.organization_id
+    if ids is None and externals is None:
+        return customers_of(desk.catalogue, organization)
+    named = [desk.catalogue.customer(organization, id) for id in ids or ()]
+    named += [desk.catalogue.customer_by_external_id(organization, name) for name in externals or ()]
+    return list({customer.id: customer for customer in named if customer is not None}.values())
+
+
+def _key(one: CustomerMeter, by: str) -> Any:
+    match by:
+        case "customer_name":
+            return one.customer.name or ""
+        case "meter_name":
+            return one.meter.name
+        case "customer_id" | "meter_id":
+            return one.customer.id if by == "customer_id" else one.meter.id
+        case "modified_at":
+            return one.modified_at or one.created_at
+    return getattr(one, by.removesuffix("_units"))
+
+
+@router.get("/v1/customer-meters/{id}", responses=gives(ref("CustomerMeter")))
+async def get_customer_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One customer's meter."""
+    as_of = desk.view.as_of
+    return answer(customer_meter_shape(await _found(desk, token, id)), as_of)
+
+
+async def _found(desk: Desk, token: Token, id: UUID) -> CustomerMeter:
+    pair = find(desk, token.organization_id, str(id))
+    found = await customer_meters(desk, [pair]) if pair else []
+    if not found:
+        raise NotFound
+    return found[0]
+
+
+@router.get("/v1/customer-meters/{id}/ledger", responses=gives(page_of("LedgerEntry")))
+async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) -> Response:
+    """Every movement of the balance, newest first, with what was left after it. They add up to the balance."""
+    one = await _found(desk, token, id)
+    account = one.account or Account()
+    scope = Scope(organization=NOBODY, subjects=numbers_of(desk, one.customer))
+    cuts = sorted({reset.at for reset in account.resets})
+
+    def question(here: Here) -> list[Usage]:
+        here_only = msgspec.structs.replace(scope, organization=here.organization)
+        return arrivals.by_quarter(here.connection, one.meter, here_only, cuts)
+
+    usages, as_of = await desk.ask(token, question)
+    entries = statement(one.meter.aggregation, account, usages)[::-1]
+    return answer(listed([entry_shape(entry) for entry in cut(entries, page)], len(entries), page), as_of)
+
+
+@router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of("Event")))
+async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: str, page: WhichPage) -> Response:
+    """The events that an entry of usage is made of, newest first."""
+    one = await _found(desk, token, id)
+    stretch = parse_usage_id(entry_id)
+    if stretch is None:
+        raise NotFound
+    listing = Listing(
+        scope=Scope(
+            organization=NOBODY, subjects=numbers_of(desk, one.customer), arrived_since=stretch[0],
+            arrived_until=stretch[1],
+        ),
+        filter=one.meter.filter, aggregation=one.meter.aggregation, limit=page.limit, offset=page.offset,
+    )  # fmt: skip
+
+    def question(here: Here) -> events.Page:
+        scope = msgspec.structs.replace(listing.scope, organization=here.organization)
+        return events.page(here.connection, msgspec.structs.replace(listing, scope=scope))
+
+    found, as_of = await desk.ask(token, question)
+    shapes = [event_shape(event, token.organization_id, desk.catalogue, 0, {}) for event in found.events]
+    return answer(listed(shapes, found.total, Page(page.limit, page.offset)), as_of)
