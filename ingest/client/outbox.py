@@ -213,13 +213,23 @@ class Outbox:
             raise SpoolFull("as many bytes as allowed wait for the server")
         if self._when_full == "block":
             return self.changed.wait_for(has_room, self.limits.block_s_max)
-        while not has_room() and (self._memory or self._refill()):
-            number, line = self._memory.popleft()
+        while not has_room() and (row := self._oldest()):
             self.dropped += 1
             self.pending -= 1
-            self.held_bytes -= len(line)
-            self._erase([number])
-        return has_room()
+            self.held_bytes -= len(row[1])
+            self._erase([row[0]])
+        return True  # or else all is in flight, which is bounded by itself
+
+    def _oldest(self) -> Row | None:
+        """Take the first event that is not in flight out of its place."""
+        if self._held_back:
+            place = min(range(len(self._held_back)), key=lambda place: self._held_back[place][1])
+            rows = self._held_back[place][2].rows
+            if len(rows) == 1:
+                del self._held_back[place]
+                heapq.heapify(self._held_back)
+            return rows.pop(0)
+        return self._memory.popleft() if self._memory or (self._is_behind and self._refill()) else None
 
     def _seconds_until_ready(self, now_s: float) -> float | None:
         """0 when a batch may leave now, None when nothing waits."""
