@@ -29,12 +29,13 @@ COMMIT_BYTES = PAGE_BYTES
 # Who deletes the file under a running log has deleted what was acknowledged; a second more changes nothing.
 SAME_FILE_CHECK_S = 1.0
 
-# The SELECT reads the table it inserts into, so SQLite completes it first; `key` counts the heads from 0.
+# The SELECT reads the table it inserts into, so SQLite completes it first; `key` counts the heads from 0. A piece of
+# an empty blob is NULL.
 _INSERT = """INSERT INTO {table}
 SELECT (SELECT coalesce(max("offset") + 1, 0) FROM {table}) + head.key,
     max(:now_us, coalesce((SELECT timestamp_us FROM {table} ORDER BY "offset" DESC LIMIT 1), :now_us)),
     json_extract(head.value, '$[0]'), json_extract(head.value, '$[1]'), json_extract(head.value, '$[4]'),
-    substr(:joined, json_extract(head.value, '$[2]'), json_extract(head.value, '$[3]'))
+    coalesce(substr(:joined, json_extract(head.value, '$[2]'), json_extract(head.value, '$[3]')), x'')
 FROM json_each(:heads) AS head"""
 
 _encode = msgspec.json.Encoder().encode

@@ -8,24 +8,32 @@ suite says what must be true. What a world cannot do it leaves as it is here, an
 * ``replace`` deletes the streams and makes them again, empty; the suite has closed its logs before.
 * ``full`` makes every append fail with TryAgain inside the ``with`` block, and lets them pass after it.
 * ``url`` is what other processes pass to ``open_log``; None when they could not see the same data.
-* ``trim`` removes what is older than an instant, where retention is the log's own affair.
+* ``trim`` removes what is older than an instant: the log itself, or whoever does it for that kind.
+* ``time_step_us`` is how finely the kind tells the time; ``one_clock`` whether all its records have one clock, or each
+  appender brings its own, so that a clock set back shows.
 
 A world that needs a server starts it in ``__init__`` on a free port, and calls ``pytest.skip`` with the reason when
 it cannot. ``close`` must leave no thread, process or socket behind.
 """
 
 import contextlib
+import itertools
 import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from confluent_kafka import TopicPartition
+
 from ingest.log import open_log
 from ingest.log.embedded import EmbeddedLog
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from tests.kafka.shared import shared_broker
 
 # Three partitions, so that mixing them up shows.
 PARTITIONS = {USAGE_EVENTS: 3, USAGE_CONTROL: 1}
@@ -37,7 +45,7 @@ class Clock:
     """Microseconds since 1970 that pass when the test says so; starts at the present."""
 
     def __init__(self) -> None:
-        self.now_us = time.time_ns() // 1000
+        self.now_us = time.time_ns() // 1_000_000 * 1000
 
     def __call__(self) -> int:
         """The time."""
@@ -48,6 +56,9 @@ class World(ABC):
     """One installation of one kind of log, fresh for each test."""
 
     url: str | None = None
+    time_step_us = 1
+    one_clock = True
+    examples = 25  # of a property that needs a world for each
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -142,4 +153,62 @@ class EmbeddedWorld(World):
         return log.trim(stream, older_than_us)
 
 
-WORLDS: list[type[World]] = [MemoryWorld, EmbeddedWorld]
+class KafkaWorld(World):
+    """Two topics of their own on the run's real broker of the current release."""
+
+    version = "4"
+    time_step_us = 1000
+    one_clock = False
+    examples = 8  # making topics takes longer than using them
+    _numbers = itertools.count()
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.cluster = shared_broker(self.version)
+        prefix = f"world-{next(self._numbers)}"
+        self.url = f"kafka://{self.cluster.bootstrap}/{prefix}?delivery_timeout_s=1"
+        self.address = parse_address(self.url, {})
+        make_topics(self.address, Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+
+    def make(self, clock_us: Callable[[], int]) -> Log:
+        """See World."""
+        assert self.url is not None
+        return open_log(self.url, partitions=PARTITIONS, clock_us=clock_us, limits=LIMITS)
+
+    def replace(self) -> None:
+        """See World."""
+        admin = self.cluster.admin()
+        for deleted in admin.delete_topics([self.address.topic(stream) for stream in PARTITIONS]).values():
+            deleted.result(30)
+        make_topics(self.address, Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """The broker is there, and answers nothing."""
+        [node] = self.cluster.nodes
+        node.pause()
+        yield
+        node.resume()
+
+    def trim(self, log: Log, stream: str, older_than_us: int) -> int:
+        """What the broker does by the topic's retention, on command: it drops whole files, this drops records."""
+        assert log.trim(stream, older_than_us) == 0, "retention is the broker's affair"
+        removed, admin, topic = 0, self.cluster.admin(), self.address.topic(stream)
+        starts, ends = log.starts(stream), log.ends(stream)
+        for partition, start in starts.items():
+            records = log.read(stream, {partition: start}, bytes_max=1 << 30)
+            old = sum(record.timestamp_us < older_than_us for record in records[:-1])
+            below = TopicPartition(topic, partition, min(start + old, ends[partition]))
+            if old:
+                admin.delete_records([below])[below].result(30)
+                removed += old
+        return removed
+
+
+class Kafka39World(KafkaWorld):
+    """The same on the oldest release that is tested."""
+
+    version = "3.9"
+
+
+WORLDS: list[type[World]] = [MemoryWorld, EmbeddedWorld, KafkaWorld, Kafka39World]

@@ -1,0 +1,224 @@
+"""The reading end of the log on Kafka: librdkafka's consumer, told exactly where to begin, and watched.
+
+It joins no group and has no position of its own: partitions are assigned from the positions asked for, and a position
+that is not there is an error, never a jump. Records are handed on only when each follows the one before, and only
+after the topic was seen to be still the same one: a topic that was deleted and made again may be long enough to
+answer the same offsets with other records.
+
+A read without waiting gives whatever was acknowledged before it, as the port promises; a consumer alone cannot, since
+it fetches in the background. So the brokers are asked for the ends first, unless enough is at hand.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+
+from ingest.log.kafka_address import Address
+from ingest.log.kafka_topics import Topics, quiet
+from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
+from ingest.log.limits import MEBIBYTE, Limits
+from meters.log import PositionLost, Record, TryAgain
+
+FETCHED_BYTES_MAX = 16 * MEBIBYTE
+"""Bytes fetched ahead of the reader: about two rounds of the aggregator. A larger record comes alone."""
+
+FETCH_WAIT_MS = 30
+"""How long brokers hold a fetch that finds nothing, and so how long a change of positions may have to wait."""
+
+FETCH_S_MAX = 5.0
+"""Seconds until records that the brokers have should have arrived."""
+
+TURN_RECORDS = 512  # taken from the client at once
+CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
+LOOK_S = 0.25  # how soon a close is heard
+
+
+class OpenAgain(Exception):
+    """The topic has more partitions than when it was opened; whoever follows it has to begin anew."""
+
+
+class Reader:
+    """Reads one stream."""
+
+    def __init__(self, stream: str, address: Address, topics: Topics, limits: Limits) -> None:
+        self._stream, self._topic, self._topics = stream, address.topic(stream), topics
+        self._retry_after_s = limits.retry_after_s
+        self._organization = address.options.organization or None
+        self._holes = address.options.holes == "allowed"
+        self._settings = _settings(address, limits)
+        self._consumer: Consumer | None = None
+        self._known: tuple[str, int] | None = None  # topic id and number of partitions
+        self._checked_s = 0.0
+        self._next: dict[int, int] = {}  # what the caller will ask for, by partition
+        self._fetched: dict[int, int] = {}  # up to where records have arrived
+        self._ends: dict[int, int] = {}  # up to where there are records, when last asked
+        self._buffers: dict[int, deque[Record]] = {}
+        self._buffered_bytes = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read(self, positions: Mapping[int, int], turn: Sequence[int], bytes_max: int, wait_s: float) -> list[Record]:
+        """See the port. ``turn`` are the partitions, the one whose turn it is in front."""
+        deadline_s = time.monotonic() + wait_s
+        with self._lock:
+            try:
+                return self._read(positions, turn, bytes_max, deadline_s)
+            except BaseException:
+                self._next = {}  # whatever was under way: the next read begins at its positions
+                raise
+
+    def close(self) -> None:
+        """End a read under way, and let go of the connections."""
+        self._closed = True
+        with self._lock:
+            if self._consumer is not None:
+                self._consumer.close()
+                self._consumer = None
+
+    def _read(
+        self, positions: Mapping[int, int], turn: Sequence[int], bytes_max: int, deadline_s: float
+    ) -> list[Record]:
+        if not turn:
+            return []
+        if self._next != positions:
+            self._seek(positions)
+        first = turn[0]
+        if not (self._buffers[first] and self._buffered_bytes >= bytes_max):
+            self._ends = self._topics.ends(self._stream, positions)
+            self._fetch(lambda: self._enough(first, bytes_max), time.monotonic() + FETCH_S_MAX)
+            if not self._buffered() and not self._complete():
+                raise TryAgain(f"the brokers hold back records of {self._topic}", self._retry_after_s)
+        self._fetch(self._buffered, deadline_s)
+        found = self._take(turn, bytes_max)
+        if found or time.monotonic() - self._checked_s > CHECK_S:
+            self._check()
+        return found
+
+    def _seek(self, positions: Mapping[int, int]) -> None:
+        """Begin at the positions. Raises PositionLost where the topic does not reach."""
+        self._next = {}
+        self._check()
+        starts, ends = self._topics.starts(self._stream, positions), self._topics.ends(self._stream, positions)
+        for partition, position in positions.items():
+            if not starts[partition] <= position <= ends[partition]:
+                raise self._lost(partition, position, f"it holds {starts[partition]} to {ends[partition]}")
+        if self._consumer is None:
+            if self._closed:
+                raise TryAgain("the log is closed", self._retry_after_s)
+            self._consumer = Consumer(self._settings)
+        self._consumer.assign([TopicPartition(self._topic, *place) for place in positions.items()])
+        self._next, self._fetched, self._ends = dict(positions), dict(positions), ends
+        self._buffers = {partition: deque() for partition in positions}
+        self._buffered_bytes = 0
+
+    def _check(self) -> None:
+        """Raises PositionLost if the topic is another one, OpenAgain if it has more partitions."""
+        found = self._topics.describe([self._stream])[self._stream]
+        known = self._known = self._known or found
+        if found[0] != known[0]:
+            raise PositionLost(f"the topic {self._topic} was deleted and made again")
+        if found[1] != known[1]:
+            self._known = None
+            raise OpenAgain(f"the topic {self._topic} has {found[1]} partitions, and had {known[1]}")
+        self._checked_s = time.monotonic()
+
+    def _buffered(self) -> bool:
+        return any(self._buffers.values())
+
+    def _complete(self) -> bool:
+        return all(self._fetched[partition] >= end for partition, end in self._ends.items())
+
+    def _enough(self, first: int, bytes_max: int) -> bool:
+        has_turn = bool(self._buffers[first]) or self._fetched[first] >= self._ends[first]
+        return has_turn and (self._buffered_bytes >= bytes_max or self._complete())
+
+    def _fetch(self, enough: Callable[[], bool], deadline_s: float) -> None:
+        """Take what arrives, until it is enough or the time is over."""
+        consumer = self._consumer
+        assert consumer is not None
+        while not enough() and (left_s := deadline_s - time.monotonic()) > 0:
+            if self._closed:
+                raise TryAgain("the log is closed", self._retry_after_s)
+            message = consumer.poll(min(left_s, LOOK_S))
+            if message is not None:
+                for each in (message, *consumer.consume(TURN_RECORDS, 0)):
+                    self._accept(each)
+
+    def _accept(self, message: Message) -> None:
+        """Put a record where it belongs. Raises PositionLost, TryAgain."""
+        partition, offset, error = message.partition(), message.offset(), message.error()
+        assert partition is not None
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            raise self._failed(error, partition)
+        if partition not in self._fetched or offset is None or offset < self._fetched[partition]:
+            return
+        if offset > self._fetched[partition] and not self._holes:
+            why = f"the next one is {offset}; compaction and transactions leave such holes"
+            raise self._lost(partition, self._fetched[partition], why)
+        self._fetched[partition] = offset
+        if error is None:
+            record = self._record(message, partition, offset)
+            self._buffers[partition].append(record)
+            self._buffered_bytes += len(record.value)
+            self._fetched[partition] = offset + 1
+
+    def _record(self, message: Message, partition: int, offset: int) -> Record:
+        _, timestamp_ms = message.timestamp()
+        organization, admitted = self._organization, False
+        headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
+        for name, value in headers:
+            content = value or b""
+            if name == ORGANIZATION:
+                organization = content.decode("utf-8", "replace")
+            elif name == ADMITTED:
+                admitted = content == b"1"
+        value = message.value() or b""
+        assert isinstance(value, bytes)
+        return Record(partition, offset, max(timestamp_ms, 0) * 1000, value, organization, admitted)
+
+    def _take(self, turn: Sequence[int], bytes_max: int) -> list[Record]:
+        found: list[Record] = []
+        for partition in turn:
+            buffer = self._buffers[partition]
+            while buffer and (not found or len(buffer[0].value) <= bytes_max):
+                record = buffer.popleft()
+                bytes_max -= len(record.value)
+                self._buffered_bytes -= len(record.value)
+                found.append(record)
+                self._next[partition] = record.offset + 1
+            if buffer:
+                break
+        return found
+
+    def _failed(self, error: KafkaError, partition: int) -> Exception:
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            return self._lost(partition, self._fetched.get(partition, -1), "retention removed it")
+        return TryAgain(f"{self._topic} cannot be read: {error.str()}", self._retry_after_s)
+
+    def _lost(self, partition: int, position: int, why: str) -> PositionLost:
+        return PositionLost(f"{self._topic} has no record {position} in partition {partition}: {why}")
+
+
+def _settings(address: Address, limits: Limits) -> dict[str, Any]:
+    fetch_bytes = max(MEBIBYTE, min(FETCHED_BYTES_MAX // 4, limits.value_bytes_max))
+    return {
+        **quiet(address.client()),
+        "group.id": "meterstream",  # asked for, and not joined
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",
+        "enable.partition.eof": True,
+        "allow.auto.create.topics": False,
+        "isolation.level": "read_committed",
+        "fetch.wait.max.ms": FETCH_WAIT_MS,
+        "fetch.queue.backoff.ms": 5,
+        "fetch.error.backoff.ms": 100,
+        "fetch.message.max.bytes": fetch_bytes,
+        "fetch.max.bytes": FETCHED_BYTES_MAX,
+        "receive.message.max.bytes": FETCHED_BYTES_MAX + limits.value_bytes_max + RECORD_OVERHEAD_BYTES,
+        "queued.max.messages.kbytes": FETCHED_BYTES_MAX // 1024,
+    }

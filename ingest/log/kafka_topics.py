@@ -1,0 +1,102 @@
+"""Questions to the brokers about topics: which there are, which id they have, from where to where they reach.
+
+Every question waits a bounded time and answers or raises TryAgain. A topic that is not there is TryAgain too: an
+installation may start before its topics are made.
+"""
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from ingest.log.kafka_address import Address
+from ingest.log.limits import Limits
+from ingest.log.places import Places
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, TryAgain
+
+STREAMS = (USAGE_EVENTS, USAGE_CONTROL)
+REQUEST_S_MAX = 5.0
+"""Seconds that brokers get for an answer: a change of leaders takes about three, and a stop should not wait longer."""
+
+OPENING_S_MAX = 2.0
+"""Seconds that opening waits for the brokers; without them it goes on, and the first use asks again."""
+
+FUTURE_GRACE_S = 1.0  # librdkafka keeps its own time, and is asked to be punctual
+
+
+class Topics:
+    """The two topics of one installation, for any thread."""
+
+    def __init__(self, address: Address, limits: Limits) -> None:
+        self._address = address
+        self._retry_after_s = limits.retry_after_s
+        self._admin: AdminClient | None = AdminClient(quiet(address.client()))
+        self._lock = threading.Lock()
+        self.places: Places | None = None
+
+    def learn(self, wait_s: float = REQUEST_S_MAX) -> Places:
+        """The partitions of both streams as the brokers have them now. Raises TryAgain."""
+        with self._lock:
+            counts = {stream: partitions for stream, (_, partitions) in self.describe(STREAMS, wait_s).items()}
+            if self.places is None or self.places.partitions != counts:
+                self.places = Places(counts)
+            return self.places
+
+    def describe(self, streams: Iterable[str], wait_s: float = REQUEST_S_MAX) -> dict[str, tuple[str, int]]:
+        """Each stream's topic id and number of partitions. Raises TryAgain."""
+        topics = {self._address.topic(stream): stream for stream in streams}
+        futures = self._client().describe_topics(TopicCollection(list(topics)), request_timeout=wait_s)
+        found = {topics[name]: self._result(future, wait_s, name) for name, future in futures.items()}
+        return {stream: (str(topic.topic_id), len(topic.partitions)) for stream, topic in found.items()}
+
+    def starts(self, stream: str, partitions: Iterable[int]) -> dict[int, int]:
+        """The offset of the oldest record, by partition. Raises TryAgain."""
+        return self._offsets(stream, partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def ends(self, stream: str, partitions: Iterable[int]) -> dict[int, int]:
+        """The offset that the next record will get, by partition. Raises TryAgain."""
+        return self._offsets(stream, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Let go of the connections; later questions raise TryAgain."""
+        self._admin = None
+
+    def _offsets(self, stream: str, partitions: Iterable[int], which: OffsetSpec) -> dict[int, int]:
+        topic = self._address.topic(stream)
+        asked = {TopicPartition(topic, partition): which for partition in partitions}
+        if not asked:
+            return {}
+        futures = self._client().list_offsets(
+            asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_S_MAX
+        )
+        return {place.partition: self._result(future, REQUEST_S_MAX, topic).offset for place, future in futures.items()}
+
+    def _client(self) -> AdminClient:
+        if self._admin is None:
+            raise TryAgain("the log is closed", self._retry_after_s)
+        return self._admin
+
+    def _result(self, future: "Future[Any]", wait_s: float, topic: str) -> Any:
+        try:
+            return future.result(wait_s + FUTURE_GRACE_S)
+        except (KafkaException, TimeoutError) as error:
+            raise self.later(error, topic) from error
+
+    def later(self, error: Exception, topic: str) -> TryAgain:
+        """Why a question went unanswered, for a person."""
+        cause = error.args[0] if error.args else error
+        code = cause.code() if isinstance(cause, KafkaError) else None
+        if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+            return TryAgain(f"there is no topic {topic} yet; `meterstream kafka init` makes it", self._retry_after_s)
+        reason = cause.str() if isinstance(cause, KafkaError) else "no answer in time"
+        return TryAgain(f"the brokers at {self._address.servers} do not answer: {reason}", self._retry_after_s)
+
+
+def quiet(settings: dict[str, str]) -> dict[str, Any]:
+    """The settings of a client that writes nothing to standard error: what matters is raised, or answered."""
+    return {**settings, "log_level": 0, "socket.keepalive.enable": True, "reconnect.backoff.max.ms": 1000}
+
+

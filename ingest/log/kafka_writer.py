@@ -1,0 +1,158 @@
+"""The writing end of the log on Kafka: librdkafka's producer, and a thread that carries its answers to the callers.
+
+``submit`` hands every entry to librdkafka, which queues, batches, compresses and repeats; one future stands for the
+whole call, however many entries it has, and a counter says when the last of them was answered. The thread polls, and
+answers all the calls that one poll finished with a single step into each event loop.
+
+The producer is not an idempotent one. That would spare the log some repetitions, but not all of them (leaders change,
+processes restart), and what counts an event once is its identity in any case. In exchange it would need an id from
+the brokers before its first record, half a second or more after each start, and a stale sequence number would be
+fatal for it. What is given up is the order of two records that were under way at the same time.
+"""
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from ingest.log.kafka_address import Address
+from ingest.log.kafka_topics import quiet
+from ingest.log.limits import Limits
+from meters.log import Entry, Refused, TryAgain
+
+ORGANIZATION, ADMITTED = "organization", "admitted"
+"""Names of the headers that carry ``Entry.organization_id``, and, as "1", ``Entry.admitted``."""
+
+POLL_S = 0.05  # how soon a close is heard; answers wake the poll at once
+RECORD_OVERHEAD_BYTES = 64 * 1024  # headers, and what a batch adds to its records
+IN_FLIGHT_MAX = 5  # requests under way to one broker, which takes them one by one: enough to hide the way there
+
+_TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
+
+
+class Call:
+    """One call of ``append``: a future, and what is known of its entries so far. Changed by the thread alone."""
+
+    __slots__ = ("error", "future", "left", "loop", "offsets")
+
+    def __init__(self, count: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[int]] = self.loop.create_future()
+        self.offsets = [-1] * count
+        self.left = count
+        self.error: KafkaError | None = None
+
+
+class Writer:
+    """A producer for all streams. ``submit`` is for event loops, ``close`` for anybody."""
+
+    def __init__(self, address: Address, limits: Limits) -> None:
+        self._settings = _settings(address, limits)
+        self._retry_after_s = limits.retry_after_s
+        self._finished: list[Call] = []
+        self._closing = threading.Event()
+        self._lock = threading.Lock()  # between the last submit and close
+        self._producer = Producer(self._settings)
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, topic: str, entries: Sequence[Entry], timestamp_ms: int) -> "asyncio.Future[list[int]]":
+        """Queue the entries and return the future of their offsets. Raises TryAgain when full or closed."""
+        call = Call(len(entries))
+        with self._lock:
+            if self._closing.is_set():
+                raise TryAgain("the log is closed", self._retry_after_s)
+            for index, entry in enumerate(entries):
+                try:
+                    self._producer.produce(
+                        topic, entry.value, partition=entry.partition, timestamp=timestamp_ms,
+                        headers=_headers(entry), on_delivery=functools.partial(self._delivered, call, index),
+                    )  # fmt: skip
+                except BufferError:
+                    raise TryAgain("the log's queue is full", self._retry_after_s) from None
+                except KafkaException as error:
+                    raise self._exception(error.args[0]) from error
+        return call.future
+
+    def close(self) -> None:
+        """Finish what was submitted, as far as the brokers answer within the delivery time, then end the thread."""
+        with self._lock:
+            self._closing.set()
+        self._thread.join()
+
+    def _delivered(self, call: Call, index: int, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            call.error = error
+        else:
+            call.offsets[index] = message.offset() or 0
+        call.left -= 1
+        if not call.left:
+            self._finished.append(call)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._producer.poll(POLL_S)
+            self._answer()
+        self._producer.flush(self._settings["delivery.timeout.ms"] / 1000)
+        self._producer.purge()  # what is left was not acknowledged, and its callers are told so
+        while self._producer.poll(0):
+            pass
+        self._answer()
+
+    def _answer(self) -> None:
+        """One call into each event loop, however many of its tasks wait."""
+        if not self._finished:
+            return
+        finished, self._finished = self._finished, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[Call]] = {}
+        for call in finished:
+            by_loop.setdefault(call.loop, []).append(call)
+        for loop, calls in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
+                loop.call_soon_threadsafe(self._resolve, calls)
+
+    def _resolve(self, calls: list[Call]) -> None:
+        for call in calls:
+            if call.future.done():  # its task was cancelled
+                continue
+            if call.error is not None:
+                call.future.set_exception(self._exception(call.error))
+            else:
+                call.future.set_result(call.offsets)
+
+    def _exception(self, error: KafkaError) -> TryAgain | Refused:
+        if error.code() in _TOO_LARGE:
+            return Refused(f"the brokers take no record of this size: {error.str()}")
+        return TryAgain(f"the log could not write: {error.str()}", self._retry_after_s)
+
+
+def _headers(entry: Entry) -> list[tuple[str, str | bytes | None]]:
+    headers: list[tuple[str, str | bytes | None]] = []
+    if entry.organization_id is not None:
+        headers.append((ORGANIZATION, entry.organization_id.encode()))
+    if entry.admitted:
+        headers.append((ADMITTED, b"1"))
+    return headers
+
+
+def _settings(address: Address, limits: Limits) -> dict[str, Any]:
+    options = address.options
+    delivery_ms = int(options.delivery_timeout_s * 1000)
+    return {
+        **quiet(address.client()),
+        "acks": "all",
+        "max.in.flight.requests.per.connection": IN_FLIGHT_MAX,
+        "delivery.timeout.ms": delivery_ms,
+        "request.timeout.ms": delivery_ms,  # how long brokers may wait for their replicas
+        "socket.timeout.ms": max(delivery_ms, 1000),
+        "linger.ms": options.linger_ms,
+        "compression.type": options.compression,
+        "message.max.bytes": limits.value_bytes_max + RECORD_OVERHEAD_BYTES,
+        "queue.buffering.max.kbytes": (limits.queue_bytes_max + RECORD_OVERHEAD_BYTES) // 1024,
+        "queue.buffering.max.messages": limits.queue_entries_max,
+        "retry.backoff.ms": 50,
+    }
