@@ -19,10 +19,14 @@ INSTALL_S_MAX = 500  # seconds; it takes ten where the packages are near
 
 
 def interpreter(version: str) -> Path:
-    """A Python that has this version of polar-sdk. Skips the test where it cannot be installed, and fails it in CI."""
-    requirements = Path(__file__).parent / f"requirements-{version}.txt"
+    """A Python that has this version of polar-sdk."""
+    return environment(f"polar-sdk-{version}", Path(__file__).parent / f"requirements-{version}.txt")
+
+
+def environment(name: str, requirements: Path) -> Path:
+    """A Python that has what a list requires. Skips the test where it cannot be installed, and fails it in CI."""
     digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    home = CACHE / f"polar-sdk-{version}-{digest}"
+    home = CACHE / f"{name}-{digest}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another session may be making the same one

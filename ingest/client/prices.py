@@ -1,0 +1,53 @@
+"""List prices of language models, from the genai-prices package, an optional extra: ``meterstream[prices]``.
+
+    llm = ingestion.strategy(OpenAIStrategy, "llm").cost(list_price)
+
+Nothing is guessed: where the model, or who serves it, is not known for certain, the event goes without a cost and the
+log says so once. A price list is still no invoice: discounts and minimum charges are not in it.
+"""
+
+import logging
+from decimal import Decimal
+
+import genai_prices
+
+from ingest.client.llm import ModelCall
+
+logger = logging.getLogger(__name__)
+
+_CENTS_PER_DOLLAR = 100
+
+_unknown: set[tuple[str, str]] = set()
+
+
+def list_price(call: ModelCall) -> Decimal | None:
+    """What a call costs by today's list, in cents, exactly; None when the list does not know it.
+
+    The vendor is found by the address that was called; by its name where the address is not known to the strategy.
+    """
+    tokens = call.tokens
+    usage = genai_prices.Usage(
+        input_tokens=tokens.input,
+        cache_read_tokens=tokens.cached or None,
+        cache_write_tokens=tokens.cache_write or None,
+        output_tokens=tokens.output,
+        output_reasoning_tokens=tokens.reasoning or None,
+        **tokens.details,
+    )
+    seller = {"provider_api_url": call.api_url} if call.api_url else {"provider_id": call.vendor}
+    try:
+        found = genai_prices.calc_price(usage, call.model, price_context=call.terms or None, **seller)
+    except LookupError as problem:
+        _say_once(call, problem)
+        return None
+    if not any(price is not None for price in vars(found.model_price).values()):
+        return None  # listed, but without a price
+    dollars: Decimal = found.total_price
+    return dollars * _CENTS_PER_DOLLAR
+
+
+def _say_once(call: ModelCall, problem: LookupError) -> None:
+    key = (call.api_url or call.vendor, call.model)
+    if key not in _unknown:
+        _unknown.add(key)
+        logger.warning("calls go without a cost: %s", problem)

@@ -1,0 +1,220 @@
+"""Google GenAI: ``generate_content``, its streams, chats and embeddings; sync and ``aio``; Gemini API and Vertex.
+
+    llm = ingestion.strategy(GoogleGenAIStrategy, "llm").cost(list_price)
+    client = llm.client(genai.Client(), "user-1")
+    client.models.generate_content(model="gemini-2.5-flash", contents="...")
+
+One call of ``generate_content`` may ask the model several times (automatic function calling, continuations) and gives
+back the last answer only. So the requests themselves are read, one level below: each is an event. Every chunk of a
+stream has the counts until then; the last one has the totals.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, TypeVar
+
+from ingest.client.llm import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    characters_in,
+    count,
+    details,
+    estimated_tokens,
+    read,
+    text,
+)
+from ingest.client.streams import WatchedAsyncStream, WatchedStream, harmless
+
+C = TypeVar("C")
+
+VENDOR = "google"
+_REQUESTS = ("_generate_content", "_generate_content_stream", "_embed_content")
+"""Where every request of ``models`` passes; held to the library by the tests."""
+
+
+def content_tokens(usage: Any) -> Tokens:
+    """From ``usage_metadata``. The prompt has the cached tokens inside; thoughts stand beside the candidates."""
+    thoughts = count(usage, "thoughts_token_count")
+    return Tokens(
+        input=count(usage, "prompt_token_count") + count(usage, "tool_use_prompt_token_count"),
+        cached=count(usage, "cached_content_token_count"),
+        output=count(usage, "candidates_token_count") + thoughts,
+        reasoning=thoughts,
+        details=details(
+            input_audio_tokens=_of_audio(usage, "prompt_tokens_details"),
+            output_audio_tokens=_of_audio(usage, "candidates_tokens_details"),
+        ),
+    )
+
+
+def embedding_tokens(answer: Any) -> Tokens | None:
+    """From an embedding's answer; None where the service does not tell (the Gemini API's older models)."""
+    if (usage := read(answer, "usage_metadata")) is not None:
+        return Tokens(input=count(usage, "prompt_token_count"))
+    told = [count(entry, "statistics", "token_count") for entry in read(answer, "embeddings") or ()]
+    return Tokens(input=sum(told)) if any(told) else None
+
+
+def _of_audio(usage: Any, name: str) -> int:
+    return sum(count(part, "token_count") for part in read(usage, name) or () if text(part, "modality") == "AUDIO")
+
+
+class GoogleGenAIStrategy(LanguageModelStrategy):
+    """Meters the calls of a ``genai.Client``. A cost function gets a ``ModelCall``."""
+
+    def client(
+        self, client: C, customer: Who, *, vendor: str | None = None, keep_text: bool = False, **metadata: Any
+    ) -> C:
+        """A copy of the client that shares its connections and whose ``models``, ``aio.models`` and chats are metered.
+
+        ``keep_text`` sends prompts and responses along. Raises TypeError for a client of an unknown make.
+        """
+        url = None if vendor else text(client, "_api_client", "_http_options", "base_url") or None
+
+        def opened(model: str, contents: Any) -> _Reader | None:
+            who = self.resolve(customer)
+            if who is None:
+                return None
+            return _Reader(
+                model, contents, vendor or VENDOR, url, keep_text, lambda call: self.record(who, call, metadata)
+            )
+
+        return _metered(client, opened)
+
+
+def _metered(client: C, opened: Callable[[str, Any], "_Reader | None"]) -> C:
+    made: Any = copy.copy(client)
+    made.__class__ = _guest_class(made.__class__)
+    made._host = client  # whoever owns the connections closes them
+    made._models = _metered_models(made.models, opened)
+    made._aio = copy.copy(made.aio)
+    made._aio.__class__ = _guest_class(made._aio.__class__)
+    made._aio._models = _metered_models(made._aio.models, opened)
+    return made  # type: ignore[no-any-return]
+
+
+def _metered_models(models: Any, opened: Callable[[str, Any], "_Reader | None"]) -> Any:
+    made = copy.copy(models)
+    made.__class__ = _models_class(models.__class__)
+    made._opened_by_meter = opened
+    return made
+
+
+@cache
+def _guest_class(base: Any) -> type:
+    """The client's class without its habit of closing the connections when it is forgotten."""
+    return type(base.__name__, (base,), {"__module__": base.__module__, "__del__": lambda self: None})
+
+
+@cache
+def _models_class(base: Any) -> type:
+    """A subclass of ``Models`` or ``AsyncModels`` whose requests are read."""
+    if hasattr(base, "_opened_by_meter"):
+        return base  # type: ignore[no-any-return]
+    if missing := [name for name in _REQUESTS if not callable(getattr(base, name, None))]:
+        raise TypeError(f"{base.__module__}.{base.__name__} has no {', '.join(missing)}: an unknown google-genai")
+    wrap = _async_request if inspect.iscoroutinefunction(base._generate_content) else _request
+    members: dict[str, Any] = {name: wrap(getattr(base, name), name) for name in _REQUESTS}
+    return type(base.__name__, (base,), members | {"__module__": base.__module__, "_opened_by_meter": None})
+
+
+def _reader(self: Any, options: dict[str, Any]) -> "_Reader | None":
+    contents = next((options[name] for name in ("contents", "content", "batch_contents") if options.get(name)), None)
+    reader: _Reader | None = harmless(lambda self: self._opened_by_meter(options["model"], contents), self, None)
+    return reader
+
+
+def _request(request: Any, name: str) -> Any:
+    def call(self: Any, **options: Any) -> Any:
+        reader = _reader(self, options)
+        if reader is None:
+            return request(self, **options)
+        if name == "_generate_content_stream":
+            return iter(WatchedStream(request(self, **options), reader))
+        answer = request(self, **options)
+        harmless(partial(reader.whole, is_embedding=name == "_embed_content"), answer, None)
+        return answer
+
+    return call
+
+
+def _async_request(request: Any, name: str) -> Any:
+    async def call(self: Any, **options: Any) -> Any:
+        reader = _reader(self, options)
+        answer = await request(self, **options)
+        if reader is None:
+            return answer
+        if name == "_generate_content_stream":
+            return WatchedAsyncStream(answer, reader)
+        harmless(partial(reader.whole, is_embedding=name == "_embed_content"), answer, None)
+        return answer
+
+    return call
+
+
+class _Reader:
+    """Reads one request."""
+
+    def __init__(
+        self,
+        model: str,
+        contents: Any,
+        vendor: str,
+        url: str | None,
+        keep_text: bool,
+        report: Callable[[ModelCall], object],
+    ) -> None:
+        self._model, self._contents = model.rpartition("/")[2], contents
+        self._vendor, self._url, self._keep_text, self._report = vendor, url, keep_text, report
+        self._tokens: Tokens | None = None
+        self._is_final = False
+        self._words: list[str] = []
+
+    def whole(self, answer: Any, *, is_embedding: bool) -> None:
+        """Read an answer that came at once."""
+        if is_embedding:
+            self._tokens = embedding_tokens(answer)
+        else:
+            self.item(answer)
+        self._is_final = self._tokens is not None
+        self._finish()
+
+    def item(self, item: Any) -> bool:
+        """Read a chunk; its counts are those until now."""
+        self._model = text(item, "model_version") or self._model
+        if (usage := read(item, "usage_metadata")) is not None:
+            self._tokens = content_tokens(usage)
+        for candidate in read(item, "candidates") or ():
+            self._is_final = self._is_final or (usage is not None and read(candidate, "finish_reason") is not None)
+            self._words.extend(text(part, "text") for part in read(candidate, "content", "parts") or ())
+        return True
+
+    def end(self, is_complete: bool) -> None:
+        """Report what was seen."""
+        self._is_final = self._is_final or (is_complete and self._tokens is not None)
+        self._finish()
+
+    def _finish(self) -> None:
+        words = "".join(self._words)
+        self._report(
+            ModelCall(
+                vendor=self._vendor,
+                model=self._model,
+                tokens=self._tokens if self._is_final and self._tokens else self._estimate(len(words)),
+                api_url=self._url,
+                is_estimated=not self._is_final,
+                prompt=as_text(self._contents or "") if self._keep_text else None,
+                response=words if self._keep_text else None,
+            )
+        )
+
+    def _estimate(self, characters: int) -> Tokens:
+        known = self._tokens or Tokens(input=estimated_tokens(characters_in(self._contents)))
+        return known + Tokens(output=max(0, estimated_tokens(characters) - known.output))
+
+

@@ -1,0 +1,222 @@
+"""OpenAI, and whoever speaks its language: chat completions, responses, embeddings; whole or streamed; sync or async.
+
+    llm = ingestion.strategy(OpenAIStrategy, "llm").cost(list_price)
+    client = llm.client(OpenAI(), "user-1")
+    client.chat.completions.create(model="gpt-5", messages=[...])
+
+A stream of a chat tells its usage only when asked. It is asked for, and the chunk that tells it, which has no choices,
+is kept from a caller who did not ask for it himself.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ingest.client.llm import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    characters_in,
+    count,
+    details,
+    estimated_tokens,
+    read,
+    text,
+)
+from ingest.client.stainless import metered
+
+C = TypeVar("C")
+
+VENDOR = "openai"
+
+_LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+
+def chat_tokens(usage: Any) -> Tokens:
+    """From the ``usage`` of chat completions, completions and embeddings. Cached tokens are inside the prompt's.
+
+    Some who speak OpenAI's language leave the reasoning out of ``completion_tokens``, but not out of the total.
+    """
+    prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+    return Tokens(
+        input=prompt,
+        cached=count(usage, "prompt_tokens_details", "cached_tokens"),
+        cache_write=count(usage, "prompt_tokens_details", "cache_write_tokens"),
+        output=max(completion, count(usage, "total_tokens") - prompt),
+        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
+        details=details(
+            input_audio_tokens=count(usage, "prompt_tokens_details", "audio_tokens"),
+            output_audio_tokens=count(usage, "completion_tokens_details", "audio_tokens"),
+        ),
+    )
+
+
+def response_tokens(usage: Any) -> Tokens:
+    """From the ``usage`` of the Responses API: the same numbers under other names."""
+    return Tokens(
+        input=count(usage, "input_tokens"),
+        cached=count(usage, "input_tokens_details", "cached_tokens"),
+        cache_write=count(usage, "input_tokens_details", "cache_write_tokens"),
+        output=count(usage, "output_tokens"),
+        reasoning=count(usage, "output_tokens_details", "reasoning_tokens"),
+    )
+
+
+class OpenAIStrategy(LanguageModelStrategy):
+    """Meters the calls of an ``OpenAI``, ``AsyncOpenAI`` or Azure client. A cost function gets a ``ModelCall``."""
+
+    def client(
+        self, client: C, customer: Who, *, vendor: str | None = None, keep_text: bool = False, **metadata: Any
+    ) -> C:
+        """A copy of the client that shares its connections and meters what goes through it.
+
+        Name the ``vendor`` where another one, or a proxy of one, answers under the client's address: prices are looked
+        up by the address otherwise. ``keep_text`` sends prompts and responses along.
+        """
+        url = None if vendor else str(read(client, "base_url") or "")
+
+        def record(who: Any, call: ModelCall) -> None:
+            self.record(who, call, metadata)
+
+        def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
+            reader = _READERS.get(path)
+            who = self.resolve(customer) if reader else None
+            if reader is None or who is None or not isinstance(body, Mapping):
+                return None
+            return reader(body, is_streamed, vendor or VENDOR, url, keep_text, lambda call: record(who, call))
+
+        return metered(client, opened)
+
+
+class _Reader:
+    """Reads one call. What is known of it so far is known to ``_call``."""
+
+    tokens = staticmethod(chat_tokens)
+
+    def __init__(
+        self,
+        body: Mapping[str, Any],
+        is_streamed: bool,
+        vendor: str,
+        url: str | None,
+        keep_text: bool,
+        report: Callable[[ModelCall], object],
+    ) -> None:
+        self.body: Mapping[str, Any] = body
+        self._vendor, self._url, self._report, self._keep_text = vendor, url, report, keep_text
+        self._request = {name: body[name] for name in ("messages", "input", "prompt", "instructions") if name in body}
+        self._model = text(body, "model")
+        self._tier = ""
+        self._usage: Any = None
+        self._words: list[str] = []
+
+    def whole(self, answer: Any) -> None:
+        """Read an answer that came at once."""
+        self._see(answer)
+        self._words = [self.text_of(answer)]
+        self._finish()
+
+    def item(self, item: Any) -> bool:
+        """Read a chunk of a stream."""
+        self._see(item)
+        if delta := self.text_of(item):
+            self._words.append(delta)
+        return True
+
+    def end(self, is_complete: bool) -> None:
+        """Report what was seen."""
+        self._finish()
+
+    def text_of(self, answer: Any) -> str:
+        """The words of an answer or a chunk."""
+        return "".join(
+            text(choice, part, name)
+            for choice in read(answer, "choices") or ()
+            for part in ("message", "delta")
+            for name in ("reasoning_content", "content", "refusal")
+        )
+
+    def _see(self, answer: Any) -> None:
+        self._model = text(answer, "model") or self._model
+        self._tier = text(answer, "service_tier") or self._tier
+        self._usage = read(answer, "usage") or self._usage
+
+    def _finish(self) -> None:
+        words = "".join(self._words)
+        known = self._usage is not None
+        self._report(
+            ModelCall(
+                vendor=self._vendor,
+                model=self._model,
+                tokens=self.tokens(self._usage) if known else self._estimate(words),
+                api_url=self._url,
+                is_estimated=not known,
+                terms={"service_tier": self._tier} if self._tier else {},
+                prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
+                response=words if self._keep_text else None,
+            )
+        )
+
+    def _estimate(self, words: str) -> Tokens:
+        prompt = estimated_tokens(characters_in(self._request))
+        return Tokens(input=prompt, output=estimated_tokens(len(words)))
+
+
+class _ChatReader(_Reader):
+    """Asks a stream for its usage."""
+
+    def __init__(self, body: Mapping[str, Any], is_streamed: bool, *rest: Any) -> None:
+        super().__init__(body, is_streamed, *rest)
+        asked = body.get("stream_options") or {}
+        self._hides_usage = is_streamed and not asked.get("include_usage")
+        if self._hides_usage:
+            self.body = {**body, "stream_options": {**asked, "include_usage": True}}
+
+    def item(self, item: Any) -> bool:
+        """Read a chunk; the one with nothing but the usage is for us if we asked for it."""
+        super().item(item)
+        return not (self._hides_usage and not read(item, "choices") and read(item, "usage") is not None)
+
+
+class _ResponseReader(_Reader):
+    """Responses: events instead of chunks; the last one holds the response with its usage."""
+
+    tokens = staticmethod(response_tokens)
+
+    def whole(self, answer: Any) -> None:
+        """Read a response. One that runs in the background, or failed before it used anything, tells no usage."""
+        if read(answer, "usage") is not None:
+            super().whole(answer)
+
+    def item(self, item: Any) -> bool:
+        """Read an event."""
+        kind = text(item, "type")
+        if kind in _LAST_EVENTS or kind == "response.created":
+            self._see(read(item, "response"))
+        elif kind.endswith(".delta"):
+            self._words.append(text(item, "delta"))
+        return True
+
+    def text_of(self, answer: Any) -> str:
+        """The words of a response."""
+        return "".join(
+            text(part, "text") for entry in read(answer, "output") or () for part in read(entry, "content") or ()
+        )
+
+
+class _EmbeddingReader(_Reader):
+    """Embeddings: no words come out."""
+
+    def text_of(self, answer: Any) -> str:
+        """Nothing."""
+        return ""
+
+
+_READERS: dict[str, type[_Reader]] = {
+    "/chat/completions": _ChatReader,
+    "/completions": _ChatReader,
+    "/responses": _ResponseReader,
+    "/responses/compact": _ResponseReader,
+    "/embeddings": _EmbeddingReader,
+}

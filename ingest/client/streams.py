@@ -1,0 +1,168 @@
+"""Streams that are watched: they give what they gave before, and tell somebody when they end, however they end.
+
+A stream ends by running out, by an error, by ``close``, by leaving its ``with`` block, or by being forgotten. Whoever
+watches hears of each end, the first of them counts, and nothing that goes wrong in watching reaches the caller.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Sees a stream go by."""
+
+    def item(self, item: Any) -> bool:
+        """See an item. False keeps it from the caller."""
+
+    def end(self, is_complete: bool) -> None:
+        """The stream ended; it ran out by itself when ``is_complete``."""
+
+
+class Ward:
+    """A watcher that cannot hurt: what it raises is logged, and it hears of one end only."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher: Watcher | None = watcher
+
+    def item(self, item: Any) -> bool:
+        """Whether the caller gets the item."""
+        if self._watcher is None:
+            return True
+        return bool(harmless(lambda watcher: watcher.item(item), self._watcher, True))
+
+    def end(self, is_complete: bool = False) -> None:
+        """Pass the end on, once."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            harmless(lambda watcher: watcher.end(is_complete), watcher, None)
+
+
+def harmless(action: Callable[[Any], Any], subject: Any, otherwise: Any) -> Any:
+    """What the action gives; ``otherwise`` if it fails. Metering is not why a call may fail."""
+    try:
+        return action(subject)
+    except Exception:
+        logger.exception("usage could not be read")
+        return otherwise
+
+
+class _Watched:
+    """Stands in for a stream; whatever it does not know itself is the stream's."""
+
+    def __init__(self, stream: Any, watcher: Watcher) -> None:
+        self._stream = stream
+        self._ward = Ward(watcher)
+        self._is_reading = False
+        response = getattr(stream, "response", None)
+        for name in ("close", "aclose"):  # some close what is below the stream, and not the stream
+            if callable(close := getattr(response, name, None)):
+                setattr(response, name, self._ending(close, self._ward, weakref.ref(self)))
+
+    @staticmethod
+    def _ending(close: Callable[[], Any], ward: Ward, watched: "weakref.ref[_Watched]") -> Callable[[], Any]:
+        def close_and_end() -> Any:
+            reader = watched()
+            if reader is None or not reader._is_reading:  # else it closes itself, having run out
+                ward.end()
+            return close()
+
+        return close_and_end
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_stream", "_ward", "_is_reading"):
+            raise AttributeError(name)
+        return getattr(self._stream, name)
+
+    def __del__(self) -> None:
+        if ward := self.__dict__.get("_ward"):
+            ward.end()
+
+
+class WatchedStream(_Watched):
+    """A watched iterator that may be closed and may be a context."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            self._is_reading = True
+            try:
+                item = next(self._stream)
+            except BaseException as end:
+                self._ward.end(isinstance(end, StopIteration))
+                raise
+            finally:
+                self._is_reading = False
+            if self._ward.item(item):
+                return item
+
+    def close(self) -> None:
+        """Close the stream; what was seen until now is all there is."""
+        try:
+            self._stream.close()
+        finally:
+            self._ward.end()
+
+    def __enter__(self) -> Self:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        try:
+            return self._stream.__exit__(kind, error, trace)
+        finally:
+            self._ward.end()
+
+
+class WatchedAsyncStream(_Watched):
+    """The same for asynchronous iterators."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        while True:
+            self._is_reading = True
+            try:
+                item = await anext(self._stream)
+            except BaseException as end:
+                self._ward.end(isinstance(end, StopAsyncIteration))
+                raise
+            finally:
+                self._is_reading = False
+            if self._ward.item(item):
+                return item
+
+    async def close(self) -> None:
+        """Close the stream; what was seen until now is all there is."""
+        try:
+            await self._stream.close()
+        finally:
+            self._ward.end()
+
+    async def aclose(self) -> None:
+        """As ``close``, by the name that generators have for it."""
+        try:
+            await (getattr(self._stream, "aclose", None) or self._stream.close)()
+        finally:
+            self._ward.end()
+
+    async def __aenter__(self) -> Self:
+        await self._stream.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        try:
+            return await self._stream.__aexit__(kind, error, trace)
+        finally:
+            self._ward.end()
