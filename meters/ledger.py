@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import xxhash
@@ -178,19 +178,6 @@ def _insert(held: list[Any], new: Credit | Reset) -> bool:
         return False
     held.insert(place, new)
     return place == len(held) - 1
-
-
-class Window(NamedTuple):
-    """A stretch of an account between two resets: from ``since`` on (None: ever since) to before ``until``."""
-
-    since: datetime | None
-    until: datetime | None
-
-
-def windows(account: Account) -> list[Window]:
-    """Every window, oldest first. There is always one."""
-    cuts = sorted({reset.at for reset in account.resets})
-    return [Window(since, until) for since, until in zip([None, *cuts], [*cuts, None], strict=True)]
 
 
 def customer_meter_id(customer_id: str, meter_id: str) -> str:

@@ -1,0 +1,156 @@
+"""Accounts: credits in the order of their times, windows, what rolls over, and that telling has no order."""
+
+import random
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meters.catalogue import decode_change, encode_change
+from meters.credit import CreditGranted, MeterReset
+from meters.ledger import ZERO, Account, Ledger, customer_meter_id, customer_of, floored, rollover_units
+from tests.conformance.cases import Case, agree, instant, named
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+CUSTOMER, METER = "992fae2a-2a17-4b7a-8d9e-e287cf90131b", "d49a2c1e-54d3-4e0a-9f6a-0b6a5a1f0c11"
+
+
+def credit(units: int | str, at: int, *, id: str = "", rollover: bool = False, key: str | None = None) -> CreditGranted:
+    """A credit, ``at`` minutes after noon."""
+    return CreditGranted(
+        id=id or f"credit {units} {at} {rollover}", organization_id="o", customer_id=CUSTOMER, meter_id=METER,
+        units=Decimal(units), at=NOON + timedelta(minutes=at), rollover=rollover, key=key,
+    )  # fmt: skip
+
+
+def reset(at: int, carried: int = 0, *, id: str = "") -> MeterReset:
+    """A reset, ``at`` minutes after noon."""
+    return MeterReset(
+        id=id or f"reset {at}", organization_id="o", customer_id=CUSTOMER, meter_ids=[METER],
+        at=NOON + timedelta(minutes=at), rollover={METER: Decimal(carried)} if carried else {},
+    )  # fmt: skip
+
+
+def told(*changes: CreditGranted | MeterReset) -> Account:
+    """The account after these decisions, each as it comes back from the log."""
+    ledger = Ledger()
+    for change in changes:
+        ledger.apply(decode_change(encode_change(change)))
+    return ledger.account(CUSTOMER, METER) or Account()
+
+
+changes = st.lists(
+    st.one_of(
+        st.builds(credit, st.integers(-200, 200), st.integers(0, 9), rollover=st.booleans()),
+        st.builds(reset, st.integers(0, 9), st.integers(0, 50)),
+    ),
+    max_size=12,
+    unique_by=lambda change: change.id,
+)
+
+
+@given(changes, st.integers(0, 2**32))
+def test_no_order_and_no_repetition_of_telling_changes_an_account(
+    facts: list[CreditGranted | MeterReset], seed: int
+) -> None:
+    """An account is a function of the set of what is known."""
+    choose = random.Random(seed)
+    again = facts + choose.choices(facts, k=3) if facts else []
+    choose.shuffle(again)
+    assert told(*facts) == told(*again)
+
+
+@given(changes)
+def test_credited_is_the_floored_sum_of_the_newest_window(facts: list[CreditGranted | MeterReset]) -> None:
+    """What is kept while telling is what a fold over everything gives; it is never below zero."""
+    account = told(*facts)
+    cuts = [change.at for change in facts if isinstance(change, MeterReset)]
+    newest = max(cuts, default=None)
+    counted = [c for c in account.credits if newest is None or c.at >= newest]
+    assert account.since == newest
+    assert account.credited == floored(c.units for c in sorted(counted, key=lambda c: (c.at, c.id)))
+    assert account.credited >= 0
+
+
+@pytest.mark.parametrize(
+    ("units", "sum"),
+    [([100, -150, 50], 50), ([], 0), ([-5], 0), ([30, 40, 30], 100), ([100, -100], 0), ([5, -3, -3, 2], 2)],
+)
+def test_the_running_sum_never_falls_below_zero(units: list[int], sum: int) -> None:
+    """What was taken too much is not owed later."""
+    assert floored(map(Decimal, units)) == sum
+
+
+@pytest.mark.parametrize(
+    ("plain", "carried", "used", "left"),
+    [
+        (0, 0, "0", 0),
+        (100, 0, "0", 0),  # nothing rolls over that was not given to
+        (0, 100, "0", 100),
+        (0, 100, "30", 70),
+        (80, 60, "50", 60),  # the others are used first
+        (80, 60, "100", 40),
+        (80, 60, "150", 0),
+        (80, 60, "139.5", 0),  # whole units only
+        (80, 60, "120.5", 19),
+        (0, 100, "-50", 100),  # usage below zero gives nothing to carry
+    ],
+)
+def test_what_rolls_over(plain: int, carried: int, used: str, left: int) -> None:
+    """max(0, min(trunc(N + V - u), V))."""
+    account = told(credit(plain, 1), credit(carried, 2, rollover=True))
+    assert rollover_units(account, Decimal(used)) == left
+
+
+def test_credits_from_the_cut_on_do_not_roll_over_it() -> None:
+    """A cut in the past looks at what there was then."""
+    account = told(credit(10, 1, rollover=True), credit(90, 5, rollover=True))
+    assert rollover_units(account, ZERO, until=NOON + timedelta(minutes=5)) == 10
+
+
+def test_what_a_reset_carries_is_a_credit_that_rolls_over_again() -> None:
+    """Units that rolled over once are not used up by rolling over."""
+    account = told(credit(50, 1, rollover=True), reset(2, carried=50))
+    assert account.credited == 50
+    assert rollover_units(account, Decimal(20)) == 30
+
+
+def test_a_key_is_decided_once() -> None:
+    """When nobody could tell whether a request was decided, and it was decided again, the first one counts."""
+    account = told(credit(10, 1, id="a", key="k"), credit(10, 2, id="b", key="k"))
+    assert [held.id for held in account.credits] == ["a"]
+
+
+def test_amounts_keep_their_digits() -> None:
+    """Fractions of units are exact in the log and in the sum."""
+    account = told(credit("0.1", 1), credit("0.2", 2), credit("12345678901234567890.000000000001", 3))
+    assert account.credited == Decimal("12345678901234567890.300000000001")
+
+
+@given(st.uuids(), st.uuids())
+def test_a_customer_meters_id_gives_the_customer_back(customer: object, meter: object) -> None:
+    """With the meter's id, and only with that one."""
+    id = customer_meter_id(str(customer), str(meter))
+    assert customer_of(id, str(meter)) == str(customer)
+    assert customer_of(id, METER) != str(customer) or str(meter) == METER
+
+
+@named("rollover")
+def test_rollover_is_polars(case: Case) -> None:
+    """The units that are carried to the next cycle."""
+    account, consumed = Account(), ZERO
+    ledger = Ledger()
+    for event in case["given"]["events"]:
+        metadata = event["metadata"]
+        if event["name"] == "meter.credited":
+            ledger.apply(CreditGranted(
+                id=event["id"], organization_id="o", customer_id="c1", meter_id=metadata["meter_id"],
+                units=Decimal(metadata["units"]), rollover=metadata["rollover"], at=instant(event["timestamp"]),
+            ))  # fmt: skip
+        else:
+            consumed += metadata["tokens"]
+    account = ledger.account("c1", "m1") or Account()
+    ours = rollover_units(account, consumed)
+    agree(case, ours == case["then"]["rollover_units"], ours)
