@@ -98,6 +98,7 @@ class Ingestion:
         self._refused = 0
         self._is_started = False
         self._stop = threading.Event()
+        self._adopter: threading.Thread | None = None
 
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """Capture one event; its id, or None when it was rejected.
@@ -144,6 +145,8 @@ class Ingestion:
         if self._is_started:
             self.flush(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
+        if self._adopter is not None:
+            self._adopter.join(max(0.0, deadline_s - time.monotonic()))
         lost = self._outbox.close()
         self._sender.join(deadline_s)
         self._transport.close()
@@ -197,7 +200,8 @@ class Ingestion:
         lifecycle.started(self)
         self._sender.start()
         if self._directory:
-            threading.Thread(target=self._adopt, name="meterstream-client-adopt", daemon=True).start()
+            self._adopter = threading.Thread(target=self._adopt, name="meterstream-client-adopt", daemon=True)
+            self._adopter.start()
 
     def _adopt(self) -> None:
         """Now and then, take over what processes that are gone have left."""
@@ -211,6 +215,8 @@ class Ingestion:
                     logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
                 finally:
                     spool.close()
+                if self._stop.is_set():
+                    break
             if self._stop.wait(self._limits.adopt_every_s):
                 return
 

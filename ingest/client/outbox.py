@@ -93,6 +93,8 @@ class Outbox:
         """Take over events that another process has left, whatever the bound says. Raises SpoolBroken."""
         assert self._spool is not None
         with self.changed:
+            if self.is_closing:
+                raise SpoolBroken("the client closes")
             rows = list(enumerate(lines, self._number + 1))
             self._spool.append_all(rows)
             self._number += len(rows)

@@ -19,6 +19,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".spool"
+_JOURNAL = "-wal"  # SQLite's name for it
 _PAGE_BYTES = 2048  # an insert writes one page: larger ones cost more, smaller ones split events
 _CHECKPOINT_PAGES = 4000  # 8 MiB of journal: two disk syncs for some 4000 events
 _ATTEMPTS = 5  # at making a file that nobody else takes for abandoned
@@ -85,7 +86,7 @@ class Spool:
                 self._path.unlink(missing_ok=True)  # while it is locked, so that nobody has just put something in
             self._connection.close()
             if is_empty:
-                Path(f"{self._path}-wal").unlink(missing_ok=True)
+                Path(f"{self._path}{_JOURNAL}").unlink(missing_ok=True)
         except (SpoolBroken, sqlite3.Error, OSError) as error:
             logger.warning("the spool could not be closed in order", extra={"cause": str(error)})
         self._connection = None
@@ -161,3 +162,6 @@ def abandoned(directory: Path, owners: Sequence[str]) -> Iterator[Spool]:
             spool = Spool(directory, owner, path)
             if spool.claim():
                 yield spool
+        for journal in directory.glob(f"{owner}-*{SUFFIX}{_JOURNAL}"):  # of a file that was removed a moment too early
+            if not Path(str(journal).removesuffix(_JOURNAL)).exists():
+                journal.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A small server of the contract that a test can make behave badly: it answers what it is told and remembers what it took.
+"""A small server of the contract that a test can make behave badly: it answers as told and remembers what it took.
 
 Events count once by their id, as with the real one. The script of a test is a function of the events and of the number
 of the request; None means: take them.
@@ -8,9 +8,9 @@ import gzip
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 Events = list[dict[str, Any]]
@@ -20,7 +20,7 @@ class Bad(NamedTuple):
     """An answer that is no yes. Status 0 cuts the connection; -1 takes the events and then cuts it."""
 
     status: int
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
 
 
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._reply(200, {}, json.dumps({"inserted": answer[0], "duplicates": answer[1]}).encode())
 
-    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _reply(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -192,7 +192,7 @@ def test_the_server_takes_whatever_was_sealed(event: Mapping[str, Any]) -> None:
         return
     found = check_event(sealed.line, now=LATER)
     if isinstance(found, list):
-        assert {tuple(entry.loc[4:]) for entry in found} <= {("timestamp",)}  # numbers and texts are the server's to read
+        assert {tuple(entry.loc[4:]) for entry in found} <= {("timestamp",)}  # its texts are the server's to read
     else:
         assert isinstance(found, MeteredEvent)
         assert found.external_id == sealed.external_id

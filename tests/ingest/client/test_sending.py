@@ -22,11 +22,14 @@ PATIENCE_S = 20.0
 
 def event(number: int, **metadata: Any) -> dict[str, Any]:
     """An event with an id of its own."""
-    return {"name": "call", "external_customer_id": "u", "external_id": f"e{number}", "metadata": {"n": number, **metadata}}
+    named = {"name": "call", "external_customer_id": "u", "external_id": f"e{number}"}
+    return {**named, "metadata": {"n": number, **metadata}}
 
 
 @contextmanager
-def client(server: FaultServer, spool: Path | None = None, limits: Limits = QUICK, **options: Any) -> Iterator[Ingestion]:
+def client(
+    server: FaultServer, spool: Path | None = None, limits: Limits = QUICK, **options: Any
+) -> Iterator[Ingestion]:
     """A client of the server; it has settled everything when the block ends, and its sums are right."""
     with Ingestion("token", base_url=server.url, spool=spool, limits=limits, **options) as ingestion:
         yield ingestion
@@ -207,9 +210,8 @@ def test_batches_are_bounded_by_events_and_bytes() -> None:
     with FaultServer() as server, client(server, limits=limits) as ingestion:
         for number in range(300):
             ingestion.ingest(event(number, text="x" * (number + 1)))
-        ingestion.ingest(event(300, _llm={
-            "vendor": "v", "model": "m", "input_tokens": 1, "output_tokens": 1, "total_tokens": 2, "prompt": "y" * 50_000,
-        }))  # fmt: skip
+        counts = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+        ingestion.ingest(event(300, _llm={"vendor": "v", "model": "m", "prompt": "y" * 50_000, **counts}))
 
     assert len(server.taken) == 301
     assert max(events for events, _ in server.requests) <= 30
@@ -236,13 +238,13 @@ def test_what_the_disk_holds_beyond_memory_is_read_back(tmp_path: Path) -> None:
     captured = MEMORY_EVENTS_MAX + 3000
     is_away = True
     limits = Limits(linger_s=0.005, backoff_s=0.01, backoff_s_max=0.02, in_flight_max=1)
-    with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
-        with client(server, tmp_path, limits) as ingestion:
-            for number in range(captured):
-                ingestion.ingest(event(number))
-            assert len(ingestion._outbox._memory) <= MEMORY_EVENTS_MAX
-            is_away = False
-            assert ingestion.flush(PATIENCE_S)
+    script: Script = lambda events, number: Bad(503) if is_away else None  # noqa: E731
+    with FaultServer(script) as server, client(server, tmp_path, limits) as ingestion:
+        for number in range(captured):
+            ingestion.ingest(event(number))
+        assert len(ingestion._outbox._memory) <= MEMORY_EVENTS_MAX
+        is_away = False
+        assert ingestion.flush(PATIENCE_S)
 
     assert list(server.events) == [f"e{number}" for number in range(captured)]
     assert set(server.taken.values()) == {1}
@@ -280,13 +282,11 @@ def test_when_full_the_oldest_may_go(spool: Path | None) -> None:
 def test_when_full_capturing_may_raise(spool: Path | None) -> None:
     """By choice: the application hears of it, whether it is strict or not."""
     with FaultServer(lambda events, number: Bad(503)) as server:
-        ingestion = fill(server, None, when_full="block")
+        ingestion = Ingestion("token", base_url=server.url, spool=spool, limits=FULL, when_full="raise")
+        numbers = iter(range(100))
+        with pytest.raises(SpoolFull):
+            all(ingestion.ingest(event(number)) for number in numbers)
         ingestion.close(0)
-        with Ingestion("token", base_url=server.url, spool=spool, limits=FULL, when_full="raise") as ingestion:
-            with pytest.raises(SpoolFull):
-                for number in range(100):
-                    ingestion.ingest(event(number))
-            ingestion.close(0)
 
     assert_adds_up(ingestion.stats())
 

@@ -1,0 +1,150 @@
+"""Small applications that end in every way there is: ``python -m tests.ingest.client.applications NAME URL SPOOL``.
+
+Each writes the id of every event that it captured to standard output, a line each, before the next thing can happen to
+it; SPOOL is a directory or ``-`` for none.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ingest.client import Ingestion, Limits
+
+LIMITS = Limits(linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200)
+EVENTS = 300
+CHILDREN = 3
+
+
+def capture(ingestion: Ingestion, events: int = EVENTS) -> None:
+    """Capture, and say so."""
+    for number in range(events):
+        id = ingestion.ingest({"name": "call", "external_customer_id": "u", "metadata": {"n": number}})
+        os.write(1, f"{id}\n".encode())
+
+
+def ends(ingestion: Ingestion) -> None:
+    """Captures and comes to its end without closing anything."""
+    capture(ingestion)
+
+
+def fails(ingestion: Ingestion) -> None:
+    """Captures and dies of an error."""
+    capture(ingestion)
+    raise RuntimeError("a bug")
+
+
+def waits(ingestion: Ingestion) -> None:
+    """Captures and waits for a signal."""
+    capture(ingestion)
+    os.write(2, b"ready\n")
+    while True:
+        signal.pause()
+
+
+def has_handler(ingestion: Ingestion) -> None:
+    """Has its own idea of SIGTERM: it goes on for a while."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    with ingestion:
+        capture(ingestion)
+        os.write(2, b"ready\n")
+        while not ended.is_set():
+            time.sleep(0.01)
+        capture(ingestion, 10)
+
+
+def runs(ingestion: Ingestion) -> None:
+    """Captures until it is killed."""
+    os.write(2, b"ready\n")
+    while True:
+        capture(ingestion)
+
+
+def forks(ingestion: Ingestion) -> None:
+    """Captures before a fork, in the children, and after; the children end as interpreters do."""
+    capture(ingestion, 20)
+    children = []
+    for _ in range(CHILDREN):
+        child = os.fork()
+        if child == 0:
+            capture(ingestion)
+            return
+        children.append(child)
+    capture(ingestion, 20)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def forks_and_vanishes(ingestion: Ingestion) -> None:
+    """The children end without a word, as those of process pools do."""
+    capture(ingestion, 20)
+    for _ in range(CHILDREN):
+        if (child := os.fork()) == 0:
+            capture(ingestion)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def forks_while_busy(ingestion: Ingestion) -> None:
+    """Forks in the middle of everything, many times; each child captures one event."""
+    ended = threading.Event()
+
+    def busy() -> None:
+        while not ended.is_set():
+            capture(ingestion, 10)
+
+    threads = [threading.Thread(target=busy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        if (child := os.fork()) == 0:
+            capture(ingestion, 1)
+            ingestion.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    ended.set()
+    for thread in threads:
+        thread.join()
+
+
+_pooled: Ingestion
+
+
+def work(events: int) -> None:
+    """A task in a pool."""
+    capture(_pooled, events)
+
+
+def pools(ingestion: Ingestion) -> None:
+    """Captures in the workers of a pool, which fork the client."""
+    global _pooled
+    _pooled = ingestion
+    capture(ingestion, 20)
+    with multiprocessing.get_context("fork").Pool(CHILDREN) as pool:
+        pool.map(work, [50] * 6)
+        pool.close()
+        pool.join()
+
+
+def collects(ingestion: Ingestion) -> None:
+    """Captures nothing itself; what others have left is sent."""
+    deadline_s = time.monotonic() + 20
+    own = 1  # the file of this process itself
+    while len(list(Path(sys.argv[3]).glob("*.spool"))) > own or not ingestion.stats().adopted:
+        assert time.monotonic() < deadline_s, "nobody takes over what is left"
+        time.sleep(0.02)
+
+
+APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
+    each.__name__: each
+    for each in (ends, fails, waits, has_handler, runs, forks, forks_and_vanishes, forks_while_busy, pools, collects)
+}
+
+if __name__ == "__main__":
+    _, name, url, spool = sys.argv
+    APPLICATIONS[name](Ingestion("token", base_url=url, spool=None if spool == "-" else spool, limits=LIMITS))

@@ -1,0 +1,155 @@
+"""Forks, signals and ends of processes: what was captured arrives, by this process or the next."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS
+from tests.ingest.client.fault_server import Bad, FaultServer
+
+PATIENCE_S = 30
+
+
+def start(name: str, url: str, spool: Path | None) -> subprocess.Popen[bytes]:
+    """An application in a process of its own."""
+    command = [sys.executable, "-m", "tests.ingest.client.applications", name, url, str(spool or "-")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> tuple[list[str], int, str]:
+    """The ids it captured, its exit code, and what it complained of."""
+    try:
+        captured, complaints = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    return captured.decode().split(), process.returncode, complaints.decode()
+
+
+def run(name: str, url: str, spool: Path | None) -> tuple[list[str], int, str]:
+    """An application, to its end."""
+    return finish(start(name, url, spool))
+
+
+def ready(process: subprocess.Popen[bytes]) -> None:
+    """Wait for its word."""
+    assert process.stderr is not None
+    while (said := process.stderr.readline()) != b"ready\n":
+        assert said, "it ended before it was ready"
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    """A good server."""
+    with FaultServer() as running:
+        yield running
+
+
+@pytest.mark.parametrize(("name", "captured"), [
+    ("ends", EVENTS), ("fails", EVENTS), ("forks", 40 + CHILDREN * EVENTS), ("pools", 20 + 6 * 50),
+])  # fmt: skip
+def test_what_memory_holds_is_sent_at_the_end(server: FaultServer, name: str, captured: int) -> None:
+    """Without a spool and without ``close``: the end of an interpreter, of a fork and of a pool's worker send it."""
+    ids, code, complaints = run(name, server.url, None)
+
+    assert len(ids) == captured
+    assert sorted(server.taken.elements()) == sorted(ids)
+    assert (code != 0, "a bug" in complaints) == (name == "fails", name == "fails")
+
+
+def test_sigterm_ends_in_order(server: FaultServer) -> None:
+    """An application that decided nothing about SIGTERM sends the rest and says that it was ended."""
+    process = start("waits", server.url, None)
+    ready(process)
+    process.send_signal(signal.SIGTERM)
+    ids, code, _ = finish(process)
+
+    assert code == 128 + signal.SIGTERM
+    assert sorted(server.taken.elements()) == sorted(ids)
+
+
+def test_an_application_keeps_its_own_sigterm(server: FaultServer) -> None:
+    """What it does after the signal is captured, too."""
+    process = start("has_handler", server.url, None)
+    ready(process)
+    process.send_signal(signal.SIGTERM)
+    ids, code, _ = finish(process)
+
+    assert (code, len(ids)) == (0, EVENTS + 10)
+    assert sorted(server.taken.elements()) == sorted(ids)
+
+
+def test_an_absent_server_does_not_hold_the_end_up(tmp_path: Path) -> None:
+    """The end comes within the stated bound, and the next process finds everything in the spool."""
+    with FaultServer(lambda events, number: Bad(503, {"retry-after": "100"})) as server:
+        process = start("waits", server.url, tmp_path)
+        ready(process)
+        began_s = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        ids, _, _ = finish(process)
+        took_s = time.monotonic() - began_s
+        assert not server.taken
+        server.script = lambda events, number: None
+        run("collects", server.url, tmp_path)
+
+    assert LIMITS.close_s_max <= took_s < LIMITS.close_s_max + 10
+    assert sorted(server.taken.elements()) == sorted(ids)
+    assert list(tmp_path.glob("*.spool")) == []
+
+
+def test_children_that_vanish_leave_their_events_to_others(server: FaultServer, tmp_path: Path) -> None:
+    """A process that ends without a word has lost nothing: what it had is sent by whoever looks next."""
+    ids, _, _ = run("forks_and_vanishes", server.url, tmp_path)
+    run("collects", server.url, tmp_path)
+
+    assert len(ids) == 20 + CHILDREN * EVENTS
+    assert set(server.taken) == set(ids)
+    assert list(tmp_path.glob("*.spool")) == []
+
+
+@pytest.mark.parametrize("has_spool", [False, True])
+def test_a_fork_may_happen_at_any_moment(server: FaultServer, tmp_path: Path, has_spool: bool) -> None:
+    """Threads capture and send while the process forks: no child hangs, nothing is lost or made up."""
+    ids, code, complaints = run("forks_while_busy", server.url, tmp_path if has_spool else None)
+
+    assert code == 0, complaints
+    assert set(server.taken) == set(ids)
+    assert len(ids) == len(set(ids))
+    assert list(tmp_path.glob("*.spool")) == []
+
+
+def test_importing_the_client_loads_no_server() -> None:
+    """Nothing of the server's libraries, or of its modules, is loaded."""
+    code = "import sys, ingest.client, ingest.client.testing; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    strangers = {"duckdb", "pyarrow", "numpy", "fastapi", "starlette", "pydantic", "uvicorn", "xxhash",
+                 "structlog", "prometheus_client", "ingest.gateway", "ingest.log", "openai", "boto3"}  # fmt: skip
+
+    assert strangers & set(loaded) == set()
+    assert {name for name in loaded if name.startswith("meters.")} <= {"meters.amount", "meters.refusal"}
+
+
+def test_two_owners_never_share(tmp_path: Path) -> None:
+    """What lies in a spool goes to the server and under the token it was captured for, and to no other."""
+    with FaultServer(lambda events, number: Bad(503)) as other, FaultServer() as server:
+        ids, _, _ = run("ends", other.url, tmp_path)
+        assert len(ids) == EVENTS
+        strangers, _, _ = run("ends", server.url, tmp_path)
+        assert sorted(server.taken.elements()) == sorted(strangers)
+        other.script = lambda events, number: None
+        run("collects", other.url, tmp_path)
+
+    assert sorted(other.taken.elements()) == sorted(ids)
+
+
+def test_processes_are_gone_when_a_test_ends() -> None:
+    """No application outlives its test."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in children.read_text().split()] if children.exists() else []
+
+    assert not [each for each in commands if each.exists() and b"ingest.client.applications" in each.read_bytes()]
