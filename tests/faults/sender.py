@@ -35,10 +35,11 @@ class Outcome(NamedTuple):
 class Sender:
     """Sends bodies of events called "call", over several connections at once."""
 
-    def __init__(self, seed: int, token: str, customers: int = 1) -> None:
+    def __init__(self, seed: int, token: str, customers: int = 1, pause_s: float = 0.0) -> None:
+        """``pause_s`` is what each connection waits after an acknowledgment, where volume is not the question."""
         self._random = random.Random(seed)
         self._headers = {"authorization": f"Bearer {token}"}
-        self._customers = customers
+        self._customers, self._pause_s = customers, pause_s
         self._next = 0
         self.sent: set[str] = set()
         self.acknowledged: list[str] = []
@@ -59,9 +60,7 @@ class Sender:
         customer = f"customer-{int(id.removeprefix('id-')) % self._customers}"
         return {"name": "call", "external_customer_id": customer, "external_id": id, "metadata": {"n": 1}}
 
-    async def load(
-        self, url: str, strike: Callable[[], Awaitable[object]], *, refused: bool = False
-    ) -> None:
+    async def load(self, url: str, strike: Callable[[], Awaitable[object]], *, refused: bool = False) -> None:
         """Send until ``strike`` returns; it begins after the first acknowledgment of this load.
 
         With ``refused`` a 503 is an answer like none: the body is sent again, now or with the next load. A connection
@@ -91,6 +90,7 @@ class Sender:
         while not over.is_set():
             if await self._send(http, self._body(), refused=refused):
                 acknowledged.set()
+                await asyncio.sleep(self._pause_s)
             elif refused:
                 await asyncio.sleep(AGAIN_S)
             else:

@@ -1,0 +1,61 @@
+"""Any story of deliveries, repetitions, garbage and restarts ends with the reference's numbers, on either log."""
+
+import contextlib
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from ingest.log import open_log
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Wanted, make_topics
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from tests.faults.evidence import CUSTOMERS
+from tests.faults.model import Step, World, stories
+from tests.kafka.cluster import Cluster
+
+PARTITIONS = {USAGE_EVENTS: 2, USAGE_CONTROL: 1}
+Opener = Callable[[], Log]
+
+
+def place(customer: str) -> int:
+    """A customer's partition: any fixed one will do."""
+    return CUSTOMERS.index(customer) % PARTITIONS[USAGE_EVENTS]
+
+
+def tell(story: list[Step], opener: Opener, store: Path) -> None:
+    """Tell a story to a fresh world, and compare at its end."""
+    world = World(opener, store, place)
+    with contextlib.ExitStack() as undo:
+        undo.callback(world.close)
+        for step in story:
+            world.tell(step)
+        world.end()
+
+
+STORIES_TOLD = 8  # --long tells more
+STORIES = settings(
+    max_examples=STORIES_TOLD, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@STORIES
+@given(story=stories)
+def test_a_story_on_the_embedded_log(tmp_path_factory: pytest.TempPathFactory, story: list[Step]) -> None:
+    """Duplicate delivery, other records, garbage and restarts: each event counts once, to the last decimal."""
+    directory = tmp_path_factory.mktemp("story")
+
+    tell(story, lambda: open_log(str(directory), partitions=PARTITIONS), directory / "store.duckdb")
+
+
+
+@STORIES
+@given(story=stories)
+def test_a_story_on_kafka(kafka: Cluster, tmp_path_factory: pytest.TempPathFactory, story: list[Step]) -> None:
+    """The same on a real broker, where the restarted reader is another client, too."""
+    url = f"kafka://{kafka.bootstrap}/story-{uuid.uuid4().hex}"
+    make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+
+    tell(story, lambda: open_log(url), tmp_path_factory.mktemp("story") / "store.duckdb")
