@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands import events, meters, organizations, process, reconcile, store, tokens, usage
+from deploy.commands import events, forward, meters, organizations, process, reconcile, store, tokens, usage
 from deploy.giving_up import BUG, DONE, FAILED, GiveUp
 from deploy.output import Output
 from deploy.session import EPILOG, Session
@@ -49,6 +49,7 @@ app.add_typer(meters.app, name="meters")
 app.command(epilog=EPILOG)(usage.usage)
 app.add_typer(organizations.app, name="orgs")
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(forward.app, name="forward")
 app.command(epilog=EPILOG)(store.rebuild)
 app.command(epilog=EPILOG)(store.doctor)
 app.command(epilog=EPILOG)(reconcile.reconcile)

@@ -3,6 +3,7 @@
     log.sqlite      the log, the only truth          any process may append, one aggregator reads
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
+    forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
     serve.lock      who serves from here             held by ``serve`` and its children as long as one of them lives
 
 The lock is the operating system's, on an open file: it goes with the last process that holds it, however that
@@ -42,6 +43,11 @@ class DataDirectory(msgspec.Struct, frozen=True):
     def store(self) -> Path:
         """The store's file."""
         return self.path / "store.duckdb"
+
+    @property
+    def forwarding(self) -> Path:
+        """The file of the forwarder's state; there is one once something was forwarded."""
+        return self.path / "forward.sqlite"
 
     @property
     def socket(self) -> Path:

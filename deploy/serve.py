@@ -2,6 +2,7 @@
 
     gateway     takes events and passes reads on         needs the log
     aggregator  owns the store and answers the reads     needs the log, and the store for itself
+    forwarder   hands events on to Polar, where wanted   needs the aggregator's answers
 
 The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
 replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
@@ -118,7 +119,10 @@ def serve(settings: Settings) -> None:
         started = Started(_url(settings.host, listener), str(data.path), secret, drawn=not settings.token)
         lifeline, held_end = os.pipe()
         try:
-            failure = asyncio.run(_supervise(_children(data, listener, lifeline, lock), started))
+            children = _children(data, listener, lifeline, lock)
+            if settings.polar_token:
+                children += (_forwarder(data, lifeline, lock),)
+            failure = asyncio.run(_supervise(children, started))
         finally:
             os.close(held_end)
             os.close(lifeline)
@@ -150,7 +154,7 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://{name}:{listener.getsockname()[1]}"
 
 
-def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, Child]:
+def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, ...]:
     """The gateway and the aggregator. Both hold the directory's lock, so none can be left over unnoticed."""
     program = (sys.executable, "-m", "deploy.cli", "--data", str(data.path))
     common, socket_number = ("--lifeline", str(lifeline)), listener.fileno()
@@ -162,19 +166,26 @@ def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock:
     )
 
 
-async def _supervise(children: tuple[Child, Child], started: Started) -> GiveUp | None:
-    gateway, aggregator = children
+def _forwarder(data: DataDirectory, lifeline: int, lock: int) -> Child:
+    """What hands events on to Polar; it waits for the aggregator by itself."""
+    program = (sys.executable, "-m", "deploy.cli", "--data", str(data.path))
+    return Child("forwarder", (*program, "forward", "--lifeline", str(lifeline)), (lifeline, lock))
+
+
+async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | None:
+    """Run all until one is beyond help or a signal comes. Stopped in order: gateway, whatever else, aggregator."""
+    gateway, aggregator, *others = children
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as group:
-        kept = [group.create_task(child.keep()) for child in (aggregator, gateway)]
+        kept = [group.create_task(child.keep()) for child in (aggregator, gateway, *others)]
         asked = group.create_task(stop.wait())
         _greet(started)
         await asyncio.wait([asked, *kept], return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
-        await gateway.stop()
-        await aggregator.stop()
+        for child in (gateway, *others, aggregator):
+            await child.stop()
     return next((failure for task in kept if (failure := task.result())), None)
 
 

@@ -38,6 +38,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     token: Secret | None = None  # the command line's, and the first one that serve makes
     retention_days: Annotated[int, msgspec.Meta(ge=0)] = 0  # records older than this leave the log; 0 keeps all
     requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0  # of one token at one gateway; 0 sets no limit
+    polar_token: Secret | None = None  # of the Polar organization that events are forwarded to; without one, none are
+    polar_server: Annotated[str, msgspec.Meta(pattern=r"^(production|sandbox|https?://.+)$")] = "production"
+    polar_organization: str | None = None  # whose events, by id or name; not needed where there is only one
+    polar_requests_per_minute: Annotated[int, msgspec.Meta(ge=1)] = 300  # never more in any 60 seconds
+    polar_batch_events: Annotated[int, msgspec.Meta(ge=1)] = 2_000  # of one request, if they fit into 10 MiB
+    polar_timeout_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0  # for an answer of Polar's
+    polar_events: str = ""  # names of the events to forward, comma separated; all by default
+    polar_meter: str | None = None  # forward what this meter's filter lets through (id or name)
+    polar_filter: str | None = None  # or what this filter lets through, as JSON
+    polar_from: Literal["beginning", "now"] = "beginning"  # where forwarding begins, the first time
+    polar_rollup: str = ""  # meters (ids or names, comma separated) whose usage is sent added up instead
+    polar_rollup_seconds: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 60  # the window of such a sum
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False  # show a traceback for what should not happen
 

@@ -33,13 +33,15 @@ class RequestWindow:
     """At most ``requests_max`` requests in any ``period_s``, whoever shares the file. One thread at a time."""
 
     def __init__(
-        self, path: Path, requests_max: int = REQUESTS_MAX, period_s: float = PERIOD_S, clock: Clock = SYSTEM_CLOCK
+        self, path: Path, requests_max: int = REQUESTS_MAX, period_s: float = PERIOD_S, clock: Clock = SYSTEM_CLOCK,
+        *, is_reader: bool = False,
     ) -> None:
         self.requests_max, self.period_s, self.clock = requests_max, period_s, clock
         self._file = sqlite3.connect(path, timeout=BUSY_WAIT_S, isolation_level=None, check_same_thread=False)
         self._file.execute("PRAGMA journal_mode = WAL").fetchone()
         self._file.execute("CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY AUTOINCREMENT, ended_us)")
-        self._file.execute("UPDATE requests SET ended_us = ? WHERE ended_us IS NULL", [clock.now_us()])
+        if not is_reader:  # whoever only looks says nothing about the requests of others
+            self._file.execute("UPDATE requests SET ended_us = ? WHERE ended_us IS NULL", [clock.now_us()])
 
     def close(self) -> None:
         """Let go of the file."""

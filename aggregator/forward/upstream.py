@@ -5,13 +5,12 @@ and try again by themselves: reading twice is harmless. All of them take a place
 whatever shares its file shares the limit.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 
+from aggregator.forward.answer import Answer, is_passing
 from aggregator.forward.pace import Circuit, jitter, retry_after_s
 from aggregator.forward.request_window import RequestWindow
 
@@ -27,36 +26,13 @@ PAGE_ROWS = 100  # the most that Polar gives at once
 class NoAnswer(Exception):
     """There was no whole answer: the request may have been carried out, or not."""
 
+    def __init__(self, message: str, is_timeout: bool = False) -> None:
+        super().__init__(message)
+        self.is_timeout = is_timeout
+
 
 class Denied(Exception):
     """The upstream refuses us or the request: trying again gives the same. The message says what to do."""
-
-
-class Answer(NamedTuple):
-    """A whole answer. Header names are in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    @property
-    def is_success(self) -> bool:
-        """A 2xx."""
-        return 200 <= self.status < 300
-
-    def json(self) -> Any:
-        """The body with exact decimals. Raises ValueError."""
-        return json.loads(self.body, parse_float=Decimal)
-
-    def words(self) -> str:
-        """What the body says, in one line, for a person: its detail, or its first characters."""
-        try:
-            said = self.json()
-        except ValueError:
-            return self.body[:200].decode("utf-8", "replace").strip() or f"status {self.status}"
-        if isinstance(said, dict):
-            said = said.get("detail") or said.get("error_description") or said.get("error") or said
-        return said if isinstance(said, str) else json.dumps(said, default=str)[:2_000]
 
 
 def base_url(server: str) -> str:
@@ -100,7 +76,8 @@ class Upstream:
         try:
             response = self._http.request(method, path, params=params, content=content, headers=head)
         except httpx.HTTPError as error:
-            raise NoAnswer(f"{type(error).__name__}: {error}") from error
+            is_timeout = isinstance(error, httpx.TimeoutException)
+            raise NoAnswer(f"{type(error).__name__}: {error}", is_timeout) from error
         finally:
             self.window.ended(place)
         return Answer(response.status_code, dict(response.headers), response.content)
@@ -145,8 +122,3 @@ class Upstream:
             if page >= answer["pagination"]["max_page"]:
                 return
             page += 1
-
-
-def is_passing(status: int) -> bool:
-    """Whether the same request may succeed later."""
-    return status in (408, 425, 429) or status >= 500

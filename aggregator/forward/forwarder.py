@@ -1,0 +1,301 @@
+"""Takes events from the feed and gives them to Polar: at least once towards Polar, exactly once in the books.
+
+One request is under way at a time. That keeps each customer's events in order without any bookkeeping, and costs
+nothing where requests are the scarce thing: a batch carries thousands of events.
+
+It is a process of its own and a client of the feed, because the store's file has one owner and that one is busy: what
+is slow here (Polar, TLS, pauses) must not hold up the counting, and a crash here must not interrupt it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from aggregator.forward.pace import Circuit, jitter, retry_after_s
+from aggregator.forward.planner import (
+    SKEW_FIRST_US,
+    SKEW_MAX_US,
+    Accepted,
+    Bad,
+    Later,
+    Slice,
+    Stop,
+    halves,
+    isolate,
+    judge,
+    park,
+    probing,
+    take,
+)
+from aggregator.forward.polar_event import item_of, rollup_item
+from aggregator.forward.source import Away, Selection, Source
+from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
+from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
+
+BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
+BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
+PAGE_EVENTS = 10_000  # read from the feed at once
+IDLE_S = 0.5  # between two looks at a feed that had nothing
+LOOK_S = 1.0  # how soon a wish of an operator is heard
+NOTE_US = 5_000_000  # how often the backlog is counted
+RATE_US = 60_000_000  # the time over which the rate is taken
+ROLLUP_GRACE_US = 5_000_000  # so long after its end a window is added up: by then its events are in the store
+RAW, ROLLUP = "raw", "rollup"
+
+logger = structlog.get_logger("aggregator.forward")
+
+
+class RolledMeter(NamedTuple):
+    """A meter whose usage is sent added up. ``function`` is count or sum; others cannot be put together again."""
+
+    id: str
+    function: str
+
+
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator set. ``is_raw``: events are sent one by one; ``begin``: beginning or now."""
+
+    selection: Selection = Selection()
+    is_raw: bool = True
+    begin: str = "beginning"
+    meters: tuple[RolledMeter, ...] = ()
+    window_s: int = 60
+    batch_events: int = BATCH_EVENTS
+    batch_bytes: int = BODY_BYTES_MAX
+
+
+class Forwarder:
+    """See the module. ``turn`` does one thing and says how long to wait; the owner calls it again and again."""
+
+    def __init__(
+        self, source: Source, upstream: Upstream, state: State, wishes: Wishes, draw: Callable[[], float] = jitter
+    ) -> None:
+        self._source, self._upstream, self._state, self._wishes = source, upstream, state, wishes
+        self._clock, self._draw = upstream.window.clock, draw
+        self._circuit = Circuit()
+        self._slices: list[Slice] = []  # a stack: the next one to send is the last
+        self._page: Slice | None = None  # what was read and is not yet cut into slices
+        self._events_max = wishes.batch_events
+        self._skew_us = 0
+        self._rolled_us = 0
+        self._stopped_us = 0
+        self._noted_us = 0
+        self._turn_of = 0
+        self._sent: deque[tuple[int, int]] = deque()
+
+    def run(self) -> None:
+        """Forward until the clock's pause raises."""
+        while True:
+            self._clock.pause(self.turn())
+
+    def turn(self) -> float:
+        """Do the next thing; the seconds until the one after it."""
+        now_us = self._clock.now_us()
+        flags = self._state.flags()
+        try:
+            self._note(now_us)
+            wait_s = self._blocked(flags, now_us)
+            if wait_s:
+                return wait_s
+            work = self._next(now_us)
+        except Away as away:
+            self._state.set(waits_for=str(away))
+            if away.is_denied:
+                raise
+            return LOOK_S
+        if work is None:
+            return IDLE_S
+        self._send(work)
+        return 0.0
+
+    def _blocked(self, flags: dict[str, object], now_us: int) -> float:
+        """How long nothing may be sent; 0 when it may."""
+        if flags.get("paused"):
+            return LOOK_S
+        if self._stopped_us:
+            if int(str(flags.get("resumed_us", 0))) <= self._stopped_us:
+                return LOOK_S
+            self._stopped_us = 0
+            self._state.set(stopped=None)
+        if self._circuit.open_until_us > now_us:
+            return min((self._circuit.open_until_us - now_us) / 1e6, LOOK_S)
+        return 0.0
+
+    def _next(self, now_us: int) -> Slice | None:
+        """The next slice: what was begun, what has waited, rollups that are due, then the feed. Raises Away."""
+        if self._slices:
+            return self._slices.pop()
+        waited = self._state.due(now_us, self._events_max)
+        if waited:
+            return Slice(WAITING, waited[: take(waited, self._events_max, self._wishes.batch_bytes)])
+        if self._wishes.meters and self._roll(now_us):
+            return self._next(now_us)
+        if self._page is None:
+            self._page = self._read(now_us)
+        return self._cut() if self._page else None
+
+    def _cut(self) -> Slice:
+        """A slice from the front of the page."""
+        page = self._page
+        assert page is not None
+        bound = take(page.items, self._events_max, self._wishes.batch_bytes)
+        first, *rest = page.cut(bound) if bound < len(page.items) else [page]
+        self._page = rest[0] if rest else None
+        return first
+
+    def _read(self, now_us: int) -> Slice | None:
+        """The next page of one of the lanes that take turns; None when none of them has anything."""
+        if self._state.waiting()[0] >= WAITING_MAX:
+            return None
+        lanes: list[Replay | None] = [*self._state.replays()]
+        lanes += [None] if self._wishes.is_raw else []
+        for _ in lanes:
+            self._turn_of += 1
+            lane = lanes[self._turn_of % len(lanes)]
+            page = self._read_lane(lane, now_us)
+            if page:
+                return page
+        return None
+
+    def _read_lane(self, replay: Replay | None, now_us: int) -> Slice | None:
+        selection, lane = self._wishes.selection, RAW
+        if replay:
+            selection, lane = msgspec.structs.replace(selection, since=replay.since, until=replay.until), replay.lane
+        position = self._position(lane)
+        page = self._source.page(position, selection, PAGE_EVENTS)
+        self._state.set(waits_for=None)
+        items = [item_of(entry, lane) for entry in page.entries]
+        if items:
+            park(items, now_us, self._skew_us, self._state.waiting_customers())
+            return Slice(lane, items, page.position)
+        if page.position != position:
+            self._state.mark(lane, [], page.position, now_us)
+        if replay and page.is_last:
+            self._state.end_replay(replay.number, now_us)
+        return None
+
+    def _position(self, lane: str) -> dict[int, tuple[int, int]]:
+        if lane in (RAW, ROLLUP) and self._wishes.begin == "now" and not self._state.knows(lane):
+            self._state.begin(lane, self._source.end())
+        return self._state.position(lane)
+
+    def _roll(self, now_us: int) -> bool:
+        """Add up the windows that are over; whether there were any."""
+        window_us = self._wishes.window_s * 1_000_000
+        before_us = (now_us - ROLLUP_GRACE_US) // window_us * window_us
+        if before_us <= self._rolled_us or self._state.waiting()[0] >= WAITING_MAX:
+            return False
+        position = self._position(ROLLUP)
+        functions = dict(self._wishes.meters)
+        before = datetime.fromtimestamp(before_us // 1_000_000, UTC)
+        groups, reached = self._source.rollup(position, list(functions), before, self._wishes.window_s)
+        if reached == position:
+            self._rolled_us = before_us
+            return False
+        piece = ",".join(f"{partition}:{offset}" for partition, (offset, _) in sorted(position.items())) or "0"
+        self._state.roll(
+            [rollup_item(group, functions[group.meter_id], self._wishes.window_s, piece, now_us) for group in groups],
+            reached,
+        )
+        return True
+
+    def _send(self, work: Slice) -> None:
+        if self._circuit.state(self._clock.now_us()) != "closed":
+            work = self._first_of(probing(work))
+        sent = work.sent
+        if not sent:
+            self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
+            return
+        try:
+            verdict = judge(self._upstream.ingest(work.body()), len(sent))
+        except NoAnswer as lost:
+            verdict = Later(str(lost), is_slow=lost.is_timeout)
+        self._state.count("", requests=1)
+        match verdict:
+            case Accepted():
+                self._accepted(work, verdict)
+            case Bad():
+                self._circuit.succeeded()
+                self._refused(work, verdict)
+            case Later():
+                self._postpone(work, verdict)
+            case Stop(reason):
+                self._slices.append(work)
+                self._stop(reason)
+
+    def _first_of(self, parts: list[Slice]) -> Slice:
+        """The first of these, with the rest behind it on the stack."""
+        self._slices += reversed(parts[1:])
+        return parts[0]
+
+    def _accepted(self, work: Slice, verdict: Accepted) -> None:
+        now_us = self._clock.now_us()
+        self._circuit.succeeded()
+        self._state.mark(work.lane, work.items, work.position, now_us)
+        self._state.count("", inserted=verdict.inserted, duplicates=verdict.duplicates)
+        self._sent.append((now_us, len(work.sent)))
+        self._events_max = min(self._wishes.batch_events, self._events_max + self._events_max // 10 + 1)
+
+    def _refused(self, work: Slice, bad: Bad) -> None:
+        self._state.count("", refused=1)
+        if bad.is_future and self._wait_longer(work):
+            self._slices.append(work)
+            return
+        self._slices += reversed(isolate(work, bad))
+        for item in work.items:
+            if item.condemned:
+                logger.warning("event_refused", external_id=item.external_id, words=item.condemned)
+
+    def _wait_longer(self, work: Slice) -> bool:
+        """Polar's clock is behind ours: take it to be further behind; whether that parks anything of the slice."""
+        now_us = self._clock.now_us()
+        newest_us = max(item.timestamp_us for item in work.sent)
+        if newest_us < now_us - SKEW_MAX_US or self._skew_us >= SKEW_MAX_US:
+            return False
+        self._skew_us = min(max(SKEW_FIRST_US, 2 * self._skew_us), SKEW_MAX_US)
+        logger.warning("polar_clock_behind", seconds=self._skew_us / 1e6)
+        waiting = self._state.waiting_customers()
+        mine = {} if work.lane == WAITING else waiting  # what waits has no one of its own to wait behind
+        park([item for item in work.items if item.is_sent], now_us, self._skew_us, mine)
+        waiting |= mine
+        for behind in (*reversed(self._slices), *([self._page] if self._page else [])):
+            park([item for item in behind.items if item.is_sent], now_us, self._skew_us, waiting)
+        return True
+
+    def _postpone(self, work: Slice, later: Later) -> None:
+        now_us = self._clock.now_us()
+        self._state.count("", postponed=1)
+        parts = halves(work) if later.is_slow else [work]
+        if later.is_slow:
+            self._events_max = max(BATCH_EVENTS_MIN, min(self._events_max, len(work.sent)) // 2)
+        self._slices += reversed(parts)
+        pause_s = self._circuit.failed(now_us, retry_after_s(later.after_s, now_us), self._draw())
+        self._state.set(last_failure=later.reason, last_failure_us=now_us)
+        logger.warning("forwarding_postponed", reason=later.reason, pause_s=round(pause_s, 2))
+
+    def _stop(self, reason: str) -> None:
+        self._stopped_us = self._clock.now_us()
+        self._state.set(stopped=reason)
+        logger.error("forwarding_stopped", reason=reason)
+
+    def _note(self, now_us: int) -> None:
+        """Write down what operators and monitors want to know. Raises Away."""
+        if now_us - self._noted_us < NOTE_US:
+            return
+        self._noted_us = now_us
+        while self._sent and self._sent[0][0] < now_us - RATE_US:
+            self._sent.popleft()
+        rate = sum(events for _, events in self._sent) / (RATE_US / 1e6)
+        self._state.set(
+            seen_us=now_us, circuit=self._circuit.state(now_us), open_until_us=self._circuit.open_until_us,
+            rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew_us, server=self._upstream.url,
+        )  # fmt: skip
+        pending, oldest_us = 0, None
+        if self._wishes.is_raw:
+            pending, oldest_us = self._source.backlog(self._position(RAW), self._wishes.selection)
+        self._state.set(pending=pending, oldest_us=oldest_us)
+

@@ -1,0 +1,253 @@
+"""How far forwarding got, in a file of its own: what a restart, a second process and an operator need to know.
+
+    lanes      where each reader of the feed stands (raw events, rollups), and from where and to where it has to go
+    waiting    what was taken from the feed and is not sent yet: events of the future, rollups
+    dead       what Polar refuses for good, with its words
+    replays    ranges of time to be sent again
+    tallies    lane by lane: taken = accepted + waiting + dead, at every moment
+    flags      what operators asked for, and what they want to see
+
+It is a file beside the store and not a table in it because the store may be deleted and made again from the log, and
+what was sent stays sent. An outbox written in the store's transaction would say nothing that the store's rows do not
+say by being there (``aggregator/store/queries/feed.py``); what must never be torn apart is the taking, and that is one
+transaction here: a reader's position, what became of the events before it, and the tallies.
+"""
+
+import json
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aggregator.forward.planner import Item
+from aggregator.forward.request_window import BUSY_WAIT_S
+from aggregator.place import Place, format_places, parse_places
+
+WAITING_MAX = 100_000  # rows; nothing more is taken from the feed while so many wait
+WAITING = "waiting"  # the lane of slices that are made of waiting rows
+REPLAY = "replay "
+TABLES = """
+CREATE TABLE IF NOT EXISTS lanes (name TEXT PRIMARY KEY, position TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS waiting (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT, external_id TEXT, who TEXT, timestamp_us INTEGER,
+    ingested_us INTEGER, due_us INTEGER, body BLOB);
+CREATE INDEX IF NOT EXISTS waiting_due ON waiting (due_us);
+CREATE TABLE IF NOT EXISTS dead (
+    external_id TEXT PRIMARY KEY, lane TEXT, words TEXT, body BLOB, ingested_us INTEGER, refused_us INTEGER);
+CREATE TABLE IF NOT EXISTS replays (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, since TEXT, until TEXT, asked_us INTEGER, ended_us INTEGER);
+CREATE TABLE IF NOT EXISTS tallies (lane TEXT, name TEXT, value INTEGER, PRIMARY KEY (lane, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS flags (name TEXT PRIMARY KEY, value TEXT);
+"""
+
+
+class Replay(NamedTuple):
+    """A range of time (of the events' own, half-open) that is being sent again; its lane is ``replay N``."""
+
+    number: int
+    since: str
+    until: str
+
+    @property
+    def lane(self) -> str:
+        """The name of its reader."""
+        return f"{REPLAY}{self.number}"
+
+
+class DeadLetter(NamedTuple):
+    """An event that Polar does not take, and why."""
+
+    external_id: str
+    lane: str
+    words: str
+    body: bytes
+    ingested_us: int
+    refused_us: int
+
+
+class State:
+    """The file. Any number of processes may look at it; one forwards. Safe for threads."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600, exist_ok=True)  # the feed's token is in it
+        self._file = sqlite3.connect(path, timeout=BUSY_WAIT_S, isolation_level=None, check_same_thread=False)
+        self._lock = threading.RLock()
+        self._file.execute("PRAGMA journal_mode = WAL").fetchone()
+        self._file.execute("PRAGMA synchronous = FULL")
+        self._file.executescript(TABLES)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._file.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._file.execute("ROLLBACK")
+                raise
+            self._file.execute("COMMIT")
+
+    def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._file.execute(sql, values).fetchall()
+
+    def position(self, lane: str) -> dict[int, Place]:
+        """Where the lane's reader stands; the beginning when it never read."""
+        rows = self._rows("SELECT position FROM lanes WHERE name = ?", lane)
+        return (parse_places(rows[0][0]) or {}) if rows else {}
+
+    def begin(self, lane: str, position: Mapping[int, Place]) -> None:
+        """Where a lane that never read begins."""
+        with self._transaction():
+            self._file.execute("INSERT OR IGNORE INTO lanes VALUES (?, ?)", [lane, format_places(position)])
+
+    def knows(self, lane: str) -> bool:
+        """Whether the lane has a position."""
+        return bool(self._rows("SELECT 1 FROM lanes WHERE name = ?", lane))
+
+    def mark(self, lane: str, items: Sequence[Item], position: Mapping[int, Place] | None, now_us: int) -> None:
+        """These items are done: accepted, or to be parked, or condemned. The lane moves behind them, or further.
+
+        Items that come from the waiting ones leave them, unless they are parked again.
+        """
+        with self._transaction():
+            self._take_out([item for item in items if item.number and not item.due_us])
+            self._park([item for item in items if item.due_us])
+            self._bury([item for item in items if item.condemned and not item.due_us], now_us)
+            accepted = [item for item in items if item.is_sent]
+            self._revive(accepted)
+            self._add("taken", (item.lane for item in items if not item.number))
+            self._add("accepted", (item.lane for item in accepted))
+            if lane != WAITING:
+                reached = self.position(lane)
+                for item in items:
+                    reached[item.partition] = (item.offset, item.line + 1)
+                reached |= position or {}
+                self._file.execute("INSERT OR REPLACE INTO lanes VALUES (?, ?)", [lane, format_places(reached)])
+
+    def _take_out(self, items: Sequence[Item]) -> None:
+        self._file.executemany("DELETE FROM waiting WHERE number = ?", [(item.number,) for item in items])
+
+    def _park(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if item.number:
+                self._file.execute("UPDATE waiting SET due_us = ? WHERE number = ?", [item.due_us, item.number])
+            else:
+                self._wait(item, item.due_us)
+
+    def _wait(self, item: Item, due_us: int) -> None:
+        row = [item.lane, item.external_id, item.who, item.timestamp_us, item.ingested_us, due_us, item.body]
+        self._file.execute("INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def _bury(self, items: Sequence[Item], now_us: int) -> None:
+        """Keep what is refused for good. A replayed event that is refused again stays the dead letter that it was."""
+        for item in items:
+            row = [item.external_id, item.lane, item.condemned, item.body, item.ingested_us, now_us]
+            self._file.execute("INSERT OR IGNORE INTO dead VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._count(item.lane, "dead", 1)
+
+    def _revive(self, items: Sequence[Item]) -> None:
+        """An accepted event is no dead letter any more, whichever way it came."""
+        if not self._rows("SELECT 1 FROM dead LIMIT 1"):
+            return
+        for item in items:
+            for (lane,) in self._rows("DELETE FROM dead WHERE external_id = ? RETURNING lane", item.external_id):
+                if lane != item.lane:
+                    self._count(lane, "dead", -1)
+                    self._count(lane, "accepted", 1)
+
+    def _add(self, name: str, lanes: Iterable[str]) -> None:
+        for lane, number in Counter(lanes).items():
+            self._count(lane, name, number)
+
+    def _count(self, lane: str, name: str, value: int) -> None:
+        self._file.execute(
+            "INSERT INTO tallies VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+            [lane, name, value],
+        )
+
+    def roll(self, items: Sequence[Item], position: Mapping[int, Place]) -> None:
+        """Rollups are made up to the position: they wait to be sent, as they are."""
+        with self._transaction():
+            self._add("taken", (item.lane for item in items))
+            for item in items:
+                self._wait(item, item.timestamp_us)
+            self._file.execute("INSERT OR REPLACE INTO lanes VALUES ('rollup', ?)", [format_places(position)])
+
+    def due(self, now_us: int, limit: int) -> list[Item]:
+        """Waiting items whose time has come, in the order in which they came; a customer's only up to one not due."""
+        rows = self._rows(
+            """SELECT lane, external_id, who, timestamp_us, ingested_us, body, number FROM waiting
+               WHERE due_us <= ? ORDER BY number LIMIT ?""", now_us, limit
+        )
+        return [
+            Item(lane=lane, external_id=external_id, who=who, timestamp_us=timestamp_us, ingested_us=ingested_us,
+                 body=body, number=number)
+            for lane, external_id, who, timestamp_us, ingested_us, body, number in rows
+        ]  # fmt: skip
+
+    def waiting_customers(self) -> dict[str, int]:
+        """{customer: when its last waiting event is due}, of events; rollups have no order."""
+        return dict(self._rows("SELECT who, MAX(due_us) FROM waiting WHERE lane <> 'rollup' GROUP BY who"))
+
+    def waiting(self) -> tuple[int, int | None]:
+        """How many wait, and when the oldest of them came in."""
+        ((number, oldest_us),) = self._rows("SELECT COUNT(*), MIN(ingested_us) FROM waiting")
+        return number, oldest_us
+
+    def count(self, lane: str, **changes: int) -> None:
+        """Add to a lane's tallies."""
+        with self._transaction():
+            for name, value in changes.items():
+                self._count(lane, name, value)
+
+    def tallies(self) -> dict[str, dict[str, int]]:
+        """{lane: {name: value}}."""
+        found: dict[str, dict[str, int]] = {}
+        for lane, name, value in self._rows("SELECT lane, name, value FROM tallies"):
+            found.setdefault(lane, {})[name] = value
+        return found
+
+    def dead(self, limit: int = 1_000, offset: int = 0) -> list[DeadLetter]:
+        """Dead letters, the newest first."""
+        sql = "SELECT * FROM dead ORDER BY refused_us DESC, external_id LIMIT ? OFFSET ?"
+        return [DeadLetter(*row) for row in self._rows(sql, limit, offset)]
+
+    def ask_replay(self, since: str, until: str, now_us: int) -> int:
+        """Have a range of time sent again; its number."""
+        with self._transaction():
+            cursor = self._file.execute("INSERT INTO replays VALUES (NULL, ?, ?, ?, NULL)", [since, until, now_us])
+            return int(cursor.lastrowid or 0)
+
+    def replays(self) -> list[Replay]:
+        """Those that are not finished, the oldest first."""
+        return [
+            Replay(*row)
+            for row in self._rows("SELECT number, since, until FROM replays WHERE ended_us IS NULL ORDER BY number")
+        ]
+
+    def end_replay(self, number: int, now_us: int) -> None:
+        """It has come to its end."""
+        with self._transaction():
+            self._file.execute("UPDATE replays SET ended_us = ? WHERE number = ?", [now_us, number])
+
+    def flags(self) -> dict[str, Any]:
+        """What operators asked for and want to see."""
+        return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM flags")}
+
+    def set(self, **flags: object) -> None:
+        """Set flags; None removes one."""
+        with self._transaction():
+            for name, value in flags.items():
+                if value is None:
+                    self._file.execute("DELETE FROM flags WHERE name = ?", [name])
+                else:
+                    self._file.execute("INSERT OR REPLACE INTO flags VALUES (?, ?)", [name, json.dumps(value)])
+

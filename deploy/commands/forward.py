@@ -1,0 +1,87 @@
+"""``meterstream forward``: hand events on to Polar, and see to it."""
+
+from typing import Annotated
+
+import typer
+
+from deploy.output import note, show, show_one
+from deploy.session import EPILOG, session
+
+app = typer.Typer(help="Hand events on to a Polar organization (works on --data).")
+
+Server = Annotated[str | None, typer.Option(help="production, sandbox, or a URL.")]
+Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
+
+
+@app.callback(invoke_without_command=True, epilog=EPILOG)
+def run(context: typer.Context, server: Server = None, lifeline: Lifeline = None) -> None:
+    """Hand events on to Polar until stopped; METERSTREAM_POLAR_TOKEN says to which organization."""
+    if context.invoked_subcommand:
+        return
+    from deploy.forward import run as forward
+    from deploy.logs import crashes_logged
+
+    with crashes_logged():
+        forward(session(context).settings.but(polar_server=server), lifeline)
+
+
+@app.command(epilog=EPILOG)
+def status(context: typer.Context) -> None:
+    """How far it got: what is pending, sent and refused, and what it waits for."""
+    from deploy.forward_desk import status as look
+
+    here = session(context)
+    show_one(look(here.data), here.output)
+
+
+@app.command(epilog=EPILOG)
+def pause(context: typer.Context) -> None:
+    """Send nothing until resumed. What comes in meanwhile waits."""
+    from deploy.forward_desk import opened
+
+    with opened(session(context).data) as state:
+        state.set(paused=True)
+    note("Nothing is sent any more; `meterstream forward resume` goes on.")
+
+
+@app.command(epilog=EPILOG)
+def resume(context: typer.Context) -> None:
+    """Go on, after a pause or after what stopped it was mended."""
+    from deploy.forward_desk import now_us, opened
+
+    with opened(session(context).data) as state:
+        state.set(paused=None, resumed_us=now_us())
+    note("Forwarding goes on.")
+
+
+@app.command(epilog=EPILOG)
+def replay(
+    context: typer.Context,
+    since: Annotated[str, typer.Option(help="From this time of the events on, such as 2026-03-01T00:00:00Z.")],
+    until: Annotated[str, typer.Option(help="Up to this time, not included.")],
+) -> None:
+    """Send a range of time again, what was refused too. Polar knows what it has by its id, so nothing counts twice."""
+    from deploy.forward_desk import ask_replay
+
+    here = session(context)
+    number = ask_replay(here.data, since, until)
+    note(f"Replay {number} is in line; `meterstream forward status` shows it until it is done.")
+
+
+@app.command(epilog=EPILOG)
+def dead(context: typer.Context, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 100) -> None:
+    """The events that Polar refuses, newest first, with its words."""
+    from deploy.forward_desk import dead_letters
+
+    here = session(context)
+    show(dead_letters(here.data, limit), ("refused_at", "external_id", "words", "event"), here.output)
+
+
+@app.command(epilog=EPILOG)
+def plan(context: typer.Context) -> None:
+    """Whether the last day's traffic fits Polar's request limit as it is, and what a rollup would make of it."""
+    from deploy.forward_plan import plan as compute
+
+    here = session(context)
+    rows = compute(here.settings)
+    show(rows, ("way", "events", "requests", "busiest_minute_requests", "fits", "about"), here.output)

@@ -1,0 +1,126 @@
+"""The forwarder's process: a data directory's state, the feed of its aggregator, and Polar.
+
+Whatever keeps it from forwarding (no organization yet, an ambiguous one, a meter that does not exist, a refused token)
+is written into the state, where ``meterstream forward status`` and the metrics show it, and tried again: it must never
+take down the server beside it.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+
+from aggregator.forward.forwarder import Forwarder, RolledMeter, Wishes
+from aggregator.forward.request_window import RequestWindow
+from aggregator.forward.source import Away, Selection, Source
+from aggregator.forward.state import State
+from aggregator.forward.upstream import Upstream
+from deploy.control import new_secret, new_token, open_control
+from deploy.data import DataDirectory
+from deploy.giving_up import USAGE, GiveUp
+from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
+from deploy.logs import configure_logs
+from deploy.settings import Settings
+from meters.catalogue import TokenCreated
+
+TRY_AGAIN_S = 2.0  # after what a person or a starting server will mend
+SCOPES = ("events:read", "meters:read")  # all that the feed needs
+SUMMABLE = ("count", "sum")  # functions whose parts can be put together again by adding
+
+logger = structlog.get_logger("deploy.forward")
+
+
+def run(settings: Settings, lifeline: int | None) -> None:
+    """Forward until SIGTERM. Raises GiveUp when there is nothing to forward with."""
+    leave_when_asked()
+    if lifeline is not None:
+        live_no_longer_than_supervisor(lifeline)
+    configure_logs("forwarder", settings.log_level)
+    if not settings.polar_token:
+        raise GiveUp("forwarding needs a token of the Polar organization: set METERSTREAM_POLAR_TOKEN", USAGE)
+    data = DataDirectory(settings.data)
+    data.require()
+    with _alone(data, patient=lifeline is not None), contextlib.closing(State(data.forwarding)) as state:
+        state.set(stopped=None, last_failure=None, last_failure_us=None)
+        window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
+        timeout_s = settings.polar_timeout_seconds
+        with Upstream(settings.polar_server, settings.polar_token, window, timeout_s=timeout_s) as upstream:
+            while True:
+                _try(settings, data, state, upstream)
+                time.sleep(TRY_AGAIN_S)
+
+
+def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream) -> None:
+    """Forward until something has to be set up again."""
+    try:
+        with contextlib.closing(open_source(data, state, settings.polar_organization)) as source:
+            wishes = wishes_of(settings, source)
+            state.set(waits_for=None)
+            Forwarder(source, upstream, state, wishes).run()
+    except Away as away:
+        state.set(waits_for=str(away), **({"feed_token": None} if away.is_denied else {}))
+        logger.warning("forwarding_waits", reason=str(away))
+    except GiveUp as reason:
+        state.set(waits_for=str(reason))
+        logger.error("forwarding_waits", reason=str(reason))
+
+
+@contextlib.contextmanager
+def _alone(data: DataDirectory, patient: bool) -> Iterator[None]:
+    """One forwarder for a data directory. Raises GiveUp if there is another, unless it is waited for."""
+    lock = os.open(data.path / "forward.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise GiveUp(f"another process forwards the events of {data.path} already") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def open_source(data: DataDirectory, state: State, organization: str | None) -> Source:
+    """The feed of the aggregator of this data directory, with a token made for it once. Raises GiveUp."""
+    known = state.flags().get("feed_token")
+    if known is None or known["organization"] != organization:
+        known = {"organization": organization, "secret": new_secret()}
+        with open_control(data) as control:
+            token = new_token(control.organization(organization), "forwarder", known["secret"], SCOPES)
+            control.decide([TokenCreated(token)])
+        state.set(feed_token=known)
+    return Source("", known["secret"], data.socket)
+
+
+def wishes_of(settings: Settings, source: Source) -> Wishes:
+    """What the settings ask for. Raises GiveUp for a meter that there is not or that cannot be rolled up, Away."""
+    wanted = [name.strip() for name in settings.polar_rollup.split(",") if name.strip()]
+    meters = source.meters() if wanted or settings.polar_meter else []
+    rolled = [_meter(meters, name) for name in wanted]
+    for meter in rolled:
+        if meter["aggregation"]["func"] not in SUMMABLE:
+            raise GiveUp(
+                f"the meter {meter['name']!r} cannot be rolled up: parts of {meter['aggregation']['func']} do not add "
+                f"up to the whole ({' and '.join(SUMMABLE)} do); forward its events instead"
+            )
+    selection = Selection(
+        names=tuple(name.strip() for name in settings.polar_events.split(",") if name.strip()),
+        meter_id=_meter(meters, settings.polar_meter)["id"] if settings.polar_meter else None,
+        filter=settings.polar_filter,
+    )
+    return Wishes(
+        selection=selection, is_raw=not rolled or selection != Selection(), begin=settings.polar_from,
+        meters=tuple(RolledMeter(meter["id"], meter["aggregation"]["func"]) for meter in rolled),
+        window_s=settings.polar_rollup_seconds, batch_events=settings.polar_batch_events,
+    )  # fmt: skip
+
+
+def _meter(meters: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
+    found = [meter for meter in meters if wanted in (meter["id"], meter["name"])]
+    if len(found) != 1:
+        names = ", ".join(sorted(str(meter["name"]) for meter in meters)) or "none"
+        raise GiveUp(f"there is {'no' if not found else 'more than one'} meter {wanted!r}; there are: {names}")
+    return found[0]

@@ -1,0 +1,112 @@
+"""What an operator sees of forwarding and asks of it: reads and writes the forwarder's state, beside the forwarder."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from aggregator.forward.request_window import RequestWindow
+from aggregator.forward.state import State
+from deploy.data import DataDirectory
+from deploy.giving_up import USAGE, GiveUp
+
+SILENT_US = 30_000_000  # a forwarder writes something every few seconds
+LANES = ("raw", "rollup")
+
+
+def now_us() -> int:
+    """The time, UTC, microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+@contextlib.contextmanager
+def opened(data: DataDirectory) -> Iterator[State]:
+    """The forwarder's state. Raises GiveUp when nothing was ever forwarded from here."""
+    if not data.forwarding.exists():
+        raise GiveUp(f"nothing was forwarded from {data.path} yet; set METERSTREAM_POLAR_TOKEN and `meterstream serve`")
+    state = State(data.forwarding)
+    try:
+        yield state
+    finally:
+        state.close()
+
+
+def status(data: DataDirectory) -> dict[str, Any]:
+    """What a person wants to know, in one look. Raises GiveUp."""
+    with opened(data) as state:
+        flags, tallies = state.flags(), state.tallies()
+        waiting, oldest_waiting_us = state.waiting()
+        replays = [f"{replay.number}: {replay.since} to {replay.until}" for replay in state.replays()]
+    oldest = [us for us in (flags.get("oldest_us"), oldest_waiting_us) if us is not None]
+    sums = {name: sum(tallies.get(lane, {}).get(name, 0) for lane in LANES) for name in ("accepted", "dead")}
+    requests = tallies.get("", {})
+    return {
+        "state": _word(flags),
+        "reason": flags.get("stopped") or flags.get("waits_for"),
+        "server": flags.get("server"),
+        "circuit": flags.get("circuit"),
+        "pending": flags.get("pending"),
+        "waiting": waiting,
+        "oldest_unsent": _instant(min(oldest)) if oldest else None,
+        "events_per_second": flags.get("rate"),
+        "sent": sums["accepted"],
+        "duplicates": requests.get("duplicates", 0),
+        "refused": sums["dead"],
+        "requests": requests.get("requests", 0),
+        "postponed": requests.get("postponed", 0),
+        "requests_in_last_minute": _requests(data),
+        "last_failure": flags.get("last_failure"),
+        "replays": "; ".join(replays) or None,
+        "as_of": _instant(flags.get("seen_us")),
+    }
+
+
+def _word(flags: dict[str, Any]) -> str:
+    if flags.get("paused"):
+        return "paused"
+    if flags.get("stopped"):
+        return "stopped"
+    if now_us() - flags.get("seen_us", 0) > SILENT_US and not flags.get("waits_for"):
+        return "not running"
+    if flags.get("waits_for"):
+        return "waits"
+    return "forwarding"
+
+
+def _requests(data: DataDirectory) -> int:
+    with contextlib.closing(RequestWindow(data.forwarding, is_reader=True)) as window:
+        return window.used()
+
+
+def _instant(at_us: int | None) -> str | None:
+    if at_us is None:
+        return None
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us)).isoformat().replace("+00:00", "Z")
+
+
+def ask_replay(data: DataDirectory, since: str, until: str) -> int:
+    """Put a range of time in line; its number. Raises GiveUp."""
+    start, end = _time("--since", since), _time("--until", until)
+    if start >= end:
+        raise GiveUp("--until must be later than --since", USAGE)
+    with opened(data) as state:
+        return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
+
+
+def _time(option: str, text: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise GiveUp(f"{option} takes a time such as 2026-03-01T00:00:00Z, and not {text!r}", USAGE) from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def dead_letters(data: DataDirectory, limit: int) -> list[dict[str, Any]]:
+    """What Polar refuses. Raises GiveUp."""
+    with opened(data) as state:
+        return [
+            {"refused_at": _instant(letter.refused_us), "external_id": letter.external_id, "words": letter.words,
+             "event": letter.body.decode()}
+            for letter in state.dead(limit)
+        ]  # fmt: skip

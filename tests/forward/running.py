@@ -1,0 +1,78 @@
+"""A forwarder in the test's own thread, on a clock that may run faster than the world's."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aggregator.forward.forwarder import Forwarder, Wishes
+from aggregator.forward.request_window import Clock, RequestWindow
+from aggregator.forward.source import Source
+from aggregator.forward.state import State
+from aggregator.forward.upstream import Upstream
+from tests.deploy.installation import Installation
+
+PATIENCE_S = 60.0
+
+
+class Clocks:
+    """Time that runs ``speed`` times as fast from now on."""
+
+    def __init__(self, speed: float = 1.0) -> None:
+        self.speed = speed
+        self._began_us, self._began = time.time_ns() // 1000, time.monotonic()
+
+    def now_us(self) -> int:
+        """UTC, microseconds."""
+        return self._began_us + int((time.monotonic() - self._began) * 1e6 * self.speed)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, shorter by the same factor."""
+        time.sleep(seconds / self.speed)
+
+
+class Running:
+    """A forwarder with its parts, over an installation's feed."""
+
+    def __init__(
+        self, installation: Installation, server: str, state: Path, *, clocks: Clocks | None = None,
+        requests_max: int = 300, timeout_s: float = 30.0, **wishes: Any,
+    ) -> None:
+        self.clocks = clocks or Clocks()
+        clock = Clock(self.clocks.now_us, self.clocks.pause)
+        self.state = State(state)
+        self.window = RequestWindow(state, requests_max, clock=clock)
+        self.upstream = Upstream(server, "polar_oat_upstream", self.window, timeout_s=timeout_s)
+        self.source = Source(installation.url, installation.token)
+        self.forwarder = Forwarder(self.source, self.upstream, self.state, Wishes(**wishes), lambda: 0.5)
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+        self.upstream.close()
+        self.window.close()
+        self.state.close()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Forward until the condition holds."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.state.flags()
+            self.clocks.pause(self.forwarder.turn())
+
+    def taken(self, lane: str = "raw") -> int:
+        """How many events of the lane were taken from the feed."""
+        return self.state.tallies().get(lane, {}).get("taken", 0)
+
+    def done(self, events: int, lane: str = "raw") -> bool:
+        """Whether so many events of the lane were taken, and none waits."""
+        return self.taken(lane) >= events and self.state.waiting()[0] == 0
+
+    def books(self, lane: str = "raw") -> dict[str, int]:
+        """The lane's tallies; they always add up."""
+        tallies = {"taken": 0, "accepted": 0, "dead": 0} | self.state.tallies().get(lane, {})
+        waiting = self.state.waiting()[0] if lane != "waiting" else 0
+        assert tallies["taken"] == tallies["accepted"] + tallies["dead"] + waiting, (tallies, waiting)
+        return tallies
