@@ -32,11 +32,12 @@ from ingest.limits import (
     RequestQuota,
 )
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from meters import log as port
 from meters.access import Denied, authorize, writing
 from meters.catalogue import Token
-from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
+from meters.log import USAGE_EVENTS, Log, TryAgain, format_position
 from meters.refusal import Reason
 
 SCOPES = writing("events")
@@ -86,20 +87,26 @@ class IngestEndpoint:
 
     def __init__(self, log: Log, tail: CatalogueTail, settings: EndpointSettings) -> None:
         self.in_flight = InFlight(settings.in_flight_bytes_max)
-        self.position: dict[int, int] = {}  # of usage.events, as far as this process knows
+        self.position: dict[int, int] = {}  # of every partition of usage.events, as far as this process knows
         self._log = log
         self._tail = tail
         self._settings = settings
         self._quota = RequestQuota(settings.requests_per_minute)
         self._recent = RecentIdentities()
+        self._spread = Spread()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
         self._not_writable_until_s = 0.0
 
     @property
     def writable(self) -> bool:
-        """False for a while after the log refused to write."""
-        return time.monotonic() >= self._not_writable_until_s
+        """False until the log's partitions are known, and for a while after it refused to write."""
+        return bool(self.position) and time.monotonic() >= self._not_writable_until_s
+
+    def learn(self, ends: Mapping[int, int]) -> None:
+        """Hear of the log's partitions, and how far they reach."""
+        for partition, end in ends.items():
+            self.position[partition] = max(self.position.get(partition, 0), end)
 
     def close(self) -> None:
         """End the thread."""
@@ -174,11 +181,15 @@ class IngestEndpoint:
         if admitted.named:
             events = Fingerprints(token.organization_id, admitted.external_ids, admitted.lines)
             verdicts = self._recent.judge(events)
+        position: Mapping[int, int]
         if admitted.lines:
-            entry = Entry(admitted.value, 0, token.organization_id, admitted=True)
+            if not self.position:
+                return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
+            catalogue, partitions = self._tail.catalogue, len(self.position)
+            entries = self._spread.entries(admitted, token.organization_id, catalogue, partitions)
             began_s = time.perf_counter()
             try:
-                (offset,) = await self._log.append(USAGE_EVENTS, [entry])
+                offsets = await self._log.append(USAGE_EVENTS, entries)
             except TryAgain as error:
                 self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
                 return answers.unavailable("LogUnavailable", "The log cannot write just now.", error.retry_after_s)
@@ -186,8 +197,8 @@ class IngestEndpoint:
                 return answers.problem(413, "RequestBodyTooLarge", str(error))
             telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
             self._not_writable_until_s = 0.0
-            self.position[0] = max(self.position.get(0, 0), offset + 1)
-            position = {0: offset + 1}
+            position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
+            self.learn(position)
         else:
             position = self.position
         if events is not None:

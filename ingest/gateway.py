@@ -39,6 +39,9 @@ VERSION_DEFAULT = b"2026-04"
 
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
+LOG_LOOK_S = 30.0
+"""Seconds between two looks at the log's partitions; whoever adds some does so rarely."""
+
 LOAD_PATIENCE_S = 0.5
 """Seconds that a start waits for the catalogue before it listens: nearly always enough, and no reason to be late."""
 
@@ -63,6 +66,7 @@ class Gateway:
         self.tail = CatalogueTail(log)
         self.endpoint = IngestEndpoint(log, self.tail, settings)
         self._upstream = Upstream(settings.upstream or "unix:")
+        self._trouble = ""  # why the log could not be read at the last look
         telemetry.observe(self.endpoint.in_flight, self.tail)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -125,8 +129,10 @@ class Gateway:
     async def ready(self) -> Answer:
         """``/readyz``: tokens are known, and the log writes as far as anyone could tell."""
         checks = {"catalogue": self.tail.current, "log": self.endpoint.writable}
-        body = msgspec.json.encode({"ready": all(checks.values()), "checks": checks})
-        return Answer(200 if all(checks.values()) else 503, body)
+        ready = all(checks.values())
+        trouble = self._trouble or self.tail.trouble
+        waiting = {"waiting_for": trouble} if trouble and not ready else {}
+        return Answer(200 if ready else 503, msgspec.json.encode({"ready": ready, "checks": checks} | waiting))
 
     async def metrics(self) -> Answer:
         """``/metrics``: this process's, then the aggregator's when it answers."""
@@ -139,17 +145,34 @@ class Gateway:
         await receive()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tail.run())
-            try:
-                self.endpoint.position.update(await asyncio.to_thread(self._log.ends, USAGE_EVENTS))
-            except TryAgain as error:
-                logger.warning("the log cannot be read yet: %s", error)
+            pause_s = await self._look_at_log()
+            looking = tasks.create_task(self._keep_looking(pause_s))
             await self.tail.wait_until_loaded(LOAD_PATIENCE_S)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             self.tail.stop()
+            looking.cancel()
         self._upstream.close()
         self.endpoint.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+    async def _look_at_log(self) -> float:
+        """Learn which partitions there are; the seconds until the next look."""
+        try:
+            self.endpoint.learn(await asyncio.to_thread(self._log.ends, USAGE_EVENTS))
+        except TryAgain as error:
+            if not self._trouble:
+                logger.warning("the log cannot be read yet: %s", error)
+            self._trouble = str(error)
+            return error.retry_after_s
+        self._trouble = ""
+        return LOG_LOOK_S
+
+    async def _keep_looking(self, pause_s: float) -> None:
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = await self._look_at_log()
 
 
 _OWN: dict[str, Callable[[Gateway], Awaitable[Answer]]] = {

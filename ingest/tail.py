@@ -35,6 +35,7 @@ class CatalogueTail:
     def __init__(self, log: Log) -> None:
         self.catalogue = Catalogue()
         self.position: dict[int, int] = {}
+        self.trouble = ""  # why the last read failed, if it did
         self._log = log
         self._loaded = threading.Event()
         self._moved = threading.Condition()
@@ -78,10 +79,12 @@ class CatalogueTail:
             try:
                 self._read_once()
             except TryAgain as error:
+                self.trouble = str(error)
                 self._stopping.wait(min(error.retry_after_s, 1.0))
-            except (PositionLost, ValueError):
+            except (PositionLost, ValueError) as error:
                 # Not to be healed by waiting; the gateway refuses to guess.
                 self._loaded.clear()
+                self.trouble = f"the decisions cannot be followed, see the log of this process: {error}"
                 logger.exception("the control stream cannot be followed from %s", format_position(self.position))
                 return
 
@@ -96,6 +99,7 @@ class CatalogueTail:
             self._apply(record.value)
             self.position[record.partition] = record.offset + 1
         self._read_at_s = time.monotonic()
+        self.trouble = ""
         with self._moved:
             self._moved.notify_all()
 

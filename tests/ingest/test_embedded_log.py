@@ -365,7 +365,7 @@ def test_an_unfinished_creation_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:6379", "embedded:", "memory:elsewhere", "postgres:x"])
 def test_an_unknown_url_says_what_is_known(url: str) -> None:
     """A URL of no known kind is an error that names the kinds there are."""
-    with pytest.raises(ValueError, match="embedded:DIRECTORY or memory:"):
+    with pytest.raises(ValueError, match="embedded:DIRECTORY, memory: or kafka:"):
         open_log(url)
 
 

@@ -1,0 +1,75 @@
+"""From a request's lines to one record for each partition that they belong to.
+
+Where there is one partition nothing is looked at. Where there are more, the customers of all lines are read in one
+call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
+everything else that is done to an event.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ingest.admission import Admitted
+from meters.catalogue import Catalogue
+from meters.log import Entry
+from meters.partition_key import partition_key, partition_of
+from meters.uuid_text import parse_uuid4
+
+REMEMBERED_MAX = 200_000
+"""Customers whose partition is kept, some 30 MB; whoever has more pays for the hash now and then."""
+
+
+class _Who(msgspec.Struct, gc=False):
+    external_customer_id: str | None = None
+    customer_id: str | None = None
+
+
+_decode_lines = msgspec.json.Decoder(_Who).decode_lines
+
+
+class Spread:
+    """Makes entries of what was admitted. For one thread."""
+
+    def __init__(self) -> None:
+        self._partitions = 0
+        self._remembered = 0
+        self._known: dict[str, dict[str | None, int]] = {}  # by organization and external customer
+
+    def entries(
+        self, admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int
+    ) -> list[Entry]:
+        """The records to append, at most one for a partition."""
+        if partitions == 1:
+            return [Entry(admitted.value, 0, organization_id, admitted=True)]
+        if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
+            self._partitions, self._remembered, self._known = partitions, 0, {}
+        value = admitted.value
+        places = self._places(_decode_lines(value), organization_id, catalogue)
+        if len(set(places)) == 1:
+            return [Entry(value, places[0], organization_id, admitted=True)]
+        lines: dict[int, list[bytes]] = {}
+        for place, line in zip(places, admitted.lines, strict=True):
+            lines.setdefault(place, []).append(line)
+        return [Entry(b"\n".join(lines[place]), place, organization_id, admitted=True) for place in sorted(lines)]
+
+    def _places(self, whos: Sequence[_Who], organization_id: str, catalogue: Catalogue) -> list[int]:
+        known = self._known.setdefault(organization_id, {})
+        places = [known.get(who.external_customer_id) for who in whos]
+        if None in places:
+            for row, who in enumerate(whos):
+                if places[row] is None:
+                    places[row] = self._place(who, organization_id, catalogue, known)
+        return places  # type: ignore[return-value]  # every None was replaced
+
+    def _place(
+        self, who: _Who, organization_id: str, catalogue: Catalogue, known: dict[str | None, int]
+    ) -> int:
+        name = who.external_customer_id
+        if name is None:  # not remembered: a customer may be given a name later
+            id = parse_uuid4(who.customer_id)
+            customer = catalogue.customer(organization_id, id) if isinstance(id, str) else None
+            name = (customer and customer.external_id) or str(id)
+            return partition_of(partition_key(organization_id, name), self._partitions)
+        known[name] = place = partition_of(partition_key(organization_id, name), self._partitions)
+        self._remembered += 1
+        return place

@@ -1,0 +1,76 @@
+"""A request's lines become one record for each partition, and each customer has one partition."""
+
+import json
+from datetime import UTC, datetime
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.admission import Admitted
+from ingest.spread import Spread
+from meters.catalogue import Catalogue, Customer, CustomerCreated
+from meters.partition_key import partition_key, partition_of
+
+ORGANIZATION = "6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10"
+NAMED = "0e1d7f2a-6f63-4c6c-8a53-111111111111"  # a customer with an external id
+NAMELESS = "0e1d7f2a-6f63-4c6c-8a53-222222222222"
+NAME = "ada"
+
+
+def catalogue() -> Catalogue:
+    """Two customers, one of which has an external id."""
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    customers = [
+        Customer(id=id, organization_id=ORGANIZATION, external_id=name, email="a@b.c", name=None, metadata={},
+                 created_at=now)
+        for id, name in ((NAMED, NAME), (NAMELESS, None))
+    ]  # fmt: skip
+    return Catalogue([CustomerCreated(customer) for customer in customers])
+
+
+def admitted(events: list[dict[str, str]]) -> Admitted:
+    """The events as admission hands them on."""
+    lines = [json.dumps(event).encode() for event in events]
+    return Admitted(lines, ["x"] * len(lines), range(len(lines)), False, [])
+
+
+def customer_of(event: dict[str, str]) -> str:
+    """The customer's part of the key, by the rule."""
+    named = {NAMED: NAME, NAMED.upper(): NAME, NAMELESS: NAMELESS}
+    return event.get("external_customer_id") or named[event["customer_id"]]
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.text("abcé", max_size=3).filter(bool).map(lambda name: {"external_customer_id": name}),
+        st.sampled_from([NAMED, NAMED.upper(), NAMELESS]).map(lambda id: {"customer_id": id}),
+        st.just({"external_customer_id": NAME, "customer_id": NAMELESS}),
+    ),
+    min_size=1, max_size=30,
+)  # fmt: skip
+
+
+@given(st.lists(EVENTS, min_size=1, max_size=3), st.integers(1, 13))
+def test_every_line_goes_to_its_customers_partition(requests: list[list[dict[str, str]]], partitions: int) -> None:
+    """Each line is in one record, that of the partition of its customer's key, in the order of the request."""
+    spread, known = Spread(), catalogue()
+    for events in requests:
+        entries = spread.entries(admitted(events), ORGANIZATION, known, partitions)
+        found = {entry.partition: [json.loads(line) for line in entry.value.split(b"\n")] for entry in entries}
+
+        expected: dict[int, list[dict[str, str]]] = {}
+        for event in events:
+            place = partition_of(partition_key(ORGANIZATION, customer_of(event)), partitions)
+            expected.setdefault(place, []).append(event)
+        assert found == expected
+        assert len(entries) == len(found)
+        assert all(entry.admitted and entry.organization_id == ORGANIZATION for entry in entries)
+
+
+def test_more_partitions_than_before_are_used() -> None:
+    """What is remembered of a customer is forgotten when the number of partitions changes."""
+    spread, known = Spread(), catalogue()
+    one = admitted([{"external_customer_id": NAME}])
+    for partitions in (12, 7, 12):
+        [entry] = spread.entries(one, ORGANIZATION, known, partitions)
+        assert entry.partition == partition_of(partition_key(ORGANIZATION, NAME), partitions)
