@@ -50,7 +50,7 @@ async def get_price(desk: AtDesk, token: MeterReader, id: UUID) -> Response:
     return answer(price_shape(meter.id, price), desk.view.as_of)
 
 
-@router.delete("/v1/meters/{id}/price", status_code=204, responses={204: {"description": "It has no price any more"}})
+@router.delete("/v1/meters/{id}/price", status_code=204, responses=gives(None, 204))
 async def remove_price(desk: AtDesk, token: MeterWriter, id: UUID) -> Response:
     """The meter costs nothing any more, and can be archived."""
     async with desk.deciding:

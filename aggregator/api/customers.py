@@ -22,7 +22,7 @@ from meters.resource import parse_metadata
 router = APIRouter(tags=["customers"], dependencies=[CaughtUp])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
-_GONE: dict[int | str, dict[str, Any]] = {204: {"description": "There is no such customer any more"}}
+_GONE = gives(None, 204)
 TEXT_LENGTH_MAX = 500  # an address has 254 characters by its standard; names and ids are no longer than metadata
 
 

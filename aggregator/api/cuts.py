@@ -1,47 +1,95 @@
-"""Beginning a customer's meters anew: what every renewal does, whoever asks for it.
+"""Beginning a customer's meters anew, by hand: the end of a period for whoever has no benefits that are renewed.
 
 The units that are carried over are worked out here, once, from all that arrived before the cut; they are part of the
-decision. So the view waits until it has read whatever the log had when the cut was asked for.
+decision. A cut that names its time happens once, however often it is asked for.
 """
 
-from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
+from typing import Annotated
+from uuid import UUID
 
-from aggregator.api.balances import consumed_between, customer_meter
-from aggregator.api.desk import Desk
-from meters.catalogue import Customer
+import msgspec
+from fastapi import APIRouter, Depends, Request, Response
+
+from aggregator.api.balances import consumed_between
+from aggregator.api.bodies import body_as
+from aggregator.api.customers import customer_by_id
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import Malformed, Refused
+from aggregator.api.schemas import gives, ref, takes
+from aggregator.api.shapes import reset_shape
+from meters.access import writing
+from meters.catalogue import Customer, Token
 from meters.credit import MeterReset
-from meters.ledger import ZERO, Account, rollover_units
+from meters.detail import detail
+from meters.ledger import ZERO, rollover_units
 from meters.meter import Meter
 
-
-async def reset(
-    desk: Desk, customer: Customer, meters: Iterable[Meter], *, id: str, at: datetime,
-    reference: str | None = None,
-) -> MeterReset:  # fmt: skip
-    """The decision to begin the meters anew at a time. The caller holds ``desk.deciding`` and decides it.
-
-    ``id`` makes it one decision however often it is taken: derive it from what caused it.
-    """
-    meters = list(meters)
-    carried = {meter.id: await _carried(desk, customer, meter, at) for meter in meters}
-    return MeterReset(
-        id=id, organization_id=customer.organization_id, customer_id=customer.id, meter_ids=list(carried), at=at,
-        rollover={meter_id: units for meter_id, units in carried.items() if units > 0}, reference=reference,
-    )  # fmt: skip
+router = APIRouter(tags=["credits"], dependencies=[CaughtUp])
+Writer = Annotated[Token, Depends(allow(writing("customers")))]
 
 
-async def _carried(desk: Desk, customer: Customer, meter: Meter, at: datetime) -> Decimal:
+class ResetCreate(msgspec.Struct):
+    """Which meters begin anew (all of them where none is named), and from when on (now)."""
+
+    meter_ids: list[str] | None = None
+    at: datetime | None = None
+
+
+@router.post(
+    "/v1/customers/{id}/resets",
+    status_code=201,
+    openapi_extra=takes("ResetCreate"),
+    responses=gives(ref("Reset"), 201),
+)
+async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""
+    customer_by_id(desk, token, id)
+    asked = await body_as(ResetCreate, request, otherwise={})
+    async with desk.deciding:
+        customer = customer_by_id(desk, token, id)
+        at = _time(asked.at, desk.now())
+        units = {meter.id: await carried(desk, customer, meter, at) for meter in _meters(desk, token, asked)}
+        change = MeterReset(
+            id=f"{customer.id}:{at.isoformat(timespec='microseconds')}", organization_id=token.organization_id,
+            customer_id=customer.id, meter_ids=list(units), at=at,
+            rollover={meter_id: kept for meter_id, kept in units.items() if kept > 0},
+        )  # fmt: skip
+        if units and not all(_is_made(desk, change, meter_id) for meter_id in units):
+            await desk.decide(change)
+    return answer(reset_shape(change), desk.view.as_of, 201)
+
+
+def _time(given: datetime | None, now: datetime) -> datetime:
+    if given is not None and given.tzinfo is None:
+        message = "Input should have timezone info"
+        raise Malformed([detail("timezone_aware", ("body", "at"), message, given.isoformat())])
+    if given is not None and given > now:
+        raise Refused("value_error", ("body", "at"), "A meter cannot begin anew in the future.", given)
+    return given or now
+
+
+def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:
+    meters = {meter.id: meter for meter in desk.catalogue.meters_of(token.organization_id)}
+    if asked.meter_ids is None:
+        return [meter for meter in meters.values() if meter.archived_at is None]
+    for id in asked.meter_ids:
+        if id not in meters:
+            raise Refused("meter_id", ("body", "meter_ids"), "Meter not found.", id)
+    return [meters[id] for id in dict.fromkeys(asked.meter_ids)]
+
+
+def _is_made(desk: Desk, change: MeterReset, meter_id: str) -> bool:
+    account = desk.view.ledger.account(change.customer_id, meter_id)
+    return account is not None and any(reset.id == change.id for reset in account.resets)
+
+
+async def carried(desk: Desk, customer: Customer, meter: Meter, at: datetime) -> Decimal:
+    """The units that a cut at this time carries over: what is left of rollover credits, others used up first."""
     account = desk.view.ledger.account(customer.id, meter.id)
-    if account is None or not _has_rollover(account, at):
+    if account is None or (account.since is not None and account.since >= at):
         return ZERO
-    now = await customer_meter(desk, customer, meter)
-    consumed = now.consumed
-    if now.consumption.last_at is None or now.consumption.last_at >= at:
-        consumed = await consumed_between(desk, customer, meter, account.since, at)
-    return rollover_units(account, consumed, until=at)
-
-
-def _has_rollover(account: Account, at: datetime) -> bool:
-    return any(credit.rollover and credit.at < at for credit in account.window())
+    if not any(credit.rollover and credit.at < at for credit in account.window()):
+        return ZERO
+    return rollover_units(account, await consumed_between(desk, customer, meter, account.since, at), until=at)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from aggregator.api import benefit_schemas
 from aggregator.api.schemas import SCHEMAS
 
 _STYLE = """
@@ -55,7 +56,7 @@ def _complete(document: dict[str, Any]) -> None:
     """Add the schemas of bodies and the kind of credential."""
     components = document.setdefault("components", {})
     made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
-    components["schemas"] = made | SCHEMAS
+    components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
 

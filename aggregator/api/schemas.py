@@ -32,7 +32,8 @@ def many(schema: Schema) -> Schema:
     return {"type": "array", "items": schema}
 
 
-def _object(properties: Schema, *optional: str) -> Schema:
+def record(properties: Schema, *optional: str) -> Schema:
+    """An object that has all of these but the optional ones."""
     return {
         "type": "object",
         "properties": properties,
@@ -40,131 +41,134 @@ def _object(properties: Schema, *optional: str) -> Schema:
     }
 
 
-def _one_of(*names: str) -> Schema:
+def one_of(*names: str) -> Schema:
+    """One of these texts."""
     return {"type": "string", "enum": list(names)}
 
 
 def page_of(name: str) -> Schema:
     """A list in Polar's envelope."""
-    return _object({"items": many(ref(name)), "pagination": ref("Pagination")})
+    return record({"items": many(ref(name)), "pagination": ref("Pagination")})
 
 
 _SCALAR: Schema = {"type": ["string", "number", "boolean"]}
-_METADATA: Schema = {"type": "object", "additionalProperties": _SCALAR}
+METADATA: Schema = {"type": "object", "additionalProperties": _SCALAR}
 _METER: Schema = {
     "name": {"type": "string", "minLength": NAME_LENGTH_MIN},
     "filter": ref("Filter"),
     "aggregation": ref("Aggregation"),
-    "unit": _one_of(*UNITS),
+    "unit": one_of(*UNITS),
     "custom_label": nullable(TEXT),
     "custom_multiplier": nullable({"type": "integer", "exclusiveMinimum": 0}),
-    "metadata": _METADATA,
+    "metadata": METADATA,
 }
-_CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": _METADATA}
+_CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": METADATA}
 _UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
 _PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
 _UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
 _NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
 
 SCHEMAS: Schema = {
-    "Filter": _object(
-        {"conjunction": _one_of("and", "or"), "clauses": many({"anyOf": [ref("Clause"), ref("Filter")]})}
+    "Filter": record(
+        {"conjunction": one_of("and", "or"), "clauses": many({"anyOf": [ref("Clause"), ref("Filter")]})}
     ),
-    "Clause": _object(
+    "Clause": record(
         {
             "property": TEXT,
-            "operator": _one_of(*Operator),
+            "operator": one_of(*Operator),
             "value": {"anyOf": [_SCALAR, many(_SCALAR)]},
         }
     ),
-    "Aggregation": _object({"func": _one_of(*FUNCTIONS), "property": TEXT}, "property"),
-    "MeterCreate": _object(_METER, *(name for name in _METER if name not in ("name", "filter", "aggregation"))),
-    "MeterUpdate": _object(_METER | {"is_archived": BOOLEAN}, *_METER, "is_archived"),
-    "MeterDefinition": _object({"filter": ref("Filter"), "aggregation": ref("Aggregation")}),
-    "Meter": _object(
+    "Aggregation": record({"func": one_of(*FUNCTIONS), "property": TEXT}, "property"),
+    "MeterCreate": record(_METER, *(name for name in _METER if name not in ("name", "filter", "aggregation"))),
+    "MeterUpdate": record(_METER | {"is_archived": BOOLEAN}, *_METER, "is_archived"),
+    "MeterDefinition": record({"filter": ref("Filter"), "aggregation": ref("Aggregation")}),
+    "Meter": record(
         {"id": ID, "organization_id": ID, **_METER}
         | {"created_at": TIME, "modified_at": nullable(TIME), "archived_at": nullable(TIME)}
     ),
-    "Quantities": _object(
-        {"quantities": many(_object({"timestamp": TIME, "quantity": NUMBER})), "total": NUMBER}
+    "Quantities": record(
+        {"quantities": many(record({"timestamp": TIME, "quantity": NUMBER})), "total": NUMBER}
     ),
-    "Usage": _object({"meter_id": ID, **_NAMED, "value": TEXT, "count": COUNT}),
-    "Preview": _object(
+    "Usage": record({"meter_id": ID, **_NAMED, "value": TEXT, "count": COUNT}),
+    "Preview": record(
         {"total": NUMBER, "events": COUNT, "customers": COUNT}
         | {"first_seen": nullable(TIME), "last_seen": nullable(TIME)}
-        | {"top_customers": many(_object({**_NAMED, "quantity": NUMBER}))}
+        | {"top_customers": many(record({**_NAMED, "quantity": NUMBER}))}
     ),
-    "CustomerCreate": _object(_CUSTOMER, "external_id", "name", "metadata"),
-    "Customer": _object(
+    "CustomerCreate": record(_CUSTOMER, "external_id", "name", "metadata"),
+    "Customer": record(
         {"id": ID, "organization_id": ID, **_CUSTOMER}
         | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
         | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "type": TEXT, "avatar_url": nullable(TEXT)}
         | dict.fromkeys(_UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
     ),
-    "CustomerUpdate": _object(_CUSTOMER, *_CUSTOMER),
-    "CustomerMeter": _object(
+    "CustomerUpdate": record(_CUSTOMER, *_CUSTOMER),
+    "CustomerMeter": record(
         {"id": ID, "created_at": TIME, "modified_at": nullable(TIME), "customer_id": ID, "meter_id": ID}
         | {"consumed_units": NUMBER, "credited_units": NUMBER, "balance": NUMBER}
         | {"customer": ref("Customer"), "meter": ref("Meter")}
     ),
-    "LedgerEntry": _object(
-        {"id": TEXT, "at": TIME, "cause": _one_of(*CAUSES, "usage", "reset"), "units": NUMBER, "balance": NUMBER}
+    "LedgerEntry": record(
+        {"id": TEXT, "at": TIME, "cause": one_of(*CAUSES, "usage", "reset"), "units": NUMBER, "balance": NUMBER}
         | {"stated_units": nullable(NUMBER), "rollover": nullable(BOOLEAN), "reference": nullable(TEXT)}
         | {"events": nullable(COUNT), "arrived_from": nullable(TIME), "arrived_until": nullable(TIME)}
     ),
-    "CreditCreate": _object({"meter_id": ID, "units": _UNITS, "rollover": BOOLEAN}, "rollover"),
-    "Credit": _object(
+    "CreditCreate": record({"meter_id": ID, "units": _UNITS, "rollover": BOOLEAN}, "rollover"),
+    "Credit": record(
         {"id": TEXT, "at": TIME, "customer_id": ID, "meter_id": ID, "units": NUMBER, "rollover": BOOLEAN}
-        | {"cause": _one_of(*CAUSES), "reference": nullable(TEXT)}
+        | {"cause": one_of(*CAUSES), "reference": nullable(TEXT)}
     ),
-    "PriceSet": _object(
+    "ResetCreate": record({"meter_ids": many(ID), "at": TIME}, "meter_ids", "at"),
+    "Reset": record({"id": TEXT, "at": TIME, "customer_id": ID, "meter_ids": many(ID), "rollover": OBJECT}),
+    "PriceSet": record(
         {"unit_amount": {"type": ["string", "number"]}, "cap_amount": nullable({"type": "integer", "minimum": 0})},
         "cap_amount",
     ),
-    "Price": _object({"meter_id": ID, **_PRICE}),
-    "Charges": _object(
-        {"customer_id": ID, "amount": COUNT, "items": many(_object(
+    "Price": record({"meter_id": ID, **_PRICE}),
+    "Charges": record(
+        {"customer_id": ID, "amount": COUNT, "items": many(record(
             {"meter_id": ID, **_PRICE, "meter_name": TEXT, "period_start": nullable(TIME), "consumed_units": NUMBER}
             | {"credited_units": NUMBER, "billed_units": NUMBER, "amount": COUNT}
         ))}
     ),
-    "Event": _object(
+    "Event": record(
         {"id": ID, "timestamp": TIME, "organization_id": ID, **_NAMED, "customer": nullable(ref("Customer"))}
         | {"member_id": nullable(TEXT), "external_member_id": nullable(TEXT), "child_count": COUNT}
         | {"parent_id": nullable(ID), "label": TEXT, "source": TEXT, "name": TEXT, "metadata": OBJECT}
     ),
-    "EventName": _object(
+    "EventName": record(
         {"name": TEXT, "label": TEXT, "source": TEXT, "occurrences": COUNT, "first_seen": TIME, "last_seen": TIME}
     ),
-    "Metrics": _object({"periods": many(OBJECT), "totals": OBJECT, "metrics": OBJECT}),
-    "MetricsLimits": _object({"min_date": {"type": "string", "format": "date"}, "intervals": OBJECT}),
-    "DeadLetter": _object(
+    "Metrics": record({"periods": many(OBJECT), "totals": OBJECT, "metrics": OBJECT}),
+    "MetricsLimits": record({"min_date": {"type": "string", "format": "date"}, "intervals": OBJECT}),
+    "DeadLetter": record(
         {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "reason": TEXT, "detail": TEXT}
         | {"raw": TEXT, "ingested_at": TIME, "replayed_at": nullable(TIME)}
     ),
-    "FeedPage": _object(
-        {"items": many(_object({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}
+    "FeedPage": record(
+        {"items": many(record({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}
     ),
-    "FeedBacklog": _object({"events": COUNT, "oldest_ingested_at": nullable(TIME)}),
-    "FeedRollup": _object(
+    "FeedBacklog": record({"events": COUNT, "oldest_ingested_at": nullable(TIME)}),
+    "FeedRollup": record(
         {
             "items": many(
-                _object({"meter_id": ID, **_NAMED, "window": TIME, "count": COUNT, "sum": NUMBER}, *_NAMED)
+                record({"meter_id": ID, **_NAMED, "window": TIME, "count": COUNT, "sum": NUMBER}, *_NAMED)
             ),
             "position": TEXT,
         }
     ),
-    "FeedTraffic": _object(
+    "FeedTraffic": record(
         {"events": COUNT, "metadata_bytes": COUNT, "busiest_minute": COUNT}
-        | {"rollups": many(_object({"meter_id": ID, "events": COUNT}))}
+        | {"rollups": many(record({"meter_id": ID, "events": COUNT}))}
     ),
-    "Readiness": _object({"status": TEXT, "as_of": OBJECT}),
-    "Pagination": _object(
+    "Readiness": record({"status": TEXT, "as_of": OBJECT}),
+    "Pagination": record(
         {"total_count": COUNT, "max_page": COUNT, "has_next_page": BOOLEAN},
         "total_count", "max_page", "has_next_page",
     ),
-    "Error": _object({"error": TEXT, "detail": {}, "error_description": TEXT}, "detail", "error_description"),
-    "Invalid": _object({"error": TEXT, "detail": many(_object({"type": TEXT, "loc": many({}), "msg": TEXT}))}),
+    "Error": record({"error": TEXT, "detail": {}, "error_description": TEXT}, "detail", "error_description"),
+    "Invalid": record({"error": TEXT, "detail": many(record({"type": TEXT, "loc": many({}), "msg": TEXT}))}),
 }  # fmt: skip
 
 
@@ -173,12 +177,14 @@ def takes(name: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(name)}}}}
 
 
-def gives(schema: Schema, status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """What a route says in ``responses`` about its answers."""
+def gives(schema: Schema | None, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """What a route says in ``responses`` about its answers; no ``schema`` where there is no body."""
     refusals = {401: "Error", 403: "Error", 404: "Error", 422: "Invalid", 503: "Error", 504: "Error"}
     found: dict[int | str, dict[str, Any]] = {
         code: {"description": name, "content": {"application/json": {"schema": ref(name)}}}
         for code, name in refusals.items()
     }
-    found[status] = {"description": "The answer", "content": {"application/json": {"schema": schema}}}
+    found[status] = {"description": "The answer"}
+    if schema is not None:
+        found[status]["content"] = {"application/json": {"schema": schema}}
     return found

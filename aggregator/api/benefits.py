@@ -1,0 +1,334 @@
+"""Benefits, and whom they are granted to (section 6 of Polar's contract).
+
+Benefits have Polar's paths and shapes. Granting is ours, for whoever does not take money through Polar: a grant is
+made, renewed (``cycle``) and revoked here, with the effects that Polar's own steps have. Every step can be repeated:
+granting what is granted and revoking what is revoked change nothing, and a cycle that names its ``at`` happens once.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request, Response
+from msgspec.structs import replace
+
+from aggregator.api.bodies import body_as
+from aggregator.api.customers import has_texts
+from aggregator.api.cuts import carried
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import Malformed, NotFound, Refused
+from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api.sessions import named_customer
+from aggregator.api.shapes import customer_shape
+from meters.access import reading, writing
+from meters.benefits import METER_CREDIT, UNITS_MAX, Benefit, BenefitSet, Grant, GrantSet
+from meters.catalogue import Customer, Token
+from meters.credit import MeterReset
+from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
+from meters.resource import parse_metadata
+
+router = APIRouter(tags=["benefits"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("benefits")))]
+Writer = Annotated[Token, Depends(allow(writing("benefits")))]
+
+DESCRIPTION_LENGTH_MIN, DESCRIPTION_LENGTH_MAX = 3, 42
+"""Characters of a description (Polar's limits)."""
+
+Description = Annotated[str, msgspec.Meta(min_length=DESCRIPTION_LENGTH_MIN, max_length=DESCRIPTION_LENGTH_MAX)]
+Units = Annotated[int, msgspec.Meta(gt=0, le=UNITS_MAX)]
+
+
+class Properties(msgspec.Struct):
+    """What a ``meter_credit`` benefit gives."""
+
+    meter_id: str
+    units: Units
+    rollover: bool
+
+
+class BenefitCreate(msgspec.Struct):
+    """What a new benefit is made of."""
+
+    type: Literal["meter_credit"]
+    description: Description
+    properties: Properties
+    metadata: dict[str, Any] = {}
+
+
+class BenefitUpdate(msgspec.Struct):
+    """What may be changed of a benefit. What was given stays; later grants and cycles give the new."""
+
+    type: Literal["meter_credit"] = "meter_credit"
+    description: Description | None = None
+    properties: Properties | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class GrantCreate(msgspec.Struct):
+    """Whom to grant it to: one of the two names."""
+
+    customer_id: str | None = None
+    external_customer_id: str | None = None
+
+
+class GrantStep(msgspec.Struct):
+    """When a cycle began; now, where it is not said."""
+
+    at: datetime | None = None
+
+
+def benefit_shape(benefit: Benefit) -> dict[str, Any]:
+    """A benefit in Polar's shape."""
+    return {
+        "id": benefit.id,
+        "created_at": benefit.created_at,
+        "modified_at": benefit.modified_at,
+        "type": METER_CREDIT,
+        "description": benefit.description,
+        "selectable": True,
+        "deletable": True,
+        "is_deleted": benefit.deleted_at is not None,
+        "visibility": "public",
+        "visibility_configurable": False,
+        "organization_id": benefit.organization_id,
+        "metadata": benefit.metadata,
+        "properties": {"meter_id": benefit.meter_id, "units": benefit.units, "rollover": benefit.rollover},
+    }
+
+
+def grant_properties(grant: Grant) -> dict[str, Any]:
+    """What a grant credited last; nothing before it did."""
+    if grant.last_credited_at is None:
+        return {}
+    names = ("last_credited_meter_id", "last_credited_units", "last_credited_at")
+    return {name: getattr(grant, name) for name in names}
+
+
+def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> dict[str, Any]:
+    """A grant in Polar's shape."""
+    return {
+        "id": grant.id,
+        "created_at": grant.created_at,
+        "modified_at": grant.modified_at,
+        "granted_at": grant.granted_at,
+        "is_granted": grant.revoked_at is None,
+        "revoked_at": grant.revoked_at,
+        "is_revoked": grant.revoked_at is not None,
+        "subscription_id": grant.subscription_id,
+        "order_id": None,
+        "customer_id": grant.customer_id,
+        "member_id": None,
+        "benefit_id": grant.benefit_id,
+        "error": None,
+        "customer": customer_shape(customer),
+        "member": None,
+        "benefit": benefit_shape(benefit),
+        "properties": grant_properties(grant),
+    }
+
+
+def benefit_of(desk: Desk, token: Token, id: UUID) -> Benefit:
+    """The organization's benefit. Raises NotFound."""
+    benefit = desk.catalogue.benefits.benefits.get(str(id))
+    if benefit is None or benefit.organization_id != token.organization_id or benefit.deleted_at:
+        raise NotFound
+    return benefit
+
+
+def _grant_of(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Customer]:
+    grant = desk.catalogue.benefits.grants.get(str(id))
+    customer = desk.catalogue.customer(token.organization_id, grant.customer_id) if grant else None
+    if grant is None or grant.organization_id != token.organization_id or customer is None:
+        raise NotFound
+    return grant, desk.catalogue.benefits.benefits[grant.benefit_id], customer
+
+
+def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> None:
+    if body.metadata is not None and isinstance(found := parse_metadata(body.metadata, ("body", "metadata")), list):
+        raise Malformed(found)
+    if body.properties is not None:
+        meter = desk.catalogue.meters.get(body.properties.meter_id)
+        if meter is None or meter.organization_id != token.organization_id:
+            where = ("body", "properties", "meter_id")
+            raise Refused("value_error", where, "Meter does not exist.", body.properties.meter_id)
+
+
+@router.post(
+    "/v1/benefits/",
+    status_code=201,
+    openapi_extra=takes("BenefitCreate"),
+    responses=gives(ref("Benefit"), 201),
+)
+async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Response:
+    """Make a ``meter_credit`` benefit: units of a meter for every customer it is granted to."""
+    body = await body_as(BenefitCreate, request)
+    async with desk.deciding:
+        _checked(desk, token, body)
+        benefit = Benefit(
+            id=desk.new_id(), organization_id=token.organization_id, description=body.description,
+            meter_id=body.properties.meter_id, units=body.properties.units, rollover=body.properties.rollover,
+            metadata=body.metadata, created_at=desk.now(),
+        )  # fmt: skip
+        await desk.decide(BenefitSet(benefit))
+    return answer(benefit_shape(benefit), desk.view.as_of, 201)
+
+
+@router.get("/v1/benefits/", responses=gives(page_of("Benefit")))
+async def list_benefits(
+    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, type: Texts = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The organization's benefits, newest first."""
+    chosen = order(sorting, ("created_at", "description"), "-created_at")
+    found = [
+        benefit
+        for benefit in desk.catalogue.benefits.benefits_of(token.organization_id)
+        if (query or "").lower() in benefit.description.lower()
+        and (type is None or METER_CREDIT in type)
+        and has_texts(benefit.metadata, metadata)
+    ]
+    found.sort(key=lambda benefit: (getattr(benefit, chosen.by), benefit.id), reverse=not chosen.ascending)
+    shapes = [benefit_shape(benefit) for benefit in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.get("/v1/benefits/{id}", responses=gives(ref("Benefit")))
+async def get_benefit(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One benefit."""
+    return answer(benefit_shape(benefit_of(desk, token, id)), desk.view.as_of)
+
+
+@router.patch("/v1/benefits/{id}", openapi_extra=takes("BenefitUpdate"), responses=gives(ref("Benefit")))
+async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Change what is named in the body. What was given before stays as it is."""
+    body = await body_as(BenefitUpdate, request)
+    async with desk.deciding:
+        benefit = benefit_of(desk, token, id)
+        _checked(desk, token, body)
+        changes: dict[str, Any] = {"modified_at": desk.now()}
+        changes |= {} if body.description is None else {"description": body.description}
+        changes |= {} if body.metadata is None else {"metadata": body.metadata}
+        changes |= {} if body.properties is None else msgspec.structs.asdict(body.properties)
+        benefit = replace(benefit, **changes)
+        await desk.decide(BenefitSet(benefit))
+    return answer(benefit_shape(benefit), desk.view.as_of)
+
+
+@router.delete("/v1/benefits/{id}", status_code=204, responses=gives(None, 204))
+async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Give it to nobody any more, and take back what those who have it were credited last."""
+    async with desk.deciding:
+        benefit, now = benefit_of(desk, token, id), desk.now()
+        steps = [revoked(one, benefit, now) for one in desk.catalogue.benefits.grants_by(benefit.id)]
+        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)), *(one for step in steps for one in _all(step)))
+    return Response(status_code=204)
+
+
+def _all(step: Step) -> list[Any]:
+    return [*step.movements, GrantSet(step.grant)]
+
+
+@router.get("/v1/benefits/{id}/grants", responses=gives(page_of("BenefitGrant")))
+async def list_grants(
+    desk: AtDesk, token: Reader, page: WhichPage, id: UUID, is_granted: bool | None = None,
+    customer_id: UUID | None = None,
+) -> Response:  # fmt: skip
+    """Who has or had the benefit, oldest first."""
+    benefit = benefit_of(desk, token, id)
+    found = [
+        (grant, customer)
+        for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
+        if is_granted in (None, grant.revoked_at is None)
+        and customer_id in (None, UUID(grant.customer_id))
+        and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
+    ]
+    shapes = [grant_shape(grant, benefit, customer) for grant, customer in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.post(
+    "/v1/benefits/{id}/grants",
+    status_code=201,
+    openapi_extra=takes("BenefitGrantCreate"),
+    responses=gives(ref("BenefitGrant"), 201),
+)
+async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Grant the benefit to a customer and credit its units. A customer who has it keeps it as it is."""
+    body = await body_as(GrantCreate, request)
+    async with desk.deciding:
+        benefit, now = benefit_of(desk, token, id), desk.now()
+        customer = named_customer(desk, token, body)
+        grants = desk.catalogue.benefits.grants_of(customer.id)
+        known = next((one for one in grants if one.benefit_id == benefit.id), None)
+        grant = known or Grant(
+            id=desk.new_id(), organization_id=token.organization_id, benefit_id=benefit.id, customer_id=customer.id,
+            created_at=now, granted_at=now,
+        )  # fmt: skip
+        if known is None or known.revoked_at is not None:
+            step = granted(grant, benefit, now)
+            await desk.decide(*_all(step))
+            grant = step.grant
+    return answer(grant_shape(grant, benefit, customer), desk.view.as_of, 201)
+
+
+@router.get("/v1/benefit-grants/{id}", responses=gives(ref("BenefitGrant")))
+async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One grant."""
+    return answer(grant_shape(*_grant_of(desk, token, id)), desk.view.as_of)
+
+
+@router.post(
+    "/v1/benefit-grants/{id}/cycle",
+    openapi_extra=takes("BenefitGrantStep"),
+    responses=gives(ref("BenefitGrant")),
+)
+async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Begin a cycle: reset the meter, carry over what rolls over, credit again.
+
+    Say ``at``, when it began, so that a retry is harmless.
+    """
+    body = await body_as(GrantStep, request, otherwise={})
+    async with desk.deciding:
+        grant, benefit, customer = _grant_of(desk, token, id)
+        at = _moment(body.at, desk.now())
+        if grant.revoked_at is not None:
+            raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
+        if grant.last_credited_at is None or at > grant.last_credited_at:
+            step = await _cycle(desk, grant, benefit, customer, at)
+            await desk.decide(*_all(step))
+            grant = step.grant
+    return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
+
+
+def _moment(at: datetime | None, now: datetime) -> datetime:
+    if at is not None and at.tzinfo is None:
+        raise Refused("timezone_aware", ("body", "at"), "Input should have timezone info", at)
+    if at is not None and at > now:
+        raise Refused("value_error", ("body", "at"), "A cycle that has not begun cannot be credited.", at)
+    return at or now
+
+
+async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:
+    begun = None
+    if needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id)):
+        units = await carried(desk, customer, desk.catalogue.meters[benefit.meter_id], at)
+        begun = MeterReset(
+            id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
+            meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,
+        )  # fmt: skip
+    return cycled(grant, benefit, at, begun)
+
+
+@router.post("/v1/benefit-grants/{id}/revoke", responses=gives(ref("BenefitGrant")))
+async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Take the benefit back, with the units that it credited last."""
+    async with desk.deciding:
+        grant, benefit, customer = _grant_of(desk, token, id)
+        if grant.revoked_at is None:
+            step = revoked(grant, benefit, desk.now())
+            await desk.decide(*_all(step))
+            grant = step.grant
+    return answer(grant_shape(grant, benefit, customer), desk.view.as_of)

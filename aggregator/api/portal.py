@@ -1,0 +1,178 @@
+"""The customer portal: what one customer may see with a token of their own, and nothing else.
+
+Polar's ``customer-portal/meters`` and ``introspect``, and ``usage``: what a portal shows (usage, limit, period, part
+used, history of credits) in one answer. A meter is seen where the customer has it: by an active subscription, a grant
+that holds, or a credit that somebody gave directly.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import ROUND_HALF_UP, Context, Decimal
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from aggregator.api.balances import CustomerMeter, customer_meter
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, answer, desk
+from aggregator.api.errors import Forbidden, NotFound
+from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api.paging import Ids, Texts, WhichPage, cut, listed, order
+from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.shapes import customer_shape, number
+from aggregator.api.states import meter_numbers
+from meters.access import Denied, authorize_customer
+from meters.catalogue import Customer
+from meters.ledger import Account
+from meters.meter import Meter
+from meters.price import charge
+from meters.sessions import CustomerSession
+
+router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"], dependencies=[CaughtUp])
+
+CREDITS_SHOWN_MAX = 100
+"""Entries of the history of credits: eight years of months."""
+
+_PERCENT = Context(prec=60, rounding=ROUND_HALF_UP)  # the widest amount, a hundred times, with two decimals
+_HUNDREDTH = Decimal("0.01")
+
+
+async def customer_session(request: Request) -> CustomerSession:
+    """Who looks: the session in the ``Authorization`` header. Raises Forbidden."""
+    here = await desk(request)
+    outcome = authorize_customer(request.headers.get("authorization"), here.catalogue, here.now())
+    if isinstance(outcome, Denied):
+        raise Forbidden(outcome)
+    return outcome
+
+
+Viewer = Annotated[CustomerSession, Depends(customer_session)]
+
+
+def _customer(here: Desk, session: CustomerSession) -> Customer:
+    customer = here.catalogue.customer(session.organization_id, session.customer_id)
+    if customer is None:
+        raise NotFound
+    return customer
+
+
+def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
+    """The meters that are this customer's to see."""
+    paid = here.catalogue.benefits.paid_meters(customer.id)
+    for meter in here.catalogue.meters_of(customer.organization_id):
+        account = here.view.ledger.account(customer.id, meter.id)
+        if meter.archived_at is None and (meter.id in paid or _is_credited(account)):
+            yield meter
+
+
+def _is_credited(account: Account | None) -> bool:
+    return account is not None and any(credit.cause == "credit" for credit in account.credits)
+
+
+def _shape(one: CustomerMeter) -> dict[str, Any]:
+    names = ("id", "created_at", "modified_at", "name")
+    return meter_numbers(one) | {
+        "customer_id": one.customer.id,
+        "balance": number(one.balance),
+        "meter": {name: getattr(one.meter, name) for name in names},
+    }
+
+
+@router.get("/meters/", responses=gives(page_of("PortalMeter")))
+async def list_portal_meters(
+    here: AtDesk, session: Viewer, page: WhichPage, meter_id: Ids = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The customer's meters; ``query`` looks for a part of the name."""
+    chosen = order(sorting, tuple(_SORTING), "-modified_at")
+    customer = _customer(here, session)
+    wanted = None if meter_id is None else set(map(str, meter_id))
+    found = [
+        await customer_meter(here, customer, meter)
+        for meter in _visible(here, customer)
+        if (query or "").lower() in meter.name.lower() and (wanted is None or meter.id in wanted)
+    ]
+    found.sort(key=lambda one: (_SORTING[chosen.by](one), one.id), reverse=not chosen.ascending)
+    return answer(listed([_shape(one) for one in cut(found, page)], len(found), page), here.view.as_of)
+
+
+def _moved(one: CustomerMeter) -> datetime:
+    return one.modified_at or one.created_at
+
+
+_SORTING: dict[str, Any] = {
+    "created_at": lambda one: one.created_at,
+    "modified_at": _moved,
+    "meter_id": lambda one: one.meter.id,
+    "meter_name": lambda one: one.meter.name,
+    "consumed_units": lambda one: one.consumed,
+    "credited_units": lambda one: one.credited,
+    "balance": lambda one: one.balance,
+}
+
+
+@router.get("/meters/{id}", responses=gives(ref("PortalMeter")))
+async def get_portal_meter(here: AtDesk, session: Viewer, id: UUID) -> Response:
+    """One of the customer's meters."""
+    customer = _customer(here, session)
+    for meter in _visible(here, customer):
+        one = await customer_meter(here, customer, meter)
+        if one.id == str(id):
+            return answer(_shape(one), here.view.as_of)
+    raise NotFound
+
+
+@router.get("/customer-session/introspect", responses=gives(ref("PortalSession")))
+async def introspect_customer_session(here: AtDesk, session: Viewer) -> Response:
+    """Until when this token is good."""
+    names = ("expires_at", "return_url")
+    return answer({name: getattr(session, name) for name in names}, here.view.as_of)
+
+
+@router.get("/customers/me", responses=gives(ref("Customer")))
+async def get_portal_customer(here: AtDesk, session: Viewer) -> Response:
+    """The customer, as the organization knows them."""
+    return answer(customer_shape(_customer(here, session)), here.view.as_of)
+
+
+@router.get("/usage", responses=gives(ref("PortalUsage")))
+async def get_portal_usage(here: AtDesk, session: Viewer) -> Response:
+    """What a portal shows: for each meter usage, limit, period, percentage and the history of credits."""
+    as_of = here.view.as_of
+    customer = _customer(here, session)
+    found = [await customer_meter(here, customer, meter) for meter in _visible(here, customer)]
+    return answer({"customer_id": customer.id, "items": [_display(here, one) for one in found]}, as_of)
+
+
+def _display(here: Desk, one: CustomerMeter) -> dict[str, Any]:
+    starts, ends = _period(here, one)
+    price = here.catalogue.prices.of(one.meter.id)
+    limit = one.credited if one.credited > 0 else None
+    credits = sorted(one.account.credits, key=lambda credit: credit.place, reverse=True) if one.account else []
+    names = ("id", "name", "unit", "custom_label", "custom_multiplier")
+    return {
+        "meter": {name: getattr(one.meter, name) for name in names},
+        "usage": number(one.consumed),
+        "limit": None if limit is None else number(limit),
+        "balance": number(one.balance),
+        "percentage": None if limit is None else number(percentage(one.consumed, limit)),
+        "period": {"start": starts, "end": ends},
+        "amount": charge(price, one.consumed, one.credited) if price else None,
+        "credits": [
+            {"at": credit.at, "units": number(credit.units), "cause": credit.cause, "rollover": credit.rollover}
+            for credit in credits[:CREDITS_SHOWN_MAX]
+        ],
+    }
+
+
+def percentage(consumed: Decimal, limit: Decimal) -> Decimal:
+    """The part of the limit that is used, in percent with two decimals; over 100 where more was used."""
+    return _PERCENT.divide(100 * consumed, limit).quantize(_HUNDREDTH, context=_PERCENT)
+
+
+def _period(here: Desk, one: CustomerMeter) -> tuple[datetime | None, datetime | None]:
+    """Since when usage counts, and until when where a subscription says so."""
+    for subscription in here.catalogue.benefits.subscriptions_of(one.customer.id):
+        if subscription.is_active and one.meter.id in subscription.meter_ids:
+            return one.since or subscription.current_period_start, subscription.current_period_end
+    return one.since, None

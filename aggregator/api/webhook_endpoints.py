@@ -1,0 +1,179 @@
+"""Webhooks out: who is told, what was told, and telling it again. Paths are Polar's.
+
+A secret is shown when it is made and never again. Rotating leaves the old one signing for a day beside the new one, so
+that a receiver can change over without missing anything.
+"""
+
+import secrets
+from base64 import b64encode
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal, get_args
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Depends, Request, Response
+from msgspec.structs import replace
+
+from aggregator.api.bodies import body_as
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.errors import NotFound, Refused
+from aggregator.api.paging import WhichPage, cut, listed
+from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.webhooks import targets
+from meters.access import reading, writing
+from meters.catalogue import Token
+from meters.signatures import PREFIX
+from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, SigningSecret
+
+router = APIRouter(tags=["webhooks"], dependencies=[CaughtUp])
+Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
+Writer = Annotated[Token, Depends(allow(writing("webhooks")))]
+
+ENDPOINTS_MAX = 20
+"""Endpoints of an organization: each is told everything, one request at a time."""
+
+SECRET_BYTES = 32
+"""Of a signing secret: as long as the digest it goes into."""
+
+ROTATION = timedelta(days=1)
+"""How long the old secret signs beside the new one: time for a person to change a setting."""
+
+NAME_LENGTH_MAX = 100
+Name = Annotated[str, msgspec.Meta(max_length=NAME_LENGTH_MAX)]
+EventType = Literal["customer.state_changed", "meter.threshold_reached"]  # meters.webhooks.EVENT_TYPES
+
+
+class EndpointCreate(msgspec.Struct):
+    """What a new endpoint is made of."""
+
+    url: str
+    events: list[EventType] = msgspec.field(default_factory=lambda: list(get_args(EventType)))
+    name: Name | None = None
+    format: Literal["raw"] = "raw"
+
+
+class EndpointUpdate(msgspec.Struct):
+    """What may be changed of an endpoint."""
+
+    url: str | msgspec.UnsetType = msgspec.UNSET
+    events: list[EventType] | msgspec.UnsetType = msgspec.UNSET
+    name: Name | msgspec.UnsetType | None = msgspec.UNSET
+    enabled: bool | msgspec.UnsetType = msgspec.UNSET
+
+
+def new_secret() -> str:
+    """A secret that nobody has seen, in the standard's form."""
+    return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+
+
+def endpoint_shape(endpoint: Endpoint) -> dict[str, Any]:
+    """An endpoint without its secrets."""
+    fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name != "secrets"}
+    return fields | {"enabled": endpoint.disabled_at is None, "format": "raw"}
+
+
+def endpoint_of(desk: Desk, token: Token, id: UUID) -> Endpoint:
+    """The organization's endpoint. Raises NotFound."""
+    endpoint = desk.catalogue.webhooks.endpoints.get(str(id))
+    if endpoint is None or endpoint.organization_id != token.organization_id or endpoint.deleted_at:
+        raise NotFound
+    return endpoint
+
+
+def _check_url(request: Request, url: str) -> None:
+    reason = targets.refusal(url, private_allowed=request.app.state.private_targets)
+    if reason is not None:
+        raise Refused("value_error", ("body", "url"), reason[:1].upper() + reason[1:] + ".", url)
+
+
+@router.post(
+    "/v1/webhooks/endpoints",
+    status_code=201,
+    openapi_extra=takes("WebhookEndpointCreate"),
+    responses=gives(ref("WebhookEndpointWithSecret"), 201),
+)
+async def create_webhook_endpoint(request: Request, desk: AtDesk, token: Writer) -> Response:
+    """Tell an address what happens. The answer has the ``secret``, which is not shown again."""
+    body = await body_as(EndpointCreate, request)
+    _check_url(request, body.url)
+    async with desk.deciding:
+        if len(desk.catalogue.webhooks.endpoints_of(token.organization_id)) >= ENDPOINTS_MAX:
+            message = f"An organization has at most {ENDPOINTS_MAX} endpoints."
+            raise Refused("value_error", ("body",), message)
+        secret = new_secret()
+        endpoint = Endpoint(
+            id=desk.new_id(), organization_id=token.organization_id, url=body.url, name=body.name,
+            events=_known(body.events), secrets=[SigningSecret(secret)], created_at=desk.now(),
+        )  # fmt: skip
+        await desk.decide(EndpointSet(endpoint))
+    return answer(endpoint_shape(endpoint) | {"secret": secret}, desk.view.as_of, 201)
+
+
+def _known(events: list[EventType]) -> list[str]:
+    return [type for type in EVENT_TYPES if type in events]
+
+
+@router.get("/v1/webhooks/endpoints", responses=gives(page_of("WebhookEndpoint")))
+async def list_webhook_endpoints(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
+    """The organization's endpoints, oldest first."""
+    found = desk.catalogue.webhooks.endpoints_of(token.organization_id)
+    shapes = [endpoint_shape(endpoint) for endpoint in cut(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.get("/v1/webhooks/endpoints/{id}", responses=gives(ref("WebhookEndpoint")))
+async def get_webhook_endpoint(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One endpoint."""
+    return answer(endpoint_shape(endpoint_of(desk, token, id)), desk.view.as_of)
+
+
+@router.patch(
+    "/v1/webhooks/endpoints/{id}",
+    openapi_extra=takes("WebhookEndpointUpdate"),
+    responses=gives(ref("WebhookEndpoint")),
+)
+async def update_webhook_endpoint(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Change what is named in the body; ``enabled`` switches it off and on."""
+    body = await body_as(EndpointUpdate, request)
+    if body.url is not msgspec.UNSET:
+        _check_url(request, body.url)
+    async with desk.deciding:
+        endpoint = _updated(endpoint_of(desk, token, id), body, desk.now())
+        await desk.decide(EndpointSet(endpoint))
+    return answer(endpoint_shape(endpoint), desk.view.as_of)
+
+
+def _updated(endpoint: Endpoint, body: EndpointUpdate, now: datetime) -> Endpoint:
+    changes: dict[str, Any] = {"modified_at": now}
+    if body.url is not msgspec.UNSET:
+        changes["url"] = body.url
+    if body.events is not msgspec.UNSET:
+        changes["events"] = _known(body.events)
+    if body.name is not msgspec.UNSET:
+        changes["name"] = body.name
+    if body.enabled is True:
+        changes |= {"disabled_at": None, "disabled_reason": None}
+    elif body.enabled is False and endpoint.disabled_at is None:
+        changes |= {"disabled_at": now, "disabled_reason": "switched off"}
+    return replace(endpoint, **changes)
+
+
+@router.patch("/v1/webhooks/endpoints/{id}/secret", responses=gives(ref("WebhookEndpointWithSecret")))
+async def rotate_webhook_secret(desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Make a new ``secret``. The one before goes on signing for a day; older ones end now."""
+    secret = new_secret()
+    async with desk.deciding:
+        endpoint, now = endpoint_of(desk, token, id), desk.now()
+        before = SigningSecret(endpoint.secrets[0].value, now + ROTATION)
+        endpoint = replace(endpoint, secrets=[SigningSecret(secret), before], modified_at=now)
+        await desk.decide(EndpointSet(endpoint))
+    return answer(endpoint_shape(endpoint) | {"secret": secret}, desk.view.as_of)
+
+
+@router.delete("/v1/webhooks/endpoints/{id}", status_code=204, responses=gives(None, 204))
+async def delete_webhook_endpoint(desk: AtDesk, token: Writer, id: UUID) -> Response:
+    """Tell this address nothing more. Its secrets are forgotten."""
+    async with desk.deciding:
+        endpoint = endpoint_of(desk, token, id)
+        await desk.decide(EndpointSet(replace(endpoint, deleted_at=desk.now(), secrets=[])))
+    return Response(status_code=204)

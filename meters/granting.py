@@ -1,0 +1,71 @@
+"""What granting, renewing and taking back a benefit does to the ledger (the table of section 6 of Polar's contract).
+
+Ids of credits and resets are made of the grant and the time they hold from, so deciding the same step twice decides it
+once.
+"""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from meters.benefits import Benefit, Grant
+from meters.credit import Cause, CreditGranted, MeterReset
+from meters.ledger import Account
+
+
+class Step(NamedTuple):
+    """The grant as it is afterwards, and the movements that come with it, in their order."""
+
+    grant: Grant
+    movements: list[CreditGranted | MeterReset]
+
+
+def movement_id(grant_id: str, at: datetime, what: str) -> str:
+    """The id of a movement: one of a kind for a grant and an instant."""
+    return f"{grant_id}:{at.isoformat(timespec='microseconds')}:{what}"
+
+
+def granted(grant: Grant, benefit: Benefit, at: datetime) -> Step:
+    """The first credit of a grant, or of one that was revoked and is given again."""
+    held = replace(grant, granted_at=at, revoked_at=None, modified_at=None if grant.created_at == at else at)
+    return _credited(held, benefit, at, "grant", [])
+
+
+def needs_reset(grant: Grant, account: Account | None) -> bool:
+    """Whether a renewal has to begin the meter anew: not where something else did since the last credit."""
+    since = grant.last_credited_at
+    return account is None or since is None or not any(reset.at > since for reset in account.resets)
+
+
+def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None) -> Step:
+    """The renewal of a grant at ``at``, after the reset that it needs."""
+    return _credited(replace(grant, modified_at=at), benefit, at, "cycle", [reset] if reset else [])
+
+
+def _credited(
+    grant: Grant, benefit: Benefit, at: datetime, cause: Cause, before: list[MeterReset]
+) -> Step:
+    credit = CreditGranted(
+        id=movement_id(grant.id, at, cause), organization_id=grant.organization_id, customer_id=grant.customer_id,
+        meter_id=benefit.meter_id, units=Decimal(benefit.units), at=at, rollover=benefit.rollover, cause=cause,
+        reference=grant.id,
+    )  # fmt: skip
+    held = replace(
+        grant, last_credited_meter_id=benefit.meter_id, last_credited_units=benefit.units, last_credited_at=at
+    )
+    return Step(held, [*before, credit])
+
+
+def revoked(grant: Grant, benefit: Benefit, at: datetime) -> Step:
+    """The end of a grant: what it credited last is taken back, if it ever credited."""
+    held = replace(grant, revoked_at=at, modified_at=at)
+    if grant.last_credited_units is None or grant.last_credited_meter_id is None:
+        return Step(held, [])
+    back = CreditGranted(
+        id=movement_id(grant.id, at, "revoke"), organization_id=grant.organization_id, customer_id=grant.customer_id,
+        meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units), at=at,
+        rollover=benefit.rollover, cause="revoke", reference=grant.id,
+    )  # fmt: skip
+    return Step(held, [back])
