@@ -64,8 +64,6 @@ def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, na
         connection.register("named", _pending_table(named))
         connection.execute("INSERT INTO pending SELECT * FROM named")
         connection.unregister("named")
-    if not _any_pending(connection):
-        return
     candidates = _waiting_for(connection, arrived.hi, arrived.lo) + named
     present = set(zip(arrived.hi.tolist(), arrived.lo.tolist(), strict=True)) if candidates else set()
     while candidates:
@@ -73,7 +71,8 @@ def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, na
         candidates = _waiting_for(connection, *_words(linked)) if linked else []
 
 
-def _any_pending(connection: duckdb.DuckDBPyConnection) -> bool:
+def any_pending(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether an event waits for its parent. Where none does and none is named, there is nothing to resolve."""
     return bool(connection.execute("SELECT 1 FROM pending LIMIT 1").fetchall())
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 import uvicorn
+import uvloop
 
 from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
@@ -23,7 +24,7 @@ from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
 from meters.log import Log
 
-SWITCH_INTERVAL_S = 0.002
+SWITCH_INTERVAL_S = 0.0005
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before
 HOUSEKEEPING_S = 60.0  # retention is a matter of days
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
@@ -54,7 +55,7 @@ def run(log: Log, process: Process) -> None:
         keeper = threading.Thread(target=_keep_house, args=(aggregator, process.housekeeping), daemon=True)
         keeper.start()
     try:
-        asyncio.run(_serve(aggregator, process))
+        uvloop.run(_serve(aggregator, process))
     finally:
         aggregator.stop()
         gc.unfreeze()  # or the bindings of DuckDB complain of what is left at the end

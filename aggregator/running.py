@@ -22,6 +22,7 @@ import structlog
 from sqlglot import exp, parse_one
 
 from aggregator.directory import Directory
+from aggregator.store.slot import Slot
 from aggregator.store.sql import Statement, condition, considered, statement, value
 from aggregator.store.stage import DIALECT, Parameters, Stage
 from aggregator.store.store import Store
@@ -33,6 +34,7 @@ from meters.meter import Meter
 
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
+_READ = ["subject", "ingested_at", "name", "timestamp", "metadata", "awkward"]  # what a statement of meters may look at
 _HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
 _SINCE = (
     "SELECT * FROM events WHERE organization = $organization AND ingested_at >= make_timestamp($since)"
@@ -77,6 +79,7 @@ class RunningTotals:
         """``begins`` says where the windows of a meter begin, by customer number, in us; the others begin at EVER."""
         self._store, self._directory, self._catalogue, self._begins = store, directory, catalogue, begins
         self._connection = store.cursor()
+        self._arriving: Slot | None = None
         self._meters: dict[str, Counting] = {}
         self._plans: dict[int, Plan | None] = {}
         self._threads: list[threading.Thread] = []
@@ -112,10 +115,14 @@ class RunningTotals:
             compiled = self._plan(number)
             if compiled is not None:
                 here = organizations == number
-                self._connection.register("arriving", rows if here.all() else rows.filter(pa.array(here)))
+                self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
                 result = self._connection.execute(compiled.parsed, compiled.statement.parameters)
                 _scatter(self._meters, compiled, result.to_arrow_table())
-                self._connection.unregister("arriving")
+
+    def _hand_over(self, rows: pa.Table) -> None:
+        if self._arriving is None:
+            self._arriving = Slot(self._connection, "arriving", rows)
+        self._arriving.table = rows
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""

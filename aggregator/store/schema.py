@@ -11,12 +11,15 @@ nothing else is tried first.
 Migrations run alone, before any data moves, and each is followed by a checkpoint.
 """
 
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 CREATE TABLE about (version INTEGER, writer_epoch BIGINT);
 CREATE TABLE streams (stream VARCHAR, identity VARCHAR);
-CREATE TABLE positions (stream VARCHAR, log_partition INTEGER, next_offset BIGINT);
+CREATE TABLE positions (
+    stream VARCHAR, log_partition INTEGER, next_offset BIGINT,
+    stored BIGINT, duplicates BIGINT, conflicts BIGINT, dead BIGINT
+);
 CREATE TABLE organizations (number INTEGER, id VARCHAR);
 CREATE TABLE subjects (number INTEGER, organization INTEGER, kind VARCHAR, text VARCHAR);
 CREATE TABLE events (
@@ -39,9 +42,8 @@ CREATE TABLE dead_letters (
     number BIGINT, log_partition INTEGER, log_offset BIGINT, line INTEGER, organization_id VARCHAR,
     reason VARCHAR, detail VARCHAR, raw BLOB, ingested_at TIMESTAMP, replayed_at TIMESTAMP
 );
-CREATE TABLE tallies (
-    log_partition INTEGER, stored BIGINT, duplicates BIGINT, conflicts BIGINT, dead BIGINT
-);
+CREATE VIEW tallies AS
+    SELECT log_partition, stored, duplicates, conflicts, dead FROM positions WHERE stream = 'usage.events';
 CREATE TABLE control (log_offset BIGINT, value VARCHAR);
 CREATE TABLE webhook_causes (
     number BIGINT, organization_id VARCHAR, subject INTEGER, customer_id VARCHAR, change VARCHAR, caused_at TIMESTAMP

@@ -25,21 +25,30 @@ import numpy as np
 import pyarrow as pa
 
 from aggregator import hierarchy
-from aggregator.apply import Batch
+from aggregator.apply import Batch, DeadLetter
 from aggregator.directory import Directory
 from aggregator.seen import Keys, Seen
-from aggregator.step import Changes, Identity
+from aggregator.step import Changes, Identity, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
+from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_change
-from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
 
 _READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
 _INTERRUPT_AGAIN_S = 0.02  # a reader between two statements cannot be interrupted, so it is tried again
-_EVENT_COLUMNS = (
-    "seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user', "
-    "timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward"
-)
+_INSERT_EVENTS = """INSERT INTO events SELECT
+    seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user',
+    timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward FROM arriving"""
+_MOVE_ON = """UPDATE positions SET next_offset = after, stored = positions.stored + m.stored,
+    duplicates = positions.duplicates + m.duplicates, conflicts = positions.conflicts + m.conflicts,
+    dead = positions.dead + m.dead
+FROM moves AS m WHERE positions.stream = m.stream AND positions.log_partition = m.log_partition
+    AND next_offset = before AND epoch = (SELECT writer_epoch FROM about)"""
+_MOVES = pa.schema(
+    [("stream", pa.string()), ("log_partition", pa.int32()), ("before", pa.int64()), ("after", pa.int64()),
+     ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
+)  # fmt: skip
 Place = tuple[int, int, int]  # partition, offset and line of a dead letter
 
 
@@ -71,6 +80,10 @@ class Store:
         self._readers_changed = threading.Condition()
         self._closing = False
         self.epoch = epoch
+        self._insert_events = Prepared(connection, "arriving", _INSERT_EVENTS)
+        self._insert_subjects = Prepared(connection, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
+        self._move_on = Prepared(connection, "moves", _MOVE_ON)
+        self._any_pending = hierarchy.any_pending(connection)
         row = connection.execute("SELECT coalesce(max(seq) + 1, 0) FROM events").fetchone()
         self.next_seq: int = row[0] if row else 0
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM dead_letters").fetchone()
@@ -192,26 +205,22 @@ class Store:
 
     def _write(self, round_: Round, rows: pa.Table, seen: Seen, organization_ids: Mapping[int, str]) -> None:
         connection = self._connection
-        self._move(USAGE_EVENTS, round_.events_from, round_.batch.positions)
+        self._move(round_)
         if round_.control:
-            ends = {0: round_.control[-1][0] + 1}
-            self._move(USAGE_CONTROL, {0: round_.control_from}, ends)
             values = [(offset, value.decode()) for offset, value in round_.control]
             connection.executemany("INSERT INTO control VALUES (?, ?)", values)
             self._mark_replayed([value for _, value in round_.control])
         if round_.batch.organizations:
             connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
         if round_.batch.subjects:
-            connection.register("numbered", _subjects_table(round_.batch.subjects))
-            connection.execute("INSERT INTO subjects SELECT * FROM numbered")
-            connection.unregister("numbered")
+            self._insert_subjects(_subjects_table(round_.batch.subjects))
         if rows.num_rows:
-            connection.register("arriving", rows)
-            connection.execute(f"INSERT INTO events SELECT {_EVENT_COLUMNS} FROM arriving")  # noqa: S608 (our columns)
-            connection.unregister("arriving")
+            self._insert_events(rows)
             named = hierarchy.children(rows, dict(organization_ids))
-            hierarchy.resolve(connection, seen, round_.changes.keys, named)
-        self._tally(round_.changes)
+            if named or self._any_pending:
+                hierarchy.resolve(connection, seen, round_.changes.keys, named)
+                self._any_pending = hierarchy.any_pending(connection)
+        self._bury(round_.changes.dead)
         if round_.causes is not None:
             connection.register("caused", round_.causes)
             numbered = "INSERT INTO webhook_causes SELECT ? + row_number() OVER (), * FROM caused"
@@ -219,17 +228,19 @@ class Store:
             connection.unregister("caused")
             self._next_cause += round_.causes.num_rows + 1
 
-    def _move(self, stream: str, before: Mapping[int, int], after: Mapping[int, int]) -> None:
-        """Compare and set: the epoch is ours and every position is where this round began."""
-        for partition, offset in after.items():
-            moved = self._connection.execute(
-                """UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?
-                   AND (SELECT writer_epoch FROM about) = ?""",
-                [offset, stream, partition, before.get(partition, 0), self.epoch],
-            ).fetchall()
-            if moved != [(1,)]:
-                expected = f"{stream} partition {partition} at {before.get(partition, 0)}, writer epoch {self.epoch}"
-                raise Replaced(f"another writer was here: the store is not where this one left it ({expected})")
+    def _move(self, round_: Round) -> None:
+        """Compare and set: the epoch is ours and every position is where this round began. Counts the lines."""
+        tallies = round_.changes.tallies
+        moves = [
+            (USAGE_EVENTS, partition, round_.events_from.get(partition, 0), offset, *tallies.get(partition, Tally()))
+            for partition, offset in round_.batch.positions.items()
+        ]
+        if round_.control:
+            moves.append((USAGE_CONTROL, 0, round_.control_from, round_.control[-1][0] + 1, *Tally()))
+        rows = [(*move[:4], self.epoch, *move[4:]) for move in moves]
+        if self._move_on(pa.Table.from_arrays(list(zip(*rows, strict=True)), schema=_MOVES)) != len(moves):
+            expected = f"{format_position(round_.events_from)}, writer epoch {self.epoch}"
+            raise Replaced(f"another writer was here: the store is not where this one left it ({expected})")
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:
         for value in values:
@@ -250,19 +261,13 @@ class Store:
         self._replayed.setdefault(place, change.replayed_at.replace(tzinfo=None))
         return place
 
-    def _tally(self, changes: Changes) -> None:
-        for partition, tally in changes.tallies.items():
-            self._connection.execute(
-                """UPDATE tallies SET stored = stored + ?, duplicates = duplicates + ?, conflicts = conflicts + ?,
-                   dead = dead + ? WHERE log_partition = ?""",
-                [*tally, partition],
-            )
-        if changes.dead:
+    def _bury(self, dead: Sequence[DeadLetter]) -> None:
+        if dead:
             self._connection.executemany(
                 """INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?::BIGINT), ?)""",
                 [
                     (self._next_dead + number, *letter, self._replayed.get(letter[:3]))
-                    for number, letter in enumerate(sorted(changes.dead, key=lambda letter: letter[:3]))
+                    for number, letter in enumerate(sorted(dead, key=lambda letter: letter[:3]))
                 ],
             )
 
@@ -334,14 +339,12 @@ class Store:
 
 
 def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> None:
-    """Give every partition of a stream a position and a tally, once."""
+    """Give every partition of a stream a position, once."""
     with contextlib.closing(store.cursor()) as connection:
-        connection.execute("BEGIN")  # a position without its tally would never get one
+        connection.execute("BEGIN")
         have = set(_positions(connection, stream))
         for partition in sorted(set(partitions) - have):
-            connection.execute("INSERT INTO positions VALUES (?, ?, 0)", [stream, partition])
-            if stream == USAGE_EVENTS:
-                connection.execute("INSERT INTO tallies VALUES (?, 0, 0, 0, 0)", [partition])
+            connection.execute("INSERT INTO positions VALUES (?, ?, 0, 0, 0, 0, 0)", [stream, partition])
         connection.execute("COMMIT")
 
 
