@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ SHAPES = ((1, 64), (10, 32), (100, 32), (1000, 8))  # events a body, connections
 READ_BYTES = 8_000_000
 
 
-def prepare(data: Path) -> None:
-    """A log that knows one token."""
+def prepare(url: str) -> None:
+    """Make the log at the URL know one token."""
     now = datetime.now(UTC)
     token = Token(
         id="t",
@@ -47,18 +48,18 @@ def prepare(data: Path) -> None:
         created_at=now,
     )
     changes = [OrganizationCreated(Organization(ORGANIZATION, "bench", now)), TokenCreated(token)]
-    log = open_log(str(data))
+    log = open_log(url)
     asyncio.run(log.append(USAGE_CONTROL, [Entry(encode_change(change)) for change in changes]))
     log.close()
 
 
-def logged(data: Path) -> int:
-    """Events in the log."""
-    log = open_log(str(data))
-    position, events = 0, 0
-    while records := log.read(USAGE_EVENTS, {0: position}, bytes_max=READ_BYTES):
+def logged(url: str) -> int:
+    """Events in the log at the URL."""
+    log = open_log(url)
+    positions, events = dict.fromkeys(log.ends(USAGE_EVENTS), 0), 0
+    while records := log.read(USAGE_EVENTS, positions, bytes_max=READ_BYTES):
         events += sum(record.value.count(b"\n") + 1 for record in records)
-        position = records[-1].offset + 1
+        positions |= {record.partition: record.offset + 1 for record in records}
     log.close()
     return events
 
@@ -79,12 +80,14 @@ def started(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     raise RuntimeError(f"{command} does not listen")
 
 
-def measure(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], int]:
-    """Rows for each of SHAPES, and how many events were acknowledged in all."""
+def measure(
+    command: list[str], seconds: float, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows for each of the shapes, and how many events were acknowledged in all."""
     process, port = started(command)
     rows, acknowledged = [], 0
     try:
-        for run, (events, connections) in enumerate(SHAPES):
+        for run, (events, connections) in enumerate(shapes):
             before, began = usage(process.pid)["cpu_s"], time.perf_counter()
             bodies = Bodies(run, events)
             ledger = asyncio.run(
@@ -114,10 +117,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as directory:
         data = Path(directory) / "data"
         data.mkdir()
-        prepare(data)
+        prepare(str(data))
         gateway = [sys.executable, "-m", "deploy.cli", "gateway", "--data", str(data), "--port", "PORT"]
         rows, acknowledged = measure(gateway, arguments.seconds)
-        found = logged(data)
+        found = logged(str(data))
         usual = [sys.executable, "-m", "benchmarks.usual_stack", str(Path(directory) / "usual.sqlite"), "PORT"]
         beside, taken = measure(usual, arguments.seconds)
         with sqlite3.connect(Path(directory) / "usual.sqlite") as connection:

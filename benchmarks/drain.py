@@ -50,17 +50,18 @@ def made_meters() -> list[Meter]:
 
 
 async def fill(log: Log, events: int, made: list[Meter]) -> Ledger:
-    """Write the backlog; return what is in it."""
+    """Write the backlog, over all partitions in turn; return what is in it."""
+    partitions = len(log.ends(USAGE_EVENTS))
     changes = [OrganizationCreated(Organization(ORGANIZATION, "bench", datetime.now(UTC))), *map(MeterCreated, made)]
     await log.append(USAGE_CONTROL, [Entry(encode_change(change)) for change in changes])
     bodies, ledger = Bodies(1), Ledger()
     for _ in range(events // 100 // APPENDS_AT_ONCE):
         entries = []
-        for _ in range(APPENDS_AT_ONCE):
+        for number in range(APPENDS_AT_ONCE):
             body, numbers = bodies.make()
             numbers.add_to(ledger)
             lines = msgspec.json.decode(body, type=_Envelope).events
-            entries.append(Entry(b"\n".join(lines), 0, ORGANIZATION, True))
+            entries.append(Entry(b"\n".join(lines), number % partitions, ORGANIZATION, True))
         await log.append(USAGE_EVENTS, entries)
     return ledger
 
@@ -88,6 +89,26 @@ def drain(log: Log, directory: Path) -> tuple[Engine, float, float, list[float]]
     return engine, time.perf_counter() - began_s, time.process_time() - cpu_s, commits
 
 
+def work_off(log: Log, directory: Path, events: int) -> tuple[dict[str, float], bool]:
+    """Fill the log, drain it into a store in the directory; one row, and whether the totals are what was written."""
+    made = made_meters()
+    ledger = asyncio.run(fill(log, events, made))
+    engine, wall_s, cpu_s, commits = drain(log, directory)
+    everyone = list(range(engine.directory.subjects_count))
+    tokens, cost = engine.totals.total("m0", everyone), engine.totals.total("m2", everyone)
+    exact = tokens is not None and cost is not None and tokens.count == ledger.events
+    exact = exact and tokens.sum == ledger.tokens and cost.sum == Decimal(ledger.cost_units).scaleb(-4)
+    engine.stop()
+    if not exact:
+        print(f"the totals are {tokens} and {cost}, not {ledger}")
+    row = {
+        "events": ledger.events, "events/s": ledger.events / wall_s, "CPU us/event": 1e6 * cpu_s / ledger.events,
+        "rounds": len(commits), "commit max ms": 1000 * max(commits),
+        "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    return row, exact
+
+
 def main() -> None:
     """Run and report; exit 3 when a total is not what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,29 +117,16 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     directory = Path(tempfile.mkdtemp(prefix="meterstream-bench-"))
     report = Report("drain", "working off a backlog of 100-event records, ten meters, 100,000 customers")
-    log, made = open_log(str(directory)), made_meters()
+    log = open_log(str(directory))
     try:
-        ledger = asyncio.run(fill(log, arguments.events, made))
-        engine, wall_s, cpu_s, commits = drain(log, directory)
-        everyone = list(range(engine.directory.subjects_count))
-        tokens, cost = engine.totals.total("m0", everyone), engine.totals.total("m2", everyone)
-        exact = tokens is not None and cost is not None and tokens.count == ledger.events
-        exact = exact and tokens.sum == ledger.tokens and cost.sum == Decimal(ledger.cost_units).scaleb(-4)
-        engine.stop()
-        report.add(
-            events=ledger.events, **{
-                "events/s": ledger.events / wall_s, "CPU us/event": 1e6 * cpu_s / ledger.events,
-                "rounds": len(commits), "commit max ms": 1000 * max(commits),
-                "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "log B/event": (directory / "log.sqlite").stat().st_size / ledger.events,
-                "store B/event": (directory / "store.duckdb").stat().st_size / ledger.events,
-            },
-        )
+        row, exact = work_off(log, directory, arguments.events)
+        files = {"log B/event": "log.sqlite", "store B/event": "store.duckdb"}
+        report.add(**row, **{name: (directory / file).stat().st_size / row["events"] for name, file in files.items()})
     finally:
         log.close()
         shutil.rmtree(directory, ignore_errors=True)
     report.finish()
-    print("counted = written, sums exact" if exact else f"the totals are {tokens} and {cost}, not {ledger}")
+    print("counted = written, sums exact" if exact else "what was counted is not what was written")
     sys.exit(0 if exact else 3)
 
 
