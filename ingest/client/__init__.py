@@ -11,11 +11,12 @@ It speaks to Meterstream and to Polar alike. It needs httpx and msgspec, and not
 from ingest.client.asynchronous import AsyncIngestion
 from ingest.client.event import Event
 from ingest.client.ingestion import Ingestion, Stats
+from ingest.client.kafka import KafkaTransport
 from ingest.client.limits import Limits
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.strategy import Customer, Strategy
 
 __all__ = [
-    "AsyncIngestion", "Customer", "Event", "EventRefused", "Ingestion", "Limits", "Rejection", "SpoolFull", "Stats",
-    "Strategy",
+    "AsyncIngestion", "Customer", "Event", "EventRefused", "Ingestion", "KafkaTransport", "Limits", "Rejection",
+    "SpoolFull", "Stats", "Strategy",
 ]  # fmt: skip

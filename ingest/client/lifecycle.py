@@ -7,6 +7,7 @@ is made to end it in order, but only where the application has not decided other
 """
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -59,6 +60,12 @@ def started(client: Living) -> None:
 def leave(client: Living) -> None:
     """The client is closed and needs to hear of nothing."""
     _clients.discard(client)
+
+
+def abandon(inherited: object) -> None:
+    """In a forked child: keep something of the parent's as it is, for ever. Closing it here would do harm there, and
+    an ordinary reference would be taken away, and so close it, at the end of the interpreter."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 def _end_in_order(number: int, frame: FrameType | None) -> None:

@@ -8,13 +8,14 @@ end of the process in whatever way; it survives a power cut once the system has 
 A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
 """
 
-import ctypes
 import logging
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from os import urandom
 from pathlib import Path
+
+from ingest.client.lifecycle import abandon
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Spool:
     def forget(self) -> None:
         """After a fork, in the child: the connection is the parent's. Closing it here would damage the file."""
         if self._connection is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))  # so that nothing ever closes it
+            abandon(self._connection)
         self._connection = self._path = None
 
     def claim(self) -> bool:
