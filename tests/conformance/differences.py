@@ -10,3 +10,15 @@ DIFFERENCES: dict[str, str] = {
     "fx-gte-bool-error": "ordering by a boolean is refused when the meter is made, instead of failing when it is read",
     "inx-cost-float-noise": "a cost of more than 12 decimals is rounded: it is what 0.1 + 0.2 gives in a client",
 }
+
+_INVOICES = "no invoices are made here: usage is priced for whoever looks at it, and billed elsewhere"
+
+NOT_HERE: dict[str, str] = {
+    "bl-sum": _INVOICES,
+    "bl-credit": _INVOICES,
+    "bl-count-system-excluded": _INVOICES,
+    "bl-cutoff": _INVOICES,
+    "bl-price-change-max": _INVOICES,
+    "bl-e2e-meter-cycle": _INVOICES,
+}
+"""Cases that nothing here could hold, each with its reason."""

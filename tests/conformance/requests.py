@@ -26,6 +26,8 @@ def way(case: Case) -> str:
             sayable = params["attached"] not in NEEDS_BILLING
         case "update_meter":
             sayable = not params["last_billed_event"]
+        case "customer_meter" | "activation" | "rollover_units" | "benefit_steps" | "metered_price_amount":
+            sayable = True
         case "ingest":
             sayable = params["auth"] == "organization_token"
         case _:
