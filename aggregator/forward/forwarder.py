@@ -269,9 +269,10 @@ class Forwarder:
     def _postpone(self, work: Slice, later: Later) -> None:
         now_us = self._clock.now_us()
         self._state.count("", postponed=1)
-        parts = halves(work) if later.is_slow else [work]
-        if later.is_slow:
-            self._events_max = max(BATCH_EVENTS_MIN, min(self._events_max, len(work.sent)) // 2)
+        parts, sent = [work], len(work.sent)
+        if later.is_slow and sent > BATCH_EVENTS_MIN:
+            parts = halves(work)
+            self._events_max = max(BATCH_EVENTS_MIN, min(self._events_max, sent) // 2)
         self._slices += reversed(parts)
         pause_s = self._circuit.failed(now_us, retry_after_s(later.after_s, now_us), self._draw())
         self._state.set(last_failure=later.reason, last_failure_us=now_us)

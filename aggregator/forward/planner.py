@@ -17,7 +17,7 @@ from aggregator.place import Place
 
 ALONE_MAX = 8  # events that Polar names as bad are sent alone to be sure; of more than these its word is taken
 PROBE_EVENTS = 100  # of the first request after a pause: enough to learn, little to lose
-SKEW_FIRST_US = 5_000_000  # how far behind ours we take Polar's clock to be when it calls an event's time the future
+SKEW_FIRST_US = 2_000_000  # how far behind ours we take Polar's clock to be when it calls an event's time the future
 SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
 ENVELOPE_BYTES = len(b'{"events":[]}')
 WORDS_MAX = 2_000  # characters kept of what Polar said
@@ -110,8 +110,8 @@ def judge(answer: Answer, count: int) -> Verdict:
         return _bad(answer)
     if status in (401, 403):
         return Stop(
-            f"Polar answers {status}: {answer.words()}. Give a token of the organization with the scope events:write "
-            "in METERSTREAM_POLAR_TOKEN, then start again or `meterstream forward resume`"
+            f"Polar answers {status} ({answer.words()}): give a token of its organization with the scope events:write "
+            "in METERSTREAM_POLAR_TOKEN and start again, or mend it there and `meterstream forward resume`"
         )
     if is_passing(status):
         wish = answer.headers.get("retry-after")

@@ -24,7 +24,7 @@ POISON = "poison"  # events whose id begins so are refused
 class Polar:
     """The proxy. ``fault`` gives the next fault or None; ``now`` is the upstream's own clock."""
 
-    def __init__(self, upstream: Installation, now_us: Callable[[], int], *, slow_s: float = 1.0) -> None:
+    def __init__(self, upstream: Installation, now_us: Callable[[], int], *, slow_s: float = 0.75) -> None:
         self.upstream, self.now_us, self.slow_s = upstream, now_us, slow_s
         self.fault: Callable[[], str | None] = lambda: None
         self.names_the_accused = True
@@ -152,12 +152,12 @@ class Polar:
         return Handler
 
 
-def stored(installation: Installation) -> list[dict[str, Any]]:
-    """Every event that the installation counted, in its order, from its own feed."""
+def stored(installation: Installation, name: str) -> list[dict[str, Any]]:
+    """Every event of this name that the installation counted, in its order, from its own feed."""
     found: list[dict[str, Any]] = []
     position = ""
     while True:
-        page = installation.get("/v1/feed/", position=position, limit="10000").json()
+        page = installation.get("/v1/feed/", position=position, limit="10000", name=name).json()
         found += [item["event"] for item in page["items"]]
         if not page["items"]:
             return found

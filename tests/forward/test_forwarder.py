@@ -1,11 +1,20 @@
 """Whatever Polar answers: nothing is lost, nothing doubled there, and never more requests than allowed."""
 
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from aggregator.forward.source import Selection
 from tests.deploy.installation import Installation
-from tests.forward.polar import Polar, send, stored
+from tests.forward.polar import FAULTS, POISON, Polar, send, stored
 from tests.forward.running import Clocks, Running
+
+SEED = 20261121
+TIMEOUT_S = 0.5  # for a whole minute; the proxy is slower by half when it is slow
 
 
 def events(name: str, number: int, customers: int = 10, **more: Any) -> list[dict[str, Any]]:
@@ -17,24 +26,198 @@ def events(name: str, number: int, customers: int = 10, **more: Any) -> list[dic
     ]  # fmt: skip
 
 
-def arrived(upstream: Installation, name: str) -> list[dict[str, Any]]:
-    """What the upstream has of a test, in its order."""
-    return [event for event in stored(upstream) if event["name"] == name]
+def ids(found: Iterable[dict[str, Any]]) -> list[str]:
+    """Their external ids."""
+    return [event["external_id"] for event in found]
 
 
-def test_what_was_counted_arrives(
-    ours: Installation, upstream: Installation, polar: Polar, clocks: Clocks, state: Path, name: str
-) -> None:
-    """All of it, once, in order, as it was."""
-    send(ours, events(name, 1_000))
-    with Running(ours, polar.url, state, clocks=clocks, batch_events=300, selection=_named(name)) as running:
+def by_customer(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """The ids of each customer's events, in order."""
+    order: dict[str, list[str]] = {}
+    for event in found:
+        order.setdefault(event["external_customer_id"], []).append(event["external_id"])
+    return order
+
+
+class Room:
+    """Both servers, the proxy, and a forwarder of one event name."""
+
+    def __init__(self, ours: Installation, upstream: Installation, polar: Polar, state: Path, name: str) -> None:
+        self.ours, self.upstream, self.polar, self.name = ours, upstream, polar, name
+        self._state = state
+
+    def forwarder(self, clocks: Clocks, **wishes: Any) -> Running:
+        """A forwarder of this test's events."""
+        selection = Selection(names=(self.name,))
+        return Running(self.ours, self.polar.url, self._state, clocks=clocks, **{"selection": selection} | wishes)
+
+    def send(self, sent: list[dict[str, Any]]) -> None:
+        """Have events counted here."""
+        send(self.ours, sent)
+
+    def here(self) -> list[dict[str, Any]]:
+        """What was counted here."""
+        return stored(self.ours, self.name)
+
+    def there(self) -> list[dict[str, Any]]:
+        """What was counted upstream, once it has counted everything that it took."""
+        send(self.upstream, [{"name": "end", "external_customer_id": "end", "external_id": self.name}])
+        return stored(self.upstream, self.name)
+
+
+@pytest.fixture
+def room(ours: Installation, upstream: Installation, polar: Polar, state: Path, name: str) -> Room:
+    """See the class."""
+    return Room(ours, upstream, polar, state, name)
+
+
+def test_what_was_counted_arrives(room: Room, clocks: Clocks) -> None:
+    """All of it, once, in order, as it was, in as few requests as the batch allows."""
+    room.send(events(room.name, 1_000))
+    with room.forwarder(clocks, batch_events=300) as running:
         running.until(lambda: running.done(1_000))
         assert running.books()["accepted"] == 1_000
-    assert len(polar.arrivals_us) == 4
-    assert arrived(upstream, name) == arrived(ours, name)
+    assert len(room.polar.arrivals_us) == 4
+    assert room.there() == room.here()
 
 
-def _named(name: str) -> Any:
-    from aggregator.forward.source import Selection
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_survived(room: Room, clocks: Clocks, fault: str) -> None:
+    """Every other request goes wrong: all arrives, once, each customer's in order; what was repeated is a duplicate."""
+    room.send(events(room.name, 120))
+    wrong = cycle([fault, None])
+    room.polar.fault = lambda: next(wrong)
+    with room.forwarder(clocks, batch_events=40, timeout_s=TIMEOUT_S, requests_max=15) as running:
+        running.until(lambda: running.done(120))
+        assert running.books() == {"taken": 120, "accepted": 120, "dead": 0}
+        sums = running.state.tallies()[""]
+    assert room.there() == room.here()
+    assert room.polar.busiest() <= 15
+    assert sums["inserted"] + sums["duplicates"] == 120
+    is_committed = fault not in ("429", "503 before")
+    assert (len(room.polar.committed) > 120) is is_committed
+    assert (sums["duplicates"] > 0) is is_committed
 
-    return Selection(names=(name,))
+
+@pytest.mark.parametrize("seed", [SEED, SEED + 1])
+def test_a_bad_day(room: Room, clocks: Clocks, seed: int) -> None:
+    """All faults, poison among the events, and a small limit: the books agree with the upstream, to the event."""
+    good = events(room.name, 1_500, customers=40)
+    poison = [event | {"external_id": f"{POISON}-{event['external_id']}"} for event in good[100:1_500:350]]
+    room.send(sorted([*good, *poison], key=lambda event: event["metadata"]["n"]))
+    room.polar.names_the_accused = seed % 2 == 0
+    room.polar.seeded(seed, rate=0.3)
+    with room.forwarder(clocks, batch_events=60, timeout_s=TIMEOUT_S, requests_max=20) as running:
+        running.until(lambda: running.done(1_504))
+        assert running.books() == {"taken": 1_504, "accepted": 1_500, "dead": 4}
+        dead = running.state.dead()
+        sums = running.state.tallies()[""]
+    expected = [event for event in room.here() if not event["external_id"].startswith(POISON)]
+    there = room.there()
+    assert sorted(ids(there)) == sorted(ids(expected))
+    assert by_customer(there) == by_customer(expected)
+    assert {letter.external_id for letter in dead} == set(ids(poison))
+    assert all("Customer not found." in letter.words for letter in dead)
+    assert room.polar.busiest() <= 20
+    print(
+        f"\nseed {seed}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 20 in 60 s, faults "
+        f"{room.polar.faults}, {len(room.polar.committed) - len(set(room.polar.committed))} events repeated, 4 of 4 "
+        f"poisoned apart, {sums['refused']} refusals; lost 0, doubled 0"
+    )
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("poisoned", [1, 12])
+def test_poison_does_not_hold_up_the_rest(room: Room, clocks: Clocks, is_named: bool, poisoned: int) -> None:
+    """What Polar refuses becomes a dead letter with its words, found by its index or by halving; the rest passes."""
+    room.polar.names_the_accused = is_named
+    bad = events(room.name, poisoned)
+    poison = [event | {"external_id": f"{POISON}-{room.name}-{n}"} for n, event in enumerate(bad)]
+    room.send([*events(room.name, 30), *poison, *events(room.name, 60)[30:]])
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(60 + poisoned))
+        assert running.books() == {"taken": 60 + poisoned, "accepted": 60, "dead": poisoned}
+        letters = running.state.dead()
+        assert {letter.external_id for letter in letters} == set(ids(poison))
+        assert all("Customer not found." in letter.words for letter in letters)
+    assert len(room.there()) == 60
+    if is_named:
+        assert len(room.polar.arrivals_us) <= 4
+
+
+def test_a_refused_token_stops_until_it_is_mended(room: Room, clocks: Clocks) -> None:
+    """Nothing is tried again by itself; the reason says what to do; after ``resume`` it goes on where it was."""
+    room.send(events(room.name, 50))
+    room.polar.is_denied = True
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.state.flags().get("stopped"))
+        assert "401 (The access token is revoked.): give a token" in running.state.flags()["stopped"]
+        for _ in range(5):
+            running.clocks.pause(running.forwarder.turn())
+        assert len(room.polar.arrivals_us) == 1
+        room.polar.is_denied = False
+        running.state.set(resumed_us=clocks.now_us())
+        running.until(lambda: running.done(50))
+        assert "stopped" not in running.state.flags()
+    assert room.there() == room.here()
+
+
+def test_the_limit_holds_across_restarts(room: Room, clocks: Clocks) -> None:
+    """A new process counts the requests of the one before it, those that were under way, too."""
+    room.send(events(room.name, 120))
+    for part in range(1, 5):
+        with room.forwarder(clocks, batch_events=5, requests_max=8) as running:
+            running.until(lambda part=part: running.done(30 * part))  # type: ignore[misc]
+            running.window.take()  # as if it were killed while it asked
+    assert len(room.polar.arrivals_us) == 24
+    assert room.polar.busiest() <= 8
+    assert room.there() == room.here()
+
+
+def test_an_event_of_the_future_waits_until_it_is_past(room: Room) -> None:
+    """It, and what follows of its customer, waits; others pass at once. An upstream whose clock is behind is heard."""
+    soon = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
+    future, *rest = events(room.name, 6, customers=3)
+    room.send([future | {"timestamp": soon}, *rest])
+    room.polar.is_strict, room.polar.behind_s = True, 1.0
+    with room.forwarder(Clocks()) as running:
+        running.until(lambda: running.taken() == 6)
+        assert running.state.waiting()[0] >= 2
+        running.until(lambda: running.done(6))
+        assert running.books() == {"taken": 6, "accepted": 6, "dead": 0}
+    there = room.there()
+    assert by_customer(there) == by_customer(room.here())
+    assert sorted(ids(there)) == sorted(ids(room.here()))
+
+
+def test_a_pause_is_kept_and_ended(room: Room, clocks: Clocks) -> None:
+    """Nothing is sent while it lasts; afterwards everything is."""
+    room.send(events(room.name, 10))
+    with room.forwarder(clocks) as running:
+        running.state.set(paused=True)
+        for _ in range(5):
+            running.clocks.pause(running.forwarder.turn())
+        assert room.polar.arrivals_us == []
+        assert running.state.flags()["pending"] == 10
+        running.state.set(paused=None)
+        running.until(lambda: running.done(10))
+    assert len(room.there()) == 10
+
+
+def test_a_range_of_time_is_sent_again(room: Room, clocks: Clocks) -> None:
+    """A replay sends what lies in its range, dead letters too: what Polar has is a duplicate, what it lacks arrives."""
+    sent = events(room.name, 30)
+    for n, event in enumerate(sent):
+        event["timestamp"] = f"2026-03-0{1 + n % 3}T00:00:00Z"
+    sent[4]["external_id"] = f"{POISON}-{room.name}"
+    room.send(sent)
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(30))
+        assert running.books() == {"taken": 30, "accepted": 29, "dead": 1}
+        room.polar._refused = lambda _: []  # type: ignore[method-assign]  # its customer exists by now
+        running.state.ask_replay("2026-03-02T00:00:00Z", "2026-03-03T00:00:00Z", clocks.now_us())
+        running.until(lambda: not running.state.replays())
+        assert running.books("replay 1") == {"taken": 10, "accepted": 10, "dead": 0}
+        assert running.books() == {"taken": 30, "accepted": 30, "dead": 0}
+        assert running.state.tallies()[""]["duplicates"] == 9
+    assert sorted(ids(room.there())) == sorted(ids(sent))
