@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,12 +20,16 @@ DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something n
 class Api:
     """A connection to a server's ``/v1``, with the organization's token. A context manager."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, socket: Path | None = None) -> None:
+        """``socket`` is the aggregator's own, for whoever has its data directory; the URL then only names a host."""
         self._url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        transport = httpx.HTTPTransport(uds=str(socket)) if socket else None
         try:
-            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, follow_redirects=True)
+            self._http = httpx.Client(
+                base_url=self._url, headers=headers, timeout=timeout, follow_redirects=True, transport=transport
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise GiveUp(f"--url {url}: {error}", USAGE) from None
 

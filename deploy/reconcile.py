@@ -7,7 +7,7 @@ read here in any case, so a server that runs does little more than answer questi
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
@@ -26,12 +26,16 @@ CHECKS = ("log", "store", "ledger", "upstream")
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What to compare. Times are UTC, half-open; ``repair`` is plan, apply or None."""
+    """What to compare. Times are UTC, half-open; ``repair`` is plan, apply or None.
+
+    ``settle`` is how long an event may be on its way to Polar before it is missed there.
+    """
 
     checks: tuple[str, ...] = CHECKS
     since: datetime | None = None
     until: datetime | None = None
     repair: str | None = None
+    settle: timedelta = timedelta(minutes=15)
 
 
 def reconcile(data: DataDirectory, task: Task) -> Report:

@@ -34,6 +34,9 @@ SCOPES = (
     "webhooks:write",
 )
 
+AUDIT = "audit:read"
+"""Reading the whole store, tenants and all, for reconciliation. No token has it unless its operator says so by name."""
+
 _INVALID = "The access token provided is expired, revoked, malformed, or invalid for other reasons."
 _INSUFFICIENT = "The request requires higher privileges than provided by the access token."
 _REALM = 'Bearer realm="polar"'

@@ -1,6 +1,6 @@
 """``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +38,7 @@ def reconcile(
     since: Annotated[str | None, typer.Option(help="From this time (ISO 8601, UTC unless it says).")] = None,
     until: Annotated[str | None, typer.Option(help="Until this time, exclusively.")] = None,
     repair: Annotated[Mend | None, typer.Option(help="List what would mend the differences, or do it.")] = None,
+    settle: Annotated[int, typer.Option(min=0, help="Minutes that an event may be on its way to Polar.")] = 15,
     report: Annotated[Path | None, typer.Option(help="Also write the report to this file, as a page (HTML).")] = None,
 ) -> int:
     """Compare the log with the store, the store with itself, balances with entries, and all of it with Polar.
@@ -56,7 +57,7 @@ def reconcile(
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
     task = Task(
         checks=checks, since=_instant(since, "--since"), until=_instant(until, "--until"),
-        repair=repair.value if repair else None,
+        repair=repair.value if repair else None, settle=timedelta(minutes=settle),
     )  # fmt: skip
     found = prove(here, task)
     if report is not None:

@@ -26,10 +26,10 @@ def create(
 ) -> None:
     """Create a token and show its secret, this once."""
     from deploy.control import new_secret, new_token, open_control, shown
-    from meters.access import SCOPES
+    from meters.access import AUDIT, SCOPES
     from meters.catalogue import TokenCreated
 
-    unknown = set(scope or ()) - set(SCOPES)
+    unknown = set(scope or ()) - {*SCOPES, AUDIT}
     if unknown:
         raise GiveUp(f"there is no scope {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}", USAGE)
     here = session(context)

@@ -1,12 +1,16 @@
 """What the tests of reconciliation start from."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.deploy.installation import Installation
 from tests.faults.evidence import write_sample
 from tests.reconcile.planting import Left
+from tests.reconcile.two_sides import TwoSides
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,24 @@ def left(counted: Path, tmp_path: Path) -> Left:
     """A copy of it, to be spoiled."""
     shutil.copytree(counted, tmp_path / "data")
     return Left(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Installation, Installation]]:
+    """Two running servers that many tests share."""
+    with contextlib.ExitStack() as opened:
+        pair = []
+        for name in ("ours", "theirs"):
+            place = Installation(tmp_path_factory.mktemp(name) / "data")
+            opened.callback(place.close)
+            place.start()
+            pair.append(place)
+        yield pair[0], pair[1]
+
+
+@pytest.fixture
+def sides(servers: tuple[Installation, Installation]) -> Iterator[TwoSides]:
+    """A fresh organization on each of them."""
+    both = TwoSides(*servers)
+    yield both
+    both.close()

@@ -1,0 +1,76 @@
+"""What an upstream answered, kept in a file: a run that was interrupted goes on without asking again.
+
+The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The file
+goes when a run is complete, and is not used when it is older than a few hours or belongs to another range.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from aggregator.forward.upstream import PAGE_ROWS
+from aggregator.reconcile.upstream_scope import Reader
+
+GOOD_FOR = timedelta(hours=6)
+
+
+def interrupted(path: Path, key: str, now: datetime) -> datetime | None:
+    """When the run with this key began that left the file, or None where there is nothing to go on with."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = json.loads(file.readline())
+            began = datetime.fromisoformat(head["began"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return began if head["key"] == key and now - began < GOOD_FOR else None
+
+
+class Remembering:
+    """A reader that asks each question once. Close it with ``complete`` when the run is, else just let go of it."""
+
+    def __init__(self, reader: Reader, path: Path, key: str, began: datetime, *, go_on: bool) -> None:
+        self._reader, self._path = reader, path
+        self._known: dict[str, Any] = dict(_answers(path)) if go_on else {}
+        self.asked = 0
+        if not go_on:
+            head = json.dumps({"key": key, "began": began.isoformat()})
+            path.write_text(head + "\n", encoding="utf-8")
+
+    def get(self, path: str, **params: Any) -> Any:
+        """The answer, from the file where it has one."""
+        question = json.dumps([path, params], sort_keys=True, default=str)
+        if question not in self._known:
+            self._known[question] = self._reader.get(path, **params)
+            self.asked += 1
+            line = json.dumps([question, self._known[question]], default=str)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        return self._known[question]
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Every item of a list, page by page."""
+        page = 1
+        while True:
+            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
+            yield from answer["items"]
+            if page >= answer["pagination"]["max_page"]:
+                return
+            page += 1
+
+    def complete(self) -> None:
+        """Forget everything: the next run asks anew."""
+        self._path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> Iterator[tuple[str, Any]]:
+    """What was answered; a line that a kill cut short ends the list."""
+    with path.open(encoding="utf-8") as file:
+        file.readline()
+        for line in file:
+            try:
+                question, answer = json.loads(line)
+            except ValueError:
+                return
+            yield question, answer

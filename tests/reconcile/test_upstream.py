@@ -1,0 +1,180 @@
+"""Our server against another one that plays the Polar organization: every planted error is found, named and mended."""
+
+from datetime import timedelta
+from decimal import Decimal
+
+from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
+
+DAY = timedelta(days=1)
+
+
+def only(check: Check) -> Difference:
+    """The one difference there is."""
+    assert len(check.differences) == 1, check.differences
+    return check.differences[0]
+
+
+def test_what_was_handed_on_is_equal(sides: TwoSides) -> None:
+    """Events, quantities by day and customers' meters agree; reserved metadata and decimals do not disturb."""
+    sides.here.send(*numbered(30), {**call("llm", "12.5"), "metadata": {
+        "tokens": 0.1, "_cost": {"amount": 0.25, "currency": "usd"},
+        "_llm": {"vendor": "v", "model": "m", "input_tokens": 1, "output_tokens": 2, "total_tokens": 3},
+    }})  # fmt: skip
+    sides.forward()
+
+    check = sides.check()
+
+    assert check.differences == []
+    compared = {counted.what: counted for counted in check.counted}
+    assert compared["tokens, by day"].here == compared["tokens, by day"].there == "435.1"
+
+
+def test_a_lost_event_is_named_and_sent_again(sides: TwoSides) -> None:
+    """What Polar lacks is named with its quantity; a repair sends it once, a second one finds nothing to do."""
+    sides.here.send(*numbered(12))
+    sides.forward(lambda event: None if event["external_id"] == "e7" else event)
+
+    difference = only(sides.check())
+    done = sides.repair([difference])
+    again = sides.repair([difference])
+
+    assert difference.cause is Cause.LOST
+    assert difference.where.startswith("e7: call of bob")
+    assert difference.quantities == {"calls": Decimal(-1), "tokens": Decimal(-7)}
+    assert done is not None
+    assert "1 events were new there, 0" in done.what
+    assert again is not None
+    assert "0 events were new there, 1" in again.what
+    sides.there.send()
+    assert sides.check().differences == []
+
+
+def test_a_missing_hour_is_one_difference(sides: TwoSides) -> None:
+    """Everything of an hour that did not arrive is told as that hour, and mended as a whole."""
+    sides.here.send(*(call(f"h{number}", at=NOON + timedelta(minutes=number)) for number in range(90)))
+    sides.forward(lambda event: event if "T13" in event["timestamp"] else None)
+
+    difference = only(sides.check())
+    sides.repair([difference])
+
+    assert (difference.cause, difference.count, difference.repair) == (Cause.LOST, 60, Repair.SEND)
+    assert difference.window == (NOON, NOON + timedelta(hours=1))
+    sides.there.send()
+    assert sides.check().differences == []
+
+
+def test_a_doubled_event_is_named(sides: TwoSides) -> None:
+    """An event that somebody sent there without its id as well is counted twice, and said so."""
+    sides.here.send(*numbered(6))
+    sides.forward()
+    sides.forward(lambda event: {**event, "external_id": "other"} if event["external_id"] == "e4" else None)
+
+    difference = only(sides.check())
+
+    assert (difference.cause, difference.repair) == (Cause.DOUBLED, Repair.CORRECT)
+    assert difference.quantities == {"calls": Decimal(1), "tokens": Decimal(4)}
+
+
+def test_a_late_event_is_named_with_both_periods(sides: TwoSides) -> None:
+    """An event that counts there on another day is one event that moved, not one lost and one too many."""
+    sides.here.send(*numbered(6))
+    later = (NOON + DAY).isoformat()
+    sides.forward(lambda event: {**event, "timestamp": later} if event["external_id"] == "e0" else event)
+
+    difference = only(sides.check())
+
+    assert difference.cause is Cause.LATE
+    assert f"{NOON:%Y-%m-%dT}" in difference.what
+    assert f"{NOON + DAY:%Y-%m-%dT}" in difference.what
+
+
+def test_a_changed_quantity_is_named_with_both_contents(sides: TwoSides) -> None:
+    """An event whose quantity is another one there."""
+    sides.here.send(*numbered(6))
+    sides.forward(lambda event: {**event, "metadata": {"tokens": 6}} if event["external_id"] == "e5" else event)
+
+    difference = only(sides.check())
+
+    assert difference.cause is Cause.CHANGED
+    assert difference.quantities == {"tokens": Decimal(1)}
+
+
+def test_a_conflict_is_told_from_a_change(sides: TwoSides) -> None:
+    """Where the other content was refused here as a contradiction, that is the reason."""
+    sides.here.send(*numbered(4))
+    sides.here.send(call("e2", 99, at=NOON + timedelta(days=2, minutes=2)))
+    sides.forward(lambda event: {**event, "metadata": {"tokens": 99}} if event["external_id"] == "e2" else event)
+
+    assert only(sides.check()).cause is Cause.CONFLICT
+
+
+def test_the_digits_of_doubles_are_explained(sides: TwoSides) -> None:
+    """The last digits that a double loses are listed as rounding, and nothing is wrong."""
+    sides.here.send(call("a", 0.1), call("b", 0.2))
+    sides.forward(lambda event: {**event, "metadata": {"tokens": event["metadata"]["tokens"] + 1e-12}})
+
+    check = sides.check()
+
+    assert {difference.cause for difference in check.differences} == {Cause.ROUNDING}
+    assert all(difference.is_explained for difference in check.differences)
+
+
+def test_a_filter_that_is_read_differently_is_named_with_its_events(sides: TwoSides) -> None:
+    """A number is no text for a balance, and "not free" for an invoice: the events and the quantity are named."""
+    not_free = {"property": "tier", "operator": "ne", "value": "free"}
+    sides.here.meter("paid", [not_free], func="sum", property="tokens")
+    # what makes the other server count as an invoice does: a number is not "free" either
+    as_billed = {"conjunction": "or", "clauses": [not_free, {"property": "tier", "operator": "eq", "value": 3}]}
+    sides.there.meter("paid", [as_billed], func="sum", property="tokens")
+    sides.here.send(call("a", 5, tier="free"), call("b", 7, tier="gold"), call("c", 11, tier=3))
+    sides.forward()
+
+    found = [difference for difference in sides.check().differences if difference.where.startswith("paid, ")]
+
+    assert {difference.cause for difference in found} == {Cause.FILTER_SEMANTICS}
+    of_day = next(difference for difference in found if difference.window)
+    assert of_day.quantities == {"paid": Decimal(11)}
+    assert of_day.events[0].startswith("c: call of ann")
+    assert "invoices" in of_day.what
+
+
+def test_a_balance_off_by_one_credit_is_named(sides: TwoSides) -> None:
+    """Usage agrees and one credit is missing there: customer, meter and both figures are named."""
+    for side, credited in ((sides.here, (100, 1)), (sides.there, (100,))):
+        customer = side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})["id"]
+        meter = next(one["id"] for one in side.api.pages("/v1/meters/") if one["name"] == "tokens")
+        for number, units in enumerate(credited):
+            body = {"meter_id": meter, "units": units, "key": f"credit-{number}"}
+            side.post(f"/v1/customers/{customer}/credits", body)
+    sides.here.send(*numbered(4))
+    sides.forward()
+
+    difference = only(sides.check())
+
+    assert difference.cause is Cause.LOST
+    assert difference.where == "tokens, customer ann"
+    assert "100 over there, 101 here" in difference.what
+
+
+def test_what_is_on_its_way_is_no_difference(sides: TwoSides) -> None:
+    """Within the settle window nothing is missed, neither as an event nor in a quantity."""
+    sides.here.send(*numbered(6))
+
+    assert sides.check(settle=timedelta(hours=1)).differences == []
+    assert len(sides.check().differences) == 3
+
+
+def test_many_events_are_narrowed_down_with_few_requests(sides: TwoSides) -> None:
+    """One event of five thousand is found without listing the others."""
+    for start in range(0, 5000, 2500):
+        sides.here.send(*(
+            call(f"m{number}", at=NOON + timedelta(seconds=3 * number)) for number in range(start, start + 2500)
+        ))  # fmt: skip
+    sides.forward(lambda event: None if event["external_id"] == "m3210" else event)
+
+    check = sides.check()
+
+    assert only(check).where.startswith("m3210: ")
+    requests = int(check.notes[-1].split(" requests")[0])
+    assert requests < 45
