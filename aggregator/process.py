@@ -20,6 +20,7 @@ import uvloop
 
 from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
+from aggregator.lag import LagWatch
 from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
 from meters.log import Log
@@ -54,9 +55,11 @@ def run(log: Log, process: Process) -> None:
     if process.housekeeping is not None:
         keeper = threading.Thread(target=_keep_house, args=(aggregator, process.housekeeping), daemon=True)
         keeper.start()
+    lag = LagWatch(log, aggregator)
     try:
         uvloop.run(_serve(aggregator, process))
     finally:
+        lag.stop()
         aggregator.stop()
         gc.unfreeze()  # or the bindings of DuckDB complain of what is left at the end
     if isinstance(aggregator.failure, FINAL):

@@ -1,4 +1,8 @@
-"""The aggregator's process: the log and the store of a data directory, the API on its socket."""
+"""The aggregator's process: the log, the store of a data directory, and the API.
+
+The API is on a socket in the data directory, for the gateway beside it; on a host and port where the log is one that
+gateways on other machines share.
+"""
 
 import contextlib
 
@@ -6,7 +10,7 @@ from aggregator.process import Process
 from aggregator.process import run as run_aggregator
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Replaced
-from deploy.data import DataDirectory
+from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
@@ -22,18 +26,23 @@ def run(settings: Settings, lifeline: int | None) -> None:
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
     configure_logs("aggregator", settings.log_level)
-    data = DataDirectory(settings.data)
+    data = data_directory(settings)
     # A supervisor holds the directory for its children; without one the aggregator does, against a rebuild.
     with data.hold("aggregate") if lifeline is None else contextlib.nullcontext():
-        _serve(data, settings.retention_days)
+        _serve(data, settings, alone=lifeline is None)
 
 
-def _serve(data: DataDirectory, retention_days: int) -> None:
-    data.socket.unlink(missing_ok=True)  # left over from a process that was killed
+def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
     log = data.open_log()
     try:
-        housekeeping = trimming(log, retention_days, clock_us) if retention_days else None
-        run_aggregator(log, Process(store=data.store, socket=data.socket, housekeeping=housekeeping))
+        days = settings.retention_days if data.has_log else 0  # brokers see to their own
+        process = Process(store=data.store, housekeeping=trimming(log, days, clock_us) if days else None)
+        if alone and not data.has_log:  # its gateways are elsewhere
+            process = process._replace(host=settings.host, port=settings.port)
+        else:
+            data.socket.unlink(missing_ok=True)  # left over from a process that was killed
+            process = process._replace(socket=data.socket)
+        run_aggregator(log, process)
     except (Unopenable, Replaced) as error:
         raise GiveUp(f"{error}; `meterstream doctor --data {data.path}` looks closer") from error
     except PositionLost as error:

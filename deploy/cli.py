@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from deploy.commands import events, forward, meters, organizations, process, reconcile, store, tokens, usage
+from deploy.commands import kafka as kafka_commands
 from deploy.giving_up import BUG, DONE, FAILED, GiveUp
 from deploy.output import Output
 from deploy.session import EPILOG, Session
 from deploy.settings import Settings, read_environment
 
-GLOBAL_OPTIONS = ("--url", "--token", "--data", "--output")
+GLOBAL_OPTIONS = ("--url", "--token", "--data", "--log", "--output")
 
 app = typer.Typer(
     name="meterstream", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, epilog=EPILOG,
@@ -32,12 +33,13 @@ def options(
     context: typer.Context,
     url: Annotated[str | None, typer.Option(help="Where the server is, such as http://127.0.0.1:8000.")] = None,
     token: Annotated[str | None, typer.Option(help="The organization's access token.")] = None,
-    data: Annotated[str | None, typer.Option(help="The directory of the log and the store.")] = None,
+    data: Annotated[str | None, typer.Option(help="The directory of the store, and of a log that is a file.")] = None,
+    log: Annotated[str | None, typer.Option(help="kafka://HOST:PORT[/PREFIX]; without it a file in the data.")] = None,
     output: Annotated[Output, typer.Option(help="How to show the answer.")] = Output.table,
 ) -> None:
     """What every command takes."""
     settings: Settings = context.obj
-    context.obj = Session(settings.but(url=url, token=token, data=data), output)
+    context.obj = Session(settings.but(url=url, token=token, data=data, log=log), output)
 
 
 app.command(epilog=EPILOG)(process.serve)
@@ -50,6 +52,8 @@ app.command(epilog=EPILOG)(usage.usage)
 app.add_typer(organizations.app, name="orgs")
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(forward.app, name="forward")
+app.add_typer(kafka_commands.app, name="kafka")
+app.command(epilog=EPILOG)(kafka_commands.lag)
 app.command(epilog=EPILOG)(store.rebuild)
 app.command(epilog=EPILOG)(store.doctor)
 app.command(epilog=EPILOG)(reconcile.reconcile)

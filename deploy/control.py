@@ -34,6 +34,10 @@ READ_BYTES = 4 * 1024 * 1024
 SECRET_BYTES = 32  # 256 bits, more than anybody can guess
 
 
+class NotYet(GiveUp):
+    """The log cannot be read now; it may be soon."""
+
+
 class Control:
     """The catalogue as the control stream has it, and the pen to write the next decision. Making one raises GiveUp."""
 
@@ -41,7 +45,9 @@ class Control:
         self._log = log
         try:
             self.catalogue = Catalogue(_changes(log))
-        except (TryAgain, PositionLost) as error:
+        except TryAgain as error:
+            raise NotYet(f"the log's decisions cannot be read: {error}") from error
+        except PositionLost as error:
             raise GiveUp(f"the log's decisions cannot be read: {error}; see `meterstream doctor`") from error
 
     def decide(self, changes: Sequence[Change]) -> None:

@@ -1,6 +1,6 @@
 """What lies in a data directory, and who may hold it.
 
-    log.sqlite      the log, the only truth          any process may append, one aggregator reads
+    log.sqlite      the log, the only truth          any process may append, one aggregator reads; none with Kafka
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
     forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.giving_up import GiveUp
+from deploy.giving_up import USAGE, GiveUp
+from deploy.settings import Settings
 from ingest.log import open_log
 from meters.log import Log, PositionLost, Refused, TryAgain
 
@@ -30,9 +31,16 @@ LOCK_PATIENCE_S = 3.0
 
 
 class DataDirectory(msgspec.Struct, frozen=True):
-    """The files of one installation."""
+    """The files of one installation, and where its log is if that is none of them."""
 
     path: Path
+    log_url: str = ""  # kafka://...; empty: the file here
+    secrets: dict[str, str] = {}  # what the URL needs and does not hold
+
+    @property
+    def has_log(self) -> bool:
+        """Whether the log is a file here, and not the affair of brokers."""
+        return not self.log_url
 
     @property
     def log(self) -> Path:
@@ -60,7 +68,9 @@ class DataDirectory(msgspec.Struct, frozen=True):
     def open_log(self) -> Log:
         """The log, made if there is none. Raises GiveUp when it cannot be opened."""
         try:
-            return open_log(f"embedded:{self.path}")
+            return open_log(self.log_url or f"embedded:{self.path}", secrets=self.secrets)
+        except ValueError as error:
+            raise GiveUp(f"--log: {error}", USAGE) from None
         except (TryAgain, Refused, PositionLost) as error:
             raise GiveUp(f"{error}; `meterstream doctor --data {self.path}` looks closer") from error
 
@@ -72,8 +82,8 @@ class DataDirectory(msgspec.Struct, frozen=True):
             raise GiveUp(f"cannot make the data directory {self.path}: {error.strerror}; give another --data") from None
 
     def require(self) -> None:
-        """Raises GiveUp when there is no log here."""
-        if not self.log.exists():
+        """Raises GiveUp when there should be a log here and is none."""
+        if self.has_log and not self.log.exists():
             raise GiveUp(
                 f"there is no Meterstream data in {self.path}; start one with `meterstream serve --data {self.path}`, "
                 "or name the right place with --data"
@@ -101,6 +111,12 @@ class DataDirectory(msgspec.Struct, frozen=True):
             yield lock
         finally:
             os.close(lock)
+
+
+def data_directory(settings: Settings) -> DataDirectory:
+    """The installation that the settings name."""
+    secrets = {"password": settings.kafka_password, "key_password": settings.kafka_key_password}
+    return DataDirectory(settings.data, settings.log, {name: secret for name, secret in secrets.items() if secret})
 
 
 def _owner(lock: int) -> int:

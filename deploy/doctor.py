@@ -31,13 +31,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(data: DataDirectory) -> Iterator[Finding]:
     """Look at everything. Writes nothing but the store's own bookkeeping of who opened it."""
-    if not data.log.exists():
+    if data.has_log and not data.log.exists():
         yield Finding("data", f"there is no log in {data.path}", "give the right --data, or start `meterstream serve`")
         return
     try:
         log = data.open_log()
     except GiveUp as error:
-        yield Finding("log", f"{data.log} cannot be opened: {error.__cause__}", RESTORE_LOG)
+        yield Finding("log", f"{data.log_url or data.log} cannot be opened: {error.__cause__}", RESTORE_LOG)
         return
     try:
         yield from _examine_log(log)

@@ -20,7 +20,7 @@ from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Upstream
 from deploy.control import new_secret, new_token, open_control
-from deploy.data import DataDirectory
+from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
@@ -42,7 +42,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
     configure_logs("forwarder", settings.log_level)
     if not settings.polar_token:
         raise GiveUp("forwarding needs a token of the Polar organization: set METERSTREAM_POLAR_TOKEN", USAGE)
-    data = DataDirectory(settings.data)
+    data = data_directory(settings)
     data.require()
     with _alone(data, patient=lifeline is not None), contextlib.closing(State(data.forwarding)) as state:
         state.set(stopped=None, last_failure=None, last_failure_us=None)

@@ -12,7 +12,7 @@ from typing import Any
 from aggregator.forward.source import Away
 from aggregator.forward.state import State
 from aggregator.forward.upstream import BODY_BYTES_MAX
-from deploy.data import DataDirectory
+from deploy.data import data_directory
 from deploy.forward import SUMMABLE, open_source, wishes_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
@@ -25,7 +25,7 @@ SAFETY = 0.8  # of the limit: the rest is for repetitions, replays and the night
 
 def plan(settings: Settings) -> list[dict[str, Any]]:
     """A row for raw events, and one for a rollup of each meter that allows it. Raises GiveUp."""
-    data = DataDirectory(settings.data)
+    data = data_directory(settings)
     data.require()
     try:
         with ExitStack() as stack:

@@ -1,9 +1,9 @@
-"""The gateway's process: the log of a data directory, and a socket to the world."""
+"""The gateway's process: a log, and a socket to the world. With its log on Kafka it needs no data of its own."""
 
 import gc
 import socket
 
-from deploy.data import DataDirectory
+from deploy.data import data_directory
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
 from deploy.settings import Settings
@@ -21,19 +21,19 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
     configure_logs("gateway", settings.log_level)
-    data = DataDirectory(settings.data)
-    data.make()
+    data = data_directory(settings)
+    if data.has_log:
+        data.make()
     log = data.open_log()
     gc.freeze()  # what is loaded by now stays
     gc.set_threshold(GARBAGE_THRESHOLD, 50, 100)
     try:
-        upstream = f"unix:{data.socket}"
         run_server(
             log,
             ServerSettings(
                 host=settings.host,
                 port=settings.port,
-                upstream=upstream,
+                upstream=settings.upstream or f"unix:{data.socket}",
                 requests_per_minute=settings.requests_per_minute,
             ),
             None if listener is None else [socket.socket(fileno=listener)],

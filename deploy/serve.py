@@ -26,14 +26,15 @@ from collections.abc import Sequence
 import msgspec
 import structlog
 
-from deploy.control import first_start, open_control
-from deploy.data import DataDirectory
+from deploy.control import NotYet, first_start, open_control
+from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.output import note
 from deploy.settings import Settings
 from meters.access import digest
 
 BACKLOG = 2048  # connections that wait while a gateway is replaced, as many as uvicorn would let wait
+BROKERS_LOOK_S = 1.0  # between two looks for brokers that are away, or for topics that are not there yet
 STOP_PATIENCE_S = 20.0  # a round of the aggregator takes well under a second; a gateway lets its requests finish
 CRASHES_MAX = 5  # within the window below: more is a state that a restart does not heal
 CRASH_WINDOW_S = 60.0
@@ -110,12 +111,9 @@ class Started(msgspec.Struct, frozen=True):
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises GiveUp when it cannot begin or cannot go on."""
-    data = DataDirectory(settings.data)
+    data = data_directory(settings)
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
-        with open_control(data, create=True) as control:
-            secret = first_start(control, settings.token)
-            if settings.token and digest(settings.token) not in control.catalogue.tokens:
-                note("The token that was given is not known here; `meterstream tokens create` makes one.")
+        secret = _first_secret(data, settings)
         started = Started(_url(settings.host, listener), str(data.path), secret, drawn=not settings.token)
         lifeline, held_end = os.pipe()
         try:
@@ -128,6 +126,25 @@ def serve(settings: Settings) -> None:
             os.close(lifeline)
     if failure:
         raise failure
+
+
+def _first_secret(data: DataDirectory, settings: Settings) -> str | None:
+    """The secret of the first token, if this start made it. Waits for brokers that are away. Raises GiveUp."""
+    told = False
+    while True:
+        try:
+            with open_control(data, create=True) as control:
+                secret = first_start(control, settings.token)
+                if settings.token and digest(settings.token) not in control.catalogue.tokens:
+                    note("The token that was given is not known here; `meterstream tokens create` makes one.")
+                return secret
+        except NotYet as reason:
+            if data.has_log:
+                raise
+            if not told:
+                logger.warning("waiting_for_the_log", reason=str(reason))
+            told = True
+            time.sleep(BROKERS_LOOK_S)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -156,7 +173,7 @@ def _url(host: str, listener: socket.socket) -> str:
 
 def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, ...]:
     """The gateway and the aggregator. Both hold the directory's lock, so none can be left over unnoticed."""
-    program = (sys.executable, "-m", "deploy.cli", "--data", str(data.path))
+    program = _program(data)
     common, socket_number = ("--lifeline", str(lifeline)), listener.fileno()
     gateway = (*program, "gateway", *common, "--socket", str(socket_number))
     aggregator = (*program, "aggregate", *common)
@@ -166,10 +183,15 @@ def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock:
     )
 
 
+def _program(data: DataDirectory) -> tuple[str, ...]:
+    """The command line up to the command. Passwords stay in the environment, which children inherit."""
+    log = ("--log", data.log_url) if data.log_url else ()
+    return (sys.executable, "-m", "deploy.cli", "--data", str(data.path), *log)
+
+
 def _forwarder(data: DataDirectory, lifeline: int, lock: int) -> Child:
     """What hands events on to Polar; it waits for the aggregator by itself."""
-    program = (sys.executable, "-m", "deploy.cli", "--data", str(data.path))
-    return Child("forwarder", (*program, "forward", "--lifeline", str(lifeline)), (lifeline, lock))
+    return Child("forwarder", (*_program(data), "forward", "--lifeline", str(lifeline)), (lifeline, lock))
 
 
 async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import typer
 
-from deploy.data import DataDirectory
+from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import Output
 from deploy.settings import Settings
@@ -13,7 +13,10 @@ from deploy.settings import Settings
 if TYPE_CHECKING:
     from deploy.client import Api
 
-EPILOG = "Every command takes --url, --token, --data (or METERSTREAM_URL, _TOKEN, _DATA) and --output, anywhere."
+EPILOG = (
+    "Every command takes --url, --token, --data and --log (or METERSTREAM_URL, _TOKEN, _DATA, _LOG), and --output, "
+    "anywhere."
+)
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -36,7 +39,7 @@ class Session(msgspec.Struct, frozen=True):
     @property
     def data(self) -> DataDirectory:
         """The files of the installation on this machine."""
-        return DataDirectory(self.settings.data)
+        return data_directory(self.settings)
 
 
 def session(context: typer.Context, *, page: bool = False) -> Session:

@@ -31,7 +31,11 @@ class Secret(str):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one process was told. Paths are relative to where it was started."""
 
-    data: Path = Path("data")  # the directory of the log and the store
+    data: Path = Path("data")  # the directory of the store, and of the log where that is a file
+    log: Annotated[str, msgspec.Meta(pattern=r"^(kafka://.+)?$")] = ""  # kafka://HOST:PORT; empty: a file in the data
+    kafka_password: Secret | None = None  # for the sasl_username in the log's URL
+    kafka_key_password: Secret | None = None  # of the key file that the log's URL names
+    upstream: Annotated[str, msgspec.Meta(pattern=r"^(https?://.+)?$")] = ""  # where a gateway finds an aggregator
     host: str = "127.0.0.1"  # where serve and gateway listen
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000  # 0 takes any free one
     url: str = "http://127.0.0.1:8000"  # where the command line finds a running server

@@ -9,6 +9,7 @@ from deploy.session import session
 
 Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
+Upstream = Annotated[str | None, typer.Option(help="The aggregator, http://HOST:PORT; else a socket in the data.")]
 Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
 Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socket that the supervisor opened.")]
 
@@ -27,23 +28,29 @@ def serve(context: typer.Context, host: Host = None, port: Port = None, lifeline
 
 
 def gateway(
-    context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None, socket: Socket = None
-) -> None:
+    context: typer.Context, host: Host = None, port: Port = None, upstream: Upstream = None,
+    lifeline: Lifeline = None, socket: Socket = None,
+) -> None:  # fmt: skip
     """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
     from deploy.gateway import run
     from deploy.logs import crashes_logged
 
     with crashes_logged():
-        run(session(context).settings.but(host=host, port=port), lifeline, socket)
+        run(session(context).settings.but(host=host, port=port, upstream=upstream), lifeline, socket)
 
 
-def aggregate(context: typer.Context, lifeline: Lifeline = None) -> None:
-    """Run the aggregator alone: follows the log into the store and answers queries."""
+def aggregate(
+    context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None
+) -> None:
+    """Run the aggregator alone: follows the log into the store and answers queries.
+
+    With its log on Kafka it answers on --host and --port, for gateways elsewhere; else on a socket in the data.
+    """
     from deploy.aggregate import run
     from deploy.logs import crashes_logged
 
     with crashes_logged():
-        run(session(context).settings, lifeline)
+        run(session(context).settings.but(host=host, port=port), lifeline)
 
 
 def demo(

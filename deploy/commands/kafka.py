@@ -1,0 +1,57 @@
+"""``meterstream kafka`` and ``meterstream lag``: the topics of the log, and how far behind them the store is."""
+
+from typing import Annotated
+
+import typer
+
+from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.output import note, show
+from deploy.session import EPILOG, session
+
+app = typer.Typer(no_args_is_help=True, help="The log on Kafka: make its topics, and look at their settings.")
+
+LAG_COLUMNS = ("partition", "position", "end", "lag")
+
+
+@app.command(epilog=EPILOG)
+def init(
+    context: typer.Context,
+    partitions: Annotated[int | None, typer.Option(min=1, help="Of usage.events; 12 by default.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Of both topics; 3 where there are 3 brokers.")] = None,
+    retention_days: Annotated[int, typer.Option(min=0, help="How long events are kept; 0 keeps all.")] = 0,
+    flush: Annotated[bool, typer.Option("--flush", help="Each record on the disk before it is confirmed.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Change settings that differ.")] = False,
+) -> None:
+    """Make the two topics, or compare those that are there with what they should be; exit code 1 if they differ."""
+    from ingest.log.kafka_address import parse_address
+    from ingest.log.kafka_init import Unreachable, Wanted, make_topics
+
+    here = session(context)
+    data = here.data
+    if data.has_log:
+        raise GiveUp("say which brokers with --log kafka://HOST:PORT, or METERSTREAM_LOG", USAGE)
+    try:
+        address = parse_address(data.log_url, data.secrets)
+        found = make_topics(address, Wanted(partitions, replicas, retention_days, flush, repair))
+    except ValueError as error:
+        raise GiveUp(f"--log: {error}", USAGE) from None
+    except Unreachable as error:
+        raise GiveUp(f"{error}") from None
+    rows = [
+        {"topic": each.topic, "subject": each.subject, "done": each.done, "wrong": each.wrong} for each in found
+    ]
+    show(rows, ("topic", "subject", "done", "wrong"), here.output)
+    wrong = sum(bool(each.wrong) for each in found)
+    if wrong:
+        raise GiveUp(f"{wrong} settings are not as they should be; --repair changes what can be changed", FAILED)
+    note("The topics are as they should be.")
+
+
+def lag(context: typer.Context) -> None:
+    """How many records of each partition the store has not counted yet, as the aggregator at --url measured it."""
+    from deploy.lag import measured
+
+    here = session(context)
+    rows = measured(here.settings.url)
+    show(rows, LAG_COLUMNS, here.output)
+    note(f"{sum(row['lag'] for row in rows)} records behind.")
