@@ -79,7 +79,7 @@ class Running:
         store = Store.open(path, identities, SMALL)
         for stream in identities:
             prepare_partitions(store, stream, list(log.ends(stream)))
-        self._log = log
+        self._log, self.path = log, path
         self._moved = threading.Condition()
         self.engine = Engine(log, store, self._observe)
 
