@@ -1,4 +1,6 @@
-"""Small applications that end in every way there is: ``python -m tests.ingest.client.applications NAME URL SPOOL``.
+"""Small applications that end in every way there is.
+
+    python -m tests.ingest.client.applications NAME URL SPOOL [TOKEN]
 
 Each writes the id of every event that it captured to standard output, a line each, before the next thing can happen to
 it; SPOOL is a directory or ``-`` for none.
@@ -15,7 +17,9 @@ from pathlib import Path
 
 from ingest.client import Ingestion, Limits
 
-LIMITS = Limits(linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200)
+LIMITS = Limits(
+    linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200, adopt_every_s=0.2
+)
 EVENTS = 300
 CHILDREN = 3
 
@@ -146,5 +150,6 @@ APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
 }
 
 if __name__ == "__main__":
-    _, name, url, spool = sys.argv
-    APPLICATIONS[name](Ingestion("token", base_url=url, spool=None if spool == "-" else spool, limits=LIMITS))
+    _, name, url, spool, *rest = sys.argv
+    token = rest[0] if rest else "token"
+    APPLICATIONS[name](Ingestion(token, base_url=url, spool=None if spool == "-" else spool, limits=LIMITS))
