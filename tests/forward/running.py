@@ -7,10 +7,9 @@ from typing import Any
 
 from aggregator.forward.forwarder import Forwarder, Wishes
 from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.source import Source
+from aggregator.forward.source import Selection, Source
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Upstream
-from tests.deploy.installation import Installation
 
 PATIENCE_S = 60.0
 
@@ -32,10 +31,10 @@ class Clocks:
 
 
 class Running:
-    """A forwarder with its parts, over an installation's feed."""
+    """A forwarder with its parts, over the feed of a server (its address and token)."""
 
     def __init__(
-        self, installation: Installation, server: str, state: Path, *, clocks: Clocks | None = None,
+        self, feed: tuple[str, str], server: str, state: Path, *, clocks: Clocks | None = None,
         requests_max: int = 300, timeout_s: float = 30.0, **wishes: Any,
     ) -> None:
         self.clocks = clocks or Clocks()
@@ -43,7 +42,7 @@ class Running:
         self.state = State(state)
         self.window = RequestWindow(state, requests_max, clock=clock)
         self.upstream = Upstream(server, "polar_oat_upstream", self.window, timeout_s=timeout_s)
-        self.source = Source(installation.url, installation.token)
+        self.source = Source(*feed)
         self.forwarder = Forwarder(self.source, self.upstream, self.state, Wishes(**wishes), lambda: 0.5)
 
     def __enter__(self) -> "Running":
@@ -76,3 +75,9 @@ class Running:
         waiting = self.state.waiting()[0] if lane != "waiting" else 0
         assert tallies["taken"] == tallies["accepted"] + tallies["dead"] + waiting, (tallies, waiting)
         return tallies
+
+
+def forward_for_ever(url: str, token: str, server: str, state: str, name: str) -> None:
+    """Forward the events of a name, in a process of its own, until it is killed."""
+    with Running((url, token), server, Path(state), selection=Selection(names=(name,))) as running:
+        running.forwarder.run()

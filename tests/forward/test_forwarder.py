@@ -44,12 +44,13 @@ class Room:
 
     def __init__(self, ours: Installation, upstream: Installation, polar: Polar, state: Path, name: str) -> None:
         self.ours, self.upstream, self.polar, self.name = ours, upstream, polar, name
+        self.feed = ours.url, ours.token
         self._state = state
 
     def forwarder(self, clocks: Clocks, **wishes: Any) -> Running:
         """A forwarder of this test's events."""
         selection = Selection(names=(self.name,))
-        return Running(self.ours, self.polar.url, self._state, clocks=clocks, **{"selection": selection} | wishes)
+        return Running(self.feed, self.polar.url, self._state, clocks=clocks, **{"selection": selection} | wishes)
 
     def send(self, sent: list[dict[str, Any]]) -> None:
         """Have events counted here."""
