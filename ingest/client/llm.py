@@ -13,6 +13,8 @@ The event's metadata is what Polar's LLM strategy sends, so meters made for that
 import json
 import logging
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -24,8 +26,17 @@ logger = logging.getLogger(__name__)
 TEXT_LENGTH_MAX = 100_000
 """Characters of a prompt or a response that are kept: the numbers must fit into the event beside them."""
 
+NAME_LENGTH_MAX = 200
+"""Characters of a vendor's or a model's name; real ones have less than half of that."""
+
 CHARACTERS_PER_TOKEN = 4
 """The vendors' own rule of thumb, used only where nothing was reported, and then the event says ``estimated``."""
+
+_DEPTH_MAX = 8  # levels of a request that are looked at for text; a tool's result in a message is at the sixth
+_NOT_TEXT = frozenset({
+    "type", "role", "kind", "part_kind", "id", "data", "file_data", "image_url", "cache_control", "signature",
+    "media_type", "mime_type", "run_id", "conversation_id",
+})  # fmt: skip
 
 Who = CustomerLike | Callable[[], CustomerLike | None]
 """Whose call it is, or a function that says so when the call begins; None means that this call is not metered."""
@@ -67,6 +78,7 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     ``vendor`` is whose interface was called; ``api_url`` where, as far as that is known and may decide the price.
     ``is_estimated`` says that the vendor's count did not arrive, so that some numbers are lower bounds or guesses.
     ``terms`` are what else decides the price, as the vendor says it: ``service_tier``, ``speed``.
+    ``reported_cost`` is in cents, where a library between here and the vendor has an opinion.
     """
 
     vendor: str
@@ -75,13 +87,18 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     api_url: str | None = None
     is_estimated: bool = False
     terms: dict[str, str] = {}
+    reported_cost: Decimal | None = None
     prompt: str | None = None
     response: str | None = None
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {"vendor": self.vendor, "model": self.model}
 
     def metadata(self) -> dict[str, Any]:
         """What the event says: Polar's fields, and beside them what Polar's strategy does not tell, if there is any."""
         tokens = self.tokens
-        names = {"vendor": self.vendor or "unknown", "model": self.model or "unknown"}
+        names = {name: clipped(value or "unknown", NAME_LENGTH_MAX) for name, value in self._names.items()}
         counts = {"input": tokens.input, "cached_input": tokens.cached, "output": tokens.output, "total": tokens.total}
         llm: dict[str, Any] = names | {f"{name}_tokens": count for name, count in counts.items()}
         llm |= {"prompt": clipped(self.prompt)} if self.prompt is not None else {}
@@ -110,9 +127,17 @@ class LanguageModelStrategy(Strategy):
         metadata: Mapping[str, Any] | None = None,
         *,
         external_id: str | None = None,
+        timestamp: datetime | None = None,
     ) -> str | None:
-        """Capture one call; the event's id. A cost function gets the call itself. Never raises."""
-        return self.emit(customer, call.metadata(), metadata, context=call, external_id=external_id)
+        """Capture one call; the event's id. A cost function gets the call itself. Never raises.
+
+        ``external_id`` is something that exists once for each call in the world; the event's name is put before it,
+        so that two strategies may report the same call for two purposes.
+        """
+        identity = f"{self.event_name}:{external_id}" if external_id else None
+        return self.emit(
+            customer, call.metadata(), metadata, context=call, external_id=identity, timestamp=timestamp
+        )
 
     def resolve(self, who: Who | None) -> Customer | None:
         """Whose call begins now. None, with a warning, when nobody can say. Never raises."""
@@ -125,6 +150,15 @@ class LanguageModelStrategy(Strategy):
             logger.warning("a call is not metered: nobody says whose it is", extra={"event_name": self.event_name})
             return None
         return Customer(external_customer_id=found) if isinstance(found, str) else found
+
+
+def customer_in(*sources: Any) -> Customer | None:
+    """The customer that somebody wrote down: ``external_customer_id`` or ``customer_id``, also in Polar's spelling."""
+    for source in sources:
+        for field, other in (("external_customer_id", "externalCustomerId"), ("customer_id", "customerId")):
+            if found := text(source, field) or text(source, other):
+                return Customer(**{field: found})
+    return None
 
 
 def read(source: Any, *path: str) -> Any:
@@ -153,14 +187,27 @@ def text(source: Any, *path: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+def inclusive(whole: int, *parts: int) -> int:
+    """The whole, with its parts inside. Some put them beside it, which shows when the parts exceed it."""
+    return whole if whole >= sum(parts) else whole + sum(parts)
+
+
+def cents(dollars: Any) -> Decimal | None:
+    """An amount of dollars in cents: a number's own digits, not a double's. None for what is none."""
+    if isinstance(dollars, bool) or not isinstance(dollars, int | float | Decimal):
+        return None
+    amount = Decimal(str(dollars)) * 100
+    return amount if amount.is_finite() else None
+
+
 def details(**counts: int) -> dict[str, int]:
     """Those that were counted at all."""
     return {name: number for name, number in counts.items() if number}
 
 
-def clipped(words: str) -> str:
+def clipped(words: str, length: int = TEXT_LENGTH_MAX) -> str:
     """As much of a text as is kept."""
-    return words if len(words) <= TEXT_LENGTH_MAX else words[: TEXT_LENGTH_MAX - 1] + "…"
+    return words if len(words) <= length else words[: length - 1] + "…"
 
 
 def estimated_tokens(characters: int) -> int:
@@ -168,20 +215,18 @@ def estimated_tokens(characters: int) -> int:
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
-def characters_in(request: Any) -> int:
+def characters_in(request: Any, depth: int = _DEPTH_MAX) -> int:
     """How many characters of text a request has, wherever in it they stand. Files and pictures are not text."""
     if isinstance(request, str):
         return 0 if request.startswith("data:") else len(request)
-    if isinstance(request, Mapping):
-        return sum(characters_in(part) for name, part in request.items() if name not in _NOT_TEXT)
+    if depth == 0:
+        return 0
     if isinstance(request, list | tuple):
-        return sum(characters_in(part) for part in request)
-    return characters_in(vars(request)) if hasattr(request, "__dict__") else 0
+        return sum(characters_in(part, depth - 1) for part in request)
+    fields = request if isinstance(request, Mapping) else getattr(request, "__dict__", {})
+    return sum(characters_in(part, depth - 1) for name, part in fields.items() if name not in _NOT_TEXT)
 
 
-_NOT_TEXT = frozenset({
-    "type", "role", "id", "data", "file_data", "image_url", "cache_control", "signature", "media_type",
-})  # fmt: skip
 
 
 def as_text(request: Any) -> str:

@@ -37,7 +37,7 @@ def list_price(call: ModelCall) -> Decimal | None:
     seller = {"provider_api_url": call.api_url} if call.api_url else {"provider_id": call.vendor}
     try:
         found = genai_prices.calc_price(usage, call.model, price_context=call.terms or None, **seller)
-    except LookupError as problem:
+    except (LookupError, ValueError) as problem:  # unknown, or known too little of: cached audio has its own price
         _say_once(call, problem)
         return None
     if not any(price is not None for price in vars(found.model_price).values()):
@@ -46,7 +46,7 @@ def list_price(call: ModelCall) -> Decimal | None:
     return dollars * _CENTS_PER_DOLLAR
 
 
-def _say_once(call: ModelCall, problem: LookupError) -> None:
+def _say_once(call: ModelCall, problem: Exception) -> None:
     key = (call.api_url or call.vendor, call.model)
     if key not in _unknown:
         _unknown.add(key)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ingest.client import Event, Ingestion
+from ingest.client import Event, Ingestion, Rejection
 from ingest.client.testing import RecordingIngestion
 from tests.strategies.replay import Replay
 
@@ -29,11 +29,13 @@ class Forwarding(RecordingIngestion):
     def __init__(self, prefix: str, server: Ingestion | None, tally: Counter[str]) -> None:
         super().__init__()
         self._prefix, self._server, self._tally = prefix, server, tally
+        self._known: set[str] = set()
 
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """Remember and send."""
         external_id = super().ingest(event)
-        if external_id is not None:
+        if external_id is not None and external_id not in self._known:
+            self._known.add(external_id)
             sent = self.events[-1]
             name = f"{self._prefix}.{sent['name']}"
             self._tally[f"{name} count"] += 1
@@ -57,10 +59,12 @@ def server() -> Iterator[tuple[Ingestion | None, Counter[str]]]:
     if SERVER not in os.environ:
         yield None, tally
         return
-    ingestion = Ingestion(os.environ[TOKEN], base_url=os.environ[SERVER], spool=None, strict=True)
+    rejections: list[Rejection] = []
+    ingestion = Ingestion(os.environ[TOKEN], base_url=os.environ[SERVER], spool=None, on_rejected=rejections.append)
     yield ingestion, tally
     assert ingestion.flush(PATIENCE_S)
     ingestion.close()
+    assert rejections == []
     told = json.dumps({name: str(total) for name, total in tally.items()})
     Path(os.environ[TALLY]).write_text(told, encoding="utf-8")
 

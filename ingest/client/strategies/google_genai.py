@@ -40,6 +40,8 @@ _REQUESTS = ("_generate_content", "_generate_content_stream", "_embed_content")
 def content_tokens(usage: Any) -> Tokens:
     """From ``usage_metadata``. The prompt has the cached tokens inside; thoughts stand beside the candidates."""
     thoughts = count(usage, "thoughts_token_count")
+    cache_told = read(usage, "cache_tokens_details") is not None
+    cached_audio = {"cache_audio_read_tokens": _of_audio(usage, "cache_tokens_details")} if cache_told else {}
     return Tokens(
         input=count(usage, "prompt_token_count") + count(usage, "tool_use_prompt_token_count"),
         cached=count(usage, "cached_content_token_count"),
@@ -48,7 +50,8 @@ def content_tokens(usage: Any) -> Tokens:
         details=details(
             input_audio_tokens=_of_audio(usage, "prompt_tokens_details"),
             output_audio_tokens=_of_audio(usage, "candidates_tokens_details"),
-        ),
+        )
+        | cached_audio,
     )
 
 

@@ -1,0 +1,110 @@
+"""LiteLLM: a callback, for every vendor that LiteLLM knows.
+
+    llm = ingestion.strategy(LiteLLMStrategy, "llm").cost(lambda call: call.reported_cost)
+    litellm.callbacks = [llm.callback()]
+    litellm.completion(..., metadata={"external_customer_id": "user-1"})
+
+LiteLLM is never imported. It listens to subclasses of its own ``CustomLogger`` alone, so the callback is one when
+LiteLLM is loaded already, and an object with the same methods otherwise. LiteLLM reports a stream when it is complete;
+one that the caller abandons is not reported to callbacks, so it is not metered.
+"""
+
+import sys
+from typing import Any
+
+from ingest.client.llm import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    cents,
+    count,
+    customer_in,
+    details,
+    inclusive,
+    read,
+    text,
+)
+from ingest.client.streams import harmless
+
+_LOGGER = "litellm.integrations.custom_logger"
+
+
+def usage_tokens(usage: Any) -> Tokens:
+    """From ``response_obj.usage``: OpenAI's shape, with Anthropic's cache counts beside it."""
+    cached = count(usage, "prompt_tokens_details", "cached_tokens") or count(usage, "cache_read_input_tokens")
+    written = count(usage, "cache_creation_input_tokens")
+    written = written or count(usage, "prompt_tokens_details", "cache_creation_tokens")
+    prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+    return Tokens(
+        input=inclusive(prompt, cached, written),
+        cached=cached,
+        cache_write=written,
+        output=max(completion, count(usage, "total_tokens") - inclusive(prompt, cached, written)),
+        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
+        details=details(
+            input_audio_tokens=count(usage, "prompt_tokens_details", "audio_tokens"),
+            output_audio_tokens=count(usage, "completion_tokens_details", "audio_tokens"),
+        ),
+    )
+
+
+class LiteLLMStrategy(LanguageModelStrategy):
+    """Meters LiteLLM's calls. A cost function gets a ``ModelCall`` with LiteLLM's own ``reported_cost``."""
+
+    def callback(self, customer: Who | None = None, *, keep_text: bool = False, **metadata: Any) -> Any:
+        """An entry for ``litellm.callbacks``.
+
+        Without a ``customer`` it is the one in the call's metadata, else the call's ``user``.
+        """
+        strategy = self
+
+        def report(told: Any, response: Any) -> None:
+            if told.get("cache_hit") or (usage := read(response, "usage")) is None:
+                return  # answered by LiteLLM itself, or a chunk
+            parameters = told.get("litellm_params") or {}
+            who: Who | None = customer
+            if who is None:
+                who = customer_in(read(parameters, "metadata"), told.get("metadata")) or text(told, "user") or None
+            whose = strategy.resolve(who)
+            if whose is None:
+                return
+            call = ModelCall(
+                vendor=text(told, "custom_llm_provider") or text(parameters, "custom_llm_provider"),
+                model=text(response, "model") or text(told, "model"),
+                tokens=usage_tokens(usage),
+                api_url=text(parameters, "api_base") or None,
+                terms={"service_tier": tier} if (tier := text(response, "service_tier")) else {},
+                reported_cost=cents(told.get("response_cost")),
+                prompt=as_text(told.get("messages") or told.get("input") or "") if keep_text else None,
+                response=_words(response) if keep_text else None,
+            )
+            strategy.record(whose, call, metadata, external_id=text(told, "litellm_call_id") or None)
+
+        return _callback_class()(report)
+
+
+def _words(response: Any) -> str:
+    return "".join(text(choice, "message", "content") for choice in read(response, "choices") or ())
+
+
+def _callback_class() -> Any:
+    base: Any = getattr(sys.modules.get(_LOGGER), "CustomLogger", object)
+
+    class MeteringCallback(base):  # type: ignore[misc]  # the base is LiteLLM's, if there is one
+        """Reports each call, once: LiteLLM may tell an asynchronous one twice, under the same id."""
+
+        def __init__(self, report: Any) -> None:
+            super().__init__()
+            self._report = report
+
+        def log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+            harmless(lambda report: report(kwargs, response_obj), self._report, None)
+
+        async def async_log_success_event(
+            self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any
+        ) -> None:
+            harmless(lambda report: report(kwargs, response_obj), self._report, None)
+
+    return MeteringCallback

@@ -1,0 +1,157 @@
+"""PydanticAI: a capability that reports each request to a model, or the result of a run handed over afterwards.
+
+    llm = ingestion.strategy(PydanticAIStrategy, "llm").cost(list_price)
+    agent = Agent("openai:gpt-5", capabilities=[llm.capability("user-1")])   # each request, also of failed runs
+    llm.ingest("user-1", agent.run_sync("..."))                              # or: each run that gave a result
+
+Use one of the two: with both, every token counts twice. The capability is the better one; it also sees answers that
+were rejected, runs that failed, and streams that were abandoned. ``ingest`` is Polar's own call, with Polar's fields;
+it counts what the run itself asked for, not what was used by other agents that it called with its ``usage``.
+"""
+
+from collections import defaultdict
+from contextvars import ContextVar
+from decimal import Decimal
+from typing import Any
+
+from ingest.client.llm import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    cents,
+    characters_in,
+    count,
+    details,
+    estimated_tokens,
+    inclusive,
+    read,
+    text,
+)
+from ingest.client.strategy import CustomerLike
+from ingest.client.streams import harmless
+
+
+def request_tokens(usage: Any) -> Tokens:
+    """From a ``RequestUsage`` or ``RunUsage``, whose input has the cache inside, whoever the vendor is."""
+    cached, written = count(usage, "cache_read_tokens"), count(usage, "cache_write_tokens")
+    reasoning = count(usage, "output_reasoning_tokens") or count(usage, "details", "reasoning_tokens")
+    return Tokens(
+        input=inclusive(count(usage, "input_tokens"), cached, written),
+        cached=cached,
+        cache_write=written,
+        output=count(usage, "output_tokens"),
+        reasoning=reasoning,
+        details=details(
+            input_audio_tokens=count(usage, "input_audio_tokens"),
+            output_audio_tokens=count(usage, "output_audio_tokens"),
+            cache_write_1h_tokens=count(usage, "cache_write_1h_tokens"),
+        ),
+    )
+
+
+def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> ModelCall:
+    """From a ``ModelResponse``; ``asked`` are the messages it answers. Incomplete ones are estimated."""
+    words = "".join(text(part, "content") for part in read(response, "parts") or ())
+    tokens = request_tokens(read(response, "usage"))
+    is_estimated = tokens.total == 0 or read(response, "state") not in (None, "complete")
+    if is_estimated:
+        tokens += Tokens(
+            input=0 if tokens.input else estimated_tokens(characters_in(_contents(asked))),
+            output=max(0, estimated_tokens(len(words)) - tokens.output),
+        )
+    tier = text(response, "provider_details", "service_tier")
+    return ModelCall(
+        vendor=text(response, "provider_name"),
+        model=text(response, "model_name"),
+        tokens=tokens,
+        api_url=text(response, "provider_url") or None,
+        is_estimated=is_estimated,
+        terms={"service_tier": tier} if tier else {},
+        reported_cost=cents(read(response, "usage", "cost")),
+        prompt="\n".join(map(as_text, _contents(asked))) if keep_text else None,
+        response=words if keep_text else None,
+    )
+
+
+def _contents(asked: Any) -> list[Any]:
+    return [read(part, "content") for message in asked or () for part in read(message, "parts") or ()]
+
+
+class PydanticAIStrategy(LanguageModelStrategy):
+    """Meters PydanticAI's agents. A cost function gets a ``ModelCall`` with PydanticAI's own ``reported_cost``."""
+
+    def ingest(self, external_customer_id: CustomerLike, result: Any, **metadata: Any) -> None:
+        """Report a run: an event for each model that answered in it, with Polar's fields for PydanticAI besides."""
+        harmless(lambda result: self._ingest(external_customer_id, result, metadata), result, None)
+
+    def _ingest(self, customer: CustomerLike, result: Any, metadata: dict[str, Any]) -> None:
+        answers = [message for message in result.new_messages() if text(message, "kind") == "response"]
+        by_model = defaultdict(list)
+        for call in (model_call(answer) for answer in answers):
+            by_model[call.vendor, call.model, call.api_url].append(call)
+        for calls in by_model.values():
+            whole = _together(calls)
+            tokens = whole.tokens
+            polar = {
+                "request_tokens": tokens.input, "response_tokens": tokens.output, "total_tokens": tokens.total,
+                "requests": len(calls),
+            }  # fmt: skip
+            self.record(customer, whole, polar | metadata)
+
+    def capability(self, customer: Who, *, keep_text: bool = False, **metadata: Any) -> Any:
+        """An entry for an agent's, or a run's, ``capabilities``."""
+        from pydantic_ai.capabilities import AbstractCapability
+
+        strategy = self
+        under_way: ContextVar[list[Any]] = ContextVar("requests under way")
+
+        def report(response: Any, asked: Any, whose: Any) -> None:
+            if whose is not None:
+                strategy.record(whose, model_call(response, asked, keep_text=keep_text), metadata)
+
+        class Metering(AbstractCapability[Any]):  # type: ignore[misc]  # PydanticAI is not installed everywhere
+            """Reports each request to a model."""
+
+            async def wrap_model_request(self, ctx: Any, *, request_context: Any, handler: Any) -> Any:
+                answered = [strategy.resolve(customer)]
+                token = under_way.set(answered)
+                try:
+                    return await handler(request_context)
+                except Exception:
+                    raise
+                except BaseException:  # cancelled: the request was sent, and its answer never came
+                    if len(answered) == 1:
+                        unknown = {"model_name": text(ctx, "model", "model_name"), "provider_name": _vendor(ctx)}
+                        harmless(lambda asked: report(unknown, asked, answered[0]), request_context.messages, None)
+                    raise
+                finally:
+                    harmless(under_way.reset, token, None)
+
+            async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:
+                answered = under_way.get(None) or [strategy.resolve(customer)]
+                answered.append(response)
+                harmless(lambda asked: report(response, asked, answered[0]), request_context.messages, None)
+                return response
+
+        return Metering()
+
+
+def _vendor(context: Any) -> str:
+    return text(context, "model", "system")
+
+
+def _together(calls: list[ModelCall]) -> ModelCall:
+    """Several calls of one model as one."""
+    first = calls[0]
+    costs = [call.reported_cost for call in calls if call.reported_cost is not None]
+    return ModelCall(
+        vendor=first.vendor,
+        model=first.model,
+        tokens=sum((call.tokens for call in calls), Tokens()),
+        api_url=first.api_url,
+        is_estimated=any(call.is_estimated for call in calls),
+        terms=first.terms,
+        reported_cost=sum(costs, Decimal(0)) if len(costs) == len(calls) else None,
+    )

@@ -1,0 +1,213 @@
+"""What vendors report, in the shapes they report it, and what it is in Meterstream: the same thing for each of them."""
+
+from datetime import datetime
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.client.llm import ModelCall, Tokens, cents, characters_in
+from ingest.client.strategies import anthropic, google_genai, langchain, litellm, openai, opentelemetry, pydantic_ai
+from ingest.client.testing import RecordingIngestion
+
+SAME = Tokens(input=1000, cached=600, cache_write=100, output=300, reasoning=200)
+"""One call, as every vendor would report it."""
+
+
+def spaced(shape: Any) -> Any:
+    """The same shape made of objects instead of dictionaries."""
+    if isinstance(shape, dict):
+        return SimpleNamespace(**{key: spaced(value) for key, value in shape.items()})
+    return [spaced(part) for part in shape] if isinstance(shape, list) else shape
+
+
+OPENAI_CHAT = {
+    "prompt_tokens": 1000, "completion_tokens": 300, "total_tokens": 1300,
+    "prompt_tokens_details": {"cached_tokens": 600, "cache_write_tokens": 100},
+    "completion_tokens_details": {"reasoning_tokens": 200},
+}  # fmt: skip
+OPENAI_RESPONSE = {
+    "input_tokens": 1000, "output_tokens": 300, "total_tokens": 1300,
+    "input_tokens_details": {"cached_tokens": 600, "cache_write_tokens": 100},
+    "output_tokens_details": {"reasoning_tokens": 200},
+}  # fmt: skip
+ANTHROPIC = {
+    "input_tokens": 300, "cache_read_input_tokens": 600, "cache_creation_input_tokens": 100, "output_tokens": 300,
+    "output_tokens_details": {"thinking_tokens": 200},
+}  # fmt: skip
+GOOGLE = {
+    "prompt_token_count": 900, "tool_use_prompt_token_count": 100, "cached_content_token_count": 600,
+    "candidates_token_count": 100, "thoughts_token_count": 200, "total_token_count": 1300,
+}  # fmt: skip
+LANGCHAIN = {
+    "input_tokens": 1000, "output_tokens": 300, "total_tokens": 1300,
+    "input_token_details": {"cache_read": 600, "cache_creation": 100}, "output_token_details": {"reasoning": 200},
+}  # fmt: skip
+LITELLM_OF_ANTHROPIC = {
+    "prompt_tokens": 1000, "completion_tokens": 300, "total_tokens": 1300, "cache_read_input_tokens": 600,
+    "cache_creation_input_tokens": 100, "prompt_tokens_details": {"cached_tokens": 600},
+    "completion_tokens_details": {"reasoning_tokens": 200},
+}  # fmt: skip
+PYDANTIC = {"input_tokens": 1000, "cache_read_tokens": 600, "cache_write_tokens": 100, "output_tokens": 300,
+            "details": {"reasoning_tokens": 200}}  # fmt: skip
+SPAN = {
+    "gen_ai.usage.input_tokens": 1000, "gen_ai.usage.cache_read.input_tokens": 600, "gen_ai.usage.output_tokens": 300,
+    "gen_ai.usage.cache_creation.input_tokens": 100, "gen_ai.usage.reasoning.output_tokens": 200,
+}  # fmt: skip
+READERS = [
+    (openai.chat_tokens, OPENAI_CHAT),
+    (openai.response_tokens, OPENAI_RESPONSE),
+    (anthropic.message_tokens, ANTHROPIC),
+    (google_genai.content_tokens, GOOGLE),
+    (langchain.message_tokens, LANGCHAIN),
+    (litellm.usage_tokens, LITELLM_OF_ANTHROPIC),
+    (pydantic_ai.request_tokens, PYDANTIC),
+]
+
+
+@pytest.mark.parametrize(("reader", "usage"), READERS)
+def test_the_same_call_is_the_same_whoever_reports_it(reader: Any, usage: Any) -> None:
+    """Input, cached, written, output, reasoning and total agree, from objects and from dictionaries."""
+    expected = msgspec.structs.replace(SAME, cache_write=0) if usage is GOOGLE else SAME  # it reports no writes
+    assert reader(usage) == expected
+    assert reader(spaced(usage)) == expected
+    assert expected.total == 1300
+
+
+def test_a_span_of_the_same_call() -> None:
+    """Its attributes have dots in their names."""
+    assert opentelemetry.span_tokens(SPAN) == SAME
+    assert opentelemetry.span_tokens({"http.method": "POST"}) is None
+
+
+@pytest.mark.parametrize(
+    ("reader", "usage", "expected"),
+    [
+        # The reasoning is in the total alone (Grok, Gemini by OpenAI's interface).
+        (openai.chat_tokens, {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 35}, (10, 25)),
+        (litellm.usage_tokens, {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 35}, (10, 25)),
+        # Nothing told but the input.
+        (openai.chat_tokens, {"prompt_tokens": 8, "total_tokens": 8}, (8, 0)),
+        (anthropic.message_tokens, {"input_tokens": 8, "output_tokens": 2, "cache_read_input_tokens": None}, (8, 2)),
+        # The cache is beside the input where it should be inside.
+        (langchain.message_tokens, LANGCHAIN | {"input_tokens": 300}, (1000, 300)),
+        (litellm.usage_tokens, LITELLM_OF_ANTHROPIC | {"prompt_tokens": 300, "total_tokens": 600}, (1000, 300)),
+        # What is no number of tokens is none.
+        (openai.chat_tokens, {"prompt_tokens": "many", "completion_tokens": True, "total_tokens": -5}, (0, 0)),
+        (google_genai.content_tokens, {"prompt_token_count": float("nan"), "candidates_token_count": 3.0}, (0, 3)),
+    ],
+)
+def test_odd_reports(reader: Any, usage: Any, expected: tuple[int, int]) -> None:
+    """What vendors really send, and what nobody should."""
+    tokens = reader(usage)
+    assert (tokens.input, tokens.output) == expected
+
+
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+shapes = st.recursive(scalars, lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([
+        "prompt_tokens", "input_tokens", "output_tokens", "prompt_tokens_details", "input_tokens_details",
+        "cached_tokens", "cache_read_input_tokens", "output_token_details", "reasoning", "prompt_tokens_details",
+        "total_tokens", "thoughts_token_count", "details", "cache_tokens_details", "token_count", "modality",
+    ]), inner, max_size=4)))  # fmt: skip
+
+
+@given(shapes)
+def test_no_shape_breaks_a_reader(shape: Any) -> None:
+    """Whatever is reported, parts are never larger than what a number of tokens can be, and nothing is raised."""
+    for reader, _ in READERS:
+        tokens = reader(shape if isinstance(shape, dict) else {"input_tokens": shape})
+        assert min(tokens.input, tokens.cached, tokens.cache_write, tokens.output, tokens.reasoning) >= 0
+
+
+def test_metadata_is_polars_and_nothing_else_unless_there_is_more_to_say() -> None:
+    """Cache writes, reasoning and estimates appear where there are any; names that are missing are unknown."""
+    plain = ModelCall(vendor="", model="m" * 300, tokens=Tokens(input=3, output=4)).metadata()
+    assert set(plain) == {"vendor", "model", "inputTokens", "cachedInputTokens", "outputTokens", "totalTokens",
+                          "strategy", "_llm"}  # fmt: skip
+    assert plain["vendor"] == "unknown"
+    assert len(plain["model"]) == 200
+    more = ModelCall(vendor="v", model="m", tokens=SAME, is_estimated=True).metadata()
+    assert (more["cacheWriteTokens"], more["reasoningTokens"], more["estimated"]) == (100, 200, True)
+
+
+def test_dollars_are_cents_by_their_digits() -> None:
+    """A double's digits are what it prints, not what it is."""
+    assert cents(0.0007621) == Decimal("0.07621")
+    assert cents(Decimal("1.5")) == 150
+    assert [cents(odd) for odd in (None, True, "1", float("nan"))] == [None] * 4
+
+
+def test_pictures_and_files_are_not_text() -> None:
+    """An estimate counts words, not the letters that a file is sent in."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    source = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    assert characters_in([{"role": "user", "content": [{"type": "text", "text": "word"}, image, source]}]) == 4
+    circle: list[Any] = ["word"]
+    circle.append(circle)
+    assert characters_in(circle) > 0
+
+
+def litellm_call(**changes: Any) -> dict[str, Any]:
+    """What LiteLLM tells a callback of a call."""
+    return {
+        "model": "claude-sonnet-4-5", "litellm_call_id": "c-1", "custom_llm_provider": "anthropic", "cache_hit": False,
+        "response_cost": 0.0066, "messages": [{"role": "user", "content": "hi"}],
+        "litellm_params": {"metadata": {"external_customer_id": "ada"}, "api_base": "https://api.anthropic.com"},
+    } | changes  # fmt: skip
+
+
+LITELLM_RESPONSE = spaced({"model": "claude-sonnet-4-5-20250929", "usage": LITELLM_OF_ANTHROPIC, "choices": [
+    {"message": {"content": "Fine."}}]})  # fmt: skip
+NOW = datetime(2026, 1, 1)  # noqa: DTZ001 (LiteLLM's are without a zone)
+
+
+def test_a_call_of_litellm_is_one_event() -> None:
+    """Told twice it has one id; its cost is there for a cost function; chunks and cached answers are none."""
+    recording = RecordingIngestion()
+    callback = recording.strategy(litellm.LiteLLMStrategy, "llm").cost(lambda call: call.reported_cost).callback()
+    callback.log_success_event(litellm_call(), LITELLM_RESPONSE, NOW, NOW)
+    with pytest.raises(StopIteration):
+        callback.async_log_success_event(litellm_call(), LITELLM_RESPONSE, NOW, NOW).send(None)
+    callback.log_success_event(litellm_call(cache_hit=True), LITELLM_RESPONSE, NOW, NOW)
+    callback.log_success_event(litellm_call(), spaced({"choices": []}), NOW, NOW)
+    callback.log_success_event(None, None, None, None)
+    assert [event["external_id"] for event in recording.events] == ["llm:c-1"] * 2
+    event = recording.events[0]
+    assert (event["external_customer_id"], event["metadata"]["_cost"]["amount"]) == ("ada", 0.66)
+    assert event["metadata"]["_llm"] == {
+        "vendor": "anthropic", "model": "claude-sonnet-4-5-20250929", "input_tokens": 1000,
+        "cached_input_tokens": 600, "output_tokens": 300, "total_tokens": 1300,
+    }  # fmt: skip
+
+
+def test_litellms_user_is_the_customer_unless_somebody_else_is_named() -> None:
+    """Named when the callback is made, in the call's metadata, or as its user, in this order; else not metered."""
+    recording = RecordingIngestion()
+    strategy = recording.strategy(litellm.LiteLLMStrategy, "llm")
+    nobody = {"litellm_params": {"metadata": None}}
+    for callback, told in (
+        (strategy.callback("eve"), litellm_call(user="bob")),
+        (strategy.callback(), litellm_call(user="bob")),
+        (strategy.callback(), litellm_call(user="bob") | nobody),
+        (strategy.callback(), litellm_call() | nobody),
+    ):
+        callback.log_success_event(told, LITELLM_RESPONSE, NOW, NOW)
+    assert [event["external_customer_id"] for event in recording.events] == ["eve", "ada", "bob"]
+
+
+def test_litellm_listens_to_its_own_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LiteLLM is loaded the callback is one of its loggers; it is never loaded from here."""
+
+    class CustomLogger:
+        pass
+
+    recording = RecordingIngestion()
+    assert not isinstance(recording.strategy(litellm.LiteLLMStrategy, "llm").callback(), CustomLogger)
+    loaded = SimpleNamespace(CustomLogger=CustomLogger)
+    monkeypatch.setitem(__import__("sys").modules, "litellm.integrations.custom_logger", loaded)
+    assert isinstance(recording.strategy(litellm.LiteLLMStrategy, "llm").callback(), CustomLogger)

@@ -1,0 +1,100 @@
+"""The real pydantic-ai around the real openai package: per request, or per run; never both."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from pydantic_ai import Agent, ModelRetry, UnexpectedModelBehavior
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+from ingest.client.strategies.pydantic_ai import PydanticAIStrategy
+from ingest.client.testing import RecordingIngestion
+from tests.strategies.replay import Replay, whole
+from tests.strategies.vendor_openai import CHAT, COMPLETION, EXACT, WORDS, chat_stream
+
+TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLS_TOOL = COMPLETION | {"choices": [{"index": 0, "finish_reason": "tool_calls", "logprobs": None, "message": {
+    "role": "assistant", "content": None, "refusal": None, "tool_calls": [TOOL_CALL]}}]}  # fmt: skip
+
+
+def agent(vendor: Replay, **options: Any) -> Agent[Any, str]:
+    """An agent whose model answers from the endpoint."""
+    provider = OpenAIProvider(api_key="key", base_url=vendor.url + "/v1")
+    made = Agent(OpenAIChatModel("gpt-5-mini", provider=provider), **options)
+
+    @made.tool_plain
+    def weather() -> str:
+        """The weather."""
+        return "sunny"
+
+    return made
+
+
+def test_each_request_of_a_run_is_an_event(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """A run that calls a tool asks the model twice; what PydanticAI thinks it cost is there for a cost function."""
+    vendor.will(CHAT, whole(CALLS_TOOL), whole(COMPLETION))
+    llm = ingestion.strategy(PydanticAIStrategy, "llm").cost(lambda call: call.reported_cost)
+    assert agent(vendor, capabilities=[llm.capability("ada")]).run_sync("How are you?").output == "Fine."
+    assert [event["metadata"].pop("_cost")["amount"] for event in ingestion.events] == [0.07621] * 2
+    assert [event["metadata"] for event in ingestion.events] == [EXACT] * 2
+
+
+def test_a_run_handed_over_is_one_event_with_polars_fields(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """Polar's own call; what its helper sends for this library, and what its strategy for models sends."""
+    vendor.will(CHAT, whole(CALLS_TOOL), whole(COMPLETION))
+    llm = ingestion.strategy(PydanticAIStrategy, "run", plan="pro")
+    llm.ingest("ada", agent(vendor).run_sync("How are you?"), feature="chat")
+    metadata = ingestion.one("run")["metadata"]
+    polar = {"request_tokens": 2500, "response_tokens": 680, "total_tokens": 3180, "requests": 2}
+    assert metadata == metadata | polar | {"plan": "pro", "feature": "chat"}
+    assert metadata["_llm"]["total_tokens"] == metadata["totalTokens"] == 3180
+
+
+def test_streams_to_their_end_and_abandoned(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """Left early it is what arrived; cancelled it is what was asked."""
+    vendor.will(CHAT, chat_stream(), *[chat_stream(WORDS, "hold")] * 2)
+    capability = ingestion.strategy(PydanticAIStrategy, "llm").capability("ada")
+
+    async def story() -> None:
+        streaming = agent(vendor, capabilities=[capability])
+        async with streaming.run_stream("How are you today?") as run:
+            assert await run.get_output() == "I am fine, thanks."
+        async with streaming.run_stream("How are you today?") as run:
+            async for _ in run.stream_text(delta=True, debounce_by=None):
+                break
+        begun = asyncio.Event()
+
+        async def read_on() -> None:
+            async with streaming.run_stream("How are you today?") as run:
+                async for _ in run.stream_text(delta=True, debounce_by=None):
+                    begun.set()
+
+        task = asyncio.create_task(read_on())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(story())
+    exact, left, cancelled = [event["metadata"] for event in ingestion.events]
+    assert exact == EXACT
+    assert (left["estimated"], left["inputTokens"], left["outputTokens"]) == (True, 5, 3)
+    assert (cancelled["estimated"], cancelled["inputTokens"], cancelled["outputTokens"]) == (True, 5, 0)
+
+
+def test_rejected_answers_and_failed_runs_count(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """The model was asked, whatever became of its answers; a call that failed used nothing."""
+    vendor.will(CHAT, whole(COMPLETION), whole(COMPLETION), whole({"error": {"message": "no such model"}}, 404))
+    capability = ingestion.strategy(PydanticAIStrategy, "llm").capability("ada")
+    picky = agent(vendor, capabilities=[capability], retries=1)
+
+    @picky.output_validator
+    def reject(output: str) -> str:
+        raise ModelRetry("not that")
+
+    with pytest.raises(UnexpectedModelBehavior):
+        picky.run_sync("How are you?")
+    with pytest.raises(Exception, match="no such model"):
+        picky.run_sync("How are you?")
+    assert [event["metadata"]["totalTokens"] for event in ingestion.events] == [1590, 1590]
