@@ -10,7 +10,7 @@ and say so; guessing would make a wrong bill.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -169,6 +169,10 @@ class Aggregator:
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's running total over these customer numbers; None while it is still being counted."""
         return self._now.totals.total(meter_id, subjects)
+
+    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
+        """Everyone's total of the meter in each span of quarter hours; None where memory does not have it."""
+        return self._now.totals.by_quarters(meter_id, bounds)
 
     @property
     def ledger(self) -> Ledger:

@@ -11,7 +11,7 @@ sequence number at which it was made, while the rounds add what comes after. Add
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import structlog
 from sqlglot import exp, parse_one
 
 from aggregator.directory import Directory
+from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.store.slot import Slot
 from aggregator.store.sql import Statement, condition, considered, statement, value
 from aggregator.store.stage import DIALECT, Parameters, Stage
@@ -48,8 +49,8 @@ logger = structlog.get_logger("aggregator")
 
 
 class Plan(NamedTuple):
-    """One organization's meters as one statement: ``subject``, ``ingested_at``, conditions ``c0, c1, …``, and
-    contributions ``v0, v1, …``.
+    """One organization's meters as one statement: ``subject``, ``ingested_at``, ``timestamp``, conditions
+    ``c0, c1, …``, and contributions ``v0, v1, …``.
 
     A condition for each meter; a contribution for each property, of which there are ``values``: an amount, or for
     ``unique`` meters an identity. ``reads`` says which one a meter reads, None for one that counts.
@@ -66,6 +67,7 @@ class Counting(NamedTuple):
     """A meter's totals, and whether its history is in them yet."""
 
     totals: MeterWindows
+    quarters: MeterQuarters | None  # None for distinct values, which cannot be added up
     complete: threading.Event
 
 
@@ -81,6 +83,7 @@ class RunningTotals:
         self._connection = store.cursor()
         self._arriving: Slot | None = None
         self._meters: dict[str, Counting] = {}
+        self._calendar = Calendar()
         self._plans: dict[int, Plan | None] = {}
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
@@ -117,7 +120,7 @@ class RunningTotals:
                 here = organizations == number
                 self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
                 result = self._connection.execute(compiled.parsed, compiled.statement.parameters)
-                _scatter(self._meters, compiled, result.to_arrow_table())
+                _scatter(self._meters, compiled, result.to_arrow_table(), self._calendar)
 
     def _hand_over(self, rows: pa.Table) -> None:
         if self._arriving is None:
@@ -128,6 +131,13 @@ class RunningTotals:
         """The meter's total over the customer numbers; None while its history is being counted."""
         counting = self._meters.get(meter_id)
         return counting.totals.total(subjects) if counting is not None and counting.complete.is_set() else None
+
+    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
+        """Everyone's total in each span of quarter hours; None while it is counted, and for distinct values."""
+        counting = self._meters.get(meter_id)
+        if counting is None or counting.quarters is None or not counting.complete.is_set():
+            return None
+        return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
         """What arrived from these numbers since a time; None while it is counted, or for a time that is not kept."""
@@ -167,9 +177,9 @@ class RunningTotals:
         begins = np.full(max(late) + 1, EVER, np.int64)
         begins[list(late)] = list(late.values())
         subjects = result.column("subject").to_numpy()
-        result = result.filter(pa.array(_arrived(result) >= begins[subjects]))
-        inside = Counting(MeterWindows(meter.aggregation.func), threading.Event())
-        _scatter({meter.id: inside}, compiled, result)
+        result = result.filter(pa.array(_microseconds(result, "ingested_at") >= begins[subjects]))
+        inside = Counting(MeterWindows(meter.aggregation.func), None, threading.Event())
+        _scatter({meter.id: inside}, compiled, result, self._calendar)
         return inside.totals
 
     def _plan(self, organization: int) -> Plan | None:
@@ -183,7 +193,9 @@ class RunningTotals:
         for meter in meters:
             windows = MeterWindows(meter.aggregation.func)
             windows.cut(self._begins(meter))
-            self._meters[meter.id] = Counting(windows, threading.Event())
+            func = meter.aggregation.func
+            quarters = None if func == "unique" else MeterQuarters(func, self._calendar)
+            self._meters[meter.id] = Counting(windows, quarters, threading.Event())
         counted = {meter.id: self._meters[meter.id] for meter in meters}
         if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
             for counting in counted.values():
@@ -205,30 +217,33 @@ class RunningTotals:
                 for batch in relation.to_arrow_reader(HISTORY_ROWS):
                     if self._stopping.is_set():
                         return
-                    _scatter(counted, compiled, pa.Table.from_batches([batch]))
+                    _scatter(counted, compiled, pa.Table.from_batches([batch]), self._calendar)
             for counting in counted.values():
                 counting.complete.set()
         except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
             logger.error("history_not_counted", reason=str(error))
 
 
-def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table) -> None:
+def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, calendar: Calendar) -> None:
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
-    arrived = _arrived(table)
+    arrived, quarters = _microseconds(table, "ingested_at"), calendar.numbers(_microseconds(table, "timestamp"))
     columns = [table.column(f"v{place}").combine_chunks() for place in range(compiled.values)]
     contributions = [Amounts.of(column) if pa.types.is_decimal(column.type) else column for column in columns]
     for place, (meter, read) in enumerate(zip(compiled.meters, compiled.reads, strict=True)):
         counting = counted.get(meter.id)
         if counting is not None:
             rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
-            counting.totals.add(subjects, None if read is None else contributions[read], rows, arrived)
+            contribution = None if read is None else contributions[read]
+            counting.totals.add(subjects, contribution, rows, arrived)
+            if counting.quarters is not None:
+                counting.quarters.add(quarters, contribution, rows)
 
 
-def _arrived(table: pa.Table) -> Integers:
-    """When each row arrived, in microseconds since 1970."""
-    arrived: Integers = table.column("ingested_at").to_numpy().astype("datetime64[us]").astype(np.int64)
-    return arrived
+def _microseconds(table: pa.Table, column: str) -> Integers:
+    """A column of times in microseconds since 1970."""
+    times: Integers = table.column(column).to_numpy().astype("datetime64[us]").astype(np.int64)
+    return times
 
 
 def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection) -> Plan:
@@ -248,7 +263,7 @@ def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection
         contributions.setdefault(read, exp.alias_(value(meter.aggregation, stage), f"v{len(contributions)}"))
         reads.append(list(contributions).index(read))
     relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
-    kept = ["subject", "ingested_at"]
+    kept = ["subject", "ingested_at", "timestamp"]
     staged = stage.select(relation, kept, parameters).subquery("stage")
     query = exp.select(*map(exp.column, kept), *conditions, *contributions.values()).from_(staged)
     compiled = statement(query, parameters)

@@ -126,14 +126,15 @@ class MeterTotals:
     def total(self, subjects: list[int]) -> Total:
         """The total over the customer numbers given, as one customer."""
         with self._lock:
-            known = [subject for subject in subjects if subject < len(self._count) and self._count[subject]]
-            count = sum(int(self._count[subject]) for subject in known)
-            large = [units for subject in known for units in self._large.get(subject, [])]
+            known = np.array([subject for subject in subjects if subject < len(self._count)], np.intp)
+            known = known[self._count[known] > 0]
+            count = int(self._count[known].sum())
+            large = [units for subject in self._large.keys() & known.tolist() for units in self._large[subject]]
             if self._func in _NONE_YET:
                 return self._extremes(known, large, count)
             units = sum(large)
             if self._func != "count":
-                units += sum(int(self._whole[subject]) * ONE + int(self._fraction[subject]) for subject in known)
+                units += int(self._whole[known].sum()) * ONE + int(self._fraction[known].sum())
         return Total(count, _amount(units), None, None)
 
     def copy(self, subject: int, other: "MeterTotals") -> None:
@@ -161,11 +162,12 @@ class MeterTotals:
             if large:
                 self._large[subject] = [large]
 
-    def _extremes(self, known: list[int], large: list[int], count: int) -> Total:
-        none_yet = _NONE_YET[self._func]
-        found = [int(self._extreme[s]) for s in known if self._extreme[s] != none_yet] + large
-        least, most = (min(found), max(found)) if found else (0, 0)
-        return Total(count, Decimal(0), _amount(least) if found else None, _amount(most) if found else None)
+    def _extremes(self, known: Rows, large: list[int], count: int) -> Total:
+        found = self._extreme[known]
+        found = found[found != _NONE_YET[self._func]]
+        edges = [*([int(found.min()), int(found.max())] if len(found) else []), *large]
+        least, most = (min(edges), max(edges)) if edges else (0, 0)
+        return Total(count, Decimal(0), _amount(least) if edges else None, _amount(most) if edges else None)
 
 
 def _longer(column: Integers, more: int, fill: int) -> Integers:

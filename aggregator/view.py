@@ -5,7 +5,7 @@ guest reads through ``read`` (a snapshot with the position it is true for), deci
 the control stream, true once the round that applied it has committed) and waits through ``wait_for``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from decimal import Decimal
@@ -85,6 +85,13 @@ class View(Protocol):
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's running total over these numbers, from memory (count, sum, avg, min, max meters).
+
+        None while the meter is still being counted, and for ``unique`` meters: ask the store then.
+        """
+        ...
+
+    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
+        """Everyone's total of the meter by the events' own times, in each span that begins and ends on quarter hours.
 
         None while the meter is still being counted, and for ``unique`` meters: ask the store then.
         """

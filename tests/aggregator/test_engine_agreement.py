@@ -6,6 +6,7 @@ and nothing else. Everything the store and the totals say must be equal to it, t
 
 import asyncio
 import random
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from sqlglot import exp
 
 from aggregator.engine import Engine
+from aggregator.store.queries import usage
 from aggregator.store.sql import Measured, condition, considered, measures, statement, value
 from aggregator.store.stage import Parameters, Stage
 from ingest.log import open_log
@@ -26,6 +28,8 @@ from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.meter import Meter
+from meters.quantities import quantities
+from meters.window import Interval
 from tests.aggregator.records import (
     NOW,
     ORGANIZATION,
@@ -43,6 +47,8 @@ from tests.aggregator.strategies import aggregations, filters, metadata_texts
 # An example starts a real store several times, so a failing one is printed as found, not shrunk for minutes.
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)
 CUSTOMERS = ["ann", "bob", "é"]
+CLOCK = ["10:00:00.5", "10:14:59.999999", "10:15:00.000001", "18:15:00.25", "03:30:00.5", "18:14:59.999999"]
+FEBRUARY, MARCH = datetime(2026, 2, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC)
 
 
 @st.composite
@@ -52,7 +58,7 @@ def sent_lines(draw: st.DrawFn) -> bytes:
         f"r{draw(st.integers(0, 12))}",
         name=draw(st.sampled_from(["call", "chat"])),
         external_customer_id=draw(st.sampled_from(CUSTOMERS)),
-        timestamp=f"2026-02-{draw(st.integers(1, 28)):02d}T10:00:00.{draw(st.sampled_from(['5', '25', '000001']))}Z",
+        timestamp=f"2026-02-{draw(st.integers(1, 28)):02d}T{draw(st.sampled_from(CLOCK))}Z",
         metadata=draw(metadata_texts()),
     )
 
@@ -136,6 +142,24 @@ def assert_agrees(engine: Engine, model: Model, metered: list[Meter]) -> None:
             assert expected == sum((recounted.get(number, Decimal(0)) for number in numbers), Decimal(0))
 
 
+def assert_charts_agree(engine: Engine, model: Model, metered: list[Meter]) -> None:
+    """Quantities from the quarter hours in memory are those of the reference."""
+    for made in metered:
+        for interval, timezone in ((Interval.DAY, "Asia/Kathmandu"), (Interval.MONTH, "America/St_Johns")):
+            points, bounds = usage.spans(FEBRUARY, MARCH, interval, timezone)
+            totals = engine.totals.by_quarters(made.id, bounds)
+            if totals is None:
+                assert made.aggregation.func == "unique"
+                continue
+            parts = [Measured(total.count, total.sum, None, total.min, total.max) for total in totals]
+            charted = usage.from_parts(made.aggregation, points, bounds, parts)
+
+            expected = quantities(
+                made, model.events.values(), start=FEBRUARY, end=MARCH, interval=interval, timezone=timezone
+            )
+            assert expected == charted
+
+
 async def append(log: Log, lines: list[bytes], seed: int) -> None:
     """Write the lines in records of random length, admitted or foreign."""
     choose = random.Random(seed)
@@ -175,6 +199,7 @@ def test_store_totals_and_reference_agree(
                     model.take(raw)
                 if life == len(lives) - 1:
                     assert_agrees(engine, model, metered)
+                    assert_charts_agree(engine, model, metered)
     log.close()
 
 

@@ -54,9 +54,26 @@ def quantities(
     timezone: str,
 ) -> Quantities:
     """The series from ``start`` to ``end`` with its total, as ``meters.quantities`` defines them."""
+    points, bounds = spans(start, end, interval, timezone)
+    return _shown(points, bounds, by_bucket(connection, question, bounds))
+
+
+def spans(start: datetime, end: datetime, interval: Interval, timezone: str) -> tuple[list[datetime], list[Bounds]]:
+    """The points of a series, and the bucket that each stands for."""
     points = series(start, end, interval, timezone)
-    bounds = [bucket(point, interval, timezone) for point in points]
-    answer = by_bucket(connection, question, bounds)
+    return points, [bucket(point, interval, timezone) for point in points]
+
+
+def from_parts(
+    aggregation: Aggregation, points: Sequence[datetime], bounds: Sequence[Bounds], parts: Sequence[Measured]
+) -> Quantities:
+    """The same series from the measures of each bucket, which somebody else has."""
+    held = {starts: part for (starts, _), part in zip(bounds, parts, strict=True) if part.count}
+    values = {starts: part.value(aggregation) for starts, part in held.items()}
+    return _shown(points, bounds, Answer(values, _total(aggregation, values, list(held.values()), 0)))
+
+
+def _shown(points: Sequence[datetime], bounds: Sequence[Bounds], answer: Answer) -> Quantities:
     shown = [
         Quantity(point, answer.values.get(starts, Decimal(0)))
         for point, (starts, _) in zip(points, bounds, strict=True)
