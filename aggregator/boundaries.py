@@ -11,7 +11,7 @@ from aggregator.directory import CUSTOMER, EXTERNAL, Directory
 from aggregator.running import RunningTotals
 from aggregator.windows import EVER, microseconds
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
-from meters.credit import MeterReset, ResetRevised
+from meters.credit import MeterReset, MovementWithdrawn
 from meters.ledger import Account, Ledger
 from meters.meter import Meter
 
@@ -38,7 +38,7 @@ class Boundaries:
     def note(self, change: Change) -> None:
         """Note whom a change concerns. Called before and after it is applied: names change hands."""
         match change:
-            case MeterReset(customer_id=id) | ResetRevised(customer_id=id) | CustomerDeleted(id=id):
+            case MeterReset(customer_id=id) | MovementWithdrawn(customer_id=id) | CustomerDeleted(id=id):
                 self._touch(self._catalogue.customers.get(id))
             case CustomerCreated(customer) | CustomerUpdated(customer):
                 self._touch(self._catalogue.customers.get(customer.id))

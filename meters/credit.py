@@ -59,22 +59,19 @@ class MeterReset(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     reference: str | None = None
 
 
-class ResetRevised(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="meter.reset_revised"):
-    """A reset that was decided carries over other units than it said, as news that came later show.
+class MovementWithdrawn(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="movement.withdrawn"):
+    """A credit or a cut that news from elsewhere called for turned out otherwise, as later news show.
 
-    ``id`` and ``at`` are the reset's. ``rollover`` None: there was no cut after all.
+    What was decided here is never withdrawn: it is taken back by another credit.
     """
 
     id: str
     organization_id: str
     customer_id: str
     meter_id: str
-    at: datetime
-    rollover: Decimal | None = None
-    reference: str | None = None
 
 
-CreditChange = CreditGranted | MeterReset | ResetRevised
+CreditChange = CreditGranted | MeterReset | MovementWithdrawn
 
 
 def revocation_id(credit_id: str) -> str:

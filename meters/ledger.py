@@ -18,7 +18,7 @@ import msgspec
 import xxhash
 
 from meters.amount import EXACT
-from meters.credit import Cause, CreditGranted, MeterReset, ResetRevised
+from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
 from meters.event import event_id
 
 ZERO = Decimal(0)
@@ -112,8 +112,8 @@ class Ledger:
                 self._credit(change)
             case MeterReset():
                 self._reset(change)
-            case ResetRevised():
-                self._revise(change)
+            case MovementWithdrawn():
+                self._withdraw(change)
 
     def _credit(self, change: CreditGranted) -> None:
         if change.key is not None:
@@ -131,21 +131,14 @@ class Ledger:
             carried = Credit(change.at, change.id, units, True, "rollover", change.reference) if units > 0 else None
             self._put(change.customer_id, meter_id, carried, Reset(change.at, change.id, change.reference))
 
-    def _revise(self, change: ResetRevised) -> None:
+    def _withdraw(self, change: MovementWithdrawn) -> None:
         account = self.account(change.customer_id, change.meter_id)
         if account is None:
             return
         account.credits[:] = [credit for credit in account.credits if credit.id != change.id]
         account.resets[:] = [reset for reset in account.resets if reset.id != change.id]
-        if change.rollover is not None:
-            units = {change.meter_id: change.rollover}
-            self._reset(MeterReset(
-                id=change.id, organization_id=change.organization_id, customer_id=change.customer_id,
-                meter_ids=[change.meter_id], at=change.at, rollover=units, reference=change.reference,
-            ))  # fmt: skip
-        elif account.credits or account.resets:
-            account.credited = floored(credit.units for credit in account.window())
-        else:
+        account.credited = floored(credit.units for credit in account.window())
+        if not account.credits and not account.resets:
             del self._accounts[change.meter_id][change.customer_id]
 
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:

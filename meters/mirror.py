@@ -38,7 +38,10 @@ class Began(msgspec.Struct, frozen=True, tag_field="fact", tag="began"):
 
 
 class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
-    """A grant credited units."""
+    """A grant credited units. ``told`` is the state of the grant that says so: the first one after it is right.
+
+    Later ones speak of what the benefit has become meanwhile.
+    """
 
     customer_id: str
     meter_id: str
@@ -46,7 +49,7 @@ class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
     at: datetime
     units: int
     rollover: bool
-    granted_at: datetime | None = None
+    told: datetime
 
 
 class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
@@ -118,7 +121,8 @@ class Mirror:
             case Began(customer_id, meter_id, at):
                 self._story(customer_id, meter_id).began.add(at)
             case Credited(customer_id, meter_id, grant_id, at):
-                self._story(customer_id, meter_id).credited.setdefault((grant_id, at), fact)
+                credited = self._story(customer_id, meter_id).credited
+                credited[grant_id, at] = min(fact, credited.get((grant_id, at), fact), key=_first_told)
             case Revoked(grant_id, at):
                 self._revoked.setdefault(grant_id, set()).add(at)
 
@@ -171,3 +175,7 @@ class Mirror:
         """When the grant was first taken back from one credit to before the next."""
         times = self._revoked.get(grant_id, ())
         return min((at for at in times if at >= since and (until is None or at < until)), default=None)
+
+
+def _first_told(fact: Credited) -> tuple[datetime, int, bool]:
+    return fact.told, fact.units, fact.rollover

@@ -18,6 +18,7 @@ from aggregator.api import (
     feed,
     meters,
     metrics,
+    polar_webhooks,
     portal,
     sessions,
     states,
@@ -59,7 +60,7 @@ def create_app(
         app.include_router(router)
     for router in (benefits.router, states.router, sessions.router, portal.router):
         app.include_router(router)
-    for router in (webhook_endpoints.router, webhook_rules.router):
+    for router in (webhook_endpoints.router, webhook_rules.router, polar_webhooks.router):
         app.include_router(router)
     app.include_router(feed.router)
     app.include_router(operations(metrics_text))

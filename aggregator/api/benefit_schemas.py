@@ -101,6 +101,7 @@ SCHEMAS: Schema = {
     "MeterThreshold": record(
         {"id": ID, "organization_id": ID, **_THRESHOLD, "created_at": TIME, "deleted_at": nullable(TIME)}
     ),
+    "WebhookAccepted": record({"status": one_of("accepted", "repeated", "ignored")}),
     "WebhookSourceCreate": record(
         {"secret": {"type": "string", "minLength": 16, "maxLength": 200}, "name": nullable(TEXT)}, "name"
     ),

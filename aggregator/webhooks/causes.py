@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from aggregator.directory import Directory
 from meters.benefits import GrantSet, SubscriptionSet
 from meters.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
-from meters.credit import CreditGranted, MeterReset, ResetRevised
+from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record
 from meters.webhooks import ThresholdReached
 
@@ -90,7 +90,7 @@ def _customer(change: Change | None) -> str | None:
             return customer.id
         case CustomerDeleted(id):
             return id
-        case CreditGranted(customer_id=id) | MeterReset(customer_id=id) | ResetRevised(customer_id=id):
+        case CreditGranted(customer_id=id) | MeterReset(customer_id=id) | MovementWithdrawn(customer_id=id):
             return id
         case ThresholdReached(customer_id=id):
             return id

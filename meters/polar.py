@@ -1,0 +1,301 @@
+"""Polar's webhooks, read: which facts they add, and which customers, benefits, grants and subscriptions they change.
+
+A customer of Polar's is the customer here that has its id, or else its external id; where there is none, one is made
+with Polar's id. A thing's newest state wins (``meters.mirror``). Types that say nothing about usage or credits are no
+business of this product and are passed over.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
+from meters.meter import Meter
+from meters.mirror import Began, Credited, DeliveryApplied, Fact, Known, Linked, Revoked
+
+METER_KEY = "polar_meter_id"
+"""The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
+
+GONE = "deleted"  # a version: later than every time
+T = TypeVar("T")
+
+
+class Unreadable(ValueError):
+    """The payload is not of the shape that its type has; the message says where."""
+
+
+class _Customer(msgspec.Struct):
+    id: str
+    created_at: datetime
+    modified_at: datetime | None = None
+    deleted_at: datetime | None = None
+    external_id: str | None = None
+    email: str | None = None
+    name: str | None = None
+    metadata: dict[str, Any] = {}
+
+
+class _Benefit(msgspec.Struct):
+    id: str
+    type: str
+    created_at: datetime
+    modified_at: datetime | None = None
+    description: str = ""
+    metadata: dict[str, Any] = {}
+    properties: dict[str, Any] = {}
+
+
+class _GrantProperties(msgspec.Struct):
+    last_credited_meter_id: str | None = None
+    last_credited_units: int | None = None
+    last_credited_at: datetime | None = None
+
+
+class _Grant(msgspec.Struct):
+    id: str
+    created_at: datetime
+    customer_id: str
+    benefit: _Benefit
+    modified_at: datetime | None = None
+    granted_at: datetime | None = None
+    revoked_at: datetime | None = None
+    is_revoked: bool = False
+    subscription_id: str | None = None
+    customer: _Customer | None = None
+    properties: _GrantProperties | None = None
+    previous_properties: _GrantProperties | None = None
+
+
+class _Priced(msgspec.Struct):
+    id: str | None = None
+    meter_id: str | None = None
+
+
+class _Subscription(msgspec.Struct):
+    id: str
+    created_at: datetime
+    status: str
+    customer_id: str
+    product_id: str
+    current_period_start: datetime
+    amount: int = 0
+    currency: str = "usd"
+    recurring_interval: str = "month"
+    modified_at: datetime | None = None
+    current_period_end: datetime | None = None
+    current_meter_period_start: datetime | None = None
+    trial_start: datetime | None = None
+    trial_end: datetime | None = None
+    cancel_at_period_end: bool = False
+    canceled_at: datetime | None = None
+    started_at: datetime | None = None
+    ends_at: datetime | None = None
+    ended_at: datetime | None = None
+    discount_id: str | None = None
+    seats: int | None = None
+    metadata: dict[str, Any] = {}
+    customer: _Customer | None = None
+    prices: list[_Priced] = []
+    meters: list[_Priced] = []
+
+
+class _Order(msgspec.Struct):
+    customer: _Customer
+
+
+class News(NamedTuple):
+    """What a delivery makes: decisions, the last of which remembers the delivery, and whom it concerns."""
+
+    changes: list[Change]
+    customer_id: str | None
+
+
+class _Reading:
+    """One delivery on its way to decisions."""
+
+    def __init__(self, catalogue: Catalogue, organization_id: str, now: datetime) -> None:
+        self.catalogue, self.organization_id, self.now = catalogue, organization_id, now
+        self.facts: list[Fact] = []
+        self.changes: list[Change] = []
+        self.customer_id: str | None = None
+
+    def _is_news(self, thing: str, version: str) -> bool:
+        fact = Known(thing, version)
+        is_news = self.catalogue.mirror.is_news(self.organization_id, fact)
+        if is_news:
+            self.facts.append(fact)
+        return is_news
+
+    def customer(self, told: _Customer, *, is_gone: bool = False) -> None:
+        known = self._known(told)
+        self.customer_id = known.id if known else told.id
+        is_gone = is_gone or told.deleted_at is not None
+        if not self._is_news(f"customer:{told.id}", GONE if is_gone else _version(told)):
+            return
+        if is_gone:
+            self.changes += [CustomerDeleted(known.id, _utc(told.deleted_at) or self.now)] if known else []
+            return
+        self.facts.append(Linked(told.id, self.customer_id))
+        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id or "")
+        is_free = holder is None or holder.id == self.customer_id
+        fields: dict[str, Any] = {
+            "email": told.email,
+            "name": told.name,
+            "metadata": told.metadata,
+            "modified_at": _utc(told.modified_at),
+            "external_id": told.external_id if is_free else (known.external_id if known else None),
+        }
+        if known is not None:
+            self.changes.append(CustomerUpdated(replace(known, **fields)))
+        else:
+            made = Customer(
+                id=told.id, organization_id=self.organization_id, created_at=_utc(told.created_at) or self.now, **fields
+            )  # fmt: skip
+            self.changes.append(CustomerCreated(made))
+
+    def _known(self, told: _Customer) -> Customer | None:
+        linked = self.catalogue.mirror.linked(self.organization_id, told.id) or told.id
+        _own(self.catalogue.customers.get(linked), self.organization_id)
+        known = self.catalogue.customer(self.organization_id, linked)
+        if known is None and told.external_id is not None:
+            known = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+        return known
+
+    def _whose(self, told: _Customer | None, polar_id: str) -> str:
+        if told is not None:
+            self.customer(told)
+        self.customer_id = self.customer_id or self.catalogue.mirror.linked(self.organization_id, polar_id) or polar_id
+        return self.customer_id
+
+    def grant(self, told: _Grant) -> None:
+        if told.benefit.type != METER_CREDIT:
+            return
+        customer_id = self._whose(told.customer, told.customer_id)
+        given = _read(told.benefit.properties, _Given)
+        for properties in (told.previous_properties, told.properties):
+            if properties is not None and properties.last_credited_at is not None and properties.last_credited_units:
+                self.facts.append(Credited(
+                    customer_id, properties.last_credited_meter_id or given.meter_id, told.id,
+                    _at(properties.last_credited_at), properties.last_credited_units, given.rollover,
+                    _at(told.modified_at or told.created_at),
+                ))  # fmt: skip
+        if told.is_revoked and told.revoked_at is not None:
+            self.facts.append(Revoked(told.id, _at(told.revoked_at)))
+        self._benefit(told.benefit, given)
+        self._held(told, customer_id)
+
+    def _benefit(self, told: _Benefit, given: "_Given") -> None:
+        known = self.catalogue.benefits.benefits.get(told.id)
+        _own(known, self.organization_id)
+        if self._is_news(f"benefit:{told.id}", _version(told)):
+            self.changes.append(BenefitSet(Benefit(
+                id=told.id, organization_id=self.organization_id, description=told.description, units=given.units,
+                meter_id=self.meter_id(given.meter_id), rollover=given.rollover, metadata=told.metadata,
+                created_at=_at(told.created_at), modified_at=_utc(told.modified_at),
+            )))  # fmt: skip
+
+    def _held(self, told: _Grant, customer_id: str) -> None:
+        _own(self.catalogue.benefits.grants.get(told.id), self.organization_id)
+        if not self._is_news(f"grant:{told.id}", _version(told)):
+            return
+        last = told.properties if told.properties and told.properties.last_credited_at else told.previous_properties
+        last = last or _GrantProperties()
+        revoked_at = _utc(told.revoked_at) if told.is_revoked else None
+        self.changes.append(GrantSet(Grant(
+            id=told.id, organization_id=self.organization_id, benefit_id=told.benefit.id, customer_id=customer_id,
+            created_at=_at(told.created_at), granted_at=_at(told.granted_at or told.created_at),
+            modified_at=_utc(told.modified_at), revoked_at=revoked_at, subscription_id=told.subscription_id,
+            last_credited_meter_id=last.last_credited_meter_id and self.meter_id(last.last_credited_meter_id),
+            last_credited_units=last.last_credited_units, last_credited_at=_utc(last.last_credited_at),
+        )))  # fmt: skip
+
+    def subscription(self, told: _Subscription) -> None:
+        customer_id = self._whose(told.customer, told.customer_id)
+        _own(self.catalogue.benefits.subscriptions.get(told.id), self.organization_id)
+        priced = list(dict.fromkeys(one.meter_id for one in (*told.prices, *told.meters) if one.meter_id))
+        told_times = (told.current_period_start, told.current_meter_period_start, told.ended_at)
+        starts = sorted({_at(time) for time in told_times if time is not None})
+        self.facts += [Began(customer_id, meter_id, at) for meter_id in priced for at in starts]
+        if self._is_news(f"subscription:{told.id}", _version(told)):
+            shared = set(_Subscription.__struct_fields__) & set(Subscription.__struct_fields__)
+            fields = {name: _plain(getattr(told, name)) for name in shared}
+            fields |= {
+                "organization_id": self.organization_id,
+                "customer_id": customer_id,
+                "meter_ids": [self.meter_id(id) for id in priced],
+                "price_id": next((one.id for one in told.prices), None),
+            }
+            self.changes.append(SubscriptionSet(Subscription(**fields)))
+
+    def meter_id(self, polar_id: str) -> str:
+        meter = meter_of(self.catalogue, self.organization_id, polar_id)
+        return meter.id if meter else polar_id
+
+
+class _Given(msgspec.Struct):
+    meter_id: str
+    units: int
+    rollover: bool = False
+
+
+def read(
+    catalogue: Catalogue, organization_id: str, *, delivery_id: str, kind: str, data: object, now: datetime
+) -> News | None:
+    """What a delivery of a type makes; None for a type that is passed over. Raises Unreadable."""
+    reading = _Reading(catalogue, organization_id, now)
+    handlers: dict[str, Callable[[], None]] = {
+        "customer": lambda: reading.customer(_read(data, _Customer), is_gone=kind == "customer.deleted"),
+        "benefit_grant": lambda: reading.grant(_read(data, _Grant)),
+        "subscription": lambda: reading.subscription(_read(data, _Subscription)),
+        "order": lambda: reading.customer(_read(data, _Order).customer),
+    }
+    resource, _, event = kind.partition(".")
+    if resource not in handlers or (resource == "order" and event != "paid"):
+        return None
+    handlers[resource]()
+    applied = DeliveryApplied(
+        organization_id=organization_id, delivery_id=delivery_id, kind=kind, at=now, facts=reading.facts
+    )
+    return News([*reading.changes, applied], reading.customer_id)
+
+
+def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:
+    """The organization's meter that is Polar's: of the same id, or said to be so in its metadata."""
+    meter = catalogue.meters.get(polar_id)
+    if meter is not None and meter.organization_id == organization_id:
+        return meter
+    return next((one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id), None)
+
+
+def _own(thing: Any, organization_id: str) -> None:
+    """Whatever carries this id belongs to the organization. Raises Unreadable."""
+    if thing is not None and thing.organization_id != organization_id:
+        raise Unreadable("this id is another's")
+
+
+def _read(value: object, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise Unreadable(str(error)) from error
+
+
+def _version(thing: _Customer | _Benefit | _Grant | _Subscription) -> str:
+    return _at(thing.modified_at or thing.created_at).isoformat(timespec="microseconds")
+
+
+def _at(instant: datetime) -> datetime:
+    """In UTC; Polar's times without an offset are."""
+    return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+
+
+def _utc(instant: datetime | None) -> datetime | None:
+    return None if instant is None else _at(instant)
+
+
+def _plain(value: Any) -> Any:
+    return _at(value) if isinstance(value, datetime) else value

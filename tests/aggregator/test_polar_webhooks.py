@@ -1,0 +1,176 @@
+"""Polar's webhooks in: believed when signed, and true in whatever order they come."""
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+from meters.signatures import keys
+from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed
+from tests.aggregator.serving import Server, Tenant
+
+JANUARY = BEGINNING
+FEBRUARY, MARCH = BEGINNING + timedelta(days=31), BEGINNING + timedelta(days=59)
+PAID = timedelta(minutes=5)  # after a period began it is paid for, and credited
+
+
+@pytest.fixture
+def polar(tenant: Tenant) -> Polar:
+    """A Polar organization whose news the tenant takes."""
+    return Polar(tenant)
+
+
+def state(polar: Polar) -> Json:
+    """What is known of the customer."""
+    found: Json = polar.tenant.get("/v1/customers/external/ann/state")
+    return found
+
+
+def numbers(polar: Polar) -> list[tuple[int, int, int]]:
+    """Credited, consumed and left, meter by meter."""
+    names = ("credited_units", "consumed_units", "balance")
+    return [tuple(meter[name] for name in names) for meter in state(polar)["active_meters"]]
+
+
+def test_a_delivery_needs_a_signature_of_this_moment(server: Server, polar: Polar) -> None:
+    """Either reading of the secret will do; another secret, a changed body, an old or future time will not."""
+    body = json.dumps({"type": "customer.created", "data": polar.customer()}).encode()
+    now_s = int(server.now.timestamp())
+    standard = "whsec_c2VjcmV0LW9mLXN0YW5kYXJkLXdlYmhvb2tz"
+    polar.tenant.post("/v1/webhooks/sources", {"secret": standard})
+    (key,) = keys(polar.secret)
+
+    def status(key: bytes, at_s: int = now_s, sent: bytes = body, id: str = "one", **changed: str) -> int:
+        headers = signed(body, id, at_s, key) | changed
+        return server.ask("POST", "/webhooks/polar", headers=headers, content=sent).status_code
+
+    assert status(key, id="a") == 202
+    assert [status(reading, id=f"b{place}") for place, reading in enumerate(keys(standard))] == [202, 202]
+    assert status(b"somebody's") == 401
+    assert status(key, sent=body + b" ") == 401
+    assert status(key, id="c", **{"webhook-id": "d"}) == 401
+    off = (-301, -300, 300, 301)
+    assert [status(key, at_s=now_s + by, id=f"e{by}") for by in off] == [401, 202, 202, 401]
+    assert server.ask("POST", "/webhooks/polar", content=body).status_code == 401
+
+
+def test_a_signature_reaches_its_own_organization_alone(server: Server, polar: Polar) -> None:
+    """The secret says whose customers these are, and an id of one organization is not another's to change."""
+    other = Polar(server.tenant())
+    assert polar.deliver("customer.created", polar.customer(), "x").status_code == 202
+    assert other.tenant.ask("GET", "/v1/customers/external/ann").status_code == 404
+    assert polar.tenant.get("/v1/customers/external/ann")["id"] == polar.customer_id
+    assert other.deliver("customer.updated", polar.customer(MARCH, name="Eve"), "y").status_code == 422
+    assert state(polar)["name"] == "Ann"
+
+
+def test_types_without_a_meaning_here_are_passed_over(polar: Polar) -> None:
+    """They are accepted, so that the sender is content; a payload of another shape than its type's is refused."""
+    assert polar.deliver("checkout.created", {"id": "x"}, "1").json() == {"status": "ignored"}
+    assert polar.deliver("order.created", {"id": "x"}, "2").json() == {"status": "ignored"}
+    assert polar.deliver("customer.created", {"name": 5}, "3").status_code == 422
+
+
+def test_a_redelivery_changes_nothing(polar: Polar) -> None:
+    """The same delivery is known again, and the same news under another id adds nothing."""
+    polar.mirrored_meter()
+    news = polar.grant(JANUARY)
+    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "accepted"}
+    before, decided = state(polar), polar.tenant.server.aggregator._now.control_position
+    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "repeated"}
+    assert polar.tenant.server.aggregator._now.control_position == decided
+    assert polar.deliver("benefit_grant.updated", news, "2").json() == {"status": "accepted"}
+    assert state(polar) == before
+    assert numbers(polar) == [(100, 0, 100)]
+
+
+def test_an_interrupted_delivery_is_finished_by_its_repetition(polar: Polar) -> None:
+    """Facts for a meter that is not known yet are kept; once it is, a repetition of any news credits it."""
+    news = polar.grant(JANUARY)
+    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "accepted"}
+    assert state(polar)["active_meters"] == []
+    polar.mirrored_meter()
+    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "repeated"}
+    assert numbers(polar) == [(100, 0, 100)]
+
+
+def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:
+    """Polar's customer is found under the application's own id, and keeps the id that it has here."""
+    known = polar.tenant.customer(external_id="ann", email="old@example.com")
+    polar.mirrored_meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    found = state(polar)
+    assert (found["id"], found["email"]) == (known, "ann@example.com")
+    assert numbers(polar) == [(100, 0, 100)]
+    polar.deliver("customer.deleted", polar.customer(MARCH), "2")
+    assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
+    polar.deliver("customer.updated", polar.customer(FEBRUARY), "3")
+    assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
+
+
+def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
+    """What was used before the cut is paid from credits before it; what rolls over is there afterwards."""
+    polar.mirrored_meter()
+    now = polar.tenant.server.now
+    polar.deliver("benefit_grant.created", polar.grant(now - timedelta(days=40), rollover=True), "1")
+    for number in range(30):  # they arrive now, before a cut that the clock has reached by the time it is told
+        polar.tenant.event(f"use-{number}", external_customer_id="ann")
+    assert numbers(polar) == [(100, 30, 70)]
+    renewed = polar.grant(now + timedelta(seconds=1), units=50)
+    polar.deliver("benefit_grant.cycled", renewed, "2")
+    assert numbers(polar) == [(120, 0, 120)]
+
+
+def credits_only(polar: Polar) -> list[Delivery]:
+    """A benefit without a price for the meter: granted, and renewed twice. The benefit begins the meter anew."""
+    return [
+        ("customer.created", polar.customer()),
+        ("benefit_grant.created", polar.grant(JANUARY, rollover=True)),
+        ("benefit_grant.cycled", polar.grant(FEBRUARY + PAID, units=50)),
+        ("benefit_grant.cycled", polar.grant(MARCH + PAID, units=70, rollover=True)),
+    ]
+
+
+def subscribed(polar: Polar) -> list[Delivery]:
+    """A price for the meter: the subscription begins it anew, and credits follow when the period is paid."""
+    return [
+        ("subscription.created", polar.subscription(JANUARY)),
+        ("benefit_grant.created", polar.grant(JANUARY + PAID, rollover=True)),
+        ("subscription.cycled", polar.subscription(FEBRUARY)),
+        ("benefit_grant.cycled", polar.grant(FEBRUARY + PAID)),
+    ]
+
+
+def given_again(polar: Polar) -> list[Delivery]:
+    """Granted, renamed, taken back, and given again."""
+    return [
+        ("customer.updated", polar.customer(FEBRUARY, name="Anna", metadata={"plan": "pro"})),
+        ("benefit_grant.created", polar.grant(JANUARY)),
+        ("benefit_grant.revoked", polar.revoked(polar.grant(JANUARY), FEBRUARY)),
+        ("benefit_grant.updated", polar.grant(MARCH, units=30)),
+    ]
+
+
+@pytest.mark.parametrize(("story", "credited"), [(credits_only, 170), (subscribed, 200), (given_again, 30)])
+def test_any_order_ends_in_the_same_state(
+    server: Server, story: Callable[[Polar], list[Delivery]], credited: int
+) -> None:
+    """As told, backwards and mixed: the same customer, balances, benefits and periods. Every order: tests/meters."""
+    found = []
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        polar = Polar(server.tenant())
+        meter = polar.mirrored_meter()
+        deliveries = story(polar)
+        for place in order:
+            kind, data = deliveries[place]
+            assert polar.deliver(kind, data, f"delivery-{place}").json() == {"status": "accepted"}
+        assert [given for given, _, _ in numbers(polar)] == [credited]
+        shown = json.dumps(polar.tenant.ask("GET", "/v1/customers/external/ann/state").json(), sort_keys=True)
+        found.append(shown.replace(polar.tenant.id[8:], "...").replace(polar.tenant.id, "...").replace(meter, "meter"))
+    own = [json.loads(shown) for shown in found]
+    for one in own:
+        one.pop("organization_id")
+        for meter_shown in (*one["active_meters"], *(m for s in one["active_subscriptions"] for m in s["meters"])):
+            meter_shown.pop("id")
+    assert own == [own[0]] * len(own)

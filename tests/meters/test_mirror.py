@@ -1,0 +1,131 @@
+"""What follows from Polar's news is the same whatever the order in which they come."""
+
+import itertools
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from meters.catalogue import Catalogue
+from meters.mirror import Wanted
+from meters.polar import News, Unreadable, read
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+Json = dict[str, Any]
+
+
+def customer(day: int = 0, **fields: Any) -> Json:
+    """Polar's customer, as changed on a day."""
+    return {"id": "c", "created_at": T0.isoformat(), "modified_at": (T0 + day * DAY).isoformat(), "email": "c@x.org",
+            "external_id": "c-here", "metadata": {}, **fields}  # fmt: skip
+
+
+def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g", before: int | None = None) -> Json:
+    """A grant that credited on a day, perhaps taken back on another; ``before`` is the day it credited before."""
+    def credited(day: int | None) -> Json | None:
+        at = {} if day is None else {"last_credited_at": (T0 + day * DAY).isoformat(), "last_credited_units": units}
+        return at and {"last_credited_meter_id": "m", **at}
+
+    changed = T0 + (day if revoked is None else revoked) * DAY
+    return {"id": id, "created_at": T0.isoformat(), "modified_at": changed.isoformat(), "customer_id": "c",
+            "customer": customer(), "is_revoked": revoked is not None,
+            "revoked_at": None if revoked is None else changed.isoformat(),
+            "benefit": {"id": f"b-{id}", "type": "meter_credit", "created_at": T0.isoformat(),
+                        "properties": {"meter_id": "m", "units": units, "rollover": False}},
+            "properties": {} if revoked is not None else credited(day),
+            "previous_properties": credited(day if revoked is not None else before)}  # fmt: skip
+
+
+def period(day: int, status: str = "active", ended: int | None = None) -> Json:
+    """A subscription with a price for the meter, in the period that began on a day."""
+    return {"id": "s", "created_at": T0.isoformat(), "modified_at": (T0 + (ended or day) * DAY).isoformat(),
+            "status": status, "customer_id": "c", "product_id": "p", "customer": customer(),
+            "current_period_start": (T0 + day * DAY).isoformat(), "prices": [{"id": "x", "meter_id": "m"}],
+            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat()}  # fmt: skip
+
+
+STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool, int | None]]]] = {
+    # the deliveries; the days of the cuts; for each credit its day, whether it renews, and when it was taken back
+    "renewals without a price": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.cycled", grant(30)), ("benefit_grant.cycled", grant(60))],
+        [30, 60],
+        [(0, False, None), (30, True, None), (60, True, None)],
+    ),
+    "a subscription cuts, so the benefit does not": (
+        [("subscription.created", period(0)), ("benefit_grant.created", grant(1)),
+         ("subscription.cycled", period(30)), ("benefit_grant.cycled", grant(31))],
+        [0, 30],
+        [(1, False, None), (31, True, None)],
+    ),
+    "taken back and given again": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.revoked", grant(0, revoked=10)),
+         ("benefit_grant.updated", grant(20))],
+        [],
+        [(0, False, 10), (20, False, None)],
+    ),
+    "two benefits of one meter are renewed together": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.created", grant(0, id="h")),
+         ("benefit_grant.cycled", grant(30)), ("benefit_grant.cycled", grant(31, id="h"))],
+        [30],
+        [(0, False, None), (0, False, None), (30, True, None), (31, True, None)],
+    ),
+    "news that never came are told by the next": (
+        [("benefit_grant.cycled", grant(30, before=0)), ("subscription.revoked", period(0, "canceled", 45))],
+        [0, 30, 45],
+        [(0, False, None), (30, True, None)],
+    ),
+}  # fmt: skip
+
+
+def told(deliveries: list[tuple[str, Json]]) -> Catalogue:
+    """A catalogue after the deliveries, each of them twice."""
+    catalogue = Catalogue()
+    for number, (kind, data) in enumerate([*deliveries, *deliveries]):
+        news = read(catalogue, "org", delivery_id=f"{number}", kind=kind, data=data, now=T0 + 99 * DAY)
+        assert isinstance(news, News)
+        for change in news.changes:
+            catalogue.apply(change)
+    return catalogue
+
+
+def days(wanted: Wanted) -> tuple[list[int], list[tuple[int, bool, int | None]]]:
+    """What is wanted, with days for times."""
+    def day(at: datetime) -> int:
+        return (at - T0) // DAY
+
+    given = [(day(g.fact.at), g.is_cycle, None if g.revoked is None else day(g.revoked)) for g in wanted.given]
+    return [day(at) for at in wanted.cuts], given
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_every_order_calls_for_the_same(name: str) -> None:
+    """Every order of a story, each delivery told twice, calls for these cuts and credits."""
+    deliveries, cuts, given = STORIES[name]
+    for order in itertools.permutations(deliveries):
+        catalogue = told(list(order))
+        assert days(catalogue.mirror.wanted("c", "m")) == (cuts, given)
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_every_order_leaves_the_same_things(name: str) -> None:
+    """Customers, grants, benefits and subscriptions are those of their newest news."""
+    found = [told(list(order)) for order in itertools.permutations(STORIES[name][0])]
+    for catalogue in found:
+        assert catalogue.customers == found[0].customers
+        for kind in ("benefits", "grants", "subscriptions"):
+            assert getattr(catalogue.benefits, kind) == getattr(found[0].benefits, kind)
+
+
+def test_a_deleted_customer_stays_deleted() -> None:
+    """Older news that come later bring nobody back, and nobody is made whose end is known."""
+    news = [("customer.created", customer()), ("customer.updated", customer(3)), ("customer.deleted", customer(5))]
+    for order in itertools.permutations(news):
+        assert told(list(order)).customer("org", "c") is None
+
+
+@pytest.mark.parametrize("data", [None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}])
+def test_another_shape_is_said_to_be_unreadable(data: object) -> None:
+    """A type that is known has the fields that it has."""
+    with pytest.raises(Unreadable):
+        read(Catalogue(), "org", delivery_id="1", kind="customer.created", data=data, now=T0)
