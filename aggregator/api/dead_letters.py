@@ -15,7 +15,7 @@ from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import letter_shape
 from aggregator.store.queries import dead_letters
 from aggregator.store.queries.asking import Here
-from aggregator.store.queries.dead_letters import DeadLetter, Letters, Place
+from aggregator.store.queries.dead_letters import DeadLetter, Letters, Place, Whose
 from meters.access import reading, writing
 from meters.catalogue import DeadLetterReplayed, Token
 
@@ -31,7 +31,7 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
 
     def question(here: Here) -> Letters:
         return dead_letters.page(
-            here.connection, token.organization_id, replayed=include_replayed, limit=page.limit, offset=page.offset
+            here.connection, _whose(desk, token), replayed=include_replayed, limit=page.limit, offset=page.offset
         )
 
     (letters, total), as_of = await desk.ask(token, question)
@@ -41,7 +41,7 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
 @router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
 async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
     """One dead letter."""
-    letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+    letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter), as_of)
 
 
@@ -52,21 +52,25 @@ async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: 
     if body != {}:
         message = "Send the mended event to /v1/events/ingest first, then this without a body."
         raise Refused("value_error", ("body",), message, body)
-    letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+    letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     if letter.replayed_at is None:
         place = letter.log_partition, letter.log_offset, letter.line
         async with desk.deciding:
             await desk.decide(DeadLetterReplayed(*place, desk.now()))
-        letter, as_of = await desk.ask(token, lambda here: _find(here, token, id))
+        letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter), as_of)
 
 
-def _find(here: Here, token: Token, id: str) -> DeadLetter:
+def _find(here: Here, desk: AtDesk, token: Token, id: str) -> DeadLetter:
     place = _place(id)
-    letter = dead_letters.one(here.connection, token.organization_id, place) if place else None
+    letter = dead_letters.one(here.connection, _whose(desk, token), place) if place else None
     if letter is None:
         raise NotFound
     return letter
+
+
+def _whose(desk: AtDesk, token: Token) -> Whose:
+    return Whose(token.organization_id, len(desk.catalogue.organizations) == 1)
 
 
 def _place(id: str) -> Place | None:

@@ -43,6 +43,21 @@ def test_no_timestamp_means_the_time_of_ingestion() -> None:
     assert row["timestamp"] == row["ingested_at"]
 
 
+@pytest.mark.parametrize("admitted", [True, False])
+def test_an_organization_that_is_none_makes_dead_letters(admitted: bool) -> None:
+    """Whatever a producer puts where the organization belongs, its lines are kept and the partition goes on."""
+    changes = decided(
+        record(line("a"), line("b"), organization_id="nobody", admitted=admitted),
+        record(line("a"), offset=1, organization_id="", admitted=admitted),
+        record(line("a"), offset=2, organization_id=ORGANIZATION.upper(), admitted=admitted),
+    )
+
+    assert [(letter.offset, letter.line, letter.reason) for letter in changes.dead] == [
+        (0, 0, "organization_id"), (0, 1, "organization_id"), (1, 0, "organization_id")
+    ]  # fmt: skip
+    assert [(row["external_id"], row["log_offset"]) for row in changes.rows.to_pylist()] == [("a", 2)]
+
+
 def test_the_same_bytes_again_are_a_duplicate() -> None:
     """In one batch or in two, a repetition is counted and not stored."""
     changes = decided(record(line("a"), line("a")), record(line("a"), line("b"), offset=1))

@@ -10,10 +10,11 @@ from aggregator.store.queries.events import OFFSET_MAX
 from aggregator.store.queries.scope import aware
 
 _COLUMNS = "log_partition, log_offset, line, reason, detail, raw, ingested_at, replayed_at"
-_OPEN = "organization_id = $organization AND ($replayed OR replayed_at IS NULL)"
+_ITS = "($alone OR organization_id = $organization)"
+_OPEN = f"{_ITS} AND ($replayed OR replayed_at IS NULL)"
 _PAGE = f"SELECT {_COLUMNS} FROM dead_letters WHERE {_OPEN} ORDER BY number DESC LIMIT $limit OFFSET $offset"  # noqa: S608 - fixed text
 _COUNT = f"SELECT COUNT(*) FROM dead_letters WHERE {_OPEN}"  # noqa: S608 - fixed text
-_ONE = f"""SELECT {_COLUMNS} FROM dead_letters WHERE organization_id = $organization
+_ONE = f"""SELECT {_COLUMNS} FROM dead_letters WHERE {_ITS}
     AND log_partition = $partition AND log_offset = $offset AND line = $line"""  # noqa: S608 - fixed text
 
 Place = tuple[int, int, int]
@@ -40,21 +41,27 @@ class Letters(NamedTuple):
     total: int
 
 
+class Whose(NamedTuple):
+    """The organization that asks; one that is ``alone`` here sees the letters that name none, or a wrong one, too."""
+
+    organization_id: str
+    alone: bool
+
+
 def page(
-    connection: duckdb.DuckDBPyConnection, organization_id: str, *, replayed: bool, limit: int, offset: int
+    connection: duckdb.DuckDBPyConnection, whose: Whose, *, replayed: bool, limit: int, offset: int
 ) -> Letters:
     """The organization's dead letters; those taken care of only if ``replayed``."""
-    which: dict[str, Any] = {"organization": organization_id, "replayed": replayed}
+    which: dict[str, Any] = {"organization": whose.organization_id, "alone": whose.alone, "replayed": replayed}
     ((total,),) = connection.execute(_COUNT, which).fetchall()
     rows = connection.execute(_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
     return Letters([_letter(row) for row in rows], total)
 
 
-def one(connection: duckdb.DuckDBPyConnection, organization_id: str, place: Place) -> DeadLetter | None:
+def one(connection: duckdb.DuckDBPyConnection, whose: Whose, place: Place) -> DeadLetter | None:
     """The organization's dead letter of this place."""
-    rows = connection.execute(
-        _ONE, dict(zip(("organization", "partition", "offset", "line"), (organization_id, *place), strict=True))
-    ).fetchall()
+    names = ("organization", "alone", "partition", "offset", "line")
+    rows = connection.execute(_ONE, dict(zip(names, (*whose, *place), strict=True))).fetchall()
     return _letter(rows[0]) if rows else None
 
 
