@@ -12,7 +12,7 @@ The event's metadata is what Polar's LLM strategy sends, so meters made for that
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -179,6 +179,12 @@ def count(source: Any, *path: str) -> int:
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1 << 53:
         return 0
     return int(found)
+
+
+def items(source: Any, *path: str) -> Sequence[Any]:
+    """The list at a path, or an empty one."""
+    found = read(source, *path)
+    return found if isinstance(found, list | tuple) else ()
 
 
 def text(source: Any, *path: str) -> str:

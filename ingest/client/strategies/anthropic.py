@@ -21,6 +21,7 @@ from ingest.client.llm import (
     count,
     details,
     estimated_tokens,
+    items,
     read,
     text,
 )
@@ -101,7 +102,7 @@ class _Reader:
     def whole(self, answer: Any) -> None:
         """Read a message that came at once."""
         self._begin(answer)
-        self._words = [text(block, "text") for block in read(answer, "content") or ()]
+        self._words = [text(block, "text") for block in items(answer, "content")]
         self._is_final = True
         self._finish()
 

@@ -25,6 +25,7 @@ from ingest.client.llm import (
     count,
     details,
     estimated_tokens,
+    items,
     read,
     text,
 )
@@ -59,12 +60,12 @@ def embedding_tokens(answer: Any) -> Tokens | None:
     """From an embedding's answer; None where the service does not tell (the Gemini API's older models)."""
     if (usage := read(answer, "usage_metadata")) is not None:
         return Tokens(input=count(usage, "prompt_token_count"))
-    told = [count(entry, "statistics", "token_count") for entry in read(answer, "embeddings") or ()]
+    told = [count(entry, "statistics", "token_count") for entry in items(answer, "embeddings")]
     return Tokens(input=sum(told)) if any(told) else None
 
 
 def _of_audio(usage: Any, name: str) -> int:
-    return sum(count(part, "token_count") for part in read(usage, name) or () if text(part, "modality") == "AUDIO")
+    return sum(count(part, "token_count") for part in items(usage, name) if text(part, "modality") == "AUDIO")
 
 
 class GoogleGenAIStrategy(LanguageModelStrategy):
@@ -192,9 +193,9 @@ class _Reader:
         self._model = text(item, "model_version") or self._model
         if (usage := read(item, "usage_metadata")) is not None:
             self._tokens = content_tokens(usage)
-        for candidate in read(item, "candidates") or ():
+        for candidate in items(item, "candidates"):
             self._is_final = self._is_final or (usage is not None and read(candidate, "finish_reason") is not None)
-            self._words.extend(text(part, "text") for part in read(candidate, "content", "parts") or ())
+            self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
         return True
 
     def end(self, is_complete: bool) -> None:

@@ -23,6 +23,7 @@ from ingest.client.llm import (
     details,
     estimated_tokens,
     inclusive,
+    items,
     read,
     text,
 )
@@ -106,8 +107,8 @@ class _Runs:
         run = self._under_way.pop(run_id, None)
         if run is None or run.customer is None:
             return
-        generations = [generation for prompt in read(response, "generations") or () for generation in prompt]
-        told = [usage for prompt in read(response, "generations") or () if (usage := _usage(prompt)) is not None]
+        generations = [generation for prompt in items(response, "generations") for generation in prompt]
+        told = [usage for prompt in items(response, "generations") if (usage := _usage(prompt)) is not None]
         if any(read(usage, "total_cost") == 0 for usage in told):
             return  # from the cache
         words = "".join(text(generation, "text") for generation in generations)

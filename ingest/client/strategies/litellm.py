@@ -23,6 +23,7 @@ from ingest.client.llm import (
     customer_in,
     details,
     inclusive,
+    items,
     read,
     text,
 )
@@ -86,7 +87,7 @@ class LiteLLMStrategy(LanguageModelStrategy):
 
 
 def _words(response: Any) -> str:
-    return "".join(text(choice, "message", "content") for choice in read(response, "choices") or ())
+    return "".join(text(choice, "message", "content") for choice in items(response, "choices"))
 
 
 def _callback_class() -> Any:

@@ -21,6 +21,7 @@ from ingest.client.llm import (
     count,
     details,
     estimated_tokens,
+    items,
     read,
     text,
 )
@@ -132,7 +133,7 @@ class _Reader:
         """The words of an answer or a chunk."""
         return "".join(
             text(choice, part, name)
-            for choice in read(answer, "choices") or ()
+            for choice in items(answer, "choices")
             for part in ("message", "delta")
             for name in ("reasoning_content", "content", "refusal")
         )
@@ -201,7 +202,7 @@ class _ResponseReader(_Reader):
     def text_of(self, answer: Any) -> str:
         """The words of a response."""
         return "".join(
-            text(part, "text") for entry in read(answer, "output") or () for part in read(entry, "content") or ()
+            text(part, "text") for entry in items(answer, "output") for part in items(entry, "content")
         )
 
 

@@ -26,6 +26,7 @@ from ingest.client.llm import (
     details,
     estimated_tokens,
     inclusive,
+    items,
     read,
     text,
 )
@@ -53,7 +54,7 @@ def request_tokens(usage: Any) -> Tokens:
 
 def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> ModelCall:
     """From a ``ModelResponse``; ``asked`` are the messages it answers. Incomplete ones are estimated."""
-    words = "".join(text(part, "content") for part in read(response, "parts") or ())
+    words = "".join(text(part, "content") for part in items(response, "parts"))
     tokens = request_tokens(read(response, "usage"))
     is_estimated = tokens.total == 0 or read(response, "state") not in (None, "complete")
     if is_estimated:
@@ -76,7 +77,7 @@ def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> 
 
 
 def _contents(asked: Any) -> list[Any]:
-    return [read(part, "content") for message in asked or () for part in read(message, "parts") or ()]
+    return [read(part, "content") for message in asked or () for part in items(message, "parts")]
 
 
 class PydanticAIStrategy(LanguageModelStrategy):
