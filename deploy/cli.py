@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands import events, forward, meters, organizations, process, reconcile, store, tokens, usage
+from deploy.commands import credits as credit_commands
+from deploy.commands import customers, events, forward, meters, organizations, process, reconcile, store, tokens, usage
 from deploy.commands import kafka as kafka_commands
 from deploy.giving_up import BUG, DONE, FAILED, GiveUp
 from deploy.output import Output
@@ -48,6 +49,8 @@ app.command(epilog=EPILOG)(process.aggregate)
 app.command(epilog=EPILOG)(process.demo)
 app.add_typer(events.app, name="events")
 app.add_typer(meters.app, name="meters")
+app.add_typer(customers.app, name="customers")
+app.add_typer(credit_commands.app, name="credits")
 app.command(epilog=EPILOG)(usage.usage)
 app.add_typer(organizations.app, name="orgs")
 app.add_typer(tokens.app, name="tokens")

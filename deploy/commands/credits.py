@@ -1,0 +1,75 @@
+"""``meterstream credits``: units given to a customer by hand, and taken back."""
+
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import as_json, show, show_one
+from deploy.session import EPILOG, session
+
+app = typer.Typer(no_args_is_help=True, help="Give customers units of a meter, and take them back.")
+
+COLUMNS = ("at", "meter", "units", "cause", "rollover", "id", "reference")
+
+Customer = Annotated[str, typer.Argument(help="A customer's external id, or its id.")]
+
+
+@app.command(epilog=EPILOG)
+def grant(
+    context: typer.Context,
+    customer: Customer,
+    meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
+    units: Annotated[int, typer.Argument(min=1, help="How many.")],
+    rollover: Annotated[bool, typer.Option("--rollover", help="What is left goes on after a reset.")] = False,
+    key: Annotated[str | None, typer.Option(help="A name of your own for this: given once, however often run.")] = None,
+) -> None:
+    """Credit units. With --key a repetition of the command credits nothing more."""
+    from deploy.client import exact_json, refused
+    from deploy.commands.customers import find_customer
+    from deploy.commands.meters import find_meter
+
+    here = session(context)
+    with here.api() as api:
+        path = f"/v1/customers/{find_customer(api, customer)['id']}/credits"
+        body = {"meter_id": find_meter(api, meter)["id"], "units": units, "rollover": rollover}
+        headers = {} if key is None else {"Idempotency-Key": key}
+        response = api.send("POST", path, content=as_json(body).encode(), headers=headers)
+    if not response.is_success:
+        raise refused(response)
+    show_one(exact_json(response.content), here.output)
+
+
+@app.command(epilog=EPILOG, name="list")
+def list_credits(context: typer.Context, customer: Customer) -> None:
+    """Everything that was credited and taken back, newest first."""
+    from deploy.commands.customers import find_customer
+
+    here = session(context)
+    with here.api() as api:
+        names = {meter["id"]: meter["name"] for meter in api.pages("/v1/meters/")}
+        found = list(api.pages(f"/v1/customers/{find_customer(api, customer)['id']}/credits"))
+    show([{**credit, "meter": names.get(credit["meter_id"], credit["meter_id"])} for credit in found], COLUMNS,
+         here.output)  # fmt: skip
+
+
+@app.command(epilog=EPILOG)
+def revoke(
+    context: typer.Context,
+    customer: Customer,
+    credit: Annotated[str, typer.Argument(help="The credit's id, as `meterstream credits list` shows it.")],
+) -> None:
+    """Take a credit back, while the period lasts in which it was given. Repeating this takes nothing more."""
+    from deploy.client import exact_json, refused
+    from deploy.commands.customers import find_customer
+
+    here = session(context)
+    with here.api() as api:
+        id = find_customer(api, customer)["id"]
+        response = api.send("DELETE", f"/v1/customers/{id}/credits/{quote(credit, safe='')}")
+    if response.status_code == 404:
+        raise GiveUp(f"there is no credit {credit}; `meterstream credits list` shows the ids", USAGE)
+    if not response.is_success:
+        raise refused(response)
+    show_one(exact_json(response.content), here.output)

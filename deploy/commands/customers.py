@@ -1,0 +1,123 @@
+"""``meterstream customers``: whom an organization knows, and what each of them has left."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import Output, show, show_one, show_table, text
+from deploy.session import EPILOG, session
+
+if TYPE_CHECKING:
+    from deploy.client import Api
+
+app = typer.Typer(no_args_is_help=True, help="Customers, their balances, and every movement that led to them.")
+
+COLUMNS = ("external_id", "id", "email", "name", "created_at")
+BALANCE_COLUMNS = ("meter", "credited_units", "consumed_units", "balance", "modified_at", "id")
+LEDGER_COLUMNS = ("at", "cause", "units", "balance", "events", "reference")
+PATH = "/v1/customers/"
+
+Customer = Annotated[str, typer.Argument(help="A customer's external id, or its id.")]
+
+
+@app.command(epilog=EPILOG, name="list")
+def list_customers(
+    context: typer.Context,
+    query: Annotated[str | None, typer.Option(help="Only those whose name, email or external id has this.")] = None,
+) -> None:
+    """The organization's customers, newest first."""
+    here = session(context)
+    with here.api() as api:
+        show(list(api.pages(PATH, query=query)), COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def create(
+    context: typer.Context,
+    email: Annotated[str, typer.Option(help="An address; no two customers share one.")],
+    external_id: Annotated[str | None, typer.Option(help="What you call the customer yourself.")] = None,
+    name: Annotated[str | None, typer.Option(help="For display.")] = None,
+) -> None:
+    """Make a customer. Usage that named the external id before belongs to it from now on."""
+    here = session(context)
+    body = {"email": email, "external_id": external_id, "name": name}
+    with here.api() as api:
+        show_one(api.post(PATH, {key: value for key, value in body.items() if value is not None}), here.output)
+
+
+@app.command(epilog=EPILOG)
+def balance(context: typer.Context, customer: Customer) -> None:
+    """What the customer was credited, used and has left, meter by meter."""
+    here = session(context)
+    with here.api() as api:
+        found = find_customer(api, customer)
+        meters = list(api.pages("/v1/customer-meters/", customer_id=found["id"], sorting="meter_name"))
+    show([{**one, "meter": one["meter"]["name"]} for one in meters], BALANCE_COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def ledger(
+    context: typer.Context,
+    customer: Customer,
+    meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many movements, the newest ones.")] = 50,
+) -> None:
+    """The account as a statement, oldest movement first: what came, what went, and what was left each time."""
+    from deploy.commands.meters import find_meter
+
+    here = session(context)
+    with here.api() as api:
+        one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
+        page = api.get(f"/v1/customer-meters/{one['id']}/ledger", limit=limit)
+    entries = page["items"][::-1]
+    if here.output is not Output.table:
+        show(entries, LEDGER_COLUMNS, here.output)
+        return
+    earlier = page["pagination"]["total_count"] - len(entries)
+    who = one["customer"]["external_id"] or one["customer"]["id"]
+    rows = [{**entry, "units": _signed(entry["units"])} for entry in entries]
+    if earlier:
+        brought = entries[0]["balance"] - entries[0]["units"]
+        rows.insert(0, {"at": "", "cause": f"{earlier} earlier", "balance": brought})
+    columns = [name for name in LEDGER_COLUMNS if name != "reference"]
+    show_table(rows, columns, title=f"{one['meter']['name']} of {who}")
+    credited, consumed = text(one["credited_units"]), text(one["consumed_units"])
+    print(f"Balance {text(one['balance'])}: credited {credited}, consumed {consumed} since the last reset.")
+
+
+@app.command(epilog=EPILOG)
+def state(context: typer.Context, customer: Customer) -> None:
+    """The customer with subscriptions, benefits and balances, as Polar's API tells it."""
+    here = session(context)
+    with here.api() as api:
+        show_one(api.get(f"{PATH}{find_customer(api, customer)['id']}/state"), here.output)
+
+
+def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
+    """The customer of this external id, or of this id. Raises GiveUp."""
+    paths = [f"{PATH}external/{quote(wanted, safe='')}", f"{PATH}{quote(wanted, safe='')}"]
+    for path in paths:
+        response = api.send("GET", path)
+        if response.is_success:
+            found: dict[str, Any] = response.json()
+            return found
+        if response.status_code not in (404, 422):  # an external id is no UUID, which is no mistake of the caller's
+            from deploy.client import refused
+
+            raise refused(response)
+    raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
+
+
+def _customer_meter(api: "Api", customer: dict[str, Any], meter: dict[str, Any]) -> dict[str, Any]:
+    found = api.get("/v1/customer-meters/", customer_id=customer["id"], meter_id=meter["id"])["items"]
+    if not found:
+        who = customer["external_id"] or customer["id"]
+        raise GiveUp(f"{who} has used nothing of {meter['name']}, and was credited nothing")
+    one: dict[str, Any] = found[0]
+    return one
+
+
+def _signed(units: Any) -> str:
+    return f"+{text(units)}" if units > 0 else text(units)

@@ -1,0 +1,58 @@
+"""Customers and credits from the command line, against a real server."""
+
+from decimal import Decimal
+
+import pytest
+
+from tests.deploy.installation import Installation, eventually
+
+EVENTS = """{"name":"render","external_customer_id":"eve","external_id":"b1","metadata":{"pages":30}}
+{"name":"render","external_customer_id":"eve","external_id":"b2","metadata":{"pages":12.5}}
+"""
+
+
+@pytest.fixture(scope="module")
+def account(running: Installation) -> Installation:
+    """A customer that used 42.5 of the 100 units that were given, and is asked for by an external id."""
+    running.answer("meters", "create", "--name", "pages", "--sum", "pages", "--where", "name=render")
+    running.answer("events", "send", "-", text=EVENTS)
+    running.answer("customers", "create", "--email", "eve@example.com", "--external-id", "eve", "--name", "Eve")
+    for _ in range(2):
+        running.answer("credits", "grant", "eve", "pages", "100", "--key", "first")
+    eventually(lambda: running.answer("customers", "balance", "eve")[0]["balance"] == 57.5)
+    return running
+
+
+def test_customers_are_found_by_either_name(account: Installation) -> None:
+    """The list, the external id and the id show the same customer."""
+    (listed,) = account.answer("customers", "list", "--query", "eve@")
+    by_name = account.answer("customers", "state", "eve")
+    by_id = account.answer("customers", "state", listed["id"])
+    assert by_name == by_id
+    assert by_name["active_meters"][0]["balance"] == 57.5
+    done = account.run("customers", "balance", "nobody")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "meterstream customers list" in done.stderr
+
+
+def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:
+    """Movements with signs, what was left after each, and the balance below."""
+    shown = account.run("customers", "ledger", "eve", "pages", "--output", "table").stdout
+    assert "pages of eve" in shown
+    assert "+100" in shown
+    assert "-42.5" in shown
+    assert shown.rstrip().endswith("Balance 57.5: credited 100, consumed 42.5 since the last reset.")
+    entries = account.answer("customers", "ledger", "eve", "pages")
+    assert sum(Decimal(str(entry["units"])) for entry in entries) == Decimal("57.5")
+
+
+def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
+    """Twice with one key is once; taking back twice is once; both stand in the list."""
+    made = account.answer("credits", "grant", "eve", "pages", "7", "--rollover")
+    for _ in range(2):
+        assert account.answer("credits", "revoke", "eve", made["id"])["units"] == -7
+    listed = account.answer("credits", "list", "eve")
+    assert [(credit["units"], credit["cause"]) for credit in listed] == [(-7, "revoke"), (7, "credit"), (100, "credit")]
+    other = account.run("credits", "grant", "eve", "pages", "8", "--key", "first")
+    assert (other.returncode, "used for another request" in other.stderr) == (1, True)
+    assert account.run("credits", "revoke", "eve", "nothing").returncode == 2
