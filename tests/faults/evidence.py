@@ -141,6 +141,8 @@ def count(log: Log, until: Mapping[int, int] | None = None) -> Counted:
         if until is not None and record.offset >= until.get(record.partition, 0):
             continue
         for number, raw in enumerate(record.value.split(b"\n")):
+            if not raw.strip():  # a line without anything is none
+                continue
             place = record.partition, record.offset, number
             ingested = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=record.timestamp_us)
             event = check_line(raw, organization_id=record.organization_id, now=ingested)
@@ -168,7 +170,7 @@ def export(store: Path | duckdb.DuckDBPyConnection) -> Tables:
     connection = duckdb.connect(str(store)) if isinstance(store, Path) else store
     try:
         names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
-        kept = sorted(set(names) - {"about", "streams"})
+        kept = sorted({*names, "tallies"} - {"about", "streams"}) if names else []
         return {name: connection.execute(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in kept}
     finally:
         if isinstance(store, Path):
