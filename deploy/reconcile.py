@@ -9,18 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import msgspec
 
 from aggregator.reconcile.log_check import LogCheck, Range
-from aggregator.reconcile.questions import Foreign, StoppedStore
+from aggregator.reconcile.questions import Foreign, StoppedStore, StoreSide
 from aggregator.reconcile.report import Check, Report
 from aggregator.reconcile.stopped import StoppedTotals
-from aggregator.reconcile.store_check import check_store
+from aggregator.reconcile.store_check import TotalsSide, check_store
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
-from meters.log import Log, format_position
+from deploy.own_server import own_server
+from deploy.running_store import RunningStore
+from deploy.session import Session
+from meters.catalogue import Catalogue
+from meters.log import Log, TryAgain, format_position
 
 CHECKS = ("log", "store", "ledger", "upstream")
 
@@ -38,18 +43,44 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     settle: timedelta = timedelta(minutes=15)
 
 
-def reconcile(data: DataDirectory, task: Task) -> Report:
-    """Compare log and store of one directory. Raises GiveUp when one of them cannot be opened."""
+def reconcile(here: Session, task: Task) -> Report:
+    """Compare the log with the store of one installation. Raises GiveUp when one of them cannot be read."""
+    with contextlib.closing(_log(here.data)) as log, _explained():
+        if here.data.store.exists() and not _is_held(here.data):
+            with _stopped(here.data) as stopped:
+                return _compare(log, stopped, task, lambda known: contextlib.closing(StoppedTotals(stopped, known)))
+        with own_server(here) as api:
+            running = RunningStore(api)
+            try:
+                return _compare(log, running, task, lambda _: contextlib.nullcontext(running))
+            except httpx.TransportError as error:
+                raise api.unreachable(error) from None
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except TryAgain as error:
+        raise GiveUp(f"the log cannot be read now: {error}; nothing was compared") from error
+
+
+def _log(data: DataDirectory) -> Log:
     data.require()
-    with _stopped(data) as store, contextlib.closing(data.open_log()) as log:
-        return _compare(log, store, task)
+    return data.open_log()
+
+
+def _is_held(data: DataDirectory) -> bool:
+    try:
+        with data.hold("look"):
+            return False
+    except GiveUp:
+        return True
 
 
 @contextlib.contextmanager
 def _stopped(data: DataDirectory) -> Iterator[StoppedStore]:
     with data.hold("reconcile the store's file"):
-        if not data.store.exists():
-            raise GiveUp(f"there is no store in {data.path} yet; start a server, or run `meterstream rebuild`")
         try:
             store = StoppedStore(data.store)
         except Foreign as error:
@@ -58,7 +89,10 @@ def _stopped(data: DataDirectory) -> Iterator[StoppedStore]:
             yield store
 
 
-def _compare(log: Log, store: StoppedStore, task: Task) -> Report:
+def _compare(
+    log: Log, store: StoreSide, task: Task,
+    totals_of: Callable[[Catalogue], contextlib.AbstractContextManager[TotalsSide]],
+) -> Report:  # fmt: skip
     catalogue = Control(log).catalogue  # the log's own: a damaged store must not choose what is compared
     worth = Worth(catalogue)
     tallies = store.ask("tallies").to_pylist()
@@ -66,7 +100,7 @@ def _compare(log: Log, store: StoppedStore, task: Task) -> Report:
     report = Report(made_at=datetime.now(UTC), as_of=as_of, since=task.since, until=task.until, checks=[])
 
     def check_totals() -> Check:
-        with contextlib.closing(StoppedTotals(store, catalogue)) as totals:
+        with totals_of(catalogue) as totals:
             return check_store(store, totals, catalogue, worth)
 
     if "log" in task.checks:

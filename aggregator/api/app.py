@@ -6,6 +6,7 @@ from datetime import datetime
 from fastapi import FastAPI
 
 from aggregator.api import (
+    audit,
     benefits,
     charges,
     credits,
@@ -63,6 +64,7 @@ def create_app(
     for router in (webhook_endpoints.router, webhook_rules.router, polar_webhooks.router):
         app.include_router(router)
     app.include_router(feed.router)
+    app.include_router(audit.router)
     app.include_router(operations(metrics_text))
     install_pages(app)
     return app

@@ -30,9 +30,10 @@ from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Bucket, Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.worth import Worth, between
 from meters.event import Refusal
-from meters.log import USAGE_EVENTS, Log, PositionLost, Record
+from meters.log import USAGE_EVENTS, Log, PositionLost, Record, TryAgain
 
 STRETCH_BYTES = 16_000_000
+PATIENCE_S = 30.0  # a broker that is busy or changes its leader answers sooner
 ELSEWHERE_MAX = 500_000
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 WORTH_MAX = 20_000  # differing events that are valued one by one; beyond that a report says "at least"
@@ -97,10 +98,12 @@ class LogCheck:
         position = start
         try:
             while position < end:
-                records = self._log.read(USAGE_EVENTS, {partition: position}, bytes_max=STRETCH_BYTES)
+                records = self._log.read(
+                    USAGE_EVENTS, {partition: position}, bytes_max=STRETCH_BYTES, wait_s=PATIENCE_S
+                )
                 taken = [record for record in records if record.offset < end]
                 if not taken:
-                    break
+                    raise TryAgain(f"partition {partition} gives no records from {position} on, and ends at {end}")
                 self._stretch(reader, partition, position, taken)
                 position = taken[-1].offset + 1
         except PositionLost as damage:

@@ -3,12 +3,15 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+
+import duckdb
 
 from aggregator.reconcile.questions import StoppedStore
 from aggregator.running import RunningTotals
 from aggregator.store.queries import recount
+from aggregator.store.queries.recount import Which
 from aggregator.store.sql import Measured
 from aggregator.store.store import Store
 from aggregator.view import Total
@@ -16,6 +19,7 @@ from meters.catalogue import Catalogue
 from meters.meter import Meter
 
 LOOK_S = 0.05  # how often a count under way is looked at
+HOUR = timedelta(hours=1)
 
 
 class StoppedTotals:
@@ -42,19 +46,19 @@ class StoppedTotals:
             time.sleep(LOOK_S)
         return found if found is not None else self._totals.total(meter.id, subjects)
 
+    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
+        """Everybody's total of each hour."""
+        return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
+
     def by_customer(self, meter: Meter) -> Iterator[tuple[int, Measured]]:
         """The recount."""
-        organization = self._directory.organizations.get(meter.organization_id)
-        if organization is None:
-            return
-        with contextlib.closing(self._connection.cursor()) as cursor:
-            yield from recount.by_customer(cursor, meter, organization.number)
+        with self._cursor(meter) as (cursor, number):
+            yield from recount.by_customer(cursor, meter, number)
 
-    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
-        """The recount of one customer."""
-        organization = self._directory.organizations[meter.organization_id]
-        with contextlib.closing(self._connection.cursor()) as cursor:
-            return recount.by_hour(cursor, meter, organization.number, subject)
+    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
+        """The recount of everybody, or of one customer."""
+        with self._cursor(meter) as (cursor, number):
+            return list(recount.by_hour(cursor, meter, number, subject))
 
     def customers(self) -> int:
         """How many numbers were given."""
@@ -64,11 +68,22 @@ class StoppedTotals:
         """The customer's name."""
         return self._names.get(subject, f"number {subject}")
 
-    def same_moment(self, meter: Meter, subject: int) -> tuple[Total, Measured] | None:
+    def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
         """Nothing moves here."""
-        total = self.total(meter, [subject])
-        found = [measured for number, measured in self.by_customer(meter) if number == subject]
-        return (total, found[0] if found else Measured(0)) if total is not None else None
+        if which.subject is not None:
+            total = self.total(meter, [which.subject])
+        else:
+            assert which.hour is not None
+            found = self.hours(meter, [which.hour])
+            total = found[0] if found else None
+        with self._cursor(meter) as (cursor, number):
+            return (total, recount.part(cursor, meter, number, which)) if total is not None else None
+
+    @contextlib.contextmanager
+    def _cursor(self, meter: Meter) -> Iterator[tuple[duckdb.DuckDBPyConnection, int]]:
+        organization = self._directory.organizations.get(meter.organization_id)
+        with contextlib.closing(self._connection.cursor()) as cursor:
+            yield cursor, organization.number if organization else -1
 
 
 def _is_counting() -> bool:

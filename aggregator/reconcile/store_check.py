@@ -5,8 +5,8 @@ raw events, for every meter and customer: first for blocks of customers, then cu
 differs, then by the hour, down to the one event that explains the difference if one does.
 """
 
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.worth import Worth
 from aggregator.store.queries.audit import SEQ_BLOCK, SLICES
+from aggregator.store.queries.recount import Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
 from meters.amount import EXACT, amount_text
@@ -28,18 +29,22 @@ _HOUR = timedelta(hours=1)
 
 
 class TotalsSide(Protocol):
-    """Running totals, and the events they should be made of."""
+    """What is kept in memory, and the raw events that it should be made of."""
 
     def total(self, meter: Meter, subjects: list[int]) -> Total | None:
         """The running total of some customers together; None when there is none to compare."""
+        ...
+
+    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
+        """Everybody's total of each hour, by the events' own times; None when there is none to compare."""
         ...
 
     def by_customer(self, meter: Meter) -> Iterable[tuple[int, Measured]]:
         """The recount, in the order of the customers' numbers."""
         ...
 
-    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
-        """The recount of one customer."""
+    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
+        """The recount of everybody, or of one customer; hours begin in UTC."""
         ...
 
     def customers(self) -> int:
@@ -50,8 +55,8 @@ class TotalsSide(Protocol):
         """The customer's name."""
         ...
 
-    def same_moment(self, meter: Meter, subject: int) -> tuple[Total, Measured] | None:
-        """Total and recount of one customer that are true for one position; None when that cannot be had."""
+    def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
+        """Total and recount of one customer or hour that are true for one position; None where that cannot be had."""
         ...
 
 
@@ -166,6 +171,23 @@ def _meter(check: Check, totals: TotalsSide, meter: Meter, worth: Worth) -> None
                 different += 1
                 check.add(difference)
     check.counted.append(Counted(f"customers of {meter.name}", compared, different))
+    _hours(check, totals, meter, worth)
+
+
+def _hours(check: Check, totals: TotalsSide, meter: Meter, worth: Worth) -> None:
+    """What is kept by time, against the raw events of each hour."""
+    recounted = totals.by_hour(meter)
+    kept = totals.hours(meter, [hour for hour, _ in recounted])
+    if kept is None:
+        return
+    different = 0
+    for (hour, raw), total in zip(recounted, kept, strict=True):
+        again = None if _agree(meter, total, [raw]) else totals.same_moment(meter, Which(hour=hour))
+        if again is not None and not _agree(meter, again[0], [again[1]]):
+            different += 1
+            where = f"{meter.name}, {hour:%Y-%m-%d %H}:00 UTC, everybody"
+            check.add(_explained(meter, where, again, (hour, hour + _HOUR), worth))
+    check.counted.append(Counted(f"hours of {meter.name}", len(recounted), different))
 
 
 def _agree(meter: Meter, total: Total | None, parts: list[Measured]) -> bool:
@@ -192,34 +214,42 @@ def _inside(
         running, raw = totals.total(meter, [subject]), counted.get(subject, Measured(0))
         if running is None or _agree(meter, running, [raw] if raw.count else []):
             continue
-        again = totals.same_moment(meter, subject)  # a running server may have moved on between the two
+        again = totals.same_moment(meter, Which(subject=subject))  # a running server may have moved on in between
         if again is None or _agree(meter, again[0], [again[1]] if again[1].count else []):
             continue
-        yield _explained(totals, meter, subject, *again, worth)
+        where = f"{meter.name}, customer {totals.who(subject)}"
+        yield _explained(meter, where, again, _hour_of(totals, meter, subject, again), worth)
+
+
+def _hour_of(
+    totals: TotalsSide, meter: Meter, subject: int, both: tuple[Total, Measured]
+) -> tuple[datetime, datetime] | None:
+    """The hour of the one event that explains the difference, if only one can."""
+    amount, count = _gap(meter, *both)
+    if abs(count) != 1:
+        return None
+    fitting = [hour for hour, part in totals.by_hour(meter, subject) if part.count == 1 and part.total == abs(amount)]
+    return (fitting[0], fitting[0] + _HOUR) if len(fitting) == 1 else None
+
+
+def _gap(meter: Meter, running: Total, raw: Measured) -> tuple[Decimal, int]:
+    """What the running total has more: an amount, and a number of events."""
+    count = running.count - raw.count
+    return (Decimal(count) if meter.aggregation.func == "count" else EXACT.subtract(running.sum, raw.total)), count
 
 
 def _explained(
-    totals: TotalsSide, meter: Meter, subject: int, running: Total, raw: Measured, worth: Worth
+    meter: Meter, where: str, both: tuple[Total, Measured], window: tuple[datetime, datetime] | None, worth: Worth
 ) -> Difference:
-    """Name the customer, and the hour when only one can be meant."""
-    amount, count = EXACT.subtract(running.sum, raw.total), running.count - raw.count
-    if meter.aggregation.func == "count":
-        amount = Decimal(count)
-    cause = Cause.UNKNOWN
-    if abs(count) == 1:
-        cause = Cause.LOST if count < 0 else Cause.DOUBLED
-    elif count == 0:
-        cause = Cause.CHANGED
-    missing = -amount if cause is Cause.LOST else amount
-    fitting = [hour for hour, part in totals.by_hour(meter, subject) if part.total == missing and part.count == 1]
-    hour = fitting[0].replace(tzinfo=UTC) if cause in (Cause.LOST, Cause.DOUBLED) and len(fitting) == 1 else None
+    running, raw = both
+    amount, count = _gap(meter, running, raw)
+    cause = Cause.CHANGED if count == 0 else Cause.LOST if count < 0 else Cause.DOUBLED
     quantities = {meter.name: amount} if meter.aggregation.func in ("count", "sum") else {}
     return Difference(
-        check="store", cause=cause, where=f"{meter.name}, customer {totals.who(subject)}",
+        check="store", cause=cause, where=where, repair=Repair.RESTART, count=abs(count) or 1, window=window,
         what=f"the running total says {_shown(meter, running.count, running.sum, running.min, running.max)}, "
              f"the raw events {_shown(meter, raw.count, raw.total, raw.min, raw.max)}",
-        repair=Repair.RESTART, window=(hour, hour + _HOUR) if hour else None, quantities=quantities,
-        cents=worth.cents(meter.organization_id, quantities),
+        quantities=quantities, cents=worth.cents(meter.organization_id, quantities),
     )  # fmt: skip
 
 

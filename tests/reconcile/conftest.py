@@ -44,6 +44,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Installa
 
 
 @pytest.fixture
+def installation(tmp_path: Path) -> Iterator[Installation]:
+    """A place for a server of the test's own; whatever runs at the end is stopped."""
+    place = Installation(tmp_path / "data")
+    yield place
+    place.close()
+
+
+@pytest.fixture
 def sides(servers: tuple[Installation, Installation]) -> Iterator[TwoSides]:
     """A fresh organization on each of them."""
     both = TwoSides(*servers)

@@ -9,7 +9,10 @@ import duckdb
 
 from aggregator.reconcile.report import Check, Report
 from deploy.data import DataDirectory
+from deploy.output import Output
 from deploy.reconcile import Task, reconcile
+from deploy.session import Session
+from deploy.settings import Settings
 from ingest.log import open_log
 from meters.log import Log
 from tests.aggregator.records import Running
@@ -54,7 +57,8 @@ class Left:
 
     def report(self, *checks: str) -> Report:
         """Reconcile; the log and the store by default."""
-        return reconcile(self.data, Task(checks=checks or ("log", "store")))
+        here = Session(Settings(data=self.data.path), Output.json)
+        return reconcile(here, Task(checks=checks or ("log", "store")))
 
     def check(self, name: str) -> Check:
         """One check."""

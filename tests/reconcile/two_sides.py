@@ -1,11 +1,10 @@
-"""Two real servers: ours, and one that plays the Polar organization. Each test gets an organization of its own on both."""
+"""Two real servers: ours, and one that plays the Polar organization. A test has an organization of its own on both."""
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-
 
 from aggregator.reconcile.report import Check, Difference, Done
 from deploy.client import Api
@@ -70,8 +69,8 @@ class TwoSides:
     def forward(self, change: Callable[[Event], Event | None] = lambda event: event) -> None:
         """Hand on what was counted here. ``change`` may alter an event, or drop it with None."""
         found = self.here.api.get("/v1/feed/", limit=10_000)["items"]
-        events = [changed for item in found if (changed := change(json.loads(json.dumps(item["event"], default=float))))]
-        self.there.send(*events)
+        events = [change(json.loads(json.dumps(item["event"], default=float))) for item in found]
+        self.there.send(*filter(None, events))
 
     @property
     def settings(self) -> Settings:

@@ -31,6 +31,8 @@ QUESTIONS: Mapping[str, str] = {
         WHERE p.stream = 'usage.events' ORDER BY 1""",
     "control": "SELECT log_offset, value FROM control ORDER BY log_offset",
     "organizations": "SELECT number, id FROM organizations ORDER BY number",
+    "customers": "SELECT coalesce(max(number) + 1, 0) AS customers FROM subjects",
+    "subject": "SELECT kind, text FROM subjects WHERE number = $number",
     # what the log is compared with
     "rows": """
         SELECT e.log_offset << 24 | e.line AS key, PRINT AS print, epoch_us(e.ingested_at) AS ingested_us

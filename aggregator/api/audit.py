@@ -1,0 +1,157 @@
+"""For reconciliation: the store's rows as fingerprints, and what is kept in memory beside them.
+
+A token needs a scope that none has by default, because what is answered here knows no tenants. Questions come from a
+closed list; nothing can be changed. One question at a time is answered: a proof may take its time, a customer may not.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import pyarrow as pa
+from fastapi import APIRouter, Depends, Request, Response
+
+from aggregator.api.desk import AtDesk, Desk, allow
+from aggregator.api.errors import NotFound
+from aggregator.store.queries import recount
+from aggregator.store.queries.audit import QUESTIONS, put
+from aggregator.store.queries.recount import Which
+from aggregator.store.queries.scope import organization_number
+from aggregator.store.sql import Measured
+from aggregator.view import Snapshot, Total
+from meters.access import AUDIT
+from meters.catalogue import Token
+from meters.log import format_position
+from meters.meter import Meter
+
+T = TypeVar("T")
+ARROW = "application/vnd.apache.arrow.stream"
+BODY_BYTES_MAX = 64 * 1024 * 1024  # identities that are asked about: half a million take 8 MB
+ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
+HOUR = timedelta(hours=1)
+
+router = APIRouter(prefix="/v1/audit", include_in_schema=False)
+Auditor = Annotated[Token, Depends(allow(frozenset({AUDIT})))]
+_one_at_a_time = asyncio.Semaphore(1)
+
+
+class Asked(msgspec.Struct):
+    """A question about a meter: some customers' numbers, hours, or one of either."""
+
+    meter_id: str
+    subjects: list[int] = []
+    hours: list[datetime] = []
+    which: Which | None = None
+
+
+@router.post("/ask/{question}")
+async def ask(request: Request, desk: AtDesk, token: Auditor, question: str) -> Response:
+    """The answer to one of ``QUESTIONS``, as Arrow. Numbers come as parameters, a table as the body."""
+    if question not in QUESTIONS:
+        raise NotFound
+    parameters = {name: int(value) for name, value in request.query_params.items()}
+    body = await _body(request)
+    asked = pa.ipc.open_stream(body).read_all() if body else None
+    found, as_of = await _read(desk, lambda snapshot: put(snapshot.connection, question, asked, parameters))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, found.schema) as writer:
+        writer.write_table(found)
+    return Response(sink.getvalue().to_pybytes(), media_type=ARROW, headers={"As-Of": as_of})
+
+
+@router.post("/total")
+async def total(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """The running total of some customers together, or null."""
+    asked, meter = await _asked(request, desk)
+    return _json(desk.view.total(meter.id, asked.subjects))
+
+
+@router.post("/hours")
+async def hours(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """Everybody's total of each hour, or null."""
+    asked, meter = await _asked(request, desk)
+    return _json(desk.view.by_quarters(meter.id, [(hour, hour + HOUR) for hour in asked.hours]))
+
+
+@router.post("/by-customer")
+async def by_customer(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """The recount of every customer, from the raw events."""
+    _, meter = await _asked(request, desk)
+    found, _ = await _read(desk, lambda here: list(recount.by_customer(here.connection, meter, _number(here, meter))))
+    return _json(found)
+
+
+@router.post("/by-hour")
+async def by_hour(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """The recount of every hour, of everybody or of one customer."""
+    asked, meter = await _asked(request, desk)
+    subject = asked.subjects[0] if asked.subjects else None
+    found, _ = await _read(
+        desk, lambda here: list(recount.by_hour(here.connection, meter, _number(here, meter), subject))
+    )
+    return _json(found)
+
+
+@router.post("/moment")
+async def moment(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """Running total and recount of one customer or hour, true for one position; null while events flow too fast."""
+    asked, meter = await _asked(request, desk)
+    which = asked.which or Which()
+
+    def question(here: Snapshot) -> tuple[Total, Measured] | None:
+        before = desk.view.as_of
+        running = _running(desk, meter, which)
+        if running is None or not before == here.as_of == desk.view.as_of:
+            return None
+        return running, recount.part(here.connection, meter, _number(here, meter), which)
+
+    for _ in range(ATTEMPTS_MAX):
+        found, _ = await _read(desk, question)
+        if found is not None:
+            return _json(found)
+    return _json(None)
+
+
+def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:
+    if which.hour is None:
+        return desk.view.total(meter.id, [which.subject or 0])
+    found = desk.view.by_quarters(meter.id, [(which.hour, which.hour + HOUR)])
+    return found[0] if found else None
+
+
+async def _asked(request: Request, desk: Desk) -> tuple[Asked, Meter]:
+    try:
+        asked = msgspec.json.decode(await _body(request), type=Asked)
+        return asked, desk.catalogue.meters[asked.meter_id]
+    except (msgspec.MsgspecError, KeyError) as error:
+        raise NotFound from error
+
+
+async def _body(request: Request) -> bytes:
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > BODY_BYTES_MAX:
+            raise NotFound
+    return bytes(received)
+
+
+async def _read(desk: Desk, question: Callable[[Snapshot], T]) -> tuple[T, str]:
+    """In a thread, on a snapshot; the answer and the position it is true for."""
+
+    def run() -> tuple[T, str]:
+        with desk.view.read() as snapshot:
+            return question(snapshot), format_position(snapshot.as_of)
+
+    async with _one_at_a_time:
+        return await asyncio.to_thread(run)
+
+
+def _number(here: Snapshot, meter: Meter) -> int:
+    return organization_number(here.connection, meter.organization_id)
+
+
+def _json(found: Any) -> Response:
+    return Response(msgspec.json.encode(found), media_type="application/json")

@@ -1,0 +1,82 @@
+"""The store of a server that runs, asked over its socket or its address: both parts of what a reconciliation needs.
+
+Answers to ``ask`` are Arrow tables, all else is JSON with decimals as text.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from aggregator.store.queries.recount import Which
+from aggregator.store.sql import Measured
+from aggregator.view import Total
+from deploy.client import Api, refused
+from meters.meter import Meter
+
+_PATH = "/v1/audit"
+
+
+class RunningStore:
+    """See the module. Raises GiveUp when the server refuses, httpx.TransportError when it goes away."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def ask(self, question: str, asked: pa.Table | None = None, **parameters: int) -> pa.Table:
+        """The answer to one of the closed list of questions."""
+        body = b""
+        if asked is not None:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, asked.schema) as writer:
+                writer.write_table(asked)
+            body = sink.getvalue().to_pybytes()
+        answer = self._api.send("POST", f"{_PATH}/ask/{question}", params=parameters, content=body)
+        if not answer.is_success:
+            raise refused(answer)
+        return pa.ipc.open_stream(answer.content).read_all()
+
+    def total(self, meter: Meter, subjects: list[int]) -> Total | None:
+        """The running total of some customers together; None while it is being counted."""
+        found: Total | None = self._put("total", Total | None, meter, subjects=subjects)
+        return found
+
+    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
+        """Everybody's total of each hour."""
+        found: list[Total] | None = self._put("hours", list[Total] | None, meter, hours=list(hours))
+        return found
+
+    def by_customer(self, meter: Meter) -> Iterable[tuple[int, Measured]]:
+        """The recount, in the order of the customers' numbers."""
+        found: list[tuple[int, Measured]] = self._put("by-customer", list[tuple[int, Measured]], meter)
+        return found
+
+    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
+        """The recount of everybody, or of one customer."""
+        kind, subjects = list[tuple[datetime, Measured]], [] if subject is None else [subject]
+        found: list[tuple[datetime, Measured]] = self._put("by-hour", kind, meter, subjects=subjects)
+        return found
+
+    def customers(self) -> int:
+        """How many numbers were given."""
+        return int(self.ask("customers").to_pylist()[0]["customers"])
+
+    def who(self, subject: int) -> str:
+        """The customer's name."""
+        found = self.ask("subject", number=subject).to_pylist()
+        return str(found[0]["text"]) if found else f"number {subject}"
+
+    def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
+        """Total and recount of one customer or hour, true for one position; None while events flow too fast."""
+        kind = tuple[Total, Measured] | None
+        found: tuple[Total, Measured] | None = self._put("moment", kind, meter, which=which)
+        return found
+
+    def _put(self, path: str, kind: Any, meter: Meter, **asked: object) -> Any:
+        body = msgspec.json.encode({"meter_id": meter.id, **asked})
+        answer = self._api.send("POST", f"{_PATH}/{path}", content=body)
+        if not answer.is_success:
+            raise refused(answer)
+        return msgspec.json.decode(answer.content, type=kind)

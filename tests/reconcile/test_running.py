@@ -1,0 +1,100 @@
+"""Reconciliation beside a running server: over its socket, over its address, and after it was killed."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from aggregator.reconcile.report import Cause
+from aggregator.reconcile.store_check import check_store
+from aggregator.reconcile.worth import Worth
+from deploy.output import Output
+from deploy.own_server import own_server
+from deploy.reconcile import Task, reconcile
+from deploy.running_store import RunningStore
+from deploy.session import Session
+from deploy.settings import Settings
+from meters.access import AUDIT
+from tests.aggregator.records import line
+from tests.aggregator.serving import Tenant, serving
+from tests.deploy.installation import Installation, meterstream
+from tests.reconcile.two_sides import TwoSides, numbered
+
+
+def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
+    """The command finds the socket of whoever serves the directory and compares every line, total and hour."""
+    sides.here.send(*numbered(40))
+    here = Session(Settings(data=servers[0].data), Output.json)
+
+    report = reconcile(here, Task(checks=("log", "store")))
+
+    assert report.differences == []
+    counted = {one.what: one.compared for check in report.checks for one in check.counted}
+    assert counted["lines of the log"] >= 40
+    assert counted["customers of tokens"] >= 2
+    assert counted["hours of tokens"] >= 3
+    assert (servers[0].data / "reconcile" / "token").stat().st_mode & 0o077 == 0
+
+
+def test_a_token_needs_the_scope_to_see_the_rows(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
+    """A tenant's token, with every scope that tokens have by default, is not let in; a made-up question is unknown."""
+    refused = sides.here.api.send("POST", "/v1/audit/ask/rows")
+    with own_server(Session(Settings(data=servers[0].data), Output.json)) as api:
+        unknown = api.send("POST", "/v1/audit/ask/everything")
+
+    assert refused.status_code == 403
+    assert unknown.status_code == 404
+
+
+class _Asking:
+    """An API in this process, asked as the command asks one over a socket."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        self._tenant, self._secret = tenant, tenant.token(AUDIT)
+
+    def send(self, method: str, path: str, *, params: Any = None, content: bytes = b"") -> httpx.Response:
+        """One request."""
+        return self._tenant.ask(method, path, secret=self._secret, params=params, content=content)
+
+
+def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
+    """A running total that has an event twice is named with customer, hour and amount; so is the hour of everybody."""
+    with serving(tmp_path) as server:
+        tenant = server.tenant()
+        tenant.meter(func="sum", property="tokens")
+        for number in range(6):
+            tenant.send(line(f"e{number}", metadata={"tokens": number}, timestamp=f"2026-03-01T0{number}:30:00Z"))
+        engine = server.aggregator._now
+        with engine.store.read() as snapshot:
+            event = snapshot.connection.sql("SELECT * EXCLUDE source FROM events WHERE external_id = 'e4'")
+            again = event.to_arrow_table()
+        engine.totals.add(again)  # as if a round had been counted twice
+        store = RunningStore(_Asking(tenant))
+        check = check_store(store, store, engine.catalogue, Worth(engine.catalogue))
+
+    of_customer, of_hour = check.differences
+    assert of_customer.cause is of_hour.cause is Cause.DOUBLED
+    assert of_customer.where == "Tokens, customer ann"
+    assert of_customer.window == of_hour.window
+    assert of_hour.where == "Tokens, 2026-03-01 04:00 UTC, everybody"
+    assert of_customer.quantities == of_hour.quantities == {"Tokens": 4}
+
+
+@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_differs_after_an_end(installation: Installation, killed: signal.Signals) -> None:
+    """However the server ended, what it left agrees, up to where it was."""
+    installation.start()
+    events = "\n".join(
+        f'{{"name":"call","external_customer_id":"ann","external_id":"e{number}","metadata":{{"tokens":{number}}}}}'
+        for number in range(300)
+    )
+    done = installation.run("events", "send", "-", text=events)
+    assert done.returncode == 0, done.stderr
+    installation.stop(killed)
+
+    found = meterstream("reconcile", "--data", str(installation.data), "--check", "log", "--check", "store")
+
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "Everything agrees" in found.stdout
