@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _FULL = ("full", "There was no room for the event in time")
 _CLOSED = ("closed", "The ingestion is closed")
+_SYNC_EVERY_S = 0.1
 _ADOPTED_AT_ONCE = 1000  # events that move from an abandoned spool in one transaction
 
 
@@ -91,14 +92,13 @@ class Ingestion:
 
     def _begin(self) -> None:
         """The state of one process."""
-        self._outbox = Outbox(
-            self._limits, self._when_full, Spool(self._directory, self._owners[0]) if self._directory else None
-        )
+        self._spool = Spool(self._directory, self._owners[0]) if self._directory else None
+        self._outbox = Outbox(self._limits, self._when_full, self._spool)
         self._sender = Sender(self._outbox, self._transport, self._tell)
         self._refused = 0
         self._is_started = False
         self._stop = threading.Event()
-        self._adopter: threading.Thread | None = None
+        self._keeper: threading.Thread | None = None
 
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """Capture one event; its id, or None when it was rejected.
@@ -145,8 +145,8 @@ class Ingestion:
         if self._is_started:
             self.flush(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
-        if self._adopter is not None:
-            self._adopter.join(max(0.0, deadline_s - time.monotonic()))
+        if self._keeper is not None:
+            self._keeper.join(max(0.0, deadline_s - time.monotonic()))
         lost = self._outbox.close()
         self._sender.join(deadline_s)
         self._transport.close()
@@ -199,25 +199,29 @@ class Ingestion:
             self._is_started = True
         lifecycle.started(self)
         self._sender.start()
-        if self._directory:
-            self._adopter = threading.Thread(target=self._adopt, name="meterstream-client-adopt", daemon=True)
-            self._adopter.start()
+        if self._spool:
+            name = "meterstream-client-spool"
+            self._keeper = threading.Thread(target=self._keep, args=(self._spool,), name=name, daemon=True)
+            self._keeper.start()
 
-    def _adopt(self) -> None:
-        """Now and then, take over what processes that are gone have left."""
-        directory, outbox = self._directory, self._outbox
-        assert directory is not None
-        while True:
-            for spool in abandoned(directory, self._owners):
-                try:
-                    _move(spool, outbox)
-                except SpoolBroken as error:
-                    logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
-                finally:
-                    spool.close()
-                if self._stop.is_set():
-                    break
-            if self._stop.wait(self._limits.adopt_every_s):
+    def _keep(self, spool: Spool) -> None:
+        """Keep the spool in order: its journal synced, and what processes that are gone have left taken over."""
+        adopt_s = 0.0
+        while not self._stop.wait(0 if adopt_s == 0.0 else _SYNC_EVERY_S):
+            spool.sync()
+            if time.monotonic() >= adopt_s:
+                self._adopt(spool.directory)
+                adopt_s = time.monotonic() + self._limits.adopt_every_s
+
+    def _adopt(self, directory: Path) -> None:
+        for left in abandoned(directory, self._owners):
+            try:
+                _move(left, self._outbox)
+            except SpoolBroken as error:
+                logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
+            finally:
+                left.close()
+            if self._stop.is_set():
                 return
 
     def _count_refused(self) -> None:

@@ -8,11 +8,12 @@ end of the process in whatever way; it survives a power cut once the system has 
 A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
 """
 
+import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from os import urandom
 from pathlib import Path
 
 from ingest.client.lifecycle import abandon
@@ -23,6 +24,7 @@ SUFFIX = ".spool"
 _JOURNAL = "-wal"  # SQLite's name for it
 _PAGE_BYTES = 2048  # an insert writes one page: larger ones cost more, smaller ones split events
 _CHECKPOINT_PAGES = 4000  # 8 MiB of journal: two disk syncs for some 4000 events
+_UNSYNCED_MAX = 300  # events, somewhat under a megabyte of journal
 _ATTEMPTS = 5  # at making a file that nobody else takes for abandoned
 
 Row = tuple[int, bytes]
@@ -43,12 +45,14 @@ class Spool:
     def __init__(self, directory: Path, owner: str, path: Path | None = None) -> None:
         self.directory, self._owner, self._path = directory, owner, path
         self._connection: sqlite3.Connection | None = None
+        self._unsynced = 0
 
     def append(self, number: int, line: bytes) -> None:
         """Write one event. Raises SpoolBroken."""
         connection = self._connection or self._open()
         try:
             connection.execute("INSERT INTO events VALUES (?, ?)", (number, line))
+            self._unsynced += 1
         except sqlite3.Error as error:
             raise SpoolBroken(str(error)) from error
 
@@ -76,6 +80,19 @@ class Spool:
     def is_empty(self) -> bool:
         """Whether nothing waits in it. Raises SpoolBroken."""
         return self._connection is None or not self.read(-1, 1)
+
+    def sync(self) -> None:
+        """Bring the journal to the disk, from a thread of its own and without the lock: a checkpoint, which has to,
+        then finds little left to do and keeps nobody waiting."""
+        if self._path is None or self._unsynced < _UNSYNCED_MAX:
+            return
+        self._unsynced = 0
+        with contextlib.suppress(OSError):
+            journal = os.open(f"{self._path}{_JOURNAL}", os.O_RDONLY)
+            try:
+                os.fsync(journal)
+            finally:
+                os.close(journal)  # of the journal: closing the file itself would give up SQLite's lock on it
 
     def close(self) -> None:
         """Give the file up; an empty one is removed. What it holds is for the next process."""
@@ -113,7 +130,7 @@ class Spool:
     def _open(self) -> sqlite3.Connection:
         try:
             for _ in range(_ATTEMPTS):
-                path = self._path or self.directory / f"{self._owner}-{urandom(8).hex()}{SUFFIX}"
+                path = self._path or self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
                 self.directory.mkdir(parents=True, exist_ok=True)
                 connection = _connect(path)
                 if path.exists():
