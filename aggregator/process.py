@@ -20,6 +20,7 @@ import uvloop
 
 from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
+from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
 from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
@@ -34,7 +35,8 @@ _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for go
 class Process(NamedTuple):
     """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None.
 
-    ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit.
+    ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
+    is the file in which a forwarder says how far it got, for ``/metrics``.
     """
 
     store: Path
@@ -43,15 +45,18 @@ class Process(NamedTuple):
     port: int = 0
     settings: Settings = MODEST
     housekeeping: Callable[[Mapping[int, int]], None] | None = None
+    forwarding: Path | None = None
 
 
 def run(log: Log, process: Process) -> None:
     """Serve until SIGTERM or SIGINT. Raises what ended the aggregator for good, for the command line to explain."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    aggregator = Aggregator(log, process.store, process.settings)
+    if process.forwarding is not None:
+        aggregator.telemetry.registry.register(ForwardingMetrics(process.forwarding))
+    aggregator.start()  # what it raises ends the process, before anything is frozen that has to be let go
     gc.freeze()  # what is loaded by now stays; looking through it again and again only stalls everybody
     gc.set_threshold(GARBAGE_THRESHOLD, 50, 100)
-    aggregator = Aggregator(log, process.store, process.settings)
-    aggregator.start()
     if process.housekeeping is not None:
         keeper = threading.Thread(target=_keep_house, args=(aggregator, process.housekeeping), daemon=True)
         keeper.start()

@@ -57,7 +57,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
 def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream) -> None:
     """Forward until something has to be set up again."""
     try:
-        with contextlib.closing(open_source(data, state, settings.polar_organization)) as source:
+        with contextlib.closing(open_source(settings, data, state)) as source:
             wishes = wishes_of(settings, source)
             state.set(waits_for=None)
             Forwarder(source, upstream, state, wishes).run()
@@ -83,8 +83,11 @@ def _alone(data: DataDirectory, patient: bool) -> Iterator[None]:
         os.close(lock)
 
 
-def open_source(data: DataDirectory, state: State, organization: str | None) -> Source:
-    """The feed of the aggregator of this data directory, with a token made for it once. Raises GiveUp."""
+def open_source(settings: Settings, data: DataDirectory, state: State) -> Source:
+    """The feed: of this directory's aggregator, with a token made for it once, or of the server at --url. Raises GiveUp."""
+    if not data.socket.exists() and settings.token:
+        return Source(settings.url, settings.token)
+    organization = settings.polar_organization
     known = state.flags().get("feed_token")
     if known is None or known["organization"] != organization:
         known = {"organization": organization, "secret": new_secret()}

@@ -30,7 +30,7 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     try:
         with ExitStack() as stack:
             state = stack.enter_context(closing(State(data.forwarding)))
-            source = stack.enter_context(closing(open_source(data, state, settings.polar_organization)))
+            source = stack.enter_context(closing(open_source(settings, data, state)))
             wishes = wishes_of(settings, source)
             meters = [m for m in source.meters() if m["aggregation"]["func"] in SUMMABLE and not m["archived_at"]]
             since, ids = datetime.now(UTC) - DAY, [meter["id"] for meter in meters]

@@ -29,6 +29,7 @@ class Polar:
         self.fault: Callable[[], str | None] = lambda: None
         self.names_the_accused = True
         self.is_denied = False
+        self.knows_everybody = False  # the customers of poisoned events too
         self.behind_s = 0.0  # how far the upstream's clock is behind
         self.is_strict = False  # whether it refuses the future, as Polar does
         self.arrivals_us: list[int] = []
@@ -114,7 +115,7 @@ class Polar:
         found = []
         for index, event in enumerate(events):
             loc = ["body", "events", index] if self.names_the_accused else ["body"]
-            if event["external_id"].startswith(POISON):
+            if event["external_id"].startswith(POISON) and not self.knows_everybody:
                 message = "Customer not found."
                 found.append({"type": "customer_id", "loc": [*loc, "customer_id"], "msg": message, "input": None})
             elif self.is_strict and datetime.fromisoformat(event["timestamp"]) > now:

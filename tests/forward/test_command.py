@@ -1,0 +1,129 @@
+"""``meterstream serve`` with a Polar token forwards by itself, and ``meterstream forward`` is its cockpit."""
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.data import DataDirectory
+from deploy.forward_desk import status
+from tests.deploy.installation import Installation, eventually
+from tests.forward.polar import POISON, Polar, send, stored
+from tests.forward.test_forwarder import events, ids
+
+
+class Site:
+    """A server that forwards to the proxy, and the command line beside it."""
+
+    def __init__(self, place: Installation, polar: Polar) -> None:
+        self.place, self.polar = place, polar
+
+    def forward(self, *arguments: str) -> Any:
+        """What ``meterstream forward ...`` answers, as JSON if it is one."""
+        done = self.place.run("forward", *arguments, "--output", "json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    def status(self) -> Any:
+        """What ``meterstream forward status`` shows, without starting a process for each look."""
+        return status(DataDirectory(self.place.data))
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of forwarding."""
+        text = self.place.get("/metrics").text
+        found = re.findall(r"^meterstream_forward_(\w+)(?:{[^}]*})? (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+
+@pytest.fixture(scope="module")
+def quick(upstream: Installation) -> Iterator[Polar]:
+    """The proxy, on the world's clock."""
+    proxy = Polar(upstream, lambda: int(datetime.now(UTC).timestamp() * 1e6))
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, quick: Polar) -> Iterator[Site]:
+    """See the class; told by its environment, as an operator would."""
+    place = Installation(tmp_path_factory.mktemp("site") / "data")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("METERSTREAM_POLAR_TOKEN", "polar_oat_upstream")
+        environment.setenv("METERSTREAM_POLAR_SERVER", quick.url)
+        place.start()
+    yield Site(place, quick)
+    place.close()
+
+
+def test_serve_forwards(site: Site, upstream: Installation, name: str) -> None:
+    """What is ingested arrives at Polar; status and metrics say so; a pause is a pause; poison is listed."""
+    send(site.place, events(name, 40))
+    eventually(lambda: site.metrics().get("accepted") == 40)
+    site.forward("pause")
+    poison, *more = events(name, 50)[40:]
+    send(site.place, [poison | {"external_id": POISON + name}, *more])
+    eventually(lambda: site.status()["pending"] == 10)
+    assert site.status()["state"] == "paused"
+    assert site.metrics()["paused"] == 1
+    assert site.forward("resume") == "Forwarding goes on.\n"
+    eventually(lambda: site.status()["sent"] == 49)
+    eventually(lambda: site.status()["pending"] == 0)
+    shown = site.forward("status")
+    assert (shown["state"], shown["circuit"], shown["refused"]) == ("forwarding", "closed", 1)
+    (letter,) = site.forward("dead")
+    assert (letter["external_id"], letter["words"]) == (POISON + name, "customer_id: Customer not found.")
+    eventually(lambda: len(stored(upstream, name)) == 49)
+    assert sorted(ids(stored(upstream, name))) == sorted(event["external_id"] for event in [*events(name, 40), *more])
+
+
+def test_a_stop_is_visible_and_counting_goes_on(site: Site, name: str) -> None:
+    """A refused token stops forwarding alone: events are still taken and counted, and the reason is in sight."""
+    site.polar.is_denied = True
+    send(site.place, events(name, 5))
+    eventually(lambda: site.status()["state"] == "stopped")
+    assert "give a token of its organization" in site.status()["reason"]
+    assert site.metrics()["stopped"] == 1
+    assert len(stored(site.place, name)) == 5
+    site.polar.is_denied = False
+    site.forward("resume")
+    eventually(lambda: site.status()["state"] == "forwarding")
+    eventually(lambda: site.metrics()["stopped"] == 0)
+
+
+def test_a_replay_is_asked_for_by_its_times(site: Site) -> None:
+    """It runs in the background; times that make no sense are refused."""
+    now = datetime.now(UTC)
+    before = site.status()["duplicates"]
+    site.forward("replay", "--since", (now - timedelta(hours=1)).isoformat(), "--until", now.isoformat())
+    eventually(lambda: site.status()["replays"] is None)
+    assert site.status()["duplicates"] > before
+    wrong = site.place.run("forward", "replay", "--since", "yesterday", "--until", "today")
+    assert (wrong.returncode, wrong.stderr.startswith("meterstream: --since takes a time")) == (2, True)
+
+
+def test_a_plan_weighs_raw_events_against_rollups(site: Site, name: str) -> None:
+    """From what came in during the last day: requests, the busiest minute, and what each summable meter would send."""
+    assert site.place.run("meters", "create", "--name", "the sum", "--sum", "n").returncode == 0
+    assert site.place.run("meters", "create", "--name", "the mean", "--avg", "n").returncode == 0
+    send(site.place, events(name, 30, customers=3, timestamp="2026-03-01T10:00:00Z"))
+    raw, *rollups = site.forward("plan")
+    assert (raw["way"], raw["fits"], raw["events"] >= 30) == ("raw", True, True)
+    assert [row["way"] for row in rollups] == ["rollup of the sum"]
+    assert 3 <= rollups[0]["events"] < raw["events"]
+
+
+def test_without_a_token_there_is_nothing_to_forward_with(tmp_path: Path) -> None:
+    """The command says which setting it lacks."""
+    done = Installation.run(_nowhere(tmp_path), "forward")
+    assert (done.returncode, "METERSTREAM_POLAR_TOKEN" in done.stderr) == (2, True)
+
+
+def _nowhere(path: Path) -> Installation:
+    place = Installation(path / "data")
+    place.close()
+    return place
+

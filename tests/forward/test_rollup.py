@@ -1,0 +1,36 @@
+"""Usage that is too much for a request limit is sent added up, and adds up to the same."""
+
+from decimal import Decimal
+from pathlib import Path
+
+import httpx
+
+from aggregator.forward.forwarder import RolledMeter
+from tests.deploy.installation import Installation
+from tests.forward.polar import Polar, send, stored
+from tests.forward.running import Clocks, Running
+from tests.forward.test_forwarder import events
+
+
+def test_usage_can_be_sent_rolled_up(
+    tmp_path: Path, ours: Installation, upstream: Installation, polar: Polar, clocks: Clocks, name: str
+) -> None:
+    """An event per meter, customer and window; a late event goes into another; Polar's meter over them agrees."""
+    where = {"conjunction": "and", "clauses": [{"property": "name", "operator": "eq", "value": name}]}
+    headers = {"Authorization": f"Bearer {ours.token}"}
+    body = {"name": name, "filter": where, "aggregation": {"func": "sum", "property": "n"}}
+    meter = httpx.post(f"{ours.url}/v1/meters/", json=body, headers=headers).json()["id"]
+    first = events(name, 200, customers=4, timestamp="2026-03-01T10:00:00Z")
+    send(ours, [event | {"metadata": {"n": 0.1}} for event in first[:150]])
+    feed, rolled = (ours.url, ours.token), (RolledMeter(meter, "sum"),)
+    with Running(feed, polar.url, tmp_path / "f.sqlite", clocks=clocks, meters=rolled, is_raw=False) as running:
+        running.until(lambda: running.done(4, "rollup"))
+        send(ours, [event | {"metadata": {"n": 0.1}} for event in first[150:]])  # late for their window
+        running.until(lambda: running.done(8, "rollup"))
+        assert running.books("rollup") == {"taken": 8, "accepted": 8, "dead": 0}
+    send(upstream, [{"name": "end", "external_customer_id": "end", "external_id": name}])
+    there = [event for event in stored(upstream, "meterstream.rollup") if event["metadata"]["meter"] == meter]
+    assert sum(event["metadata"]["events"] for event in there) == 200
+    assert sum(Decimal(str(event["metadata"]["value"])) for event in there) == Decimal("20.0")
+    assert {event["timestamp"] for event in there} == {"2026-03-01T10:00:00Z"}
+    assert len({event["external_id"] for event in there}) == 8
