@@ -140,16 +140,21 @@ class LanguageModelStrategy(Strategy):
         )
 
     def resolve(self, who: Who | None) -> Customer | None:
-        """Whose call begins now. None, with a warning, when nobody can say. Never raises."""
-        try:
-            found = who() if callable(who) else who
-        except Exception:
-            logger.exception("asking for the customer failed", extra={"event_name": self.event_name})
-            return None
-        if found is None:
-            logger.warning("a call is not metered: nobody says whose it is", extra={"event_name": self.event_name})
-            return None
-        return Customer(external_customer_id=found) if isinstance(found, str) else found
+        """Whose call begins now, or None. Never raises."""
+        return resolved(who, self.event_name)
+
+
+def resolved(who: Who | None, event_name: str) -> Customer | None:
+    """Whose usage begins now. None, with a warning, when nobody can say. Never raises."""
+    try:
+        found = who() if callable(who) else who
+    except Exception:
+        logger.exception("asking for the customer failed", extra={"event_name": event_name})
+        return None
+    if found is None:
+        logger.warning("a call is not metered: nobody says whose it is", extra={"event_name": event_name})
+        return None
+    return Customer(external_customer_id=found) if isinstance(found, str) else found
 
 
 def customer_in(*sources: Any) -> Customer | None:

@@ -1,0 +1,269 @@
+"""S3: what a client puts, gets, copies and deletes, through the events that boto3 and aiobotocore have for it.
+
+    storage = ingestion.strategy(S3Strategy, "storage")
+    s3 = storage.client(boto3.client("s3"), "user-1")
+    s3.put_object(Bucket="files", Key="a.pdf", Body=data)
+
+An operation is an event, however often it was retried; a part of a multipart upload is an operation, and so is a
+delete of many keys. ``bytes`` are those of the object: of the body that was sent, of what the caller really read. The
+answer to a copy does not tell a size, so it is asked for with one HEAD. What failed is no event.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, TypeVar
+
+from ingest.client.llm import Who, clipped, count, items, read, resolved, text
+from ingest.client.strategy import Customer, Strategy
+from ingest.client.streams import harmless
+from meters.refusal import STRING_LENGTH_MAX
+
+C = TypeVar("C")
+
+OPERATIONS = (
+    "PutObject", "UploadPart", "GetObject", "CopyObject", "UploadPartCopy", "DeleteObject", "DeleteObjects",
+)  # fmt: skip
+"""What is metered. Beginning and completing an upload, listings and HEADs move no object's bytes."""
+
+_DEFAULT_CHUNK = 1024
+
+
+class S3Strategy(Strategy):
+    """Meters an S3 client of boto3 or aiobotocore. A cost function gets the metadata."""
+
+    def client(self, client: C, customer: Who, *, measure_copies: bool = True, **metadata: Any) -> C:
+        """The same client, metered from now on, for this customer or for whom a function names at each operation.
+
+        A client has one meter for each event name; the latest holds. Without ``measure_copies`` no HEAD is sent, and
+        copies of unknown size have 0 bytes and are marked as estimated.
+        """
+        is_async = hasattr(client, "__aenter__")
+        meter = _Meter(self, client, customer, measure_copies, metadata)
+        after = meter.after_async if is_async else meter.after
+        events: Any = client.meta.events  # type: ignore[attr-defined]  # botocore's; it is not installed everywhere
+        for operation in OPERATIONS:
+            for moment, handler in (
+                ("before-parameter-build", meter.begin),
+                ("before-call", meter.measure),
+                ("after-call", after),
+            ):
+                name, mark = f"{moment}.s3.{operation}", f"meterstream {self.event_name} {moment} {operation}"
+                events.unregister(name, unique_id=mark)
+                events.register(name, partial(handler, operation), unique_id=mark)
+        return client
+
+
+class _Operation:
+    """What is known of an operation before its answer. It travels in the client's own context of the operation."""
+
+    def __init__(self, whose: Customer, parameters: Any) -> None:
+        self.whose = whose
+        self.bucket, self.key = text(parameters, "Bucket"), text(parameters, "Key")
+        self.content_type = text(parameters, "ContentType")
+        self.range = text(parameters, "CopySourceRange")
+        self.objects = len(items(parameters, "Delete", "Objects"))
+        self.sent_bytes: int | None = None
+
+
+class _Meter:
+    """The handlers of one client."""
+
+    def __init__(self, strategy: S3Strategy, client: Any, customer: Who, measures: bool, metadata: Any) -> None:
+        self._strategy, self._client, self._customer, self._measures = strategy, client, customer, measures
+        self._metadata = metadata
+        self._mark = f"meterstream {strategy.event_name}"
+
+    def begin(self, operation: str, params: Any, context: Any, **more: Any) -> None:
+        """Before anything: whose it is, and where."""
+        whose = resolved(self._customer, self._strategy.event_name)
+        context[self._mark] = harmless(lambda whose: _Operation(whose, params), whose, None) if whose else None
+
+    def measure(self, operation: str, params: Any, context: Any, **more: Any) -> None:
+        """Before the first attempt: how long the body is."""
+        if (begun := context.get(self._mark)) is not None and operation in ("PutObject", "UploadPart"):
+            begun.sent_bytes = harmless(_length, params, None)
+
+    def after(self, operation: str, http_response: Any, parsed: Any, context: Any, **more: Any) -> None:
+        """After the last attempt."""
+        if (begun := _succeeded(context, self._mark, http_response, parsed)) is None:
+            return
+        head = None
+        if operation == "CopyObject" and self._measures:
+            head = harmless(lambda s3: s3.head_object(Bucket=begun.bucket, Key=begun.key), self._client, None)
+        self._end(operation, begun, parsed, head)
+
+    async def after_async(self, operation: str, http_response: Any, parsed: Any, context: Any, **more: Any) -> None:
+        """As ``after``."""
+        if (begun := _succeeded(context, self._mark, http_response, parsed)) is None:
+            return
+        head = None
+        if operation == "CopyObject" and self._measures:
+            with contextlib.suppress(Exception):  # the copy was made, whatever is the matter with its size
+                head = await self._client.head_object(Bucket=begun.bucket, Key=begun.key)
+        self._end(operation, begun, parsed, head)
+
+    def _end(self, operation: str, begun: _Operation, parsed: Any, head: Any) -> None:
+        if operation == "GetObject":
+            harmless(lambda parsed: self._watch(begun, parsed), parsed, None)
+        elif operation == "CopyObject":
+            self._emit(operation, begun, read(head, "ContentLength"))
+        else:
+            self._emit(operation, begun, _bytes(operation, begun))
+
+    def _emit(self, operation: str, begun: _Operation, size_bytes: int | None) -> None:
+        measured: dict[str, Any] = {
+            "bytes": size_bytes or 0,
+            "bucket": begun.bucket,
+            "key": clipped(begun.key, STRING_LENGTH_MAX),
+            "contentType": clipped(begun.content_type, STRING_LENGTH_MAX),
+            "operation": operation,
+            "strategy": "S3",
+        }
+        measured |= {"objects": begun.objects} if operation == "DeleteObjects" else {}
+        measured |= {"estimated": True} if size_bytes is None else {}
+        self._strategy.emit(begun.whose, measured, self._metadata)
+
+    def _watch(self, begun: _Operation, parsed: Any) -> None:
+        begun.content_type = text(parsed, "ContentType")
+        body = parsed.get("Body")
+        length = count(parsed, "ContentLength")
+        tally = _Tally(length, lambda size_bytes: self._emit("GetObject", begun, size_bytes))
+        if hasattr(body, "__aiter__") and hasattr(body, "_raw_stream"):
+            body.__class__ = _counting_class(body.__class__)
+            body._tally = tally
+        elif hasattr(body, "_raw_stream"):
+            body._raw_stream = _CountedStream(body._raw_stream, tally)
+        else:
+            tally.add(length, is_end=True)
+
+
+def _succeeded(context: Any, mark: str, http_response: Any, parsed: Any) -> _Operation | None:
+    """What was begun and succeeded; each once."""
+    begun: _Operation | None = context.pop(mark, None)
+    return begun if http_response.status_code < 300 and not read(parsed, "Error") else None
+
+
+def _length(request: Any) -> int | None:
+    """The bytes of a request's body, from where it is read on; None when only reading it would tell."""
+    body, headers = request.get("body"), request.get("headers") or {}
+    if declared := headers.get("Content-Length"):
+        return int(declared)
+    if body is None:
+        return 0
+    if hasattr(body, "__len__"):
+        return len(body.encode() if isinstance(body, str) else body)
+    here = body.tell()
+    end = body.seek(0, 2)
+    body.seek(here)
+    return int(body.tell() if end is None else end) - int(here)
+
+
+def _bytes(operation: str, begun: _Operation) -> int | None:
+    match operation:
+        case "PutObject" | "UploadPart":
+            return begun.sent_bytes
+        case "UploadPartCopy":
+            first, _, last = begun.range.removeprefix("bytes=").partition("-")
+            return int(last) - int(first) + 1 if first.isdigit() and last.isdigit() else None
+    return 0
+
+
+class _Tally:
+    """Bytes as they are read, told once: at the end, or when no more will be read."""
+
+    def __init__(self, length: int, tell: Callable[[int], None]) -> None:
+        self._tell: Callable[[int], None] | None = tell
+        self._length, self._bytes = length, 0
+
+    def add(self, size_bytes: int, is_end: bool) -> None:
+        """Some were read; ``is_end`` when there are no more."""
+        self._bytes += size_bytes
+        if is_end or self._bytes == self._length:
+            self.end()
+
+    def end(self) -> None:
+        """No more will be read."""
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            harmless(tell, self._bytes, None)
+
+
+class _CountedStream:
+    """The raw stream below a body of boto3's, counted."""
+
+    def __init__(self, raw: Any, tally: _Tally) -> None:
+        self._raw, self._tally = raw, tally
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def __iter__(self) -> Any:
+        return iter(lambda: self.read(_DEFAULT_CHUNK), b"")
+
+    def read(self, amt: int | None = None, **options: Any) -> Any:
+        """Read, and count."""
+        chunk = self._raw.read(amt, **options)
+        self._tally.add(len(chunk), is_end=_is_end(amt, len(chunk)))
+        return chunk
+
+    def readinto(self, buffer: Any) -> Any:
+        """Read, and count."""
+        size_bytes = self._raw.readinto(buffer)
+        self._tally.add(size_bytes, is_end=_is_end(len(buffer), size_bytes))
+        return size_bytes
+
+    def readlines(self) -> Any:
+        """Read all, and count."""
+        lines = self._raw.readlines()
+        self._tally.add(sum(map(len, lines)), is_end=True)
+        return lines
+
+    def stream(self, amt: int = 1 << 16, **options: Any) -> Any:
+        """urllib3's own way to read, counted."""
+        for chunk in self._raw.stream(amt, **options):
+            self._tally.add(len(chunk), is_end=False)
+            yield chunk
+        self._tally.end()
+
+    def close(self) -> None:
+        """What was read until now is all."""
+        self._tally.end()
+        self._raw.close()
+
+    def __del__(self) -> None:
+        if tally := self.__dict__.get("_tally"):
+            tally.end()
+
+
+def _is_end(asked: int | None, got: int) -> bool:
+    return asked is None or asked < 0 or (got == 0 and asked > 0)
+
+
+@cache
+def _counting_class(base: Any) -> type:
+    """A subclass of a body of aiobotocore's that counts in ``_tally``."""
+
+    async def read(self: Any, amt: int | None = None) -> Any:
+        chunk = await base.read(self, amt)
+        self._tally.add(len(chunk), is_end=_is_end(amt, len(chunk)))
+        return chunk
+
+    async def readinto(self: Any, buffer: Any) -> Any:
+        size_bytes = await base.readinto(self, buffer)
+        self._tally.add(size_bytes, is_end=_is_end(len(buffer), size_bytes))
+        return size_bytes
+
+    def close(self: Any) -> Any:  # a coroutine or none, as the base has it
+        self._tally.end()
+        return base.close(self)
+
+    def aclose(self: Any) -> Any:
+        self._tally.end()
+        return base.aclose(self)
+
+    def forgotten(self: Any) -> None:
+        self._tally.end()
+
+    members = {"read": read, "readinto": readinto, "close": close, "aclose": aclose, "__del__": forgotten}
+    return type(base.__name__, (base,), members | {"__module__": base.__module__})
