@@ -1,0 +1,166 @@
+"""Two tenants and a customer's token: nobody learns or changes anything of another.
+
+Every operation of the document is tried with the ids of somebody else; one that is new has to be given ids here.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from aggregator.api import create_app
+from meters.ledger import customer_meter_id
+from tests.aggregator.records import line
+from tests.aggregator.serving import Server, Tenant
+
+DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them
+OPERATIONS = [
+    (method.upper(), path)
+    for path, methods in DOCUMENT["paths"].items()
+    for method in methods
+    if path.startswith("/v1/")
+]
+MARK = "zebra"
+"""Stands in every text of the owner's, so that a leak is seen."""
+
+
+class Owned(NamedTuple):
+    """A tenant with one of everything, and what its things are called."""
+
+    tenant: Tenant
+    ids: dict[str, str]  # by the part of the path before them
+    session: str
+
+    def path(self, template: str) -> str:
+        """A path with this tenant's ids in it."""
+        parts: list[str] = []
+        for part in template.split("/"):
+            parts.append(self.ids[f"{parts[-1]}"] if part.startswith("{") else part)
+        return "/".join(parts)
+
+    def seen(self) -> list[Any]:
+        """All that this tenant sees of itself, without what webhooks tell of being asked."""
+        return [self.tenant.ask("GET", path).json() for path in self.readable()]
+
+    def readable(self) -> Iterator[str]:
+        """Paths that may be asked for without parameters."""
+        for method, path in OPERATIONS:
+            if method == "GET" and "customer-portal" not in path and not path.endswith(("quantities", "usage")):
+                yield self.path(path)
+
+
+@pytest.fixture(scope="module")
+def owner(server: Server) -> Owned:
+    """Everything there can be, marked."""
+    tenant = server.tenant()
+    meter = tenant.post("/v1/meters/", {
+        "name": MARK, "filter": {"conjunction": "and", "clauses": []}, "aggregation": {"func": "count"},
+    })["id"]  # fmt: skip
+    customer = tenant.customer(external_id=MARK, name=MARK)
+    event = tenant.event(f"{MARK} 1", name=MARK, external_customer_id=MARK, metadata={"note": MARK})
+    tenant.send(f'{{"{MARK}"'.encode(), admitted=False)
+    credit = tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 5})["id"]
+    assert tenant.ask("PUT", f"/v1/meters/{meter}/price", json={"unit_amount": "1"}).is_success
+    benefit = tenant.post("/v1/benefits/", {
+        "type": "meter_credit", "description": MARK,
+        "properties": {"meter_id": meter, "units": 5, "rollover": False},
+    })["id"]  # fmt: skip
+    grant = tenant.post(f"/v1/benefits/{benefit}/grants", {"customer_id": customer})["id"]
+    session = tenant.post("/v1/customer-sessions/", {"customer_id": customer})["token"]
+    endpoint = tenant.post("/v1/webhooks/endpoints", {"url": f"https://{MARK}.example.com/", "name": MARK})["id"]
+    threshold = tenant.post("/v1/webhooks/thresholds", {"meter_id": meter, "measure": "balance", "value": 1})["id"]
+    source = tenant.post("/v1/webhooks/sources", {"secret": "whsec_" + MARK * 8})["id"]
+    one = customer_meter_id(customer, meter)
+    entries = tenant.get(f"/v1/customer-meters/{one}/ledger")["items"]
+    ids = {
+        "meters": meter, "customers": customer, "external": MARK, "events": event, "customer-meters": one,
+        "dead-letters": tenant.get("/v1/dead-letters/")["items"][0]["id"], "benefits": benefit, "credits": credit,
+        "benefit-grants": grant, "endpoints": endpoint, "thresholds": threshold, "sources": source,
+        "ledger": next(entry["id"] for entry in entries if entry["cause"] == "usage"),
+    }  # fmt: skip
+    return Owned(tenant, ids, session)
+
+
+@pytest.fixture(scope="module")
+def stranger(server: Server) -> Tenant:
+    """Another tenant, who knows every id."""
+    return server.tenant()
+
+
+@pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if "{" in one[1]])
+def test_ids_of_another_tenant_are_no_ids(owner: Owned, stranger: Tenant, method: str, path: str) -> None:
+    """404 for whatever belongs to another, as if there were nothing; a person's portal is closed to tokens."""
+    params = {"start_timestamp": "2026-02-01T00:00:00Z", "end_timestamp": "2026-03-01T00:00:00Z", "interval": "day"}
+    body = {"json": {}} if method != "GET" else {"params": params}
+    answer = stranger.ask(method, owner.path(path), **body)
+    assert answer.status_code == (401 if "customer-portal" in path else 404), answer.text
+    assert MARK not in answer.text
+
+
+@pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET" and "{" not in path])
+def test_lists_show_nothing_of_another_tenant(owner: Owned, stranger: Tenant, path: str) -> None:
+    """Not even to who asks for it by name."""
+    asked = {
+        "customer_id": owner.ids["customers"], "external_customer_id": MARK, "query": MARK,
+        "organization_id": owner.tenant.id, "start_date": "2026-02-01", "end_date": "2026-03-01", "interval": "day",
+    }  # fmt: skip
+    for params in ({}, asked):
+        answer = stranger.ask("GET", path, params=params)
+        shown = answer.text.replace(str(asked["query"]), "", 0 if answer.is_success else -1)  # an error repeats it
+        assert MARK not in shown
+        assert not [id for id in owner.ids.values() if id in shown]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/customers/{own}/credits", {"meter_id": "meters", "units": 1}),
+        ("/v1/customers/{own}/resets", {"meter_ids": ["meters"]}),
+        ("/v1/benefits/", {"type": "meter_credit", "description": "units",
+                           "properties": {"meter_id": "meters", "units": 1, "rollover": False}}),
+        ("/v1/customer-sessions/", {"customer_id": "customers"}),
+        ("/v1/customer-sessions/", {"external_customer_id": "external"}),
+        ("/v1/webhooks/thresholds", {"meter_id": "meters", "measure": "balance", "value": 1}),
+    ],
+)  # fmt: skip
+def test_bodies_cannot_name_what_belongs_to_another(owner: Owned, stranger: Tenant, path: str, body: Any) -> None:
+    """422, as for an id that nobody has."""
+    own = stranger.customer()
+    answer = stranger.ask("POST", path.replace("{own}", own), json=_named(body, owner.ids))
+    assert answer.status_code == 422, answer.text
+
+
+def _named(body: Any, ids: dict[str, str]) -> Any:
+    if isinstance(body, dict):
+        return {key: _named(value, ids) for key, value in body.items()}
+    if isinstance(body, list):
+        return [_named(value, ids) for value in body]
+    return ids.get(body, body) if isinstance(body, str) else body
+
+
+@pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if "customer-portal" not in one[1]])
+def test_a_customers_token_opens_nothing_of_the_organization(owner: Owned, method: str, path: str) -> None:
+    """It is no token there, whatever is asked for, the customer's own things included."""
+    answer = owner.tenant.ask(method, owner.path(path), secret=owner.session)
+    assert answer.status_code == 401, answer.text
+
+
+def test_a_customers_token_shows_that_customer_alone(owner: Owned) -> None:
+    """Its own meter, and nobody else's of the same organization."""
+    other = owner.tenant.customer(external_id="other")
+    owner.tenant.send(line("other", external_customer_id="other"))
+    theirs = customer_meter_id(other, owner.ids["meters"])
+    assert owner.tenant.ask("GET", f"/v1/customer-meters/{theirs}").is_success
+    listed = owner.tenant.ask("GET", "/v1/customer-portal/meters/", secret=owner.session)
+    assert [one["id"] for one in listed.json()["items"]] == [owner.ids["customer-meters"]]
+    hidden = owner.tenant.ask("GET", f"/v1/customer-portal/meters/{theirs}", secret=owner.session)
+    assert hidden.status_code == 404
+
+
+def test_nothing_was_changed_by_all_that(server: Server, owner: Owned, stranger: Tenant) -> None:
+    """What the owner sees is the same before and after another tries everything."""
+    before = owner.seen()
+    for method, path in OPERATIONS:
+        stranger.ask(method, owner.path(path), json={})
+        owner.tenant.ask(method, owner.path(path), secret=owner.session, json={})
+    assert owner.seen() == before
