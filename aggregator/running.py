@@ -1,8 +1,7 @@
 """Keeps the totals of every meter moving: forward with each round, and from the beginning for a meter that is new.
 
-All meters of an organization are evaluated in one statement over a round's rows: each metadata text is parsed once,
-each meter adds a condition and a value, and what comes back is a column of each, which the totals add up as arrays.
-Grouping in SQL instead costs a hash table per meter and round, several times as much.
+All meters of an organization are evaluated in one statement over a round's rows (``plan``), and what comes back are
+columns, which the totals add up as arrays.
 
 A meter counts history as it counts the future, so a new one is counted from the store in the background, up to the
 sequence number at which it was made, while the rounds add what comes after. Additions may come in any order.
@@ -19,15 +18,13 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import structlog
-from sqlglot import exp, parse_one
 
 from aggregator.directory import Directory
+from aggregator.plan import Evaluated, Plan, plan
 from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.store.slot import Slot
-from aggregator.store.sql import Statement, condition, considered, statement, value
-from aggregator.store.stage import DIALECT, Parameters, Stage
 from aggregator.store.store import Store
-from aggregator.totals import Amounts, Integers
+from aggregator.totals import Integers
 from aggregator.view import Consumption, Total
 from aggregator.windows import EVER, MeterWindows, microseconds
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
@@ -46,21 +43,6 @@ _SINCE = (
 warnings.filterwarnings("ignore", message="Arrow output on a DB-API result makes an extra copy")
 
 logger = structlog.get_logger("aggregator")
-
-
-class Plan(NamedTuple):
-    """One organization's meters as one statement: ``subject``, ``ingested_at``, ``timestamp``, conditions
-    ``c0, c1, …``, and contributions ``v0, v1, …``.
-
-    A condition for each meter; a contribution for each property, of which there are ``values``: an amount, or for
-    ``unique`` meters an identity. ``reads`` says which one a meter reads, None for one that counts.
-    """
-
-    meters: list[Meter]
-    reads: list[int | None]
-    values: int
-    statement: Statement
-    parsed: duckdb.Statement  # parsing the text again would cost as much as a thousand rows
 
 
 class Counting(NamedTuple):
@@ -228,43 +210,17 @@ def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, c
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
     arrived, quarters = _microseconds(table, "ingested_at"), calendar.numbers(_microseconds(table, "timestamp"))
-    columns = [table.column(f"v{place}").combine_chunks() for place in range(compiled.values)]
-    contributions = [Amounts.of(column) if pa.types.is_decimal(column.type) else column for column in columns]
-    for place, (meter, read) in enumerate(zip(compiled.meters, compiled.reads, strict=True)):
-        counting = counted.get(meter.id)
-        if counting is not None:
-            rows = np.flatnonzero(table.column(f"c{place}").to_numpy())
-            contribution = None if read is None else contributions[read]
-            counting.totals.add(subjects, contribution, rows, arrived)
+    evaluated = Evaluated(compiled, table)
+    for choice in compiled.choices:
+        counting, rows = counted.get(choice.meter.id), evaluated.rows(choice)
+        if counting is not None and len(rows):
+            contributions = evaluated.contributions(choice)
+            counting.totals.add(subjects, contributions, rows, arrived)
             if counting.quarters is not None:
-                counting.quarters.add(quarters, contribution, rows)
+                counting.quarters.add(quarters, contributions, rows)
 
 
 def _microseconds(table: pa.Table, column: str) -> Integers:
     """A column of times in microseconds since 1970."""
     times: Integers = table.column(column).to_numpy().astype("datetime64[us]").astype(np.int64)
     return times
-
-
-def plan(meters: list[Meter], source: str, connection: duckdb.DuckDBPyConnection) -> Plan:
-    """Compile meters over a relation with the columns of ``events``."""
-    stage, parameters = Stage(), Parameters()
-    conditions: list[exp.Expr] = []
-    contributions: dict[tuple[str, bool], exp.Expr] = {}
-    reads: list[int | None] = []
-    for place, meter in enumerate(meters):
-        holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
-        conditions.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
-        property = meter.aggregation.property
-        if meter.aggregation.func == "count" or property is None:
-            reads.append(None)
-            continue
-        read = property, meter.aggregation.func == "unique"
-        contributions.setdefault(read, exp.alias_(value(meter.aggregation, stage), f"v{len(contributions)}"))
-        reads.append(list(contributions).index(read))
-    relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
-    kept = ["subject", "ingested_at", "timestamp"]
-    staged = stage.select(relation, kept, parameters).subquery("stage")
-    query = exp.select(*map(exp.column, kept), *conditions, *contributions.values()).from_(staged)
-    compiled = statement(query, parameters)
-    return Plan(meters, reads, len(contributions), compiled, connection.extract_statements(compiled.sql)[0])

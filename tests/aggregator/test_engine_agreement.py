@@ -6,17 +6,21 @@ and nothing else. Everything the store and the totals say must be equal to it, t
 
 import asyncio
 import random
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
+from aggregator import plan
 from aggregator.engine import Engine
 from aggregator.store.queries import usage
 from aggregator.store.sql import Measured, condition, considered, measures, statement, value
@@ -25,7 +29,7 @@ from ingest.log import open_log
 from meters.aggregation import considers, evaluate
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
-from meters.filter import matches
+from meters.filter import Clause, Filter, Operator, matches
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.meter import Meter
 from meters.quantities import quantities
@@ -169,11 +173,19 @@ async def append(log: Log, lines: list[bytes], seed: int) -> None:
         lines = lines[count:]
 
 
+@pytest.fixture(params=[1, plan.INDEXED_METERS_MIN], ids=["always by text", "as usual"])
+def _indexed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to find a meter's rows: by the text that it looks for, and by a condition of its own."""
+    with patch.object(plan, "INDEXED_METERS_MIN", request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_indexed")
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     phases=QUICK,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 @given(
     lives=st.lists(st.lists(sent_lines(), max_size=15), min_size=1, max_size=3),
@@ -201,6 +213,41 @@ def test_store_totals_and_reference_agree(
                     assert_agrees(engine, model, metered)
                     assert_charts_agree(engine, model, metered)
     log.close()
+
+
+def test_many_meters_that_look_for_texts_each_take_their_own(tmp_path: Path) -> None:
+    """Texts that occur, that never do, that look like numbers, and rows without the property or with another type."""
+    looked_for = ["a", "b", "é", "5", "true", "0.5", "never"]
+    metered = [
+        msgspec.structs.replace(
+            meter(f"m{number}", func=func, **({} if func == "count" else {"property": "tokens"})),
+            filter=Filter("and", [Clause("model", Operator.EQ, text), *extra]),
+        )
+        for number, text in enumerate(looked_for)
+        for func in ("count", "sum", "max", "unique")
+        for extra in ([], [Clause("tokens", Operator.GT, 3)], [Clause("name", Operator.EQ, "chat")])
+    ]
+    metered = [msgspec.structs.replace(made, id=f"m{number}") for number, made in enumerate(metered)]
+    values: list[Any] = ["a", "b", "é", "5", "true", 5, True, 0.5]
+    lines = [
+        line(f"r{n}", name=("call", "chat")[n % 2], metadata={"model": values[n % 8], "tokens": n % 7})
+        for n in range(200)
+    ]
+    log, model = open_log("memory:"), Model()
+    asyncio.run(append(log, [*lines, line("bare")], 1))
+    asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(*metered)])))
+    for raw in [*lines, line("bare")]:
+        model.take(raw)
+    with Running(log, tmp_path / "store.duckdb") as running:
+        engine = running.catch_up()
+        assert_agrees(engine, model, metered)
+        assert_charts_agree(engine, model, metered)
+        unique = engine.totals.consumed("m9", engine.directory.find(ORGANIZATION, "ann", None), None)
+    log.close()
+
+    assert metered[9].aggregation.func == "unique"
+    assert unique is not None
+    assert unique.value == evaluate(metered[9].aggregation, model.counted(metered[9], "ann"))
 
 
 @pytest.mark.parametrize("batching", [1, 3, 100])
