@@ -9,7 +9,7 @@ from deploy.own_server import own_server
 from deploy.reconcile import Task, reconcile, timed
 from deploy.session import Session
 
-LOCAL = {"log", "store"}
+LOCAL = {"log", "store", "ledger"}
 
 
 def prove(here: Session, task: Task) -> Report:

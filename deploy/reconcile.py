@@ -8,10 +8,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import httpx
 import msgspec
 
+from aggregator.forward.state import State
+from aggregator.reconcile.ledger_check import Books, Outbox, check_ledger
 from aggregator.reconcile.log_check import LogCheck, Range
 from aggregator.reconcile.questions import Foreign, StoppedStore, StoreSide
 from aggregator.reconcile.report import Check, Report
@@ -25,9 +28,13 @@ from deploy.own_server import own_server
 from deploy.running_store import RunningStore
 from deploy.session import Session
 from meters.catalogue import Catalogue
-from meters.log import Log, TryAgain, format_position
+from meters.log import USAGE_CONTROL, Log, TryAgain, format_position
 
 CHECKS = ("log", "store", "ledger", "upstream")
+READ_BYTES = 4 * 1024 * 1024
+PATIENCE_S = 30.0  # for the log
+ATTEMPTS_MAX = 20  # while operators decide, balances and decisions of one moment need some luck
+AGAIN_S = 0.2
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,14 +52,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 def reconcile(here: Session, task: Task) -> Report:
     """Compare the log with the store of one installation. Raises GiveUp when one of them cannot be read."""
+    outbox = _outbox(here.data)
     with contextlib.closing(_log(here.data)) as log, _explained():
         if here.data.store.exists() and not _is_held(here.data):
             with _stopped(here.data) as stopped:
-                return _compare(log, stopped, task, lambda known: contextlib.closing(StoppedTotals(stopped, known)))
+                totals = partial(StoppedTotals, stopped)
+                return _compare(log, stopped, task, outbox, lambda known: contextlib.closing(totals(known)))
         with own_server(here) as api:
             running = RunningStore(api)
             try:
-                return _compare(log, running, task, lambda _: contextlib.nullcontext(running))
+                return _compare(log, running, task, outbox, lambda _: contextlib.nullcontext(running))
             except httpx.TransportError as error:
                 raise api.unreachable(error) from None
 
@@ -90,7 +99,7 @@ def _stopped(data: DataDirectory) -> Iterator[StoppedStore]:
 
 
 def _compare(
-    log: Log, store: StoreSide, task: Task,
+    log: Log, store: StoreSide, task: Task, outbox: Outbox | None,
     totals_of: Callable[[Catalogue], contextlib.AbstractContextManager[TotalsSide]],
 ) -> Report:  # fmt: skip
     catalogue = Control(log).catalogue  # the log's own: a damaged store must not choose what is compared
@@ -107,7 +116,44 @@ def _compare(
         report.checks.append(timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run()))
     if "store" in task.checks:
         report.checks.append(timed(check_totals))
+    if "ledger" in task.checks:
+        report.checks.append(timed(lambda: check_ledger(_books(log, store, outbox), store, worth)))
     return report
+
+
+def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
+    """Decisions and, of a running server, its balances: read while nobody decides, or as nearly so as can be."""
+    for _ in range(ATTEMPTS_MAX):
+        decisions, catalogue = _decisions(log), Control(log).catalogue
+        shown = None
+        if isinstance(store, RunningStore):
+            shown = {meter.id: store.balances(meter) for meter in catalogue.meters.values()}
+        applied = store.ask("control").num_rows
+        if shown is None or len(decisions) == applied == log.ends(USAGE_CONTROL).get(0, 0):
+            break
+        time.sleep(AGAIN_S)
+    return Books(decisions, catalogue, shown, outbox)
+
+
+def _decisions(log: Log) -> list[tuple[int, bytes]]:
+    found: list[tuple[int, bytes]] = []
+    positions, ends = log.starts(USAGE_CONTROL), log.ends(USAGE_CONTROL)
+    while any(positions[partition] < end for partition, end in ends.items()):
+        for record in log.read(USAGE_CONTROL, positions, bytes_max=READ_BYTES, wait_s=PATIENCE_S):
+            positions[record.partition] = record.offset + 1
+            found.append((record.offset, record.value))
+    return found
+
+
+def _outbox(data: DataDirectory) -> Outbox | None:
+    """The forwarder's books, where anything was ever forwarded."""
+    if not data.forwarding.exists():
+        return None
+    with contextlib.closing(State(data.forwarding)) as state:
+        lanes = [tallies for lane, tallies in state.tallies().items() if lane]
+        waiting, _ = state.waiting()
+    taken, accepted, dead = (sum(lane.get(name, 0) for lane in lanes) for name in ("taken", "accepted", "dead"))
+    return Outbox(taken, accepted, waiting, dead)
 
 
 def timed(check: Callable[[], Check]) -> Check:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from aggregator.reconcile.ledger_check import Balance
 from aggregator.store.queries.recount import Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
@@ -72,6 +73,11 @@ class RunningStore:
         """Total and recount of one customer or hour, true for one position; None while events flow too fast."""
         kind = tuple[Total, Measured] | None
         found: tuple[Total, Measured] | None = self._put("moment", kind, meter, which=which)
+        return found
+
+    def balances(self, meter: Meter) -> list[Balance]:
+        """What is shown for every account of the meter."""
+        found: list[Balance] = self._put("balances", list[Balance], meter)
         return found
 
     def _put(self, path: str, kind: Any, meter: Meter, **asked: object) -> Any:

@@ -5,7 +5,7 @@ closed list; nothing can be changed. One question at a time is answered: a proof
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -13,12 +13,14 @@ import msgspec
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Request, Response
 
+from aggregator.api.balances import from_memory, numbers_of
 from aggregator.api.desk import AtDesk, Desk, allow
 from aggregator.api.errors import NotFound
-from aggregator.store.queries import recount
+from aggregator.store.queries import recount, usage
 from aggregator.store.queries.audit import QUESTIONS, put
 from aggregator.store.queries.recount import Which
-from aggregator.store.queries.scope import organization_number
+from aggregator.store.queries.scope import Scope, organization_number
+from aggregator.store.queries.usage import Question
 from aggregator.store.sql import Measured
 from aggregator.view import Snapshot, Total
 from meters.access import AUDIT
@@ -30,6 +32,7 @@ T = TypeVar("T")
 ARROW = "application/vnd.apache.arrow.stream"
 BODY_BYTES_MAX = 64 * 1024 * 1024  # identities that are asked about: half a million take 8 MB
 ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
+RECOUNTED_MAX = 200  # accounts of a meter whose usage is counted again: a query each
 HOUR = timedelta(hours=1)
 
 router = APIRouter(prefix="/v1/audit", include_in_schema=False)
@@ -112,6 +115,31 @@ async def moment(request: Request, desk: AtDesk, token: Auditor) -> Response:
         if found is not None:
             return _json(found)
     return _json(None)
+
+
+@router.post("/balances")
+async def balances(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """Every account of a meter: credits, and for the first of them usage since the reset beside its recount."""
+    _, meter = await _asked(request, desk)
+    found, _ = await _read(desk, lambda here: list(_balances(desk, meter, here)))
+    return _json(found)
+
+
+def _balances(desk: Desk, meter: Meter, here: Snapshot) -> Iterator[dict[str, Any]]:
+    left = RECOUNTED_MAX
+    for customer_id, account in list(desk.view.ledger.of_meter(meter.id).items()):
+        customer = desk.catalogue.customer(meter.organization_id, customer_id)
+        row: dict[str, Any] = {"customer_id": customer_id, "credited": account.credited}
+        consumption = from_memory(desk, customer, meter) if customer else None
+        if customer and consumption and account.since and left and desk.view.as_of == here.as_of:
+            left -= 1
+            scope = Scope(
+                organization=_number(here, meter), subjects=numbers_of(desk, customer), arrived_since=account.since
+            )
+            question = Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
+            counted = usage.value_of(here.connection, question).value(meter.aggregation)
+            row |= {"consumed": consumption.value, "recounted": counted}
+        yield row
 
 
 def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:

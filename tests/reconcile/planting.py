@@ -10,6 +10,7 @@ import duckdb
 from aggregator.reconcile.report import Check, Report
 from deploy.data import DataDirectory
 from deploy.output import Output
+from deploy.rebuild import rebuild
 from deploy.reconcile import Task, reconcile
 from deploy.session import Session
 from deploy.settings import Settings
@@ -54,6 +55,10 @@ class Left:
         with contextlib.closing(duckdb.connect(str(self.data.store))) as connection:
             for statement in statements:
                 connection.execute(statement)
+
+    def rebuild(self) -> None:
+        """The store again, from the log."""
+        rebuild(self.data, lambda _done, _all: None)
 
     def report(self, *checks: str) -> Report:
         """Reconcile; the log and the store by default."""

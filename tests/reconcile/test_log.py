@@ -128,3 +128,23 @@ def test_a_store_that_is_behind_is_not_different(left: Left) -> None:
 
     assert check.differences == []
     assert check.notes == ["partition 0: 2 records are not in the store yet"]
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        f"DELETE FROM events WHERE seq = {ROOT}",
+        f"INSERT INTO events SELECT * FROM events WHERE seq = {ROOT}",
+        f"UPDATE events SET metadata = '{{\"tokens\":12}}' WHERE seq = {ROOT}",
+        "DELETE FROM events WHERE date_trunc('hour', ingested_at) = '2026-03-01 11:00'",
+        "DELETE FROM dead_letters",
+    ],
+)
+def test_a_rebuild_mends_whatever_is_wrong_with_a_store(left: Left, planted: str) -> None:
+    """The log has everything, so a store made again from it has nothing wrong."""
+    left.spoil(planted)
+    assert left.report().differences
+
+    left.rebuild()
+
+    assert left.report().differences == []

@@ -1,0 +1,184 @@
+"""Balances against what they are made of, decision by decision.
+
+The log's control stream holds every credit and every reset; the store holds a copy, and a running server adds them up
+as they come. So there are three things to hold together: the copy says what the log says; for every account the entries
+of its statement add up to what was credited; and what a running server shows for it is the same, usage included. What
+is forwarded has books of its own: taken = accepted + waiting + refused.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import NamedTuple
+
+import msgspec
+
+from aggregator.reconcile.questions import StoreSide
+from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
+from aggregator.reconcile.worth import Worth
+from meters.amount import EXACT, amount_text
+from meters.catalogue import Catalogue, Change, decode_change
+from meters.credit import CreditGranted
+from meters.ledger import Account, Ledger
+from meters.meter import Meter
+from meters.statement import statement
+
+ZERO = Decimal(0)
+Decisions = Sequence[tuple[int, bytes]]
+
+
+class Balance(msgspec.Struct, frozen=True):
+    """What a running server keeps for one customer: credits, and usage since the reset beside its recount, if known."""
+
+    customer_id: str
+    credited: Decimal
+    consumed: Decimal | None = None
+    recounted: Decimal | None = None
+
+
+class Outbox(NamedTuple):
+    """The forwarder's books."""
+
+    taken: int
+    accepted: int
+    waiting: int
+    refused: int
+
+
+class Books(NamedTuple):
+    """What is compared. ``shown`` are a running server's balances by meter, None where none runs."""
+
+    decisions: Decisions
+    catalogue: Catalogue
+    shown: Mapping[str, Sequence[Balance]] | None
+    outbox: Outbox | None
+
+
+def check_ledger(books: Books, store: StoreSide, worth: Worth) -> Check:
+    """Compare all of it."""
+    check = Check(name="ledger", sides="balances and the credits, resets and usage they are made of")
+    stored = {row["log_offset"]: row["value"].encode() for row in store.ask("control").to_pylist()}
+    _decisions(check, books, stored, worth)
+    ledger = Ledger()
+    for _, line in books.decisions:
+        for change in _changes(line):
+            ledger.apply(change)
+    for meter in books.catalogue.meters.values():
+        accounts = ledger.of_meter(meter.id)
+        _entries(check, meter, accounts)
+        if books.shown is not None:
+            _shown(check, books, meter, accounts, worth)
+    if books.outbox is not None:
+        _outbox(check, books.outbox)
+    return check
+
+
+def _changes(line: bytes) -> Iterable[Change]:
+    decoded = (decode_change(part) for part in line.split(b"\n"))
+    return (change for change in decoded if change is not None)
+
+
+def _decisions(check: Check, books: Books, stored: Mapping[int, bytes], worth: Worth) -> None:
+    """The store's copy, up to where it is."""
+    ends = max(stored, default=-1) + 1
+    log = {offset: line for offset, line in books.decisions if offset < ends}
+    different = [offset for offset in sorted({*log, *stored}) if log.get(offset) != stored.get(offset)]
+    for offset in different:
+        check.add(_decision(offset, log.get(offset), stored.get(offset), books.catalogue, worth))
+    check.counted.append(Counted("decisions of the log and in the store", len(log), len(different)))
+
+
+def _decision(
+    offset: int, line: bytes | None, copy: bytes | None, catalogue: Catalogue, worth: Worth
+) -> Difference:
+    cause = Cause.CHANGED if line and copy else Cause.LOST if line else Cause.UNFOUNDED
+    ours, theirs = _credit(line), _credit(copy)
+    credit, quantities = ours or theirs, {}
+    where, organization_id = f"decision {offset}", ""
+    if credit is not None:
+        meter = catalogue.meters.get(credit.meter_id)
+        name, organization_id = meter.name if meter else credit.meter_id, credit.organization_id
+        who = catalogue.customers.get(credit.customer_id)
+        where = f"{name}, customer {(who and who.external_id) or credit.customer_id}, credit {credit.id}"
+        gap = EXACT.subtract(theirs.units if theirs else ZERO, ours.units if ours else ZERO)
+        quantities = {name: gap} if gap else {}
+    said = "; ".join(
+        f"the {side} {'says ' + text.decode('utf-8', 'replace') if text else 'has none'}"
+        for side, text in (("log", line), ("store", copy))
+    )
+    return Difference(
+        check="ledger", cause=cause, where=where, what=said, repair=Repair.REBUILD, quantities=quantities,
+        cents=worth.cents(organization_id, quantities),
+    )  # fmt: skip
+
+
+def _credit(line: bytes | None) -> CreditGranted | None:
+    try:
+        found = list(_changes(line or b"")) if line else []
+    except (ValueError, msgspec.MsgspecError):
+        return None
+    return found[0] if found and isinstance(found[0], CreditGranted) else None
+
+
+def _entries(check: Check, meter: Meter, accounts: Mapping[str, Account]) -> None:
+    """Entries add up: what each moved the balance by, and what was left in the end."""
+    different = 0
+    for customer_id, account in accounts.items():
+        entries = statement(meter.aggregation, account, [])
+        total = ZERO
+        for entry in entries:
+            total = EXACT.add(total, entry.units)
+        if not total == account.credited == (entries[-1].balance if entries else ZERO):
+            different += 1
+            what = f"the entries add up to {amount_text(total)}, the account says {amount_text(account.credited)}"
+            check.add(_wrong(Cause.UNKNOWN, meter, customer_id, what, Repair.DECIDE))
+    if accounts:
+        check.counted.append(Counted(f"accounts of {meter.name}: entries and balance", len(accounts), different))
+
+
+def _shown(
+    check: Check, books: Books, meter: Meter, accounts: Mapping[str, Account], worth: Worth
+) -> None:
+    """What a running server shows."""
+    shown = {balance.customer_id: balance for balance in (books.shown or {}).get(meter.id, ())}
+    different = 0
+    for customer_id in sorted({*shown, *accounts}):
+        account, balance = accounts.get(customer_id), shown.get(customer_id)
+        should, is_ = account.credited if account else ZERO, balance.credited if balance else ZERO
+        quantities = {meter.name: EXACT.subtract(is_, should)}
+        if should != is_:
+            different += 1
+            cause = Cause.LOST if is_ < should else Cause.DOUBLED
+            what = f"the log's credits make {amount_text(should)}, the server shows {amount_text(is_)}"
+            check.add(_wrong(cause, meter, customer_id, what, Repair.RESTART, quantities, worth))
+        if balance is not None and balance.recounted is not None and balance.consumed != balance.recounted:
+            different += 1
+            consumed = balance.consumed or ZERO
+            what = f"usage since the reset is {amount_text(balance.recounted)}, and shown as {amount_text(consumed)}"
+            moved = {meter.name: EXACT.subtract(consumed, balance.recounted)}
+            check.add(_wrong(Cause.CHANGED, meter, customer_id, what, Repair.RESTART, moved, worth))
+    if shown:
+        check.counted.append(Counted(f"balances of {meter.name} as shown", len(shown), different))
+
+
+def _wrong(
+    cause: Cause, meter: Meter, customer_id: str, what: str, repair: Repair,
+    quantities: Mapping[str, Decimal] | None = None, worth: Worth | None = None,
+) -> Difference:  # fmt: skip
+    given = dict(quantities or {})
+    return Difference(
+        check="ledger", cause=cause, where=f"{meter.name}, customer {customer_id}", what=what, repair=repair,
+        quantities=given, cents=worth.cents(meter.organization_id, given) if worth else None,
+    )  # fmt: skip
+
+
+def _outbox(check: Check, outbox: Outbox) -> None:
+    """What was taken to be forwarded was accepted, waits, or is refused for good."""
+    gap = outbox.taken - outbox.accepted - outbox.waiting - outbox.refused
+    said = f"{outbox.taken} taken, {outbox.accepted} accepted, {outbox.waiting} waiting, {outbox.refused} refused"
+    check.counted.append(Counted("events taken to be forwarded", outbox.taken, abs(gap)))
+    if gap:
+        cause = Cause.LOST if gap > 0 else Cause.DOUBLED
+        check.add(Difference(
+            check="ledger", cause=cause, where="the forwarder's books", what=said, repair=Repair.DECIDE,
+            count=abs(gap),
+        ))  # fmt: skip

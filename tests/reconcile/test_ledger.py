@@ -1,0 +1,112 @@
+"""Balances against credits, resets and usage; the forwarder's books."""
+
+import asyncio
+from decimal import Decimal
+
+import pytest
+
+from aggregator.forward.state import State
+from aggregator.reconcile.report import Cause, Report
+from deploy.output import Output
+from deploy.reconcile import Task, reconcile
+from deploy.session import Session
+from deploy.settings import Settings
+from meters.catalogue import Customer, CustomerCreated
+from meters.credit import CreditGranted
+from meters.log import USAGE_CONTROL
+from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, meter, organization
+from tests.deploy.installation import Installation
+from tests.reconcile.planting import Left
+from tests.reconcile.two_sides import TwoSides, numbered
+
+ANN = "11111111-1111-4111-8111-111111111111"
+
+
+def credited(id: str, units: int) -> CreditGranted:
+    """A credit of ann's."""
+    return CreditGranted(
+        id=id, organization_id=ORGANIZATION, customer_id=ANN, meter_id="m", units=Decimal(units), at=NOW
+    )
+
+
+@pytest.fixture
+def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """A customer with two credits and a reset between them."""
+    place = Left(tmp_path_factory.mktemp("ledger"))
+    customer = Customer(id=ANN, organization_id=ORGANIZATION, created_at=NOW, external_id="ann")
+    changes = [
+        organization(), *created(meter("m", func="sum", property="tokens")), CustomerCreated(customer),
+        credited("c1", 100), credited("c2", 50),
+    ]  # fmt: skip
+    with place.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions(changes)))
+    place.count()
+    return place
+
+
+def test_credits_of_the_log_and_of_the_store_agree(left: Left) -> None:
+    """Every decision is there, and every account's entries add up."""
+    check = left.check("ledger")
+
+    assert check.differences == []
+    assert [counted.compared for counted in check.counted] == [5, 1]
+
+
+def test_a_balance_off_by_one_credit_is_named_and_repaired(left: Left) -> None:
+    """A credit that says one unit more in the store is named with customer, meter and amount; a rebuild mends it."""
+    left.spoil("UPDATE control SET value = replace(value, '50', '51') WHERE log_offset = 4")
+
+    (difference,) = left.check("ledger").differences
+    left.rebuild()
+
+    assert difference.cause is Cause.CHANGED
+    assert difference.where == "meter m, customer ann, credit c2"
+    assert difference.quantities == {"meter m": Decimal(1)}
+    assert left.check("ledger").differences == []
+
+
+def test_a_missing_credit_is_lost(left: Left) -> None:
+    """A credit that the store does not have."""
+    left.spoil("DELETE FROM control WHERE log_offset = 3")
+
+    (difference,) = left.check("ledger").differences
+
+    assert difference.cause is Cause.LOST
+    assert difference.quantities == {"meter m": Decimal(-100)}
+
+
+def test_balances_of_a_running_server_follow_from_their_entries(
+    servers: tuple[Installation, Installation], sides: TwoSides
+) -> None:
+    """Credits, a reset and usage after it: what is shown is what the log's entries and the raw events make."""
+    side = sides.here
+    customer = side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})["id"]
+    tokens = next(one["id"] for one in side.api.pages("/v1/meters/") if one["name"] == "tokens")
+    side.send(*numbered(10))
+    side.post(f"/v1/customers/{customer}/credits", {"meter_id": tokens, "units": 100})
+    side.post(f"/v1/customers/{customer}/resets", {"meter_id": tokens})
+    side.send(*({**event, "external_id": f"after-{event['external_id']}"} for event in numbered(6)))
+
+    report = ledger(servers[0])
+
+    assert report.differences == []
+    compared = {counted.what: counted.compared for counted in report.checks[0].counted}
+    assert compared["balances of tokens as shown"] >= 1
+
+
+def test_the_forwarder_s_books_add_up_or_are_named(left: Left) -> None:
+    """Taken is accepted, waiting and refused together; one event that is in none of them is lost."""
+    state = State(left.data.forwarding)
+    state.count("raw", taken=10, accepted=9)
+    state.close()
+
+    (difference,) = left.check("ledger").differences
+
+    assert (difference.cause, difference.count) == (Cause.LOST, 1)
+
+
+def ledger(server: Installation) -> Report:
+    """The ledger check of a running server."""
+    return reconcile(Session(Settings(data=server.data), Output.json), Task(checks=("ledger",)))
+
+
