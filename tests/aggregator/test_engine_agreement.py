@@ -228,15 +228,16 @@ def test_many_meters_that_look_for_texts_each_take_their_own(tmp_path: Path) -> 
         for extra in ([], [Clause("tokens", Operator.GT, 3)], [Clause("name", Operator.EQ, "chat")])
     ]
     metered = [msgspec.structs.replace(made, id=f"m{number}") for number, made in enumerate(metered)]
+    at = "2026-02-03T10:15:00Z"
     values: list[Any] = ["a", "b", "é", "5", "true", 5, True, 0.5]
     lines = [
-        line(f"r{n}", name=("call", "chat")[n % 2], metadata={"model": values[n % 8], "tokens": n % 7})
+        line(f"r{n}", name=("call", "chat")[n % 2], timestamp=at, metadata={"model": values[n % 8], "tokens": n % 7})
         for n in range(200)
-    ]
+    ] + [line("bare", timestamp=at)]
     log, model = open_log("memory:"), Model()
-    asyncio.run(append(log, [*lines, line("bare")], 1))
+    asyncio.run(append(log, lines, 1))
     asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(*metered)])))
-    for raw in [*lines, line("bare")]:
+    for raw in lines:
         model.take(raw)
     with Running(log, tmp_path / "store.duckdb") as running:
         engine = running.catch_up()
