@@ -77,8 +77,8 @@ def test_rows_are_filtered(known: Tenant) -> None:
 @pytest.mark.parametrize(
     ("sorting", "first"),
     [
-        ("modified_at", "ann/Calls"), ("-modified_at", "ann/Tokens"), ("customer_name", "ann"), ("-customer_name", "bob"),
-        ("meter_name", "/Calls"), ("-meter_name", "ann/Tokens"), ("consumed_units", "bob/Calls"),
+        ("modified_at", "ann/Calls"), ("-modified_at", "ann/Tokens"), ("customer_name", "ann"),
+        ("-customer_name", "bob"), ("meter_name", "/Calls"), ("-meter_name", "ann/Tokens"), ("consumed_units", "bob/Calls"),
         ("-consumed_units", "ann/Tokens"), ("-credited_units", "ann/Tokens"), ("balance", "ann/Calls"),
         ("-balance", "ann/Tokens"), ("created_at", ""), ("customer_id", "ann"), ("-meter_id", "/Calls"),
     ],
@@ -155,8 +155,9 @@ def test_a_request_with_a_key_is_decided_once(tenant: Tenant) -> None:
     body = {"meter_id": meter, "units": 5, "rollover": True}
 
     async def at_once() -> list[Any]:
-        sent = {"headers": headers | {"Authorization": f"Bearer {tenant.secret}"}, "json": body}
-        return await asyncio.gather(*(tenant.server.http.post(path, **sent) for _ in range(4)))
+        authorized = headers | {"Authorization": f"Bearer {tenant.secret}"}
+        http = tenant.server.http
+        return await asyncio.gather(*(http.post(path, headers=authorized, json=body) for _ in range(4)))
 
     first = tenant.server.run(at_once())
     assert {answer.status_code for answer in first} <= {201, 409}
