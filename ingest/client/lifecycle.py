@@ -33,7 +33,6 @@ class Living(Protocol):
         """Send the rest, within a bound."""
 
 
-_POOLS = ("multiprocessing.util", "billiard.util")
 _FIRST = 100  # before pools and managers end, which have 15 and less
 
 _clients: "WeakSet[Living]" = WeakSet()
@@ -50,11 +49,10 @@ def look_after(client: Living, *, handle_sigterm: bool) -> None:
 
 
 def started(client: Living) -> None:
-    """The client has something to close now. Children of multiprocessing and of Celery's pool end without the
-    interpreter's own farewell, but keep a list of their own."""
-    for library in _POOLS:
-        if library in sys.modules:
-            sys.modules[library].Finalize(client, client.close, exitpriority=_FIRST)
+    """The client has something to close now. Children of multiprocessing end without the interpreter's own farewell,
+    but keep a list of their own."""
+    if (library := sys.modules.get("multiprocessing.util")) is not None:
+        library.Finalize(client, client.close, exitpriority=_FIRST)
 
 
 def leave(client: Living) -> None:
