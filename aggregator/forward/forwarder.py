@@ -41,7 +41,8 @@ BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for 
 PAGE_EVENTS = 10_000  # read from the feed at once
 IDLE_S = 0.5  # between two looks at a feed that had nothing
 LOOK_S = 1.0  # how soon a wish of an operator is heard
-NOTE_US = 5_000_000  # how often the backlog is counted
+NOTE_US = 2_000_000  # how often the backlog is counted, at most
+NOTE_SHARE = 20  # and so many times as long as it took last: a filter over a large backlog is work for the store
 RATE_US = 60_000_000  # the time over which the rate is taken
 ROLLUP_GRACE_US = 5_000_000  # so long after its end a window is added up: by then its events are in the store
 RAW, ROLLUP = "raw", "rollup"
@@ -83,7 +84,7 @@ class Forwarder:
         self._skew_us = 0
         self._rolled_us = 0
         self._stopped_us = 0
-        self._noted_us = 0
+        self._note_due_us = 0
         self._turn_of = 0
         self._sent: deque[tuple[int, int]] = deque()
 
@@ -285,9 +286,9 @@ class Forwarder:
 
     def _note(self, now_us: int) -> None:
         """Write down what operators and monitors want to know. Raises Away."""
-        if now_us - self._noted_us < NOTE_US:
+        if now_us < self._note_due_us:
             return
-        self._noted_us = now_us
+        self._note_due_us = now_us + NOTE_US
         while self._sent and self._sent[0][0] < now_us - RATE_US:
             self._sent.popleft()
         rate = sum(events for _, events in self._sent) / (RATE_US / 1e6)
@@ -299,4 +300,5 @@ class Forwarder:
         if self._wishes.is_raw:
             pending, oldest_us = self._source.backlog(self._position(RAW), self._wishes.selection)
         self._state.set(pending=pending, oldest_us=oldest_us)
+        self._note_due_us = max(self._note_due_us, now_us + NOTE_SHARE * (self._clock.now_us() - now_us))
 
