@@ -78,7 +78,8 @@ def test_rows_are_filtered(known: Tenant) -> None:
     ("sorting", "first"),
     [
         ("modified_at", "ann/Calls"), ("-modified_at", "ann/Tokens"), ("customer_name", "ann"),
-        ("-customer_name", "bob"), ("meter_name", "/Calls"), ("-meter_name", "ann/Tokens"), ("consumed_units", "bob/Calls"),
+        ("-customer_name", "bob"), ("meter_name", "/Calls"), ("-meter_name", "ann/Tokens"),
+        ("consumed_units", "bob/Calls"),
         ("-consumed_units", "ann/Tokens"), ("-credited_units", "ann/Tokens"), ("balance", "ann/Calls"),
         ("-balance", "ann/Tokens"), ("created_at", ""), ("customer_id", "ann"), ("-meter_id", "/Calls"),
     ],

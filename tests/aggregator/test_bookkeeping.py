@@ -1,5 +1,8 @@
 """What happens to an account, in tables that a bookkeeper can read."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.aggregator.bookkeeper import Book
@@ -164,6 +167,13 @@ def test_an_account_is_kept_as_the_table_says(server: Server, name: str) -> None
     """After every line the customer meter says what the table says, and its movements add up to it."""
     table, aggregation = TABLES[name]
     Book(server, **aggregation).check(table)
+
+
+def test_the_example_in_the_readme_is_true(server: Server) -> None:
+    """The table in the section about balances is kept like any other."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^```\n(day  what happens.*?)^```", text, re.DOTALL | re.MULTILINE)
+    Book(server).check(table)
 
 
 def test_a_statement_names_every_cause(server: Server) -> None:
