@@ -6,6 +6,17 @@ from tests.kafka.cluster import Cluster
 from tests.kafka.shared import shared_broker, unavailable
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--long``: fault tests with more rounds and longer faults, as `make faults` runs them."""
+    parser.addoption("--long", action="store_true", help="fault tests with more rounds and longer faults")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether a fault test may take its time."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture
 def kafka() -> Cluster:
     """The run's real Kafka broker, current release. Use topics of your own, and never stop it."""

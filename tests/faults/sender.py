@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import httpx
 
+from meters.log import parse_position
+
 EVENTS_A_BODY = 10
 CONNECTIONS = 8
 REPEATED_SHARE = 0.05  # of the bodies: one event that was acknowledged before
@@ -45,6 +47,7 @@ class Sender:
         self.acknowledged: list[str] = []
         self.unanswered: list[list[str]] = []
         self.repeated = 0
+        self.refused = 0
 
     def _body(self) -> list[str]:
         if self.unanswered:
@@ -105,9 +108,12 @@ class Sender:
             self.unanswered.append(ids)
             return False
         if refused and answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1
             self.unanswered.append(ids)
+            self.refused += 1
             return False
         assert answer.status_code == 200, answer.text
+        assert parse_position(answer.headers["log-position"])
         self.acknowledged += ids
         return True
 

@@ -1,0 +1,69 @@
+"""kill -9 over a real Kafka, under load: gateway, aggregator and broker die at random moments, alone or together."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.faults.evidence import SEED
+from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
+from tests.faults.sender import Sender
+
+ROUNDS = 20
+MOMENT_S = (0.0, 0.4)  # of a death, within its round
+PAUSE_S = 0.05  # of a sender's connection: many rounds and few events make a quick recount
+CUSTOMERS = 20  # over all partitions
+
+
+class Victims:
+    """What dies in a round, and how long each was away."""
+
+    def __init__(self, installation: KafkaInstallation, choose: random.Random) -> None:
+        self._installation, self._choose = installation, choose
+        self.away_s: dict[str, list[float]] = {"gateway": [], "aggregator": [], "broker": []}
+
+    async def strike(self) -> None:
+        """All three, each at a moment of its own, each started again at once like a supervisor does."""
+        here, (node,) = self._installation, self._installation.cluster.nodes
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._one("gateway", here.gateway.kill, here.gateway.start, here.accepts))
+            group.create_task(self._one("aggregator", here.aggregator.kill, here.aggregator.start, here.reads))
+            group.create_task(self._one("broker", node.kill, node.start, here.writes))
+
+    async def _one(
+        self, name: str, kill: Callable[[], None], start: Callable[[], None], recovered: Callable[[], bool]
+    ) -> None:
+        await asyncio.sleep(self._choose.uniform(*MOMENT_S))  # the random moment that this test is about
+
+        def again() -> None:
+            kill()
+            start()
+
+        self.away_s[name].append(await asyncio.to_thread(recovery_s, again, recovered))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {median(s):.2f} s (max {max(s):.2f})" for name, s in self.away_s.items())
+
+
+@pytest.mark.timeout(600)
+def test_whoever_dies_nothing_acknowledged_is_lost_or_doubled(
+    tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twenty rounds; in each the gateway, the aggregator and the broker are killed at moments of their own."""
+    rounds = ROUNDS * 5 if long else ROUNDS
+    with own_brokers(tmp_path) as cluster:
+        installation, sender = KafkaInstallation(cluster, tmp_path), Sender(SEED, TOKEN, CUSTOMERS, PAUSE_S)
+        victims = Victims(installation, random.Random(SEED))
+        with contextlib.closing(installation):
+            installation.start()
+            for _ in range(rounds):
+                asyncio.run(sender.load(installation.address, victims.strike, refused=True))
+            outcome, _, _ = installation.end(sender)
+    with capsys.disabled():
+        print(f"\nkafka, kill -9 of all: seed {SEED}, rounds {rounds}, {outcome}; away: {victims}")
+
+    assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)

@@ -1,0 +1,152 @@
+"""What Kafka can do to a log that a file cannot: records from strangers, retention ahead of the reader, other topics.
+
+A record that is no event is a dead letter, and holds up nothing. A record that is gone, or a topic that is another one,
+ends the aggregator with one line that says which; the gateway goes on, because what it takes is durable all the same.
+"""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Producer, TopicPartition
+
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Wanted, make_topics
+from meters.log import USAGE_EVENTS
+from meters.partition_key import partition_key
+from tests.aggregator.records import ORGANIZATION
+from tests.faults.evidence import SEED, assert_store_tells, count, eventually, export, usage
+from tests.faults.kafka_installation import PARTITIONS, TOKEN, KafkaInstallation
+from tests.faults.sender import Sender
+from tests.kafka.cluster import Cluster
+
+GOOD = 60
+CUSTOMERS = 20
+LARGE_BYTES = 5_000_000
+HEAD = b'{"name":"call","external_customer_id":"ann","metadata":'
+POISON = {  # what a record holds, and lines of it that are no events
+    "no JSON": (b"{broken", 1),
+    "no UTF-8": (b"\xff\xfe\x00", 1),
+    "not an object": (b"[1,2]", 1),
+    "nothing": (b"", 0),
+    "a tombstone": (None, 0),
+    "not a number": (usage("nan").replace(b'"tokens":1', b'"tokens":NaN'), 1),
+    "a number without bounds": (usage("huge", tokens="1e999"), 1),
+    "too many digits": (usage("digits", tokens="9" * 40), 1),
+    "a NUL": (usage("nul", customer="a\u0000b"), 1),
+    "no name": (b'{"external_customer_id":"ann","external_id":"nameless"}', 1),
+    "5 MB of text": (HEAD + b'{"text":"' + b"x" * LARGE_BYTES + b'"}}', 1),
+    "deep": (HEAD + b"[" * 50_000, 1),
+    "good and bad lines": (usage("mixed-1") + b"\n{broken\n" + usage("mixed-2"), 1),
+    "a binary header": (usage("headed"), 0),
+}
+
+
+def produce(installation: KafkaInstallation, records: list[tuple[bytes | None, int | None]]) -> None:
+    """Send like a producer that knows nothing of Meterstream but the key; a number names a partition instead."""
+    servers = installation.cluster.bootstrap
+    producer = Producer({"bootstrap.servers": servers, "message.max.bytes": 1 << 24, "partitioner": "murmur2_random"})
+    topic = f"{installation.prefix}.{USAGE_EVENTS}"
+    for value, partition in records:
+        where = {"key": partition_key(ORGANIZATION, "ann")} if partition is None else {"partition": partition}
+        producer.produce(topic, value, headers=[("trace", b"\xff\x00")], **where)
+    assert producer.flush(30) == 0
+
+
+def test_poison_becomes_dead_letters_and_holds_up_nothing(
+    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a plain producer sends, every line is counted or is a dead letter with a reason; the rest goes on."""
+    installation = KafkaInstallation(kafka, tmp_path, options=f"?organization={ORGANIZATION}")
+    good = [usage(f"good-{number}") for number in range(GOOD)]
+    records: list[tuple[bytes | None, int | None]] = []
+    for number, (value, _) in enumerate(POISON.values()):
+        records += [(value, number % PARTITIONS), (good[number], None)]
+    records += [(line, None) for line in good]  # some of them a second time
+    with contextlib.closing(installation):
+        installation.start()
+        produce(installation, records)
+        installation.catch_up()
+        letters = installation.ask("/v1/dead-letters/", limit="100").json()["items"]
+        outcome, counted, _ = installation.end(Sender(SEED, TOKEN))
+    with capsys.disabled():
+        print(f"\nkafka, poison: {len(records)} records, {len(POISON)} kinds, {counted.tallies}")
+
+    assert outcome.dead == counted.tallies["dead"] == sum(bad for _, bad in POISON.values())
+    assert len(letters) == outcome.dead
+    assert all(letter["reason"] for letter in letters)
+    assert counted.tallies["stored"] == GOOD + 3  # and the good lines of bad company
+    assert counted.tallies["duplicates"] == len(POISON)
+    assert counted.tallies["conflicts"] == 0
+
+
+def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
+    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records that went before they were counted are never skipped: the aggregator ends and says so, twice the same."""
+    installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
+    with contextlib.closing(installation):
+        installation.start()
+        asyncio.run(sender.load(installation.address, lambda: asyncio.sleep(0.1)))
+        installation.catch_up()
+        assert installation.aggregator.stop() == 0
+        before = export(installation.store)
+        asyncio.run(sender.load(installation.address, lambda: asyncio.sleep(0.1)))
+        topic = f"{installation.prefix}.{USAGE_EVENTS}"
+        admin = kafka.admin()
+        for deleted in admin.delete_records([TopicPartition(topic, 0, -1)]).values():  # -1: all there is
+            deleted.result(30)
+        codes = []
+        for _ in range(2):
+            installation.aggregator.start()
+            codes.append(installation.aggregator.wait())
+        assert installation.writes()
+    complaint = last_line(installation.aggregator.output)
+    with capsys.disabled():
+        print(f"\nkafka, retention overrun: {complaint}")
+
+    assert codes == [1, 1]
+    assert f"{topic} has no record" in complaint
+    assert "meterstream doctor" in complaint
+    assert export(installation.store) == before
+
+
+def test_another_topic_of_the_same_name_is_not_read(
+    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A topic deleted and made again under a running aggregator ends it; so does the next start."""
+    installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
+    with contextlib.closing(installation):
+        installation.start()
+        asyncio.run(sender.load(installation.address, lambda: asyncio.sleep(0.1)))
+        installation.catch_up()
+        topic = f"{installation.prefix}.{USAGE_EVENTS}"
+        with contextlib.closing(installation.open_log()) as log:
+            counted = count(log)
+        admin = kafka.admin()
+        admin.delete_topics([topic])[topic].result(30)
+        eventually(lambda: topic not in admin.list_topics(timeout=5).topics)
+        make_topics(parse_address(installation.url, {}), Wanted(partitions=PARTITIONS))
+        produce(installation, [(usage(f"new-{number}"), number % PARTITIONS) for number in range(500)])
+        running = installation.aggregator.wait()
+        noticed = last_line(installation.aggregator.output)
+        installation.aggregator.start()
+        again = installation.aggregator.wait()
+    complaint = last_line(installation.aggregator.output)
+    with capsys.disabled():
+        print(f"\nkafka, topic made again: while running: {noticed}\n  at the next start: {complaint}")
+
+    assert (running, again) == (1, 1)
+    assert "was deleted and made again" in noticed
+    assert "made from another usage.events stream" in complaint
+    assert_store_tells(export(installation.store), counted)
+
+
+def last_line(output: str) -> str:
+    """What a command says at its end; all before it is JSON."""
+    *logs, line = output.strip().splitlines()
+    assert all(json.loads(each) for each in logs if not each.startswith("meterstream: "))
+    assert line.startswith("meterstream: "), output
+    return line
