@@ -156,6 +156,11 @@ class Aggregator:
         with self._now.store.read() as snapshot:
             yield snapshot
 
+    @property
+    def control_position(self) -> int:
+        """The ``usage.control`` position of the last commit."""
+        return self._now.control_position
+
     @contextlib.contextmanager
     def outbox(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""

@@ -22,6 +22,7 @@ from aggregator.api import create_app
 from aggregator.consumer import FINAL, Aggregator
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
+from aggregator.sender import Sender
 from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
 from meters.log import Log
@@ -36,7 +37,8 @@ class Process(NamedTuple):
     """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None.
 
     ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
-    is the file in which a forwarder says how far it got, for ``/metrics``.
+    is the file in which a forwarder says how far it got, for ``/metrics``; with ``private_targets`` webhooks may go to
+    addresses that are not public.
     """
 
     store: Path
@@ -46,6 +48,7 @@ class Process(NamedTuple):
     settings: Settings = MODEST
     housekeeping: Callable[[Mapping[int, int]], None] | None = None
     forwarding: Path | None = None
+    private_targets: bool = False
 
 
 def run(log: Log, process: Process) -> None:
@@ -78,16 +81,21 @@ def _keep_house(aggregator: Aggregator, housekeeping: Callable[[Mapping[int, int
 
 
 async def _serve(aggregator: Aggregator, process: Process) -> None:
-    app = create_app(aggregator, lambda: datetime.now(UTC), lambda: str(uuid4()), aggregator.telemetry.text)
+    app = create_app(
+        aggregator, lambda: datetime.now(UTC), lambda: str(uuid4()), aggregator.telemetry.text,
+        private_targets=process.private_targets,
+    )  # fmt: skip
+    sender = Sender(app.state.desk, private_allowed=process.private_targets)
     where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
         app, log_config=None, access_log=False, loop="uvloop", http="httptools", lifespan="off", **where
     )
     server = uvicorn.Server(config)
     async with asyncio.TaskGroup() as group:
-        watching = group.create_task(_watch(aggregator, server))
+        beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
         await server.serve()
-        watching.cancel()
+        for task in beside:
+            task.cancel()
 
 
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:

@@ -71,6 +71,11 @@ class View(Protocol):
         """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
         ...
 
+    @property
+    def control_position(self) -> int:
+        """The ``usage.control`` position of the last commit."""
+        ...
+
     def outbox(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
         ...

@@ -42,7 +42,9 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
         else:
             data.socket.unlink(missing_ok=True)  # left over from a process that was killed
             process = process._replace(socket=data.socket)
-        process = process._replace(forwarding=data.forwarding)
+        process = process._replace(
+            forwarding=data.forwarding, private_targets=settings.webhook_private_targets
+        )  # fmt: skip
         run_aggregator(log, process)
     except (Unopenable, Replaced) as error:
         raise GiveUp(f"{error}; `meterstream doctor --data {data.path}` looks closer") from error

@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     polar_from: Literal["beginning", "now"] = "beginning"  # where forwarding begins, the first time
     polar_rollup: str = ""  # meters (ids or names, comma separated) whose usage is sent added up instead
     polar_rollup_seconds: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 60  # the window of such a sum
+    webhook_private_targets: bool = False  # webhooks may go to addresses that are not public, and without https
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False  # show a traceback for what should not happen
 

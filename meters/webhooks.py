@@ -2,8 +2,8 @@
 
 An endpoint hears that a customer's state changed, or that a threshold of a meter was reached. A threshold is reached
 once each time it is crossed and once in each cycle (from one reset to the next): what was reached is a decision like
-any other, so that a store made anew from the log does not tell it again. For the same reason the log knows until when
-each endpoint was told everything.
+any other, so that a store made anew from the log does not tell it again. For the same reason the log knows up to which
+of its own positions each endpoint was told everything.
 
 Secrets have to be kept to sign with; they show themselves to nobody else, not even in an error's text.
 """
@@ -32,6 +32,13 @@ class SigningSecret(msgspec.Struct, frozen=True):
         return []
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """Everything before these positions of the log: of ``usage.events`` as in ``As-Of``, and of ``usage.control``."""
+
+    events: str
+    control: int
+
+
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """An address that wants to be told. The newest secret stands first; the others are on their way out."""
 
@@ -41,6 +48,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     events: list[str]
     secrets: list[SigningSecret]
     created_at: datetime
+    begins_at: "Heard"
     name: str | None = None
     modified_at: datetime | None = None
     disabled_at: datetime | None = None
@@ -127,10 +135,10 @@ class ThresholdCleared(msgspec.Struct, frozen=True, tag_field="type", tag="meter
 
 
 class EndpointSettled(msgspec.Struct, frozen=True, tag_field="type", tag="webhook_endpoint.settled"):
-    """Of everything up to this time of the log the endpoint was told, or never will be."""
+    """Of everything before these positions the endpoint was told, or never will be."""
 
     endpoint_id: str
-    through: datetime
+    heard: Heard
 
 
 WebhookChange = (
@@ -146,13 +154,15 @@ class Webhooks:
         self.sources: dict[str, Source] = {}
         self.thresholds: dict[str, Threshold] = {}
         self.reached: dict[tuple[str, str], ThresholdReached] = {}  # by threshold and customer
-        self.settled: dict[str, datetime] = {}  # by endpoint
+        self.settled: dict[str, Heard] = {}  # by endpoint
+        self.listening: dict[str, list[Heard]] = {}  # by organization: what each of its endpoints was told already
 
     def apply(self, change: object) -> None:
         """Take in one change; others than the above are somebody else's."""
         match change:
             case EndpointSet(endpoint):
                 self.endpoints[endpoint.id] = endpoint
+                self._listen()
             case SourceSet(source):
                 self.sources[source.id] = source
             case ThresholdSet(threshold):
@@ -161,8 +171,9 @@ class Webhooks:
                 self.reached[threshold_id, customer_id] = change
             case ThresholdCleared(threshold_id, customer_id):
                 self.reached.pop((threshold_id, customer_id), None)
-            case EndpointSettled(endpoint_id, through):
-                self.settled[endpoint_id] = max(through, self.settled.get(endpoint_id, through))
+            case EndpointSettled(endpoint_id, heard):
+                self.settled[endpoint_id] = heard
+                self._listen()
 
     def endpoints_of(self, organization_id: str) -> list[Endpoint]:
         """The organization's endpoints, oldest first, without those that were deleted."""
@@ -177,11 +188,12 @@ class Webhooks:
         every = self.thresholds.values()
         return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
 
-    def listening(self) -> dict[str, datetime]:
-        """Organizations that are told something now, and until when all of their endpoints were told everything."""
-        found: dict[str, datetime] = {}
+    def heard(self, endpoint: Endpoint) -> Heard:
+        """What the endpoint was told already, or came before it."""
+        return self.settled.get(endpoint.id, endpoint.begins_at)
+
+    def _listen(self) -> None:
+        self.listening = {}
         for endpoint in self.endpoints.values():
             if any(endpoint.hears(type) for type in EVENT_TYPES):
-                settled = self.settled.get(endpoint.id, endpoint.created_at)
-                found[endpoint.organization_id] = min(settled, found.get(endpoint.organization_id, settled))
-        return found
+                self.listening.setdefault(endpoint.organization_id, []).append(self.heard(endpoint))

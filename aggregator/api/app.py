@@ -24,6 +24,7 @@ from aggregator.api import (
     sessions,
     states,
     usage,
+    webhook_deliveries,
     webhook_endpoints,
     webhook_rules,
 )
@@ -61,7 +62,7 @@ def create_app(
         app.include_router(router)
     for router in (benefits.router, states.router, sessions.router, portal.router):
         app.include_router(router)
-    for router in (webhook_endpoints.router, webhook_rules.router, polar_webhooks.router):
+    for router in (webhook_endpoints.router, webhook_deliveries.router, webhook_rules.router, polar_webhooks.router):
         app.include_router(router)
     app.include_router(feed.router)
     app.include_router(audit.router)

@@ -101,6 +101,11 @@ SCHEMAS: Schema = {
     "MeterThreshold": record(
         {"id": ID, "organization_id": ID, **_THRESHOLD, "created_at": TIME, "deleted_at": nullable(TIME)}
     ),
+    "WebhookDelivery": record(
+        {"id": TEXT, **_STAMPS, "succeeded": BOOLEAN, "http_code": nullable(COUNT), "outcome": TEXT, "took_ms": COUNT}
+        | {"attempt": COUNT, "endpoint_id": ID, "webhook_event": OBJECT}
+    ),
+    "WebhookRedelivery": record({"id": TEXT, "endpoints": COUNT}),
     "WebhookAccepted": record({"status": one_of("accepted", "repeated", "ignored")}),
     "WebhookSourceCreate": record(
         {"secret": {"type": "string", "minLength": 16, "maxLength": 200}, "name": nullable(TEXT)}, "name"

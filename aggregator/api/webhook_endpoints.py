@@ -22,8 +22,9 @@ from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.webhooks import targets
 from meters.access import reading, writing
 from meters.catalogue import Token
+from meters.log import format_position
 from meters.signatures import PREFIX
-from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, SigningSecret
+from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, Heard, SigningSecret
 
 router = APIRouter(tags=["webhooks"], dependencies=[CaughtUp])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
@@ -61,6 +62,9 @@ class EndpointUpdate(msgspec.Struct):
     enabled: bool | msgspec.UnsetType = msgspec.UNSET
 
 
+_OWN = frozenset({"secrets", "begins_at"})  # of no business to anybody else
+
+
 def new_secret() -> str:
     """A secret that nobody has seen, in the standard's form."""
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
@@ -68,7 +72,7 @@ def new_secret() -> str:
 
 def endpoint_shape(endpoint: Endpoint) -> dict[str, Any]:
     """An endpoint without its secrets."""
-    fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name != "secrets"}
+    fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name not in _OWN}
     return fields | {"enabled": endpoint.disabled_at is None, "format": "raw"}
 
 
@@ -104,6 +108,7 @@ async def create_webhook_endpoint(request: Request, desk: AtDesk, token: Writer)
         endpoint = Endpoint(
             id=desk.new_id(), organization_id=token.organization_id, url=body.url, name=body.name,
             events=_known(body.events), secrets=[SigningSecret(secret)], created_at=desk.now(),
+            begins_at=Heard(format_position(desk.view.as_of), desk.view.control_position),
         )  # fmt: skip
         await desk.decide(EndpointSet(endpoint))
     return answer(endpoint_shape(endpoint) | {"secret": secret}, desk.view.as_of, 201)

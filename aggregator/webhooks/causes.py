@@ -5,12 +5,11 @@ that did not come to count. It says only who moved; what to say of them is worke
 true then. Organizations that nobody listens to cause nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,7 +17,7 @@ from aggregator.directory import Directory
 from meters.benefits import GrantSet, SubscriptionSet
 from meters.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
-from meters.log import Record
+from meters.log import Record, parse_position
 from meters.webhooks import ThresholdReached
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -39,45 +38,50 @@ def causes(rows: pa.Table, decided: Iterable[Decided], catalogue: Catalogue, dir
 
     What all of an organization's endpoints were told already (which a store made anew reads again) causes nothing.
     """
-    listening = catalogue.webhooks.listening()
+    listening = catalogue.webhooks.listening
     if not listening:
         return None
-    parts = [_by_decision(decided, catalogue, listening)]
-    if rows.num_rows:
-        parts.append(_by_usage(rows, directory, listening))
+    parts = [_by_decision(decided, catalogue)]
+    for organization_id, heard in listening.items():
+        organization = directory.organizations.get(organization_id)
+        if rows.num_rows and organization is not None:
+            ours = rows.filter(pc.equal(rows["organization"], organization.number))
+            parts.append(_by_usage(ours, organization_id, [parse_position(one.events) or {} for one in heard]))
     found = pa.concat_tables(parts)
     return found if found.num_rows else None
 
 
-def _by_usage(rows: pa.Table, directory: Directory, listening: Mapping[str, datetime]) -> pa.Table:
-    numbers = {known.number: id for id in listening if (known := directory.organizations.get(id))}
-    ours = rows.select(["organization", "subject", "ingested_at"])
-    ours = ours.filter(pc.is_in(ours["organization"], pa.array(list(numbers), ours["organization"].type)))
-    moved = ours.group_by(["organization", "subject"]).aggregate([("ingested_at", "max")])
-    ids = [numbers[number] for number in moved["organization"].to_pylist()]
-    told = np.array([listening[id].replace(tzinfo=None) for id in ids], "datetime64[us]")
-    at = moved["ingested_at_max"].cast(pa.timestamp("us"))
+def _by_usage(rows: pa.Table, organization_id: str, heard: Sequence[Mapping[int, int]]) -> pa.Table:
+    """Whose usage came, once for each."""
+    fresh = pc.is_valid(rows["subject"])
+    for partition in set().union(*heard):
+        told = min(positions.get(partition, 0) for positions in heard)
+        old = pc.and_(pc.equal(rows["log_partition"], partition), pc.less(rows["log_offset"], told))
+        fresh = pc.and_(fresh, pc.invert(old))
+    moved = rows.select(["subject", "ingested_at"]).filter(fresh)
+    moved = moved.group_by("subject").aggregate([("ingested_at", "max")])
+    nothing = pa.nulls(moved.num_rows, pa.string())
     columns: dict[str, Any] = {
-        "organization_id": pa.array(ids, pa.string()),
+        "organization_id": pa.array([organization_id] * moved.num_rows, pa.string()),
         "subject": moved["subject"].cast(pa.int32()),
-        "customer_id": pa.nulls(len(ids), pa.string()),
-        "change": pa.nulls(len(ids), pa.string()),
-        "caused_at": at,
+        "customer_id": nothing,
+        "change": nothing,
+        "caused_at": moved["ingested_at_max"].cast(pa.timestamp("us")),
     }
-    known = pc.and_(pc.is_valid(columns["subject"]), pc.greater(at, pa.array(told, pa.timestamp("us"))))
-    return pa.table(columns, schema=SCHEMA).filter(known)
+    return pa.table(columns, schema=SCHEMA)
 
 
-def _by_decision(decided: Iterable[Decided], catalogue: Catalogue, listening: Mapping[str, datetime]) -> pa.Table:
+def _by_decision(decided: Iterable[Decided], catalogue: Catalogue) -> pa.Table:
     found = []
     for record, change in decided:
         customer_id = _customer(change)
         customer = catalogue.customers.get(customer_id) if customer_id else None
         organization_id = customer.organization_id if customer else _organization(change)
-        at = EPOCH + timedelta(microseconds=record.timestamp_us)
-        if organization_id not in listening or at <= listening[organization_id]:
+        heard = catalogue.webhooks.listening.get(organization_id, ())
+        if all(record.offset < one.control for one in heard):  # and where nobody listens
             continue
         text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
+        at = EPOCH + timedelta(microseconds=record.timestamp_us)
         found.append((organization_id, None, customer_id, text, at.replace(tzinfo=None)))
     columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]

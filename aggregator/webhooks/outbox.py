@@ -149,13 +149,12 @@ def failures_in_a_row(connection: Connection, endpoint_id: str, since: datetime,
     return next((place for place, (status,) in enumerate(rows) if status != "failed"), len(rows))
 
 
-def unsettled_since(connection: Connection) -> tuple[datetime | None, dict[str, datetime]]:
-    """The time of the oldest cause, and by endpoint that of its oldest pending message."""
-    row = connection.execute("SELECT min(caused_at) FROM webhook_causes").fetchone()
+def oldest_pending(connection: Connection) -> dict[str, datetime]:
+    """When the oldest pending message of each endpoint was made."""
     rows = connection.execute(
-        "SELECT endpoint_id, min(caused_at) FROM webhook_messages WHERE status = 'pending' GROUP BY endpoint_id"
+        "SELECT endpoint_id, min(created_at) FROM webhook_messages WHERE status = 'pending' GROUP BY endpoint_id"
     ).fetchall()
-    return (row[0] if row else None), dict(rows)
+    return dict(rows)
 
 
 def forget(connection: Connection, now: datetime) -> None:

@@ -30,7 +30,12 @@ Json = Any
 
 def exact(response: httpx.Response) -> Json:
     """JSON with its fractions as decimals."""
-    return json.loads(response.content, parse_float=Decimal)
+    return exact_text(response.content)
+
+
+def exact_text(text: bytes) -> Json:
+    """The same, of any text."""
+    return json.loads(text, parse_float=Decimal)
 
 
 class Server:
@@ -48,6 +53,7 @@ class Server:
             lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
             self.aggregator.telemetry.text,
             rules,
+            private_targets=True,
         )
         transport = httpx.ASGITransport(app=self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://meterstream.test")

@@ -1,0 +1,69 @@
+"""The delivery log of webhooks, and telling something again. Kept for 30 days, in the store alone."""
+
+import asyncio
+from typing import Any
+from uuid import UUID
+
+from fastapi import APIRouter, Response
+
+from aggregator.api.desk import AtDesk, CaughtUp, Desk, answer
+from aggregator.api.errors import NotFound
+from aggregator.api.paging import WhichPage, listed
+from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.webhook_endpoints import Reader, Writer
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.scope import aware, naive
+from aggregator.webhooks import outbox
+from meters.catalogue import Token
+
+router = APIRouter(tags=["webhooks"], dependencies=[CaughtUp])
+
+
+@router.get("/v1/webhooks/deliveries", responses=gives(page_of("WebhookDelivery")))
+async def list_webhook_deliveries(
+    desk: AtDesk, token: Reader, page: WhichPage, endpoint_id: UUID | None = None
+) -> Response:  # fmt: skip
+    """Every attempt to deliver a webhook, newest first, with what came of it and what was sent."""
+    wanted = None if endpoint_id is None else str(endpoint_id)
+
+    def question(here: Here) -> tuple[list[dict[str, Any]], int]:
+        return outbox.deliveries(here.connection, token.organization_id, wanted, page.limit, page.offset)
+
+    (rows, total), as_of = await desk.ask(token, question)
+    return answer(listed([_shape(row) for row in rows], total, page), as_of)
+
+
+def _shape(row: dict[str, Any]) -> dict[str, Any]:
+    status = row["status_code"]
+    return {
+        "id": row["id"],
+        "created_at": aware(row["started_at"]),
+        "modified_at": None,
+        "succeeded": status is not None and 200 <= status < 300,
+        "http_code": status,
+        "outcome": row["outcome"],
+        "took_ms": row["took_ms"],
+        "attempt": row["number"],
+        "endpoint_id": row["endpoint_id"],
+        "webhook_event": {
+            "id": row["message_id"],
+            "type": row["type"],
+            "customer_id": row["customer_id"],
+            "status": row["status"],
+            "payload": row["body"],
+        },
+    }
+
+
+@router.post("/v1/webhooks/events/{id}/redeliver", status_code=202, responses=gives(ref("WebhookRedelivery"), 202))
+async def redeliver_webhook_event(desk: AtDesk, token: Writer, id: str) -> Response:
+    """Tell it again, word for word under the same ``webhook-id``, to every endpoint that it was for."""
+    count = await asyncio.to_thread(_again, desk, token, id)
+    if not count:
+        raise NotFound
+    return answer({"id": id, "endpoints": count}, desk.view.as_of, 202)
+
+
+def _again(desk: Desk, token: Token, id: str) -> int:
+    with desk.view.outbox() as connection:
+        return outbox.deliver_again(connection, token.organization_id, id, naive(desk.now()))

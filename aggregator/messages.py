@@ -1,0 +1,133 @@
+"""What is told: the words of each webhook, from what is true when it is made."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aggregator.api.balances import CustomerMeter, customer_meter
+from aggregator.api.desk import Desk
+from aggregator.api.shapes import customer_shape, number
+from aggregator.api.states import state_of
+from aggregator.directory import EXTERNAL
+from aggregator.webhooks.outbox import Cause, Message
+from meters import exact_json
+from meters.amount import EXACT
+from meters.catalogue import Customer
+from meters.webhooks import STATE_CHANGED, THRESHOLD_REACHED, Endpoint, ThresholdCleared, ThresholdReached
+
+API_VERSION = "2026-10"
+"""Of Polar's API: its newer clients want to be told."""
+
+BEGINNING = "beginning"  # the cycle of a customer who never had a reset
+
+
+class Telling(NamedTuple):
+    """Messages to write down, and decisions about thresholds, which are told when they are true."""
+
+    messages: list[Message]
+    decisions: list[ThresholdReached | ThresholdCleared]
+
+
+async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime) -> Telling:
+    """What the causes give reason to tell. Raises Unavailable while balances are being counted."""
+    telling = Telling([], [])
+    moved: dict[str, tuple[Customer, datetime]] = {}
+    for cause in causes:
+        if cause.change is not None:
+            reached = msgspec.json.decode(cause.change, type=ThresholdReached)
+            telling.messages.extend(_reached(desk, reached, cause, now))
+        elif (customer := _customer(desk, cause)) is not None:
+            earlier = moved.get(customer.id)
+            moved[customer.id] = customer, min(cause.caused_at, earlier[1] if earlier else cause.caused_at)
+    for customer, caused_at in moved.values():
+        telling.decisions.extend(await _thresholds(desk, customer))
+        endpoints = _endpoints(desk, customer.organization_id, STATE_CHANGED)
+        if endpoints:
+            body, id = _body(STATE_CHANGED, await state_of(desk, customer), now), desk.new_id()
+            telling.messages.extend(_messages(id, endpoints, STATE_CHANGED, customer.id, body, caused_at, now))
+    return telling
+
+
+def _customer(desk: Desk, cause: Cause) -> Customer | None:
+    """Who moved, deleted or not; None for usage that is nobody's yet."""
+    if cause.customer_id is not None:
+        return desk.catalogue.customers.get(cause.customer_id)
+    if cause.text is None:
+        return None
+    if cause.kind == EXTERNAL:
+        return desk.catalogue.customer_by_external_id(cause.organization_id, cause.text)
+    return desk.catalogue.customer(cause.organization_id, cause.text)
+
+
+def _endpoints(desk: Desk, organization_id: str, type: str) -> list[Endpoint]:
+    return [one for one in desk.catalogue.webhooks.endpoints_of(organization_id) if one.hears(type)]
+
+
+def _body(type: str, data: dict[str, Any], now: datetime) -> str:
+    stamp = now.replace(tzinfo=UTC)
+    return exact_json.encode({"type": type, "timestamp": stamp, "api_version": API_VERSION, "data": data}).decode()
+
+
+def _messages(
+    id: str, endpoints: Sequence[Endpoint], type: str, customer_id: str, body: str, caused_at: datetime, now: datetime
+) -> list[Message]:
+    return [
+        Message(
+            id=id, endpoint_id=endpoint.id, organization_id=endpoint.organization_id, type=type, body=body,
+            customer_id=customer_id, caused_at=caused_at, created_at=now, due_at=now,
+        )
+        for endpoint in endpoints
+    ]  # fmt: skip
+
+
+def _reached(desk: Desk, reached: ThresholdReached, cause: Cause, now: datetime) -> list[Message]:
+    """A threshold that was reached, in the numbers of then."""
+    threshold = desk.catalogue.webhooks.thresholds[reached.threshold_id]
+    customer, meter = desk.catalogue.customers[reached.customer_id], desk.catalogue.meters[threshold.meter_id]
+    data = {
+        "threshold_id": threshold.id,
+        "measure": threshold.measure,
+        "value": number(threshold.value),
+        "unit": threshold.unit,
+        "reached_at": reached.at,
+        "cycle": reached.cycle,
+        "consumed_units": number(reached.consumed),
+        "credited_units": number(reached.credited),
+        "balance": number(EXACT.subtract(reached.credited, reached.consumed)),
+        "meter": {"id": meter.id, "name": meter.name},
+        "customer": customer_shape(customer),
+    }
+    endpoints = _endpoints(desk, threshold.organization_id, THRESHOLD_REACHED)
+    body = _body(THRESHOLD_REACHED, data, now)
+    return _messages(reached.id, endpoints, THRESHOLD_REACHED, customer.id, body, cause.caused_at, now)
+
+
+async def _thresholds(desk: Desk, customer: Customer) -> list[ThresholdReached | ThresholdCleared]:
+    """The thresholds that this customer crossed since they were looked at last, to either side."""
+    webhooks = desk.catalogue.webhooks
+    if not _endpoints(desk, customer.organization_id, THRESHOLD_REACHED) or customer.deleted_at is not None:
+        return []
+    found: list[ThresholdReached | ThresholdCleared] = []
+    for threshold in webhooks.thresholds_of(customer.organization_id):
+        meter = desk.catalogue.meters[threshold.meter_id]
+        if threshold.customer_id not in (None, customer.id) or meter.archived_at is not None:
+            continue
+        one = await customer_meter(desk, customer, meter)
+        known = webhooks.reached.get((threshold.id, customer.id))
+        is_reached = _has_anything(one) and threshold.is_reached(one.consumed, one.credited)
+        cycle = one.since.isoformat() if one.since else BEGINNING
+        if is_reached and (known is None or known.cycle != cycle):
+            found.append(ThresholdReached(
+                id=desk.new_id(), threshold_id=threshold.id, customer_id=customer.id, cycle=cycle, at=desk.now(),
+                consumed=one.consumed, credited=one.credited,
+            ))  # fmt: skip
+        elif not is_reached and known is not None:
+            found.append(ThresholdCleared(threshold.id, customer.id, desk.now()))
+    return found
+
+
+def _has_anything(one: CustomerMeter) -> bool:
+    """A customer who never used the meter and was never credited has no balance that could be low."""
+    return one.account is not None or one.consumption.count > 0

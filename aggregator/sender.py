@@ -1,0 +1,260 @@
+"""The sender of webhooks: makes messages of what moved, and delivers them until they are taken or given up.
+
+Two loops over the outbox's tables. Every couple of seconds all causes become messages: a customer who moved a hundred
+times meanwhile is told once, as they are then, and thresholds are looked at on the way. And whatever message is due is
+sent, one at a time to each endpoint, in order as long as the endpoint answers. A message is marked after it was sent,
+so a process that dies in between sends it again, under the same ``webhook-id``.
+
+Signatures come in both readings of a secret (``meters.signatures``), so a verifier of the standard and one of Polar's
+both find theirs; while a secret is rotated, in those of the old one, too.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, TypeVar
+
+import duckdb
+import httpx
+import structlog
+from msgspec.structs import replace
+from standardwebhooks import Webhook
+
+from aggregator.api.desk import Desk
+from aggregator.messages import Telling, messages_of
+from aggregator.view import Unavailable
+from aggregator.webhooks import outbox, targets
+from aggregator.webhooks.outbox import Attempt, Message
+from meters.log import TryAgain, format_position
+from meters.signatures import keys
+from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard
+
+ENDPOINTS_AT_ONCE = 16  # requests under way; each waits for one answer
+DISABLE_AFTER = 10  # failed messages in a row, each after all its attempts: nobody is there (Polar's rule)
+ORDER_GUARD = timedelta(seconds=60)  # so long a failing message holds back the ones after it (Polar's rule)
+FORGET_EVERY_S = 3600.0  # what is older than a month is let go of; an hour more or less does not matter
+ANSWER_BYTES_MAX = 65_536  # of an answer that nobody reads; a longer one costs the connection
+TOLD_KEPT = 100  # positions, a minute apart; an endpoint that is away for longer is settled once it is back
+GONE = 410  # the endpoint says that it is not one any more (Standard Webhooks)
+USER_AGENT = "meterstream-webhooks"
+
+logger = structlog.get_logger("aggregator")
+T = TypeVar("T")
+
+
+class Pace(NamedTuple):
+    """How fast; tests are in a hurry."""
+
+    tick_s: float = 0.25  # how often the outbox is looked at
+    collect_s: float = 2.0  # movements of one customer within this are one message (Polar: 1 to 5 s)
+    timeout_s: float = 10.0  # for a whole delivery (Polar's)
+    attempts_max: int = 10
+    backoff_s: float = 2.0  # doubled with each attempt, up to the next
+    backoff_max_s: float = 1200.0
+    settle_s: float = 60.0  # what a store made anew from the log may tell twice
+
+
+class Sender:
+    """One for a process. ``run`` until cancelled; ``desk`` is the API's, so both see one catalogue."""
+
+    def __init__(self, desk: Desk, *, private_allowed: bool = False, pace: Pace = Pace()) -> None:  # noqa: B008
+        self._desk, self._private_allowed, self._pace = desk, private_allowed, pace
+        self._busy: set[str] = set()
+        self._told: list[tuple[datetime, Heard]] = []  # by when everything before a position was made into messages
+        self._unsettled = True
+        self._collected_s = self._forgot_s = 0.0
+
+    async def run(self) -> None:
+        """Tell whatever is to be told, for ever."""
+        limits = httpx.Limits(max_connections=ENDPOINTS_AT_ONCE, max_keepalive_connections=0)
+        async with (
+            httpx.AsyncClient(trust_env=False, timeout=self._pace.timeout_s, limits=limits) as http,
+            asyncio.TaskGroup() as deliveries,
+        ):
+            while True:
+                with _later():
+                    await self._tick(http, deliveries)
+                await asyncio.sleep(self._pace.tick_s)
+
+    async def _tick(self, http: httpx.AsyncClient, deliveries: asyncio.TaskGroup) -> None:
+        if not self._desk.catalogue.webhooks.endpoints:
+            return
+        now_s = time.monotonic()
+        if now_s - self._collected_s >= self._pace.collect_s:
+            await self._collect()
+            self._collected_s = now_s
+        if now_s - self._forgot_s >= FORGET_EVERY_S:
+            await self._write(lambda connection: outbox.forget(connection, self._now()))
+            self._forgot_s = now_s
+        for id in await self._write(lambda connection: outbox.waiting(connection, self._now())):
+            endpoint = self._desk.catalogue.webhooks.endpoints.get(id)
+            if endpoint is not None and id not in self._busy and len(self._busy) < ENDPOINTS_AT_ONCE:
+                self._busy.add(id)
+                deliveries.create_task(self._deliver(http, id))
+
+    def _now(self) -> datetime:
+        """As the store writes times: UTC, without saying so."""
+        return self._desk.now().astimezone(UTC).replace(tzinfo=None)
+
+    async def _write(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        def whole() -> T:
+            with self._desk.view.outbox() as connection:
+                return work(connection)
+
+        return await asyncio.to_thread(whole)
+
+    async def _collect(self) -> None:
+        """Make messages of every cause, and say in the log how far everybody was told."""
+        view = self._desk.view
+        heard = Heard(format_position(view.as_of), view.control_position)
+        causes = await self._write(outbox.take_causes)
+        if causes:
+            self._unsettled = True
+            telling: Telling = await messages_of(self._desk, causes, self._now())
+            if telling.decisions:  # told by causes of their own
+                async with self._desk.deciding:
+                    await self._desk.decide(*telling.decisions)
+            await self._write(lambda connection: outbox.put_messages(connection, telling.messages, causes[-1].number))
+        if len(causes) < outbox.CAUSES_AT_ONCE:
+            await self._settle(heard)
+
+    async def _settle(self, heard: Heard) -> None:
+        """Write into the log how far endpoints were told everything: once in a while, and only if anything was told."""
+        now = self._now()
+        if not self._unsettled or (self._told and (now - self._told[-1][0]).total_seconds() < self._pace.settle_s):
+            return
+        self._told = [*self._told, (now, heard)][-TOLD_KEPT:]
+        oldest = await self._write(outbox.oldest_pending)
+        webhooks = self._desk.catalogue.webhooks
+        settled = []
+        for endpoint in webhooks.endpoints.values():
+            first = oldest.get(endpoint.id)
+            done = [what for at, what in self._told if first is None or at < first]
+            if done and endpoint.deleted_at is None and _is_further(done[-1], webhooks.heard(endpoint)):
+                settled.append(EndpointSettled(endpoint.id, done[-1]))
+        if settled:
+            await self._desk.decide(*settled)
+        enabled = {id for id, endpoint in webhooks.endpoints.items() if endpoint.disabled_at is None}
+        self._unsettled = not enabled.isdisjoint(oldest)
+
+    async def _deliver(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
+        try:
+            with _later():
+                await self._deliver_in_order(http, endpoint_id)
+        finally:
+            self._busy.discard(endpoint_id)
+
+    async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
+        pending = await self._write(lambda connection: outbox.pending(connection, endpoint_id))
+        done: list[Message] = []
+        attempts: list[Attempt] = []
+        for message in pending:
+            endpoint = self._desk.catalogue.webhooks.endpoints[endpoint_id]
+            now = self._now()
+            if endpoint.deleted_at is not None:
+                done.append(message._replace(status="failed", settled_at=now))
+                continue
+            if endpoint.disabled_at is not None:
+                break
+            if message.due_at <= now:
+                attempts.append(await self._attempt(http, endpoint, message))
+                message = self._after(message, attempts[-1])
+                done.append(message)
+            if message.status == "pending" and now - message.created_at < ORDER_GUARD:
+                break
+        await self._write(lambda connection: outbox.mark(connection, done, attempts))
+        await self._disable_if_gone(endpoint_id, attempts, [one for one in done if one.status == "failed"])
+
+    def _after(self, message: Message, attempt: Attempt) -> Message:
+        now, number = self._now(), message.attempts + 1
+        if attempt.status_code is not None and 200 <= attempt.status_code < 300:
+            return message._replace(attempts=number, status="delivered", settled_at=now)
+        if number >= self._pace.attempts_max or attempt.status_code == GONE:
+            return message._replace(attempts=number, status="failed", settled_at=now)
+        pause_s = min(self._pace.backoff_s * 2**message.attempts, self._pace.backoff_max_s)
+        pause_s *= random.uniform(1, 1.1)  # noqa: S311 (endpoints that failed together do not come back together)
+        return message._replace(attempts=number, due_at=now + timedelta(seconds=pause_s))
+
+    async def _attempt(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> Attempt:
+        started, began_s = self._now(), time.monotonic()
+        status_code: int | None = None
+        try:
+            async with asyncio.timeout(self._pace.timeout_s):
+                status_code = await self._post(http, endpoint, message)
+                outcome = f"answered {status_code}"
+        except targets.Forbidden as reason:
+            outcome = str(reason)
+        except TimeoutError:
+            outcome = f"no answer within {self._pace.timeout_s:g} s"
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            outcome = f"no connection: {type(error).__name__}"
+        return Attempt(
+            id=self._desk.new_id(), message_id=message.id, endpoint_id=endpoint.id, number=message.attempts + 1,
+            organization_id=endpoint.organization_id, started_at=started, status_code=status_code, outcome=outcome,
+            took_ms=int(1000 * (time.monotonic() - began_s)),
+        )  # fmt: skip
+
+    async def _post(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> int:
+        target = await targets.resolve(endpoint.url, private_allowed=self._private_allowed)
+        headers = signed_headers(endpoint, message, self._desk.now()) | {"host": target.host}
+        sni = {"sni_hostname": target.server_name}
+        async with http.stream(
+            "POST", target.url, content=message.body.encode(), headers=headers, extensions=sni
+        ) as response:  # fmt: skip
+            received = 0
+            async for chunk in response.aiter_raw():
+                received += len(chunk)
+                if received > ANSWER_BYTES_MAX:
+                    break
+            return response.status_code
+
+    async def _disable_if_gone(self, endpoint_id: str, attempts: list[Attempt], failed: list[Message]) -> None:
+        if not failed:
+            return
+        endpoint = self._desk.catalogue.webhooks.endpoints[endpoint_id]
+        since = (endpoint.modified_at or endpoint.created_at).astimezone(UTC).replace(tzinfo=None)
+        in_a_row = await self._write(
+            lambda connection: outbox.failures_in_a_row(connection, endpoint_id, since, DISABLE_AFTER)
+        )  # fmt: skip
+        is_gone = any(attempt.status_code == GONE for attempt in attempts)
+        if in_a_row < DISABLE_AFTER and not is_gone:
+            return
+        reason = "it answered 410" if is_gone else f"{DISABLE_AFTER} messages in a row could not be delivered"
+        logger.warning("webhook_endpoint_disabled", endpoint=endpoint_id, reason=reason)
+        async with self._desk.deciding:
+            endpoint = self._desk.catalogue.webhooks.endpoints[endpoint_id]
+            if endpoint.deleted_at is None and endpoint.disabled_at is None:
+                now = self._desk.now()
+                await self._desk.decide(EndpointSet(replace(endpoint, disabled_at=now, disabled_reason=reason)))
+
+
+@contextlib.contextmanager
+def _later() -> Iterator[None]:
+    """What fails in here is done again: the outbox has everything. A webhook is no reason to end the process."""
+    try:
+        yield
+    except (Unavailable, TryAgain):
+        pass  # between two engines, or the store is busy
+    except Exception:
+        logger.exception("webhooks_failed")
+
+
+def signed_headers(endpoint: Endpoint, message: Message, now: datetime) -> dict[str, str]:
+    """The headers of a delivery made now."""
+    good = [secret.value for secret in endpoint.secrets if secret.expires_at is None or now < secret.expires_at]
+    whole = now.replace(microsecond=0)
+    signatures = [Webhook(key).sign(message.id, whole, message.body) for secret in good for key in keys(secret)]
+    return {
+        "content-type": "application/json",
+        "user-agent": USER_AGENT,
+        "webhook-id": message.id,
+        "webhook-timestamp": str(int(whole.timestamp())),
+        "webhook-signature": " ".join(signatures),
+    }
+
+
+def _is_further(one: Heard, other: Heard) -> bool:
+    return one != other and one.control >= other.control

@@ -1,0 +1,320 @@
+"""Webhooks out: told once, signed, again until they are taken, and never to a place where they may not go."""
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+
+from aggregator.consumer import Aggregator
+from aggregator.webhooks import outbox, targets
+from meters.log import USAGE_EVENTS
+from meters.signatures import signature
+from meters.webhooks import SigningSecret
+from tests.aggregator.polar_story import Polar
+from tests.aggregator.receiving import Delivery, Receiver, receiving, sending, until
+from tests.aggregator.records import SMALL, entry, line
+from tests.aggregator.serving import Json, Server, Tenant
+
+MOMENT = timedelta(milliseconds=20)
+
+
+class Told:
+    """A tenant with an endpoint at a receiver. Requests are made inside the receiver's loop."""
+
+    def __init__(self, tenant: Tenant, receiver: Receiver) -> None:
+        self.tenant, self.receiver = tenant, receiver
+        self.secret = self.endpoint_id = ""
+
+    async def ask(self, method: str, path: str, body: Json = None) -> Any:
+        """A request with the tenant's token."""
+        headers = {"Authorization": f"Bearer {self.tenant.secret}"}
+        response = await self.tenant.server.http.request(method, path, headers=headers, json=body)
+        assert response.is_success, response.text
+        return response.json() if response.content else None
+
+    async def listen(self, *events: str) -> None:
+        """Make the endpoint."""
+        body = {"url": self.receiver.url} | ({"events": list(events)} if events else {})
+        made = await self.ask("POST", "/v1/webhooks/endpoints", body)
+        self.endpoint_id, self.secret = made["id"], made["secret"]
+
+    async def customer(self, name: str = "ann") -> str:
+        """A customer who is called so by the application; the id."""
+        made = await self.ask("POST", "/v1/customers/", {"email": f"{name}@example.com", "external_id": name})
+        return str(made["id"])
+
+    async def meter(self) -> str:
+        """A meter that counts every event; its id."""
+        every = {"conjunction": "and", "clauses": []}
+        definition = {"name": "Calls", "filter": every, "aggregation": {"func": "count"}}
+        return str((await self.ask("POST", "/v1/meters/", definition))["id"])
+
+    async def use(self, *ids: str, name: str = "ann") -> None:
+        """Events of a customer, visible when this returns."""
+        lines = [line(id, external_customer_id=name) for id in ids]
+        record = entry(*lines, organization_id=self.tenant.id, admitted=True)
+        (offset,) = await self.tenant.server.log.append(USAGE_EVENTS, [record])
+        assert await self.tenant.server.aggregator.wait_for({0: offset + 1}, 20)
+
+    async def credit(self, customer_id: str, meter_id: str, units: int) -> None:
+        """Units by hand."""
+        await self.ask("POST", f"/v1/customers/{customer_id}/credits", {"meter_id": meter_id, "units": units})
+
+    async def arrived(self, count: int, passing: timedelta = timedelta()) -> list[Delivery]:
+        """Wait until so many deliveries have come, while time passes at every look."""
+        def look() -> bool:
+            self.tenant.server.now += passing
+            return len(self.receiver.deliveries) >= count
+
+        await until(look)
+        return self.receiver.deliveries
+
+    async def settled(self) -> None:
+        """Wait until nothing is left to be told or made into messages."""
+        def idle() -> bool:
+            with self.tenant.server.aggregator.outbox() as connection:
+                causes = connection.execute(
+                    "SELECT count(*) FROM webhook_causes WHERE organization_id = ?", [self.tenant.id]
+                ).fetchone()
+                return causes == (0,) and outbox.pending(connection, self.endpoint_id) == []
+
+        await until(idle)
+
+
+def live(tenant: Tenant, story: Callable[[Told], Awaitable[None]], **settings: Any) -> None:
+    """Play a story with a receiver and the sender at work."""
+    async def playing() -> None:
+        async with receiving() as receiver, sending(tenant.server, **settings):
+            await story(Told(tenant, receiver))
+
+    tenant.server.run(playing())
+
+
+def verified(delivery: Delivery, key: bytes, now_s: int) -> bool:
+    """Whether one of the signatures is of this key."""
+    head = delivery.headers
+    wanted = signature(key, head["webhook-id"], str(now_s), delivery.body)
+    return wanted in head["webhook-signature"].split() and head["webhook-timestamp"] == str(now_s)
+
+
+def test_a_change_is_told_as_the_customers_state(tenant: Tenant) -> None:
+    """The state is the one that the API answers; signatures are those of both readings of the secret."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        customer, meter = await told.customer(), await told.meter()
+        await told.use("a", "b")
+        await told.credit(customer, meter, 5)
+        await told.settled()
+        last = told.receiver.deliveries[-1]
+        assert last.event["type"] == "customer.state_changed"
+        assert last.event["api_version"] == "2026-10"
+        assert last.event["data"] == await told.ask("GET", f"/v1/customers/{customer}/state")
+        assert [one["balance"] for one in last.event["data"]["active_meters"]] == [3]
+        now_s = int(tenant.server.now.timestamp())
+        standard = base64.b64decode(told.secret.removeprefix("whsec_"))
+        assert [verified(last, key, now_s) for key in (standard, told.secret.encode(), b"no")] == [True, True, False]
+        assert Webhook(told.secret).sign(
+            last.headers["webhook-id"], tenant.server.now, last.body.decode()
+        ) in last.headers["webhook-signature"]
+
+    live(tenant, story)
+
+
+def test_many_movements_are_one_message(tenant: Tenant) -> None:
+    """What happens before the message is made is told together, and nobody else's customers are told."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        other = Told(stranger, told.receiver)
+        await other.customer("eve")
+        await told.customer()
+        for number in range(20):
+            await told.use(f"use-{number}")
+        await told.settled()
+        assert {delivery.event["data"]["external_id"] for delivery in told.receiver.deliveries} == {"ann"}
+
+    stranger = tenant.server.tenant()
+    live(tenant, story)
+    with tenant.server.aggregator.outbox() as connection:
+        assert connection.execute("SELECT count(*) FROM webhook_causes").fetchone() == (0,)
+
+
+def test_a_failure_is_tried_again_with_the_same_words(tenant: Tenant) -> None:
+    """500, a redirect and silence are failures; the message keeps its id and its bytes; the log has every attempt."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        told.receiver.answers = [500, 307]
+        await told.customer()
+        deliveries = await told.arrived(3, passing=MOMENT)
+        await told.settled()
+        assert len({delivery.headers["webhook-id"] for delivery in deliveries}) == 1
+        assert len({delivery.body for delivery in deliveries}) == 1
+        found = await told.ask("GET", "/v1/webhooks/deliveries")
+        shown = [(one["attempt"], one["http_code"], one["succeeded"]) for one in found["items"]]
+        assert shown == [(3, 200, True), (2, 307, False), (1, 500, False)]
+
+    live(tenant, story)
+
+
+def test_what_failed_for_good_can_be_told_again(tenant: Tenant) -> None:
+    """After the last attempt it is left; a redelivery sends the same id and bytes; another tenant cannot ask for it."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        told.receiver.answers = [500, None, 503]
+        await told.customer()
+        first = (await told.arrived(3, passing=MOMENT))[0]
+        await told.settled()
+        outcomes = [one["outcome"] for one in (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]]
+        assert outcomes == ["answered 503", "no answer within 0.5 s", "answered 500"]
+        id = first.headers["webhook-id"]
+        assert await told.ask("POST", f"/v1/webhooks/events/{id}/redeliver") == {"id": id, "endpoints": 1}
+        again = (await told.arrived(4))[3]
+        assert (again.headers["webhook-id"], again.body) == (id, first.body)
+
+    stranger = tenant.server.tenant()
+    live(tenant, story)
+    assert stranger.get("/v1/webhooks/deliveries")["items"] == []
+    message = tenant.get("/v1/webhooks/deliveries")["items"][0]["webhook_event"]["id"]
+    assert stranger.ask("POST", f"/v1/webhooks/events/{message}/redeliver").status_code == 404
+
+
+def test_an_endpoint_that_is_gone_is_disabled(tenant: Tenant) -> None:
+    """410 ends it at once; enabled again, it hears what comes from then on."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        told.receiver.answers = [410]
+        await told.customer()
+
+        async def disabled() -> bool:
+            shown = await told.ask("GET", f"/v1/webhooks/endpoints/{told.endpoint_id}")
+            return shown["disabled_reason"] == "it answered 410"
+
+        await until(disabled)
+        await told.customer("bob")
+        await told.ask("PATCH", f"/v1/webhooks/endpoints/{told.endpoint_id}", {"enabled": True})
+        await told.customer("eve")
+        await told.arrived(2)
+        await told.settled()
+        assert told.receiver.deliveries[-1].event["data"]["external_id"] == "eve"
+
+    live(tenant, story)
+
+
+def test_a_rotated_secret_signs_beside_the_new_one_for_a_day(tenant: Tenant) -> None:
+    """Then the new one alone. No answer but those two shows a secret."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        rotated = await told.ask("PATCH", f"/v1/webhooks/endpoints/{told.endpoint_id}/secret")
+        await told.customer()
+        (both,) = await told.arrived(1)
+        tenant.server.now += timedelta(days=1)
+        await told.customer("bob")
+        late = (await told.arrived(2))[1]
+        now_s = int(tenant.server.now.timestamp())
+        keys = [secret.encode() for secret in (told.secret, rotated["secret"])]
+        assert [verified(both, key, now_s - 86_400) for key in keys] == [True, True]
+        assert [verified(late, key, now_s) for key in keys] == [False, True]
+        shown = [await told.ask("GET", path) for path in ("/v1/webhooks/endpoints", "/v1/webhooks/deliveries")]
+        assert not any(secret in str(shown) for secret in (told.secret, rotated["secret"]))
+
+    live(tenant, story)
+    assert "whsec" not in repr(SigningSecret("whsec_hush"))
+
+
+def test_a_threshold_is_told_once_for_a_crossing_and_a_cycle(tenant: Tenant) -> None:
+    """Reached, told once; credited above it and reached again, told again; a new cycle starts over."""
+    async def story(told: Told) -> None:
+        await told.listen("meter.threshold_reached")
+        customer, meter = await told.customer(), await told.meter()
+        for line_ in ({"measure": "usage", "unit": "percent", "value": 80}, {"measure": "balance", "value": 0}):
+            await told.ask("POST", "/v1/webhooks/thresholds", {"meter_id": meter, **line_})
+        await told.credit(customer, meter, 10)
+        await told.use(*(f"a{number}" for number in range(7)))
+        await told.settled()
+        assert told.receiver.deliveries == []
+        await told.use("b1")
+        await told.arrived(1)
+        await told.use("b2")  # still beyond the line: nothing more to say
+        await told.settled()
+        data = [delivery.event["data"] for delivery in told.receiver.deliveries]
+        assert [(one["measure"], one["consumed_units"], one["balance"]) for one in data] == [("usage", 8, 2)]
+        await told.use("b3", "b4")
+        await told.arrived(2)
+        assert told.receiver.deliveries[1].event["data"]["balance"] == -1
+        await told.credit(customer, meter, 90)  # both lines are behind
+        await told.settled()
+        await told.use(*(f"c{number}" for number in range(69)))
+        await told.arrived(3)
+        tenant.server.now += timedelta(seconds=1)
+        await told.ask("POST", f"/v1/customers/{customer}/resets")
+        await told.settled()
+        measures = [delivery.event["data"]["measure"] for delivery in told.receiver.deliveries]
+        assert measures == ["usage", "balance", "usage", "balance"]  # the new cycle begins with nothing left
+        assert len({delivery.headers["webhook-id"] for delivery in told.receiver.deliveries}) == 4
+
+    live(tenant, story)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://127.0.0.1/", "https://localhost/", "https://10.0.0.7/", "https://169.254.169.254/latest", "https://[::1]/",
+     "https://[::ffff:192.168.0.1]/", "http://example.com/", "ftp://example.com/", "https://user:pw@example.com/",
+     "https:///x", "https://0.0.0.0/", "https://100.64.0.1/", "https://example.com:99999/", "https://a b/"],
+)  # fmt: skip
+def test_private_and_strange_targets_are_refused(url: str) -> None:
+    """Nothing inside the operator's network is reached by who has only a token."""
+    assert targets.refusal(url, private_allowed=False) is not None
+
+
+def test_a_name_that_leads_inside_is_found_out_at_delivery(server: Server) -> None:
+    """What a name means is asked for each delivery, and the connection goes to what was checked."""
+    with pytest.raises(targets.Forbidden):
+        server.run(targets.resolve("https://localhost:1/", private_allowed=False))
+    target = server.run(targets.resolve("http://localhost:81/x?y=1", private_allowed=True))
+    assert target.host == "localhost:81"
+    assert target.url in ("http://127.0.0.1:81/x?y=1", "http://[::1]:81/x?y=1")
+    assert targets.refusal("https://example.com/hook", private_allowed=False) is None
+
+
+def test_a_store_made_anew_does_not_tell_the_past_again(server: Server, tmp_path: Any) -> None:
+    """How far everybody was told is in the log, so only what came after it gives a new store something to tell."""
+    tenant = server.tenant()
+
+    async def story(told: Told) -> None:
+        await told.listen()
+        await told.customer()
+        await told.use("a")
+        await told.arrived(1)
+        await told.settled()
+        await until(lambda: told.endpoint_id in server.aggregator.catalogue.webhooks.settled)
+        settled = server.aggregator.catalogue.webhooks.settled[told.endpoint_id]
+        await until(lambda: server.aggregator.catalogue.webhooks.settled[told.endpoint_id].events >= settled.events)
+
+    live(tenant, story)
+    anew = Aggregator(server.log, tmp_path / "anew.duckdb", SMALL)
+    anew.start()
+    try:
+        server.run(asyncio.wait_for(anew.wait_for(server.aggregator.as_of, 20), 20))
+        with anew.outbox() as connection:
+            told = {cause.customer_id for cause in outbox.take_causes(connection) if cause.organization_id == tenant.id}
+        assert told == set()
+    finally:
+        anew.stop()
+
+
+def test_polars_news_are_told_on(tenant: Tenant) -> None:
+    """What Polar decides changes the state, and the state is told."""
+    polar = Polar(tenant)
+    polar.mirrored_meter()
+
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+
+    live(tenant, story)
+    polar.deliver("benefit_grant.created", polar.grant(tenant.server.now), "1")
+    with tenant.server.aggregator.outbox() as connection:
+        causes = [cause.customer_id for cause in outbox.take_causes(connection) if cause.organization_id == tenant.id]
+    assert polar.customer_id in causes
