@@ -22,7 +22,7 @@ from ingest.client.limits import DEFAULT_SPOOL, Limits
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, abandoned, fingerprint
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 from ingest.client.values import Unacceptable
@@ -98,6 +98,7 @@ class Ingestion:
         self._refused = 0
         self._is_started = False
         self._stop = threading.Event()
+        self._adopting = threading.Lock()
         self._keeper: threading.Thread | None = None
 
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
@@ -106,6 +107,16 @@ class Ingestion:
         Takes microseconds, and at most ``limits.block_s_max`` when the spool is full and it shall block. Raises
         nothing, but EventRefused in strict mode and SpoolFull if that was chosen. The event is not changed.
         """
+        try:
+            return self._capture(event)
+        except (EventRefused, SpoolFull):
+            raise
+        except Exception as error:  # a mapping that cannot be read, say
+            logger.exception("an event could not be captured")
+            self._refuse(Rejection(event, None, "error", (), type(error).__name__, "capture"))
+            return None
+
+    def _capture(self, event: Event | Mapping[str, Any]) -> str | None:
         try:
             sealed = seal(event)
         except Unacceptable as problem:
@@ -145,10 +156,11 @@ class Ingestion:
         if self._is_started:
             self.flush(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
+        self._outbox.stop()
+        self._sender.join(deadline_s)
         if self._keeper is not None:
             self._keeper.join(max(0.0, deadline_s - time.monotonic()))
         lost = self._outbox.close()
-        self._sender.join(deadline_s)
         self._transport.close()
         lifecycle.leave(self)
         if lost:
@@ -180,11 +192,13 @@ class Ingestion:
 
     def hold_still(self) -> None:
         """A fork is about to happen."""
+        self._adopting.acquire()
         self._outbox.changed.acquire()
 
     def go_on(self) -> None:
         """The fork has happened, and this is the parent."""
         self._outbox.changed.release()
+        self._adopting.release()
 
     def start_anew(self) -> None:
         """This is a forked child: events, threads, connections and the spool's file are the parent's."""
@@ -198,11 +212,14 @@ class Ingestion:
                 return
             self._is_started = True
         lifecycle.started(self)
-        self._sender.start()
-        if self._spool:
-            name = "meterstream-client-spool"
-            self._keeper = threading.Thread(target=self._keep, args=(self._spool,), name=name, daemon=True)
-            self._keeper.start()
+        try:
+            self._sender.start()
+            if self._spool:
+                name = "meterstream-client-spool"
+                self._keeper = threading.Thread(target=self._keep, args=(self._spool,), name=name, daemon=True)
+                self._keeper.start()
+        except RuntimeError:  # the interpreter ends, or the system has no threads left: the spool has the events
+            logger.exception("events cannot be sent from this process")
 
     def _keep(self, spool: Spool) -> None:
         """Keep the spool in order: its journal synced, and what processes that are gone have left taken over."""
@@ -210,19 +227,25 @@ class Ingestion:
         while not self._stop.wait(0 if adopt_s == 0.0 else _SYNC_EVERY_S):
             spool.sync()
             if time.monotonic() >= adopt_s:
-                self._adopt(spool.directory)
+                for other in spools(spool.directory, self._owners):
+                    self._adopt(other)
                 adopt_s = time.monotonic() + self._limits.adopt_every_s
 
-    def _adopt(self, directory: Path) -> None:
-        for left in abandoned(directory, self._owners):
-            try:
-                _move(left, self._outbox)
-            except SpoolBroken as error:
-                logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
-            finally:
-                left.close()
-            if self._stop.is_set():
-                return
+    def _adopt(self, other: Spool) -> None:
+        """Move every event of an abandoned file into our own. Between two steps the process may fork: a child could
+        never use SQLite again if another thread was in the middle of it."""
+        with self._adopting:
+            is_abandoned = other.claim()
+        try:
+            while is_abandoned and not self._stop.is_set():
+                with self._adopting:
+                    if not _move(other, self._outbox):
+                        break
+        except SpoolBroken as error:
+            logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
+        finally:
+            with self._adopting:
+                other.close()
 
     def _count_refused(self) -> None:
         with self._outbox.changed:
@@ -260,9 +283,11 @@ def _usable(spool: str | Path | None) -> Path | None:
     return directory
 
 
-def _move(spool: Spool, outbox: Outbox) -> None:
-    """Every event of an abandoned spool into our own, then out of it. Between the two they are in both: an event that
-    is sent twice has one id and counts once."""
-    while rows := spool.read(-1, _ADOPTED_AT_ONCE):
+def _move(spool: Spool, outbox: Outbox) -> bool:
+    """Some events of an abandoned spool into our own, then out of it; False when it is empty. Between the two they are
+    in both: an event that is sent twice has one id and counts once."""
+    rows = spool.read(-1, _ADOPTED_AT_ONCE)
+    if rows:
         outbox.adopt([line for _, line in rows])
         spool.delete([number for number, _ in rows])
+    return bool(rows)

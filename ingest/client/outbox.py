@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from threading import Condition
 from typing import Literal
@@ -159,16 +160,23 @@ class Outbox:
         heads += [row[0] for row in self._memory] if self._unspooled else [row[0] for row in islice(self._memory, 1)]
         return all(first > number for first in heads)
 
-    def close(self) -> int:
-        """Stop giving out batches, and give the spool up; how many events are lost because nothing else has them."""
+    def stop(self) -> None:
+        """Take nothing more, and give out no more batches."""
         with self.changed:
             self.is_closing = True
             self.changed.notify_all()
-            lost = len(self._unspooled) if self._spool else self.pending
-            if self._spool:
-                self._erase([])
-                self._spool.close()
-            return lost
+
+    def close(self) -> int:
+        """Give the spool up; how many events are lost because nothing else has them."""
+        with self.changed:
+            spool, self._spool = self._spool, None  # what is settled from now on will be sent again, and counts once
+            if spool is None:
+                return self.pending
+            if self._unerased:
+                with suppress(SpoolBroken):
+                    spool.delete(self._unerased)
+            spool.close()
+            return len(self._unspooled)
 
     def forget(self) -> None:
         """After a fork, in the child: everything here is the parent's."""

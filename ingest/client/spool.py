@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -173,13 +173,10 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def abandoned(directory: Path, owners: Sequence[str]) -> Iterator[Spool]:
-    """The files of these owners whose processes are gone, claimed one at a time."""
+def spools(directory: Path, owners: Sequence[str]) -> list[Spool]:
+    """The files of these owners, not opened; ``claim`` tells which of them belong to nobody."""
     for owner in owners:
-        for path in sorted(directory.glob(f"{owner}-*{SUFFIX}")):
-            spool = Spool(directory, owner, path)
-            if spool.claim():
-                yield spool
         for journal in directory.glob(f"{owner}-*{SUFFIX}{_JOURNAL}"):  # of a file that was removed a moment too early
             if not Path(str(journal).removesuffix(_JOURNAL)).exists():
                 journal.unlink(missing_ok=True)
+    return [Spool(directory, owner, path) for owner in owners for path in sorted(directory.glob(f"{owner}-*{SUFFIX}"))]

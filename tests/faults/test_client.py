@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from ingest.client import Ingestion, Limits, Rejection
-from ingest.client.spool import abandoned, fingerprint
+from ingest.client.spool import Spool, fingerprint, spools
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from tests.faults.disk import SmallDisk
@@ -86,7 +86,7 @@ def logged(server: Server) -> list[str]:
 def spooled(directory: Path, server: Server) -> set[str]:
     """The ids in the files of processes that are gone."""
     found: set[str] = set()
-    for spool in abandoned(directory, [fingerprint(url(server), TOKEN)]):
+    for spool in filter(Spool.claim, spools(directory, [fingerprint(url(server), TOKEN)])):
         found |= {msgspec.json.decode(line)["external_id"] for _, line in spool.read(-1, 1 << 30)}
         spool.close()
     return found

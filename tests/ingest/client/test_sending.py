@@ -316,6 +316,24 @@ def test_strict_raises_what_would_be_handed_over() -> None:
         assert ingestion.ingest(event(2)) == "e2"
 
 
+class Unreadable(dict[str, Any]):
+    """A mapping that fails."""
+
+    def items(self) -> Any:
+        """Fails."""
+        raise RuntimeError("no")
+
+
+def test_nothing_is_raised_into_the_application() -> None:
+    """Whatever it hands over, and whatever that does when it is read."""
+    rejected: list[Rejection] = []
+    events: list[Any] = [Unreadable(), {"name": "call", "external_customer_id": "u", "metadata": Unreadable()}, 5, None]
+    with FaultServer() as server, client(server, on_rejected=rejected.append) as ingestion:
+        assert [ingestion.ingest(event) for event in [*events, event(1)]] == [None, None, None, None, "e1"]
+
+    assert [rejection.type for rejection in rejected] == ["error", "error", *["model_attributes_type"] * 2]
+
+
 def test_after_close_events_are_rejected_not_lost_in_silence() -> None:
     """A closed client says so, to the handler."""
     rejected: list[Rejection] = []
