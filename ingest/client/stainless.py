@@ -1,8 +1,8 @@
-"""Clients made by the Stainless generator (OpenAI's, Anthropic's): every call of theirs passes through ``post``.
+"""Clients made by the Stainless generator (OpenAI's, Anthropic's): every call passes through ``post`` or ``get``.
 
-``metered`` makes a copy of a client that shares its connections and differs in ``post`` alone, so that everything
-built on it (parsing, streaming helpers, raw responses, tool runners, other libraries) is metered too, ``isinstance``
-holds, and retries, which happen below ``post``, are seen once. Nothing is imported: the client brings its own classes.
+``metered`` makes a copy of a client that shares its connections and differs in these two alone. So whatever is built
+on them (parsing, streaming helpers, raw responses, tool runners, other libraries) is metered too, ``isinstance`` holds,
+and retries, which happen below, are seen once. Nothing is imported: the client brings its own classes.
 """
 
 import inspect
@@ -29,7 +29,7 @@ class Reader(Watcher, Protocol):
 
 
 Open = Callable[[str, Any, bool], Reader | None]
-"""A call begins: path, body, is it streamed. None when it is none to be metered."""
+"""A call begins: path, body (None: something is fetched), is it streamed. None when it is none to be metered."""
 
 
 def metered(client: C, opened: Open) -> C:
@@ -43,7 +43,7 @@ def metered(client: C, opened: Open) -> C:
 
 @cache
 def _metered_class(base: Any) -> type:
-    """A subclass of the client's class, with another ``post``; copies of its instances are metered as they are."""
+    """A subclass of the client's class, with other requests; copies of its instances are metered as they are."""
     if hasattr(base, "_opened_by_meter"):
         return base  # type: ignore[no-any-return]
     is_async = inspect.iscoroutinefunction(base.post)
@@ -53,18 +53,27 @@ def _metered_class(base: Any) -> type:
         made._opened_by_meter = self._opened_by_meter
         return made
 
-    def post(self: Any, path: str, **options: Any) -> Any:
-        reader = _reader(self._opened_by_meter, path, options)
-        answer = base.post(self, path, **options)
-        return answer if reader is None else _read(answer, reader, options)
-
-    async def post_async(self: Any, path: str, **options: Any) -> Any:
-        reader = _reader(self._opened_by_meter, path, options)
-        answer = await base.post(self, path, **options)
-        return answer if reader is None else _read(answer, reader, options)
-
-    members = {"_opened_by_meter": None, "copy": copy, "with_options": copy, "post": post_async if is_async else post}
+    requests = {name: (_async_request if is_async else _request)(getattr(base, name)) for name in ("post", "get")}
+    members = {"_opened_by_meter": None, "copy": copy, "with_options": copy, **requests}
     return type(base.__name__, (base,), members | {"__module__": base.__module__})
+
+
+def _request(request: Any) -> Any:
+    def read_request(self: Any, path: str, **options: Any) -> Any:
+        reader = _reader(self._opened_by_meter, path, options)
+        answer = request(self, path, **options)
+        return answer if reader is None else _read(answer, reader, options)
+
+    return read_request
+
+
+def _async_request(request: Any) -> Any:
+    async def read_request(self: Any, path: str, **options: Any) -> Any:
+        reader = _reader(self._opened_by_meter, path, options)
+        answer = await request(self, path, **options)
+        return answer if reader is None else _read(answer, reader, options)
+
+    return read_request
 
 
 def _reader(opened: Open, path: str, options: dict[str, Any]) -> Reader | None:
@@ -75,14 +84,14 @@ def _reader(opened: Open, path: str, options: dict[str, Any]) -> Reader | None:
         body = {**body, **request["extra_json"]}
         request = {name: value for name, value in request.items() if name != "extra_json"}
     reader: Reader | None = harmless(lambda opened: opened(path, body, bool(options.get("stream"))), opened, None)
-    if reader is not None:
+    if reader is not None and body is not None:
         options |= {"body": reader.body, "options": request}
     return reader
 
 
 def _read(answer: Any, reader: Reader, options: dict[str, Any]) -> Any:
     is_streamed = bool(options.get("stream"))
-    headers = options["options"].get("headers") or {}
+    headers = (options.get("options") or {}).get("headers") or {}
     if any(name.lower() == RAW_RESPONSE_HEADER for name in headers) and hasattr(answer, "parse"):
         return _raw(answer, reader, is_streamed)
     return _watched(answer, reader, is_streamed)

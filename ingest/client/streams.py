@@ -19,6 +19,10 @@ class Watcher(Protocol):
     def item(self, item: Any) -> bool:
         """See an item. False keeps it from the caller."""
 
+    def is_last(self, item: Any) -> bool:
+        """Whether what follows this item is for the watcher alone. It is then fetched before the caller gets the
+        item, because callers who saw the last of what is theirs leave."""
+
     def end(self, is_complete: bool) -> None:
         """The stream ended; it ran out by itself when ``is_complete``."""
 
@@ -34,6 +38,12 @@ class Ward:
         if self._watcher is None:
             return True
         return bool(harmless(lambda watcher: watcher.item(item), self._watcher, True))
+
+    def is_last(self, item: Any) -> bool:
+        """Whether nothing is to follow for the caller."""
+        if self._watcher is None:
+            return False
+        return bool(harmless(lambda watcher: watcher.is_last(item), self._watcher, False))
 
     def end(self, is_complete: bool = False) -> None:
         """Pass the end on, once."""
@@ -51,6 +61,19 @@ def harmless(action: Callable[[Any], Any], subject: Any, otherwise: Any) -> Any:
         return otherwise
 
 
+class _End:
+    """An error that was met early, and is raised when its turn comes."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _given(found: Any) -> Any:
+    if isinstance(found, _End):
+        raise found.error
+    return found
+
+
 class _Watched:
     """Stands in for a stream; whatever it does not know itself is the stream's."""
 
@@ -58,6 +81,7 @@ class _Watched:
         self._stream = stream
         self._ward = Ward(watcher)
         self._is_reading = False
+        self._next: list[Any] = []  # an item, or an error, that came after the last item and was not for us
         response = getattr(stream, "response", None)
         for name in ("close", "aclose"):  # some close what is below the stream, and not the stream
             if callable(close := getattr(response, name, None)):
@@ -74,7 +98,7 @@ class _Watched:
         return close_and_end
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_stream", "_ward", "_is_reading"):
+        if name.startswith("__") or name in ("_stream", "_ward", "_is_reading", "_next"):
             raise AttributeError(name)
         return getattr(self._stream, name)
 
@@ -90,6 +114,17 @@ class WatchedStream(_Watched):
         return self
 
     def __next__(self) -> Any:
+        if self._next:
+            return _given(self._next.pop())
+        item = self._read()
+        if self._ward.is_last(item):
+            try:
+                self._next.append(self._read())
+            except Exception as end:
+                self._next.append(_End(end))
+        return item
+
+    def _read(self) -> Any:
         while True:
             self._is_reading = True
             try:
@@ -129,6 +164,17 @@ class WatchedAsyncStream(_Watched):
         return self
 
     async def __anext__(self) -> Any:
+        if self._next:
+            return _given(self._next.pop())
+        item = await self._read()
+        if self._ward.is_last(item):
+            try:
+                self._next.append(await self._read())
+            except Exception as end:
+                self._next.append(_End(end))
+        return item
+
+    async def _read(self) -> Any:
         while True:
             self._is_reading = True
             try:

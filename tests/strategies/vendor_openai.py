@@ -103,6 +103,23 @@ def test_a_stream_is_exact_and_looks_as_if_nobody_asked(
     assert ingestion.one()["metadata"] == EXACT | {"plan": "pro", "feature": "search"}
 
 
+def test_who_leaves_at_the_finish_is_metered_exactly(
+    client: OpenAI, vendor: Replay, ingestion: RecordingIngestion
+) -> None:
+    """Most callers stop where the answer does; the usage, which follows, was fetched by then."""
+    vendor.will(CHAT, chat_stream(), chat_stream(CHUNKS[:-1]), chat_stream(CHUNKS[:-1], "cut"))
+    for item in (opened := client.chat.completions.create(**QUESTION, stream=True)):
+        if item.choices[0].finish_reason:
+            break
+    opened.close()
+    assert len(list(client.chat.completions.create(**QUESTION, stream=True))) == 4
+    cut = client.chat.completions.create(**QUESTION, stream=True)
+    assert [next(cut).choices[0].finish_reason for _ in range(4)] == [None, None, None, "stop"]
+    with pytest.raises(Exception):  # noqa: B017, PT011 (the library's, of several kinds)
+        next(cut)
+    assert ["estimated" in event["metadata"] for event in ingestion.events] == [False, True, True]
+
+
 def test_who_asks_for_usage_gets_it(client: OpenAI, vendor: Replay, ingestion: RecordingIngestion) -> None:
     """The caller's own options stay as they are."""
     vendor.will(CHAT, chat_stream(), chat_stream())
@@ -214,6 +231,32 @@ def test_responses_whole_and_streamed(client: OpenAI, vendor: Replay, ingestion:
     *exact, estimated = [event["metadata"] for event in ingestion.events]
     assert exact == [EXACT | {"plan": "pro", "feature": "search"}] * 3
     assert (estimated["estimated"], estimated["inputTokens"], estimated["outputTokens"]) == (True, 5, 2)
+
+
+def test_responses_in_the_background_count_once_when_they_are_fetched(
+    client: OpenAI, vendor: Replay, ingestion: RecordingIngestion
+) -> None:
+    """Fetched before it is done, when it is, and again: one event; what did not run there was counted when it was."""
+    usage = {"input_tokens": 1250, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 340,
+             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 1590}  # fmt: skip
+    done = {"id": "resp_1", "object": "response", "created_at": 1767000000, "status": "completed", "model": MODEL,
+            "background": True, "output": [], "usage": usage}  # fmt: skip
+    queued = done | {"status": "queued", "usage": None}
+    begun = {"type": "response.created", "sequence_number": 0, "response": queued}
+    ended = {"type": "response.completed", "sequence_number": 1, "response": done}
+    vendor.will(RESPONSES, whole(queued), stream([begun], is_named=True))
+    vendor.will(f"{RESPONSES}/resp_1", whole(queued), whole(done), whole(done), stream([begun, ended], is_named=True),
+                whole(done | {"background": False}))  # fmt: skip
+    asked: dict[str, Any] = {"model": "gpt-5-mini", "input": "How are you today?", "background": True}
+    client.responses.create(**asked)
+    assert len(list(client.responses.create(**asked, stream=True))) == 1
+    for _ in range(3):
+        client.responses.retrieve("resp_1")
+    assert len(list(client.responses.retrieve("resp_1", stream=True))) == 2
+    client.responses.retrieve("resp_1")
+    assert [event["external_id"] for event in ingestion.events] == ["llm:resp_1"] * 3
+    assert ingestion.events[0] == ingestion.events[1] == ingestion.events[2]
+    assert ingestion.events[0]["metadata"]["totalTokens"] == 1590
 
 
 def test_embeddings_have_no_output(client: OpenAI, vendor: Replay, ingestion: RecordingIngestion) -> None:

@@ -119,6 +119,10 @@ class _Reader:
                 self._is_final = read(item, "delta", "stop_reason") is not None
         return True
 
+    def is_last(self, item: Any) -> bool:
+        """Nothing of a stream is for the meter alone."""
+        return False
+
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""
         self._finish()

@@ -198,6 +198,10 @@ class _Reader:
             self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
         return True
 
+    def is_last(self, item: Any) -> bool:
+        """Nothing of a stream is for the meter alone."""
+        return False
+
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""
         self._is_final = self._is_final or (is_complete and self._tokens is not None)

@@ -9,6 +9,7 @@ is kept from a caller who did not ask for it himself.
 """
 
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ingest.client.llm import (
@@ -77,15 +78,17 @@ class OpenAIStrategy(LanguageModelStrategy):
         """
         url = None if vendor else str(read(client, "base_url") or "")
 
-        def record(who: Any, call: ModelCall) -> None:
-            self.record(who, call, metadata)
-
         def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
-            reader = _READERS.get(path)
-            who = self.resolve(customer) if reader else None
-            if reader is None or who is None or not isinstance(body, Mapping):
+            reader = _READERS.get(path) if isinstance(body, Mapping) else None
+            if body is None and path.startswith("/responses/"):
+                reader = _StoredReader
+            if reader is None or (who := self.resolve(customer)) is None:
                 return None
-            return reader(body, is_streamed, vendor or VENDOR, url, keep_text, lambda call: record(who, call))
+
+            def report(call: ModelCall, **identity: Any) -> None:
+                self.record(who, call, metadata, **identity)
+
+            return reader(body or {}, is_streamed, vendor or VENDOR, url, keep_text, report)
 
         return metered(client, opened)
 
@@ -102,7 +105,7 @@ class _Reader:
         vendor: str,
         url: str | None,
         keep_text: bool,
-        report: Callable[[ModelCall], object],
+        report: Callable[..., object],
     ) -> None:
         self.body: Mapping[str, Any] = body
         self._vendor, self._url, self._report, self._keep_text = vendor, url, report, keep_text
@@ -111,6 +114,7 @@ class _Reader:
         self._tier = ""
         self._usage: Any = None
         self._words: list[str] = []
+        self._identity: dict[str, Any] = {}
 
     def whole(self, answer: Any) -> None:
         """Read an answer that came at once."""
@@ -124,6 +128,10 @@ class _Reader:
         if delta := self.text_of(item):
             self._words.append(delta)
         return True
+
+    def is_last(self, item: Any) -> bool:
+        """Nothing of a stream is for the meter alone."""
+        return False
 
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""
@@ -156,7 +164,8 @@ class _Reader:
                 terms={"service_tier": self._tier} if self._tier else {},
                 prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
                 response=words if self._keep_text else None,
-            )
+            ),
+            **self._identity,
         )
 
     def _estimate(self, words: str) -> Tokens:
@@ -179,9 +188,17 @@ class _ChatReader(_Reader):
         super().item(item)
         return not (self._hides_usage and not read(item, "choices") and read(item, "usage") is not None)
 
+    def is_last(self, item: Any) -> bool:
+        """After the reason why an answer is finished comes the usage."""
+        return self._hides_usage and any(text(choice, "finish_reason") for choice in items(item, "choices"))
+
 
 class _ResponseReader(_Reader):
-    """Responses: events instead of chunks; the last one holds the response with its usage."""
+    """Responses: events instead of chunks; the last one holds the response with its usage.
+
+    One that runs in the background is reported by whoever fetches it when it is done. It may be fetched often, so its
+    event has its id and its time.
+    """
 
     tokens = staticmethod(response_tokens)
 
@@ -189,6 +206,17 @@ class _ResponseReader(_Reader):
         """Read a response. One that runs in the background, or failed before it used anything, tells no usage."""
         if read(answer, "usage") is not None:
             super().whole(answer)
+
+    def end(self, is_complete: bool) -> None:
+        """Report what was seen, unless the rest can still be fetched."""
+        if self._usage is not None or not self._identity:
+            super().end(is_complete)
+
+    def _see(self, answer: Any) -> None:
+        super()._see(answer)
+        if read(answer, "background") is True:
+            created = datetime.fromtimestamp(count(answer, "created_at"), UTC)
+            self._identity = {"external_id": text(answer, "id"), "timestamp": created}
 
     def item(self, item: Any) -> bool:
         """Read an event."""
@@ -204,6 +232,20 @@ class _ResponseReader(_Reader):
         return "".join(
             text(part, "text") for entry in items(answer, "output") for part in items(entry, "content")
         )
+
+
+class _StoredReader(_ResponseReader):
+    """A response that is fetched; if it did not run in the background it was reported when it was made."""
+
+    def whole(self, answer: Any) -> None:
+        """Read a response."""
+        if read(answer, "background") is True:
+            super().whole(answer)
+
+    def end(self, is_complete: bool) -> None:
+        """Report what was seen."""
+        if self._identity:
+            super().end(is_complete)
 
 
 class _EmbeddingReader(_Reader):
