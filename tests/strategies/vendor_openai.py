@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 from pydantic import BaseModel
 
 from ingest.client.prices import list_price
@@ -186,6 +186,17 @@ def test_parsing_and_raw_responses_are_metered(client: OpenAI, vendor: Replay, i
         assert response.parse().choices[0].message.content == "Fine."
     assert [event["metadata"]["totalTokens"] for event in ingestion.events] == [1590] * 4
     assert not any("estimated" in event["metadata"] for event in ingestion.events)
+
+
+def test_azures_client(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """It asks at other addresses, below the meter."""
+    vendor.will("/openai/deployments/gpt-5-mini/chat/completions", whole(COMPLETION), chat_stream())
+    plain = AzureOpenAI(api_key="key", api_version="2025-04-01-preview", azure_endpoint=vendor.url)
+    client = ingestion.strategy(OpenAIStrategy, "llm").client(plain, "ada", vendor="azure")
+    client.chat.completions.create(**QUESTION)
+    assert len(list(client.with_options(timeout=5).chat.completions.create(**QUESTION, stream=True))) == 4
+    assert [event["metadata"]["vendor"] for event in ingestion.events] == ["azure"] * 2
+    assert ingestion.total("totalTokens") == 2 * 1590
 
 
 def test_copies_of_a_metered_client_are_metered(
