@@ -74,8 +74,10 @@ class Round(NamedTuple):
 class Store:
     """The open file. ``commit`` and ``checkpoint`` are for the writer's threads; ``read`` for any thread."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int) -> None:
+    def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int, path: Path | None = None) -> None:
+        """``path`` is where the file lies, for who writes: another file there means another writer."""
         self._connection = connection
+        self._place = None if path is None else (path, path.stat().st_ino)
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._readers_changed = threading.Condition()
         self._closing = False
@@ -103,7 +105,7 @@ class Store:
         connection, epoch = open_file(path, identities, settings)
         try:
             with explaining(path):
-                return cls(connection, epoch)
+                return cls(connection, epoch, path)
         except BaseException:
             connection.close()
             raise
@@ -188,6 +190,7 @@ class Store:
 
         Raises Replaced when the stored positions or the epoch are not the expected ones, Doubt on anything else.
         """
+        self._check_place()
         rows = self._numbered(round_.changes.rows)
         try:
             self._connection.execute("BEGIN")
@@ -198,6 +201,18 @@ class Store:
         self.next_seq += rows.num_rows
         self._next_dead += len(round_.changes.dead)
         return rows
+
+    def _check_place(self) -> None:
+        """The epoch tells a writer of the same file; a successor on a restored or moved copy has a file of its own."""
+        if self._place is None:
+            return
+        path, inode = self._place
+        try:
+            if path.stat().st_ino == inode:
+                return
+        except FileNotFoundError:
+            pass
+        raise Replaced(f"another file is at {path}: another writer took over, or the store was restored meanwhile")
 
     def _numbered(self, rows: pa.Table) -> pa.Table:
         seq = pa.array(np.arange(self.next_seq, self.next_seq + rows.num_rows, dtype=np.int64))

@@ -6,15 +6,17 @@ Kills are in ``test_kafka_kill.py``. Each test prints what its sender was told a
 import asyncio
 import contextlib
 import random
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.faults.cutting import CuttingProxy
-from tests.faults.evidence import SEED
+from tests.faults.evidence import SEED, eventually, export
 from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 from tests.faults.sender import Sender
-from tests.kafka.cluster import free_port
+from tests.kafka.cluster import Cluster, free_port
 
 PAUSE_S = 0.05  # of a sender's connection
 CUSTOMERS = 20  # over all partitions
@@ -23,6 +25,7 @@ PATIENCE_S = 1  # of a gateway for the brokers, so that a short stop is longer
 CUTS = 12
 CUT_EVERY_S = 0.15
 UNSEEN_S = 0.3  # that a sender goes on after a fault
+BROKERS_LOST = 1  # one after the other, and back; 6 with --long
 
 
 def sender(seed: int = SEED) -> Sender:
@@ -102,3 +105,107 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, capsys: pytest.Captu
     assert to_gateway.cut > 0
     assert to_broker.cut > 0
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
+
+
+@pytest.mark.timeout(300)
+def test_one_of_three_brokers_may_be_lost(tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other two lead on and acknowledge; with two lost nobody is told yes, and nothing is lost when they return."""
+    choose = random.Random(SEED)
+    with own_brokers(tmp_path, nodes=3) as cluster:
+        options = f"?delivery_timeout_s={PATIENCE_S}"
+        installation, client = KafkaInstallation(cluster, tmp_path, options=options), sender()
+        away: list[float] = []
+        told_yes: list[int] = []
+
+        async def strike() -> None:
+            for _ in range(BROKERS_LOST * 6 if long else BROKERS_LOST):
+                first, second, _ = choose.sample(cluster.nodes, 3)
+                away.append(await asyncio.to_thread(recovery_s, first.kill, installation.writes))
+                await asyncio.sleep(UNSEEN_S)
+                await asyncio.to_thread(second.kill)
+                await asyncio.sleep(PATIENCE_S)  # whatever was under way is answered
+                acknowledged = len(client.acknowledged)
+                await asyncio.sleep(PATIENCE_S)
+                told_yes.append(len(client.acknowledged) - acknowledged)
+                first.start()
+                second.start()
+                await asyncio.to_thread(eventually, installation.writes)
+
+        with contextlib.closing(installation):
+            installation.start()
+            asyncio.run(client.load(installation.address, strike, refused=True))
+            outcome, counted, _ = installation.end(client)
+    with capsys.disabled():
+        print(
+            f"\nkafka, brokers lost: seed {SEED}, one of three {len(away)} times, then a second, {outcome}, again in "
+            f"the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss, at the longest"
+        )
+
+    assert sum(told_yes) == 0
+    assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
+
+
+def test_a_stopped_aggregator_cannot_be_joined(
+    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside one that is only stopped, a second one on the same data refuses; the first goes on where it was."""
+    installation, client = KafkaInstallation(kafka, tmp_path), sender()
+    second = installation.another_aggregator("second", free_port(), installation.store.parent)
+    with contextlib.closing(installation):
+        installation.start()
+        installation.aggregator.signal(signal.SIGSTOP)
+        asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
+        second.start()
+        code = second.wait()
+        installation.aggregator.signal(signal.SIGCONT)
+        outcome, _, _ = installation.end(client)
+    complaint = second.output.strip()
+    with capsys.disabled():
+        print(f"\nkafka, a second aggregator: {outcome}; it says: {complaint}")
+
+    assert code == 1
+    assert "stop it first" in complaint
+    assert len(complaint.splitlines()) == 1
+    assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
+
+
+def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A successor took over the data on another disk; whoever was stopped wakes up, commits nothing, and leaves."""
+    installation, client = KafkaInstallation(kafka, tmp_path), sender()
+    zombie, data = installation.aggregator, installation.store.parent
+    with contextlib.closing(installation):
+        installation.start()
+        asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
+        installation.catch_up()
+        zombie.signal(signal.SIGSTOP)
+        try:
+            data.rename(tmp_path / "unplugged")  # the disk that only the zombie still has
+            shutil.copytree(tmp_path / "unplugged", data, ignore=shutil.ignore_patterns("*.lock", "*.sock"))
+            stale = export_copy(tmp_path / "unplugged", tmp_path / "copy")
+            installation.api_port = free_port()
+            installation.aggregator = installation.another_aggregator("successor", installation.api_port, data)
+            installation.aggregator.start()
+            eventually(installation.reads)
+            asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
+            installation.catch_up()
+        finally:
+            zombie.signal(signal.SIGCONT)
+        code = zombie.wait()
+        outcome, _, _ = installation.end(client)
+    complaint = zombie.output.strip().splitlines()[-1]
+    with capsys.disabled():
+        print(f"\nkafka, zombie: {outcome}; it says: {complaint}")
+
+    assert code == 1
+    assert "another writer took over" in complaint
+    assert export_copy(tmp_path / "unplugged", tmp_path / "copy-after") == stale
+    assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
+
+
+def export_copy(data: Path, to: Path) -> dict[str, list[tuple[object, ...]]]:
+    """What a store says that somebody else may still hold open."""
+    to.mkdir()
+    for file in data.glob("store.duckdb*"):
+        if file.is_file():
+            shutil.copy(file, to)
+    return export(to / "store.duckdb")
