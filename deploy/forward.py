@@ -8,6 +8,7 @@ take down the server beside it.
 import contextlib
 import fcntl
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from deploy.settings import Settings
 from meters.catalogue import TokenCreated
 
 TRY_AGAIN_S = 2.0  # after what a person or a starting server will mend
+TOKEN_PATIENCE_S = 60.0  # a new token is known to a running aggregator within a second, unless it is far behind
 SCOPES = ("events:read", "meters:read")  # all that the feed needs
 SUMMABLE = ("count", "sum")  # functions whose parts can be put together again by adding
 
@@ -62,11 +64,24 @@ def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstre
             state.set(waits_for=None)
             Forwarder(source, upstream, state, wishes).run()
     except Away as away:
-        state.set(waits_for=str(away), **({"feed_token": None} if away.is_denied else {}))
+        state.set(waits_for=str(away))
+        if away.is_denied:
+            _forget_old_token(state)
         logger.warning("forwarding_waits", reason=str(away))
     except GiveUp as reason:
         state.set(waits_for=str(reason))
         logger.error("forwarding_waits", reason=str(reason))
+    except Exception as error:  # a full disk, a bug: it is seen to here, and the server beside it goes on
+        logger.exception("forwarding_failed")
+        with contextlib.suppress(sqlite3.Error):
+            state.set(waits_for=f"{type(error).__name__}: {error}")
+
+
+def _forget_old_token(state: State) -> None:
+    """Have another token made, unless this one is so young that the aggregator may not have heard of it."""
+    known = state.flags().get("feed_token")
+    if known is not None and known["made_s"] < time.time() - TOKEN_PATIENCE_S:
+        state.set(feed_token=None)
 
 
 @contextlib.contextmanager
@@ -84,13 +99,13 @@ def _alone(data: DataDirectory, patient: bool) -> Iterator[None]:
 
 
 def open_source(settings: Settings, data: DataDirectory, state: State) -> Source:
-    """The feed: of this directory's aggregator, with a token made for it once, or of the server at --url. Raises GiveUp."""
+    """The feed of this directory's aggregator, with a token made for it, or of the server at --url. Raises GiveUp."""
     if not data.socket.exists() and settings.token:
         return Source(settings.url, settings.token)
     organization = settings.polar_organization
     known = state.flags().get("feed_token")
     if known is None or known["organization"] != organization:
-        known = {"organization": organization, "secret": new_secret()}
+        known = {"organization": organization, "secret": new_secret(), "made_s": time.time()}
         with open_control(data) as control:
             token = new_token(control.organization(organization), "forwarder", known["secret"], SCOPES)
             control.decide([TokenCreated(token)])

@@ -44,32 +44,37 @@ logger = structlog.get_logger("deploy.serve")
 
 
 class Child:
-    """One process that should always run, with the descriptors that it inherits."""
+    """One process that should always run, with the descriptors that it inherits.
 
-    def __init__(self, name: str, command: Sequence[str], descriptors: Sequence[int] = ()) -> None:
-        self.name = name
+    Without a vital one the whole makes no sense; any other is started again for ever.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], descriptors: Sequence[int] = (), *, is_vital: bool = True
+    ) -> None:
+        self.name, self._is_vital = name, is_vital
         self._command = command
         self._descriptors = tuple(descriptors)
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
 
     async def keep(self) -> GiveUp | None:
-        """Run it, and run it again; returns when it was stopped (None) or is beyond help."""
+        """Run it, and run it again; returns when it was stopped (None) or, if it is vital, is beyond help."""
         crashes: list[float] = []
         while True:
             code = await self._run_once()
             if self._stopping.is_set():
                 return None
-            if code in (FAILED, USAGE):
+            if code in (FAILED, USAGE) and self._is_vital:
                 return GiveUp(f"the {self.name} cannot run; the line above says why", code)
             now = time.monotonic()
             crashes = [moment for moment in crashes if moment > now - CRASH_WINDOW_S] + [now]
-            if len(crashes) > CRASHES_MAX:
+            if len(crashes) > CRASHES_MAX and self._is_vital:
                 return GiveUp(
                     f"the {self.name} ended {len(crashes)} times within {CRASH_WINDOW_S:.0f} s; what it logged above "
                     "says why, and `meterstream doctor` looks at the data"
                 )
-            await self._pause(code, PAUSES_S[len(crashes) - 1])
+            await self._pause(code, PAUSES_S[min(len(crashes), len(PAUSES_S)) - 1])
 
     async def _run_once(self) -> int:
         # A group of its own: Ctrl-C is the supervisor's, who then stops its children in order.

@@ -236,8 +236,8 @@ class Forwarder:
     def _accepted(self, work: Slice, verdict: Accepted) -> None:
         now_us = self._clock.now_us()
         self._circuit.succeeded()
-        self._state.mark(work.lane, work.items, work.position, now_us)
-        self._state.count("", inserted=verdict.inserted, duplicates=verdict.duplicates)
+        answer = verdict._asdict()
+        self._state.mark(work.lane, work.items, work.position, now_us, **answer)
         self._sent.append((now_us, len(work.sent)))
         self._events_max = min(self._wishes.batch_events, self._events_max + self._events_max // 10 + 1)
 

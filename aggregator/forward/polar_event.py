@@ -11,9 +11,8 @@ from typing import Any
 import msgspec
 
 from aggregator.forward.planner import Item
-from aggregator.place import parse_places
 from meters.amount import amount_text, parse_amount
-from meters.facts import RESERVED
+from meters.facts import EPOCH, MICROSECOND, RESERVED
 
 ROLLUP_NAME = "meterstream.rollup"
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -53,7 +52,7 @@ _see = msgspec.json.Decoder(_Seen).decode
 def item_of(entry: Entry, lane: str) -> Item:
     """What the forwarder needs to know of an event, and its bytes for Polar."""
     seen = _see(entry.event)
-    ((partition, (offset, line)),) = (parse_places(entry.place) or {}).items()
+    partition, offset, line = map(int, entry.place.split(":"))
     return Item(
         lane=lane, external_id=seen.external_id, who=_who(seen), timestamp_us=_us(seen.timestamp),
         ingested_us=_us(entry.ingested_at), body=_within_limits(bytes(entry.event), bytes(seen.metadata)),
@@ -66,9 +65,8 @@ def rollup_item(group: Group, aggregation: str, window_s: int, piece: str, now_u
 
     Its id names window and piece, so that sending it again is a duplicate and a late event goes into another one.
     """
-    customer = {"external_customer_id": group.external_customer_id} if group.customer_id is None else {
-        "customer_id": group.customer_id
-    }
+    by_id, by_name = {"customer_id": group.customer_id}, {"external_customer_id": group.external_customer_id}
+    customer = by_name if group.customer_id is None else by_id
     stamp = group.window.isoformat().replace("+00:00", "Z")
     external_id = f"rollup/{group.meter_id}/{window_s}/{stamp}/{piece}/{_who(group)}"
     value = msgspec.Raw(str(group.count).encode()) if aggregation == "count" else group.sum
@@ -86,8 +84,7 @@ def _who(seen: _Seen | Group) -> str:
 
 
 def _us(instant: datetime) -> int:
-    whole = int(instant.replace(microsecond=0).timestamp())
-    return whole * 1_000_000 + instant.microsecond
+    return (instant - EPOCH) // MICROSECOND
 
 
 def _within_limits(event: bytes, metadata: bytes) -> bytes:

@@ -112,10 +112,12 @@ class State:
         """Whether the lane has a position."""
         return bool(self._rows("SELECT 1 FROM lanes WHERE name = ?", lane))
 
-    def mark(self, lane: str, items: Sequence[Item], position: Mapping[int, Place] | None, now_us: int) -> None:
+    def mark(
+        self, lane: str, items: Sequence[Item], position: Mapping[int, Place] | None, now_us: int, **answer: int
+    ) -> None:
         """These items are done: accepted, or to be parked, or condemned. The lane moves behind them, or further.
 
-        Items that come from the waiting ones leave them, unless they are parked again.
+        Items that come from the waiting ones leave them, unless they are parked again. ``answer`` is Polar's own count.
         """
         with self._transaction():
             self._take_out([item for item in items if item.number and not item.due_us])
@@ -125,6 +127,8 @@ class State:
             self._revive(accepted)
             self._add("taken", (item.lane for item in items if not item.number))
             self._add("accepted", (item.lane for item in accepted))
+            for name, number in answer.items():
+                self._count("", name, number)
             if lane != WAITING:
                 reached = self.position(lane)
                 for item in items:

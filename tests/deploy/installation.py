@@ -53,7 +53,7 @@ class Installation:
         self.greeting = ""
         self._log = data.with_suffix(".stderr")
         self.server: subprocess.Popen[str] | None = None
-        self._http = httpx.Client()
+        self._http = httpx.Client(timeout=PATIENCE_S)  # a start on a busy machine takes longer than five seconds
         self._lifeline, self._held_end = os.pipe()  # the server ends with the tests, even when they are killed
 
     def start(self, *options: str) -> None:
