@@ -49,6 +49,7 @@ _MOVES = pa.schema(
     [("stream", pa.string()), ("log_partition", pa.int32()), ("before", pa.int64()), ("after", pa.int64()),
      ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
 )  # fmt: skip
+_REPLAYED = str(DeadLetterReplayed.__struct_config__.tag).encode()  # decoding every decision would take seconds
 Place = tuple[int, int, int]  # partition, offset and line of a dead letter
 
 
@@ -83,6 +84,7 @@ class Store:
         self._closing = False
         self.epoch = epoch
         self._insert_events = Prepared(connection, "arriving", _INSERT_EVENTS)
+        self._insert_control = Prepared(connection, "decided", "INSERT INTO control SELECT * FROM decided")
         self._insert_subjects = Prepared(connection, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
         self._move_on = Prepared(connection, "moves", _MOVE_ON)
         self._any_pending = hierarchy.any_pending(connection)
@@ -222,8 +224,7 @@ class Store:
         connection = self._connection
         self._move(round_)
         if round_.control:
-            values = [(offset, value.decode()) for offset, value in round_.control]
-            connection.executemany("INSERT INTO control VALUES (?, ?)", values)
+            self._insert_control(_control_table(round_.control))
             self._mark_replayed([value for _, value in round_.control])
         if round_.batch.organizations:
             connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
@@ -269,7 +270,7 @@ class Store:
 
     def _note_replayed(self, value: bytes) -> Place | None:
         """Remember which dead letter a decision settles: it may be read before the letter, when a store is rebuilt."""
-        change = decode_change(value)
+        change = decode_change(value) if _REPLAYED in value else None
         if not isinstance(change, DeadLetterReplayed):
             return None
         place = change.log_partition, change.log_offset, change.line
@@ -366,6 +367,12 @@ def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> 
 def _positions(connection: duckdb.DuckDBPyConnection, stream: str) -> dict[int, int]:
     rows = connection.execute("SELECT log_partition, next_offset FROM positions WHERE stream = ?", [stream]).fetchall()
     return dict(rows)
+
+
+def _control_table(control: Sequence[tuple[int, bytes]]) -> pa.Table:
+    offsets, values = zip(*control, strict=True)
+    texts = pa.array(values, pa.binary()).cast(pa.string())
+    return pa.table({"log_offset": pa.array(offsets, pa.int64()), "value": texts})
 
 
 def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
