@@ -62,7 +62,7 @@ def _request(request: Any) -> Any:
     def read_request(self: Any, path: str, **options: Any) -> Any:
         reader = _reader(self._opened_by_meter, path, options)
         answer = request(self, path, **options)
-        return answer if reader is None else _read(answer, reader, options)
+        return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
 
     return read_request
 
@@ -71,7 +71,7 @@ def _async_request(request: Any) -> Any:
     async def read_request(self: Any, path: str, **options: Any) -> Any:
         reader = _reader(self._opened_by_meter, path, options)
         answer = await request(self, path, **options)
-        return answer if reader is None else _read(answer, reader, options)
+        return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
 
     return read_request
 

@@ -4,6 +4,7 @@ A stream ends by running out, by an error, by ``close``, by leaving its ``with``
 watches hears of each end, the first of them counts, and nothing that goes wrong in watching reaches the caller.
 """
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -85,7 +86,12 @@ class _Watched:
         response = getattr(stream, "response", None)
         for name in ("close", "aclose"):  # some close what is below the stream, and not the stream
             if callable(close := getattr(response, name, None)):
-                setattr(response, name, self._ending(close, self._ward, weakref.ref(self)))
+                with contextlib.suppress(AttributeError):  # who cannot be told apart, ends when it is forgotten
+                    setattr(response, name, self._ending(close, self._ward, weakref.ref(self)))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that it passes for what it stands in for
+        return type(self._stream)
 
     @staticmethod
     def _ending(close: Callable[[], Any], ward: Ward, watched: "weakref.ref[_Watched]") -> Callable[[], Any]:

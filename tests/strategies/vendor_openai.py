@@ -97,7 +97,9 @@ def test_a_stream_is_exact_and_looks_as_if_nobody_asked(
 ) -> None:
     """The usage is asked for; the chunk without choices is kept from a caller who did not ask."""
     vendor.will(CHAT, chat_stream())
-    seen = list(client.chat.completions.create(**QUESTION, stream=True))
+    opened = client.chat.completions.create(**QUESTION, stream=True)
+    assert isinstance(opened, openai.Stream)
+    seen = list(opened)
     assert vendor.requests[0][1]["stream_options"] == {"include_usage": True}
     assert [item.choices[0].delta.content for item in seen] == ["", "I am fine, ", "thanks.", None]
     assert ingestion.one()["metadata"] == EXACT | {"plan": "pro", "feature": "search"}
