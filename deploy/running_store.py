@@ -3,7 +3,7 @@
 Answers to ``ask`` are Arrow tables, all else is JSON with decimals as text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from aggregator.reconcile.ledger_check import Balance
-from aggregator.store.queries.recount import Which
+from aggregator.store.queries.recount import Part, Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
 from deploy.client import Api, refused
@@ -49,15 +49,20 @@ class RunningStore:
         found: list[Total] | None = self._put("hours", list[Total] | None, meter, hours=list(hours))
         return found
 
-    def by_customer(self, meter: Meter) -> Iterable[tuple[int, Measured]]:
-        """The recount, in the order of the customers' numbers."""
-        found: list[tuple[int, Measured]] = self._put("by-customer", list[tuple[int, Measured]], meter)
+    def recount(self, meters: Sequence[Meter]) -> list[Part]:
+        """The raw events of one organization, counted for all its meters."""
+        found: list[Part] = self._put("recount", list[Part], meters[0], meter_ids=[meter.id for meter in meters])
         return found
 
-    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
-        """The recount of everybody, or of one customer."""
-        kind, subjects = list[tuple[datetime, Measured]], [] if subject is None else [subject]
-        found: list[tuple[datetime, Measured]] = self._put("by-hour", kind, meter, subjects=subjects)
+    def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
+        """The customers of a block."""
+        found: list[tuple[int, Measured]] = self._put("by-customer", list[tuple[int, Measured]], meter, block=block)
+        return found
+
+    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
+        """The hours of a customer."""
+        kind = list[tuple[datetime, Measured]]
+        found: list[tuple[datetime, Measured]] = self._put("by-hour", kind, meter, subjects=[subject])
         return found
 
     def customers(self) -> int:

@@ -44,6 +44,8 @@ class Asked(msgspec.Struct):
     """A question about a meter: some customers' numbers, hours, or one of either."""
 
     meter_id: str
+    meter_ids: list[str] = []
+    block: int = 0
     subjects: list[int] = []
     hours: list[datetime] = []
     which: Which | None = None
@@ -78,21 +80,31 @@ async def hours(request: Request, desk: AtDesk, token: Auditor) -> Response:
     return _json(desk.view.by_quarters(meter.id, [(hour, hour + HOUR) for hour in asked.hours]))
 
 
+@router.post("/recount")
+async def recount_all(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """Some meters of one organization counted from the raw events: blocks of customers, and hours."""
+    asked, meter = await _asked(request, desk)
+    meters = [desk.catalogue.meters[id] for id in asked.meter_ids or [meter.id]]
+    found, _ = await _read(desk, lambda here: list(recount.everything(here.connection, meters, _number(here, meter))))
+    return _json(found)
+
+
 @router.post("/by-customer")
 async def by_customer(request: Request, desk: AtDesk, token: Auditor) -> Response:
-    """The recount of every customer, from the raw events."""
-    _, meter = await _asked(request, desk)
-    found, _ = await _read(desk, lambda here: list(recount.by_customer(here.connection, meter, _number(here, meter))))
+    """The customers of a block."""
+    asked, meter = await _asked(request, desk)
+    found, _ = await _read(
+        desk, lambda here: recount.by_customer(here.connection, meter, _number(here, meter), asked.block)
+    )
     return _json(found)
 
 
 @router.post("/by-hour")
 async def by_hour(request: Request, desk: AtDesk, token: Auditor) -> Response:
-    """The recount of every hour, of everybody or of one customer."""
+    """The hours of a customer."""
     asked, meter = await _asked(request, desk)
-    subject = asked.subjects[0] if asked.subjects else None
     found, _ = await _read(
-        desk, lambda here: list(recount.by_hour(here.connection, meter, _number(here, meter), subject))
+        desk, lambda here: recount.by_hour(here.connection, meter, _number(here, meter), asked.subjects[0])
     )
     return _json(found)
 

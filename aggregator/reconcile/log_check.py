@@ -24,16 +24,15 @@ from aggregator.reconcile.evidence import (
     row_name,
 )
 from aggregator.reconcile.findings import Findings
-from aggregator.reconcile.lines import HOUR_US, LINE_BITS, LineReader, Lines, place_of
+from aggregator.reconcile.lines import HOUR_US, LINE_BITS, Lines, place_of
 from aggregator.reconcile.matching import Heaps, HourSums, Rows, sort_out
 from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Bucket, Cause, Check, Counted, Difference, Repair
+from aggregator.reconcile.stretches import Stretches
 from aggregator.reconcile.worth import Worth, between
 from meters.event import Refusal
-from meters.log import USAGE_EVENTS, Log, PositionLost, Record, TryAgain
+from meters.log import USAGE_EVENTS, Log, PositionLost, Record
 
-STRETCH_BYTES = 16_000_000
-PATIENCE_S = 30.0  # a broker that is busy or changes its leader answers sooner
 ELSEWHERE_MAX = 500_000
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 WORTH_MAX = 20_000  # differing events that are valued one by one; beyond that a report says "at least"
@@ -59,6 +58,7 @@ class LogCheck:
         self._log, self._store, self._worth, self._range = log, store, worth, range_
         self.check = Check(name="log", sides="log and store")
         self._findings = Findings()
+        self._stretches = Stretches(log)
         # by partition: lines with a row, rows, dead letters, repetitions, and lines that are nowhere
         self._lines: dict[int, HourSums] = {}
         self._rows: dict[int, HourSums] = {}
@@ -74,43 +74,36 @@ class LogCheck:
         """Compare everything that the store says it has read."""
         tallies = self._store.ask("tallies").to_pylist()
         starts, ends = self._log.starts(USAGE_EVENTS), self._log.ends(USAGE_EVENTS)
-        reader = LineReader()
         try:
             for tally in tallies:
                 partition, position = tally["log_partition"], tally["next_offset"]
                 if position > ends.get(partition, 0):
                     self._past_the_end(partition, position, ends.get(partition, 0))
-                self._walk(reader, partition, starts.get(partition, 0), min(position, ends.get(partition, 0)))
+                self._walk(partition, starts.get(partition, 0), min(position, ends.get(partition, 0)))
                 behind = ends.get(partition, 0) - position
                 if behind > 0:
                     self.check.notes.append(f"partition {partition}: {behind} records are not in the store yet")
             self._resolve_elsewhere()
         finally:
-            reader.close()
+            self._stretches.close()
         self._tell(tallies, starts)
         return self.check
 
     # ---- walking the log
 
-    def _walk(self, reader: LineReader, partition: int, start: int, end: int) -> None:
+    def _walk(self, partition: int, start: int, end: int) -> None:
         for sums in (self._lines, self._rows, self._dead, self._repeated, self._missing):
             sums[partition] = HourSums()
         position = start
         try:
-            while position < end:
-                records = self._log.read(
-                    USAGE_EVENTS, {partition: position}, bytes_max=STRETCH_BYTES, wait_s=PATIENCE_S
-                )
-                taken = [record for record in records if record.offset < end]
-                if not taken:
-                    raise TryAgain(f"partition {partition} gives no records from {position} on, and ends at {end}")
-                self._stretch(reader, partition, position, taken)
+            for taken, lines in self._stretches.read(partition, start, end, self._range.takes):
+                self._stretch(partition, position, taken, lines)
                 position = taken[-1].offset + 1
         except PositionLost as damage:
             self.check.add(Difference(
                 check="log", cause=Cause.LOST, where=f"partition {partition} from offset {position}",
                 what=f"the log cannot be read on: {damage}. Restore log.sqlite from a backup.", repair=Repair.DECIDE,
-            ))
+            ))  # fmt: skip
 
     def _past_the_end(self, partition: int, position: int, end: int) -> None:
         self.check.add(Difference(
@@ -119,22 +112,20 @@ class LogCheck:
             repair=Repair.DECIDE, count=position - end,
         ))  # fmt: skip
 
-    def _stretch(self, reader: LineReader, partition: int, since: int, records: list[Record]) -> None:
-        taken = [record for record in records if self._range.takes(record.timestamp_us)]
-        if not taken:
-            return
-        until = taken[-1].offset + 1
-        lines = reader.read(taken)
+    def _stretch(self, partition: int, since: int, records: list[Record], lines: Lines) -> None:
+        until = records[-1].offset + 1
         rows = self._store.ask("rows", partition=partition, since=since, until=until)
         row_us = rows["ingested_us"].to_numpy()
         row_keys, row_prints = rows["key"].to_numpy(), rows["print"].to_numpy()
+        taken = [record.offset for record in records if self._range.takes(record.timestamp_us)]
         if len(taken) < len(records):  # a range begins or ends here
-            inside = np.isin(row_keys >> LINE_BITS, [record.offset for record in taken])
+            inside = np.isin(row_keys >> LINE_BITS, taken)
             row_us, row_keys, row_prints = row_us[inside], row_keys[inside], row_prints[inside]
         letters: dict[int, dict[str, Any]] = {}
         if not np.array_equal(lines.keys, row_keys):
             found = self._store.ask("dead", partition=partition, since=since, until=until).to_pylist()
-            letters = {letter["key"]: letter for letter in found}
+            offsets = set(taken)
+            letters = {letter["key"]: letter for letter in found if place_of(letter["key"])[0] in offsets}
         heaps = sort_out(lines.keys, lines.prints, row_keys, row_prints, np.array(sorted(letters), np.int64))
         self._rows[partition].add(row_us, row_prints)
         self._count(partition, lines, heaps)

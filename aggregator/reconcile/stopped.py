@@ -11,7 +11,7 @@ import duckdb
 from aggregator.reconcile.questions import StoppedStore
 from aggregator.running import RunningTotals
 from aggregator.store.queries import recount
-from aggregator.store.queries.recount import Which
+from aggregator.store.queries.recount import Part, Which
 from aggregator.store.sql import Measured
 from aggregator.store.store import Store
 from aggregator.view import Total
@@ -50,15 +50,20 @@ class StoppedTotals:
         """Everybody's total of each hour."""
         return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
 
-    def by_customer(self, meter: Meter) -> Iterator[tuple[int, Measured]]:
-        """The recount."""
-        with self._cursor(meter) as (cursor, number):
-            yield from recount.by_customer(cursor, meter, number)
+    def recount(self, meters: Sequence[Meter]) -> list[Part]:
+        """The raw events of one organization, counted for all its meters."""
+        with self._cursor(meters[0]) as (cursor, number):
+            return list(recount.everything(cursor, meters, number))
 
-    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
-        """The recount of everybody, or of one customer."""
+    def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
+        """The customers of a block."""
         with self._cursor(meter) as (cursor, number):
-            return list(recount.by_hour(cursor, meter, number, subject))
+            return recount.by_customer(cursor, meter, number, block)
+
+    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
+        """The hours of a customer."""
+        with self._cursor(meter) as (cursor, number):
+            return recount.by_hour(cursor, meter, number, subject)
 
     def customers(self) -> int:
         """How many numbers were given."""

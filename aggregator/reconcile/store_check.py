@@ -8,14 +8,13 @@ differs, then by the hour, down to the one event that explains the difference if
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
-from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.worth import Worth
 from aggregator.store.queries.audit import SEQ_BLOCK, SLICES
-from aggregator.store.queries.recount import Which
+from aggregator.store.queries.recount import BLOCK, Part, Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
 from meters.amount import EXACT, amount_text
@@ -23,7 +22,6 @@ from meters.catalogue import Catalogue
 from meters.event import event_id
 from meters.meter import Meter
 
-BLOCK = 1_000  # customers whose totals are compared at once
 SHOWN_MAX = 1_000  # repeated identities and gaps that are named
 _HOUR = timedelta(hours=1)
 
@@ -39,12 +37,16 @@ class TotalsSide(Protocol):
         """Everybody's total of each hour, by the events' own times; None when there is none to compare."""
         ...
 
-    def by_customer(self, meter: Meter) -> Iterable[tuple[int, Measured]]:
-        """The recount, in the order of the customers' numbers."""
+    def recount(self, meters: Sequence[Meter]) -> Iterable[Part]:
+        """The raw events of one organization, counted for all its meters: blocks of customers, and hours."""
         ...
 
-    def by_hour(self, meter: Meter, subject: int | None = None) -> list[tuple[datetime, Measured]]:
-        """The recount of everybody, or of one customer; hours begin in UTC."""
+    def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
+        """The customers of a block."""
+        ...
+
+    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
+        """The hours of a customer; they begin in UTC."""
         ...
 
     def customers(self) -> int:
@@ -67,9 +69,20 @@ def check_store(store: StoreSide, totals: TotalsSide, catalogue: Catalogue, wort
     _sequence(check, store)
     _bookkeeping(check, store)
     for organization_id in catalogue.organizations:
-        for meter in catalogue.meters_of(organization_id):
-            _meter(check, totals, meter, worth)
+        meters = [meter for meter in catalogue.meters_of(organization_id) if _is_kept(check, totals, meter)]
+        if meters:
+            _compare(check, totals, meters, worth)
     return check
+
+
+def _is_kept(check: Check, totals: TotalsSide, meter: Meter) -> bool:
+    if meter.aggregation.func == "unique":
+        check.notes.append(f"{meter.name}: distinct values do not add up; they are counted when asked for")
+        return False
+    if totals.total(meter, [0]) is None:
+        check.notes.append(f"{meter.name}: its history is still being counted")
+        return False
+    return True
 
 
 def _identities(check: Check, store: StoreSide) -> None:
@@ -147,78 +160,69 @@ def _partition(
             check.add(_broken(cause, where, f"the tally of {name} says {said}, there are {have}", abs(have - said)))
 
 
-class _Cell(NamedTuple):
-    subject: int
-    measured: Measured
+def _compare(check: Check, totals: TotalsSide, meters: Sequence[Meter], worth: Worth) -> None:
+    """All meters of an organization: blocks of customers first, then hours."""
+    parts = list(totals.recount(meters))
+    blocks = {part.block: part.measured for part in parts if part.block is not None}
+    hours = sorted((part.hour, part.measured) for part in parts if part.hour is not None)
+    customers = totals.customers()
+    for place, meter in enumerate(meters):
+        different = 0
+        for block in range(-(-customers // BLOCK)):
+            raw = blocks[block][place] if block in blocks else Measured(0)
+            subjects = list(range(block * BLOCK, (block + 1) * BLOCK))
+            if not _agree(meter, totals.total(meter, subjects), raw):
+                found = list(_inside(totals, meter, block, subjects, worth))
+                different += len(found)
+                for difference in found:
+                    check.add(difference)
+        check.counted.append(Counted(f"customers, {meter.name}", customers, different))
+        _hours(check, totals, meter, [(hour, measured[place]) for hour, measured in hours], worth)
 
 
-def _meter(check: Check, totals: TotalsSide, meter: Meter, worth: Worth) -> None:
-    if meter.aggregation.func == "unique":
-        check.notes.append(f"{meter.name}: distinct values have no running total; they are counted when asked for")
-        return
-    if totals.total(meter, [0]) is None:
-        check.notes.append(f"{meter.name}: its history is still being counted")
-        return
-    compared = different = 0
-    cells = (_Cell(*cell) for cell in totals.by_customer(meter))
-    blocks = {block: list(group) for block, group in groupby(cells, key=lambda cell: cell.subject // BLOCK)}
-    for block in range(-(-totals.customers() // BLOCK)):
-        counted = blocks.get(block, [])
-        compared += len(counted)
-        subjects = list(range(block * BLOCK, (block + 1) * BLOCK))
-        if not _agree(meter, totals.total(meter, subjects), [cell.measured for cell in counted]):
-            for difference in _inside(totals, meter, subjects, dict(counted), worth):
-                different += 1
-                check.add(difference)
-    check.counted.append(Counted(f"customers of {meter.name}", compared, different))
-    _hours(check, totals, meter, worth)
-
-
-def _hours(check: Check, totals: TotalsSide, meter: Meter, worth: Worth) -> None:
+def _hours(
+    check: Check, totals: TotalsSide, meter: Meter, recounted: Sequence[tuple[datetime, Measured]], worth: Worth
+) -> None:
     """What is kept by time, against the raw events of each hour."""
-    recounted = totals.by_hour(meter)
     kept = totals.hours(meter, [hour for hour, _ in recounted])
     if kept is None:
         return
     different = 0
     for (hour, raw), total in zip(recounted, kept, strict=True):
-        again = None if _agree(meter, total, [raw]) else totals.same_moment(meter, Which(hour=hour))
-        if again is not None and not _agree(meter, again[0], [again[1]]):
+        again = None if _agree(meter, total, raw) else totals.same_moment(meter, Which(hour=hour))
+        if again is not None and not _agree(meter, *again):
             different += 1
             where = f"{meter.name}, {hour:%Y-%m-%d %H}:00 UTC, everybody"
             check.add(_explained(meter, where, again, (hour, hour + _HOUR), worth))
-    check.counted.append(Counted(f"hours of {meter.name}", len(recounted), different))
+    check.counted.append(Counted(f"hours, {meter.name}", len(recounted), different))
 
 
-def _agree(meter: Meter, total: Total | None, parts: list[Measured]) -> bool:
-    if total is None or total.count != sum(part.count for part in parts):
+def _agree(meter: Meter, total: Total | None, raw: Measured) -> bool:
+    if total is None or total.count != raw.count:
         return False
     match meter.aggregation.func:
         case "count":
             return True
         case "min":
-            return total.min == min((part.min for part in parts if part.min is not None), default=None)
+            return total.min == raw.min
         case "max":
-            return total.max == max((part.max for part in parts if part.max is not None), default=None)
+            return total.max == raw.max
         case _:
-            expected = Decimal(0)
-            for part in parts:
-                expected = EXACT.add(expected, part.total)
-            return total.sum == expected
+            return total.sum == raw.total
 
 
 def _inside(
-    totals: TotalsSide, meter: Meter, subjects: list[int], counted: dict[int, Measured], worth: Worth
+    totals: TotalsSide, meter: Meter, block: int, subjects: Sequence[int], worth: Worth
 ) -> Iterator[Difference]:
+    """The customers of a block that differ; a running server may have moved on since the block was counted."""
+    counted = dict(totals.by_customer(meter, block))
     for subject in subjects:
-        running, raw = totals.total(meter, [subject]), counted.get(subject, Measured(0))
-        if running is None or _agree(meter, running, [raw] if raw.count else []):
+        if _agree(meter, totals.total(meter, [subject]), counted.get(subject, Measured(0))):
             continue
-        again = totals.same_moment(meter, Which(subject=subject))  # a running server may have moved on in between
-        if again is None or _agree(meter, again[0], [again[1]] if again[1].count else []):
-            continue
-        where = f"{meter.name}, customer {totals.who(subject)}"
-        yield _explained(meter, where, again, _hour_of(totals, meter, subject, again), worth)
+        again = totals.same_moment(meter, Which(subject=subject))
+        if again is not None and not _agree(meter, *again):
+            where = f"{meter.name}, customer {totals.who(subject)}"
+            yield _explained(meter, where, again, _hour_of(totals, meter, subject, again), worth)
 
 
 def _hour_of(

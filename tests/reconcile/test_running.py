@@ -33,8 +33,8 @@ def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, 
     assert report.differences == []
     counted = {one.what: one.compared for check in report.checks for one in check.counted}
     assert counted["lines of the log"] >= 40
-    assert counted["customers of tokens"] >= 2
-    assert counted["hours of tokens"] >= 3
+    assert counted["customers, tokens"] >= 2
+    assert counted["hours, tokens"] >= 3
     assert (servers[0].data / "reconcile" / "token").stat().st_mode & 0o077 == 0
 
 

@@ -1,54 +1,27 @@
-"""A meter counted again from the raw events: by customer, by hour, or one customer or hour alone.
+"""Meters counted again from the raw events, with nothing that is kept beside them.
 
-The plainest way there is: the organization's events, filtered and grouped in one statement. Nothing that is kept beside
-the events takes part, so what is kept can be compared with it.
+All meters of an organization are counted in one pass, in two ways at once: by blocks of customers and by hours. What
+agrees in a block agrees for everyone in it, so customers are told apart only inside of a block that does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted
-from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import Parameters, fixed
+from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, events_in
+from aggregator.store.sql import ORDINARY, Measured, condition, considered, measures, statement, value
+from aggregator.store.stage import Parameters, Stage, fixed
 from meters.meter import Meter
 
-ROWS_AT_ONCE = 10_000
+BLOCK = 1_000
+"""Customers, by their numbers, that are compared at once."""
+
 _HOUR = "DATE_TRUNC('hour', timestamp) AS hour"
-
-
-def by_customer(
-    connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int
-) -> Iterator[tuple[int, Measured]]:
-    """(customer number, measures) in the order of the numbers; only customers with events that the meter counts."""
-    for subject, *found in _rows(connection, meter, Scope(organization=organization), "subject"):
-        yield int(subject), Measured(*found)
-
-
-def by_hour(
-    connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int, subject: int | None = None
-) -> Iterator[tuple[datetime, Measured]]:
-    """(beginning of the hour in UTC, measures) in order, of everybody or one customer."""
-    scope = Scope(organization=organization, subjects=None if subject is None else [subject])
-    for hour, *found in _rows(connection, meter, scope, "hour"):
-        yield aware(hour), Measured(*found)
-
-
-def part(
-    connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int, which: "Which"
-) -> Measured:
-    """One customer, or one hour of everybody."""
-    scope = Scope(organization=organization, subjects=None if which.subject is None else [which.subject])
-    if which.hour is not None:
-        scope = msgspec.structs.replace(scope, since=which.hour, until=which.hour + timedelta(hours=1))
-    group = "subject" if which.subject is not None else "hour"
-    for _, *found in _rows(connection, meter, scope, group):
-        return Measured(*found)
-    return Measured(0)
+_BLOCK = "subject // 1000 AS block"
 
 
 class Which(msgspec.Struct, frozen=True):
@@ -58,15 +31,84 @@ class Which(msgspec.Struct, frozen=True):
     hour: datetime | None = None
 
 
-def _rows(
-    connection: duckdb.DuckDBPyConnection, meter: Meter, scope: Scope, group: str
-) -> Iterator[tuple[Any, ...]]:
+class Part(NamedTuple):
+    """A block of customers or an hour of everybody, whichever is not None, and each meter's measures of it."""
+
+    block: int | None
+    hour: datetime | None
+    measured: list[Measured]
+
+
+def everything(
+    connection: duckdb.DuckDBPyConnection, meters: Sequence[Meter], organization: int
+) -> Iterator[Part]:
+    """Every block of customers and every hour, in one pass over the organization's events."""
+    stage, parameters = Stage(), Parameters()
+    columns: list[exp.Expr] = []
+    found: list[exp.Expr] = []
+    for place, meter in enumerate(meters):
+        holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
+        columns.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
+        columns.append(exp.alias_(value(meter.aggregation, stage), f"v{place}"))
+        found += [fixed(text) for text in _aggregates(meter, f"c{place}", f"v{place}")]
+    source = events_in(Scope(organization=organization), parameters, "*", _HOUR, _BLOCK)
+    staged = stage.select(source.subquery("source", copy=False), ("block", "hour"), parameters)
+    inner = exp.select("block", "hour", *columns, copy=False).from_(staged.subquery("stage", copy=False), copy=False)
+    query = exp.select("block", "hour", *found, copy=False).from_(inner.subquery("counted", copy=False), copy=False)
+    sets = [exp.Tuple(expressions=[exp.column(name)]) for name in ("block", "hour")]
+    query = query.group_by(exp.GroupingSets(expressions=sets), copy=False)
+    for block, hour, *rest in connection.execute(*statement(query, parameters)).fetchall():
+        width = len(rest) // len(meters)
+        parts = [rest[start : start + width] for start in range(0, len(rest), width)]
+        yield Part(block, None if hour is None else aware(hour), [Measured(*part) for part in parts])
+
+
+def _aggregates(meter: Meter, holds: str, amount: str) -> list[str]:
+    """The measures of one meter as SQL over its condition and its amount; names are ours."""
+    count = f"COUNT(*) FILTER (WHERE {holds})"
+    match meter.aggregation.func:
+        case "sum" | "avg":
+            ordinary = f"{amount} BETWEEN -{ORDINARY} AND {ORDINARY}"
+            sums = f"SUM({amount}) FILTER (WHERE {holds} AND {ordinary})"
+            return [count, sums, f"LIST({amount}) FILTER (WHERE {holds} AND NOT ({ordinary}))", "NULL", "NULL"]
+        case "min" | "max":
+            extremes = (f"{name}({amount}) FILTER (WHERE {holds})" for name in ("MIN", "MAX"))
+            return [count, "NULL", "NULL", *extremes]
+        case _:
+            return [count, "NULL", "NULL", "NULL", "NULL"]
+
+
+def by_customer(
+    connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int, block: int
+) -> list[tuple[int, Measured]]:
+    """(customer number, measures) of a block; only customers with events that the meter counts."""
+    scope = Scope(organization=organization, subjects=list(range(block * BLOCK, (block + 1) * BLOCK)))
+    return [(int(subject), Measured(*found)) for subject, *found in _rows(connection, meter, scope, "subject")]
+
+
+def by_hour(
+    connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int, subject: int
+) -> list[tuple[datetime, Measured]]:
+    """(beginning of the hour in UTC, measures) of one customer, in order."""
+    scope = Scope(organization=organization, subjects=[subject])
+    return [(aware(hour), Measured(*found)) for hour, *found in _rows(connection, meter, scope, "hour")]
+
+
+def part(connection: duckdb.DuckDBPyConnection, meter: Meter, organization: int, which: Which) -> Measured:
+    """One customer, or one hour of everybody."""
+    scope = Scope(organization=organization, subjects=None if which.subject is None else [which.subject])
+    if which.hour is not None:
+        scope = msgspec.structs.replace(scope, since=which.hour, until=which.hour + timedelta(hours=1))
+    for _, *found in _rows(connection, meter, scope, "subject" if which.subject is not None else "hour"):
+        return Measured(*found)
+    return Measured(0)
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, meter: Meter, scope: Scope, group: str) -> list[tuple[Any, ...]]:
     parameters = Parameters()
     computed = (_HOUR,) if group == "hour" else ()
     events = counted(scope, meter.filter, meter.aggregation, parameters, keep=(group,), computed=computed)
     query = exp.select(fixed(group), *measures(meter.aggregation, CONTRIBUTION), copy=False)
     query = query.from_(events.subquery("events", copy=False), copy=False)
     query = query.group_by(exp.column(group), copy=False).order_by(exp.column(group), copy=False)
-    cursor = connection.execute(*statement(query, parameters))
-    while rows := cursor.fetchmany(ROWS_AT_ONCE):
-        yield from rows
+    return connection.execute(*statement(query, parameters)).fetchall()
