@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from aggregator.forward.metrics import ForwardingMetrics
+from aggregator.forward.state import State
+from deploy.cli import app
+from deploy.settings import PREFIX, Settings
 from tests.deploy.installation import Installation
 from tests.deploy.programs import assert_succeeds, program
 
@@ -111,6 +117,39 @@ def test_a_manifest_keeps_to_the_schema(path: Path) -> None:
     assert_succeeds(program("kubernetes-validate", "kubernetes-validate"), "--strict", "--quiet", path)
 
 
+def commands() -> set[tuple[str, ...]]:
+    """What containers and units tell the program to do."""
+    services = documents(SHIPPED / "compose.yaml")[0]["services"].values()
+    told = [service["command"] for service in services if str(service["image"]).startswith("meterstream")]
+    told += [container["args"] for _, spec in pods() for container in spec["containers"]]
+    units = "".join(unit.read_text() for unit in (SHIPPED / "systemd").iterdir())
+    told += [line.split() for line in re.findall(r"^ExecStart=\S+/meterstream (.+)$", units, re.MULTILINE)]
+    return {tuple(word for word in command if not word.startswith("--")) for command in told}
+
+
+def test_every_command_exists() -> None:
+    """What is started is a command of the command line."""
+    known = app_commands(typer.main.get_command(app))
+
+    assert len(commands()) == 5
+    assert commands() <= known
+
+
+def app_commands(command: Any, path: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    """Every command below this one, by its words."""
+    below = getattr(command, "commands", {})
+    return {path}.union(*(app_commands(child, (*path, name)) for name, child in below.items()))
+
+
+def test_every_variable_is_a_setting() -> None:
+    """A variable that no process knows would be refused at its start."""
+    texts = [path.read_text() for path in SHIPPED.rglob("*") if path.suffix not in (".py", ".pyc") and path.is_file()]
+    named = {name for text in texts for name in re.findall(rf"\b{PREFIX}([A-Z_]+)\b", text)}
+
+    assert {"LOG", "UPSTREAM", "KAFKA_PASSWORD"} <= named
+    assert named - {"VERSION", "DEBUG"} <= {field.upper() for field in Settings.__struct_fields__}
+
+
 def test_every_manifest_is_applied() -> None:
     """The kustomization lists the files that there are."""
     (kustomization,) = documents(SHIPPED / "kubernetes" / "kustomization.yaml")
@@ -162,10 +201,14 @@ def test_every_alert_has_a_unit_test() -> None:
     assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
 
 
-def test_every_question_names_metrics_that_exist(running: Installation) -> None:
-    """What dashboard and alerts ask for is what a running server shows at /metrics."""
+def test_every_question_names_metrics_that_exist(running: Installation, tmp_path: Path) -> None:
+    """What dashboard and alerts ask for is what a running server shows at /metrics, and one that forwards."""
     shown = {"up"}
-    for family in text_string_to_metric_families(running.get("/metrics").text):
+    State(tmp_path / "forward.sqlite").close()
+    forwarding = CollectorRegistry()
+    forwarding.register(ForwardingMetrics(tmp_path / "forward.sqlite"))
+    text = running.get("/metrics").text + generate_latest(forwarding).decode()
+    for family in text_string_to_metric_families(text):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         shown |= {family.name + suffix for suffix in suffixes}
     unknown = {
