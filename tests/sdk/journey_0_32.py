@@ -8,10 +8,17 @@ import sys
 from datetime import date, datetime
 from typing import Any
 
+import httpx
 import story
 from polar_sdk import Polar
 from polar_sdk.ingestion import Ingestion
-from polar_sdk.models import HTTPValidationError, MetricPeriod, ResourceNotFound, SDKError
+from polar_sdk.models import (
+    CustomerPortalCustomerMetersListSecurity,
+    HTTPValidationError,
+    MetricPeriod,
+    ResourceNotFound,
+    SDKError,
+)
 
 Json = dict[str, Any]
 
@@ -119,6 +126,29 @@ def metrics(polar: Polar) -> Json:
     }
 
 
+def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str) -> Json:
+    """Credits by a benefit, and what is left, seen by the organization and by its customer."""
+    benefit = polar.benefits.create(request=story.BENEFIT | {"properties": {"meter_id": meter_id, **story.CREDITS}})
+    httpx.post(f"{url}/v1/benefits/{benefit.id}/grants", json={"customer_id": customer_id},
+               headers={"Authorization": f"Bearer {token}"}).raise_for_status()  # fmt: skip
+    state, by_name = polar.customers.get_state(id=customer_id), polar.customers.get_state_external(external_id="acme")
+    meters = polar.customer_meters.list(external_customer_id="acme", meter_id=meter_id).result.items
+    one = polar.customer_meters.get(id=meters[0].id)
+    session = polar.customer_sessions.create(request={"external_customer_id": "acme"})
+    security = CustomerPortalCustomerMetersListSecurity(customer_session=session.token)
+    portal = polar.customer_portal.customer_meters.list(security=security).result.items
+    return {
+        "benefit": plain(polar.benefits.get(id=benefit.id)) == plain(benefit),
+        "states": plain(state) == plain(by_name),
+        "grants": [story.shown(plain(grant), "benefit_type", "benefit_metadata") for grant in state.granted_benefits],
+        "state": [story.balance(plain(meter)) for meter in state.active_meters],
+        "customer_meters": [story.balance(plain(meter)) for meter in (*meters, one)],
+        "names": [meters[0].customer.email, meters[0].meter.name],
+        "session": [session.token[:10], session.customer_id == customer_id],
+        "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
+    }
+
+
 def refusals(polar: Polar, url: str) -> Json:
     """What the client raises."""
     found: Json = {}
@@ -161,6 +191,7 @@ def main(url: str, token: str) -> None:
             "events": events(polar, meter_id, customer_id),
             "quantities": quantities(polar, meter_id),
             "metrics": metrics(polar),
+            "balances": balances(polar, url, token, meter_id, customer_id),
             "refusals": refusals(polar, url),
             "helper": helper(polar, url, token),
         }

@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+import httpx
 import story
 from polar.base import PolarClientError
 from polar.v2026_10 import Polar
@@ -106,6 +107,29 @@ def metrics(polar: Polar) -> Json:
     }
 
 
+def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str) -> Json:
+    """Credits by a benefit, and what is left, seen by the organization and by its customer."""
+    benefit = polar.benefits.create(**story.BENEFIT, properties={"meter_id": meter_id, **story.CREDITS})
+    httpx.post(f"{url}/v1/benefits/{benefit.id}/grants", json={"customer_id": customer_id},
+               headers={"Authorization": f"Bearer {token}"}).raise_for_status()  # fmt: skip
+    state, by_name = polar.customers.get_state(customer_id), polar.customers.get_state_external("acme")
+    meters = polar.customer_meters.list(external_customer_id="acme", meter_id=meter_id).items
+    one = polar.customer_meters.get(meters[0].id)
+    session = polar.customer_sessions.create(external_customer_id="acme")
+    with Polar(session.token, base_url=url) as visitor:
+        portal = visitor.customer_portal.customer_meters.list().items
+    return {
+        "benefit": polar.benefits.get(benefit.id) == benefit,
+        "states": state == by_name,
+        "grants": [story.shown(plain(grant), "benefit_type", "benefit_metadata") for grant in state.granted_benefits],
+        "state": [story.balance(plain(meter)) for meter in state.active_meters],
+        "customer_meters": [story.balance(plain(meter)) for meter in (*meters, one)],
+        "names": [meters[0].customer.email, meters[0].meter.name],
+        "session": [session.token[:10], session.customer_id == customer_id],
+        "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
+    }
+
+
 def refusals(polar: Polar, url: str) -> Json:
     """What the client raises."""
     found: Json = {}
@@ -137,6 +161,7 @@ def main(url: str, token: str) -> None:
             "events": events(polar, meter_id, customer_id),
             "quantities": quantities(polar, meter_id),
             "metrics": metrics(polar),
+            "balances": balances(polar, url, token, meter_id, customer_id),
             "refusals": refusals(polar, url),
         }
     print(json.dumps(report))

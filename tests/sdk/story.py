@@ -39,6 +39,8 @@ METER = {
     "aggregation": {"func": "sum", "property": "tokens"},
 }
 CHANGED = {"name": "All tokens", "metadata": {"team": "billing"}}
+BENEFIT = {"type": "meter_credit", "description": "2,000 tokens", "metadata": {"plan": "pro"}}
+CREDITS = {"units": 2000, "rollover": True}
 DAYS = {"start_timestamp": "2026-01-10T00:00:00Z", "end_timestamp": "2026-01-12T00:00:00Z", "interval": "day"}
 DATES = {"start_date": "2026-01-10", "end_date": "2026-01-12", "interval": "day"}
 METRICS = ["costs", "cumulative_costs", "active_user_by_event", "cost_per_user"]
@@ -80,3 +82,8 @@ def event_shown(event: dict[str, Any]) -> dict[str, Any]:
         "customer": customer and customer["email"],
         "is_by_id": event["customer_id"] is not None,
     }
+
+
+def balance(meter: dict[str, Any]) -> list[Any]:
+    """The numbers of a customer's meter."""
+    return [meter["consumed_units"], meter["credited_units"], meter["balance"]]

@@ -108,6 +108,16 @@ EXPECTED: dict[str, Any] = {
         },
         "told_of_all": sorted(["timestamp", *story.METRICS]),  # asked for every metric that the client knows
     },
+    "balances": {
+        "benefit": True,
+        "states": True,
+        "grants": [{"benefit_type": "meter_credit", "benefit_metadata": {"plan": "pro"}}],
+        "state": [[1010, 2000, 990]],
+        "customer_meters": [[1010, 2000, 990], [1010, 2000, 990]],
+        "names": ["ann@example.com", "All tokens"],
+        "session": ["polar_cst_", True],
+        "portal": [[1010, 2000, 990, "All tokens"]],
+    },
     "refusals": {
         "unknown": [404, "ResourceNotFound", "Not found"],
         "malformed": [422, True],

@@ -1,0 +1,11 @@
+"""A webhook as Polar's client 1.0 reads it: body, headers and secret as JSON on standard input."""
+
+import json
+import sys
+
+from polar.v2026_10.webhooks import validate_event
+
+given = json.load(sys.stdin)
+event = validate_event(given["body"], given["headers"], given["secret"])
+meter = event.data.active_meters[0]
+print(json.dumps([event.data.external_id, meter.credited_units, meter.balance]))
