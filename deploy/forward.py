@@ -8,7 +8,6 @@ take down the server beside it.
 import contextlib
 import fcntl
 import os
-import sqlite3
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -73,8 +72,7 @@ def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstre
         logger.error("forwarding_waits", reason=str(reason))
     except Exception as error:  # a full disk, a bug: it is seen to here, and the server beside it goes on
         logger.exception("forwarding_failed")
-        with contextlib.suppress(sqlite3.Error):
-            state.set(waits_for=f"{type(error).__name__}: {error}")
+        state.complain(f"{type(error).__name__}: {error}")
 
 
 def _forget_old_token(state: State) -> None:

@@ -13,12 +13,12 @@ say by being there (``aggregator/store/queries/feed.py``); what must never be to
 transaction here: a reader's position, what became of the events before it, and the tallies.
 """
 
+import contextlib
 import json
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ class State:
         """Let go of the file."""
         self._file.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
             self._file.execute("BEGIN IMMEDIATE")
@@ -245,6 +245,11 @@ class State:
     def flags(self) -> dict[str, Any]:
         """What operators asked for and want to see."""
         return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM flags")}
+
+    def complain(self, reason: str) -> None:
+        """Say what keeps the forwarder from its work, if the file can be written at all."""
+        with contextlib.suppress(sqlite3.Error):
+            self.set(waits_for=reason)
 
     def set(self, **flags: object) -> None:
         """Set flags; None removes one."""

@@ -98,6 +98,10 @@ def test_every_fault_is_survived(room: Room, clocks: Clocks, fault: str) -> None
     is_committed = fault not in ("429", "503 before")
     assert (len(room.polar.committed) > 80) is is_committed
     assert (sums["duplicates"] > 0) is is_committed
+    print(
+        f"\n{fault}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 15 in 60 s, "
+        f"{len(room.polar.committed) - 80} of 80 events sent again; lost 0, doubled 0"
+    )
 
 
 @pytest.mark.parametrize("seed", [SEED, SEED + 1])
