@@ -10,7 +10,9 @@ registered twice counts once. Answers from LangChain's cache used nothing and ar
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from ingest.client.llm import (
     LanguageModelStrategy,
@@ -29,6 +31,8 @@ from ingest.client.llm import (
 )
 from ingest.client.strategy import Customer
 from ingest.client.streams import harmless
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _RUNS_MAX = 10_000
 """Runs that were begun and whose end was not heard of; LangChain tells every end, so these are calls under way."""
@@ -126,7 +130,13 @@ class _Runs:
             prompt=prompt_text if self._keep_text else None,
             response=words if self._keep_text else None,
         )
-        self._strategy.record(run.customer, call, self._metadata, external_id=str(run_id))
+        self._strategy.record(run.customer, call, self._metadata, external_id=str(run_id), timestamp=_begun(run_id))
+
+
+def _begun(run_id: Any) -> datetime | None:
+    """When the run began, if its id tells (UUID version 7, in milliseconds): then copies of its event are equal."""
+    is_timed = isinstance(run_id, UUID) and run_id.version == 7
+    return _EPOCH + timedelta(milliseconds=run_id.int >> 80) if is_timed else None
 
 
 def _usage(generations: Any) -> Any:
