@@ -14,6 +14,7 @@ from aggregator.consumer import Aggregator
 from aggregator.view import Unavailable
 from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
 
+FIRST_LOOK_S = 0.2  # until the view is there
 LOOK_S = 2.0  # well below what a scrape waits, and nothing to a broker
 
 
@@ -38,10 +39,11 @@ class LagWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stopping.is_set():
+        pause_s = FIRST_LOOK_S
+        while not self._stopping.wait(pause_s):
             with contextlib.suppress(TryAgain, Unavailable, PositionLost):  # said elsewhere, by those who stop for it
                 self._look()
-            self._stopping.wait(LOOK_S)
+                pause_s = LOOK_S
 
     def _look(self) -> None:
         as_of = self._aggregator.as_of

@@ -66,6 +66,7 @@ class Gateway:
         self.tail = CatalogueTail(log)
         self.endpoint = IngestEndpoint(log, self.tail, settings)
         self._upstream = Upstream(settings.upstream or "unix:")
+        self._looked = asyncio.Event()  # at the log, with success
         self._trouble = ""  # why the log could not be read at the last look
         telemetry.observe(self.endpoint.in_flight, self.tail)
 
@@ -145,9 +146,10 @@ class Gateway:
         await receive()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tail.run())
-            pause_s = await self._look_at_log()
-            looking = tasks.create_task(self._keep_looking(pause_s))
+            looking = tasks.create_task(self._keep_looking())
             await self.tail.wait_until_loaded(LOAD_PATIENCE_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._looked.wait(), LOAD_PATIENCE_S)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             self.tail.stop()
@@ -167,9 +169,11 @@ class Gateway:
             self._trouble = str(error)
             return error.retry_after_s
         self._trouble = ""
+        self._looked.set()
         return LOG_LOOK_S
 
-    async def _keep_looking(self, pause_s: float) -> None:
+    async def _keep_looking(self) -> None:
+        pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
             pause_s = await self._look_at_log()

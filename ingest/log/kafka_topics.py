@@ -18,13 +18,13 @@ from ingest.log.places import Places
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, TryAgain
 
 STREAMS = (USAGE_EVENTS, USAGE_CONTROL)
-REQUEST_S_MAX = 5.0
-"""Seconds that brokers get for an answer: a change of leaders takes about three, and a stop should not wait longer."""
+REQUEST_S_MAX = 3.0
+"""Seconds that brokers get for an answer. Who asked will ask again, and a stop should not have to wait longer."""
 
-OPENING_S_MAX = 2.0
+OPENING_S_MAX = 1.0
 """Seconds that opening waits for the brokers; without them it goes on, and the first use asks again."""
 
-FUTURE_GRACE_S = 1.0  # librdkafka keeps its own time, and is asked to be punctual
+FUTURE_GRACE_S = 0.5  # librdkafka keeps its own time, and is asked to be punctual
 
 
 class Topics:

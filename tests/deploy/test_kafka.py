@@ -1,0 +1,314 @@
+"""The commands over a real Kafka: topics made and compared, gateways and an aggregator apart, records of strangers."""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+
+from meters.partition_key import partition_key, partition_of
+from tests.deploy.installation import PATIENCE_S, eventually, meterstream
+from tests.faults.kafka_installation import Process
+from tests.kafka.cluster import Cluster, free_port
+from tests.kafka.shared import shared_broker
+
+PARTITIONS = 4
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def log_url(kafka: Cluster) -> str:
+    """A place on the run's broker where no topics are yet."""
+    return f"kafka://{kafka.bootstrap}/deploy-{next(_numbers)}"
+
+
+def answer(*arguments: str, code: int = 0, **environment: str) -> Any:
+    """What a command prints as JSON."""
+    done = meterstream(*arguments, "--output", "json", **environment)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+class Apart:
+    """An aggregator and gateways that share brokers and nothing else, and a token."""
+
+    def __init__(self, log_url: str, folder: Path) -> None:
+        self.log_url, self.folder = log_url, folder
+        meterstream("kafka", "init", "--log", log_url, "--partitions", str(PARTITIONS))
+        organization = answer("orgs", "create", "acme", "--log", log_url)
+        self.organization_id = organization["id"]
+        self.token = self.new_token()
+        where = ["--log", log_url, "--port"]
+        api_port, ports = free_port(), (free_port(), free_port())
+        self.aggregator = Process("aggregator", ["aggregate", *where, str(api_port), "--data", str(folder)], folder)
+        upstream = ["--upstream", f"http://127.0.0.1:{api_port}"]
+        self.gateways = [
+            Process(f"gateway-{port}", ["gateway", *where, str(port), *upstream, "--data", "/nowhere"], folder)
+            for port in ports
+        ]
+        self.api_url = f"http://127.0.0.1:{api_port}"
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.http = httpx.Client(timeout=PATIENCE_S)
+        self.started: set[str] = set()
+
+    def new_token(self) -> str:
+        """A token made on the command line, without any server."""
+        done = meterstream("tokens", "create", "--name", "test", "--log", self.log_url)
+        assert done.returncode == 0, done.stderr
+        [found] = {match.group() for match in re.finditer(r"polar_oat_[\w-]+", done.stdout + done.stderr)}
+        return found
+
+    def start(self) -> None:
+        """Start all, and wait until each serves."""
+        for process in (self.aggregator, *self.gateways):
+            process.start()
+            self.started.add(process.name)
+        eventually(lambda: all(self.status(f"{url}/readyz") == 200 for url in self.urls))
+        eventually(lambda: self.status(f"{self.api_url}/v1/meters/") == 200)
+
+    def status(self, url: str, token: str | None = None) -> int:
+        """The status of a read; 0 while nothing listens."""
+        assert self.aggregator.running or "aggregator" not in self.started, self.aggregator.output
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get(url, headers={"Authorization": f"Bearer {token or self.token}"}).status_code
+        return 0
+
+    def ingest(self, url: str, *events: dict[str, Any], token: str | None = None) -> httpx.Response:
+        """Send the events to one gateway."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        return self.http.post(f"{url}/v1/events/ingest", json={"events": events}, headers=headers)
+
+    def partition(self, customer: str) -> int:
+        """Where a customer's events go."""
+        return partition_of(partition_key(self.organization_id, customer), PARTITIONS)
+
+    def names(self, position: str) -> set[str]:
+        """The names of all events, as a gateway passes them on, once the position is counted."""
+        headers = {"Authorization": f"Bearer {self.token}", "Prefer": "wait=30", "Log-Position": position}
+        found = self.http.get(f"{self.urls[0]}/v1/events/", params={"limit": 100}, headers=headers)
+        assert found.status_code == 200, found.text
+        return {event["name"] for event in found.json()["items"]}
+
+    def close(self) -> None:
+        """Stop whatever runs."""
+        self.http.close()
+        for process in (*self.gateways, self.aggregator):
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    """Two gateways and an aggregator that run; the tests of this module share them, and add to what is there."""
+    place = Apart(f"kafka://{shared_broker().bootstrap}/apart", tmp_path_factory.mktemp("apart"))
+    try:
+        place.start()
+        yield place
+    finally:
+        place.close()
+
+
+def usage(name: str, customer: str = "ada") -> dict[str, Any]:
+    """One event."""
+    return {"name": name, "external_id": name, "external_customer_id": customer, "metadata": {"tokens": 5}}
+
+
+def test_topics_are_made_once_and_compared_after(kafka: Cluster, log_url: str) -> None:
+    """Made with settings that lose nothing; a setting that would lose something is named, and repaired when asked."""
+    made = answer("kafka", "init", "--log", log_url)
+    assert ["made with 12 partitions, 1 replicas", "made with 1 partitions, 1 replicas"] == [r["done"] for r in made]
+
+    topic = made[0]["topic"]
+    forgetful = ConfigEntry("retention.ms", "3600000", incremental_operation=AlterConfigOpType.SET)
+    change = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[forgetful])
+    admin = kafka.admin()  # its futures end with it
+    admin.incremental_alter_configs([change])[change].result(30)
+
+    def wrong() -> list[dict[str, str]]:
+        found = meterstream("kafka", "init", "--log", log_url, "--output", "json")
+        return [row for row in json.loads(found.stdout) if row["wrong"]]
+
+    [row] = eventually(wrong)
+    assert (row["topic"], row["subject"], row["done"], row["wrong"]) == (
+        topic, "retention.ms", "left at 3600000", "should be -1"
+    )  # fmt: skip
+    assert meterstream("kafka", "init", "--log", log_url).returncode == 1
+    assert meterstream("kafka", "init", "--log", log_url, "--repair").returncode == 0
+    eventually(lambda: not wrong())
+
+
+def test_a_number_of_partitions_is_not_changed_behind_anyones_back(log_url: str) -> None:
+    """Another number than asked for is said, since it decides which partition a customer belongs to."""
+    answer("kafka", "init", "--log", log_url, "--partitions", "3")
+
+    rows = answer("kafka", "init", "--log", log_url, "--partitions", "5", code=1)
+    assert "has 3 partitions and not 5" in rows[0]["wrong"]
+    assert answer("kafka", "init", "--log", log_url)[0]["wrong"] == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("kafka://127.0.0.1", "names no brokers"),
+        ("kafka://127.0.0.1:1/x?acks=0", "unknown field `acks`"),
+        ("kafka://me:secret@127.0.0.1:1/x", "has no user"),
+        ("kafka://127.0.0.1:1/?security_protocol=SASL_SSL&sasl_username=me", "the password from the environment"),
+        ("kafka://127.0.0.1:1/?sasl_username=me", "needs security_protocol"),
+        ("kafka://127.0.0.1:1/?compression=best", "compression is one of"),
+        ("kafka://127.0.0.1:1/?organization=acme", "a UUID"),
+        ("postgres://127.0.0.1:1/", "kafka://"),
+    ],
+)
+def test_a_wrong_url_is_one_line(url: str, complaint: str) -> None:
+    """What cannot be understood is refused before anything is tried, and no password is repeated."""
+    done = meterstream("kafka", "init", "--log", url)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "secret" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_gateway_waits_for_its_topics_and_says_so(apart: Apart, log_url: str) -> None:
+    """Started before its topics exist, it lives, says in /readyz what it waits for, and serves when they are there."""
+    port = free_port()
+    gateway = Process("early", ["gateway", "--log", log_url, "--port", str(port)], apart.folder)
+    url = f"http://127.0.0.1:{port}"
+    gateway.start()
+    try:
+        eventually(lambda: apart.status(f"{url}/livez") == 200)
+        found = eventually(lambda: apart.http.get(f"{url}/readyz").json().get("waiting_for"))
+        assert "there is no topic" in found
+        assert "meterstream kafka init" in found
+        refused = apart.ingest(url, usage("early"))
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+
+        answer("kafka", "init", "--log", log_url)
+        eventually(lambda: apart.status(f"{url}/readyz") == 200)
+    finally:
+        gateway.stop()
+
+
+def test_brokers_that_do_not_answer_are_named(tmp_path: Path) -> None:
+    """A gateway without brokers lives too, and says where it looks for them."""
+    port, nobody = free_port(), free_port()
+    gateway = Process("lonely", ["gateway", "--log", f"kafka://127.0.0.1:{nobody}", "--port", str(port)], tmp_path)
+    gateway.start()
+
+    def waiting() -> str:
+        with contextlib.suppress(httpx.TransportError):
+            return str(httpx.get(f"http://127.0.0.1:{port}/readyz").json().get("waiting_for", ""))
+        return ""
+
+    try:
+        assert f"127.0.0.1:{nobody}" in eventually(waiting)
+    finally:
+        assert gateway.stop() == 0
+
+
+def test_gateways_and_aggregator_apart_are_one_service(apart: Apart) -> None:
+    """Events through either gateway are one usage; every URL answers reads; a decision reaches every gateway."""
+    first, second = apart.urls
+    sent = [apart.ingest(url, usage(f"{number}-{port}", f"customer-{number}"))
+            for number in range(12) for port, url in enumerate(apart.urls)]  # fmt: skip
+    assert {response.status_code for response in sent} == {200}
+    partitions = {int(response.headers["log-position"].partition(":")[0]) for response in sent}
+    assert partitions == {apart.partition(f"customer-{number}") for number in range(12)}
+    position = apart.ingest(first, *(usage(f"last-{number}", f"customer-{number}") for number in range(12)))
+    names = apart.names(position.headers["log-position"])
+    expected = {f"{number}-{port}" for number in range(12) for port in range(2)}
+    assert expected | {f"last-{number}" for number in range(12)} <= names
+
+    token = apart.new_token()
+    eventually(lambda: all(apart.ingest(url, usage("again"), token=token).status_code == 200 for url in apart.urls))
+
+    def lags() -> set[int]:
+        done = meterstream("lag", "--url", second, "--output", "json")
+        return {row["lag"] for row in json.loads(done.stdout or "[]")}
+
+    eventually(lambda: lags() == {0})
+    rows = answer("lag", "--url", apart.api_url)
+    assert [row["partition"] for row in rows] == list(range(PARTITIONS))
+    assert sum(row["end"] for row in rows) >= 12 * 2 + len(partitions) + 2
+    metrics = apart.http.get(f"{first}/metrics").text
+    assert "meterstream_lag_records" in metrics
+    assert 'meterstream_gateway_requests_total{status="200"}' in metrics
+
+
+def test_a_gateway_that_is_asked_to_stop_loses_nothing(apart: Apart) -> None:
+    """What it acknowledged before SIGTERM is counted, and it ends with exit code 0."""
+    acknowledged = set()
+    position = ""
+    for number in range(20):
+        taken = apart.ingest(apart.urls[1], usage(f"n-{number}"))
+        assert taken.status_code == 200
+        acknowledged.add(f"n-{number}")
+        position = taken.headers["log-position"]
+    assert apart.gateways[1].stop() == 0
+
+    assert acknowledged <= apart.names(position)
+    apart.gateways[1].start()
+    eventually(lambda: apart.status(f"{apart.urls[1]}/readyz") == 200)
+
+
+def test_records_of_other_producers_are_counted_or_listed(kafka: Cluster, apart: Apart) -> None:
+    """A producer that follows the documented format counts like a gateway; what it gets wrong can be mended."""
+    topic = f"{apart.log_url.rpartition('/')[2]}.usage.events"
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random"})
+    header = [("organization", apart.organization_id.encode())]
+    delivered: dict[str, int | None] = {}
+
+    def send(name: str, customer: str, value: bytes, headers: list[tuple[str, bytes]]) -> None:
+        producer.produce(
+            topic, value, key=partition_key(apart.organization_id, customer), headers=headers,  # type: ignore[arg-type]
+            on_delivery=lambda error, message: delivered.update({name: message.partition()}),
+        )  # fmt: skip
+
+    customers = [f"customer-{number}" for number in range(10)]
+    for customer in customers:
+        send(customer, customer, json.dumps(usage(f"direct-{customer}", customer)).encode(), header)
+    line = usage("named") | {"organization_id": apart.organization_id}
+    send("named", "ada", json.dumps(line).encode(), [])
+    send("nobody", "ada", json.dumps(usage("nobody")).encode(), [])
+    send("broken", "ada", b'{"name": "call", "external_customer_id": "ada", ', header)
+    assert producer.flush(30) == 0
+
+    assert {customer: delivered[customer] for customer in customers} == {
+        customer: apart.partition(customer) for customer in customers
+    }
+    here = ("--url", apart.urls[0], "--token", apart.token)
+    letters = eventually(lambda: len(found := answer("events", "dead", *here)) == 2 and found)
+    assert {"missing", "json_invalid"} == {letter["reason"] for letter in letters}
+
+    broken = next(letter for letter in letters if letter["reason"] == "json_invalid")
+    mended = apart.folder / "mended.json"
+    mended.write_text(json.dumps(usage("mended")))
+    answer("events", "replay", broken["id"], "--file", str(mended), *here)
+    assert [letter["id"] for letter in answer("events", "dead", *here)] == [
+        letter["id"] for letter in letters if letter is not broken
+    ]
+    last = apart.ingest(apart.urls[0], usage("last")).headers["log-position"]
+    expected = {*(f"direct-{customer}" for customer in customers), "named", "mended", "last"}
+    assert expected <= apart.names(last)
+    assert "nobody" not in apart.names(last)
+
+
+def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) -> None:
+    """It ends with one line and leaves the first one alone."""
+    data = str(apart.folder)
+    second = meterstream("aggregate", "--log", apart.log_url, "--port", str(free_port()), "--data", data)
+
+    assert second.returncode == 1
+    assert "another server" in second.stderr
+    assert apart.status(f"{apart.urls[0]}/v1/meters/") == 200
