@@ -14,8 +14,11 @@ FULL = {
     "log_append": [],
     "drain": ["--events", "2000000"],
     "end_to_end": ["--seconds", "30"],
+    "reconcile": ["--events", "2000000"],
+    "balances": [],
 }
-QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"]}
+QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"],
+         "reconcile": ["--events", "200000"]}
 
 
 def main() -> None:
