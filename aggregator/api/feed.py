@@ -19,9 +19,10 @@ from aggregator.api.paging import Ids, Instant, Texts
 from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import number
 from aggregator.place import Place, format_places, parse_places
-from aggregator.store.queries import feed
+from aggregator.store.queries import feed, rollup
 from aggregator.store.queries.asking import Here
-from aggregator.store.queries.feed import FeedEvent, FeedPage, Group, Wanted
+from aggregator.store.queries.feed import FeedEvent, FeedPage, Wanted
+from aggregator.store.queries.rollup import Group, Traffic
 from aggregator.store.queries.scope import NOBODY, Scope
 from meters.access import reading
 from meters.catalogue import Token
@@ -137,7 +138,7 @@ async def read_rollup(
     def question(here: Here) -> tuple[list[Group], dict[int, Place]]:
         scope = Scope(organization=here.organization)
         wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
-        return feed.rollup(here.connection, wanted, position, before, window_seconds) if wanted else ([], position)
+        return rollup.rollup(here.connection, wanted, position, before, window_seconds) if wanted else ([], position)
 
     (groups, reached), as_of = await desk.ask(token, question)
     items = [
@@ -158,9 +159,9 @@ async def read_traffic(
     """What came in since an instant, and how many events a rollup would make of it."""
     meters = [wanted_meter(desk, token, str(id)) for id in rollup_meter_id or ()]
 
-    def question(here: Here) -> tuple[feed.Traffic, list[int]]:
-        return feed.traffic(here.connection, _here(wanted, here), since), [
-            feed.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
+    def question(here: Here) -> tuple[Traffic, list[int]]:
+        return rollup.traffic(here.connection, _here(wanted, here), since), [
+            rollup.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
         ]
 
     (traffic, windows), as_of = await desk.ask(token, question)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregator.place import format_places, parse_places
-from aggregator.store.queries import feed as queries
+from aggregator.store.queries import feed, rollup
 from tests.aggregator.records import NOW, line
 from tests.aggregator.serving import Tenant
 
@@ -46,7 +46,7 @@ def test_every_counted_event_is_there_once_in_order(tenant: Tenant, limit: int) 
 
 def test_a_page_is_bounded_in_bytes(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page ends before it gets too large, and the next goes on behind its last event."""
-    monkeypatch.setattr(queries, "PAGE_BYTES_MAX", 250)
+    monkeypatch.setattr(feed, "PAGE_BYTES_MAX", 250)
     tenant.send(*(line(f"e{n}", metadata={"text": "x" * 100}) for n in range(6)))
     first = tenant.get("/v1/feed/")
     assert ids(first["items"]) == ["e0", "e1"]
@@ -104,7 +104,7 @@ def test_a_rollup_adds_up_each_window_between_two_places(tenant: Tenant, monkeyp
     assert len(whole) == 12
     first = {"meter_id": total, "external_customer_id": "c0", "window": "2026-02-01T10:00:00Z", "count": 2}
     assert whole[0] == first | {"sum": Decimal("6.2")}
-    monkeypatch.setattr(queries, "ROLLUP_EVENTS_MAX", 5)
+    monkeypatch.setattr(rollup, "ROLLUP_EVENTS_MAX", 5)
     position, pieces = "", []
     while (page := tenant.get("/v1/feed/rollup", **asked, position=position))["position"] != position:
         pieces += page["items"]

@@ -15,8 +15,8 @@ import msgspec
 from sqlglot import exp
 
 from aggregator.place import Place
-from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, events_in, naive
-from aggregator.store.sql import Measured, measures, statement
+from aggregator.store.queries.scope import Scope, aware, counted, events_in
+from aggregator.store.sql import statement
 from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
 from meters.filter import EVERYTHING, Filter
@@ -25,7 +25,6 @@ from meters.log import USAGE_EVENTS
 SPAN_MIN = 64  # records looked at first; doubled until the page is full, so little is read in vain
 RECORDS_MAX = 2_000_000  # looked at for one page: a selective filter gets a page that is not full, and goes on
 PAGE_BYTES_MAX = 12_000_000  # of metadata: a full request to Polar, and not much more memory
-ROLLUP_EVENTS_MAX = 1_000_000  # added up at once: a second or two of DuckDB's time
 
 _FROM = "log_partition = $partition", "log_offset >= $offset", "(log_offset > $offset OR line >= $line)"
 _WHOLE = """
@@ -69,26 +68,15 @@ class FeedPage(NamedTuple):
     position: dict[int, Place]
 
 
-class Group(msgspec.Struct, frozen=True):
-    """What one customer used of one meter in one window of time, as far as it stands between two places."""
-
-    meter: int
-    kind: str | None
-    who: str | None
-    starts: datetime
-    count: int
-    sum: Any
-
-
 def page(
     connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place], limit: int
 ) -> FeedPage:
     """The next events from ``position`` on, at most ``limit``; a partition's in the order of the log."""
-    ends = _ends(connection)
+    ends = ends_of(connection)
     events: list[FeedEvent] = []
     reached = dict(position)
     for partition, end in ends.items():
-        part = _Part(wanted, partition, end)
+        part = Part(wanted, partition, end)
         found, place = _search(connection, part, position.get(partition, (0, 0)), max(1, limit // len(ends)))
         taken, place = _read(connection, partition, found, place)
         events += taken
@@ -96,12 +84,15 @@ def page(
     return FeedPage(events, reached)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """What is wanted of one partition, which is counted up to ``end``."""
+
     wanted: Wanted
     partition: int
     end: int
 
     def where(self, parameters: Parameters, place: Place) -> tuple[str, ...]:
+        """Conditions, in fixed SQL: of this partition, from the place on."""
         parameters.named("partition", self.partition)
         parameters.named("offset", place[0])
         parameters.named("line", place[1])
@@ -111,14 +102,14 @@ class _Part(NamedTuple):
 _Found = tuple[int, int, int]  # seq, offset, line
 
 
-def _search(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, limit: int) -> tuple[list[_Found], Place]:
+def _search(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, limit: int) -> tuple[list[_Found], Place]:
     """Up to ``limit`` events from the place on, and the place behind what was looked at."""
-    first = _first(connection, part, place, "MIN(log_offset)")
-    if first is None:
+    first_offset = first(connection, part, place, "MIN(log_offset)")
+    if first_offset is None:
         return [], max(place, (part.end, 0))
-    place = max(place, (first, 0))
+    place = max(place, (first_offset, 0))
     found: list[_Found] = []
-    span, last = SPAN_MIN, min(part.end, first + RECORDS_MAX)
+    span, last = SPAN_MIN, min(part.end, first_offset + RECORDS_MAX)
     while len(found) < limit and place[0] < last:
         until = min(place[0] + span, last)
         found += _span(connection, part, place, until, limit - len(found))
@@ -128,8 +119,8 @@ def _search(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, li
     return found, place
 
 
-def _first(
-    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, column: str, **limits: tuple[str, object]
+def first(
+    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, column: str, **limits: tuple[str, object]
 ) -> Any:
     """An aggregate over the columns of what is wanted from the place on, without looking at metadata."""
     parameters = Parameters()
@@ -143,7 +134,7 @@ def _first(
 
 
 def _span(
-    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int, limit: int
+    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: int, limit: int
 ) -> list[_Found]:
     parameters = Parameters()
     parameters.named("until_offset", until)
@@ -175,7 +166,8 @@ def _read(
     return events, place
 
 
-def _ends(connection: duckdb.DuckDBPyConnection) -> dict[int, int]:
+def ends_of(connection: duckdb.DuckDBPyConnection) -> dict[int, int]:
+    """{partition: offset before which everything is counted}."""
     sql = "SELECT log_partition, next_offset FROM positions WHERE stream = ? ORDER BY log_partition"
     return dict(connection.execute(sql, [USAGE_EVENTS]).fetchall())
 
@@ -201,9 +193,9 @@ class Backlog(NamedTuple):
 def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place]) -> Backlog:
     """What is wanted from ``position`` on."""
     total, oldest = 0, None
-    for partition, end in _ends(connection).items():
+    for partition, end in ends_of(connection).items():
         parameters = Parameters()
-        where = _Part(wanted, partition, end).where(parameters, position.get(partition, (0, 0)))
+        where = Part(wanted, partition, end).where(parameters, position.get(partition, (0, 0)))
         found = counted(
             wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("ingested_at",), where=where
         )
@@ -213,120 +205,3 @@ def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Map
         total += events
         oldest = min(filter(None, (oldest, first)), default=None)
     return Backlog(total, oldest and aware(oldest))
-
-
-def rollup(
-    connection: duckdb.DuckDBPyConnection, meters: Sequence[Wanted], position: Mapping[int, Place], before: datetime,
-    window_s: int,
-) -> tuple[list[Group], dict[int, Place]]:
-    """Every meter by customer and window, over the events from ``position`` on that were ingested ``before``.
-
-    Ends early, at a record, when there is more than ROLLUP_EVENTS_MAX; the places say where.
-    """
-    reached = dict(position)
-    groups: list[Group] = []
-    for partition, end in _ends(connection).items():
-        part, place = _Part(meters[0], partition, end), position.get(partition, (0, 0))
-        until = _until(connection, part, place, before)
-        if (until, 0) <= place:
-            continue
-        for number, wanted in enumerate(meters):
-            groups += _groups(connection, _Part(wanted, partition, end), place, until, (number, window_s))
-        reached[partition] = until, 0
-    return groups, reached
-
-
-def _until(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, before: datetime) -> int:
-    anybody = _Part(Wanted(scope=Scope(organization=part.wanted.scope.organization)), part.partition, part.end)
-    newer = ("ingested_at >= $before", naive(before))
-    first_newer = _first(connection, anybody, place, "MIN(log_offset)", before=newer)
-    until = part.end if first_newer is None else int(first_newer)
-    inside = ("log_offset < $until_offset", until)
-    if _first(connection, anybody, place, "COUNT(*)", until_offset=inside) <= ROLLUP_EVENTS_MAX:
-        return until
-    return _cut(connection, anybody, place, until)
-
-
-def _cut(connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int) -> int:
-    """The record before which about ROLLUP_EVENTS_MAX events stand; never the one the place is in."""
-    parameters = Parameters()
-    parameters.named("until_offset", until)
-    query = events_in(part.wanted.scope, parameters, "log_offset")
-    query = query.where(*map(fixed, (*part.where(parameters, place), "log_offset < $until_offset")), copy=False)
-    query = query.order_by("log_offset", copy=False).limit(1, copy=False).offset(ROLLUP_EVENTS_MAX, copy=False)
-    ((offset,),) = connection.execute(*statement(query, parameters)).fetchall()
-    return max(int(offset), place[0] + 1)
-
-
-def _groups(
-    connection: duckdb.DuckDBPyConnection, part: _Part, place: Place, until: int, how: tuple[int, int]
-) -> list[Group]:
-    number, window_s = how
-    parameters = Parameters()
-    parameters.named("until_offset", until)
-    parameters.named("window_s", window_s)
-    where = (*part.where(parameters, place), "log_offset < $until_offset")
-    wanted = part.wanted
-    found = counted(
-        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject", "starts"),
-        computed=(_STARTS,), where=where,
-    )  # fmt: skip
-    grouped = exp.select("subject", "starts", *measures(wanted.aggregation, CONTRIBUTION), copy=False)
-    grouped = grouped.from_(found.subquery("found", copy=False), copy=False)
-    grouped = grouped.group_by("subject", "starts", copy=False)
-    query = exp.select("kind", "text", "g.starts", "g.count", "g.sum", "g.enormous", copy=False)
-    query = query.from_(grouped.subquery("g", copy=False), copy=False)
-    query = query.join("subjects", on="subjects.number = g.subject", join_type="left", copy=False)
-    query = query.order_by("g.starts", "kind", "text", copy=False)
-    rows = connection.execute(*statement(query, parameters)).fetchall()
-    return [
-        Group(number, kind, who, aware(starts), count, Measured(count, sum, enormous).total)
-        for kind, who, starts, count, sum, enormous in rows
-    ]
-
-
-_STARTS = "TIME_BUCKET(TO_SECONDS($window_s), timestamp) AS starts"
-_ARRIVED = "TIME_BUCKET(TO_SECONDS($window_s), ingested_at) AS arrived"
-
-
-class Traffic(NamedTuple):
-    """A time's traffic: events, the bytes of their metadata and names, and the events of the busiest minute."""
-
-    events: int
-    metadata_bytes: int
-    busiest_minute: int
-
-
-def traffic(connection: duckdb.DuckDBPyConnection, wanted: Wanted, since: datetime) -> Traffic:
-    """What came in since the instant."""
-    parameters = Parameters()
-    parameters.named("ingested_since", naive(since))
-    found = counted(
-        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("minute", "bytes"),
-        computed=(
-            "DATE_TRUNC('minute', ingested_at) AS minute",
-            "STRLEN(metadata) + STRLEN(name) + STRLEN(external_id) AS bytes",
-        ),
-        where=("ingested_at >= $ingested_since",),
-    )  # fmt: skip
-    minutes = exp.select("minute", fixed("COUNT(*) AS n"), fixed("SUM(bytes) AS bytes"), copy=False)
-    minutes = minutes.from_(found.subquery("found", copy=False), copy=False).group_by("minute", copy=False)
-    query = exp.select(*map(fixed, ("COALESCE(SUM(n), 0)", "COALESCE(SUM(bytes), 0)", "COALESCE(MAX(n), 0)")))
-    query = query.from_(minutes.subquery("minutes", copy=False), copy=False)
-    ((events, size, busiest),) = connection.execute(*statement(query, parameters)).fetchall()
-    return Traffic(int(events), int(size), int(busiest))
-
-
-def windows(connection: duckdb.DuckDBPyConnection, wanted: Wanted, since: datetime, window_s: int) -> int:
-    """How many customers and windows there are among what came in since the instant: the events of a rollup."""
-    parameters = Parameters()
-    parameters.named("ingested_since", naive(since))
-    parameters.named("window_s", window_s)
-    found = counted(
-        wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject", "starts", "arrived"),
-        computed=(_STARTS, _ARRIVED), where=("ingested_at >= $ingested_since",),
-    )  # fmt: skip
-    query = exp.select(fixed("COUNT(DISTINCT (subject, starts, arrived))"), copy=False)
-    query = query.from_(found.subquery("found", copy=False), copy=False)
-    ((number,),) = connection.execute(*statement(query, parameters)).fetchall()
-    return int(number)
