@@ -69,3 +69,9 @@ class Left:
         """One check."""
         (found,) = self.report(name).checks
         return found
+
+    def between(self, since: datetime, until: datetime) -> Check:
+        """The log check of a range."""
+        here = Session(Settings(data=self.data.path), Output.json)
+        (found,) = reconcile(here, Task(checks=("log",), since=since, until=until)).checks
+        return found

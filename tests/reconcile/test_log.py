@@ -1,5 +1,6 @@
 """The log against the store: whatever is planted is found and named, and nothing else."""
 
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -148,3 +149,15 @@ def test_a_rebuild_mends_whatever_is_wrong_with_a_store(left: Left, planted: str
     left.rebuild()
 
     assert left.report().differences == []
+
+
+def test_a_range_of_time_is_compared_alone(left: Left) -> None:
+    """Only records of the range take part, on both sides; its end belongs to the next."""
+    left.spoil("DELETE FROM events WHERE date_trunc('hour', ingested_at) = '2026-03-01 11:00'")
+    hours = [datetime(2026, 3, 1, hour, tzinfo=UTC) for hour in (10, 11, 12)]
+
+    before, during = (left.between(*hours[start : start + 2]) for start in (0, 1))
+
+    assert before.differences == []
+    assert {bucket.hour for bucket in before.buckets} == {hours[0]}
+    assert [difference.cause for difference in during.differences] == [Cause.LOST]

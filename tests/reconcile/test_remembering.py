@@ -1,0 +1,73 @@
+"""A comparison with an upstream that is interrupted goes on where it was."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
+from tests.reconcile.two_sides import TwoSides, numbered
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+class Counting:
+    """A reader of a real server that counts its questions, and breaks off after some."""
+
+    def __init__(self, reader: Any, most: int = 10**6) -> None:
+        self._reader, self._most, self.asked = reader, most, 0
+
+    def get(self, path: str, **params: Any) -> Any:
+        """One question."""
+        if self.asked == self._most:
+            raise ConnectionError
+        self.asked += 1
+        return self._reader.get(path, **params)
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Never asked: pages are made of questions."""
+        raise AssertionError
+
+
+def test_what_was_answered_is_not_asked_again(sides: TwoSides, tmp_path: Path) -> None:
+    """The second try asks only for what the first one did not get, and both together ask no more than one."""
+    sides.here.send(*numbered(5))
+    path, questions = tmp_path / "progress", [{"limit": limit} for limit in range(1, 8)]
+    first, second = Counting(sides.here.api, most=4), Counting(sides.here.api)
+
+    reading = Remembering(first, path, "key", NOW, go_on=False)
+    with pytest.raises(ConnectionError):
+        [reading.get("/v1/events/", **params) for params in questions]
+    assert interrupted(path, "key", NOW) == NOW
+    again = Remembering(second, path, "key", NOW, go_on=True)
+    answers = [again.get("/v1/events/", **params) for params in questions]
+    again.complete()
+
+    assert (first.asked, second.asked) == (4, 3)
+    assert [len(answer["items"]) for answer in answers] == [1, 2, 3, 4, 5, 5, 5]
+    assert interrupted(path, "key", NOW) is None
+
+
+def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: Path) -> None:
+    """Half an answer is none."""
+    path = tmp_path / "progress"
+    reading = Remembering(Counting(sides.here.api), path, "key", NOW, go_on=False)
+    reading.get("/v1/meters/")
+    path.write_bytes(path.read_bytes()[:-20])
+    after = Counting(sides.here.api)
+
+    Remembering(after, path, "key", NOW, go_on=True).get("/v1/meters/")
+
+    assert after.asked == 1
+
+
+@pytest.mark.parametrize(("key", "age"), [("another", timedelta(0)), ("key", GOOD_FOR)])
+def test_another_run_or_an_old_one_is_not_gone_on_with(key: str, age: timedelta, tmp_path: Path) -> None:
+    """Answers belong to one range and are good for some hours; nothing is as good as no file."""
+    path = tmp_path / "progress"
+    assert interrupted(path, "key", NOW) is None
+    Remembering(Counting(None), path, "key", NOW, go_on=False)
+
+    assert interrupted(path, key, NOW + age) is None
