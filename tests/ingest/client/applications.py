@@ -105,7 +105,7 @@ def forks_while_busy(ingestion: Ingestion) -> None:
     threads = [threading.Thread(target=busy) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(20):
+    for _ in range(10):
         if (child := os.fork()) == 0:
             capture(ingestion, 1)
             ingestion.close()
@@ -142,6 +142,7 @@ def collects(ingestion: Ingestion) -> None:
     while len(list(Path(sys.argv[3]).glob("*.spool"))) > own or not ingestion.stats().adopted:
         assert time.monotonic() < deadline_s, "nobody takes over what is left"
         time.sleep(0.02)
+    assert ingestion.flush(20)
 
 
 APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
