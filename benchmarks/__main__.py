@@ -16,9 +16,10 @@ FULL = {
     "end_to_end": ["--seconds", "30"],
     "reconcile": ["--events", "2000000"],
     "balances": [],
+    "client": [],
 }
 QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"],
-         "reconcile": ["--events", "200000"]}
+         "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"]}
 
 
 def main() -> None:
