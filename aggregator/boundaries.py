@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from aggregator.directory import CUSTOMER, EXTERNAL, Directory
 from aggregator.running import RunningTotals
-from aggregator.windows import EVER, microseconds
+from aggregator.view import EVER
+from aggregator.windows import microseconds
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.credit import MeterReset, MovementWithdrawn
 from meters.ledger import Account, Ledger

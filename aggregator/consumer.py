@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from aggregator.continuity import break_in
@@ -187,6 +189,10 @@ class Aggregator:
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
         """The meter's value over what arrived from these numbers since a time; None where memory does not have it."""
         return self._now.totals.consumed(meter_id, subjects, since)
+
+    def arrivals(self, meter_id: str) -> npt.NDArray[np.int64] | None:
+        """When the newest counted event of each customer number arrived, in us; None while the meter is counted."""
+        return self._now.totals.arrivals(meter_id)
 
     async def decide(self, *changes: Change) -> None:
         """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""

@@ -25,8 +25,8 @@ from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.store.slot import Slot
 from aggregator.store.store import Store
 from aggregator.totals import Integers
-from aggregator.view import Consumption, Total
-from aggregator.windows import EVER, MeterWindows, microseconds
+from aggregator.view import EVER, Consumption, Total
+from aggregator.windows import MeterWindows, microseconds
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
@@ -127,6 +127,11 @@ class RunningTotals:
         if counting is None or not counting.complete.is_set():
             return None
         return counting.totals.consumed(subjects, microseconds(since))
+
+    def arrivals(self, meter_id: str) -> Integers | None:
+        """When the newest counted event of each customer number arrived, in us; None while it is counted."""
+        counting = self._meters.get(meter_id)
+        return counting.totals.arrivals() if counting is not None and counting.complete.is_set() else None
 
     def is_cut(self, meter_id: str) -> bool:
         """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""

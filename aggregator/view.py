@@ -13,9 +13,14 @@ from typing import Protocol
 
 import duckdb
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from meters.catalogue import Catalogue, Change
 from meters.ledger import Ledger
+
+EVER = int(np.iinfo(np.int64).min)
+"""Before every time, in microseconds since 1970: where a window begins that has no reset, when nothing arrived yet."""
 
 
 class Unavailable(Exception):
@@ -107,6 +112,13 @@ class View(Protocol):
 
         None where memory does not have it: while the meter is still being counted, or for another time than the
         newest reset of the customer. Ask the store then.
+        """
+        ...
+
+    def arrivals(self, meter_id: str) -> npt.NDArray[np.int64] | None:
+        """When the newest event of each number arrived that the meter counts, in us; EVER where none did.
+
+        None while the meter is still being counted.
         """
         ...
 

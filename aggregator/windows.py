@@ -16,14 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from aggregator.totals import Integers, MeterTotals, Rows
-from aggregator.view import Consumption, Total
+from aggregator.view import EVER, Consumption, Total
 from meters.aggregation import mean
 from meters.amount import EXACT
 from meters.facts import EPOCH, MICROSECOND
 
 ADDING = frozenset({"count", "sum", "avg"})
-EVER = np.iinfo(np.int64).min
-"""The time, in microseconds since 1970, at which a window begins that has no reset."""
 
 
 class Kept(Protocol):
@@ -142,6 +140,11 @@ class MeterWindows:
         """Since the beginning; None for distinct values, which have no such total."""
         with self._lock:
             return self._whole.total(subjects) if isinstance(self._whole, MeterTotals) else None
+
+    def arrivals(self) -> Integers:
+        """When the newest row of each customer number arrived, in us."""
+        with self._lock:
+            return self._newest.copy()
 
     def consumed(self, subjects: list[int], since: int) -> Consumption | None:
         """In the window that begins at ``since``; None if that is not where these customers' windows begin."""

@@ -15,7 +15,7 @@ from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
 from meters.amount import amount_text, parse_amount
 from meters.catalogue import Catalogue, Customer, meter_json
-from meters.credit import CreditGranted
+from meters.credit import CreditGranted, MeterReset
 from meters.event import event_id
 from meters.facts import RESERVED
 from meters.ledger import Credit
@@ -99,6 +99,18 @@ def credit_shape(credit: Credit | CreditGranted, customer_id: str, meter_id: str
         "rollover": credit.rollover,
         "cause": credit.cause,
         "reference": credit.reference,
+    }
+
+
+def reset_shape(reset: MeterReset) -> Json:
+    """Where a customer's meters begin anew, and what of their credits goes on."""
+    carried = {meter_id: number(units) for meter_id, units in reset.rollover.items()}
+    return {
+        "id": reset.id,
+        "at": reset.at,
+        "customer_id": reset.customer_id,
+        "meter_ids": reset.meter_ids,
+        "rollover": carried,
     }
 
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from aggregator.api.customer_meters import SORTINGS
 from meters.ledger import customer_meter_id
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant, exact
@@ -87,6 +88,24 @@ def test_rows_are_filtered(known: Tenant) -> None:
 def test_rows_are_sorted(known: Tenant, sorting: str, first: str) -> None:
     """By each of Polar's criteria, both ways."""
     assert first in listed(known, sorting=sorting)[0]
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("by", SORTINGS)
+def test_long_lists_are_like_short_ones(known: Tenant, monkeypatch: pytest.MonkeyPatch, by: str, sign: str) -> None:
+    """Rows that are found as arrays are those that are found one by one, with the same values of what sorts them."""
+    short = [shown(known, by, sorting=sign + by), shown(known, by, sorting=sign + by, limit=2, page=2)]
+    monkeypatch.setattr("aggregator.api.customer_meters.PAIRS_AT_ONCE", 0)
+    long = [shown(known, by, sorting=sign + by), shown(known, by, sorting=sign + by, limit=2, page=2)]
+    assert [[key for key, _ in page] for page in short] == [[key for key, _ in page] for page in long]
+    assert sorted(id for _, id in short[0]) == sorted(id for _, id in long[0])
+
+
+def shown(tenant: Tenant, by: str, **asked: Any) -> list[tuple[Any, str]]:
+    """What sorts each row, and its id."""
+    items = tenant.get("/v1/customer-meters/", **asked)["items"]
+    names = {"customer_name": ("customer", "name"), "meter_name": ("meter", "name")}
+    return [(item[names[by][0]][names[by][1]] if by in names else item[by], item["id"]) for item in items]
 
 
 def test_an_unknown_sorting_is_refused(known: Tenant) -> None:
