@@ -21,6 +21,8 @@ OPERATIONS = {
     for method in methods
     if path.startswith("/v1")
 }
+PORTAL = [(name, "customer") for name in OPERATIONS if "customer-portal" in name]
+"""What a customer's token opens; that it opens nothing else is in test_isolation."""
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 SHORT = settings(
     max_examples=6,
@@ -36,18 +38,33 @@ SHORT = settings(
 def full(server: Server) -> Tenant:
     """A tenant with something of everything, so that answers have items."""
     tenant = server.tenant()
-    tenant.customer(external_id="ann", name="Ann", metadata={"plan": "free", "seats": 3})
-    tenant.meter(func="sum", property="tokens")
+    customer = tenant.customer(external_id="ann", name="Ann", metadata={"plan": "free", "seats": 3})
+    meter = tenant.meter(func="sum", property="tokens")
+    properties = {"meter_id": meter, "units": 5, "rollover": True}
+    body = {"type": "meter_credit", "description": "Units", "properties": properties}
+    tenant.post(f"/v1/benefits/{tenant.post('/v1/benefits/', body)['id']}/grants", {"customer_id": customer})
+    tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
     tenant.event("root", metadata='{"tokens":1.5,"_cost":{"amount":"0.1","currency":"usd"}}')
     tenant.event("child", metadata='{"tokens":2}', parent_id="root")
     tenant.send(b"{", admitted=False)
     return tenant
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.fixture(scope="module")
+def session(full: Tenant) -> str:
+    """The token of the customer."""
+    secret: str = full.post("/v1/customer-sessions/", {"external_customer_id": "ann"})["token"]
+    return secret
+
+
+@pytest.mark.parametrize(("name", "who"), [*((name, "organization") for name in OPERATIONS), *PORTAL])
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_requests_made_from_the_document_are_answered_as_it_says(full: Tenant, name: str, mode: GenerationMode) -> None:
-    """Right or wrong, a request gets a status and a body that the document names."""
+def test_requests_made_from_the_document_are_answered_as_it_says(
+    full: Tenant, session: str, name: str, mode: GenerationMode, who: str
+) -> None:
+    """Right or wrong, a request gets a status and a body that the document names, whoever's token it has."""
+    token = full.secret if who == "organization" else session
+    opens = (who == "customer") == ("customer-portal" in name)
 
     @SHORT
     @given(OPERATIONS[name].as_strategy(generation_mode=mode))
@@ -56,12 +73,13 @@ def test_requests_made_from_the_document_are_answered_as_it_says(full: Tenant, n
         sent.pop("cookies", None)
         if "data" in sent:
             sent["content"] = sent.pop("data")
-        headers = {**(sent.pop("headers", None) or {}), "Authorization": f"Bearer {full.secret}"}
+        headers = {**(sent.pop("headers", None) or {}), "Authorization": f"Bearer {token}"}
         try:
             response = full.server.run(full.server.http.request(headers=headers, **sent))
         except httpx.InvalidURL:  # longer than any client sends
             reject()
         case.validate_response(response, checks=CHECKS)
+        assert opens or not response.is_success
 
     holds()
 
