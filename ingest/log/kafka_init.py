@@ -20,7 +20,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from ingest.log.kafka_address import Address
-from ingest.log.kafka_topics import quiet
+from ingest.log.kafka_topics import Complaint, quiet
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 
 EVENTS_PARTITIONS = 12
@@ -30,6 +30,7 @@ REPLICAS_MAX = 3
 RECORD_BYTES_MAX = 20 * 1024 * 1024  # a record of 16 MiB, with its batch around it
 FUTURE_MS_MAX = 60 * 60 * 1000  # a producer's clock; without a bound one record could keep retention from ever acting
 DAY_MS = 24 * 60 * 60 * 1000
+CONNECT_S_MAX = 5.0
 REQUEST_S_MAX = 30.0  # making a topic takes several brokers
 
 
@@ -58,9 +59,10 @@ class Unreachable(Exception):
 
 def make_topics(address: Address, wanted: Wanted) -> list[Finding]:
     """Make the topics that are not there and look at those that are. Raises Unreachable."""
-    admin = AdminClient(quiet(address.client()))
+    complaint = Complaint()
+    admin = AdminClient(quiet(address.client()) | {"error_cb": complaint})
     try:
-        cluster = admin.list_topics(timeout=REQUEST_S_MAX)
+        cluster = admin.list_topics(timeout=CONNECT_S_MAX)
         replicas = wanted.replicas or min(REPLICAS_MAX, len(cluster.brokers))
         found: list[Finding] = []
         for stream, partitions in ((USAGE_EVENTS, wanted.partitions or EVENTS_PARTITIONS), (USAGE_CONTROL, 1)):
@@ -76,7 +78,9 @@ def make_topics(address: Address, wanted: Wanted) -> list[Finding]:
                 found += [*_compare_shape(admin, topic, asked), *_compare(admin, topic, settings, wanted.repair)]
         return found
     except (KafkaException, TimeoutError) as error:
-        reason = error.args[0].str() if isinstance(error, KafkaException) else "no answer in time"
+        admin.poll(0)
+        said = error.args[0].str() if isinstance(error, KafkaException) else "no answer in time"
+        reason = f"{said}; {complaint.last}" if complaint.last else said
         raise Unreachable(f"the brokers at {address.servers}: {reason}") from error
 
 

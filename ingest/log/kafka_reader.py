@@ -151,7 +151,8 @@ class Reader:
     def _accept(self, message: Message) -> None:
         """Put a record where it belongs. Raises PositionLost, TryAgain."""
         partition, offset, error = message.partition(), message.offset(), message.error()
-        assert partition is not None
+        if partition is None or message.topic() is None:
+            return  # about brokers, or about the group that nobody joined; the client sees to it
         if error is not None and error.code() != KafkaError._PARTITION_EOF:
             raise self._failed(error, partition)
         if partition not in self._fetched or offset is None or offset < self._fetched[partition]:

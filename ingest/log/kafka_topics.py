@@ -33,7 +33,8 @@ class Topics:
     def __init__(self, address: Address, limits: Limits) -> None:
         self._address = address
         self._retry_after_s = limits.retry_after_s
-        self._admin: AdminClient | None = AdminClient(quiet(address.client()))
+        self._complaint = Complaint()
+        self._admin: AdminClient | None = AdminClient(quiet(address.client()) | {"error_cb": self._complaint})
         self._lock = threading.Lock()
         self.places: Places | None = None
 
@@ -81,7 +82,9 @@ class Topics:
 
     def _result(self, future: "Future[Any]", wait_s: float, topic: str) -> Any:
         try:
-            return future.result(wait_s + FUTURE_GRACE_S)
+            result = future.result(wait_s + FUTURE_GRACE_S)
+            self._complaint.last = ""
+            return result
         except (KafkaException, TimeoutError) as error:
             raise self.later(error, topic) from error
 
@@ -91,8 +94,22 @@ class Topics:
         code = cause.code() if isinstance(cause, KafkaError) else None
         if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
             return TryAgain(f"there is no topic {topic} yet; `meterstream kafka init` makes it", self._retry_after_s)
-        reason = cause.str() if isinstance(cause, KafkaError) else "no answer in time"
+        if self._admin is not None:
+            self._admin.poll(0)
+        reason = self._complaint.last or (cause.str() if isinstance(cause, KafkaError) else "no answer in time")
         return TryAgain(f"the brokers at {self._address.servers} do not answer: {reason}", self._retry_after_s)
+
+
+class Complaint:
+    """What a client last said about its connections: why nobody answers. It says so when it is polled."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __call__(self, error: KafkaError) -> None:
+        """librdkafka's ``error_cb``."""
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says the same without the reason
+            self.last = error.str()
 
 
 def quiet(settings: dict[str, str]) -> dict[str, Any]:

@@ -90,6 +90,13 @@ class Node:
         path = self.folder / "output.txt"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def filled(self, value: str) -> str:
+        """The value of a setting with this node's ports and folder in it."""
+        own = {"port": self.port, "controller_port": self.controller_port, "folder": self.folder}
+        for name, content in own.items():
+            value = value.replace(f"{{{name}}}", str(content))
+        return value
+
     def prepare(self, settings: str, cluster_id: str, format_options: Sequence[str]) -> None:
         """Write the settings and format the data folder."""
         self.folder.mkdir(parents=True)
@@ -141,8 +148,8 @@ class Node:
 class Cluster:
     """Brokers of one release that know each other. Make one with ``running``, or ``start`` and ``stop`` it yourself.
 
-    ``settings`` are broker settings over those of this module; ``{number}`` and ``{folder}`` in a value are a node's
-    own. ``format_options`` go to the storage tool.
+    ``settings`` are broker settings over those of this module; ``{port}``, ``{controller_port}`` and ``{folder}`` in a
+    value are a node's own. ``format_options`` go to the storage tool.
     """
 
     def __init__(
@@ -160,7 +167,7 @@ class Cluster:
                 node=node.number, voters=voters, port=node.port, controller_port=node.controller_port, data=data
             )
             for name, value in (settings or {}).items():  # the last line of a name counts
-                text += f"{name}={value.replace('{port}', str(node.port)).replace('{folder}', str(node.folder))}\n"
+                text += f"{name}={node.filled(value)}\n"
             node.prepare(text, cluster_id, format_options)
 
     @property

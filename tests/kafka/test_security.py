@@ -1,0 +1,165 @@
+"""TLS, passwords and permissions, on a real broker that insists on them."""
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from ingest.log import open_log
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Unreachable, Wanted, make_topics
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
+from tests.kafka.cluster import free_port, running
+from tests.kafka.jars import Missing
+from tests.kafka.shared import need_kafka
+
+STORE_PASSWORD = "changeit"
+PASSWORDS = {"PLAIN": "plain-secret-1", "SCRAM-SHA-512": "scram-secret-2"}
+WRONG = "not-the-password-3"
+PREFIX = "guarded"
+
+GATEWAY = {USAGE_EVENTS: ("WRITE", "DESCRIBE"), USAGE_CONTROL: ("READ", "DESCRIBE")}
+AGGREGATOR = {USAGE_EVENTS: ("READ", "DESCRIBE"), USAGE_CONTROL: ("READ", "WRITE", "DESCRIBE")}
+"""What each process needs, as the documentation of the log tells operators."""
+
+
+class Guarded(NamedTuple):
+    """A broker with a listener for strangers: TLS and a password there, permissions for each topic."""
+
+    address: str
+    certificate: Path
+    admin: AdminClient
+
+    def url(self, user: str, mechanism: str) -> str:
+        """The log's URL for the user."""
+        login = f"security_protocol=SASL_SSL&sasl_mechanism={mechanism}&sasl_username={user}"
+        return f"kafka://{self.address}/{PREFIX}?{login}&ssl_ca={self.certificate}"
+
+    def allow(self, user: str, topics: Mapping[str, tuple[str, ...]]) -> None:
+        """Give the user these permissions."""
+        bindings = [
+            AclBinding(ResourceType.TOPIC, f"{PREFIX}.{topic}", ResourcePatternType.LITERAL, f"User:{user}", "*",
+                       AclOperation[operation], AclPermissionType.ALLOW)
+            for topic, operations in topics.items() for operation in operations
+        ]  # fmt: skip
+        for made in self.admin.create_acls(bindings).values():
+            made.result(30)
+
+
+def make_certificate(folder: Path) -> Path:
+    """A key and a certificate for localhost, by Java's own tool; the certificate as a file that clients can trust."""
+    keytool = shutil.which("keytool") or "keytool"
+    store = ["-keystore", str(folder / "broker.p12"), "-storepass", STORE_PASSWORD, "-alias", "broker"]
+    names = ["-dname", "CN=localhost", "-ext", "SAN=dns:localhost"]
+    subprocess.run(
+        [keytool, "-genkeypair", "-keyalg", "EC", "-groupname", "secp256r1", "-validity", "2", *names, *store],
+        check=True, capture_output=True,
+    )
+    shown = subprocess.run([keytool, "-exportcert", "-rfc", *store], check=True, capture_output=True)
+    certificate = folder / "broker.pem"
+    certificate.write_bytes(shown.stdout)
+    return certificate
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """The broker, its topics, and users of both mechanisms for gateway and aggregator."""
+    folder, port = tmp_path_factory.mktemp("guarded"), free_port()
+    module = "org.apache.kafka.common.security"
+    users = " ".join(f'user_{user}="{PASSWORDS["PLAIN"]}"' for user in ("gateway", "aggregator", "stranger"))
+    settings = {
+        "listeners": "PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},"
+                     f"SECURE://localhost:{port}",
+        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{{port}},SECURE://localhost:{port}",
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL",
+        "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
+        "listener.name.secure.plain.sasl.jaas.config": f"{module}.plain.PlainLoginModule required {users};",
+        "listener.name.secure.scram-sha-512.sasl.jaas.config": f"{module}.scram.ScramLoginModule required;",
+        "listener.name.secure.ssl.keystore.type": "PKCS12",
+        "listener.name.secure.ssl.keystore.location": str(folder / "broker.p12"),
+        "listener.name.secure.ssl.keystore.password": STORE_PASSWORD,
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+    }  # fmt: skip
+    scram = [f"--add-scram=SCRAM-SHA-512=[name={user},password={PASSWORDS['SCRAM-SHA-512']}]"
+             for user in ("gateway", "aggregator")]  # fmt: skip
+    try:
+        certificate = make_certificate(folder)
+        with running(folder / "cluster", settings=settings, format_options=scram) as cluster:
+            make_topics(parse_address(f"kafka://{cluster.bootstrap}/{PREFIX}", {}), Wanted(partitions=2))
+            place = Guarded(f"localhost:{port}", certificate, cluster.admin())
+            place.allow("gateway", GATEWAY)
+            place.allow("aggregator", AGGREGATOR)
+            yield place
+    except (Missing, FileNotFoundError) as reason:
+        need_kafka(Missing(str(reason)))
+
+
+@pytest.mark.parametrize("mechanism", PASSWORDS)
+def test_the_documented_permissions_are_enough(guarded: Guarded, mechanism: str) -> None:
+    """Over TLS with a password: the gateway appends events and follows decisions, the aggregator the other way."""
+    secrets = {"password": PASSWORDS[mechanism]}
+    gateway = open_log(guarded.url("gateway", mechanism), secrets=secrets)
+    aggregator = open_log(guarded.url("aggregator", mechanism), secrets=secrets)
+    try:
+        end = aggregator.ends(USAGE_EVENTS)[1]
+        assert asyncio.run(gateway.append(USAGE_EVENTS, [Entry(b"usage", 1)])) == [end]
+        assert [record.value for record in aggregator.read(USAGE_EVENTS, {1: end}, bytes_max=100)] == [b"usage"]
+        [decided] = asyncio.run(aggregator.append(USAGE_CONTROL, [Entry(b"decision")]))
+        assert [record.value for record in gateway.read(USAGE_CONTROL, {0: decided}, bytes_max=100)] == [b"decision"]
+        assert gateway.identity(USAGE_EVENTS) == aggregator.identity(USAGE_EVENTS)
+
+        with pytest.raises(TryAgain, match="authorization failed"):
+            asyncio.run(gateway.append(USAGE_CONTROL, [Entry(b"not the gateway's to decide")]))
+    finally:
+        gateway.close()
+        aggregator.close()
+
+
+def test_a_wrong_password_is_said_and_not_shown(guarded: Guarded) -> None:
+    """Whoever cannot log in is told so, by commands too; the password appears nowhere."""
+    url = guarded.url("gateway", "PLAIN")
+    log = open_log(url, secrets={"password": WRONG})
+    try:
+        with pytest.raises(TryAgain) as refusal:
+            log.ends(USAGE_EVENTS)
+    finally:
+        log.close()
+    with pytest.raises(Unreachable) as unreachable:
+        make_topics(parse_address(url, {"password": WRONG}), Wanted())
+
+    assert WRONG not in f"{refusal.value} {unreachable.value} {parse_address(url, {'password': WRONG})!r}"
+    assert "uthenticat" in str(refusal.value)
+
+
+def test_a_user_without_permission_learns_nothing(guarded: Guarded) -> None:
+    """Topics that one may not describe look like topics that are not there; the gateway would wait."""
+    log = open_log(guarded.url("stranger", "PLAIN"), secrets={"password": PASSWORDS["PLAIN"]})
+    try:
+        with pytest.raises(TryAgain):
+            log.ends(USAGE_EVENTS)
+    finally:
+        log.close()
+
+
+def test_a_certificate_that_is_not_trusted_ends_the_talk(guarded: Guarded, tmp_path: Path) -> None:
+    """A client that trusts another certificate sends no password."""
+    other = Guarded(guarded.address, make_certificate(tmp_path), guarded.admin)
+    log = open_log(other.url("gateway", "PLAIN"), secrets={"password": PASSWORDS["PLAIN"]})
+    try:
+        with pytest.raises(TryAgain):
+            log.ends(USAGE_EVENTS)
+    finally:
+        log.close()
