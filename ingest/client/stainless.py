@@ -5,6 +5,7 @@ on them (parsing, streaming helpers, raw responses, tool runners, other librarie
 and retries, which happen below, are seen once. Nothing is imported: the client brings its own classes.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -34,11 +35,12 @@ Open = Callable[[str, Any, bool], Reader | None]
 
 def metered(client: C, opened: Open) -> C:
     """A copy of the client whose calls are read."""
-    copy: Any = client.copy()  # type: ignore[attr-defined]  # the protocol is the generator's, not stated anywhere
     base: Any = type(client)
-    copy.__class__ = _metered_class(base)
-    copy._opened_by_meter = opened
-    return copy  # type: ignore[no-any-return]
+    twin: Any = copy.copy(client)
+    twin.__class__ = _metered_class(base)
+    made = base.copy(twin)  # an object of the twin's class, whose resources, made at once by some, use its requests
+    made._opened_by_meter = opened
+    return made  # type: ignore[no-any-return]
 
 
 @cache
@@ -48,13 +50,13 @@ def _metered_class(base: Any) -> type:
         return base  # type: ignore[no-any-return]
     is_async = inspect.iscoroutinefunction(base.post)
 
-    def copy(self: Any, *arguments: Any, **options: Any) -> Any:
+    def metered_copy(self: Any, *arguments: Any, **options: Any) -> Any:
         made = base.copy(self, *arguments, **options)
         made._opened_by_meter = self._opened_by_meter
         return made
 
     requests = {name: (_async_request if is_async else _request)(getattr(base, name)) for name in ("post", "get")}
-    members = {"_opened_by_meter": None, "copy": copy, "with_options": copy, **requests}
+    members = {"_opened_by_meter": None, "copy": metered_copy, "with_options": metered_copy, **requests}
     return type(base.__name__, (base,), members | {"__module__": base.__module__})
 
 

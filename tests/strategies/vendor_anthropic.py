@@ -1,11 +1,12 @@
 """The real anthropic package: messages, streams, helpers; what is beside the input is put inside."""
 
 import asyncio
+import json
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from anthropic import Anthropic, AsyncAnthropic
+from anthropic import Anthropic, AnthropicBedrock, AsyncAnthropic
 
 from ingest.client.prices import list_price
 from ingest.client.strategies.anthropic import AnthropicStrategy
@@ -120,6 +121,17 @@ def test_beta_and_raw_messages(client: Anthropic, vendor: Replay, ingestion: Rec
         helper.until_done()
     client.with_options(max_retries=0).messages.create(**QUESTION)
     assert [event["metadata"] for event in ingestion.events] == [EXACT] * 4
+
+
+def test_bedrock_and_text_on_request(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """The client changes the address below the meter; prompt and response go along when asked for."""
+    vendor.will("/model/claude-sonnet-4-5/invoke", whole(MESSAGE))
+    plain = AnthropicBedrock(aws_access_key="a", aws_secret_key="s", aws_region="eu-central-1", base_url=vendor.url)
+    llm = ingestion.strategy(AnthropicStrategy, "llm")
+    llm.client(plain, "ada", vendor="aws", keep_text=True).messages.create(**QUESTION)
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["vendor"], metadata["totalTokens"]) == ("aws", 2402)
+    assert (metadata["_llm"]["prompt"], metadata["_llm"]["response"]) == (json.dumps(QUESTION["messages"]), "Fine.")
 
 
 def test_the_asynchronous_client(vendor: Replay, ingestion: RecordingIngestion) -> None:

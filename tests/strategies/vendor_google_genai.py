@@ -68,6 +68,16 @@ def test_an_answer_is_one_event(
     assert ingestion.one()["metadata"] == EXACT
 
 
+def test_vertex_and_text_on_request(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """The same service at another address; prompt and response go along when asked for."""
+    vendor.will("/v1beta1/publishers/google/models/gemini-2.5-flash:generateContent", whole(answer({"text": "Fine."})))
+    plain = genai.Client(vertexai=True, api_key="key", http_options=types.HttpOptions(base_url=vendor.url))
+    client = ingestion.strategy(GoogleGenAIStrategy, "llm").client(plain, "ada", keep_text=True)
+    assert client.models.generate_content(model=MODEL, contents="How are you?").text == "Fine."
+    llm = ingestion.one()["metadata"]["_llm"]
+    assert (llm["prompt"], llm["response"], llm["total_tokens"]) == ("How are you?", "Fine.", 1130)
+
+
 def test_a_streams_last_chunk_has_the_totals(
     client: genai.Client, vendor: Replay, ingestion: RecordingIngestion
 ) -> None:
