@@ -85,9 +85,10 @@ class KafkaTransport:
         self._producer, self._lock = None, threading.Lock()
 
     def close(self) -> None:
-        """Write what is under way."""
+        """Give up what nobody waits for any more."""
         if self._producer is not None:
-            self._producer.flush(self._timeout_s)
+            self._producer.purge()
+            self._producer.flush(_POLL_S)
 
     def _connected(self) -> Any:
         from confluent_kafka import KafkaException, Producer

@@ -1,12 +1,21 @@
 """How much the client holds, how long it waits, and why that much."""
 
 from pathlib import Path
+from tempfile import gettempdir
 
 import msgspec
 
 MEBIBYTE = 1 << 20
 
-DEFAULT_SPOOL = Path.home() / ".local" / "state" / "meterstream"
+
+def _state_directory() -> Path:
+    try:
+        return Path.home() / ".local" / "state"
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(gettempdir())
+
+
+DEFAULT_SPOOL = _state_directory() / "meterstream"
 """Where what is not yet acknowledged is kept unless a directory is named: the place for the state of programs."""
 
 MEMORY_EVENTS_MAX = 20_000

@@ -91,18 +91,26 @@ def _ordinary(value: Any, loc: tuple[str, ...]) -> Any:
     return _number(value, loc, Reason.METADATA_VALUE)
 
 
-def _number(value: Any, loc: tuple[str, ...], otherwise: Reason) -> int | Decimal:
+def _number(value: Any, loc: tuple[str, ...], otherwise: Reason) -> Decimal:
     """An exact number from a decimal, a float (as it is displayed) or whatever counts as an integer."""
-    try:
-        number = Decimal(repr(float(value)) if isinstance(value, float) else index(value))
-    except TypeError:
-        if not isinstance(value, Decimal):
-            raise Unacceptable(otherwise, *loc) from None
-        number = value
-    if not number.is_finite():
-        raise Unacceptable(_NOT_FINITE, *loc)
+    number = _as_decimal(value, loc, otherwise)
     if round_amount(number) is None:
         raise Unacceptable(Reason.NUMBER_TOO_LARGE, *loc)
+    return number
+
+
+def _as_decimal(value: Any, loc: tuple[str, ...], otherwise: Reason) -> Decimal:
+    if isinstance(value, Decimal):
+        number = value
+    elif isinstance(value, float):
+        number = Decimal(float.__repr__(value))
+    else:
+        try:
+            number = Decimal(index(value))
+        except TypeError:
+            raise Unacceptable(otherwise, *loc) from None
+    if not number.is_finite():
+        raise Unacceptable(_NOT_FINITE, *loc)
     return number
 
 
@@ -124,14 +132,18 @@ def _cost_amount(value: Any, loc: tuple[str, ...]) -> Decimal | str:
     if isinstance(value, bool):
         raise Unacceptable(Reason.DECIMAL_TYPE, *loc)
     try:
-        amount = round_amount(Decimal(_number(Decimal(value) if isinstance(value, str) else value, loc,
-                                              Reason.DECIMAL_TYPE)))  # fmt: skip
+        stated = Decimal(value) if isinstance(value, str) else value
     except DecimalException:
         raise Unacceptable(Reason.DECIMAL_TYPE, *loc) from None
+    amount = round_amount(_as_decimal(stated, loc, Reason.DECIMAL_TYPE))
     if amount is None or amount.adjusted() >= COST_INTEGER_DIGITS_MAX:
         raise Unacceptable(Reason.DECIMAL_WHOLE_DIGITS, *loc)
     text = amount_text(amount)
-    return text if len(text.strip("-0.").replace(".", "")) > _DOUBLE_DIGITS else Decimal(text)
+    return text if len(text) > _DOUBLE_DIGITS and len(_significant(text)) > _DOUBLE_DIGITS else Decimal(text)
+
+
+def _significant(text: str) -> str:
+    return text.replace(".", "").strip("-0")
 
 
 def _llm(value: Any) -> dict[str, Any]:
@@ -144,6 +156,8 @@ def _llm(value: Any) -> dict[str, Any]:
             raise Unacceptable(Reason.MISSING, *loc, name)
     for name, part in told.items():
         if name in _COUNTS or name == "cached_input_tokens":
+            if type(part) is int and -_INTEGER_MAX < part < _INTEGER_MAX:
+                continue
             number = _number(part, (*loc, name), Reason.INT_TYPE)
             if number != int(number):
                 raise Unacceptable(Reason.INT_FROM_FLOAT, *loc, name)
