@@ -14,7 +14,19 @@ from typing import Annotated
 import typer
 
 from deploy.commands import credits as credit_commands
-from deploy.commands import customers, events, forward, meters, organizations, process, reconcile, store, tokens, usage
+from deploy.commands import (
+    customers,
+    events,
+    forward,
+    meters,
+    organizations,
+    process,
+    reconcile,
+    store,
+    tokens,
+    usage,
+    webhooks,
+)
 from deploy.commands import kafka as kafka_commands
 from deploy.giving_up import BUG, DONE, FAILED, GiveUp
 from deploy.output import Output
@@ -51,6 +63,7 @@ app.add_typer(events.app, name="events")
 app.add_typer(meters.app, name="meters")
 app.add_typer(customers.app, name="customers")
 app.add_typer(credit_commands.app, name="credits")
+app.add_typer(webhooks.app, name="webhooks")
 app.command(epilog=EPILOG)(usage.usage)
 app.add_typer(organizations.app, name="orgs")
 app.add_typer(tokens.app, name="tokens")

@@ -1,0 +1,130 @@
+"""``meterstream webhooks``: whom the organization's news are told to, and whose news are taken."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deploy.giving_up import USAGE, GiveUp
+from deploy.output import note, show, show_one
+from deploy.session import EPILOG, session
+
+if TYPE_CHECKING:
+    from deploy.client import Api
+
+app = typer.Typer(no_args_is_help=True, help="Tell other systems what changed, and take in what Polar tells.")
+
+ENDPOINTS = "/v1/webhooks/endpoints"
+COLUMNS = ("url", "id", "name", "events", "enabled", "disabled_reason", "created_at")
+DELIVERY_COLUMNS = ("created_at", "type", "customer_id", "attempt", "outcome", "status", "event_id")
+
+Id = Annotated[str, typer.Argument(help="An endpoint's id or URL.")]
+
+
+@app.command(epilog=EPILOG)
+def create(
+    context: typer.Context,
+    url: Annotated[str, typer.Argument(help="Where to send to; https, and public unless the server allows others.")],
+    event: Annotated[list[str] | None, typer.Option(help="A type to be told; repeatable. By default all.")] = None,
+    name: Annotated[str | None, typer.Option(help="For display.")] = None,
+) -> None:
+    """Tell an address what changes. The secret that signs is printed once."""
+    here = session(context)
+    body = {"url": url, "name": name} | ({"events": event} if event else {})
+    with here.api() as api:
+        show_one(api.post(ENDPOINTS, body), here.output)
+
+
+@app.command(epilog=EPILOG, name="list")
+def list_endpoints(context: typer.Context) -> None:
+    """Who is told."""
+    here = session(context)
+    with here.api() as api:
+        show(list(api.pages(ENDPOINTS)), COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def rotate(context: typer.Context, endpoint: Id) -> None:
+    """Make a new secret and print it. The one before goes on signing beside it for a day."""
+    here = session(context)
+    with here.api() as api:
+        id = find_endpoint(api, endpoint)
+        show_one(_changed(api, "PATCH", f"{ENDPOINTS}/{id}/secret"), here.output)
+
+
+@app.command(epilog=EPILOG)
+def enable(context: typer.Context, endpoint: Id) -> None:
+    """Tell an endpoint again that was disabled, by hand or because it did not answer."""
+    _switch(context, endpoint, True)
+
+
+@app.command(epilog=EPILOG)
+def disable(context: typer.Context, endpoint: Id) -> None:
+    """Tell it nothing until it is enabled. What waits is sent then."""
+    _switch(context, endpoint, False)
+
+
+@app.command(epilog=EPILOG)
+def deliveries(
+    context: typer.Context,
+    endpoint: Annotated[str | None, typer.Option(help="Only those to this endpoint.")] = None,
+) -> None:
+    """What was sent during the last 30 days, attempt by attempt, newest first."""
+    here = session(context)
+    with here.api() as api:
+        wanted = None if endpoint is None else find_endpoint(api, endpoint)
+        rows = [_delivery(row) for row in api.pages("/v1/webhooks/deliveries", endpoint_id=wanted)]
+    show(rows, DELIVERY_COLUMNS, here.output)
+
+
+@app.command(epilog=EPILOG)
+def redeliver(context: typer.Context, event: Annotated[str, typer.Argument(help="An event_id of deliveries.")]) -> None:
+    """Send something again, word for word and under the same id."""
+    here = session(context)
+    with here.api() as api:
+        show_one(api.post(f"/v1/webhooks/events/{event}/redeliver", {}), here.output)
+
+
+@app.command(epilog=EPILOG)
+def listen(
+    context: typer.Context, name: Annotated[str | None, typer.Option(help="For display.")] = None
+) -> None:  # fmt: skip
+    """Take in what a Polar organization sends to /webhooks/polar. Its secret is read from standard input."""
+    here = session(context)
+    note("The secret, as Polar's dashboard shows it:")
+    secret = sys.stdin.readline().strip()
+    if not secret:
+        raise GiveUp("no secret was given on standard input", USAGE)
+    with here.api() as api:
+        show_one(api.post("/v1/webhooks/sources", {"secret": secret, "name": name}), here.output)
+
+
+def find_endpoint(api: "Api", wanted: str) -> str:
+    """The id of the endpoint with this id or URL. Raises GiveUp."""
+    found = [one["id"] for one in api.pages(ENDPOINTS) if wanted in (one["id"], one["url"])]
+    if len(found) != 1:
+        raise GiveUp(f"{len(found)} endpoints are called {wanted!r}; see `meterstream webhooks list`", USAGE)
+    return str(found[0])
+
+
+def _switch(context: typer.Context, endpoint: str, enabled: bool) -> None:
+    here = session(context)
+    with here.api() as api:
+        path = f"{ENDPOINTS}/{find_endpoint(api, endpoint)}"
+        show_one(_changed(api, "PATCH", path, {"enabled": enabled}), here.output)
+
+
+def _changed(api: "Api", method: str, path: str, body: object = None) -> Any:
+    from deploy.client import exact_json, refused
+    from deploy.output import as_json
+
+    response = api.send(method, path, content=as_json({} if body is None else body).encode())
+    if not response.is_success:
+        raise refused(response)
+    return exact_json(response.content)
+
+
+def _delivery(row: dict[str, Any]) -> dict[str, Any]:
+    event = row["webhook_event"]
+    told = {"type": event["type"], "customer_id": event["customer_id"], "status": event["status"]}
+    return row | told | {"event_id": event["id"]}
