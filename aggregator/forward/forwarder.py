@@ -124,7 +124,7 @@ class Forwarder:
             self._state.set(stopped=None)
         if self._circuit.open_until_us > now_us:
             return min((self._circuit.open_until_us - now_us) / 1e6, LOOK_S)
-        return 0.0
+        return min(self._upstream.window.wait_s(), LOOK_S)
 
     def _next(self, now_us: int) -> Slice | None:
         """The next slice: what was begun, what has waited, rollups that are due, then the feed. Raises Away."""
@@ -296,9 +296,8 @@ class Forwarder:
             seen_us=now_us, circuit=self._circuit.state(now_us), open_until_us=self._circuit.open_until_us,
             rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew_us, server=self._upstream.url,
         )  # fmt: skip
-        pending, oldest_us = 0, None
-        if self._wishes.is_raw:
-            pending, oldest_us = self._source.backlog(self._position(RAW), self._wishes.selection)
+        lane, selection = (RAW, self._wishes.selection) if self._wishes.is_raw else (ROLLUP, Selection())
+        pending, oldest_us = self._source.backlog(self._position(lane), selection)
         self._state.set(pending=pending, oldest_us=oldest_us)
         self._note_due_us = max(self._note_due_us, now_us + NOTE_SHARE * (self._clock.now_us() - now_us))
 

@@ -59,6 +59,11 @@ class RequestWindow:
         """The request of this place is over, whatever became of it."""
         self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [self.clock.now_us(), place])
 
+    def wait_s(self) -> float:
+        """How long until a request may begin, for who would rather do something else meanwhile; 0 for now."""
+        ended = [row[0] for row in self._file.execute("SELECT ended_us FROM requests").fetchall()]
+        return free_in_us(ended, self.clock.now_us(), self.requests_max, int(self.period_s * 1e6)) / 1e6
+
     def used(self) -> int:
         """How many places are taken now."""
         since_us = self.clock.now_us() - int(self.period_s * 1e6)
