@@ -3,7 +3,10 @@
 import contextlib
 from datetime import UTC, datetime
 
+import httpx
+
 from aggregator.reconcile.report import Check, Done, Report
+from deploy.giving_up import GiveUp
 from deploy.mending import plan, rebuilt, write_down
 from deploy.own_server import own_server
 from deploy.reconcile import Task, reconcile, timed
@@ -46,8 +49,11 @@ def _upstream(here: Session, task: Task) -> Check:
     if not here.settings.polar_token:
         return Check(name="upstream", sides="our events and Polar's", skipped="METERSTREAM_POLAR_TOKEN is not set")
     range_ = Range(task.since, task.until, task.settle)
-    with own_server(here) as api, contextlib.closing(here.data.open_log()) as log:
-        return compare(here.settings, here.data, log, api, range_, datetime.now(UTC))
+    try:
+        with own_server(here) as api, contextlib.closing(here.data.open_log()) as log:
+            return compare(here.settings, here.data, log, api, range_, datetime.now(UTC))
+    except GiveUp as reason:  # what was compared besides is worth a report all the same
+        return Check(name="upstream", sides="our events and Polar's", skipped=str(reason), has_failed=True)
 
 
 def _sent_again(here: Session, report: Report) -> Done | None:
@@ -56,4 +62,7 @@ def _sent_again(here: Session, report: Report) -> Done | None:
     if not any(difference.check == "upstream" for difference in report.differences):
         return None
     with own_server(here) as api:
-        return send_again(here.settings, here.data, api, report.differences)
+        try:
+            return send_again(here.settings, here.data, api, report.differences)
+        except httpx.TransportError as error:
+            raise api.unreachable(error) from None

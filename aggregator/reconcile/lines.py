@@ -89,7 +89,7 @@ _DECODE = msgspec.json.Decoder(_Metadata).decode
 class LineReader:
     """Turns records into ``Lines``. Has a DuckDB of its own, without a file."""
 
-    def __init__(self, threads: int = 1, memory_limit: str = "256MB") -> None:
+    def __init__(self, threads: int = 1, memory_limit: str = "128MB") -> None:
         self._connection = duckdb.connect(config={"threads": threads, "memory_limit": memory_limit})
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ def page(report: Report) -> str:
         *(_actions("What the repair would do", report.plan),) * bool(report.plan and not report.done),
         *((f"<h2>What was found before the repair</h2>{_table(report.mended)}",) if report.mended else ()),
         _next_steps(report),
-        *(_check(check) for check in report.checks),
+        *(_check(check) for check in sorted(report.checks, key=lambda check: not check.differences)),
         _glossary(report),
     ]
     return (
@@ -82,6 +82,8 @@ def _verdict(report: Report) -> str:
     explained = len(report.differences) - len(wrong)
     if not ran:
         return "<div class='verdict bad'><strong>Nothing was compared.</strong></div>"
+    if report.is_equal and report.has_failed:
+        return "<div class='verdict bad'><strong>Not everything could be compared.</strong>What was, agrees.</div>"
     if report.is_equal:
         also = f" {explained} small differences are explained below and need no action." if explained else ""
         return (
@@ -195,7 +197,7 @@ def _buckets(check: Check) -> str:
         for bucket in shown
     )  # fmt: skip
     names = ["Hour (UTC)", "Partition", "Lines", "Stored", "Repeated", "Dead letters", "Checksum of the log", "Store"]
-    which = "Hours that differ" if unequal else f"The last {len(shown)} hours of {_count(len(check.buckets))}"
+    which = "Hours that differ" if unequal else f"The newest {len(shown)} of {_count(len(check.buckets))} hours"
     table = f"<table>{_row('th', names, {2, 3, 4, 5})}{rows}</table>"
     return f"<details><summary>{which}, by checksum</summary>{table}</details>"
 

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     def label(self) -> str:
         """What a person calls it."""
         known = f"{self.external_id}: " if self.external_id else ""
-        return f"{known}{self.name} of {self.who}, {self.timestamp:%Y-%m-%dT%H:%M:%S.%fZ}"
+        return f"{known}{self.name} of {self.who}, {self.timestamp:%Y-%m-%d %H:%M:%S} UTC"
 
 
 class Pair(NamedTuple):

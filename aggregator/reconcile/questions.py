@@ -31,7 +31,7 @@ class Foreign(Exception):
 class StoppedStore:
     """The file of a server that does not run, opened so that nothing in it can change."""
 
-    def __init__(self, path: Path, memory_limit: str = "512MB", threads: int = 2) -> None:
+    def __init__(self, path: Path, memory_limit: str = "384MB", threads: int = 2) -> None:
         """Raises Foreign."""
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory_limit, "threads": threads, "temp_directory": f"{path}.reconcile.tmp"

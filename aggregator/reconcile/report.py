@@ -107,11 +107,15 @@ class Bucket(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, kw_only=True):
-    """One comparison: ``name`` is log, store, ledger or upstream. ``skipped`` says why it did not take place."""
+    """One comparison: ``name`` is log, store, ledger or upstream.
+
+    ``skipped`` says why it did not take place: ``has_failed`` because it could not, otherwise because nobody set it up.
+    """
 
     name: str
     sides: str
     skipped: str = ""
+    has_failed: bool = False
     counted: list[Counted] = []
     differences: list[Difference] = []
     differences_count: int = 0
@@ -158,6 +162,11 @@ class Report(msgspec.Struct, kw_only=True):
         return listed and all(check.differences_count <= DIFFERENCES_MAX for check in self.checks)
 
     @property
+    def has_failed(self) -> bool:
+        """Whether anything could not be compared."""
+        return any(check.has_failed for check in self.checks)
+
+    @property
     def cents(self) -> Decimal:
         """Money at stake, without signs, as far as prices are known."""
         return sum((abs(difference.cents) for difference in self.differences if difference.cents), Decimal(0))
@@ -165,5 +174,5 @@ class Report(msgspec.Struct, kw_only=True):
 
 def report_json(report: Report) -> bytes:
     """The report for a program, with the verdict beside it. Decimals are texts, so that no reader bends them."""
-    verdict = {"equal": report.is_equal, "cents": report.cents}
+    verdict = {"equal": report.is_equal, "failed": report.has_failed, "cents": report.cents}
     return msgspec.json.encode({**verdict, **msgspec.to_builtins(report, builtin_types=(datetime, Decimal))})

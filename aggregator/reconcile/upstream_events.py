@@ -4,6 +4,7 @@ A request over there is precious and one here is not, so parts are told apart by
 counts agree. What is listed is paired (``pairing``), within a part first and over all parts in the end.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -156,7 +157,7 @@ def _sentence(found: Pair, cause: Cause) -> str:
         case Cause.LATE if found.ours and found.theirs:
             return f"happened {text(found.ours.timestamp)}, and counts over there in {text(found.theirs.timestamp)}"
         case Cause.CHANGED | Cause.CONFLICT if found.ours and found.theirs:
-            return f"here {found.ours.content}, over there {found.theirs.content}"
+            return _contents(found.ours, found.theirs)
         case Cause.LOST:
             return "it is counted here and missing over there"
         case Cause.DOUBLED:
@@ -165,3 +166,8 @@ def _sentence(found: Pair, cause: Cause) -> str:
             return "over there is an event that we never counted"
 
 
+def _contents(ours: Seen, theirs: Seen) -> str:
+    """The parts of the metadata that are not alike."""
+    here, there = json.loads(ours.content), json.loads(theirs.content)
+    parts = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    return ", ".join(f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} over there" for key in parts)

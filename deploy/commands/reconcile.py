@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.giving_up import DONE, MISMATCH, USAGE, GiveUp
+from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.output import Output, note, show, show_table
 from deploy.session import session
 
 if TYPE_CHECKING:
-    from aggregator.reconcile.report import Report
+    from aggregator.reconcile.report import Difference, Report
 
 
 class Which(StrEnum):
@@ -43,7 +43,8 @@ def reconcile(
 ) -> int:
     """Compare the log with the store, the store with itself, balances with entries, and all of it with Polar.
 
-    Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do.
+    Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do. 1: something could
+    not be compared.
     """
     from aggregator.reconcile.page import page
     from aggregator.reconcile.report import report_json
@@ -68,23 +69,14 @@ def reconcile(
         print(page(found), end="")
     else:
         _print(found, here.output)
-    return DONE if found.is_equal else MISMATCH
+    if not found.is_equal:
+        return MISMATCH
+    return FAILED if found.has_failed else DONE
 
 
 def _print(found: "Report", output: Output) -> None:
-    from aggregator.reconcile.page import money
-
-    rows = [
-        {
-            "check": one.check, "cause": one.cause.value, "where": one.where, "what": one.what, "events": one.count,
-            "quantities": ", ".join(f"{name} {amount:+f}" for name, amount in one.quantities.items()),
-            "money": money(one.cents) if one.cents else None, "repair": one.repair.value,
-        }
-        for one in found.differences
-    ]  # fmt: skip
-    columns = ("check", "cause", "where", "what", "events", "quantities", "money", "repair")
     if output is Output.csv:
-        show(rows, columns, output)
+        _print_csv(found)
         return
     show_table([
         {
@@ -93,15 +85,52 @@ def _print(found: "Report", output: Output) -> None:
         }
         for check in found.checks
     ], ("check", "compared", "different", "seconds", "not compared"))  # fmt: skip
-    if rows:
-        show_table(rows, [name for name in columns if any(row[name] not in (None, "") for row in rows)])
+    for one in found.differences:
+        many = f" ({one.count} events)" if one.count > 1 else ""
+        print(f"\n{one.check}: {one.cause}: {_harmless(one.where)}{many}")
+        print(f"    {_harmless(one.what)}")
+        print("    " + "; ".join(part for part in (_quantities(one), _money(one), one.repair) if part))
+    if found.differences:
+        print()
     for check in found.checks:
         for remark in check.notes:
             note(f"{check.name}: {remark}")
     for action in [*found.plan, *found.done]:
         print(action.what)
-    verdict = "Everything agrees" if found.is_equal else "There are differences"
-    print(f"{verdict}, as of log position {found.as_of}.")
+    verdict = "Everything that was compared agrees" if found.has_failed else "Everything agrees"
+    verdict = verdict if found.is_equal else "There are differences"
+    print(f"{verdict}, as of log position {found.as_of}." if found.as_of else f"{verdict}.")
+
+
+def _harmless(text: str) -> str:
+    """What strangers wrote must not steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _print_csv(found: "Report") -> None:
+    rows = [
+        {
+            "check": one.check, "cause": one.cause.value, "where": one.where, "what": one.what, "events": one.count,
+            "quantities": _quantities(one), "cents": one.cents, "repair": one.repair.value,
+        }
+        for one in found.differences
+    ]  # fmt: skip
+    columns = ("check", "cause", "where", "what", "events", "quantities", "cents", "repair")
+    show(rows, columns, Output.csv)
+
+
+def _quantities(one: "Difference") -> str:
+    from meters.amount import amount_text
+
+    return ", ".join(
+        f"{name} {'' if amount < 0 else '+'}{amount_text(amount)}" for name, amount in one.quantities.items()
+    )
+
+
+def _money(one: "Difference") -> str:
+    from aggregator.reconcile.page import money
+
+    return money(one.cents) if one.cents else ""
 
 
 def _instant(text: str | None, option: str) -> datetime | None:

@@ -41,3 +41,23 @@ def test_a_page_goes_to_stdout_and_only_here(left: Left) -> None:
 
     assert shown.stdout.startswith("<!doctype html>")
     assert refused.returncode == 2
+
+
+def test_what_could_not_be_compared_is_said_and_is_1(left: Left) -> None:
+    """With a Polar organization set up and no server running the rest is compared, and the exit code is 1."""
+    done = meterstream(
+        "reconcile", "--data", str(left.data.path), "--output", "json", METERSTREAM_POLAR_TOKEN="polar_oat_x",
+    )
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert (found["equal"], found["failed"]) == (True, True)
+    assert "no server runs" in found["checks"][-1]["skipped"]
+
+
+def test_without_a_polar_organization_nothing_is_missed(left: Left) -> None:
+    """Who forwards nothing has nothing to compare there."""
+    done = meterstream("reconcile", "--data", str(left.data.path), "--output", "json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checks"][-1]["skipped"] == "METERSTREAM_POLAR_TOKEN is not set"
