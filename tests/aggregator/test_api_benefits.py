@@ -1,0 +1,111 @@
+"""Benefits and grants over HTTP: every step once, however often it is asked for."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.aggregator.serving import Json, Tenant
+
+DAY = timedelta(days=1)
+
+
+def benefit(tenant: Tenant, meter: str, **fields: Any) -> str:
+    """A benefit of 100 units; its id."""
+    properties = {"meter_id": meter, "units": 100, "rollover": False} | fields.pop("properties", {})
+    body = {"type": "meter_credit", "description": "100 units", "properties": properties, **fields}
+    made: str = tenant.post("/v1/benefits/", body)["id"]
+    return made
+
+
+def credits(tenant: Tenant, customer: str) -> list[tuple[str, int]]:
+    """Every movement of credits, oldest first."""
+    items = tenant.get(f"/v1/customers/{customer}/credits", limit=100)["items"]
+    return [(one["cause"], one["units"]) for one in reversed(items)]
+
+
+def test_a_benefit_is_made_found_changed_and_ended(tenant: Tenant) -> None:
+    """What is shown is what was said; an end takes the units back from who has it."""
+    meter = tenant.meter()
+    id = benefit(tenant, meter, metadata={"plan": "pro"})
+    assert tenant.get(f"/v1/benefits/{id}")["properties"] == {"meter_id": meter, "units": 100, "rollover": False}
+    assert [one["id"] for one in tenant.get("/v1/benefits/", **{"metadata[plan]": "pro"})["items"]] == [id]
+    assert tenant.get("/v1/benefits/", query="nothing of the kind")["items"] == []
+    changed = tenant.patch(f"/v1/benefits/{id}", {"description": "200 units"})
+    assert (changed["description"], changed["metadata"]) == ("200 units", {"plan": "pro"})
+    customer = tenant.customer()
+    tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})
+    assert tenant.ask("DELETE", f"/v1/benefits/{id}").status_code == 204
+    assert credits(tenant, customer) == [("grant", 100), ("revoke", -100)]
+    assert tenant.ask("GET", f"/v1/benefits/{id}").status_code == 404
+
+
+def test_granting_and_revoking_again_change_nothing(tenant: Tenant) -> None:
+    """A retry gets the grant as it is; who lost it may be given it again."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer(external_id="ann")
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})
+    assert tenant.post(f"/v1/benefits/{id}/grants", {"external_customer_id": "ann"}) == grant
+    assert credits(tenant, customer) == [("grant", 100)]
+    tenant.server.now += DAY
+    revoked = tenant.post(f"/v1/benefit-grants/{grant['id']}/revoke", {})
+    assert tenant.post(f"/v1/benefit-grants/{grant['id']}/revoke", {}) == revoked
+    assert revoked["is_revoked"]
+    assert tenant.refusal("POST", f"/v1/benefit-grants/{grant['id']}/cycle")[0] == 422
+    tenant.server.now += DAY
+    assert tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"] == grant["id"]
+    assert credits(tenant, customer) == [("grant", 100), ("revoke", -100), ("grant", 100)]
+
+
+def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
+    """A retry, and a cycle before the last one, change nothing; what has not begun is not credited."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    at = tenant.server.now + DAY
+    tenant.server.now += 2 * DAY
+    path = f"/v1/benefit-grants/{grant}/cycle"
+    once = tenant.post(path, {"at": at.isoformat()})
+    assert tenant.post(path, {"at": at.isoformat()}) == once
+    assert tenant.post(path, {"at": (at - DAY).isoformat()}) == once
+    assert once["properties"]["last_credited_at"] == at.isoformat().replace("+00:00", "Z")
+    assert credits(tenant, customer) == [("grant", 100), ("cycle", 100)]
+    assert tenant.refusal("POST", path, json={"at": (at + 9 * DAY).isoformat()})[0] == 422
+    assert tenant.refusal("POST", path, json={"at": "2026-03-01T00:00:00"})[0] == 422
+
+
+def test_an_edited_benefit_gives_the_new_from_then_on(tenant: Tenant) -> None:
+    """What was given stays; the next cycle gives what the benefit is now; revoking takes back what came last."""
+    meter = tenant.meter()
+    id, customer = benefit(tenant, meter), tenant.customer()
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    tenant.patch(f"/v1/benefits/{id}", {"properties": {"meter_id": meter, "units": 300, "rollover": False}})
+    assert credits(tenant, customer) == [("grant", 100)]
+    tenant.server.now += DAY
+    tenant.post(f"/v1/benefit-grants/{grant}/cycle", {})
+    tenant.patch(f"/v1/benefits/{id}", {"properties": {"meter_id": meter, "units": 7, "rollover": False}})
+    tenant.server.now += DAY
+    tenant.post(f"/v1/benefit-grants/{grant}/revoke", {})
+    assert credits(tenant, customer) == [("grant", 100), ("cycle", 300), ("revoke", -300)]
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"type": "meter_credit", "description": "units"}, ["body", "properties"]),
+        ({"type": "discord"}, ["body", "type"]),
+        ({"description": "no"}, ["body", "description"]),
+        ({"properties": {"units": 0}}, ["body", "properties", "units"]),
+        ({"properties": {"units": 2**31}}, ["body", "properties", "units"]),
+        ({"properties": {"units": 1.5}}, ["body", "properties", "units"]),
+        ({"properties": {"rollover": "yes"}}, ["body", "properties", "rollover"]),
+        ({"properties": {"meter_id": "00000000-0000-4000-8000-00000000dead"}}, ["body", "properties", "meter_id"]),
+        ({"metadata": {"nested": {}}}, ["body", "metadata", "nested"]),
+    ],
+)
+def test_a_benefit_that_cannot_be_is_refused_where_it_is_wrong(tenant: Tenant, body: Json, where: list[str]) -> None:
+    """422 with the place."""
+    properties = {"meter_id": tenant.meter(), "units": 1, "rollover": True}
+    whole = {"type": "meter_credit", "description": "units", "properties": properties}
+    if body.keys() != {"type", "description"}:
+        body = whole | body | {"properties": properties | body.get("properties", {})}
+    status, _, complaints = tenant.refusal("POST", "/v1/benefits/", json=body)
+    assert (status, [loc for _, loc in complaints]) == (422, [where])
