@@ -171,8 +171,9 @@ def test_a_call_of_litellm_is_one_event() -> None:
     recording = RecordingIngestion()
     callback = recording.strategy(litellm.LiteLLMStrategy, "llm").cost(lambda call: call.reported_cost).callback()
     callback.log_success_event(litellm_call(), LITELLM_RESPONSE, NOW, NOW)
+    named = {"kwargs": litellm_call(), "response_obj": LITELLM_RESPONSE, "start_time": NOW, "end_time": NOW}
     with pytest.raises(StopIteration):
-        callback.async_log_success_event(litellm_call(), LITELLM_RESPONSE, NOW, NOW).send(None)
+        callback.async_log_success_event(**named).send(None)
     callback.log_success_event(litellm_call(cache_hit=True), LITELLM_RESPONSE, NOW, NOW)
     callback.log_success_event(litellm_call(), spaced({"choices": []}), NOW, NOW)
     callback.log_success_event(None, None, None, None)

@@ -100,12 +100,16 @@ def _callback_class() -> Any:
             super().__init__()
             self._report = report
 
-        def log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
-            harmless(lambda report: report(kwargs, response_obj), self._report, None)
+        def log_success_event(self, *told: Any, **named: Any) -> None:
+            harmless(lambda report: report(*_told(told, named)), self._report, None)
 
-        async def async_log_success_event(
-            self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any
-        ) -> None:
-            harmless(lambda report: report(kwargs, response_obj), self._report, None)
+        async def async_log_success_event(self, *told: Any, **named: Any) -> None:
+            harmless(lambda report: report(*_told(told, named)), self._report, None)
 
     return MeteringCallback
+
+
+def _told(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    """The call and its answer: LiteLLM names its arguments or does not, depending on who asks."""
+    call, answer = (*positional[:2], None, None)[:2]
+    return named.get("kwargs", call), named.get("response_obj", answer)
