@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import structlog
 
@@ -132,6 +133,11 @@ class RunningTotals:
         """When the newest counted event of each customer number arrived, in us; None while it is counted."""
         counting = self._meters.get(meter_id)
         return counting.totals.arrivals() if counting is not None and counting.complete.is_set() else None
+
+    def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+        """What each customer number used in its window, as doubles; None while counted, and where nothing adds up."""
+        counting = self._meters.get(meter_id)
+        return counting.totals.sums() if counting is not None and counting.complete.is_set() else None
 
     def is_cut(self, meter_id: str) -> bool:
         """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""

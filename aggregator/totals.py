@@ -137,6 +137,18 @@ class MeterTotals:
                 units += int(self._whole[known].sum()) * ONE + int(self._fraction[known].sum())
         return Total(count, _amount(units), None, None)
 
+    def sums(self, size: int) -> npt.NDArray[np.float64]:
+        """The sum of each of ``size`` customer numbers as the nearest double: to put them in order by."""
+        with self._lock:
+            found = np.zeros(size)
+            whole = self._count if self._func == "count" else self._whole
+            found[: len(whole)] = whole[:size]
+            if self._func != "count":
+                found[: len(whole)] += self._fraction[:size] / ONE
+            for subject, units in self._large.items():
+                found[subject] += units[0] / ONE
+        return found
+
     def copy(self, subject: int, other: "MeterTotals") -> None:
         """Take over what another one has of a customer."""
         self._merge(subject, other, keep=0, sign=1)

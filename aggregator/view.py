@@ -122,6 +122,13 @@ class View(Protocol):
         """
         ...
 
+    def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+        """What each number used in its window, as the nearest double, to put long lists in order by.
+
+        None for meters whose values do not add up, and while the meter is still being counted.
+        """
+        ...
+
     @property
     def as_of(self) -> Mapping[int, int]:
         """The ``usage.events`` positions of the last commit, for answers that come from memory."""

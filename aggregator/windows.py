@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from aggregator.totals import Integers, MeterTotals, Rows
@@ -145,6 +146,15 @@ class MeterWindows:
         """When the newest row of each customer number arrived, in us."""
         with self._lock:
             return self._newest.copy()
+
+    def sums(self) -> npt.NDArray[np.float64] | None:
+        """What each customer number used in its window, as doubles; None where values of two numbers do not add up."""
+        if self._func not in ("count", "sum"):
+            return None
+        with self._lock:
+            assert isinstance(self._whole, MeterTotals)
+            assert isinstance(self._apart, MeterTotals)
+            return self._whole.sums(len(self._newest)) - self._apart.sums(len(self._newest))
 
     def consumed(self, subjects: list[int], since: int) -> Consumption | None:
         """In the window that begins at ``since``; None if that is not where these customers' windows begin."""

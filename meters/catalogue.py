@@ -214,6 +214,7 @@ class Catalogue:
         self.prices = Prices()
         self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
         self._external: dict[tuple[str, str], Customer] = {}
+        self._emails: dict[tuple[str, str], str] = {}  # whose an address is, in lower case
         self._meters: dict[str, dict[str, Meter]] = {}
         for change in changes:
             self.apply(change)
@@ -253,7 +254,13 @@ class Catalogue:
             name = (known.organization_id, known.external_id)
             if self._external.get(name) == known:  # another may have the name by now
                 del self._external[name]
+        if known and known.email is not None:
+            address = (known.organization_id, known.email.lower())
+            if self._emails.get(address) == known.id:
+                del self._emails[address]
         self.customers[customer.id] = customer
+        if customer.email is not None and customer.deleted_at is None:
+            self._emails.setdefault((customer.organization_id, customer.email.lower()), customer.id)
         if customer.external_id is not None and customer.deleted_at is None:
             self._external[customer.organization_id, customer.external_id] = customer
 
@@ -265,6 +272,11 @@ class Catalogue:
     def customer_by_external_id(self, organization_id: str, external_id: str) -> Customer | None:
         """The organization's customer that it calls so itself, unless deleted."""
         return self._external.get((organization_id, external_id))
+
+    def customer_by_email(self, organization_id: str, email: str) -> Customer | None:
+        """The organization's customer with this address, whatever its case, unless deleted."""
+        id = self._emails.get((organization_id, email.lower()))
+        return self.customer(organization_id, id) if id is not None else None
 
     def meters_of(self, organization_id: str) -> list[Meter]:
         """The organization's meters, archived ones too, in the order of their creation."""

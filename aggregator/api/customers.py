@@ -109,10 +109,8 @@ def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, 
         message = "A customer with this external ID already exists."
         raise Refused("value_error", ("body", "external_id"), message, external_id)
     email = fields.get("email")
-    if email is not None and any(
-        (known.email or "").lower() == email.lower() and known.id != but
-        for known in customers_of(catalogue, organization_id)
-    ):
+    owner = catalogue.customer_by_email(organization_id, email) if email is not None else None
+    if owner is not None and owner.id != but:
         message = "A customer with this email address already exists."
         raise Refused("value_error", ("body", "email"), message, email)
 

@@ -101,6 +101,31 @@ def test_long_lists_are_like_short_ones(known: Tenant, monkeypatch: pytest.Monke
     assert sorted(id for _, id in short[0]) == sorted(id for _, id in long[0])
 
 
+@pytest.mark.parametrize("sorting", ["consumed_units", "-balance"])
+def test_long_lists_know_windows_and_both_names(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch, sorting: str
+) -> None:  # fmt: skip
+    """After resets, under two names, for functions that do not add up: the same order as one by one."""
+    for func in ("sum", "avg", "unique", "max"):
+        tenant.meter(func=func, property="tokens")
+    for name, first, second in (("ann", 5, 2.5), ("bob", 3, 4), ("cid", 1, 12345678901234)):
+        customer = tenant.customer(external_id=name)
+        tenant.send(line(f"{name} 1", external_customer_id=name, metadata={"tokens": first}))
+        tenant.server.now += timedelta(minutes=1)
+        if name != "bob":
+            tenant.post(f"/v1/customers/{customer}/resets", {})
+        named = f'"customer_id": "{customer}"'.encode()
+        sent = line(f"{name} 2", metadata={"tokens": second}).replace(b'"external_customer_id": "ann"', named)
+        tenant.send(sent, line(f"{name} 3", external_customer_id=name, metadata={"tokens": 1}))
+    by = sorting.lstrip("-")
+    short = shown(tenant, by, sorting=sorting, limit=100)
+    monkeypatch.setattr("aggregator.api.customer_meters.PAIRS_AT_ONCE", 0)
+    long = shown(tenant, by, sorting=sorting, limit=100)
+    assert [key for key, _ in short] == [key for key, _ in long]
+    assert sorted(short) == sorted(long)
+    assert len(long) == 12
+
+
 def shown(tenant: Tenant, by: str, **asked: Any) -> list[tuple[Any, str]]:
     """What sorts each row, and its id."""
     items = tenant.get("/v1/customer-meters/", **asked)["items"]
