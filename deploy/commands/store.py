@@ -1,5 +1,7 @@
 """The store's two commands: make it again, and see what is wrong."""
 
+from typing import Annotated
+
 import typer
 
 from deploy.giving_up import FAILED, GiveUp
@@ -26,6 +28,23 @@ def rebuild(context: typer.Context) -> None:
         tallies = run(here.data, progress)
     show_one(tallies, here.output)
     note(f"{here.data.store} is new, and has everything that the log has.")
+
+
+def skip_lost(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this it only says what would be lost.")] = False,
+) -> None:
+    """Go on behind records that left the log before they were read; they are never counted. No server may run."""
+    from deploy.skipping import skip_lost as run
+
+    here = session(context)
+    lost = run(here.data, sure=yes)
+    rows = [each._asdict() | {"records": each.start - each.position} for each in lost]
+    show(rows, ("stream", "partition", "position", "start", "records"), here.output)
+    records = sum(row["records"] for row in rows)
+    if records and not yes:
+        raise GiveUp(f"{records} records would never be counted; --yes accepts that", FAILED)
+    note(f"{records} records are skipped; the aggregator can go on." if records else "Nothing is lost.")
 
 
 def doctor(context: typer.Context) -> None:
