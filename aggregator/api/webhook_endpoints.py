@@ -177,7 +177,7 @@ async def rotate_webhook_secret(desk: AtDesk, token: Writer, id: UUID) -> Respon
 
 @router.delete("/v1/webhooks/endpoints/{id}", status_code=204, responses=gives(None, 204))
 async def delete_webhook_endpoint(desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Tell this address nothing more. Its secrets are forgotten."""
+    """Tell this address nothing more."""
     async with desk.deciding:
         endpoint = endpoint_of(desk, token, id)
         await desk.decide(EndpointSet(replace(endpoint, deleted_at=desk.now(), secrets=[])))

@@ -143,7 +143,7 @@ async def list_sources(desk: AtDesk, token: Reader, page: WhichPage) -> Response
 
 @router.delete("/v1/webhooks/sources/{id}", status_code=204, responses=gives(None, 204))
 async def delete_source(desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Listen no longer. The secret is forgotten."""
+    """Listen no longer."""
     async with desk.deciding:
         source = desk.catalogue.webhooks.sources.get(str(id))
         if source is None or source.organization_id != token.organization_id or source.deleted_at:
