@@ -57,8 +57,8 @@ class Boundaries:
         for organization_id, names in touched.items():
             owners = {number: self._owner(organization_id, name) for number, name in names.items()}
             for meter in self._catalogue.meters_of(organization_id):
-                accounts = self._ledger.of_meter(meter.id)
-                if accounts or totals.is_cut(meter.id):
+                if self._ledger.has_resets(meter.id) or totals.is_cut(meter.id):
+                    accounts = self._ledger.of_meter(meter.id)
                     totals.cut(meter, {number: _since(accounts, owner) for number, owner in owners.items()})
 
     def _touch(self, customer: Customer | None) -> None:

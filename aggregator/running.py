@@ -208,8 +208,8 @@ class RunningTotals:
                 parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
                 relation = connection.sql(compiled.statement.sql, params=parameters)
                 for batch in relation.to_arrow_reader(HISTORY_ROWS):
-                    if self._stopping.is_set():
-                        return
+                    if self._stopping.is_set() or not any(self._meters.get(id) is one for id, one in counted.items()):
+                        return  # or they are counted anew by another thread
                     _scatter(counted, compiled, pa.Table.from_batches([batch]), self._calendar)
             for counting in counted.values():
                 counting.complete.set()

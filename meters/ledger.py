@@ -102,6 +102,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
+        self._reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
         self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
 
@@ -111,7 +112,7 @@ class Ledger:
             case CreditGranted():
                 self._credit(change)
             case MeterReset():
-                self._reset(change)
+                self._cut(change)
             case MovementWithdrawn():
                 self._withdraw(change)
 
@@ -125,7 +126,8 @@ class Ledger:
             change.at, change.id, units, change.rollover, change.cause, change.reference
         ))  # fmt: skip
 
-    def _reset(self, change: MeterReset) -> None:
+    def _cut(self, change: MeterReset) -> None:
+        self._reset.update(change.meter_ids)
         for meter_id in change.meter_ids:
             units = change.rollover.get(meter_id, ZERO)
             carried = Credit(change.at, change.id, units, True, "rollover", change.reference) if units > 0 else None
@@ -158,6 +160,10 @@ class Ledger:
     def of_meter(self, meter_id: str) -> Mapping[str, Account]:
         """The meter's accounts by customer."""
         return self._accounts.get(meter_id, {})
+
+    def has_resets(self, meter_id: str) -> bool:
+        """Whether anybody's window of the meter ever began anew."""
+        return meter_id in self._reset
 
     def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
         """What was decided for a request with this Idempotency-Key."""

@@ -217,6 +217,24 @@ class LedgerMachine(RuleBasedStateMachine):
         self._open(Path(self.running.path).name)
         self.check()
 
+    @rule(tokens=st.lists(st.sampled_from(UNITS), min_size=1, max_size=3), minutes=st.integers(0, 9))
+    def end_in_the_middle(self, tokens: list[str], minutes: int) -> None:
+        """The engine ends while usage and a reset are on their way; some of it may be stored and some not."""
+        lines = [(self._next("use"), token) for token in tokens]
+        texts = [line(id, metadata=f'{{"units": {token}}}') for id, token in lines]
+        asyncio.run(self.log.append(USAGE_EVENTS, [entry(text) for text in texts]))
+        arrival = self.now
+        cut = MeterReset(
+            id=self._next("reset"), organization_id=ORGANIZATION, customer_id=ANN, meter_ids=list(FUNCTIONS),
+            at=self.now - timedelta(minutes=minutes),
+        )  # fmt: skip
+        for id, token in lines:
+            self.auditor.usage[id] = ANN, arrival, token
+        self._decide(cut)
+        self.auditor.resets[cut.id] = cut
+        self._open(Path(self.running.path).name)
+        self.check()
+
     @rule()
     def rebuild(self) -> None:
         """The store is made again from the log."""
