@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.client.llm import ModelCall, Tokens, cents, characters_in
@@ -116,6 +116,7 @@ shapes = st.recursive(scalars, lambda inner: st.one_of(
     ]), inner, max_size=4)))  # fmt: skip
 
 
+@settings(deadline=None)  # nothing asserts a duration
 @given(shapes)
 def test_no_shape_breaks_a_reader(shape: Any) -> None:
     """Whatever is reported, parts are never larger than what a number of tokens can be, and nothing is raised."""
