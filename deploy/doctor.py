@@ -110,8 +110,8 @@ def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:
     if any(positions.get(partition, 0) < start for partition, start in starts.items()):
         return Finding(
             name, f"the store is at {_text(positions)}, and the log begins later, at {_text(starts)}",
-            "restore a newer store.duckdb from a backup, or accept with `meterstream skip-lost` that records between them"
-            " are never counted; a rebuild would lack more of them",
+            "restore a newer store.duckdb from a backup, or say with `meterstream skip-lost` that what lies between is "
+            "never to be counted; a rebuild would lack more of it",
         )
     behind = sum(end - positions.get(partition, 0) for partition, end in ends.items())
     return Finding(name, f"{behind} records behind the log" + ("; the next start catches up" if behind else ""))

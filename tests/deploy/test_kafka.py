@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,15 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
+from ingest.log import open_log
+from meters.log import USAGE_EVENTS
 from meters.partition_key import partition_key, partition_of
 from tests.deploy.installation import PATIENCE_S, eventually, meterstream
+from tests.deploy.programs import program
+from tests.deploy.test_readme import README
 from tests.faults.kafka_installation import Process
 from tests.kafka.cluster import Cluster, free_port
+from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
 
 PARTITIONS = 4
@@ -111,7 +119,7 @@ class Apart:
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     """Two gateways and an aggregator that run; the tests of this module share them, and add to what is there."""
-    place = Apart(f"kafka://{shared_broker().bootstrap}/apart", tmp_path_factory.mktemp("apart"))
+    place = Apart(f"kafka://{shared_broker().bootstrap}", tmp_path_factory.mktemp("apart"))
     try:
         place.start()
         yield place
@@ -264,14 +272,13 @@ def test_a_gateway_that_is_asked_to_stop_loses_nothing(apart: Apart) -> None:
 
 def test_records_of_other_producers_are_counted_or_listed(kafka: Cluster, apart: Apart) -> None:
     """A producer that follows the documented format counts like a gateway; what it gets wrong can be mended."""
-    topic = f"{apart.log_url.rpartition('/')[2]}.usage.events"
     producer = Producer({"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random"})
     header = [("organization", apart.organization_id.encode())]
     delivered: dict[str, int | None] = {}
 
     def send(name: str, customer: str, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         producer.produce(
-            topic, value, key=partition_key(apart.organization_id, customer), headers=headers,  # type: ignore[arg-type]
+            "usage.events", value, key=partition_key(apart.organization_id, customer), headers=headers,  # type: ignore[arg-type]
             on_delivery=lambda error, message: delivered.update({name: message.partition()}),
         )  # fmt: skip
 
@@ -302,6 +309,42 @@ def test_records_of_other_producers_are_counted_or_listed(kafka: Cluster, apart:
     expected = {*(f"direct-{customer}" for customer in customers), "named", "mended", "last"}
     assert expected <= apart.names(last)
     assert "nobody" not in apart.names(last)
+
+
+def test_the_producers_of_the_readme_count(apart: Apart, tmp_path: Path) -> None:
+    """Python, kcat and Kafka's console producer, as the README shows them, send one event each to one partition."""
+    program("kcat", "kcat")
+    tool = tmp_path / "kafka-console-producer.sh"  # the release's script finds its jars and starts this class
+    tool.write_text(f"#!/bin/sh\nexec java -cp '{jars('3.9')}/*' kafka.tools.ConsoleProducer \"$@\"\n")
+    tool.chmod(0o755)
+    surroundings = os.environ | {
+        "BROKERS": apart.log_url.removeprefix("kafka://"), "ORGANIZATION": apart.organization_id,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    shown = README.partition("### For producers")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", shown, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "sh", "sh"]
+    for kind, text in blocks:
+        runner = [sys.executable, "-c"] if kind == "python" else ["sh", "-c"]
+        done = subprocess.run([*runner, text], env=surroundings, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+
+    def found() -> list[dict[str, Any]]:
+        headers = {"Authorization": f"Bearer {apart.token}"}
+        params = {"external_customer_id": "ada", "name": "llm.call"}
+        items: list[dict[str, Any]] = apart.http.get(
+            f"{apart.urls[0]}/v1/events/", params=params, headers=headers
+        ).json()["items"]
+        return items if len(items) == 3 else []
+
+    assert [event["metadata"]["tokens"] for event in eventually(found)] == [812] * 3
+    with contextlib.closing(open_log(apart.log_url)) as log:
+        place = apart.partition("ada")
+        records = log.read(USAGE_EVENTS, {place: 0}, bytes_max=1 << 30)
+    for sender in ("python-1", "kcat-1", "console-1"):
+        [record] = [record for record in records if f'"{sender}"'.encode() in record.value]
+        assert record.organization_id == apart.organization_id
+        assert not record.admitted
 
 
 def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) -> None:

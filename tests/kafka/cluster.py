@@ -149,16 +149,20 @@ class Cluster:
     """Brokers of one release that know each other. Make one with ``running``, or ``start`` and ``stop`` it yourself.
 
     ``settings`` are broker settings over those of this module; ``{port}``, ``{controller_port}`` and ``{folder}`` in a
-    value are a node's own. ``format_options`` go to the storage tool.
+    value are a node's own. ``format_options`` go to the storage tool. ``port`` is the first node's, the others' follow;
+    without it each has a free one.
     """
 
     def __init__(
         self, folder: Path, version: str = "4", nodes: int = 1, settings: Mapping[str, str] | None = None,
-        format_options: Sequence[str] = (),
+        format_options: Sequence[str] = (), port: int | None = None,
     ) -> None:  # fmt: skip
         libraries = jars(version)
         self.version = version
         self.nodes = [Node(number, folder / f"node-{number}", libraries) for number in range(1, nodes + 1)]
+        if port is not None:
+            for node in self.nodes:
+                node.port = port + node.number - 1
         voters = ",".join(f"{node.number}@127.0.0.1:{node.controller_port}" for node in self.nodes)
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         for node in self.nodes:
@@ -213,10 +217,10 @@ class Cluster:
 @contextlib.contextmanager
 def running(
     folder: Path, version: str = "4", nodes: int = 1, settings: Mapping[str, str] | None = None,
-    format_options: Sequence[str] = (),
+    format_options: Sequence[str] = (), port: int | None = None,
 ) -> Iterator[Cluster]:  # fmt: skip
     """A cluster that serves, for as long as the block lasts. Raises ``jars.Missing``."""
-    cluster = Cluster(folder, version, nodes, settings, format_options)
+    cluster = Cluster(folder, version, nodes, settings, format_options, port)
     try:
         cluster.start()
         yield cluster

@@ -18,22 +18,23 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "meters
 TOOLS = {"java": "openjdk-17-jre-headless", "mvn": "maven"}
 _COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 
-# kafka-tools-api is for command line tools alone, and not every release has it on Maven Central. slf4j-simple lets
-# warnings of the broker reach its standard error; without a binding there are none.
+# slf4j-simple lets warnings of the broker reach its standard error; without a binding there are none.
 _PROJECT = """<project>
   <modelVersion>4.0.0</modelVersion>
   <groupId>local</groupId><artifactId>broker</artifactId><version>1</version>
   <dependencies>
     <dependency>
       <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{version}</version>
-      <exclusions>
-        <exclusion><groupId>org.apache.kafka</groupId><artifactId>kafka-tools-api</artifactId></exclusion>
-      </exclusions>
+      {exclusions}
     </dependency>
     <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>1.7.36</version></dependency>
   </dependencies>
 </project>
 """
+
+# What a release asks for and does not have on Maven Central; it is for command line tools alone.
+_TOOLS_API = "<groupId>org.apache.kafka</groupId><artifactId>kafka-tools-api</artifactId>"
+_LACKING = {"4.4.0": f"<exclusions><exclusion>{_TOOLS_API}</exclusion></exclusions>"}
 
 
 class Missing(Exception):
@@ -70,7 +71,7 @@ def jars(name: str) -> Path:
 def _fetch(version: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         project = Path(work) / "pom.xml"
-        project.write_text(_PROJECT.format(version=version))
+        project.write_text(_PROJECT.format(version=version, exclusions=_LACKING.get(version, "")))
         into = Path(work) / "jars"
         options = ["-DincludeScope=runtime", f"-DoutputDirectory={into}", "-f", str(project)]
         command = [shutil.which("mvn") or "mvn", "-B", "-q", _COPY, *options]
