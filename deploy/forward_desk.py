@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from aggregator.forward.metrics import SILENT_US
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
 from deploy.giving_up import USAGE, GiveUp
 
-SILENT_US = 30_000_000  # a forwarder writes something every few seconds
 LANES = ("raw", "rollup")
 
 

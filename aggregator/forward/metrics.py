@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from aggregator.forward.state import State
 
+SILENT_US = 30_000_000  # a forwarder at work writes something every few seconds
 COUNTERS = {
     "requests": "Requests to Polar",
     "inserted": "Events that Polar counted",
@@ -37,6 +39,14 @@ class ForwardingMetrics:
             yield from _metrics(state)
 
 
+def _oldest_unsent_s(flags: dict[str, Any], oldest_waiting_us: int | None, now_s: float) -> float:
+    """The age of the oldest unsent event. While no forwarder is at work, all since its last sign of life is unsent."""
+    seen_us = flags.get("seen_us", 0)
+    silent_us = seen_us if now_s * 1e6 - seen_us > SILENT_US else None
+    known = [us for us in (flags.get("oldest_us"), oldest_waiting_us, silent_us) if us is not None]
+    return max(0.0, now_s - min(known) / 1e6) if known else 0.0
+
+
 def _metrics(state: State) -> Iterator[Metric]:
     flags, tallies = state.flags(), state.tallies()
     waiting, oldest_waiting_us = state.waiting()
@@ -48,8 +58,7 @@ def _metrics(state: State) -> Iterator[Metric]:
             if lane and not lane.startswith("replay"):
                 family.add_metric([lane], counts.get(name, 0))
         yield family
-    oldest = [us for us in (flags.get("oldest_us"), oldest_waiting_us) if us is not None]
-    age_s = max(0.0, time.time() - min(oldest) / 1e6) if oldest else 0.0
+    age_s = _oldest_unsent_s(flags, oldest_waiting_us, time.time())
     gauges = {
         "pending_events": ("Events that are counted and not yet taken", flags.get("pending") or 0),
         "waiting_events": ("Events that are taken and wait: of the future, or rollups", waiting),

@@ -226,3 +226,26 @@ def test_a_range_of_time_is_sent_again(room: Room, clocks: Clocks) -> None:
         assert running.books() == {"taken": 30, "accepted": 30, "dead": 0}
         assert running.state.tallies()[""]["duplicates"] == 9
     assert sorted(ids(room.there())) == sorted(ids(sent))
+
+
+def test_only_what_is_selected_is_sent(room: Room, clocks: Clocks) -> None:
+    """By name and by a filter over metadata; the rest is passed over and never read again."""
+    room.send(events(room.name, 40))
+    few = '{"conjunction":"and","clauses":[{"property":"n","operator":"lt","value":7}]}'
+    with room.forwarder(clocks, selection=Selection(names=(room.name,), filter=few)) as running:
+        running.until(lambda: running.done(7))
+        running.until(lambda: running.source.backlog(running.state.position("raw"), Selection())[0] == 0)
+        assert running.books()["accepted"] == 7
+    assert [event["metadata"]["n"] for event in room.there()] == list(range(7))
+
+
+def test_forwarding_can_begin_with_what_comes_from_now_on(room: Room, clocks: Clocks) -> None:
+    """What was counted before the first start stays here; what comes between two starts does not."""
+    first, second = events(room.name, 20)[:10], events(room.name, 20)[10:]
+    room.send(first)
+    with room.forwarder(clocks, begin="now") as running:
+        running.until(lambda: running.state.knows("raw"))
+    room.send(second)
+    with room.forwarder(clocks, begin="now") as running:
+        running.until(lambda: running.done(10))
+    assert ids(room.there()) == ids(second)
