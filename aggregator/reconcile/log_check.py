@@ -33,7 +33,7 @@ from aggregator.reconcile.worth import Worth, between
 from meters.event import Refusal
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record
 
-ELSEWHERE_MAX = 500_000
+ELSEWHERE_MAX = 200_000  # lines that wait to be looked up by identity, in one question
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 WORTH_MAX = 20_000  # differing events that are valued one by one; beyond that a report says "at least"
 _COUNTED = ("lines", "stored", "duplicates", "dead")

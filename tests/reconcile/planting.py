@@ -10,6 +10,7 @@ import duckdb
 from aggregator.reconcile.report import Check, Report
 from deploy.data import DataDirectory
 from deploy.output import Output
+from deploy.proof import prove
 from deploy.rebuild import rebuild
 from deploy.reconcile import Task, reconcile
 from deploy.session import Session
@@ -75,3 +76,7 @@ class Left:
         here = Session(Settings(data=self.data.path), Output.json)
         (found,) = reconcile(here, Task(checks=("log",), since=since, until=until)).checks
         return found
+
+    def prove(self, repair: str | None = None) -> Report:
+        """Everything, as the command does it."""
+        return prove(Session(Settings(data=self.data.path), Output.json), Task(repair=repair))

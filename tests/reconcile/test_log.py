@@ -1,15 +1,20 @@
 """The log against the store: whatever is planted is found and named, and nothing else."""
 
+import asyncio
+import contextlib
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aggregator.reconcile.report import Cause
+from ingest.log import open_log
 from meters.event import event_id, identity
-from tests.aggregator.records import ORGANIZATION
-from tests.faults.evidence import write_usage
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.aggregator.records import ORGANIZATION, decisions, entry, organization
+from tests.faults.evidence import usage, write_usage
 from tests.reconcile.planting import Left
 
 ROOT = "(SELECT seq FROM events WHERE external_id = 'root' LIMIT 1)"
@@ -161,3 +166,22 @@ def test_a_range_of_time_is_compared_alone(left: Left) -> None:
     assert before.differences == []
     assert {bucket.hour for bucket in before.buckets} == {hours[0]}
     assert [difference.cause for difference in during.differences] == [Cause.LOST]
+
+
+def test_partitions_are_compared_one_by_one(tmp_path: Path) -> None:
+    """An event that is repeated in another partition is stored once; a row that is lost is named with its partition."""
+    left = Left(tmp_path)
+    partitions = {USAGE_EVENTS: 2, USAGE_CONTROL: 1}
+    with contextlib.closing(open_log(str(tmp_path), partitions=partitions)) as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        for partition, ids in ((0, "ab"), (1, "bc")):
+            written = entry(*(usage(id) for id in ids))
+            asyncio.run(log.append(USAGE_EVENTS, [msgspec.structs.replace(written, partition=partition)]))
+    left.count()
+    assert left.report().differences == []
+
+    left.spoil("DELETE FROM events WHERE external_id = 'c'")
+
+    (difference,) = left.check("log").differences
+    assert (difference.cause, difference.count) == (Cause.LOST, 1)
+    assert {bucket.partition: bucket.lines for bucket in left.check("log").buckets} == {0: 2, 1: 2}

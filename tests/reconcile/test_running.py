@@ -1,6 +1,7 @@
 """Reconciliation beside a running server: over its socket, over its address, and after it was killed."""
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from deploy.settings import Settings
 from meters.access import AUDIT
 from tests.aggregator.records import line
 from tests.aggregator.serving import Tenant, serving
-from tests.deploy.installation import Installation, meterstream
+from tests.deploy.installation import Installation, eventually, meterstream
 from tests.reconcile.two_sides import TwoSides, numbered
 
 
@@ -83,18 +84,30 @@ def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_differs_after_an_end(installation: Installation, killed: signal.Signals) -> None:
-    """However the server ended, what it left agrees, up to where it was."""
+def test_nothing_differs_after_an_end_in_the_middle(installation: Installation, killed: signal.Signals) -> None:
+    """However the server ended while events came in, what it left agrees: every line it read is counted, once."""
     installation.start()
-    events = "\n".join(
-        f'{{"name":"call","external_customer_id":"ann","external_id":"e{number}","metadata":{{"tokens":{number}}}}}'
-        for number in range(300)
-    )
-    done = installation.run("events", "send", "-", text=events)
-    assert done.returncode == 0, done.stderr
+    sender = threading.Thread(target=_send_until_refused, args=(installation.url, installation.token))
+    sender.start()
+    eventually(lambda: int(installation.get("/v1/meters/").headers["As-Of"].removeprefix("0:")) >= 3)
     installation.stop(killed)
+    sender.join()
 
     found = meterstream("reconcile", "--data", str(installation.data), "--check", "log", "--check", "store")
 
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Everything agrees" in found.stdout
+
+
+def _send_until_refused(url: str, token: str) -> None:
+    """Batches, each of which repeats some of the last one, for as long as they are taken."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}) as client:
+        for batch in range(10_000):
+            events = [
+                {"name": "call", "external_customer_id": "ann", "external_id": f"{batch + number // 50}-{number % 50}"}
+                for number in range(60)
+            ]
+            try:
+                client.post("/v1/events/ingest", json={"events": events}).raise_for_status()
+            except httpx.HTTPError:
+                return

@@ -2,8 +2,10 @@
 
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from tests.deploy.installation import Installation, meterstream
 from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
 
 DAY = timedelta(days=1)
@@ -178,3 +180,26 @@ def test_many_events_are_narrowed_down_with_few_requests(sides: TwoSides) -> Non
     assert only(check).where.startswith("m3210: ")
     requests = int(check.notes[-1].split(" requests")[0])
     assert requests < 45
+
+
+def test_the_command_finds_mends_and_then_agrees(
+    servers: tuple[Installation, Installation], sides: TwoSides, tmp_path: Path
+) -> None:
+    """As an operator sees it: exit code 3 and a page, a repair, exit code 0; over the socket, without a token."""
+    sides.here.send(*numbered(8))
+    sides.forward(lambda event: None if event["external_id"] == "e3" else event)
+    page = tmp_path / "report.html"
+    words = ("reconcile", "--data", str(servers[0].data), "--check", "upstream", "--settle", "0")
+    where = {
+        "METERSTREAM_POLAR_TOKEN": sides.there.token, "METERSTREAM_POLAR_SERVER": sides.there.url,
+        "METERSTREAM_POLAR_ORGANIZATION": sides.here.id,
+    }  # fmt: skip
+
+    found = meterstream(*words, "--report", str(page), **where)
+    mended = meterstream(*words, "--repair", "apply", **where)
+
+    assert found.returncode == 3, found.stderr
+    assert "lost: e3: call of bob" in found.stdout
+    assert "e3: call of bob" in page.read_text()
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert "1 events were new there" in mended.stdout
