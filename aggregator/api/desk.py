@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
 
@@ -44,12 +45,17 @@ class Desk:
         self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._waiting = 0
         self.deciding = asyncio.Lock()
+        self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
 
     @property
     def catalogue(self) -> Catalogue:
         """Organizations, customers and meters."""
         return self.view.catalogue
+
+    def settling(self, organization_id: str, customer: str) -> asyncio.Lock:
+        """What decisions about one customer alone hold, so that those about different customers are made together."""
+        return self._settling.setdefault((organization_id, customer), asyncio.Lock())
 
     async def ask(self, token: Token, question: Callable[[Here], T]) -> Reading[T]:
         """Put a question to the store for the token's organization. Raises Busy, TooLong, TooLarge, Unavailable."""

@@ -10,6 +10,7 @@ from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import meter_shape
 from meters.access import reading, writing
@@ -45,6 +46,7 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
         if isinstance(meter, list):
             raise Malformed(meter)
         await desk.decide(MeterCreated(meter))
+        await settle_meter(desk, meter)
     return answer(meter_shape(meter), desk.view.as_of, 201)
 
 
@@ -89,6 +91,8 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
             message = "This meter is still attached to a price or a benefit."
             raise Refused("value_error", ("body", "is_archived"), message, True)
         await desk.decide(MeterUpdated(changed))
+        if changed.metadata != meter.metadata:
+            await settle_meter(desk, changed)
     return answer(meter_shape(changed), desk.view.as_of)
 
 

@@ -25,6 +25,7 @@ from meters.access import Denied, authorize_customer
 from meters.catalogue import Customer
 from meters.ledger import Account
 from meters.meter import Meter
+from meters.polar import METER_KEY
 from meters.price import charge
 from meters.sessions import CustomerSession
 
@@ -61,7 +62,8 @@ def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
     paid = here.catalogue.benefits.paid_meters(customer.id)
     for meter in here.catalogue.meters_of(customer.organization_id):
         account = here.view.ledger.account(customer.id, meter.id)
-        if meter.archived_at is None and (meter.id in paid or _is_credited(account)):
+        is_paid = meter.id in paid or meter.metadata.get(METER_KEY) in paid
+        if meter.archived_at is None and (is_paid or _is_credited(account)):
             yield meter
 
 

@@ -18,6 +18,7 @@ from aggregator.api.shapes import customer_shape, number
 from meters.access import reading
 from meters.benefits import METER_CREDIT, Subscription
 from meters.catalogue import Customer, Token
+from meters.polar import METER_KEY
 from meters.price import charge
 
 router = APIRouter(tags=["customers"], dependencies=[CaughtUp])
@@ -29,7 +30,7 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
     catalogue = desk.catalogue
     every = catalogue.meters_of(customer.organization_id)
     found = await customer_meters(desk, [(customer, meter) for meter in every])
-    by_meter = {one.meter.id: one for one in found}
+    by_meter = {str(name): one for one in found for name in (one.meter.id, one.meter.metadata.get(METER_KEY)) if name}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
     grants = [one for one in catalogue.benefits.grants_of(customer.id) if not one.revoked_at]
     return customer_shape(customer) | {

@@ -19,6 +19,8 @@ RESOLVE_S_MAX = 5.0
 """Seconds for a name: half of what a delivery has."""
 
 PORTS = {"https": 443, "http": 80}
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # whose last 32 bits are an IPv4 address (RFC 6052)
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Forbidden(Exception):
@@ -84,7 +86,19 @@ def _check(parts: SplitResult, private_allowed: bool) -> None:
 
 
 def _check_address(address: str, private_allowed: bool) -> None:
-    found = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(found, "ipv4_mapped", None) or found
-    if not private_allowed and (not inner.is_global or inner.is_multicast):
-        raise Forbidden("the URL leads to an address that is not public; the operator may allow such targets")
+    if private_allowed:
+        return
+    for place in _leads_to(ipaddress.ip_address(address.partition("%")[0])):
+        if not place.is_global or place.is_multicast or place.is_reserved or getattr(place, "is_site_local", False):
+            raise Forbidden("the URL leads to an address that is not public; the operator may allow such targets")
+
+
+def _leads_to(address: Address) -> list[Address]:
+    """The address itself, and the IPv4 one that it stands for where a network translates it."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    if address in NAT64:
+        return [ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)]
+    return [address, *(inner for inner in [address.sixtofour] if inner is not None)]

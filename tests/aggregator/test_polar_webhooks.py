@@ -85,14 +85,18 @@ def test_a_redelivery_changes_nothing(polar: Polar) -> None:
     assert numbers(polar) == [(100, 0, 100)]
 
 
-def test_an_interrupted_delivery_is_finished_by_its_repetition(polar: Polar) -> None:
-    """Facts for a meter that is not known yet are kept; once it is, a repetition of any news credits it."""
-    news = polar.grant(JANUARY)
-    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "accepted"}
+def test_news_of_a_meter_wait_until_it_is_known(polar: Polar) -> None:
+    """Facts are kept, and the meter that is made later, or said to be Polar's later, is credited then."""
+    polar.deliver("subscription.created", polar.subscription(JANUARY), "0")
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY + PAID), "1")
     assert state(polar)["active_meters"] == []
-    polar.mirrored_meter()
-    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "repeated"}
+    meter = polar.tenant.meter()
+    polar.tenant.patch(f"/v1/meters/{meter}", {"metadata": {"polar_meter_id": polar.meter_id}})
     assert numbers(polar) == [(100, 0, 100)]
+    assert [one["meter_id"] for one in state(polar)["active_subscriptions"][0]["meters"]] == [meter]
+    session = polar.tenant.post("/v1/customer-sessions/", {"external_customer_id": "ann"})["token"]
+    (shown,) = polar.tenant.ask("GET", "/v1/customer-portal/meters/", secret=session).json()["items"]
+    assert (shown["meter_id"], shown["balance"]) == (meter, 100)
 
 
 def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:

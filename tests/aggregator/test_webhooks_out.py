@@ -262,7 +262,9 @@ def test_a_threshold_is_told_once_for_a_crossing_and_a_cycle(tenant: Tenant) -> 
     "url",
     ["https://127.0.0.1/", "https://localhost/", "https://10.0.0.7/", "https://169.254.169.254/latest", "https://[::1]/",
      "https://[::ffff:192.168.0.1]/", "http://example.com/", "ftp://example.com/", "https://user:pw@example.com/",
-     "https:///x", "https://0.0.0.0/", "https://100.64.0.1/", "https://example.com:99999/", "https://a b/"],
+     "https://[64:ff9b::a00:1]/", "https://[2002:a00:1::]/", "https://[fec0::1]/", "https://[::a00:1]/",
+     "https://224.0.0.1/", "https:///x", "https://0.0.0.0/", "https://100.64.0.1/",
+     "https://example.com:99999/", "https://a b/"],
 )  # fmt: skip
 def test_private_and_strange_targets_are_refused(url: str) -> None:
     """Nothing inside the operator's network is reached by who has only a token."""
@@ -276,7 +278,8 @@ def test_a_name_that_leads_inside_is_found_out_at_delivery(server: Server) -> No
     target = server.run(targets.resolve("http://localhost:81/x?y=1", private_allowed=True))
     assert target.host == "localhost:81"
     assert target.url in ("http://127.0.0.1:81/x?y=1", "http://[::1]:81/x?y=1")
-    assert targets.refusal("https://example.com/hook", private_allowed=False) is None
+    for url in ("https://example.com/hook", "https://8.8.8.8/", "https://[2606:4700::1]:8443/", "https://[64:ff9b::808:808]/"):
+        assert targets.refusal(url, private_allowed=False) is None
 
 
 def test_a_store_made_anew_does_not_tell_the_past_again(server: Server, tmp_path: Any) -> None:
