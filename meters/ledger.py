@@ -98,7 +98,7 @@ def rollover_units(account: Account, consumed: Decimal, until: datetime | None =
 
 
 class Ledger:
-    """All accounts. Changed by ``apply`` alone."""
+    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
@@ -134,17 +134,23 @@ class Ledger:
             self._put(change.customer_id, meter_id, carried, Reset(change.at, change.id, change.reference))
 
     def _withdraw(self, change: MovementWithdrawn) -> None:
-        account = self.account(change.customer_id, change.meter_id)
-        if account is None:
+        known = self.account(change.customer_id, change.meter_id)
+        if known is None:
             return
-        account.credits[:] = [credit for credit in account.credits if credit.id != change.id]
-        account.resets[:] = [reset for reset in account.resets if reset.id != change.id]
+        account = Account(
+            [credit for credit in known.credits if credit.id != change.id],
+            [reset for reset in known.resets if reset.id != change.id],
+        )
         account.credited = floored(credit.units for credit in account.window())
-        if not account.credits and not account.resets:
+        if account.credits or account.resets:
+            self._accounts[change.meter_id][change.customer_id] = account
+        else:
             del self._accounts[change.meter_id][change.customer_id]
 
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
-        account = self._accounts.setdefault(meter_id, {}).setdefault(customer_id, Account())
+        accounts = self._accounts.setdefault(meter_id, {})
+        known = accounts.get(customer_id) or Account()
+        account = Account(list(known.credits), list(known.resets), known.credited)
         if reset is not None:
             _insert(account.resets, reset)
         newest = credit is not None and _insert(account.credits, credit)
@@ -152,6 +158,7 @@ class Ledger:
             account.credited = floored((account.credited, credit.units))  # what came before it holds
         else:
             account.credited = floored(held.units for held in account.window())
+        accounts[customer_id] = account
 
     def account(self, customer_id: str, meter_id: str) -> Account | None:
         """The account, if there ever was a credit or a reset."""

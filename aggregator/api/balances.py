@@ -73,33 +73,35 @@ class CustomerMeter(NamedTuple):
 
 Pair = tuple[Customer, Meter]
 
+UNKNOWN = Consumption(0, ZERO, None)
+"""Stands for what memory does not have."""
+
 
 async def customer_meters(desk: Desk, pairs: Sequence[Pair]) -> list[CustomerMeter]:
     """Those of the pairs where there is anything: usage that the meter counts, or a credit, or a reset.
 
     Raises Unavailable while too many of them are still being counted.
     """
-    read = [(customer, meter, from_memory(desk, customer, meter)) for customer, meter in pairs]
-    missing = [(customer, meter) for customer, meter, consumption in read if consumption is None]
+    read = [_read(desk, customer, meter) for customer, meter in pairs]
+    missing = [one for one in read if one.consumption is UNKNOWN]
     if len(missing) > RECOUNTED_MAX:
         raise Unavailable("meters are still being counted")
     recounted = await _recount(desk, missing) if missing else {}
-    found = []
-    for customer, meter, consumption in read:
-        known = consumption or recounted[customer.id, meter.id]
-        account = desk.view.ledger.account(customer.id, meter.id)
-        if account is not None or known.count:
-            found.append(CustomerMeter(customer, meter, account, known))
-    return found
+    whole = [one._replace(consumption=recounted.get(one.id, one.consumption)) for one in read]
+    return [one for one in whole if one.account is not None or one.consumption.count]
 
 
 async def customer_meter(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:
     """One pair, whether there is anything or not."""
+    one = _read(desk, customer, meter)
+    return one if one.consumption is not UNKNOWN else one._replace(consumption=(await _recount(desk, [one]))[one.id])
+
+
+def _read(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:
+    """What memory has: the account once, so that credits and usage are of the same window."""
     account = desk.view.ledger.account(customer.id, meter.id)
-    consumption = from_memory(desk, customer, meter)
-    if consumption is None:
-        consumption = (await _recount(desk, [(customer, meter)]))[customer.id, meter.id]
-    return CustomerMeter(customer, meter, account, consumption)
+    consumption = desk.view.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+    return CustomerMeter(customer, meter, account, consumption or UNKNOWN)
 
 
 def find(desk: Desk, organization_id: str, id: str) -> Pair | None:
@@ -132,21 +134,17 @@ async def consumed_between(
     return measured.value(meter.aggregation)
 
 
-async def _recount(desk: Desk, pairs: Sequence[Pair]) -> dict[tuple[str, str], Consumption]:
-    ledger = desk.view.ledger
-    questions = {}
-    for customer, meter in pairs:
-        account = ledger.account(customer.id, meter.id)
-        questions[customer.id, meter.id] = _question(desk, customer, meter, account.since if account else None)
+async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Consumption]:
+    questions = {one.id: _question(desk, one.customer, one.meter, one.since) for one in missing}
 
-    def count(here: Here) -> dict[tuple[str, str], Consumption]:
+    def count(here: Here) -> dict[str, Consumption]:
         found = {}
-        for names, asked in questions.items():
+        for id, asked in questions.items():
             measured = usage.value_of(here.connection, _at(asked, here))
-            found[names] = Consumption(measured.count, measured.value(asked.aggregation), None)
+            found[id] = Consumption(measured.count, measured.value(asked.aggregation), None)
         return found
 
-    counted, _ = await desk.ask_about(pairs[0][0].organization_id, count)
+    counted, _ = await desk.ask_about(missing[0].customer.organization_id, count)
     return counted
 
 

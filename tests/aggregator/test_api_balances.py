@@ -153,6 +153,16 @@ def test_a_row_has_all_that_clients_insist_on(known: Tenant) -> None:
     assert row["created_at"] <= row["modified_at"]
 
 
+def test_what_memory_does_not_have_is_counted_from_the_store(known: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a meter's history is still being counted, the numbers are the same and only slower."""
+    asked = {"sorting": "meter_name", "customer_id": id_of(known, "customer", "ann")}
+    before = known.get("/v1/customer-meters/", **asked)["items"]
+    monkeypatch.setattr(known.server.aggregator, "consumed", lambda *_: None)
+    after = known.get("/v1/customer-meters/", **asked)["items"]
+    assert [one | {"modified_at": None} for one in before] == [one | {"modified_at": None} for one in after]
+    assert known.get(f"/v1/customer-meters/{before[0]['id']}")["balance"] == before[0]["balance"]
+
+
 def test_a_row_that_is_not_there_is_not_found(known: Tenant) -> None:
     """Neither an id of nothing nor that of a customer who did nothing."""
     idle = customer_meter_id(id_of(known, "customer", "cid"), id_of(known, "meter", "Tokens"))
