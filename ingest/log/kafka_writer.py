@@ -27,6 +27,7 @@ from meters.log import Entry, Refused, TryAgain
 ORGANIZATION, ADMITTED = "organization", "admitted"
 """Names of the headers that carry ``Entry.organization_id``, and, as "1", ``Entry.admitted``."""
 
+LOOK_S_MAX = 1.0  # for the brokers to say which partitions there are; answers wait meanwhile
 POLL_S = 0.05  # how soon a close is heard; answers wake the poll at once
 RECORD_OVERHEAD_BYTES = 64 * 1024  # headers, and what a batch adds to its records
 IN_FLIGHT_MAX = 5  # requests under way to one broker, which takes them one by one: enough to hide the way there
@@ -54,6 +55,7 @@ class Writer:
         self._settings = _settings(address, limits)
         self._retry_after_s = limits.retry_after_s
         self._finished: list[Call] = []
+        self._look_again = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()  # between the last submit and close
         self._producer = Producer(self._settings)
@@ -75,6 +77,8 @@ class Writer:
                 except BufferError:
                     raise TryAgain("the log's queue is full", self._retry_after_s) from None
                 except KafkaException as error:
+                    if error.args[0].code() == KafkaError._UNKNOWN_PARTITION:
+                        self._look_again.set()  # it may be one that the client has not heard of
                     raise self._exception(error.args[0]) from error
         return call.future
 
@@ -97,6 +101,10 @@ class Writer:
         while not self._closing.is_set():
             self._producer.poll(POLL_S)
             self._answer()
+            if self._look_again.is_set():
+                self._look_again.clear()
+                with contextlib.suppress(KafkaException):
+                    self._producer.list_topics(timeout=LOOK_S_MAX)
         self._producer.flush(self._settings["delivery.timeout.ms"] / 1000)
         self._producer.purge()  # what is left was not acknowledged, and its callers are told so
         while self._producer.poll(0):

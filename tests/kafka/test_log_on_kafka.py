@@ -1,0 +1,134 @@
+"""What only a log on Kafka meets: transactions, partitions that are added, records of nobody, a queue that fills."""
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
+
+from ingest.log import open_log
+from ingest.log.kafka_address import Address, parse_address
+from ingest.log.kafka_init import Wanted, make_topics
+from ingest.log.kafka_reader import OpenAgain
+from ingest.log.limits import Limits
+from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
+from tests.aggregator.records import ORGANIZATION
+from tests.kafka.cluster import Cluster
+
+PLENTY = 1 << 30
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def address(kafka: Cluster) -> Address:
+    """Topics of the test's own, one partition."""
+    made = parse_address(f"kafka://{kafka.bootstrap}/kafka-log-{next(_numbers)}", {})
+    make_topics(made, Wanted(partitions=1))
+    return made
+
+
+@contextlib.contextmanager
+def opened(address: Address, options: str = "", limits: Limits | None = None) -> Iterator[Log]:
+    """The log there."""
+    log = open_log(f"kafka://{address.servers}/{address.prefix}{options}", limits=limits)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def append(log: Log, *values: bytes, partition: int = 0) -> list[int]:
+    """In one call."""
+    return asyncio.run(log.append(USAGE_EVENTS, [Entry(value, partition) for value in values]))
+
+
+def append_soon(log: Log, value: bytes, partition: int) -> None:
+    """As a client does: when it is told to try again, it does."""
+    for _ in range(100):
+        with contextlib.suppress(TryAgain):
+            append(log, value, partition=partition)
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("nothing but try again")
+
+
+def test_holes_stop_a_reader_unless_they_are_expected(address: Address, kafka: Cluster) -> None:
+    """A transaction's marker is a missing record to whoever does not expect one; what was aborted is never read."""
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": address.prefix, "log_level": 0})
+    producer.init_transactions(30)
+    topic = address.topic(USAGE_EVENTS)
+    for value, commit in ((b"first", True), (b"aborted", False), (b"second", True)):
+        producer.begin_transaction()
+        producer.produce(topic, value, partition=0)
+        producer.flush(30)
+        if commit:
+            producer.commit_transaction(30)
+        else:
+            producer.abort_transaction(30)
+
+    with opened(address) as strict, pytest.raises(PositionLost, match="transactions"):
+        strict.read(USAGE_EVENTS, {0: 0}, bytes_max=PLENTY)
+    with opened(address, "?holes=allowed") as tolerant:
+        found = tolerant.read(USAGE_EVENTS, {0: 0}, bytes_max=PLENTY)
+        assert [record.value for record in found] == [b"first", b"second"]
+        assert tolerant.read(USAGE_EVENTS, {0: found[-1].offset + 1}, bytes_max=PLENTY) == []
+        [offset] = append(tolerant, b"third")
+        assert [r.value for r in tolerant.read(USAGE_EVENTS, {0: offset}, bytes_max=PLENTY)] == [b"third"]
+
+
+def test_added_partitions_are_noticed(address: Address, kafka: Cluster) -> None:
+    """A reader is told to begin anew; then it, and whoever appends, has the new ones too."""
+    topic = address.topic(USAGE_EVENTS)
+    with opened(address) as log:
+        append(log, b"a")
+        assert len(log.read(USAGE_EVENTS, {0: 0}, bytes_max=PLENTY)) == 1
+        with pytest.raises(Refused):
+            append(log, b"b", partition=1)
+        admin = kafka.admin()
+        admin.create_partitions([NewPartitions(topic, 3)])[topic].result(30)
+        while len(admin.list_topics(topic, timeout=30).topics[topic].partitions) < 3:
+            pass
+        append(log, b"c")
+
+        with pytest.raises(OpenAgain):
+            log.read(USAGE_EVENTS, {0: 1}, bytes_max=PLENTY)
+        assert log.ends(USAGE_EVENTS) == {0: 2, 1: 0, 2: 0}
+        append_soon(log, b"d", partition=2)
+        found = log.read(USAGE_EVENTS, {0: 1, 1: 0, 2: 0}, bytes_max=PLENTY)
+        assert {(record.partition, record.value) for record in found} == {(0, b"c"), (2, b"d")}
+
+
+def test_records_of_nobody_belong_to_whom_the_url_names(address: Address) -> None:
+    """The option is for records without the header; those with one keep theirs."""
+    with opened(address, f"?organization={ORGANIZATION}") as log:
+        entries = [Entry(b"nobody's"), Entry(b"another's", organization_id="another")]
+        asyncio.run(log.append(USAGE_EVENTS, entries))
+
+        found = log.read(USAGE_EVENTS, {0: 0}, bytes_max=PLENTY)
+        assert [record.organization_id for record in found] == [ORGANIZATION, "another"]
+
+
+def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka: Cluster) -> None:
+    """Beyond the queue's bound an append is TryAgain at once; what waits is answered when its time is over."""
+    limits = Limits(value_bytes_max=1 << 20, queue_bytes_max=4 << 20)
+    [node] = kafka.nodes
+
+    async def fill(log: Log) -> list[list[int] | BaseException]:
+        tasks = [log.append(USAGE_EVENTS, [Entry(b"x" * (1 << 20))]) for _ in range(12)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with opened(address, "?delivery_timeout_s=1", limits) as log:
+        append(log, b"first")
+        node.pause()
+        try:
+            outcomes = asyncio.run(fill(log))
+        finally:
+            node.resume()
+        assert {TryAgain} == {type(outcome) for outcome in outcomes}
+        full = [outcome for outcome in outcomes if "full" in str(outcome)]
+        assert len(outcomes) - len(full) <= 5
+        assert append(log, b"last")
