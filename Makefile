@@ -11,7 +11,7 @@ ARGS ?=
 TRACE ?=
 DEMO_ROWS ?=
 
-.PHONY: help setup run demo kafka test lint bench clean
+.PHONY: help setup run demo kafka test faults lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 
 test: setup  ## every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
+	@$(BIN)/python -m pytest tests/faults --long -s $(ARGS)
 
 lint: setup  ## style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -53,12 +53,12 @@ def metered() -> list[Meter]:
     ]
 
 
-def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S, look_again_s: float = 0.002) -> Any:
     """What the condition gives once it is true. Fails when it does not become so."""
     deadline = time.monotonic() + patience_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.002)
+        time.sleep(look_again_s)
     return found
 
 

@@ -16,7 +16,7 @@ from meters.log import parse_position
 EVENTS_A_BODY = 10
 CONNECTIONS = 8
 REPEATED_SHARE = 0.05  # of the bodies: one event that was acknowledged before
-AGAIN_S = 0.02  # between two tries of one connection that were refused
+AGAIN_S = 0.1  # between two tries of one connection that were refused
 INGEST_PATH = "/v1/events/ingest"
 
 

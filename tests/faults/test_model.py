@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
@@ -35,27 +35,37 @@ def tell(story: list[Step], opener: Opener, store: Path) -> None:
         world.end()
 
 
-STORIES_TOLD = 8  # --long tells more
-STORIES = settings(
-    max_examples=STORIES_TOLD, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+STORIES = 8  # ten times as many with --long
 
 
-@STORIES
-@given(story=stories)
-def test_a_story_on_the_embedded_log(tmp_path_factory: pytest.TempPathFactory, story: list[Step]) -> None:
+def tell_all(long: bool, world: Callable[[], tuple[Opener, Path]]) -> None:
+    """Tell many stories, each to a world of its own."""
+
+    @settings(max_examples=STORIES * (10 if long else 1), deadline=None)
+    @given(story=stories)
+    def told(story: list[Step]) -> None:
+        tell(story, *world())
+
+    told()
+
+
+def test_stories_on_the_embedded_log(tmp_path_factory: pytest.TempPathFactory, long: bool) -> None:
     """Duplicate delivery, other records, garbage and restarts: each event counts once, to the last decimal."""
-    directory = tmp_path_factory.mktemp("story")
 
-    tell(story, lambda: open_log(str(directory), partitions=PARTITIONS), directory / "store.duckdb")
+    def world() -> tuple[Opener, Path]:
+        directory = tmp_path_factory.mktemp("story")
+        return lambda: open_log(str(directory), partitions=PARTITIONS), directory / "store.duckdb"
+
+    tell_all(long, world)
 
 
+@pytest.mark.timeout(600)
+def test_stories_on_kafka(kafka: Cluster, tmp_path_factory: pytest.TempPathFactory, long: bool) -> None:
+    """The same on a real broker, where the reader of the next life is another client, too."""
 
-@STORIES
-@given(story=stories)
-def test_a_story_on_kafka(kafka: Cluster, tmp_path_factory: pytest.TempPathFactory, story: list[Step]) -> None:
-    """The same on a real broker, where the restarted reader is another client, too."""
-    url = f"kafka://{kafka.bootstrap}/story-{uuid.uuid4().hex}"
-    make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+    def world() -> tuple[Opener, Path]:
+        url = f"kafka://{kafka.bootstrap}/story-{uuid.uuid4().hex}"
+        make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+        return lambda: open_log(url), tmp_path_factory.mktemp("story") / "store.duckdb"
 
-    tell(story, lambda: open_log(url), tmp_path_factory.mktemp("story") / "store.duckdb")
+    tell_all(long, world)
