@@ -5,6 +5,7 @@ so nothing is missed or read twice, whatever happens to the reader or the store.
 could be ingested elsewhere: a customer known here only by its id goes by its external id, and a parent too.
 """
 
+from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -25,6 +26,7 @@ from aggregator.store.queries.feed import FeedEvent, FeedPage, Wanted
 from aggregator.store.queries.rollup import Group, Traffic
 from aggregator.store.queries.scope import NOBODY, Scope
 from meters.access import reading
+from meters.aggregation import exact_sum
 from meters.catalogue import Token
 from meters.detail import detail
 from meters.filter import Filter
@@ -34,6 +36,7 @@ Reader = Annotated[Token, Depends(allow(reading("events")))]
 Meters = Annotated[list[UUID], Query(max_length=FEED_METERS_MAX)]
 WindowSeconds = Annotated[int, Query(ge=1, le=FEED_WINDOW_S_MAX, description="Seconds of a window")]
 EXTERNAL = "external"
+_Key = tuple[int, tuple[tuple[str, str], ...], datetime]  # meter, customer, start of the window
 
 
 async def _position(
@@ -111,11 +114,11 @@ def _item(desk: Desk, token: Token, event: FeedEvent, parents: dict[str, str]) -
 
 
 def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> dict[str, str]:
-    """By external id where there is one: a customer_id of ours means nothing elsewhere."""
+    """By external id where there is one, also of a customer deleted since: an id of ours means nothing elsewhere."""
     if kind == EXTERNAL:
         return {"external_customer_id": who or ""}
-    known = desk.catalogue.customer(token.organization_id, who or "")
-    if known is not None and known.external_id is not None:
+    known = desk.catalogue.customers.get(who or "")
+    if known is not None and known.organization_id == token.organization_id and known.external_id is not None:
         return {"external_customer_id": known.external_id}
     return {"customer_id": who or ""}
 
@@ -143,12 +146,21 @@ async def read_rollup(
     (groups, reached), as_of = await desk.ask(token, question)
     items = [
         {
-            "meter_id": meters[group.meter].id, **_customer(desk, token, group.kind, group.who),
-            "window": group.starts, "count": group.count, "sum": number(group.sum),
+            "meter_id": meters[meter].id, **dict(customer), "window": starts,
+            "count": sum(part.count for part in parts), "sum": number(exact_sum(part.sum for part in parts)),
         }
-        for group in groups
+        for (meter, customer, starts), parts in _by_customer(desk, token, groups).items()
     ]  # fmt: skip
     return answer({"items": items, "position": format_places(reached)}, as_of)
+
+
+def _by_customer(desk: Desk, token: Token, groups: list[Group]) -> dict[_Key, list[Group]]:
+    """A customer that events name in two ways is one to the reader: its groups belong together."""
+    found: dict[_Key, list[Group]] = {}
+    for group in groups:
+        customer = tuple(_customer(desk, token, group.kind, group.who).items())
+        found.setdefault((group.meter, customer, group.starts), []).append(group)
+    return found
 
 
 @router.get("/v1/feed/traffic", responses=gives(ref("FeedTraffic")))

@@ -72,6 +72,7 @@ def test_an_event_is_said_as_it_can_be_said_elsewhere(tenant: Tenant) -> None:
     plain = {"name": "call", "external_customer_id": None}
     tenant.send(line("child", parent_id=tenant.id_of("root"), **plain, customer_id=known, member_id=known))
     tenant.send(line("other", parent_id="root", timestamp=AT, **plain, customer_id=unnamed, member_id=known))
+    assert tenant.ask("DELETE", f"/v1/customers/{known}").is_success
     root, child, other = (item["event"] for item in read(tenant))
     assert str(root["metadata"]["a"]) == "1.10"
     assert root["timestamp"] == NOW.isoformat().replace("+00:00", "Z")
@@ -113,6 +114,16 @@ def test_a_rollup_adds_up_each_window_between_two_places(tenant: Tenant, monkeyp
     for meter in (total, calls):
         assert sum(p["count"] for p in pieces if p["meter_id"] == meter) == 12
     assert sum(p["sum"] for p in pieces if p["meter_id"] == total) == Decimal("67.2")
+
+
+def test_a_customer_of_two_names_is_rolled_up_as_one(tenant: Tenant) -> None:
+    """Named by its id and by its external id: to whoever reads, one customer with one sum."""
+    meter, known = tenant.meter(func="sum", property="n"), tenant.customer(external_id="ada")
+    by_id = {"external_customer_id": None, "customer_id": known}
+    tenant.send(line("a", timestamp=AT, external_customer_id="ada", metadata='{"n":0.1}'))
+    tenant.send(line("b", timestamp=AT, metadata='{"n":0.2}', **by_id))
+    (one,) = tenant.get("/v1/feed/rollup", meter_id=meter, before=(NOW + timedelta(seconds=1)).isoformat())["items"]
+    assert (one["external_customer_id"], one["count"], one["sum"]) == ("ada", 2, Decimal("0.3"))
 
 
 def test_traffic_says_what_a_rollup_would_make_of_it(tenant: Tenant) -> None:
