@@ -3,13 +3,17 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from meters.signatures import keys
+from tests.aggregator.polar_story import signed
+from tests.deploy.installation import PATIENCE_S, Installation, eventually
 
 
 class Receiver(HTTPServer):
@@ -83,11 +87,18 @@ def test_what_changed_is_told_even_if_the_server_dies(
     assert not any(secret in shown for secret in (made["secret"], rotated["secret"]))
 
 
-def test_a_private_target_is_refused_and_a_source_is_read_from_standard_input(running: Installation) -> None:
-    """A server that was not told otherwise sends nothing to its own network; a secret is in no command line."""
+def test_a_private_target_is_refused_and_polar_is_heard_through_the_gateway(running: Installation) -> None:
+    """Nothing is sent to its own network; a source's secret is read from standard input, and its news come in."""
     refused = running.run("webhooks", "create", "https://127.0.0.1:9/")
     assert refused.returncode == 1
     assert "not public" in refused.stderr
-    made = running.answer("webhooks", "listen", "--name", "polar", text="whsec_of_some_polar_organization\n")
+    secret = "whsec_of_some_polar_organization"
+    made = running.answer("webhooks", "listen", "--name", "polar", text=f"{secret}\n")
     assert made["name"] == "polar"
     assert "whsec_" not in json.dumps(made)
+    body = b'{"type": "customer.created",  "data": {"id": "7f8b3c0e-6b1f-4a52-9d52-0f3f2d1f6f11",' \
+           b' "created_at": "2026-01-01T00:00:00Z", "external_id": "of-polar", "email": "p@example.com"}}'  # fmt: skip
+    headers = signed(body, "delivery-1", int(time.time()), keys(secret)[0])
+    told = httpx.post(f"{running.url}/webhooks/polar", content=body, headers=headers, timeout=PATIENCE_S)
+    assert (told.status_code, told.json()) == (202, {"status": "accepted"})
+    assert running.answer("customers", "state", "of-polar")["email"] == "p@example.com"
