@@ -3,21 +3,29 @@
 Answers to ``ask`` are Arrow tables, all else is JSON with decimals as text.
 """
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
 from aggregator.reconcile.ledger_check import Balance
-from aggregator.store.queries.recount import Part, Which
+from aggregator.reconcile.store_check import Both, both_of
+from aggregator.store.queries.recount import BLOCK, Part, Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
 from deploy.client import Api, refused
+from deploy.giving_up import GiveUp
 from meters.meter import Meter
 
 _PATH = "/v1/audit"
+
+
+class _Blocks(msgspec.Struct):
+    blocks: list[Total]
+    hours: list[Total] | None
+    parts: list[Part]
 
 
 class RunningStore:
@@ -44,15 +52,15 @@ class RunningStore:
         found: Total | None = self._put("total", Total | None, meter, subjects=subjects)
         return found
 
-    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
-        """Everybody's total of each hour."""
-        found: list[Total] | None = self._put("hours", list[Total] | None, meter, hours=list(hours))
-        return found
-
-    def recount(self, meters: Sequence[Meter]) -> list[Part]:
-        """The raw events of one organization, counted for all its meters."""
-        found: list[Part] = self._put("recount", list[Part], meters[0], meter_ids=[meter.id for meter in meters])
-        return found
+    def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
+        """What is kept of each meter, and the raw events up to the position that it is true for. Raises GiveUp."""
+        blocks = -(-self.customers() // BLOCK)
+        hours = [row["hour"].replace(tzinfo=UTC) for row in self.ask("hours").to_pylist()]
+        for meter in meters:
+            found: _Blocks | None = self._put("blocks", _Blocks | None, meter, blocks=blocks, hours=hours)
+            if found is None:
+                raise GiveUp("events flow too fast to read totals between two rounds; try again when it is quieter")
+            yield both_of(found.parts, 0, found.blocks, dict(zip(hours, found.hours or [], strict=False)))
 
     def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
         """The customers of a block."""

@@ -5,7 +5,7 @@ closed list; nothing can be changed. One question at a time is answered: a proof
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +18,7 @@ from aggregator.api.desk import AtDesk, Desk, allow
 from aggregator.api.errors import NotFound
 from aggregator.store.queries import recount, usage
 from aggregator.store.queries.audit import QUESTIONS, put
-from aggregator.store.queries.recount import Which
+from aggregator.store.queries.recount import BLOCK, Part, Which
 from aggregator.store.queries.scope import Scope, organization_number
 from aggregator.store.queries.usage import Question
 from aggregator.store.sql import Measured
@@ -44,8 +44,8 @@ class Asked(msgspec.Struct):
     """A question about a meter: some customers' numbers, hours, or one of either."""
 
     meter_id: str
-    meter_ids: list[str] = []
     block: int = 0
+    blocks: int = 0
     subjects: list[int] = []
     hours: list[datetime] = []
     which: Which | None = None
@@ -73,20 +73,38 @@ async def total(request: Request, desk: AtDesk, token: Auditor) -> Response:
     return _json(desk.view.total(meter.id, asked.subjects))
 
 
-@router.post("/hours")
-async def hours(request: Request, desk: AtDesk, token: Auditor) -> Response:
-    """Everybody's total of each hour, or null."""
+@router.post("/blocks")
+async def blocks(request: Request, desk: AtDesk, token: Auditor) -> Response:
+    """A meter's totals by blocks of customers and by hours, and the recount up to the position they are true for.
+
+    Null while events flow too fast to read all blocks between two rounds.
+    """
     asked, meter = await _asked(request, desk)
-    return _json(desk.view.by_quarters(meter.id, [(hour, hour + HOUR) for hour in asked.hours]))
+    found = await asyncio.to_thread(_at_once, desk, meter, asked.blocks, asked.hours)
+    if found is None:
+        return _json(None)
+    totals, kept, as_of = found  # the snapshot is taken after them, so it has everything that they have
+
+    def question(here: Snapshot) -> list[Part]:
+        return list(recount.everything(here.connection, [meter], _number(here, meter), as_of))
+
+    parts, _ = await _read(desk, question)
+    return _json({"blocks": totals, "hours": kept, "parts": parts})
 
 
-@router.post("/recount")
-async def recount_all(request: Request, desk: AtDesk, token: Auditor) -> Response:
-    """Some meters of one organization counted from the raw events: blocks of customers, and hours."""
-    asked, meter = await _asked(request, desk)
-    meters = [desk.catalogue.meters[id] for id in asked.meter_ids or [meter.id]]
-    found, _ = await _read(desk, lambda here: list(recount.everything(here.connection, meters, _number(here, meter))))
-    return _json(found)
+def _at_once(
+    desk: Desk, meter: Meter, blocks: int, hours: Sequence[datetime]
+) -> tuple[list[Total | None], list[Total] | None, Mapping[int, int]] | None:
+    """Totals read between two rounds."""
+    ranges = [list(range(block * BLOCK, (block + 1) * BLOCK)) for block in range(blocks)]
+    spans = [(hour, hour + HOUR) for hour in hours]
+    for _ in range(ATTEMPTS_MAX):
+        as_of = desk.view.as_of
+        totals = [desk.view.total(meter.id, subjects) for subjects in ranges]
+        kept = desk.view.by_quarters(meter.id, spans)
+        if desk.view.as_of == as_of:
+            return totals, kept, as_of
+    return None
 
 
 @router.post("/by-customer")

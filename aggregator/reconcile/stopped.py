@@ -9,9 +9,10 @@ from datetime import datetime, timedelta
 import duckdb
 
 from aggregator.reconcile.questions import StoppedStore
+from aggregator.reconcile.store_check import Both, both_of
 from aggregator.running import RunningTotals
 from aggregator.store.queries import recount
-from aggregator.store.queries.recount import Part, Which
+from aggregator.store.queries.recount import BLOCK, Which
 from aggregator.store.sql import Measured
 from aggregator.store.store import Store
 from aggregator.view import Total
@@ -46,14 +47,20 @@ class StoppedTotals:
             time.sleep(LOOK_S)
         return found if found is not None else self._totals.total(meter.id, subjects)
 
-    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
-        """Everybody's total of each hour."""
-        return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
-
-    def recount(self, meters: Sequence[Meter]) -> list[Part]:
-        """The raw events of one organization, counted for all its meters."""
+    def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
+        """What the next start would keep, and the raw events: counted for all meters in one pass."""
         with self._cursor(meters[0]) as (cursor, number):
-            return list(recount.everything(cursor, meters, number))
+            parts = list(recount.everything(cursor, meters, number))
+        blocks = range(-(-self.customers() // BLOCK))
+        hours = sorted(part.hour for part in parts if part.hour is not None)
+        for place, meter in enumerate(meters):
+            totals = [self.total(meter, list(range(block * BLOCK, (block + 1) * BLOCK))) for block in blocks]
+            known = [total for total in totals if total is not None]
+            kept = self._hours(meter, hours) or []
+            yield both_of(parts, place, known, dict(zip(hours, kept, strict=False)))
+
+    def _hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
+        return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
 
     def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
         """The customers of a block."""
@@ -79,7 +86,7 @@ class StoppedTotals:
             total = self.total(meter, [which.subject])
         else:
             assert which.hour is not None
-            found = self.hours(meter, [which.hour])
+            found = self._hours(meter, [which.hour])
             total = found[0] if found else None
         with self._cursor(meter) as (cursor, number):
             return (total, recount.part(cursor, meter, number, which)) if total is not None else None

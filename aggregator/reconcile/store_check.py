@@ -5,10 +5,12 @@ raw events, for every meter and customer: first for blocks of customers, then cu
 differs, then by the hour, down to the one event that explains the difference if one does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
+
+import msgspec
 
 from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
@@ -22,8 +24,26 @@ from meters.catalogue import Catalogue
 from meters.event import event_id
 from meters.meter import Meter
 
+LOOKS = 3  # at what differs, before it is called a difference
 SHOWN_MAX = 1_000  # repeated identities and gaps that are named
 _HOUR = timedelta(hours=1)
+
+
+class Both(msgspec.Struct, frozen=True):
+    """One meter, twice: what is kept in memory and what the raw events say, by block of customers and by hour."""
+
+    blocks: list[tuple[Total, Measured]]
+    hours: list[tuple[datetime, Total, Measured]]
+
+
+def both_of(parts: Sequence[Part], place: int, blocks: Sequence[Total], hours: Mapping[datetime, Total]) -> Both:
+    """A recount beside totals, of which ``hours`` has those by hour; ``place`` is the meter's among those counted."""
+    raw = {part.block: part.measured[place] for part in parts if part.block is not None}
+    timed = sorted((part.hour, part.measured[place]) for part in parts if part.hour in hours and part.hour is not None)
+    return Both(
+        [(total, raw.get(block, Measured(0))) for block, total in enumerate(blocks)],
+        [(hour, hours[hour], measured) for hour, measured in timed],
+    )
 
 
 class TotalsSide(Protocol):
@@ -33,12 +53,8 @@ class TotalsSide(Protocol):
         """The running total of some customers together; None when there is none to compare."""
         ...
 
-    def hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
-        """Everybody's total of each hour, by the events' own times; None when there is none to compare."""
-        ...
-
-    def recount(self, meters: Sequence[Meter]) -> Iterable[Part]:
-        """The raw events of one organization, counted for all its meters: blocks of customers, and hours."""
+    def both(self, meters: Sequence[Meter]) -> Iterable["Both"]:
+        """What is kept of some meters of one organization and what the raw events make, in the meters' order."""
         ...
 
     def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
@@ -94,7 +110,7 @@ def _identities(check: Check, store: StoreSide) -> None:
                 Cause.DOUBLED, f"event {event_id(row['id_hi'], row['id_lo'])}", f"stored {row['times']} times",
                 row["times"] - 1,
             ))  # fmt: skip
-    stored = sum(row["stored"] for row in store.ask("partitions").to_pylist())
+    stored = store.ask("stored").to_pylist()[0]["stored"]
     check.counted.append(Counted("identities, each once", stored, found))
 
 
@@ -123,11 +139,9 @@ def _broken(cause: Cause, where: str, what: str, count: int = 1) -> Difference:
 def _bookkeeping(check: Check, store: StoreSide) -> None:
     """Positions, tallies and small numbers."""
     before = check.differences_count
-    tallies = {row["log_partition"]: row for row in store.ask("tallies").to_pylist()}
-    stored = {row["log_partition"]: row for row in store.ask("partitions").to_pylist()}
-    dead = {row["log_partition"]: row for row in store.ask("dead_by_partition").to_pylist()}
-    for partition in sorted({*tallies, *stored, *dead}):
-        _partition(check, partition, tallies.get(partition), stored.get(partition, {}), dead.get(partition, {}))
+    partitions = store.ask("bookkeeping").to_pylist()
+    for row in partitions:
+        _partition(check, row)
     for name, what in (("dead_numbers", "dead letters"), ("control_numbers", "decisions")):
         (row,) = store.ask(name).to_pylist()
         if row["rows"] and (row["first"], row["last"]) != (0, row["rows"] - 1):
@@ -139,62 +153,55 @@ def _bookkeeping(check: Check, store: StoreSide) -> None:
     for name in ("organizations", "subjects"):
         if row[name]:
             check.add(_broken(Cause.UNFOUNDED, "events", f"{row[name]} rows belong to nobody ({name})", row[name]))
-    check.counted.append(Counted("partitions and small tables", len(tallies) + 6, check.differences_count - before))
+    check.counted.append(Counted("partitions and small tables", len(partitions) + 6, check.differences_count - before))
 
 
-def _partition(
-    check: Check, partition: int, tally: dict[str, Any] | None, stored: dict[str, Any], dead: dict[str, Any]
-) -> None:
-    where = f"partition {partition}"
-    if tally is None:
+def _partition(check: Check, row: dict[str, Any]) -> None:
+    where = f"partition {row['partition']}"
+    if row["next_offset"] is None or row["stored"] is None:
         check.add(_broken(Cause.UNFOUNDED, where, "rows of a partition that the store does not follow"))
         return
-    ends = max(stored.get("ends") or 0, dead.get("ends") or 0)
-    if ends > tally["next_offset"]:
-        what = f"rows up to offset {ends - 1}, and the position is {tally['next_offset']}"
+    if row["ends"] > row["next_offset"]:
+        what = f"rows up to offset {row['ends'] - 1}, and the position is {row['next_offset']}"
         check.add(_broken(Cause.DOUBLED, where, f"{what}: the rest would be counted again"))
-    for name, row in (("stored", stored), ("conflicts", dead), ("dead", dead)):
-        have, said = row.get(name) or 0, tally[name]
+    for name in ("stored", "conflicts", "dead"):
+        said, have = row[name], row[f"{name}_rows"]
         if have != said:
             cause = Cause.LOST if have < said else Cause.DOUBLED
             check.add(_broken(cause, where, f"the tally of {name} says {said}, there are {have}", abs(have - said)))
 
 
 def _compare(check: Check, totals: TotalsSide, meters: Sequence[Meter], worth: Worth) -> None:
-    """All meters of an organization: blocks of customers first, then hours."""
-    parts = list(totals.recount(meters))
-    blocks = {part.block: part.measured for part in parts if part.block is not None}
-    hours = sorted((part.hour, part.measured) for part in parts if part.hour is not None)
+    """All meters of an organization: blocks of customers, then hours."""
     customers = totals.customers()
-    for place, meter in enumerate(meters):
-        different = 0
-        for block in range(-(-customers // BLOCK)):
-            raw = blocks[block][place] if block in blocks else Measured(0)
-            subjects = list(range(block * BLOCK, (block + 1) * BLOCK))
-            if not _agree(meter, totals.total(meter, subjects), raw):
-                found = list(_inside(totals, meter, block, subjects, worth))
-                different += len(found)
-                for difference in found:
-                    check.add(difference)
-        check.counted.append(Counted(f"customers, {meter.name}", customers, different))
-        _hours(check, totals, meter, [(hour, measured[place]) for hour, measured in hours], worth)
+    for meter, both in zip(meters, totals.both(meters), strict=True):
+        found: list[Difference] = []
+        for block, (total, raw) in enumerate(both.blocks):
+            if not _agree(meter, total, raw):
+                found += _inside(totals, meter, block, worth)
+        check.counted.append(Counted(f"customers, {meter.name}", customers, len(found)))
+        hours = [hour for hour, total, raw in both.hours if not _agree(meter, total, raw)]
+        found_hours = [difference for hour in hours if (difference := _hour(totals, meter, hour, worth)) is not None]
+        if both.hours:
+            check.counted.append(Counted(f"hours, {meter.name}", len(both.hours), len(found_hours)))
+        for difference in [*found, *found_hours]:
+            check.add(difference)
 
 
-def _hours(
-    check: Check, totals: TotalsSide, meter: Meter, recounted: Sequence[tuple[datetime, Measured]], worth: Worth
-) -> None:
-    """What is kept by time, against the raw events of each hour."""
-    kept = totals.hours(meter, [hour for hour, _ in recounted])
-    if kept is None:
-        return
-    different = 0
-    for (hour, raw), total in zip(recounted, kept, strict=True):
-        again = None if _agree(meter, total, raw) else totals.same_moment(meter, Which(hour=hour))
-        if again is not None and not _agree(meter, *again):
-            different += 1
-            where = f"{meter.name}, {hour:%Y-%m-%d %H}:00 UTC, everybody"
-            check.add(_explained(meter, where, again, (hour, hour + _HOUR), worth))
-    check.counted.append(Counted(f"hours, {meter.name}", len(recounted), different))
+def _hour(totals: TotalsSide, meter: Meter, hour: datetime, worth: Worth) -> Difference | None:
+    again = _still_differs(totals, meter, Which(hour=hour))
+    where = f"{meter.name}, {hour:%Y-%m-%d %H}:00 UTC, everybody"
+    return _explained(meter, where, again, (hour, hour + _HOUR), worth) if again else None
+
+
+def _still_differs(totals: TotalsSide, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
+    """The two once more, for one moment and more than once: a running server moves on while it is asked."""
+    again = None
+    for _ in range(LOOKS):
+        again = totals.same_moment(meter, which)
+        if again is None or _agree(meter, *again):
+            return None
+    return again
 
 
 def _agree(meter: Meter, total: Total | None, raw: Measured) -> bool:
@@ -211,16 +218,14 @@ def _agree(meter: Meter, total: Total | None, raw: Measured) -> bool:
             return total.sum == raw.total
 
 
-def _inside(
-    totals: TotalsSide, meter: Meter, block: int, subjects: Sequence[int], worth: Worth
-) -> Iterator[Difference]:
-    """The customers of a block that differ; a running server may have moved on since the block was counted."""
+def _inside(totals: TotalsSide, meter: Meter, block: int, worth: Worth) -> Iterator[Difference]:
+    """The customers of a block that differ."""
     counted = dict(totals.by_customer(meter, block))
-    for subject in subjects:
+    for subject in range(block * BLOCK, (block + 1) * BLOCK):
         if _agree(meter, totals.total(meter, [subject]), counted.get(subject, Measured(0))):
             continue
-        again = totals.same_moment(meter, Which(subject=subject))
-        if again is not None and not _agree(meter, *again):
+        again = _still_differs(totals, meter, Which(subject=subject))
+        if again is not None:
             where = f"{meter.name}, customer {totals.who(subject)}"
             yield _explained(meter, where, again, _hour_of(totals, meter, subject, again), worth)
 

@@ -56,12 +56,25 @@ QUESTIONS: Mapping[str, str] = {
         SELECT e.id_hi, e.id_lo, e.content, e.log_partition AS partition, log_offset << 24 | line AS key
         FROM events e SEMI JOIN asked ON e.id_hi = asked.id_hi AND e.id_lo = asked.id_lo""",
     # the store against itself
-    "partitions": """
-        SELECT log_partition, count(*) AS stored, max(log_offset) + 1 AS ends FROM events GROUP BY ALL ORDER BY 1""",
-    "dead_by_partition": """
-        SELECT log_partition, count(*) FILTER (WHERE reason = 'conflict') AS conflicts,
-            count(*) FILTER (WHERE reason <> 'conflict') AS dead, max(log_offset) + 1 AS ends
-        FROM dead_letters GROUP BY ALL ORDER BY 1""",
+    "bookkeeping": """
+        SELECT partition, any_value(next_offset) AS next_offset, any_value(stored) AS stored,
+            any_value(conflicts) AS conflicts, any_value(dead) AS dead, coalesce(sum(stored_rows), 0) AS stored_rows,
+            coalesce(sum(conflicts_rows), 0) AS conflicts_rows, coalesce(sum(dead_rows), 0) AS dead_rows,
+            coalesce(max(ends), 0) AS ends
+        FROM (
+            SELECT log_partition AS partition, stored, conflicts, dead FROM tallies
+            UNION ALL BY NAME
+            SELECT log_partition AS partition, next_offset FROM positions WHERE stream = 'usage.events'
+            UNION ALL BY NAME
+            SELECT log_partition AS partition, count(*) AS stored_rows, max(log_offset) + 1 AS ends
+            FROM events GROUP BY log_partition
+            UNION ALL BY NAME
+            SELECT log_partition AS partition, count(*) FILTER (WHERE reason = 'conflict') AS conflicts_rows,
+                count(*) FILTER (WHERE reason <> 'conflict') AS dead_rows, max(log_offset) + 1 AS ends
+            FROM dead_letters GROUP BY log_partition
+        ) GROUP BY partition ORDER BY partition""",
+    "hours": "SELECT DISTINCT date_trunc('hour', timestamp) AS hour FROM events ORDER BY hour",
+    "stored": "SELECT count(*) AS stored FROM events",
     "repeated_identities": """
         SELECT id_hi, id_lo, count(*) AS times FROM events WHERE id_hi >> 60 = $slice
         GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT $most""",

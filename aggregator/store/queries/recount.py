@@ -4,7 +4,7 @@ All meters of an organization are counted in one pass, in two ways at once: by b
 agrees in a block agrees for everyone in it, so customers are told apart only inside of a block that does not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ BLOCK = 1_000
 
 _HOUR = "DATE_TRUNC('hour', timestamp) AS hour"
 _BLOCK = "subject // 1000 AS block"
+_BEFORE = "log_offset < list_extract($offsets, list_position($partitions, log_partition))"
 
 
 class Which(msgspec.Struct, frozen=True):
@@ -40,9 +41,13 @@ class Part(NamedTuple):
 
 
 def everything(
-    connection: duckdb.DuckDBPyConnection, meters: Sequence[Meter], organization: int
-) -> Iterator[Part]:
-    """Every block of customers and every hour, in one pass over the organization's events."""
+    connection: duckdb.DuckDBPyConnection, meters: Sequence[Meter], organization: int,
+    until: Mapping[int, int] | None = None,
+) -> Iterator[Part]:  # fmt: skip
+    """Every block of customers and every hour, in one pass over the organization's events.
+
+    ``until`` are the positions of the log where to stop, by partition; None takes whatever is there.
+    """
     stage, parameters = Stage(), Parameters()
     columns: list[exp.Expr] = []
     found: list[exp.Expr] = []
@@ -52,6 +57,10 @@ def everything(
         columns.append(exp.alias_(value(meter.aggregation, stage), f"v{place}"))
         found += [fixed(text) for text in _aggregates(meter, f"c{place}", f"v{place}")]
     source = events_in(Scope(organization=organization), parameters, "*", _HOUR, _BLOCK)
+    if until is not None:
+        parameters.named("partitions", list(until))
+        parameters.named("offsets", list(until.values()))
+        source = source.where(fixed(_BEFORE), copy=False)
     staged = stage.select(source.subquery("source", copy=False), ("block", "hour"), parameters)
     inner = exp.select("block", "hour", *columns, copy=False).from_(staged.subquery("stage", copy=False), copy=False)
     query = exp.select("block", "hour", *found, copy=False).from_(inner.subquery("counted", copy=False), copy=False)
