@@ -142,7 +142,7 @@ def test_one_of_three_brokers_may_be_lost(tmp_path: Path, long: bool, capsys: py
     with capsys.disabled():
         print(
             f"\nkafka, brokers lost: seed {SEED}, one of three {len(away)} times, a second one {len(told_yes)} times, "
-            f"{outcome}, again in the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss"
+            f"{outcome}, in the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss"
         )
 
     assert sum(told_yes) == 0
