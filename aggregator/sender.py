@@ -143,11 +143,13 @@ class Sender:
     async def _deliver(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
         try:
             with _later():
-                await self._deliver_in_order(http, endpoint_id)
+                while await self._deliver_in_order(http, endpoint_id) == outbox.MESSAGES_AT_ONCE:
+                    continue  # there may be more
         finally:
             self._busy.discard(endpoint_id)
 
-    async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
+    async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str) -> int:
+        """Send the next messages; how many of them are settled now."""
         pending = await self._write(lambda connection: outbox.pending(connection, endpoint_id))
         done: list[Message] = []
         attempts: list[Attempt] = []
@@ -167,6 +169,7 @@ class Sender:
                 break
         await self._write(lambda connection: outbox.mark(connection, done, attempts))
         await self._disable_if_gone(endpoint_id, attempts, [one for one in done if one.status == "failed"])
+        return sum(one.status != "pending" for one in done)
 
     def _after(self, message: Message, attempt: Attempt) -> Message:
         now, number = self._now(), message.attempts + 1
