@@ -17,9 +17,11 @@ FULL = {
     "reconcile": ["--events", "2000000"],
     "balances": [],
     "client": [],
+    "kafka": [],
 }
 QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"],
-         "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"]}
+         "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"],
+         "kafka": ["--seconds", "1", "--events", "100000"]}
 
 
 def main() -> None:
