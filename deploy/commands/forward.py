@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.giving_up import USAGE, GiveUp
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
 
@@ -18,9 +19,14 @@ def run(context: typer.Context, server: Server = None, lifeline: Lifeline = None
     """Hand events on to Polar until stopped; METERSTREAM_POLAR_TOKEN says to which organization."""
     if context.invoked_subcommand:
         return
+    from aggregator.forward.upstream import base_url
     from deploy.forward import run as forward
     from deploy.logs import crashes_logged
 
+    try:
+        base_url(server or "production")
+    except ValueError as error:
+        raise GiveUp(f"--server: {error}", USAGE) from None
     with crashes_logged():
         forward(session(context).settings.but(polar_server=server), lifeline)
 

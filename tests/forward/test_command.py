@@ -117,9 +117,15 @@ def test_a_plan_weighs_raw_events_against_rollups(site: Site, name: str) -> None
 
 
 def test_without_a_token_there_is_nothing_to_forward_with(tmp_path: Path) -> None:
-    """The command says which setting it lacks."""
-    done = Installation.run(_nowhere(tmp_path), "forward")
-    assert (done.returncode, "METERSTREAM_POLAR_TOKEN" in done.stderr) == (2, True)
+    """The command says which setting it lacks, or which option is wrong, and looks have nothing to show."""
+    place = _nowhere(tmp_path)
+    for arguments, code, words in (
+        ((), 2, "set METERSTREAM_POLAR_TOKEN"),
+        (("--server", "polar"), 2, "--server: 'polar' is neither production, sandbox nor a URL"),
+        (("status",), 1, "nothing was forwarded from"),
+    ):
+        done = place.run("forward", *arguments)
+        assert (done.returncode, words in done.stderr) == (code, True), done.stderr
 
 
 def _nowhere(path: Path) -> Installation:
