@@ -21,24 +21,6 @@ PROCESSES = 3
 APPENDS_A_PROCESS = 40
 PLENTY = 1 << 30
 
-# What another process does: append numbered values from several tasks, and print what it was told.
-APPENDER = """
-import asyncio, json, sys
-from ingest.log import open_log
-from meters.log import USAGE_EVENTS, Entry
-
-async def main(log, name, count):
-    async def one(number):
-        value = f"{name}-{number}"
-        [offset] = await log.append(USAGE_EVENTS, [Entry(value.encode(), partition=number % 2)])
-        return value, number % 2, offset
-    return await asyncio.gather(*[one(number) for number in range(count)])
-
-log = open_log(sys.argv[1])
-print(json.dumps(asyncio.run(main(log, sys.argv[2], int(sys.argv[3])))))
-log.close()
-"""
-
 
 @pytest.fixture(params=WORLDS, ids=lambda kind: kind.__name__)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
@@ -147,7 +129,7 @@ def test_processes_append_side_by_side(world: World) -> None:
     if world.url is None:
         pytest.skip("this log lives in one process")
     log = world.open()
-    command = [sys.executable, "-c", APPENDER, world.url]
+    command = [sys.executable, "-m", "tests.contracts.appending", world.url]
     processes = [
         subprocess.Popen([*command, str(number), str(APPENDS_A_PROCESS)], stdout=subprocess.PIPE, text=True)
         for number in range(PROCESSES)
