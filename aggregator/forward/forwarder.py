@@ -86,6 +86,7 @@ class Forwarder:
         self._stopped_us = 0
         self._note_due_us = 0
         self._turn_of = 0
+        self._is_caught_up = False
         self._sent: deque[tuple[int, int]] = deque()
 
     def run(self) -> None:
@@ -111,7 +112,14 @@ class Forwarder:
         if work is None:
             return IDLE_S
         self._send(work)
-        return 0.0
+        return self._spacing_s()
+
+    def _spacing_s(self) -> float:
+        """How long to let events gather before the next request. A trickle leaves half of the limit to others."""
+        if self._slices or self._page or not self._is_caught_up:
+            return 0.0
+        window = self._upstream.window
+        return 2 * window.period_s / window.requests_max
 
     def _blocked(self, flags: dict[str, object], now_us: int) -> float:
         """How long nothing may be sent; 0 when it may."""
@@ -169,6 +177,7 @@ class Forwarder:
         position = self._position(lane)
         page = self._source.page(position, selection, PAGE_EVENTS)
         self._state.set(waits_for=None)
+        self._is_caught_up = page.is_last
         items = [item_of(entry, lane) for entry in page.entries]
         if items:
             park(items, now_us, self._skew_us, self._state.waiting_customers())

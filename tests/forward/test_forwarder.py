@@ -179,6 +179,15 @@ def test_the_limit_holds_across_restarts(room: Room, clocks: Clocks) -> None:
     assert room.there() == room.here()
 
 
+def test_a_trickle_leaves_room_for_others(room: Room, clocks: Clocks) -> None:
+    """A backlog goes at full speed; when there is no more, events gather so long that half of the limit stays free."""
+    room.send(events(room.name, 12))
+    with room.forwarder(clocks, requests_max=20, batch_events=5) as running:
+        pauses = [running.forwarder.turn() for _ in range(3)]
+        assert running.done(12)
+    assert pauses == [0.0, 0.0, 2 * 60 / 20]
+
+
 def test_an_event_of_the_future_waits_until_it_is_past(room: Room) -> None:
     """It, and what follows of its customer, waits; others pass at once. An upstream whose clock is behind is heard."""
     soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
