@@ -12,7 +12,7 @@ import msgspec
 from ingest.admission import Admitted
 from meters.catalogue import Catalogue
 from meters.log import Entry
-from meters.partition_key import partition_key, partition_of
+from meters.partition_key import CustomerPartitions
 from meters.uuid_text import parse_uuid4
 
 REMEMBERED_MAX = 200_000
@@ -34,6 +34,7 @@ class Spread:
         self._partitions = 0
         self._remembered = 0
         self._known: dict[str, dict[str | None, int]] = {}  # by organization and external customer
+        self._hashes: dict[str, CustomerPartitions] = {}  # by organization
 
     def entries(
         self, admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int
@@ -42,7 +43,7 @@ class Spread:
         if partitions == 1:
             return [Entry(admitted.value, 0, organization_id, admitted=True)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
-            self._partitions, self._remembered, self._known = partitions, 0, {}
+            self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
         value = admitted.value
         places = self._places(_decode_lines(value), organization_id, catalogue)
         if len(set(places)) == 1:
@@ -68,8 +69,13 @@ class Spread:
         if name is None:  # not remembered: a customer may be given a name later
             id = parse_uuid4(who.customer_id)
             customer = catalogue.customer(organization_id, id) if isinstance(id, str) else None
-            name = (customer and customer.external_id) or str(id)
-            return partition_of(partition_key(organization_id, name), self._partitions)
-        known[name] = place = partition_of(partition_key(organization_id, name), self._partitions)
+            return self._hash(organization_id).of((customer and customer.external_id) or str(id))
+        known[name] = place = self._hash(organization_id).of(name)
         self._remembered += 1
         return place
+
+    def _hash(self, organization_id: str) -> CustomerPartitions:
+        found = self._hashes.get(organization_id)
+        if found is None:
+            found = self._hashes[organization_id] = CustomerPartitions(organization_id, self._partitions)
+        return found

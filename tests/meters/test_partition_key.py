@@ -1,8 +1,10 @@
 """The partition of an event is the one that Kafka's own clients choose for its key."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meters.partition_key import murmur2, partition_key, partition_of
+from meters.partition_key import CustomerPartitions, murmur2, partition_key, partition_of
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,11 @@ def test_a_partition_is_never_negative() -> None:
 def test_the_key_names_organization_and_customer() -> None:
     """What a producer of another kind has to send as the key."""
     assert partition_key("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", "ada") == b"6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10:ada"
+
+
+@given(st.text(max_size=40), st.text(max_size=40), st.integers(1, 64))
+def test_the_short_way_is_the_same(organization_id: str, customer: str, partitions: int) -> None:
+    """What is computed once for an organization changes no partition."""
+    assert CustomerPartitions(organization_id, partitions).of(customer) == partition_of(
+        partition_key(organization_id, customer), partitions
+    )
