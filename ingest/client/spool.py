@@ -128,18 +128,23 @@ class Spool:
         return True
 
     def _open(self) -> sqlite3.Connection:
-        try:
-            for _ in range(_ATTEMPTS):
-                path = self._path or self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
+        """A new file. For a moment it is there and not locked: whoever looks for abandoned files just then takes it,
+        finds nothing and removes it. Then it is tried again under another name."""
+        problem = "no file can be kept in the directory"
+        for _ in range(_ATTEMPTS):
+            path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
+            try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 connection = _connect(path)
                 if path.exists():
                     self._connection, self._path = connection, path
                     return connection
-                connection.close()  # somebody found it empty and removed it before it was locked
-        except (sqlite3.Error, OSError) as error:
-            raise SpoolBroken(str(error)) from error
-        raise SpoolBroken("no file can be kept in the directory")
+                connection.close()
+            except (sqlite3.Error, OSError) as error:
+                problem = str(error)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        raise SpoolBroken(problem)
 
     def _together(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
         connection = self._connection or self._open()

@@ -1,0 +1,98 @@
+"""The spool's files: whose they are, and that nothing which was written to one is ever nowhere."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+
+OWNER = "owner"
+
+
+def lines(directory: Path) -> list[bytes]:
+    """What lies in the files that belong to nobody."""
+    found = []
+    for spool in filter(Spool.claim, spools(directory, [OWNER])):
+        found += [line for _, line in spool.read(-1, 1000)]
+        spool.close()
+    return found
+
+
+def test_a_file_belongs_to_one(tmp_path: Path) -> None:
+    """While it is open nobody else gets it; afterwards whoever comes first."""
+    mine = Spool(tmp_path, OWNER)
+    mine.append(1, b"a")
+    [seen] = spools(tmp_path, [OWNER])
+    assert not seen.claim()
+
+    mine.close()
+    assert seen.claim()
+    assert seen.read(-1, 10) == [(1, b"a")]
+    seen.close()
+
+
+def test_an_empty_file_is_removed(tmp_path: Path) -> None:
+    """With its journal; one that holds something stays."""
+    spool = Spool(tmp_path, OWNER)
+    spool.append_all([(1, b"a"), (2, b"b"), (5, b"c")])
+    spool.delete([1, 5])
+    spool.close()
+    assert lines(tmp_path) == [b"b"]
+
+    [left] = spools(tmp_path, [OWNER])
+    assert left.claim()
+    left.delete([2])
+    left.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
+    """It is nobody's, and no reason to stop."""
+    (tmp_path / f"{OWNER}-broken.spool").write_bytes(b"this is no database" * 100)
+
+    assert lines(tmp_path) == []
+    assert (tmp_path / f"{OWNER}-broken.spool").exists()
+
+
+def test_a_directory_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    """And leaves nothing behind."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SpoolBroken):
+        Spool(tmp_path / "file" / "below", OWNER).append(1, b"a")
+
+
+def test_a_new_file_is_never_taken_for_an_abandoned_one(tmp_path: Path) -> None:
+    """However often others look while files are made: every event written is found, once."""
+    ended, found = threading.Event(), list[bytes]()
+
+    def look() -> None:
+        while not ended.is_set():
+            for spool in filter(Spool.claim, spools(tmp_path, [OWNER])):
+                rows = spool.read(-1, 10)
+                found.extend(line for _, line in rows)
+                if rows:
+                    spool.delete([number for number, _ in rows])
+                spool.close()
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    written = [b"%d" % number for number in range(60)]
+    for line in written:
+        spool = Spool(tmp_path, OWNER)
+        spool.append(1, line)
+        spool.close()
+    ended.set()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(found + lines(tmp_path)) == sorted(written)
+
+
+def test_a_fingerprint_tells_server_and_token_apart() -> None:
+    """And tells nobody the token."""
+    names = {fingerprint(url, token) for url in ("http://a", "http://b") for token in ("s", "t")}
+
+    assert len(names) == 4
+    assert all("t" not in name and "s" not in name for name in names)
