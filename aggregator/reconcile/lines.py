@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from aggregator.awkward import awkward_numbers, suspicious
+from aggregator.awkward import awkward_numbers
 from meters.log import Record
 
 LINE_BITS = 24
@@ -34,19 +34,22 @@ _FIELDS = (
 )  # fmt: skip
 _READ = """
     SELECT f[1] AS name, f[2] AS external_id, f[3] AS external_customer_id, f[4] AS customer_id, f[5] AS timestamp,
-        f[6] AS parent, f[7] AS member_id, f[8] AS external_member_id, f[9] AS organization_id, metadata
+        f[6] AS parent, f[7] AS member_id, f[8] AS external_member_id, f[9] AS organization_id, metadata,
+        regexp_matches(metadata, '[0-9.]{15}|[0-9.][eE]') AS suspicious
     FROM (
         SELECT json_extract_string(raw, $fields) AS f, CAST(json_extract(raw, '/metadata') AS VARCHAR) AS metadata
         FROM (SELECT CASE WHEN json_valid(raw) THEN raw ELSE '{}' END AS raw FROM lines)
     )
 """
-# A time is read here only where it says plainly that it is UTC; DuckDB passes over any other zone.
+# A time is read here only where it states its offset: a cast to TIMESTAMP passes over one, and TIMESTAMPTZ adds ours.
 _PRINT = """
     SELECT hash(
         id_hi, id_lo, content, organization, CASE WHEN external_customer_id IS NULL THEN 'customer' ELSE 'external' END,
         coalesce(external_customer_id, customer_id), name,
         CASE WHEN timestamp IS NULL THEN make_timestamp(ingested_us)
-             WHEN ends_with(timestamp, 'Z') OR ends_with(timestamp, '+00:00') THEN TRY_CAST(timestamp AS TIMESTAMP) END,
+             WHEN ends_with(timestamp, 'Z') THEN TRY_CAST(timestamp AS TIMESTAMP)
+             WHEN regexp_matches(timestamp, '[+-][0-9]{2}:[0-9]{2}$')
+             THEN make_timestamp(epoch_us(TRY_CAST(timestamp AS TIMESTAMPTZ))) END,
         make_timestamp(ingested_us), external_id, parent,
         CASE WHEN external_customer_id IS NULL THEN member_id END, external_member_id,
         coalesce(metadata, '{}'), awkward
@@ -113,11 +116,12 @@ class LineReader:
         ]
         hi, lo = _identities(organizations, externals)
         content = np.array([xxhash.xxh3_64_intdigest(raw) for raw in raws], np.uint64)
-        read = read.drop(["external_id", "organization_id"])
+        awkward = _awkward(raws, read["suspicious"])
+        read = read.drop(["external_id", "organization_id", "suspicious"])
         columns = {
             "id_hi": hi, "id_lo": lo, "content": content, "ingested_us": ingested_us,
             "organization": pa.array(organizations, pa.string()), "external_id": pa.array(externals, pa.string()),
-            "awkward": _awkward(raws),
+            "awkward": awkward,
         }  # fmt: skip
         for name, column in columns.items():
             read = read.append_column(name, pa.array(column))
@@ -145,10 +149,14 @@ def _split(records: Sequence[Record]) -> tuple[list[bytes], Integers, Integers, 
 
 
 def _texts(raws: list[bytes]) -> pa.Array:
+    offsets = np.zeros(len(raws) + 1, np.int32)  # a stretch has a few megabytes
+    np.cumsum(np.fromiter(map(len, raws), np.int32, len(raws)), out=offsets[1:])
+    texts = pa.StringArray.from_buffers(len(raws), pa.py_buffer(offsets), pa.py_buffer(b"".join(raws)))
     try:
-        return pa.array(raws, pa.binary()).cast(pa.string())
+        texts.validate(full=True)
     except pa.ArrowInvalid:  # not UTF-8 somewhere: those lines are for the careful reading
         return pa.array([_text(raw) for raw in raws], pa.string())
+    return texts
 
 
 def _text(raw: bytes) -> str:
@@ -176,11 +184,15 @@ def _organization_bytes(organization_id: str | None) -> bytes:
         return _NO_ORGANIZATION
 
 
-def _awkward(raws: list[bytes]) -> pa.Array:
-    """Numbers that need exact text, where a line may hold any."""
-    if not suspicious(b"\n".join(raws)):
+def _awkward(raws: list[bytes], suspicious: pa.ChunkedArray) -> pa.Array:
+    """Numbers that need exact text, where the metadata may hold any."""
+    rows = np.flatnonzero(suspicious.fill_null(False).to_numpy())
+    if not len(rows):
         return pa.nulls(len(raws), pa.string())
-    return pa.array([_awkward_of(raw) if suspicious(raw) else None for raw in raws], pa.string())
+    found: list[str | None] = [None] * len(raws)
+    for row in rows.tolist():
+        found[row] = _awkward_of(raws[row])
+    return pa.array(found, pa.string())
 
 
 def _awkward_of(raw: bytes) -> str | None:

@@ -185,3 +185,30 @@ def test_partitions_are_compared_one_by_one(tmp_path: Path) -> None:
     (difference,) = left.check("log").differences
     assert (difference.cause, difference.count) == (Cause.LOST, 1)
     assert {bucket.partition: bucket.lines for bucket in left.check("log").buckets} == {0: 2, 1: 2}
+
+
+def test_other_words_for_the_same_are_no_difference(tmp_path: Path) -> None:
+    """Offsets, seconds since 1970, upper case ids, keys given twice, exponents: all of it agrees, checksums too."""
+    id = "4F0E6D0C-52A3-4B7E-9D55-0D6C1E3F7A21"
+    bodies = [
+        '{"name":"a","external_customer_id":"x","external_id":"1","timestamp":"2026-03-01T10:00:00+02:00"}',
+        '{"name":"a","external_customer_id":"x","external_id":"2","timestamp":1767225600}',
+        '{"name":"a","external_customer_id":"x","external_id":"3","timestamp":"20260301T100000Z"}',
+        f'{{"name":"a","customer_id":"{id}","external_id":"4"}}',
+        '{"name":"a","external_customer_id":"x","external_id":null,"external_id":"5"}',
+        '{"name":"a","external_customer_id":"x","external_id":"6","metadata":{"n":1e2,"m":0.30000000000000004}}',
+        '{"name":"\\u00e9","external_customer_id":"x","external_id":"7","metadata":{ "k" : "\\/" , "n" : 1.50 }}',
+        '{"name":"a","external_customer_id":"x"}',
+    ]
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*(body.encode() for body in bodies), admitted=False)]))
+    left.count()
+
+    check = left.check("log")
+
+    assert check.differences == []
+    (bucket,) = check.buckets
+    assert bucket.log_checksum == bucket.store_checksum
+    assert bucket.stored + bucket.dead == len(bodies)
