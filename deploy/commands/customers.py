@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Customers, their balances, and eve
 
 COLUMNS = ("external_id", "id", "email", "name", "created_at")
 BALANCE_COLUMNS = ("meter", "credited_units", "consumed_units", "balance", "modified_at", "id")
-LEDGER_COLUMNS = ("at", "cause", "units", "balance", "events", "reference")
+LEDGER_COLUMNS = ("at", "cause", "units", "balance", "events", "id")
 PATH = "/v1/customers/"
 
 Customer = Annotated[str, typer.Argument(help="A customer's external id, or its id.")]
@@ -63,13 +63,19 @@ def ledger(
     customer: Customer,
     meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many movements, the newest ones.")] = 50,
+    entry: Annotated[str | None, typer.Option(help="A movement's id: show the events behind it instead.")] = None,
 ) -> None:
     """The account as a statement, oldest movement first: what came, what went, and what was left each time."""
+    from deploy.commands.events import EVENT_COLUMNS
     from deploy.commands.meters import find_meter
 
     here = session(context)
     with here.api() as api:
         one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
+        if entry is not None:
+            behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
+            show(behind, EVENT_COLUMNS, here.output)
+            return
         page = api.get(f"/v1/customer-meters/{one['id']}/ledger", limit=limit)
     entries = page["items"][::-1]
     if here.output is not Output.table:
@@ -81,8 +87,7 @@ def ledger(
     if earlier:
         brought = entries[0]["balance"] - entries[0]["units"]
         rows.insert(0, {"at": "", "cause": f"{earlier} earlier", "balance": brought})
-    columns = [name for name in LEDGER_COLUMNS if name != "reference"]
-    show_table(rows, columns, title=f"{one['meter']['name']} of {who}")
+    show_table(rows, LEDGER_COLUMNS, title=f"{one['meter']['name']} of {who}")
     credited, consumed = text(one["credited_units"]), text(one["consumed_units"])
     print(f"Balance {text(one['balance'])}: credited {credited}, consumed {consumed} since the last reset.")
 

@@ -36,7 +36,7 @@ def test_customers_are_found_by_either_name(account: Installation) -> None:
 
 
 def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:
-    """Movements with signs, what was left after each, and the balance below."""
+    """Movements with signs, what was left after each, and the balance below; and the events behind a movement."""
     shown = account.run("customers", "ledger", "eve", "pages", "--output", "table").stdout
     assert "pages of eve" in shown
     assert "+100" in shown
@@ -44,6 +44,9 @@ def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:
     assert shown.rstrip().endswith("Balance 57.5: credited 100, consumed 42.5 since the last reset.")
     entries = account.answer("customers", "ledger", "eve", "pages")
     assert sum(Decimal(str(entry["units"])) for entry in entries) == Decimal("57.5")
+    used = next(entry["id"] for entry in entries if entry["cause"] == "usage")
+    behind = account.answer("customers", "ledger", "eve", "pages", "--entry", used)
+    assert sorted(event["metadata"]["pages"] for event in behind) == [12.5, 30]
 
 
 def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
