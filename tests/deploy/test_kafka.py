@@ -18,13 +18,14 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
+    NewPartitions,
     ResourceType,
 )
 
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from meters.partition_key import partition_key, partition_of
-from tests.deploy.installation import PATIENCE_S, eventually, meterstream
+from tests.deploy.installation import PATIENCE_S, Installation, eventually, meterstream
 from tests.deploy.programs import program
 from tests.deploy.test_readme import README
 from tests.faults.kafka_installation import Process
@@ -355,3 +356,49 @@ def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) ->
     assert second.returncode == 1
     assert "another server" in second.stderr
     assert apart.status(f"{apart.urls[0]}/v1/meters/") == 200
+
+
+def test_the_store_is_made_again_from_the_brokers(apart: Apart) -> None:
+    """Without a server, `rebuild` counts the topics anew, `doctor` finds nothing wrong, and answers are the same."""
+    position = apart.ingest(apart.urls[0], usage("before the rebuild")).headers["log-position"]
+    before = apart.names(position)
+    where = ("--log", apart.log_url, "--data", str(apart.folder))
+    assert apart.aggregator.stop() == 0
+    tallies = answer("rebuild", *where)
+    assert tallies["stored"] >= len(before)
+    assert meterstream("doctor", *where).returncode == 0
+    apart.aggregator.start()
+
+    eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
+    assert apart.names(position) == before
+
+
+def test_serve_runs_both_on_brokers(log_url: str, installation: Installation) -> None:
+    """One command: it makes the first token, counts what it is sent, and finds it again after a restart."""
+    meterstream("kafka", "init", "--log", log_url)
+    installation.start("--log", log_url)
+    event = {"events": [usage("served")]}
+    headers = {"Authorization": f"Bearer {installation.token}"}
+    taken = httpx.post(f"{installation.url}/v1/events/ingest", json=event, headers=headers, timeout=PATIENCE_S)
+    assert taken.status_code == 200
+    assert installation.stop() == 0
+    assert not (installation.data / "log.sqlite").exists()
+    installation.start("--log", log_url)
+
+    eventually(lambda: [e["name"] for e in installation.get("/v1/events/").json()["items"]] == ["served"])
+
+
+def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
+    """An aggregator that runs begins to read them by itself, and counts nothing twice."""
+    before = apart.names(apart.ingest(apart.urls[0], usage("before more partitions")).headers["log-position"])
+    admin = kafka.admin()
+    admin.create_partitions([NewPartitions(USAGE_EVENTS, PARTITIONS + 1)])[USAGE_EVENTS].result(30)
+    eventually(lambda: len(admin.list_topics(timeout=30).topics[USAGE_EVENTS].partitions) == PARTITIONS + 1)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap})
+    headers = [("organization", apart.organization_id.encode())]
+    event = json.dumps(usage("in the new one")).encode()
+    producer.produce(USAGE_EVENTS, event, partition=PARTITIONS, headers=headers)
+    assert producer.flush(30) == 0
+
+    eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
+    assert apart.names(f"{PARTITIONS}:1") == before | {"in the new one"}
