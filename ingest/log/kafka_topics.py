@@ -34,7 +34,7 @@ class Topics:
         self._address = address
         self._retry_after_s = limits.retry_after_s
         self._complaint = Complaint()
-        self._admin: AdminClient | None = AdminClient(quiet(address.client()) | {"error_cb": self._complaint})
+        self._admin: AdminClient | None = self._make()
         self._lock = threading.Lock()
         self.places: Places | None = None
 
@@ -49,8 +49,9 @@ class Topics:
     def describe(self, streams: Iterable[str], wait_s: float = REQUEST_S_MAX) -> dict[str, tuple[str, int]]:
         """Each stream's topic id and number of partitions. Raises TryAgain."""
         topics = {self._address.topic(stream): stream for stream in streams}
-        futures = self._client().describe_topics(TopicCollection(list(topics)), request_timeout=wait_s)
-        found = {topics[name]: self._result(future, wait_s, name) for name, future in futures.items()}
+        admin = self._client()
+        futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=wait_s)
+        found = {topics[name]: self._result(admin, future, wait_s, name) for name, future in futures.items()}
         return {stream: (str(topic.topic_id), len(topic.partitions)) for stream, topic in found.items()}
 
     def starts(self, stream: str, partitions: Iterable[int]) -> dict[int, int]:
@@ -70,23 +71,35 @@ class Topics:
         asked = {TopicPartition(topic, partition): which for partition in partitions}
         if not asked:
             return {}
-        futures = self._client().list_offsets(
+        admin = self._client()
+        futures = admin.list_offsets(
             asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_S_MAX
         )
-        return {place.partition: self._result(future, REQUEST_S_MAX, topic).offset for place, future in futures.items()}
+        return {
+            place.partition: self._result(admin, future, REQUEST_S_MAX, topic).offset
+            for place, future in futures.items()
+        }
+
+    def _make(self) -> AdminClient:
+        return AdminClient(quiet(self._address.client()) | {"error_cb": self._complaint})
 
     def _client(self) -> AdminClient:
         if self._admin is None:
             raise TryAgain("the log is closed", self._retry_after_s)
         return self._admin
 
-    def _result(self, future: "Future[Any]", wait_s: float, topic: str) -> Any:
+    def _result(self, admin: AdminClient, future: "Future[Any]", wait_s: float, topic: str) -> Any:
         try:
             result = future.result(wait_s + FUTURE_GRACE_S)
             self._complaint.last = ""
             return result
         except (KafkaException, TimeoutError) as error:
-            raise self.later(error, topic) from error
+            later = self.later(error, topic)
+            if self._admin is admin:
+                # librdkafka goes on asking the leaders that it knows, for minutes after one of them was lost; a new
+                # client asks who leads now.
+                self._admin = self._make()
+            raise later from error
 
     def later(self, error: Exception, topic: str) -> TryAgain:
         """Why a question went unanswered, for a person."""
