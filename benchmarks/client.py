@@ -110,7 +110,7 @@ print(json.dumps([spent_ns, by_itself, told, 1e6 * cpu_s / waiting]))
 def measure_helper(server: Server, python: Path, seconds: float) -> list[dict[str, Any]]:
     """The same of Polar's helper: as it comes, and when the application flushes a thousand at a time."""
     settings = map(str, (BURSTS, BURST, PAUSE_S, seconds))
-    command = [python, "-c", HELPER, server.url, TOKEN, json.dumps(EVENT), *settings]
+    command = [str(python), "-c", HELPER, server.url, TOKEN, json.dumps(EVENT), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     spent_ns, by_itself, told, cpu_us = json.loads(done.stdout)
     return [

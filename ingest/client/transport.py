@@ -88,4 +88,4 @@ def _may_be_compression(outcome: Outcome) -> bool:
     """A refusal of the body as a whole; one that names events has read them."""
     if isinstance(outcome, Refused):
         return not outcome.details
-    return isinstance(outcome, Failed)
+    return isinstance(outcome, Failed) and outcome.is_final

@@ -1,0 +1,69 @@
+"""The client in an event loop: it is never held up, and nothing is lost when the loop ends."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingest.client import AsyncIngestion, EventRefused, Limits
+from ingest.client.strategies.delta_time import DeltaTime
+from tests.ingest.client.fault_server import Bad, FaultServer
+
+QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02)
+
+
+def event(number: int) -> dict[str, Any]:
+    """An event with an id of its own."""
+    return {"name": "call", "external_customer_id": "u", "external_id": f"e{number}"}
+
+
+def test_events_are_sent_while_the_loop_goes_on(tmp_path: Path) -> None:
+    """From the loop, from strategies in it, until the block ends."""
+    async def application(server: FaultServer) -> AsyncIngestion:
+        async with AsyncIngestion("token", base_url=server.url, spool=tmp_path, limits=QUICK) as ingestion:
+            assert [await ingestion.ingest(event(number)) for number in range(5)] == [f"e{n}" for n in range(5)]
+            ingestion.strategy(DeltaTime, "task").start("u", external_id="timed").stop()
+            assert await ingestion.flush(20)
+            assert ingestion.capture(event(6)) == "e6"
+        return ingestion
+
+    with FaultServer() as server:
+        ingestion = asyncio.run(application(server))
+
+    assert set(server.taken) == {*(f"e{number}" for number in (0, 1, 2, 3, 4, 6)), "timed"}
+    assert ingestion.stats().acknowledged == 7
+
+
+def test_waiting_for_room_leaves_the_loop_free() -> None:
+    """The loop turns while ``ingest`` waits, and the event is taken once there is room."""
+    is_away = True
+    limits = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, held_bytes_max=300, block_s_max=20)
+
+    async def application(server: FaultServer) -> int:
+        nonlocal is_away
+        ingestion, turns = AsyncIngestion("token", base_url=server.url, spool=None, limits=limits), 0
+        ended = asyncio.gather(*(ingestion.ingest(event(number)) for number in range(5)))
+        while not ended.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+            is_away = is_away and turns < 20
+        assert await ended == [f"e{number}" for number in range(5)]
+        await ingestion.close(20)
+        return turns
+
+    with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
+        assert asyncio.run(application(server)) >= 20
+
+    assert len(server.taken) == 5
+
+
+def test_strict_raises_in_the_coroutine() -> None:
+    """As without a loop."""
+    async def application(server: FaultServer) -> None:
+        async with AsyncIngestion("token", base_url=server.url, spool=None, strict=True) as ingestion:
+            with pytest.raises(EventRefused):
+                await ingestion.ingest({"name": "call"})
+
+    with FaultServer() as server:
+        asyncio.run(application(server))
