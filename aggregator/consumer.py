@@ -225,7 +225,8 @@ class Aggregator:
                 return True
             self._waiters.append((safely, future))
         try:
-            await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for would lose a cancellation that comes with the result
+                await future
         except TimeoutError:
             with self._lock:
                 self._waiters = [waiter for waiter in self._waiters if waiter[1] is not future]

@@ -9,7 +9,7 @@ from aggregator.sender import Pace, Sender
 from tests.aggregator.serving import Json, Server, exact_text
 
 PATIENCE_S = 20
-HURRY = Pace(tick_s=0.01, collect_s=0.02, timeout_s=0.5, attempts_max=3, backoff_s=0.02, settle_s=0.0)
+HURRY = Pace(tick_s=0.01, collect_s=0.02, attempts_max=3, backoff_s=0.02, settle_s=0.0)
 
 
 class Delivery(NamedTuple):
