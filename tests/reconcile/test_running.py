@@ -1,5 +1,7 @@
 """Reconciliation beside a running server: over its socket, over its address, and after it was killed."""
 
+import itertools
+import json
 import signal
 import threading
 from pathlib import Path
@@ -21,7 +23,7 @@ from meters.access import AUDIT
 from tests.aggregator.records import line
 from tests.aggregator.serving import Tenant, serving
 from tests.deploy.installation import Installation, eventually, meterstream
-from tests.reconcile.two_sides import TwoSides, numbered
+from tests.reconcile.two_sides import TwoSides, call, numbered
 
 
 def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
@@ -36,7 +38,9 @@ def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, 
     assert counted["lines of the log"] >= 40
     assert counted["customers, tokens"] >= 2
     assert counted["hours, tokens"] >= 3
-    assert (servers[0].data / "reconcile" / "token").stat().st_mode & 0o077 == 0
+    tokens = list((servers[0].data / "reconcile").glob("token-*"))
+    assert tokens
+    assert all(token.stat().st_mode & 0o077 == 0 for token in tokens)
 
 
 def test_a_token_needs_the_scope_to_see_the_rows(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
@@ -47,6 +51,30 @@ def test_a_token_needs_the_scope_to_see_the_rows(servers: tuple[Installation, In
 
     assert refused.status_code == 403
     assert unknown.status_code == 404
+
+
+def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
+    """Totals are read between two rounds and rows up to a position, so a busy server agrees, too."""
+    stop = threading.Event()
+
+    def send() -> None:
+        for batch in itertools.count():
+            if stop.is_set():
+                return
+            sides.here.api.send("POST", "/v1/events/ingest", content=json.dumps({"events": [
+                call(f"{batch}-{number}", number, customer=f"c{number}") for number in range(50)
+            ]}).encode())  # fmt: skip
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        eventually(lambda: sides.here.api.get("/v1/events/")["pagination"]["total_count"] > 500)
+        report = reconcile(Session(Settings(data=servers[0].data), Output.json), Task())
+    finally:
+        stop.set()
+        sender.join()
+
+    assert report.differences == []
 
 
 class _Asking:
