@@ -24,7 +24,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
-from meters.partition_key import partition_key, partition_of
+from meters.partition_key import partition_key
+from tests.deploy.apart import PARTITIONS, Apart, answer, usage
 from tests.deploy.installation import PATIENCE_S, Installation, eventually, meterstream
 from tests.deploy.programs import program
 from tests.deploy.test_readme import README
@@ -33,7 +34,6 @@ from tests.kafka.cluster import Cluster, free_port
 from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
 
-PARTITIONS = 4
 _numbers = itertools.count()
 
 
@@ -41,80 +41,6 @@ _numbers = itertools.count()
 def log_url(kafka: Cluster) -> str:
     """A place on the run's broker where no topics are yet."""
     return f"kafka://{kafka.bootstrap}/deploy-{next(_numbers)}"
-
-
-def answer(*arguments: str, code: int = 0, **environment: str) -> Any:
-    """What a command prints as JSON."""
-    done = meterstream(*arguments, "--output", "json", **environment)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
-
-
-class Apart:
-    """An aggregator and gateways that share brokers and nothing else, and a token."""
-
-    def __init__(self, log_url: str, folder: Path) -> None:
-        self.log_url, self.folder = log_url, folder
-        meterstream("kafka", "init", "--log", log_url, "--partitions", str(PARTITIONS))
-        organization = answer("orgs", "create", "acme", "--log", log_url)
-        self.organization_id = organization["id"]
-        self.token = self.new_token()
-        where = ["--log", log_url, "--port"]
-        api_port, ports = free_port(), (free_port(), free_port())
-        self.aggregator = Process("aggregator", ["aggregate", *where, str(api_port), "--data", str(folder)], folder)
-        upstream = ["--upstream", f"http://127.0.0.1:{api_port}"]
-        self.gateways = [
-            Process(f"gateway-{port}", ["gateway", *where, str(port), *upstream, "--data", "/nowhere"], folder)
-            for port in ports
-        ]
-        self.api_url = f"http://127.0.0.1:{api_port}"
-        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
-        self.http = httpx.Client(timeout=PATIENCE_S)
-        self.started: set[str] = set()
-
-    def new_token(self) -> str:
-        """A token made on the command line, without any server."""
-        done = meterstream("tokens", "create", "--name", "test", "--log", self.log_url)
-        assert done.returncode == 0, done.stderr
-        [found] = {match.group() for match in re.finditer(r"polar_oat_[\w-]+", done.stdout + done.stderr)}
-        return found
-
-    def start(self) -> None:
-        """Start all, and wait until each serves."""
-        for process in (self.aggregator, *self.gateways):
-            process.start()
-            self.started.add(process.name)
-        eventually(lambda: all(self.status(f"{url}/readyz") == 200 for url in self.urls))
-        eventually(lambda: self.status(f"{self.api_url}/v1/meters/") == 200)
-
-    def status(self, url: str, token: str | None = None) -> int:
-        """The status of a read; 0 while nothing listens."""
-        assert self.aggregator.running or "aggregator" not in self.started, self.aggregator.output
-        with contextlib.suppress(httpx.TransportError):
-            return self.http.get(url, headers={"Authorization": f"Bearer {token or self.token}"}).status_code
-        return 0
-
-    def ingest(self, url: str, *events: dict[str, Any], token: str | None = None) -> httpx.Response:
-        """Send the events to one gateway."""
-        headers = {"Authorization": f"Bearer {token or self.token}"}
-        return self.http.post(f"{url}/v1/events/ingest", json={"events": events}, headers=headers)
-
-    def partition(self, customer: str) -> int:
-        """Where a customer's events go."""
-        return partition_of(partition_key(self.organization_id, customer), PARTITIONS)
-
-    def names(self, position: str) -> set[str]:
-        """The names of all events, as a gateway passes them on, once the position is counted."""
-        headers = {"Authorization": f"Bearer {self.token}", "Prefer": "wait=30", "Log-Position": position}
-        found = self.http.get(f"{self.urls[0]}/v1/events/", params={"limit": 100}, headers=headers)
-        assert found.status_code == 200, found.text
-        return {event["name"] for event in found.json()["items"]}
-
-    def close(self) -> None:
-        """Stop whatever runs."""
-        self.http.close()
-        for process in (*self.gateways, self.aggregator):
-            process.stop()
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +52,6 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
         yield place
     finally:
         place.close()
-
-
-def usage(name: str, customer: str = "ada") -> dict[str, Any]:
-    """One event."""
-    return {"name": name, "external_id": name, "external_customer_id": customer, "metadata": {"tokens": 5}}
 
 
 def test_topics_are_made_once_and_compared_after(kafka: Cluster, log_url: str) -> None:
