@@ -37,6 +37,8 @@ DISABLE_AFTER = 10  # failed messages in a row, each after all its attempts: nob
 ORDER_GUARD = timedelta(seconds=60)  # so long a failing message holds back the ones after it (Polar's rule)
 FORGET_EVERY_S = 3600.0  # what is older than a month is let go of; an hour more or less does not matter
 ANSWER_BYTES_MAX = 65_536  # of an answer that nobody reads; a longer one costs the connection
+CAUGHT_UP_S = 5.0  # memory moves milliseconds after a commit, or never
+_LOOK_S = 0.005
 TOLD_KEPT = 100  # positions, a minute apart; an endpoint that is away for longer is settled once it is back
 GONE = 410  # the endpoint says that it is not one any more (Standard Webhooks)
 USER_AGENT = "meterstream-webhooks"
@@ -110,8 +112,9 @@ class Sender:
         """Make messages of every cause, and say in the log how far everybody was told."""
         view = self._desk.view
         heard = Heard(format_position(view.as_of), view.control_position)
-        causes = await self._write(outbox.take_causes)
+        causes, stored = await self._write(lambda here: (outbox.take_causes(here), outbox.stored(here)))
         if causes:
+            await self._caught_up(stored)
             self._unsettled = True
             telling: Telling = await messages_of(self._desk, causes, self._now())
             if telling.decisions:  # told by causes of their own
@@ -120,6 +123,20 @@ class Sender:
             await self._write(lambda connection: outbox.put_messages(connection, telling.messages, causes[-1].number))
         if len(causes) < outbox.CAUSES_AT_ONCE:
             await self._settle(heard)
+
+    async def _caught_up(self, stored: outbox.Stored) -> None:
+        """Wait until memory, which the words are made of, is as far as the store, which has the causes.
+
+        Raises Unavailable when it does not get there: the engine ended in between, and the next one starts there.
+        """
+        view = self._desk.view
+        if not await view.wait_for(stored.events, CAUGHT_UP_S):
+            raise Unavailable("the view is behind its store")
+        deadline_s = time.monotonic() + CAUGHT_UP_S
+        while view.control_position < stored.control:
+            if time.monotonic() > deadline_s:
+                raise Unavailable("the view is behind its store")
+            await asyncio.sleep(_LOOK_S)
 
     async def _settle(self, heard: Heard) -> None:
         """Write into the log how far endpoints were told everything: once in a while, and only if anything was told."""

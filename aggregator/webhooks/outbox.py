@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import pyarrow as pa
 
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+
 Status = Literal["pending", "delivered", "failed", "superseded"]
 CAUSES_AT_ONCE = 5_000
 """Causes taken in one transaction: a state takes a fraction of a millisecond to write down."""
@@ -86,6 +88,20 @@ def _schema(names: Sequence[str]) -> pa.Schema:
 
 _MESSAGES, _ATTEMPTS = _schema(Message._fields), _schema(Attempt._fields)
 Connection = duckdb.DuckDBPyConnection
+
+
+class Stored(NamedTuple):
+    """How far the store is: positions of ``usage.events`` by partition, and of ``usage.control``."""
+
+    events: dict[int, int]
+    control: int
+
+
+def stored(connection: Connection) -> Stored:
+    """How far the store is as of this transaction. Memory comes to the same place right after the commit."""
+    rows = connection.execute("SELECT stream, log_partition, next_offset FROM positions").fetchall()
+    events = {partition: offset for stream, partition, offset in rows if stream == USAGE_EVENTS}
+    return Stored(events, max((offset for stream, _, offset in rows if stream == USAGE_CONTROL), default=0))
 
 
 def take_causes(connection: Connection) -> list[Cause]:
