@@ -7,6 +7,7 @@ is complete, so that an interrupted run goes on where it was.
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -177,7 +178,10 @@ def _known(scope: Scope) -> str:
     return f"what arrived before {scope.arrived_before:%Y-%m-%d %H:%M} UTC"
 
 
-def _progress(data: DataDirectory) -> Any:
+def _progress(data: DataDirectory) -> Path:
     folder = data.path / "reconcile"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise GiveUp(f"{folder} cannot be made: {error.strerror}; give a --data that can be written") from None
     return folder / "progress.jsonl"

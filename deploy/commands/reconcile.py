@@ -145,6 +145,7 @@ def _instant(text: str | None, option: str) -> datetime | None:
 
 def _write(path: Path, text: str) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise GiveUp(f"the report cannot be written to {path}: {error.strerror}") from None

@@ -13,13 +13,16 @@ import pytest
 from aggregator.reconcile.report import Cause
 from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
+from deploy.client import Api
+from deploy.control import new_secret, new_token, open_control
 from deploy.output import Output
 from deploy.own_server import own_server
 from deploy.reconcile import Task, reconcile
 from deploy.running_store import RunningStore
 from deploy.session import Session
-from deploy.settings import Settings
+from deploy.settings import Secret, Settings
 from meters.access import AUDIT
+from meters.catalogue import TokenCreated
 from tests.aggregator.records import line
 from tests.aggregator.serving import Tenant, serving
 from tests.deploy.installation import Installation, eventually, meterstream
@@ -41,6 +44,26 @@ def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, 
     tokens = list((servers[0].data / "reconcile").glob("token-*"))
     assert tokens
     assert all(token.stat().st_mode & 0o077 == 0 for token in tokens)
+
+
+def test_elsewhere_an_address_and_a_token_do(
+    servers: tuple[Installation, Installation], sides: TwoSides, tmp_path: Path
+) -> None:
+    """Whoever reads the log but has no socket asks through the gateway, with a token that has the scope."""
+    sides.here.send(*numbered(20))
+    (tmp_path / "log.sqlite").symlink_to(servers[0].data / "log.sqlite")
+    secret = new_secret()
+    with open_control(sides.here.data) as control:
+        owner = control.organization(sides.here.id)
+        control.decide([TokenCreated(new_token(owner, "audit", secret, [AUDIT]))])
+    with Api(servers[0].url, secret) as api:
+        eventually(lambda: api.send("POST", "/v1/audit/ask/tallies").status_code == 200)
+
+    settings = Settings(data=tmp_path, url=servers[0].url, token=Secret(secret))
+    report = reconcile(Session(settings, Output.json), Task())
+
+    assert report.differences == []
+    assert report.checks[0].counted[0].compared >= 20
 
 
 def test_a_token_needs_the_scope_to_see_the_rows(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
