@@ -32,6 +32,10 @@ JAVA = (
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
 )  # fmt: skip
 
+# Ends a broker whose starter is gone, however that went: the pipe closes, and if the process is still that broker
+# ($1 is in its command line) it is killed.
+_WATCHDOG = 'cat; tr "\\0" " " < "/proc/$0/cmdline" | grep -qF "$1" && kill -9 "$0"'
+
 _SETTINGS = """
 process.roles=broker,controller
 node.id={node}
@@ -69,6 +73,7 @@ class Node:
         self.port, self.controller_port = free_port(), free_port()
         self._java = [*java, "-cp", f"{libraries}/*"]
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -117,6 +122,10 @@ class Node:
                 [*self._java, "kafka.Kafka", str(self.folder / "server.properties")],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
             )  # fmt: skip
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHDOG, str(self.pid), str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0,
+        )  # fmt: skip
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
@@ -135,6 +144,10 @@ class Node:
         os.kill(self.pid, signal.SIGCONT)
 
     def _end(self, number: signal.Signals) -> None:
+        if self._watchdog is not None:
+            self._watchdog.kill()
+            self._watchdog.communicate()
+            self._watchdog = None
         if self._process is None or not self.running:
             return
         self._process.send_signal(number)
