@@ -3,7 +3,7 @@
 import pytest
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.shared import shared_broker, unavailable
+from tests.kafka.shared import shared_broker, stop_brokers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +24,17 @@ def kafka() -> Cluster:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say plainly that the broker tests did not run."""
-    if unavailable:
-        terminalreporter.write_line(f"The tests on a real Kafka broker did not run: {unavailable[0]}", yellow=True)
+    """Print the figures that tests recorded, and say plainly when the broker tests did not run."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", []):
+            if name == "figures" and report.when == "call":
+                terminalreporter.write_line(str(text))
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for reason in sorted(text for text in skipped if "Kafka" in text)[:1]:
+        terminalreporter.write_line(f"The tests on a real Kafka broker did not run: {reason}", yellow=True)
+
+
+def pytest_sessionfinish() -> None:
+    """Each process of a run that is spread over several stops the brokers that it started."""
+    stop_brokers()

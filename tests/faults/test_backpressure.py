@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ GROWTH_BYTES_MAX = 16 << 20  # two fifths of what is sent; the page cache of the
 
 
 def test_a_stopped_aggregator_costs_the_gateway_no_memory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """While the aggregator is stopped every event is acknowledged, at constant memory; when it goes on it has them."""
     choose = random.Random(SEED)
@@ -52,11 +53,10 @@ def test_a_stopped_aggregator_costs_the_gateway_no_memory(
     log = open_log(str(server.data))
     assert_store_tells(export(server.data / "store.duckdb"), count(log))
     log.close()
-    with capsys.disabled():
-        print(
-            f"\nbackpressure: seed {SEED}, {BODIES * EVENTS_A_BODY} events of {sent / 1e6:.0f} MB acknowledged while "
-            f"stopped, gateway at {memory / 1e6:.0f} MB grew by {growth / 1e6:.1f} MB, {calls} counted afterwards"
-        )
+    record_property("figures",
+        f"backpressure: seed {SEED}, {BODIES * EVENTS_A_BODY} events of {sent / 1e6:.0f} MB acknowledged while "
+        f"stopped, gateway at {memory / 1e6:.0f} MB grew by {growth / 1e6:.1f} MB, {calls} counted afterwards"
+    )
 
     assert {200} == set(answers)
     assert calls == BODIES * EVENTS_A_BODY

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,13 @@ def spooled(directory: Path, server: Server) -> set[str]:
     return found
 
 
-def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
+def say(record_property: Callable[[str, object], None], text: str) -> None:
     """Print figures, whether the test is quiet or not."""
-    with capsys.disabled():
-        print(f"\n{text}")
+    record_property("figures", f"{text}")
 
 
 def test_kill_9_of_a_client_under_load(
-    server: Server, tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """Killed at any moment, again and again: what it captured is in the server's log or in the spool, then in the log;
     it is counted once."""
@@ -118,7 +117,9 @@ def test_kill_9_of_a_client_under_load(
     assert last.process.wait(PATIENCE_S) == 0
     sent = logged(server)
     counted = server.calls()
-    say(capsys, f"kill -9 of a client: seed {SEED}, {kills} kills, {len(captured)} captured, {resent} found in spools, "
+    say(
+        record_property,
+        f"kill -9 of a client: seed {SEED}, {kills} kills, {len(captured)} captured, {resent} found in spools, "
                 f"{len(sent)} lines in the log, {counted} counted")  # fmt: skip
 
     assert captured <= set(sent)
@@ -128,7 +129,7 @@ def test_kill_9_of_a_client_under_load(
 
 
 def test_a_process_takes_over_from_one_that_was_killed(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Two processes share a directory. One is killed; the other sends what it left, while it goes on itself."""
     spool = tmp_path / "spool"
@@ -142,7 +143,9 @@ def test_a_process_takes_over_from_one_that_was_killed(
     second.end(signal.SIGTERM)
     captured |= set(second.captured())
     sent, counted = logged(server), server.calls()
-    say(capsys, f"two processes, one spool, one killed: {len(captured)} captured, {len(sent)} lines, {counted} counted")
+    say(
+        record_property,
+        f"two processes, one spool, one killed: {len(captured)} captured, {len(sent)} lines, {counted} counted")
 
     assert second.process.returncode == 128 + signal.SIGTERM
     assert captured <= set(sent)
@@ -164,7 +167,7 @@ def assert_adds_up(ingestion: Ingestion) -> None:
 
 @pytest.mark.parametrize("has_spool", [False, True])
 def test_a_server_that_is_away(
-    server: Server, tmp_path: Path, long: bool, has_spool: bool, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, long: bool, has_spool: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """Killed for a while and started again: the application noticed nothing, and every event counts once."""
     absence_s, slowest_s = ABSENCE_LONG_S if long else ABSENCE_S, 0.0
@@ -185,13 +188,15 @@ def test_a_server_that_is_away(
         stats = client.stats()
         assert_adds_up(client)
     counted = server.calls()
-    say(capsys, f"server away for {absence_s} s, spool {has_spool}: {stats.captured} captured, {while_away.pending} "
+    say(
+        record_property,
+        f"server away for {absence_s} s, spool {has_spool}: {stats.captured} captured, {while_away.pending} "
                 f"waited, slowest capture {slowest_s * 1000:.1f} ms, {counted} counted")  # fmt: skip
 
     assert counted == stats.acknowledged == stats.captured
 
 
-def test_a_storm_of_everything(tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_storm_of_everything(tmp_path: Path, long: bool, record_property: Callable[[str, object], None]) -> None:
     """Requests that meet 429, 503, 500, cut connections and lost answers at random, and events that are poison in two
     ways: the good ones are taken, the poison is handed over, each once."""
     choose, rejected = random.Random(SEED), list[Rejection]()
@@ -217,7 +222,9 @@ def test_a_storm_of_everything(tmp_path: Path, long: bool, capsys: pytest.Captur
         assert client.flush(PATIENCE_S)
         stats = client.stats()
         assert_adds_up(client)
-    say(capsys, f"storm: seed {SEED}, {stats.captured} captured, {stats.acknowledged} acknowledged, {stats.rejected} "
+    say(
+        record_property,
+        f"storm: seed {SEED}, {stats.captured} captured, {stats.acknowledged} acknowledged, {stats.rejected} "
                 f"rejected, {stats.requests} requests of which {stats.retries} failed")  # fmt: skip
 
     assert stats.pending == 0
@@ -236,7 +243,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     small.close()
 
 
-def test_a_full_disk_under_the_spool(disk: SmallDisk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_under_the_spool(disk: SmallDisk, record_property: Callable[[str, object], None]) -> None:
     """Capturing goes on in memory, sending goes on; with room again the spool is used again, and nothing was lost."""
     is_away = True
     with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
@@ -261,7 +268,9 @@ def test_a_full_disk_under_the_spool(disk: SmallDisk, capsys: pytest.CaptureFixt
             stats = client.stats()
             assert_adds_up(client)
         left = list((disk.path / "spool").glob("*.spool"))
-    say(capsys, f"full disk under the spool: {stats.captured} captured, {on_full_disk.unspooled} held in memory alone, "
+    say(
+        record_property,
+        f"full disk under the spool: {stats.captured} captured, {on_full_disk.unspooled} held in memory alone, "
                 f"{stats.acknowledged} acknowledged")  # fmt: skip
 
     assert stats.acknowledged == stats.captured == len(server.taken)

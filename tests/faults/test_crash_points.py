@@ -129,7 +129,7 @@ def failing(world: World, path: Path, due: Strike) -> Callable[[Point], None]:
 
 
 @pytest.mark.timeout(240)
-def test_every_point_may_fail(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_point_may_fail(world: World, record_property: Callable[[str, object], None]) -> None:
     """An error at each point costs a restart and nothing else."""
     struck: set[str] = set()
     lock = threading.Lock()
@@ -141,15 +141,14 @@ def test_every_point_may_fail(world: World, capsys: pytest.CaptureFixture[str]) 
             return new
 
     tables = world.run("fails.duckdb", failing(world, world.directory / "fails.duckdb", due))
-    with capsys.disabled():
-        print(f"\ncrash points: an error at each of {len(struck)} points")
+    record_property("figures", f"crash points: an error at each of {len(struck)} points")
 
     assert world.expected == tables
     assert set() == INDISPENSABLE - struck
 
 
 @pytest.mark.timeout(240)
-def test_errors_may_come_in_any_order(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_may_come_in_any_order(world: World, record_property: Callable[[str, object], None]) -> None:
     """Errors at random, also while recovering from the last one, cost restarts and nothing else."""
     choose = random.Random(SEED)
     struck: list[Point] = []
@@ -162,15 +161,16 @@ def test_errors_may_come_in_any_order(world: World, capsys: pytest.CaptureFixtur
             return strikes
 
     tables = world.run("random.duckdb", failing(world, world.directory / "random.duckdb", due))
-    with capsys.disabled():
-        print(f"\ncrash points: seed {SEED}, {len(struck)} errors at random")
+    record_property("figures", f"crash points: seed {SEED}, {len(struck)} errors at random")
 
     assert world.expected == tables
     assert struck
 
 
 @pytest.mark.timeout(240)
-def test_every_point_may_be_the_death_of_the_process(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_point_may_be_the_death_of_the_process(
+    world: World, record_property: Callable[[str, object], None]
+) -> None:
     """SIGKILL after each statement and each step of a round costs a restart and nothing else."""
     path, last_words = world.directory / "killed.duckdb", world.directory / "last-words"
     struck: set[str] = set()
@@ -181,8 +181,7 @@ def test_every_point_may_be_the_death_of_the_process(world: World, capsys: pytes
         if life.exitcode != -signal.SIGKILL:
             break
         struck.add(last_words.read_text())
-    with capsys.disabled():
-        print(f"\ncrash points: SIGKILL at each of {len(struck)} points")
+    record_property("figures", f"crash points: SIGKILL at each of {len(struck)} points")
 
     assert life.exitcode == 0
     assert world.expected == export(path)

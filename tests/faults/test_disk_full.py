@@ -65,7 +65,7 @@ def restarts(aggregator: Aggregator) -> int:
 @pytest.mark.parametrize("rows_between_checkpoints", [checkpoint.ROWS_BETWEEN, 300])
 def test_a_store_on_a_full_disk_catches_up_when_there_is_room(
     disk: SmallDisk, tmp_path: Path, rows_between_checkpoints: int, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Whether a commit or a checkpoint finds the disk full: the log goes on, reads tell the truth or say "later"."""
     monkeypatch.setattr(checkpoint, "ROWS_BETWEEN", rows_between_checkpoints)
@@ -94,11 +94,10 @@ def test_a_store_on_a_full_disk_catches_up_when_there_is_room(
     finally:
         aggregator.stop()
     told = [answer for answer in answers if answer is not None]
-    with capsys.disabled():
-        print(
-            f"\ndisk full (checkpoint every {rows_between_checkpoints} rows): seed {SEED}, {counted.tallies}, "
-            f"{restarts(aggregator)} restarts, {len(told)} of {len(answers)} reads answered meanwhile"
-        )
+    record_property("figures",
+        f"disk full (checkpoint every {rows_between_checkpoints} rows): seed {SEED}, {counted.tallies}, "
+        f"{restarts(aggregator)} restarts, {len(told)} of {len(answers)} reads answered meanwhile"
+    )
     log.close()
 
     assert all(events == tallied for events, tallied in told)

@@ -8,6 +8,7 @@ import contextlib
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def sender(seed: int = SEED) -> Sender:
 
 @pytest.mark.timeout(180)
 def test_a_stopped_broker_is_a_503_and_no_loss(
-    tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """SIGSTOP: nobody is told yes meanwhile; the gateway says 503 and is not ready; afterwards all goes on."""
     stopped_s = 30.0 if long else STOPPED_S
@@ -59,11 +60,10 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
             asyncio.run(client.load(installation.address, strike, refused=True))
             outcome, counted, _ = installation.end(client)
     ((told_yes, told_no),) = seen
-    with capsys.disabled():
-        print(
-            f"\nkafka, SIGSTOP for {stopped_s:.0f} s: seed {SEED}, {outcome}, again in the log "
-            f"{counted.tallies['duplicates']}; 503 {told_no} times, writing {away[0]:.2f} s after SIGCONT"
-        )
+    record_property("figures",
+        f"kafka, SIGSTOP for {stopped_s:.0f} s: seed {SEED}, {outcome}, again in the log "
+        f"{counted.tallies['duplicates']}; 503 {told_no} times, writing {away[0]:.2f} s after SIGCONT"
+    )
 
     assert told_yes == 0
     assert told_no > 0
@@ -71,7 +71,7 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
 
 
 @pytest.mark.timeout(180)
-def test_answers_that_get_lost_cost_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """What was done and not answered is done again, by the sender or by the gateway's client: it counts once."""
     front, behind = free_port(), free_port()
     address = {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{behind}"}
@@ -95,12 +95,11 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, capsys: pytest.Captu
             asyncio.run(client.load(f"http://127.0.0.1:{front}", strike, refused=True))
             to_broker.cut_next = to_gateway.cut_next = 0
             outcome, counted, _ = installation.end(client)
-    with capsys.disabled():
-        print(
-            f"\nkafka, answers lost: seed {SEED}, {to_gateway.cut} of {to_gateway.answers} to the sender, "
-            f"{to_broker.cut} of {to_broker.answers} of the broker, {outcome}, again in the log "
-            f"{counted.tallies['duplicates']}"
-        )
+    record_property("figures",
+        f"kafka, answers lost: seed {SEED}, {to_gateway.cut} of {to_gateway.answers} to the sender, "
+        f"{to_broker.cut} of {to_broker.answers} of the broker, {outcome}, again in the log "
+        f"{counted.tallies['duplicates']}"
+    )
 
     assert to_gateway.cut > 0
     assert to_broker.cut > 0
@@ -108,7 +107,9 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.timeout(300)
-def test_one_of_three_brokers_may_be_lost(tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_three_brokers_may_be_lost(
+    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
+) -> None:
     """The other two lead on. With --long a second one is lost, nobody is told yes, and both return: nothing is lost."""
     choose = random.Random(SEED)
     with own_brokers(tmp_path, nodes=3) as cluster:
@@ -139,18 +140,17 @@ def test_one_of_three_brokers_may_be_lost(tmp_path: Path, long: bool, capsys: py
             installation.start()
             asyncio.run(client.load(installation.address, strike, refused=True))
             outcome, counted, _ = installation.end(client)
-    with capsys.disabled():
-        print(
-            f"\nkafka, brokers lost: seed {SEED}, one of three {len(away)} times, a second one {len(told_yes)} times, "
-            f"{outcome}, in the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss"
-        )
+    record_property("figures",
+        f"kafka, brokers lost: seed {SEED}, one of three {len(away)} times, a second one {len(told_yes)} times, "
+        f"{outcome}, in the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss"
+    )
 
     assert sum(told_yes) == 0
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
 
 
 def test_a_stopped_aggregator_cannot_be_joined(
-    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Beside one that is only stopped, a second one on the same data refuses; the first goes on where it was."""
     installation, client = KafkaInstallation(kafka, tmp_path), sender()
@@ -164,8 +164,7 @@ def test_a_stopped_aggregator_cannot_be_joined(
         installation.aggregator.signal(signal.SIGCONT)
         outcome, _, _ = installation.end(client)
     complaint = second.output.strip()
-    with capsys.disabled():
-        print(f"\nkafka, a second aggregator: {outcome}; it says: {complaint}")
+    record_property("figures", f"kafka, a second aggregator: {outcome}; it says: {complaint}")
 
     assert code == 1
     assert "stop it first" in complaint
@@ -173,7 +172,7 @@ def test_a_stopped_aggregator_cannot_be_joined(
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
 
 
-def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """A successor took over the data on another disk; whoever was stopped wakes up, commits nothing, and leaves."""
     installation, client = KafkaInstallation(kafka, tmp_path), sender()
     zombie, data = installation.aggregator, installation.store.parent
@@ -197,8 +196,7 @@ def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, capsys: pytest.Captu
         code = zombie.wait()
         outcome, _, _ = installation.end(client)
     complaint = zombie.output.strip().splitlines()[-1]
-    with capsys.disabled():
-        print(f"\nkafka, zombie: {outcome}; it says: {complaint}")
+    record_property("figures", f"kafka, zombie: {outcome}; it says: {complaint}")
 
     assert code == 1
     assert "another writer took over" in complaint

@@ -51,7 +51,7 @@ class Victims:
 
 @pytest.mark.timeout(600)
 def test_whoever_dies_nothing_acknowledged_is_lost_or_doubled(
-    tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """Twenty rounds; in each the gateway, the aggregator and the broker are killed at moments of their own."""
     rounds = ROUNDS * 5 if long else ROUNDS
@@ -63,7 +63,6 @@ def test_whoever_dies_nothing_acknowledged_is_lost_or_doubled(
             for _ in range(rounds):
                 asyncio.run(sender.load(installation.address, victims.strike, refused=True))
             outcome, _, _ = installation.end(sender)
-    with capsys.disabled():
-        print(f"\nkafka, kill -9 of all: seed {SEED}, rounds {rounds}, {outcome}; away: {victims}")
+    record_property("figures", f"kafka, kill -9 of all: seed {SEED}, rounds {rounds}, {outcome}; away: {victims}")
 
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)

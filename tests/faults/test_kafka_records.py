@@ -7,9 +7,9 @@ ends the aggregator with one line that says which; the gateway goes on, because 
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from confluent_kafka import Producer, TopicPartition
 
 from ingest.log.kafka_address import parse_address
@@ -57,7 +57,7 @@ def produce(installation: KafkaInstallation, records: list[tuple[bytes | None, i
 
 
 def test_poison_becomes_dead_letters_and_holds_up_nothing(
-    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Whatever a plain producer sends, every line is counted or is a dead letter with a reason; the rest goes on."""
     installation = KafkaInstallation(kafka, tmp_path, options=f"?organization={ORGANIZATION}")
@@ -72,8 +72,7 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
         installation.catch_up()
         letters = installation.ask("/v1/dead-letters/", limit="100").json()["items"]
         outcome, counted, _ = installation.end(Sender(SEED, TOKEN))
-    with capsys.disabled():
-        print(f"\nkafka, poison: {len(records)} records, {len(POISON)} kinds, {counted.tallies}")
+    record_property("figures", f"kafka, poison: {len(records)} records, {len(POISON)} kinds, {counted.tallies}")
 
     assert outcome.dead == counted.tallies["dead"] == sum(bad for _, bad in POISON.values())
     assert len(letters) == outcome.dead
@@ -84,7 +83,7 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
 
 
 def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
-    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Records that went before they were counted are not skipped: it ends and says so, until somebody accepts it."""
     installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
@@ -110,8 +109,7 @@ def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
         installation.aggregator.start()
         eventually(installation.reads)
         installation.catch_up()
-    with capsys.disabled():
-        print(f"\nkafka, retention overrun: {complaint}")
+    record_property("figures", f"kafka, retention overrun: {complaint}")
 
     assert codes == [1, 1]
     assert f"{topic} has no record" in complaint
@@ -121,7 +119,7 @@ def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
 
 
 def test_another_topic_of_the_same_name_is_not_read(
-    kafka: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """A topic deleted and made again under a running aggregator ends it; so does the next start."""
     installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
@@ -142,8 +140,7 @@ def test_another_topic_of_the_same_name_is_not_read(
         installation.aggregator.start()
         again = installation.aggregator.wait()
     complaint = last_line(installation.aggregator.output)
-    with capsys.disabled():
-        print(f"\nkafka, topic made again: while running: {noticed}\n  at the next start: {complaint}")
+    record_property("figures", f"kafka, topic made again: while running: {noticed}\n  at the next start: {complaint}")
 
     assert (running, again) == (1, 1)
     assert "was deleted and made again" in noticed

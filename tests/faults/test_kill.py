@@ -7,6 +7,7 @@ or the gateway alone, or the aggregator alone; the supervisor has to start those
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,9 @@ SINGLE_DEATHS_MAX = 4  # in a row: at the sixth within a minute the supervisor r
 
 
 @pytest.mark.timeout(300)
-def test_every_acknowledged_event_is_stored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_acknowledged_event_is_stored_once(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Twenty deaths at random moments: nothing acknowledged is lost, nothing is stored twice, nothing is invented."""
     choose = random.Random(SEED)
     server, sender = Server(tmp_path / "data", tmp_path / "server.log"), Sender(SEED, TOKEN)
@@ -51,11 +54,10 @@ def test_every_acknowledged_event_is_stored_once(tmp_path: Path, capsys: pytest.
     ids = [row[_EXTERNAL_ID] for row in tables["events"] if row[_NAME] == "call"]
     outcome = sender.outcome(ids)
     restarts = (f"{name} {median(s):.2f} s (max {max(s):.2f}, n={len(s)})" for name, s in restarts_s.items() if s)
-    with capsys.disabled():
-        print(
-            f"\nkill -9: seed {SEED}, rounds {ROUNDS}, {outcome}, repeated {sender.repeated}; "
-            f"answering again after the death of the {', '.join(restarts)}"
-        )
+    record_property("figures",
+        f"kill -9: seed {SEED}, rounds {ROUNDS}, {outcome}, repeated {sender.repeated}; "
+        f"answering again after the death of the {', '.join(restarts)}"
+    )
     assert_store_tells(tables, count(log))
     log.close()
 

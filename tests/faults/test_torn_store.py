@@ -94,7 +94,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
 
 
 def test_a_cut_write_ahead_log_is_an_exact_earlier_state(
-    installed: Installed, capsys: pytest.CaptureFixture[str]
+    installed: Installed, record_property: Callable[[str, object], None]
 ) -> None:
     """Wherever it is cut: all rounds up to one, each whole, and the more there is left the later the state."""
     content = (installed.crashed / WAL).read_bytes()
@@ -105,8 +105,9 @@ def test_a_cut_write_ahead_log_is_an_exact_earlier_state(
         tables = installed.opened(installed.damaged(installed.crashed, WAL, content[:cut]))
         reached.append(positions(tables).get(0, 0))
         assert_store_tells(tables, installed.counted[reached[-1]])
-    with capsys.disabled():
-        print(f"\ntorn store: seed {SEED}, {len(reached)} cuts of {len(content)} bytes, {len(set(reached))} states")
+    record_property(
+        "figures", f"torn store: seed {SEED}, {len(reached)} cuts of {len(content)} bytes, {len(set(reached))} states"
+    )
 
     assert sorted(reached) == reached
     assert installed.tables == tables
@@ -115,7 +116,7 @@ def test_a_cut_write_ahead_log_is_an_exact_earlier_state(
 
 @pytest.mark.parametrize("kind", ["flip", "zero"])
 def test_a_damaged_write_ahead_log_is_an_exact_state_or_refused(
-    installed: Installed, kind: str, capsys: pytest.CaptureFixture[str]
+    installed: Installed, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
     """A flipped bit or a zeroed tail never makes a number up: the message says how to heal, or nothing was harmed."""
     content = (installed.crashed / WAL).read_bytes()
@@ -128,13 +129,14 @@ def test_a_damaged_write_ahead_log_is_an_exact_state_or_refused(
         else:
             torn[place:] = bytes(len(torn) - place)
         outcomes[outcome(installed, installed.damaged(installed.crashed, WAL, bytes(torn)))] += 1
-    with capsys.disabled():
-        print(f"\ntorn store: seed {SEED}, {kind} in the write-ahead log: {dict(outcomes)}")
+    record_property("figures", f"torn store: seed {SEED}, {kind} in the write-ahead log: {dict(outcomes)}")
 
     assert set() == set(outcomes) - {"refused", "exact"}
 
 
-def test_a_damaged_file_is_exact_or_refused(installed: Installed, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_exact_or_refused(
+    installed: Installed, record_property: Callable[[str, object], None]
+) -> None:
     """A flipped bit in the file itself is found by the checksum of its block, or stands where nothing is stored."""
     content = (installed.closed / STORE).read_bytes()
     choose = random.Random(SEED)
@@ -143,8 +145,7 @@ def test_a_damaged_file_is_exact_or_refused(installed: Installed, capsys: pytest
         torn = bytearray(content)
         torn[choose.randrange(len(torn))] ^= 0x40
         outcomes[outcome(installed, installed.damaged(installed.closed, STORE, bytes(torn)))] += 1
-    with capsys.disabled():
-        print(f"\ntorn store: seed {SEED}, flip in the file: {dict(outcomes)}")
+    record_property("figures", f"torn store: seed {SEED}, flip in the file: {dict(outcomes)}")
 
     assert set() == set(outcomes) - {"refused", "exact", "found when read"}
 

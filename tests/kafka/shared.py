@@ -16,13 +16,11 @@ import pytest
 from tests.kafka.cluster import Cluster
 from tests.kafka.jars import Missing
 
-unavailable: list[str] = []
-"""Why tests were skipped, if they were; the first reason is enough for a person."""
+_running: list[Cluster] = []
 
 
 def need_kafka(reason: Missing) -> None:
     """Skip the test, or fail it where brokers must be."""
-    unavailable.append(str(reason))
     if os.environ.get("CI") == "true":
         pytest.fail(f"the tests on a real Kafka broker must run here, but {reason}")
     pytest.skip(f"no Kafka broker: {reason}")
@@ -36,7 +34,7 @@ def _started(version: str) -> Cluster | Missing:
         cluster = Cluster(folder / "cluster", version)
     except Missing as reason:
         return reason
-    atexit.register(cluster.stop)  # before the folder goes: the last registered is the first called
+    _running.append(cluster)
     cluster.start()
     return cluster
 
@@ -48,3 +46,9 @@ def shared_broker(version: str = "4") -> Cluster:
         need_kafka(found)
     assert isinstance(found, Cluster)
     return found
+
+
+def stop_brokers() -> None:
+    """At the end of a run."""
+    while _running:
+        _running.pop().stop()
