@@ -21,6 +21,7 @@ from benchmarks.accept import logged, measure, prepare
 from benchmarks.drain import work_off
 from benchmarks.report import Report
 from benchmarks.server import usage
+from benchmarks.usual_stack_kafka import LINGER_MS
 from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import EVENTS_PARTITIONS, Wanted, make_topics
@@ -50,7 +51,8 @@ def accept(cluster: Cluster, folder: Path, seconds: float) -> tuple[list[dict[st
     url = topics(cluster, "ours")
     prepare(url)
     topics(cluster, USUAL_TOPIC)
-    ours = ["-m", "deploy.cli", "gateway", "--log", url, "--data", str(folder / "gateway"), "--port", "PORT"]
+    ours_url = f"{url}?linger_ms={LINGER_MS}"  # batches fill as long as in the usual stack
+    ours = ["-m", "deploy.cli", "gateway", "--log", ours_url, "--data", str(folder / "gateway"), "--port", "PORT"]
     usual = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, f"{USUAL_TOPIC}.{USAGE_EVENTS}", "PORT"]
     rows, complete = [], True
     for server, command in (("meterstream", ours), ("usual stack", usual)):
