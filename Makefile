@@ -10,6 +10,8 @@ ARGS ?=
 # The demonstration's trace (a CSV file) and how many of its rows to take; empty means the default.
 TRACE ?=
 DEMO_ROWS ?=
+# Processes that the tests are spread over, a file to one of them; 0 for none beside.
+WORKERS ?= 2
 
 .PHONY: help setup run demo kafka test faults lint bench clean
 
@@ -36,10 +38,10 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 test: setup  ## every test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
-	@$(BIN)/python -m pytest tests/faults --long -s $(ARGS)
+	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
 
 lint: setup  ## style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Whatever Polar answers: nothing is lost, nothing doubled there, and never more requests than allowed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from itertools import cycle
 from pathlib import Path
@@ -83,7 +83,9 @@ def test_what_was_counted_arrives(room: Room, clocks: Clocks) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_survived(room: Room, clocks: Clocks, fault: str) -> None:
+def test_every_fault_is_survived(
+    room: Room, clocks: Clocks, fault: str, record_property: Callable[[str, object], None]
+) -> None:
     """Every other request goes wrong: all arrives, once, each customer's in order; what was repeated is a duplicate."""
     room.send(events(room.name, 80))
     wrong = cycle([fault, None])
@@ -98,14 +100,17 @@ def test_every_fault_is_survived(room: Room, clocks: Clocks, fault: str) -> None
     is_committed = fault not in ("429", "503 before")
     assert (len(room.polar.committed) > 80) is is_committed
     assert (sums["duplicates"] > 0) is is_committed
-    print(
-        f"\n{fault}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 15 in 60 s, "
+    record_property(
+        "figures",
+        f"forwarding, {fault}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 15 in 60 s, "
         f"{len(room.polar.committed) - 80} of 80 events sent again; lost 0, doubled 0"
     )
 
 
 @pytest.mark.parametrize("seed", [SEED, SEED + 1])
-def test_a_bad_day(room: Room, clocks: Clocks, seed: int) -> None:
+def test_a_bad_day(
+    room: Room, clocks: Clocks, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     """All faults, poison among the events, and a small limit: the books agree with the upstream, to the event."""
     good = events(room.name, 1_000, customers=40)
     poison = [event | {"external_id": f"{POISON}-{event['external_id']}"} for event in good[100:1_000:250]]
@@ -124,8 +129,9 @@ def test_a_bad_day(room: Room, clocks: Clocks, seed: int) -> None:
     assert {letter.external_id for letter in dead} == set(ids(poison))
     assert all("Customer not found." in letter.words for letter in dead)
     assert room.polar.busiest() <= 20
-    print(
-        f"\nseed {seed}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 20 in 60 s, faults "
+    record_property(
+        "figures",
+        f"forwarding, seed {seed}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 20 in 60 s, faults "
         f"{room.polar.faults}, {len(room.polar.committed) - len(set(room.polar.committed))} events repeated, 4 of 4 "
         f"poisoned apart, {sums['refused']} refusals; lost 0, doubled 0"
     )

@@ -1,6 +1,7 @@
 """A forwarder that is killed between sending and marking sends again, and nothing counts twice."""
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 from aggregator.forward.source import Selection
@@ -31,7 +32,9 @@ def killed_while_polar_answers(room: Room, state: Path) -> None:
         room.polar.answering.set()
 
 
-def test_killed_between_send_and_mark(room: Room, state: Path) -> None:
+def test_killed_between_send_and_mark(
+    room: Room, state: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Twenty times: what was sent and not marked is sent again with its ids; Polar says so and counts it once."""
     sent = events(room.name, ROUNDS * EVENTS_A_ROUND)
     for round_ in range(ROUNDS):
@@ -48,7 +51,8 @@ def test_killed_between_send_and_mark(room: Room, state: Path) -> None:
     assert by_customer(there) == by_customer(sent)
     assert repeated >= ROUNDS * EVENTS_A_ROUND
     assert reported == len(sent)  # the last life had every event of the killed ones in its one batch
-    print(
-        f"\n{ROUNDS} kills between send and mark: {len(sent)} events, {repeated} sent again, {reported} reported as "
-        f"duplicates in the end, {len(there)} counted; lost 0, doubled 0"
+    record_property(
+        "figures",
+        f"forwarding, {ROUNDS} kills between send and mark: {len(sent)} events, {repeated} sent again, "
+        f"{reported} reported as duplicates in the end, {len(there)} counted; lost 0, doubled 0"
     )
