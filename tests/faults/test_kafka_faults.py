@@ -106,7 +106,7 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Cal
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_one_of_three_brokers_may_be_lost(
     tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:

@@ -49,7 +49,7 @@ class Victims:
         return ", ".join(f"{name} {median(s):.2f} s (max {max(s):.2f})" for name, s in self.away_s.items())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # with --long a hundred rounds
 def test_whoever_dies_nothing_acknowledged_is_lost_or_doubled(
     tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:
