@@ -3,8 +3,8 @@
 A checkpoint costs about a microsecond per row written since the last one, and rounds go on beside it. Often enough
 means: the file opens quickly after a crash (replay is slower than a checkpoint) and no single checkpoint is long.
 
-What a checkpoint finds becomes row groups of its own, of 122,880 rows at most. DuckDB would like to merge small ones with
-their neighbors there and then; that keeps a round waiting for up to half a second, because a table takes no rows
+What a checkpoint finds becomes row groups of its own, of 122,880 rows at most. DuckDB would like to merge small ones
+with their neighbors there and then; that keeps a round waiting for up to half a second, because a table takes no rows
 while it is rewritten. So under load a checkpoint comes when there is nearly a full row group and merges nothing, and
 the small ones that a quiet time leaves behind are merged in the next quiet time.
 """

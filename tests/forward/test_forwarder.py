@@ -131,9 +131,9 @@ def test_a_bad_day(
     assert room.polar.busiest() <= 20
     record_property(
         "figures",
-        f"forwarding, seed {seed}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 20 in 60 s, "
-        f"faults {room.polar.faults}, {len(room.polar.committed) - len(set(room.polar.committed))} events repeated, 4 of 4 "
-        f"poisoned apart, {sums['refused']} refusals; lost 0, doubled 0"
+        f"forwarding, seed {seed}: {len(room.polar.arrivals_us)} requests, at most {room.polar.busiest()} of 20 in "
+        f"60 s, faults {room.polar.faults}, {len(room.polar.committed) - len(set(room.polar.committed))} events "
+        f"repeated, 4 of 4 poisoned apart, {sums['refused']} refusals; lost 0, doubled 0",
     )
 
 
