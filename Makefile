@@ -38,7 +38,7 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 test: setup  ## every test
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
