@@ -138,6 +138,7 @@ def test_a_process_takes_over_from_one_that_was_killed(
     first.end(signal.SIGKILL)
     captured = set(first.captured())
     eventually(lambda: captured <= set(logged(server)))
+    eventually(lambda: len(list(spool.glob("*.spool"))) == 1)  # what was left is taken over, whether it was sent or not
     goal = len(second.captured()) + 500
     eventually(lambda: len(second.captured()) >= goal)
     second.end(signal.SIGTERM)
@@ -151,7 +152,9 @@ def test_a_process_takes_over_from_one_that_was_killed(
     assert captured <= set(sent)
     assert len(set(sent) - captured) <= 2
     assert counted == len(set(sent))
-    assert not list(spool.glob("*.spool"))
+    left = spooled(spool, server)
+    assert len(left) <= 1  # SIGTERM may come in the middle of a capture, which then never returns
+    assert left.isdisjoint(captured)
 
 
 def event(number: int, **metadata: Any) -> dict[str, Any]:
