@@ -14,13 +14,14 @@ FULL = {
     "log_append": [],
     "drain": ["--events", "2000000"],
     "end_to_end": ["--seconds", "30"],
+    "shapes": [],
     "reconcile": ["--events", "2000000"],
     "balances": [],
     "client": [],
     "kafka": [],
 }
 QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"],
-         "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"],
+         "shapes": ["--events", "50000", "--history", "100000"], "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"],
          "kafka": ["--seconds", "1", "--events", "100000"]}
 
 
