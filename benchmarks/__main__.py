@@ -21,8 +21,8 @@ FULL = {
     "kafka": [],
 }
 QUICK = {"accept": ["--seconds", "1"], "drain": ["--events", "200000"], "end_to_end": ["--seconds", "5"],
-         "shapes": ["--events", "50000", "--history", "100000"], "reconcile": ["--events", "200000"], "client": ["--events", "20000", "--seconds", "2"],
-         "kafka": ["--seconds", "1", "--events", "100000"]}
+         "shapes": ["--events", "50000", "--history", "100000"], "reconcile": ["--events", "200000"],
+         "client": ["--events", "20000", "--seconds", "2"], "kafka": ["--seconds", "1", "--events", "100000"]}
 
 
 def main() -> None:
