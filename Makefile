@@ -13,10 +13,10 @@ DEMO_ROWS ?=
 # Processes that the tests are spread over, a file to one of them; 0 for none beside.
 WORKERS ?= 2
 
-.PHONY: help setup run demo kafka test faults lint bench clean
+.PHONY: help setup run demo kafka test broker-faults faults lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## a virtual environment with every dependency, pinned and checked by hash
 
@@ -37,8 +37,15 @@ demo: setup  ## meter a real LLM trace end to end and check every total against 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
-test: setup  ## every test
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# The faults of a whole Kafka installation take minutes by themselves, so they have a target of their own.
+BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py
+
+test: setup  ## every test but those of broker-faults, on two cores (ARGS="-k tidy" for some)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(BROKER_FAULTS:%=--ignore=%) $(ARGS)
+
+broker-faults: setup  ## gateways, aggregators and real brokers killed, stopped and cut off; some minutes
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
