@@ -16,9 +16,9 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
     place.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """A running server that many tests share. They must not stop it."""
+    """A running server that the tests of a file share. They must not stop it."""
     place = Installation(tmp_path_factory.mktemp("running") / "data")
     try:
         place.start()
