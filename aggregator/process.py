@@ -27,7 +27,7 @@ from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
 from meters.log import Log
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above the noise of a loaded machine
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before
 HOUSEKEEPING_S = 60.0  # retention is a matter of days
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
