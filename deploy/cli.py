@@ -47,7 +47,7 @@ def options(
     url: Annotated[str | None, typer.Option(help="Where the server is, such as http://127.0.0.1:8000.")] = None,
     token: Annotated[str | None, typer.Option(help="The organization's access token.")] = None,
     data: Annotated[str | None, typer.Option(help="The directory of the store, and of a log that is a file.")] = None,
-    log: Annotated[str | None, typer.Option(help="kafka://HOST:PORT[/PREFIX]; without it a file in the data.")] = None,
+    log: Annotated[str | None, typer.Option(help="kafka://HOST:PORT; without it, a file in the data.")] = None,
     output: Annotated[Output, typer.Option(help="How to show the answer.")] = Output.table,
 ) -> None:
     """What every command takes."""

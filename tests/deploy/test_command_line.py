@@ -3,11 +3,16 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from deploy.cli import global_options_first
+from deploy.cli import app, global_options_first
+from deploy.settings import read_environment
 from tests.deploy.installation import Installation, eventually, meterstream
 
 EVENTS = """{"name":"call","external_customer_id":"ada","external_id":"c1","metadata":{"tokens":0.1}}
@@ -154,3 +159,19 @@ def test_a_preview_counts_without_creating(counted: Installation) -> None:
 
     assert counted.answer("meters", "preview", "--count", "--where", "name=call")
     assert counted.answer("meters", "list") == before
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command."""
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(typer.main.get_command(app))), ids=" ".join)
+def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
+    """``--help`` works for each, and a word in brackets in a help text is no markup."""
+    shown = CliRunner().invoke(app, [*path, "--help"], obj=read_environment())
+
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.stdout
