@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from aggregator.awkward import awkward_numbers, suspicious
+from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
@@ -29,7 +29,7 @@ from meters.uuid_text import parse_uuid4
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_ENCODE_LINES = msgspec.json.Encoder().encode_lines
+_ENCODE = msgspec.json.Encoder().encode
 _WORD = np.dtype(">u8")
 
 
@@ -47,7 +47,15 @@ class Line(msgspec.Struct, gc=False):
     parent_id: str | None = None
 
 
+class PlainLine(Line, gc=False):
+    """The same of a record whose lines give no key of their metadata twice: the text of it is taken as it stands."""
+
+    metadata: msgspec.Raw = msgspec.Raw(b"{}")  # type: ignore[assignment]
+
+
 _DECODE_LINES = msgspec.json.Decoder(Line).decode_lines
+_DECODE_PLAIN_LINES = msgspec.json.Decoder(PlainLine).decode_lines
+_DECODE_METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class DeadLetter(NamedTuple):
@@ -190,7 +198,7 @@ def _fast(record: Record, reading: _Reading) -> bool:
     try:
         if not record.value.isascii():
             record.value.decode()
-        events = _DECODE_LINES(record.value)
+        events = (_DECODE_PLAIN_LINES if record.distinct_keys else _DECODE_LINES)(record.value)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
     if len(events) != len(raws):
@@ -257,9 +265,9 @@ def _chunk(rows: _Rows, stamps: Microseconds, directory: Directory) -> Chunk:
         "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
         "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
         "external_id": pa.array(external_ids, pa.string()),
-        "parent": pa.array([event.parent_id for event in events], pa.string()),
-        "member_id": pa.array([_member(event) for event in events], pa.string()),
-        "external_member_id": pa.array([event.external_member_id for event in events], pa.string()),
+        "parent": _texts([event.parent_id for event in events]),
+        "member_id": _members(events),
+        "external_member_id": _texts([event.external_member_id for event in events]),
         **_metadata(events),
     }
     stamped = [event.timestamp is not None for event in events]
@@ -284,7 +292,7 @@ def _keys(organization: bytes, external_ids: list[str], raws: list[bytes]) -> Ke
     digest = xxhash.xxh3_128_digest
     joined = b"".join([digest(organization + external_id.encode()) for external_id in external_ids])
     words = np.frombuffer(joined, _WORD).astype(np.uint64)
-    content = np.array([xxhash.xxh3_64_intdigest(raw) for raw in raws], np.uint64)
+    content = np.fromiter(map(xxhash.xxh3_64_intdigest, raws), np.uint64, len(raws))
     return Keys(words[0::2].copy(), words[1::2].copy(), content)
 
 
@@ -298,9 +306,19 @@ def _subjects(events: Sequence[Event | Line], organization: Organization, direct
     return np.array(numbers, np.int32)
 
 
-def _member(event: Event | Line) -> str | None:
+def _texts(values: list[str | None]) -> pa.Array:
+    """A column that is nearly always empty."""
+    if values.count(None) == len(values):
+        return pa.nulls(len(values), pa.string())
+    return pa.array(values, pa.string())
+
+
+def _members(events: Sequence[Event | Line]) -> pa.Array:
     """A member belongs to a ``customer_id``; beside an external customer it says nothing."""
-    return event.member_id if event.external_customer_id is None else None
+    members = [event.member_id for event in events]
+    if members.count(None) < len(members):
+        members = [event.member_id if event.external_customer_id is None else None for event in events]
+    return _texts(members)
 
 
 def _subject(event: Event | Line, organization: Organization, directory: Directory) -> int:
@@ -316,19 +334,13 @@ def _subject(event: Event | Line, organization: Organization, directory: Directo
 
 def _metadata(events: Sequence[Event | Line]) -> dict[str, pa.Array]:
     """Metadata as text, one line each, keys unique, tokens as sent; and the numbers that need exact text."""
-    text = _ENCODE_LINES([event.metadata for event in events])
-    buffer = np.frombuffer(text, np.uint8)
-    line_ends = buffer == ord("\n")
-    offsets = np.zeros(len(events) + 1, np.int32)
-    offsets[1:] = np.flatnonzero(line_ends) - np.arange(len(events))
-    texts = pa.StringArray.from_buffers(len(events), pa.py_buffer(offsets), pa.py_buffer(buffer[~line_ends].tobytes()))
-    awkward: pa.Array = pa.nulls(len(events), pa.string())
-    if suspicious(text):
-        awkward = pa.array(
-            [
-                awkward_numbers(event.metadata) if suspicious(line) else None
-                for event, line in zip(events, text.split(b"\n"), strict=False)
-            ],
-            pa.string(),
-        )
-    return {"metadata": texts, "awkward": awkward}
+    texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
+    joined = b"".join(texts)
+    offsets = np.zeros(len(texts) + 1, np.int32)
+    offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
+    column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(joined))
+    awkward: pa.Array = pa.nulls(len(texts), pa.string())
+    if any_suspicious(joined):
+        exact = [awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in map(bytes, texts)]
+        awkward = _texts(exact)
+    return {"metadata": column, "awkward": awkward}

@@ -5,17 +5,19 @@ digits it was given; past that it does not, and nothing says so. Money must not 
 whose exact value could get lost is written into the column ``awkward``: a JSON object from JSON pointer to plain
 decimal text, NULL for nearly all events. The SQL looks there first.
 
-Looking at every number of every event would cost more than all the rest of the work, so the text is looked at as a
-whole: digits and points become ``0``, and only where a run of 15 of them or an exponent shows up does anybody look
-closer.
+Looking at every number of every event would cost more than all the rest of the work, so the texts of many are looked at
+as a whole, and only where digits and points fill eight neighboring places, or an ``e`` follows one, does anybody look
+closer, first at each text: there the sign is a run of 15.
 """
 
 import msgspec
+import numpy as np
 
 from meters.amount import DECIMALS, number_text
 from meters.facts import RESERVED
 
 EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
+_FILLED = np.uint64(0x0101_0101_0101_0101)  # eight times True
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789.eE", b"0000000000ee")
 _SIGNS = (b"0" * EXACT_DIGITS, b"0e")
 _ENCODE = msgspec.json.Encoder().encode
@@ -23,8 +25,20 @@ _NO_KEYS: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 _NESTED = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
+def any_suspicious(texts: bytes) -> bool:
+    """Whether any of the joined JSON texts may hold an awkward number. Never wrong when it says no.
+
+    Of 15 places in a row, eight fill an aligned word.
+    """
+    characters = np.frombuffer(texts, np.uint8)
+    numeric = (characters - np.uint8(ord("0")) < 10) | (characters == ord("."))
+    if (numeric[: len(numeric) // 8 * 8].view(np.uint64) == _FILLED).any():
+        return True
+    return bool((((characters[1:] | 0x20) == ord("e")) & numeric[:-1]).any())
+
+
 def suspicious(text: bytes) -> bool:
-    """Whether the JSON text may hold an awkward number. Cheap, and never wrong when it says no."""
+    """Whether one JSON text may hold an awkward number. Never wrong when it says no."""
     zeros = text.translate(_DIGITS_TO_ZERO)
     return any(sign in zeros for sign in _SIGNS)
 

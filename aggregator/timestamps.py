@@ -18,8 +18,7 @@ Microseconds = npt.NDArray[np.int64]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECONDS_LENGTH = len("2026-03-01T10:00:00Z")
 _FRACTION_MAX = 6  # more digits are finer than a microsecond; cutting them is left to the careful way
-_SHAPE = np.frombuffer(b"0000-00-00T00:00:00.", np.uint8)
-_MARKS = np.flatnonzero(ord("0") != _SHAPE)
+_MARKS = {place: mark for place, mark in enumerate(b"0000-00-00T00:00:00.") if mark != ord("0")}
 UNREADABLE = -(2**63)
 Stamp = str | datetime | None
 
@@ -47,19 +46,18 @@ def _matrix(texts: str, rows: int, length: int) -> Microseconds | None:
     fraction = length - _SECONDS_LENGTH - 1
     if not (texts.isascii() and (length == _SECONDS_LENGTH or 1 <= fraction <= _FRACTION_MAX)):
         return None
-    characters = np.frombuffer(texts.encode(), np.uint8).reshape(rows, length)
-    marks = _MARKS if fraction > 0 else _MARKS[:-1]
-    digits = np.delete(characters, [*marks, length - 1], axis=1) - np.uint8(ord("0"))
-    shaped = (characters[:, marks] == _SHAPE[marks]).all() and (characters[:, -1] == ord("Z")).all()
-    if not shaped or (digits > 9).any():
+    # A column of characters, contiguous: two dozen short operations on it cost less than one on the matrix.
+    columns = np.ascontiguousarray(np.frombuffer(texts.encode(), np.uint8).reshape(rows, length).T)
+    marks = {place: mark for place, mark in _MARKS.items() if place < length - 1} | {length - 1: ord("Z")}
+    if not all((columns[place] == mark).all() for place, mark in marks.items()):
         return None
-    return _calendar(digits.astype(np.int64), fraction)
+    digits = np.delete(columns, list(marks), axis=0) - np.uint8(ord("0"))
+    return None if (digits > 9).any() else _calendar(digits, fraction)
 
 
-def _calendar(digits: Microseconds, fraction: int) -> Microseconds | None:
+def _calendar(digits: npt.NDArray[np.uint8], fraction: int) -> Microseconds | None:
     year, month, day, hour, minute, second = (
-        digits[:, first:last] @ 10 ** np.arange(last - first - 1, -1, -1)
-        for first, last in ((0, 4), (4, 6), (6, 8), (8, 10), (10, 12), (12, 14))
+        _number(digits[first:last]) for first, last in ((0, 4), (4, 6), (6, 8), (8, 10), (10, 12), (12, 14))
     )
     months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]") + (day - 1)
@@ -70,7 +68,17 @@ def _calendar(digits: Microseconds, fraction: int) -> Microseconds | None:
     result: Microseconds = whole * 1_000_000
     if fraction <= 0:
         return result
-    return result + digits[:, 14:] @ 10 ** np.arange(_FRACTION_MAX - 1, _FRACTION_MAX - 1 - fraction, -1)
+    result += _number(digits[14:]) * 10 ** (_FRACTION_MAX - fraction)
+    return result
+
+
+def _number(columns: npt.NDArray[np.uint8]) -> Microseconds:
+    """The number that each row's digits make, one column for each digit."""
+    number: Microseconds = columns[0].astype(np.int64)
+    for column in columns[1:]:
+        number *= 10
+        number += column
+    return number
 
 
 def _one_by_one(stamps: Sequence[Stamp], default: Microseconds) -> Microseconds:

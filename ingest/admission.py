@@ -47,7 +47,7 @@ class Admitted(Struct, frozen=True):
     """Lines for the log, each with its external id and its index in the request; the three lists run in step.
 
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
-    empty unless the request was lenient.
+    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``.
     """
 
     lines: Sequence[Raw | bytes]
@@ -55,6 +55,7 @@ class Admitted(Struct, frozen=True):
     indexes: Sequence[int]
     named: bool
     refusals: list[Refusal]
+    distinct_keys: bool = False
 
     @property
     def value(self) -> bytes:
@@ -91,7 +92,7 @@ def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) 
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
     latest = now + sender.clock_skew
-    ids, suspects = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
+    ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
     if len(suspects) > CAREFUL_EVENTS_MAX:
         return _refused("too_long", ("body", "events"), "Too many unusual events to look at one by one; send fewer")
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
@@ -103,7 +104,7 @@ def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) 
         lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
     else:
         kept = range(len(lines))
-    return _admitted(lines, ids, kept, refusals, sender, b"\n" in body)
+    return _admitted(lines, ids, kept, refusals, sender, b"\n" in body, distinct_keys)
 
 
 def _with_care(
@@ -133,7 +134,7 @@ def _with_care(
 
 def _admitted(
     lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], sender: Sender,
-    newlines: bool,
+    newlines: bool, distinct_keys: bool,
 ) -> Admitted:
     final: list[Raw | bytes] = list(lines)
     if newlines:
@@ -143,7 +144,7 @@ def _admitted(
     for place, external_id in zip(nameless, sender.new_ids(len(nameless)) if nameless else (), strict=True):
         named[place] = external_id
         final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
-    return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
+    return Admitted(final, named, kept, len(nameless) < len(final), refusals, distinct_keys)  # type: ignore[arg-type]
 
 
 def _unreadable(body: bytes) -> Refused | None:

@@ -2,8 +2,8 @@
 
 Nearly every event is plain: fields of the expected types, an ISO timestamp, a known customer. C code checks types and
 limits in one pass. What types cannot tell is told by counting bytes over the whole body: if there are exactly as many
-opening brackets as the parsed events need, then nothing is nested and no key with an object is given twice; if the
-reserved objects have exactly as many colons as parsed keys, then no key in them is given twice or unknown.
+opening brackets as the parsed events need, then nothing else is nested and no key with an object is given twice; if
+the metadata has exactly as many colons as parsed keys, then no key in it is given twice.
 
 Whatever is not proven plain is a suspect, for ``meters.event`` to read with care. This module refuses nothing. It is
 narrower than the careful reading in everything, and wider in nothing: a property test holds the two together.
@@ -21,6 +21,7 @@ from meters.catalogue import Catalogue
 from meters.refusal import NAME_LENGTH_MAX, STRING_LENGTH_MAX
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # stands for "not given": never in the future
+NOT_PLAIN = -(2**32)  # instead of a number of keys; no body has so many
 
 Text = Annotated[str, Meta(min_length=1, max_length=STRING_LENGTH_MAX)]
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -28,8 +29,17 @@ Number = Annotated[float, Meta(gt=-1e26, lt=1e26)]  # every number of 27 digits 
 Cents = Annotated[int, Meta(gt=-100_000, lt=100_000)] | Annotated[float, Meta(gt=-1e5, lt=1e5)]
 
 
-class Object(Struct, gc=False):
-    """Any JSON object, unread."""
+class Nested(Struct, gc=False, forbid_unknown_fields=True):
+    """A plain ``_cost`` or ``_llm``: numbers and not text, and no key that is not known."""
+
+    amount: Cents | UnsetType = UNSET
+    currency: Literal["usd"] | UnsetType = UNSET
+    vendor: str | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    input_tokens: Integer | UnsetType = UNSET
+    output_tokens: Integer | UnsetType = UNSET
+    total_tokens: Integer | UnsetType = UNSET
+    cached_input_tokens: Integer | UnsetType = UNSET
 
 
 class Plain(Struct, gc=False):
@@ -39,7 +49,7 @@ class Plain(Struct, gc=False):
     external_customer_id: str | None = None
     timestamp: Annotated[datetime, Meta(tz=True)] = _EPOCH
     external_id: str | None = None
-    metadata: dict[str, Text | Integer | Number | bool | Object] | UnsetType = UNSET
+    metadata: dict[str, Text | Integer | Number | bool | Nested] | UnsetType = UNSET
     customer_id: str | None = None
     member_id: str | None = None
     external_member_id: str | None = None
@@ -47,60 +57,37 @@ class Plain(Struct, gc=False):
     organization_id: None = None
 
 
-class Cost(Struct, gc=False):
-    """A plain ``_cost``: two keys, a number and not text."""
+class WithMetadata(Struct, gc=False):
+    """An event of which only the metadata is read, uncut."""
 
-    amount: Cents
-    currency: Literal["usd"]
-
-
-class Llm(Struct, gc=False):
-    """A plain ``_llm``: whole numbers and not text."""
-
-    vendor: str
-    model: str
-    input_tokens: Integer
-    output_tokens: Integer
-    total_tokens: Integer
-    cached_input_tokens: Integer | UnsetType = UNSET
-
-
-class Reserved(Struct, frozen=True, gc=False):
-    """The reserved keys of a metadata object, uncut."""
-
-    cost: Raw | UnsetType = msgspec.field(name="_cost", default=UNSET)
-    llm: Raw | UnsetType = msgspec.field(name="_llm", default=UNSET)
-
-
-class WithReserved(Struct, gc=False):
-    """An event of which only the reserved metadata is read."""
-
-    metadata: Reserved = Reserved()
+    metadata: Raw = Raw(b"")
 
 
 class _Plains(Struct, gc=False):
     events: list[Plain]
 
 
-class _WithReserveds(Struct, gc=False):
-    events: list[WithReserved]
+class _WithMetadata(Struct, gc=False):
+    events: list[WithMetadata]
 
 
 _decode_plains = msgspec.json.Decoder(_Plains).decode
 _decode_plain = msgspec.json.Decoder(Plain).decode
-_decode_reserved = msgspec.json.Decoder(_WithReserveds).decode
-_decode_costs = msgspec.json.Decoder(list[Cost]).decode
-_decode_llms = msgspec.json.Decoder(list[Llm]).decode
+_decode_metadata = msgspec.json.Decoder(_WithMetadata).decode
 
 # Escapes that can hide something: ASCII (a NUL, or letters of a reserved key) and halves of surrogate pairs.
 _HIDING = re.compile(rb"\\u(?:00[0-7]|[dD][89a-fA-F])")
 
 
 class Finding(NamedTuple):
-    """The external id of each event (None where it has none, or is a suspect), and the suspects' indexes."""
+    """The external id of each event (None where it has none, or is a suspect), and the suspects' indexes.
+
+    ``distinct_keys``: beyond doubt no metadata gives a key twice.
+    """
 
     external_ids: list[str | None]
     suspects: set[int]
+    distinct_keys: bool
 
 
 def read_plain(body: bytes) -> list[Plain] | None:
@@ -127,7 +114,7 @@ def find_suspects(body: bytes, lines: Sequence[Raw], organization_id: str, catal
     for index, external_id in zip(fitting, found.external_ids, strict=True):
         external_ids[index] = external_id
     suspects = set(range(len(lines))).difference(fitting)
-    return Finding(external_ids, suspects.union(fitting[index] for index in found.suspects))
+    return Finding(external_ids, suspects.union(fitting[index] for index in found.suspects), False)
 
 
 def _fits(line: Raw) -> bool:
@@ -147,17 +134,19 @@ def _find(
         suspects.update(index for index, event in enumerate(plains) if event.timestamp > latest)
     if b"\\" in body and _HIDING.search(body):
         suspects.update(index for index, line in enumerate(lines) if _HIDING.search(line))
-    metadata = [event.metadata for event in plains]
-    holders = [
-        index for index, held in enumerate(metadata) if held is not UNSET and ("_cost" in held or "_llm" in held)
-    ]
-    reserved = _plain_reserved(body) if holders else 0
-    if reserved is None:
-        suspects.update(holders)
-    needed = 2 + 2 * len(plains) - metadata.count(UNSET) + (reserved or 0)
-    if body.count(b"{") + 1 != needed or body.find(b"[") != body.rfind(b"["):
+    metadata = [event.metadata for event in plains if event.metadata is not UNSET]
+    costs = [held["_cost"] for held in metadata if "_cost" in held]
+    llms = [held["_llm"] for held in metadata if "_llm" in held]
+    keys_in_costs, keys_in_llms = _keys_in_costs(costs), _keys_in_llms(llms)
+    keys = sum(map(len, metadata)) + keys_in_costs + keys_in_llms
+    texts = [event.metadata for event in _decode_metadata(body).events] if metadata else []
+    distinct_keys = keys_in_costs >= 0 <= keys_in_llms and _has_keys(b"".join(texts), keys)
+    if not distinct_keys and (costs or llms):
+        suspects.update(_doubtful(plains, texts))
+    brackets = 1 + len(plains) + len(metadata) + len(costs) + len(llms)
+    if body.count(b"{") != brackets or body.find(b"[") != body.rfind(b"["):
         suspects.update(_bracketed(lines, plains))
-    return Finding([event.external_id for event in plains], suspects)
+    return Finding([event.external_id for event in plains], suspects, distinct_keys and not suspects)
 
 
 def _unknown_customers(plains: list[Plain], organization_id: str, catalogue: Catalogue) -> Iterable[int]:
@@ -174,38 +163,44 @@ def _bracketed(lines: Sequence[Raw], plains: list[Plain]) -> Iterable[int]:
     for index, (line, event) in enumerate(zip(lines, plains, strict=True)):
         needed = 1
         if event.metadata is not UNSET:
-            cost, llm = event.metadata.get("_cost"), event.metadata.get("_llm")
-            needed += 1 + isinstance(cost, Object) + isinstance(llm, Object)
+            needed += 1 + ("_cost" in event.metadata) + ("_llm" in event.metadata)
         text = bytes(line)
         if b"[" in text or text.count(b"{") != needed:
             yield index
 
 
-def _plain_reserved(body: bytes) -> int | None:
-    """How many reserved objects there are; None unless each of them is plain."""
-    found = [event.metadata for event in _decode_reserved(body).events]
-    costs = [metadata.cost for metadata in found if metadata.cost is not UNSET]
-    llms = [metadata.llm for metadata in found if metadata.llm is not UNSET]
-    return len(costs) + len(llms) if _plain_costs(costs) and _plain_llms(llms) else None
+def _doubtful(plains: list[Plain], texts: Sequence[Raw]) -> Iterable[int]:
+    """Events with a reserved object that is not plain, or with more keys than were parsed."""
+    for index, (event, text) in enumerate(zip(plains, texts, strict=True)):
+        held = event.metadata
+        if held is UNSET or not ("_cost" in held or "_llm" in held):
+            continue
+        inner = _keys_in_costs([held[key] for key in ("_cost",) if key in held])
+        more = _keys_in_llms([held[key] for key in ("_llm",) if key in held])
+        if inner < 0 or more < 0 or not _has_keys(bytes(text), len(held) + inner + more):
+            yield index
 
 
-def _plain_costs(costs: Sequence[Raw]) -> bool:
-    """Whether all are plain: none of their texts holds a colon, so there is one for each key."""
-    joined = b",".join(costs)
-    try:
-        _decode_costs(b"[%s]" % joined)
-    except msgspec.MsgspecError:
-        return False
-    return joined.count(b":") == 2 * len(costs)
+def _keys_in_costs(costs: Sequence[object]) -> int:
+    """How many keys plain costs have; NOT_PLAIN if any is not. Keys of another kind are for the count to find."""
+    plain = all(type(cost) is Nested and cost.amount is not UNSET and cost.currency is not UNSET for cost in costs)
+    return 2 * len(costs) if plain else NOT_PLAIN
 
 
-def _plain_llms(llms: Sequence[Raw]) -> bool:
-    """Whether all are plain: a colon for each key, and those within the two texts."""
-    joined = b",".join(llms)
-    try:
-        found: list[Llm] = _decode_llms(b"[%s]" % joined)
-    except msgspec.MsgspecError:
-        return False
-    colons = 5 * len(found) + sum([llm.cached_input_tokens is not UNSET for llm in found])
-    colons += sum([llm.vendor.count(":") + llm.model.count(":") for llm in found])
-    return joined.count(b":") == colons
+def _keys_in_llms(llms: Sequence[object]) -> int:
+    """How many keys plain accounts of a language model have; NOT_PLAIN if any is not."""
+    keys = 0
+    for llm in llms:
+        if type(llm) is not Nested or UNSET in (
+            llm.vendor, llm.model, llm.input_tokens, llm.output_tokens, llm.total_tokens
+        ):
+            return NOT_PLAIN
+        keys += 5 + (llm.cached_input_tokens is not UNSET)
+    return keys
+
+
+def _has_keys(texts: bytes, keys: int) -> bool:
+    """Whether JSON texts with at least so many keys have no more. A colon outside of strings is a key's."""
+    if texts.count(b":") == keys:
+        return True
+    return texts.translate(None, b" \n\t\r").count(b'":') == keys  # some colons are in strings, but not behind a quote

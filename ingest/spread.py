@@ -41,17 +41,18 @@ class Spread:
     ) -> list[Entry]:
         """The records to append, at most one for a partition."""
         if partitions == 1:
-            return [Entry(admitted.value, 0, organization_id, admitted=True)]
+            return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
         value = admitted.value
         places = self._places(_decode_lines(value), organization_id, catalogue)
         if len(set(places)) == 1:
-            return [Entry(value, places[0], organization_id, admitted=True)]
+            return [_entry(value, places[0], organization_id, admitted)]
         lines: dict[int, list[bytes]] = {}
         for place, line in zip(places, admitted.lines, strict=True):
             lines.setdefault(place, []).append(line)
-        return [Entry(b"\n".join(lines[place]), place, organization_id, admitted=True) for place in sorted(lines)]
+        values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
+        return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
 
     def _places(self, whos: Sequence[_Who], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
@@ -79,3 +80,7 @@ class Spread:
         if found is None:
             found = self._hashes[organization_id] = CustomerPartitions(organization_id, self._partitions)
         return found
+
+
+def _entry(value: bytes, partition: int, organization_id: str, admitted: Admitted) -> Entry:
+    return Entry(value, partition, organization_id, admitted=True, distinct_keys=admitted.distinct_keys)

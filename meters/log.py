@@ -44,13 +44,15 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     ``value`` is NDJSON, one or more JSON objects, a line each, UTF-8, without a final newline.
     ``organization_id`` names the tenant of every line (None: each line names its own).
-    ``admitted`` says that the gateway checked every line, so that a reader need not check again.
+    ``admitted`` says that the gateway checked every line, so that a reader need not check again; ``distinct_keys``
+    says besides that no line's metadata gives a key twice, so that its text may be kept as it stands.
     """
 
     value: bytes
     partition: int = 0
     organization_id: str | None = None
     admitted: bool = False
+    distinct_keys: bool = False
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -62,6 +64,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     value: bytes
     organization_id: str | None = None
     admitted: bool = False
+    distinct_keys: bool = False
 
 
 class TryAgain(Exception):

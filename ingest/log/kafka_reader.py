@@ -169,17 +169,17 @@ class Reader:
 
     def _record(self, message: Message, partition: int, offset: int) -> Record:
         _, timestamp_ms = message.timestamp()
-        organization, admitted = self._organization, False
+        organization, admitted, distinct_keys = self._organization, False, False
         headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
         for name, value in headers:
             content = value or b""
             if name == ORGANIZATION:
                 organization = content.decode("utf-8", "replace")
             elif name == ADMITTED:
-                admitted = content == b"1"
+                admitted, distinct_keys = content in (b"1", b"2"), content == b"2"
         value = message.value() or b""
         assert isinstance(value, bytes)
-        return Record(partition, offset, max(timestamp_ms, 0) * 1000, value, organization, admitted)
+        return Record(partition, offset, max(timestamp_ms, 0) * 1000, value, organization, admitted, distinct_keys)
 
     def _take(self, turn: Sequence[int], bytes_max: int) -> list[Record]:
         found: list[Record] = []

@@ -25,7 +25,7 @@ from ingest.log.limits import Limits
 from meters.log import Entry, Refused, TryAgain
 
 ORGANIZATION, ADMITTED = "organization", "admitted"
-"""Names of the headers that carry ``Entry.organization_id``, and, as "1", ``Entry.admitted``."""
+"""Names of the headers that carry ``Entry.organization_id``, and ``Entry.admitted``: "1", or "2" with distinct keys."""
 
 LOOK_S_MAX = 1.0  # for the brokers to say which partitions there are; answers wait meanwhile
 POLL_S = 0.05  # how soon a close is heard; answers wake the poll at once
@@ -76,7 +76,7 @@ class Writer:
         return call.future
 
     def _produce(self, topic: str, entry: Entry, timestamp_ms: int, delivered: Delivered) -> None:
-        headers = _headers(entry.organization_id, entry.admitted)
+        headers = _headers(entry.organization_id, entry.admitted, entry.distinct_keys)
         try:
             self._producer.produce(
                 topic, entry.value, partition=entry.partition, timestamp=timestamp_ms, headers=headers,
@@ -146,13 +146,13 @@ class Writer:
 
 
 @functools.lru_cache(maxsize=1024)
-def _headers(organization_id: str | None, admitted: bool) -> list[tuple[str, str | bytes | None]]:
+def _headers(organization_id: str | None, admitted: bool, distinct_keys: bool) -> list[tuple[str, str | bytes | None]]:
     """The headers of a record; made once for each organization, and read only."""
     headers: list[tuple[str, str | bytes | None]] = []
     if organization_id is not None:
         headers.append((ORGANIZATION, organization_id.encode()))
     if admitted:
-        headers.append((ADMITTED, b"1"))
+        headers.append((ADMITTED, b"2" if distinct_keys else b"1"))
     return headers
 
 

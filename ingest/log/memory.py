@@ -31,7 +31,8 @@ class Partition:
         """Put the entry at the end, at a time never before its predecessor's; its offset."""
         offset = self.end
         time_us = max([now_us, *(record.timestamp_us for record in self.records[-1:])])
-        self.records.append(Record(number, offset, time_us, entry.value, entry.organization_id, entry.admitted))
+        said = entry.organization_id, entry.admitted, entry.distinct_keys
+        self.records.append(Record(number, offset, time_us, entry.value, *said))
         return offset
 
     def read(self, position: int, bytes_max: int) -> list[Record]:

@@ -140,7 +140,7 @@ def _records(where: str, partition: int, position: int, columns: _Columns, joine
     except ValueError as error:
         raise PositionLost(f"{where} is damaged after {position}: {error}") from error
     return [
-        Record(partition, offset, timestamp, value, organization, admission == 1)
+        Record(partition, offset, timestamp, value, organization, admission >= 1, admission == 2)
         for offset, timestamp, value, organization, admission in zip(
             offsets, timestamps, values, organizations, admitted, strict=True
         )

@@ -28,12 +28,12 @@ Place = tuple[str, int]  # stream, partition
 class Batch:
     """What one group adds to one partition: the values as they are stored, end to end, and a head for each.
 
-    A head is (organization_id, admitted, where the stored value starts counted from 1, its length in bytes, the
-    length of the plain value).
+    A head is (organization_id, 1 if admitted and 2 if its keys are distinct besides, where the stored value starts
+    counted from 1, its length in bytes, the length of the plain value).
     """
 
     def __init__(self) -> None:
-        self.heads: list[tuple[str | None, bool, int, int, int]] = []
+        self.heads: list[tuple[str | None, int, int, int, int]] = []
         self.values: list[bytes] = []
         self.value_bytes = 0
 
@@ -41,7 +41,8 @@ class Batch:
         """Put the entry at the end."""
         stored = pack(entry.value)
         start = self.value_bytes + 1
-        self.heads.append((entry.organization_id, entry.admitted, start, len(stored), len(entry.value)))
+        said = entry.admitted + (entry.admitted and entry.distinct_keys)
+        self.heads.append((entry.organization_id, said, start, len(stored), len(entry.value)))
         self.values.append(stored)
         self.value_bytes += len(stored)
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from aggregator.awkward import awkward_numbers, suspicious
+from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.store.sql import Measured, condition, considered, measures, statement, value
 from aggregator.store.stage import Parameters, Stage, pointer
 from meters.aggregation import FUNCTIONS, Aggregation, Function, considers, evaluate
@@ -43,8 +43,8 @@ class Sample:
     def __init__(self, metadata: str, name: str = "chat", timestamp: datetime = INGESTED_AT) -> None:
         fields = msgspec.json.decode(metadata, type=dict[str, msgspec.Raw])
         self.facts: Facts = facts(Event(name=name, metadata=fields, timestamp=timestamp), INGESTED_AT)
-        naive = timestamp.astimezone(UTC).replace(tzinfo=None)
-        awkward = awkward_numbers(fields) if suspicious(metadata.encode()) else None
+        naive, text = timestamp.astimezone(UTC).replace(tzinfo=None), metadata.encode()
+        awkward = awkward_numbers(fields) if any_suspicious(text) and suspicious(text) else None
         self.row = (name, "user", naive, metadata, awkward)
 
 

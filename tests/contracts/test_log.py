@@ -185,12 +185,13 @@ def test_a_record_says_whose_it_is(world: World) -> None:
     """Organization, admission and partition come back with the value."""
     log = world.open()
     organizations = [None, "", "null", 'a "quoted", \\ one', "ü\n", "6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10"]
-    entries = [Entry(b"v", 1, name, admitted) for name in organizations for admitted in (False, True)]
+    said = [(False, False), (True, False), (True, True)]
+    entries = [Entry(b"v", 1, name, *flags) for name in organizations for flags in said]
     asyncio.run(log.append(USAGE_EVENTS, entries))
 
     found = read(log, partition=1)
-    assert [(e.partition, e.organization_id, e.admitted) for e in entries] == [
-        (record.partition, record.organization_id, record.admitted) for record in found
+    assert [(e.partition, e.organization_id, e.admitted, e.distinct_keys) for e in entries] == [
+        (record.partition, record.organization_id, record.admitted, record.distinct_keys) for record in found
     ]
     assert {bool} == {type(record.admitted) for record in found}
 

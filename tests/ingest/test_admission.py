@@ -304,7 +304,7 @@ def agreements(events: list[str]) -> Iterator[tuple[str, tuple[bool, str | None]
         lines = msgspec.json.decode(body, type=dict[str, list[msgspec.Raw]])["events"]
     except msgspec.DecodeError:
         return  # a body that is refused as a whole
-    ids, suspects = find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW + CLOCK_SKEW, read_plain(body))
+    ids, suspects, _ = find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW + CLOCK_SKEW, read_plain(body))
     for index, (line, external_id) in enumerate(zip(lines, ids, strict=True)):
         if index not in suspects:
             yield events[index], (True, external_id), careful(bytes(line))
@@ -316,6 +316,48 @@ def test_what_the_fast_path_calls_plain_the_careful_reading_takes(events: list[s
     """The fast path is nowhere wider than the careful one, and reads the same external id."""
     for event, fast, slow in agreements(events):
         assert fast == slow, event
+
+
+class Pairs(list[tuple[str, object]]):
+    """A JSON object with all its keys."""
+
+
+def repeats_a_key(value: object) -> bool:
+    """Whether an object, or one in it, gives a key twice."""
+    if not isinstance(value, Pairs):
+        return False
+    return len({key for key, _ in value}) < len(value) or any(repeats_a_key(inner) for _, inner in value)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(_objects({"name": _names, "external_customer_id": st.just('"u"'), "metadata": _metadata}), min_size=1,
+                max_size=4))  # fmt: skip
+def test_keys_that_are_called_distinct_are_distinct(events: list[str]) -> None:
+    """What the aggregator takes as it stands gives no key twice, however it is spaced or disguised."""
+    body = ('{"events":[' + ",".join(events) + "]}").encode()
+    try:
+        lines = msgspec.json.decode(body, type=dict[str, list[msgspec.Raw]])["events"]
+    except msgspec.DecodeError:
+        return
+    found = find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW + CLOCK_SKEW, read_plain(body))
+    if found.distinct_keys:
+        last = [dict(json.loads(event, object_pairs_hook=Pairs)).get("metadata") for event in events]
+        assert not any(map(repeats_a_key, last))
+
+
+@pytest.mark.parametrize(("metadata", "distinct"), [
+    ('{"a":1,"b":"x"}', True),
+    ('{ "a" : 1, "b": "x: y" }', True),
+    ('{"_cost":{"amount":1,"currency":"usd"},"a":true}', True),
+    ('{"a":1,"a":2}', False),
+    ('{"a" :1,"b":1,"b":2}', False),
+    ('{"a":1,"\\u0061":2}', False),
+    ('{"a":"says \\": ","b":1}', False),  # not beyond doubt
+])  # fmt: skip
+def test_distinct_keys_go_with_the_record(metadata: str, distinct: bool) -> None:
+    """One event whose metadata might give a key twice makes the record one that is read key by key."""
+    event = '{"name":"n","external_customer_id":"u","metadata":%s}'
+    assert admitted(event % metadata, event % '{"k":1}').distinct_keys == distinct
 
 
 def test_the_fast_path_takes_what_clients_really_send() -> None:
@@ -337,5 +379,5 @@ def test_one_odd_event_does_not_make_the_others_suspects() -> None:
     """In a body that does not fit as a whole, only the events that do not fit are read with care."""
     lines = [msgspec.Raw(text.encode()) for text in (GOOD, "5", written(metadata={"k": {}}), GOOD)]
     body = b'{"events":[' + b",".join(lines) + b"]}"
-    _, suspects = plain.find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW, read_plain(body))
+    _, suspects, _ = plain.find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW, read_plain(body))
     assert suspects == {1, 2}
