@@ -88,7 +88,17 @@ async def customer_meters(desk: Desk, pairs: Sequence[Pair]) -> list[CustomerMet
         raise Unavailable("meters are still being counted")
     recounted = await _recount(desk, missing) if missing else {}
     whole = [one._replace(consumption=recounted.get(one.id, one.consumption)) for one in read]
-    return [one for one in whole if one.account is not None or one.consumption.count]
+    return _not_empty(whole)
+
+
+def in_memory(desk: Desk, pairs: Sequence[Pair]) -> list[CustomerMeter] | None:
+    """The same without asking the store; None where memory does not have all of it."""
+    read = [_read(desk, customer, meter) for customer, meter in pairs]
+    return None if any(one.consumption is UNKNOWN for one in read) else _not_empty(read)
+
+
+def _not_empty(read: Sequence[CustomerMeter]) -> list[CustomerMeter]:
+    return [one for one in read if one.account is not None or one.consumption.count]
 
 
 async def customer_meter(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:

@@ -15,7 +15,7 @@ from aggregator.api.balances import CustomerMeter, customer_meters, find, number
 from aggregator.api.customers import customers_of
 from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
 from aggregator.api.errors import NotFound
-from aggregator.api.paging import Ids, Page, Texts, WhichPage, cut, listed, order, texts
+from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, listed, order, texts
 from aggregator.api.roster import find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
@@ -29,11 +29,13 @@ from meters.meter import Meter
 from meters.statement import Usage, parse_usage_id, statement
 
 router = APIRouter(tags=["customer meters"], dependencies=[CaughtUp])
-Reader = Annotated[Token, Depends(allow(frozenset({"customer_meters:read"})))]
+READING = frozenset({"customer_meters:read"})
+Reader = Annotated[Token, Depends(allow(READING))]
 SORTINGS = (
     "created_at", "modified_at", "customer_id", "customer_name", "meter_id", "meter_name", "consumed_units",
     "credited_units", "balance",
 )  # fmt: skip
+DEFAULT_SORTING = "-modified_at"
 PAIRS_AT_ONCE = 2_000
 """Pairs of customers and meters that are looked at one by one, in about 20 ms; of more only those of the page are."""
 
@@ -44,7 +46,7 @@ async def list_customer_meters(
     external_customer_id: Texts = None, meter_id: Ids = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
     """What customers used, were credited and have left, latest change first. Archived meters only when asked for."""
-    chosen = order(sorting, SORTINGS, "-modified_at")
+    chosen = order(sorting, SORTINGS, DEFAULT_SORTING)
     as_of = desk.view.as_of
     is_asked = organization_id is None or token.organization_id in map(str, organization_id)
     customers = _customers(desk, token, texts(customer_id), external_customer_id) if is_asked else []
@@ -52,11 +54,15 @@ async def list_customer_meters(
     if len(customers) * len(meters) > PAIRS_AT_ONCE:
         pairs, total = await asyncio.to_thread(find_page, desk, customers, meters, chosen, page)
         shown = await customer_meters(desk, pairs)
-    else:
-        found = await customer_meters(desk, [(customer, meter) for customer in customers for meter in meters])
-        found.sort(key=lambda one: (_key(one, chosen.by), one.id), reverse=not chosen.ascending)
-        shown, total = cut(found, page), len(found)
-    return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
+        return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
+    found = await customer_meters(desk, [(customer, meter) for customer in customers for meter in meters])
+    return answer(in_order(found, chosen, page), as_of)
+
+
+def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
+    """The page of a list of customer meters."""
+    found = sorted(found, key=lambda one: (_key(one, chosen.by), one.id), reverse=not chosen.ascending)
+    return listed([customer_meter_shape(one) for one in cut(found, page)], len(found), page)
 
 
 def _meters(desk: Desk, token: Token, ids: list[str] | None) -> list[Meter]:

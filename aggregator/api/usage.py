@@ -31,6 +31,7 @@ from meters.catalogue import Token
 from meters.detail import detail
 from meters.filter import Filter
 from meters.filter_json import parse_filter
+from meters.meter import Meter
 from meters.quantities import Quantities
 from meters.window import Interval, range_refusal, zone
 
@@ -70,7 +71,7 @@ async def get_meter_quantities(
         as_of = desk.view.as_of  # before it is read: what is read may be newer than it says, never older
         totals = desk.view.by_quarters(meter.id, bounds)
         if totals is not None:
-            parts = [_measured(total) for total in totals]
+            parts = [measured(total) for total in totals]
             return _quantities(usage.from_parts(meter.aggregation, points, bounds, parts), as_of)
 
     def question(here: Here) -> Quantities:
@@ -108,20 +109,27 @@ async def get_customer_usage(
         question = Question(
             filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)
         )
-        measured, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, _at(question, here)))
+        found, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, _at(question, here)))
     else:
-        measured = _measured(total)
-    body = {
+        found = measured(total)
+    return answer(running_total(meter, ids[0] if ids else None, external_customer_id, found), as_of)
+
+
+def running_total(
+    meter: Meter, customer_id: str | None, external_customer_id: str | None, found: Measured
+) -> dict[str, Any]:
+    """One customer's total, under the name that was asked for."""
+    return {
         "meter_id": meter.id,
-        "customer_id": customer_id and str(customer_id),
+        "customer_id": customer_id,
         "external_customer_id": external_customer_id,
-        "value": amount_text(measured.value(meter.aggregation)),
-        "count": measured.count,
+        "value": amount_text(found.value(meter.aggregation)),
+        "count": found.count,
     }
-    return answer(body, as_of)
 
 
-def _measured(total: Total) -> Measured:
+def measured(total: Total) -> Measured:
+    """A total from memory as a question to the store would find it."""
     return Measured(total.count, enormous=[total.sum], min=total.min, max=total.max)
 
 
