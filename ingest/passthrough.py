@@ -10,8 +10,7 @@ no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a gene
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -19,7 +18,7 @@ import httptools
 
 from ingest import answers
 from ingest.answers import Answer, Headers
-from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX, WRITE_DEADLINE_S
+from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX
 
 Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -28,7 +27,7 @@ HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
     b"trailer", b"transfer-encoding", b"upgrade", b"expect",
 })  # fmt: skip
-SERVER_ADDS = frozenset({b"date", b"server"})  # the gateway's own server says these
+NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}  # the gateway's own server says these
 
 CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all
 IDLE_S = 2.0  # kept connections are used within this, well before the other side lets go of them (5 s)
@@ -41,59 +40,71 @@ class ViewUnavailable(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection to the query API, one request at a time."""
+    """One HTTP/1.1 connection to the query API, one request at a time.
+
+    What arrives is parsed and kept at once; whoever waits is woken once for all that came together. Most answers come
+    in one piece, so most requests wait once.
+    """
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
         self.idle_since_s = 0.0
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.head = asyncio.Event()
-        self.complete = False
         self.closed = False
+        self.reusable = False  # whether the next request may use this connection
+        self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpResponseParser(self)
-        self._chunks: list[bytes] = []
-        self._buffered = 0
-        self._more = asyncio.Event()
-        self._writable = asyncio.Event()
-        self._writable.set()
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable = True
+        self.begin()
 
     def begin(self) -> None:
         """Forget the last answer."""
-        self._parser = httptools.HttpResponseParser(self)
-        self.status, self.headers, self.complete = 0, [], False
-        self._chunks, self._buffered = [], 0
-        self.head.clear()
-        self._more.clear()
+        self.status = 0  # until the head is whole
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = self.reusable = False
+        self._chunks: list[bytes] = []
+        self._buffered = 0
 
-    async def write(self, data: bytes) -> None:
-        """Send, waiting while the other side is behind."""
-        self.transport.write(data)
-        await self._writable.wait()
+    async def ask(self, request: bytes) -> None:
+        """Send the request and wait for the answer's head. Raises ViewUnavailable, TimeoutError."""
+        self.transport.write(request)
+        while not (self._writable or self.closed):
+            await self._news()
+        while not (self.status or self.closed):
+            await self._news(PASSTHROUGH_ANSWER_DEADLINE_S)
+        if not self.status:
+            raise ViewUnavailable
 
-    async def body(self) -> AsyncGenerator[bytes, None]:
-        """The answer's body as it arrives. Raises ViewUnavailable when it breaks off."""
-        while True:
-            await self._more.wait()
-            self._more.clear()
-            chunk, self._chunks, self._buffered = b"".join(self._chunks), [], 0
-            self.transport.resume_reading()
-            if chunk:
-                yield chunk
-            if self.complete:
-                return
+    async def piece(self) -> bytes:
+        """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable."""
+        while not (self._chunks or self.complete):
             if self.closed:
                 raise ViewUnavailable
-
-    @property
-    def reusable(self) -> bool:
-        """Whether the next request may use this connection."""
-        return self.complete and not self.closed and bool(self._parser.should_keep_alive())
+            await self._news()
+        arrived, self._chunks, self._buffered = self._chunks, [], 0
+        if not self.complete and not self.closed:
+            self.transport.resume_reading()
+        return b"".join(arrived)
 
     def close(self) -> None:
         """Let go of the socket."""
         self.closed = True
         self.transport.abort()
+
+    async def _news(self, deadline_s: float | None = None) -> None:
+        """Wait until something happens here. Raises TimeoutError."""
+        waiter = self._waiter = self._loop.create_future()
+        timer = None if deadline_s is None else self._loop.call_later(deadline_s, _expire, waiter)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     # asyncio calls these
 
@@ -105,22 +116,20 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.close()
-            self._wake()
+        if self._buffered > BUFFER_BYTES and not self.complete:
+            self.transport.pause_reading()
+        self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._wake()
 
     def pause_writing(self) -> None:
-        self._writable.clear()
+        self._writable = False
 
     def resume_writing(self) -> None:
-        self._writable.set()
-
-    def _wake(self) -> None:
-        self.head.set()
-        self._more.set()
-        self._writable.set()
+        self._writable = True
+        self._wake()
 
     # the parser calls these
 
@@ -129,18 +138,19 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
-        self.head.set()
 
     def on_body(self, data: bytes) -> None:
         self._chunks.append(data)
         self._buffered += len(data)
-        if self._buffered > BUFFER_BYTES:
-            self.transport.pause_reading()
-        self._more.set()
 
     def on_message_complete(self) -> None:
         self.complete = True
-        self._more.set()
+        self.reusable = bool(self._parser.should_keep_alive())
+
+
+def _expire(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
 
 
 class Upstream:
@@ -180,7 +190,10 @@ class Upstream:
             async with asyncio.timeout(deadline_s):
                 connection = await self._ask("GET", b"GET %s HTTP/1.1\r\nhost: localhost\r\n\r\n" % path.encode())
                 try:
-                    body = b"".join([chunk async for chunk in connection.body()])
+                    body = b""
+                    while not connection.complete:
+                        body += await connection.piece()
+                    body += await connection.piece()
                 finally:
                     connection.close()
         except (ViewUnavailable, TimeoutError):
@@ -215,7 +228,7 @@ class Upstream:
         return None
 
     def _keep(self, connection: _Connection, method: str) -> None:
-        if method != "HEAD" and connection.reusable:
+        if method != "HEAD" and connection.reusable and not connection.closed:
             connection.idle_since_s = asyncio.get_running_loop().time()
             self._idle.append(connection)
         else:
@@ -239,14 +252,13 @@ def _away() -> Answer:
     return answers.unavailable("ViewUnavailable", detail, RETRY_AFTER_S)
 
 
-def end_to_end(headers: Iterable[tuple[bytes, bytes]], also: frozenset[bytes] = frozenset()) -> Headers:
-    """The headers that concern more than one connection, without those in ``also``."""
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] = HOP_BY_HOP) -> Headers:
+    """The headers that concern more than one connection, without those that are dropped anyway."""
     headers = tuple(headers)
-    dropped = HOP_BY_HOP | also
     for name, value in headers:
         if name == b"connection":
             dropped |= {token.strip().lower() for token in value.split(b",")}
-    return tuple((name, value) for name, value in headers if name not in dropped)
+    return tuple([header for header in headers if header[0] not in dropped])
 
 
 def _request(scope: Message, path: bytes, body: bytes) -> bytes:
@@ -259,11 +271,7 @@ def _request(scope: Message, path: bytes, body: bytes) -> bytes:
 async def _exchange(connection: _Connection, request: bytes) -> _Connection:
     """Send the request and wait for the answer's head; the connection is closed if there is none."""
     try:
-        await connection.write(request)
-        async with asyncio.timeout(PASSTHROUGH_ANSWER_DEADLINE_S):
-            await connection.head.wait()
-        if not connection.status:
-            raise ViewUnavailable
+        await connection.ask(request)
     except BaseException:
         connection.close()
         raise
@@ -271,14 +279,16 @@ async def _exchange(connection: _Connection, request: bytes) -> _Connection:
 
 
 async def _stream(connection: _Connection, method: str, send: Send) -> None:
-    headers = end_to_end(connection.headers, SERVER_ADDS)
+    """Send the answer on as it comes. The server cuts a client that does not read."""
+    headers = end_to_end(connection.headers, NOT_PASSED_BACK)
     await send({"type": "http.response.start", "status": connection.status, "headers": headers})
-    if method != "HEAD" and connection.status not in (204, 304):
-        async with contextlib.aclosing(connection.body()) as chunks:
-            async for chunk in chunks:
-                async with asyncio.timeout(WRITE_DEADLINE_S):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+    if method == "HEAD" or connection.status in (204, 304):
+        await send({"type": "http.response.body", "body": b""})
+        return
+    more = True
+    while more:
+        more = not connection.complete
+        await send({"type": "http.response.body", "body": await connection.piece(), "more_body": more})
 
 
 async def answer(send: Send, what: Answer) -> int:

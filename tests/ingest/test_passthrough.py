@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ class QueryApi:
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         await asyncio.to_thread(self.go_on.wait)
         await send({"type": "http.response.body", "body": b"second" * 100_000})
+
+    async def _late(self, asked: Message, send: Any) -> None:
+        await asyncio.to_thread(self.go_on.wait)
+        await self._empty(asked, send)
 
     async def _broken(self, asked: Message, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
@@ -171,6 +176,23 @@ def test_an_answer_comes_as_it_is_made(gateway: RunningGateway, api: QueryApi) -
         assert next(pieces) == b"first"
         api.go_on.set()
         assert b"".join(pieces) == b"second" * 100_000
+
+
+def test_an_answer_that_does_not_begin_is_not_waited_for(
+    gateway: RunningGateway, api: QueryApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """504 when the time is up; the connection that still owes an answer is not used again."""
+    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_ANSWER_DEADLINE_S", 0.2)
+    assert gateway.client.get("/v1/late").status_code == 504
+    api.go_on.set()
+    assert gateway.client.get("/v1/x").status_code == 207
+
+
+def test_answers_at_the_same_time_do_not_mix(gateway: RunningGateway, api: QueryApi) -> None:
+    """Each request has a connection to itself while it is answered."""
+    with ThreadPoolExecutor(8) as clients:
+        told = list(clients.map(lambda n: gateway.client.get(f"/v1/{n}").json()["path"], range(200)))
+    assert told == [f"/v1/{n}" for n in range(200)]
 
 
 def test_half_an_answer_is_no_answer(gateway: RunningGateway, api: QueryApi) -> None:
