@@ -1,8 +1,9 @@
 """How many events a second the gateway takes durably, and what the usual stack takes on the same machine.
 
-The gateway runs alone, so nothing is counted meanwhile; the log is real and every answer waits for its sync. At the
-end the log is read back: it holds as many events as were acknowledged. Beside it, in the same run, an endpoint as most
-teams write it: FastAPI, a pydantic model per event, one row per event into SQLite with a commit per request.
+Gateways run alone, one or two on the same log, so nothing is counted meanwhile; the log is real and every answer waits
+for its sync. At the end the log is read back: it holds as many events as were acknowledged. Beside it, in the same run,
+an endpoint as most teams write it (``usual_stack``: a row per event into SQLite, a commit per request), and the
+machine's limits for the same bodies (``limits``).
 
     python -m benchmarks.accept [--seconds 5]
 """
@@ -11,7 +12,6 @@ import argparse
 import asyncio
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,17 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 
-from benchmarks.load import Bodies, send
+from benchmarks.limits import floor
+from benchmarks.load import Bodies, Ledger, send
 from benchmarks.report import Report
 from benchmarks.server import TOKEN, usage
+from benchmarks.usual_stack import Store
 from ingest.log import open_log
 from meters.access import digest
-from meters.catalogue import Organization, OrganizationCreated, Token, TokenCreated, encode_change
+from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
 SHAPES = ((1, 64), (10, 32), (100, 32), (1000, 8))  # events a body, connections
+GATEWAYS_MAX = 2
+PREPARED = {1: 15_000, 10: 80_000, 100: 250_000, 1000: 300_000}  # events a second that bodies are made for beforehand
 READ_BYTES = 8_000_000
 
 
@@ -47,7 +52,7 @@ def prepare(url: str) -> None:
         scopes=["events:write"],
         created_at=now,
     )
-    changes = [OrganizationCreated(Organization(ORGANIZATION, "bench", now)), TokenCreated(token)]
+    changes: list[Change] = [OrganizationCreated(Organization(ORGANIZATION, "bench", now)), TokenCreated(token)]
     log = open_log(url)
     asyncio.run(log.append(USAGE_CONTROL, [Entry(encode_change(change)) for change in changes]))
     log.close()
@@ -69,7 +74,7 @@ def started(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    process = subprocess.Popen([str(port) if part == "PORT" else part for part in command])
+    process = subprocess.Popen([sys.executable, *(str(port) if part == "PORT" else part for part in command)])
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as client:
@@ -80,57 +85,85 @@ def started(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     raise RuntimeError(f"{command} does not listen")
 
 
+async def sent(ports: Sequence[int], run: int, events: int, connections: int, seconds: float) -> list[Ledger]:
+    """What each server acknowledged; the connections and the bodies are shared out among them."""
+    share = len(ports)
+    prepared = int(seconds * PREPARED[events] / events / share)
+    return await asyncio.gather(*(
+        send("127.0.0.1", port, TOKEN, Bodies(GATEWAYS_MAX * run + number, events, seed=number), seconds=seconds,
+             rate=None, connections=connections // share, prepared=prepared)
+        for number, port in enumerate(ports)
+    ))  # fmt: skip
+
+
 def measure(
-    command: list[str], seconds: float, shapes: Sequence[tuple[int, int]] = SHAPES
+    command: list[str], seconds: float, shapes: Sequence[tuple[int, int]] = SHAPES, servers: int = 1, first_run: int = 0
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows for each of the shapes, and how many events were acknowledged in all."""
-    process, port = started(command)
+    """Rows for each of the shapes, and how many events were acknowledged in all.
+
+    ``command`` is run by this Python, once for each of the servers. Ids of events begin with ``first_run``.
+    """
+    running = [started(command) for _ in range(servers)]
+    pids, ports = [process.pid for process, _ in running], [port for _, port in running]
     rows, acknowledged = [], 0
     try:
-        for run, (events, connections) in enumerate(shapes):
-            before, began = usage(process.pid)["cpu_s"], time.perf_counter()
-            bodies = Bodies(run, events)
-            ledger = asyncio.run(
-                send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=None, connections=connections)
-            )
-            wall_s, cpu_s = time.perf_counter() - began, usage(process.pid)["cpu_s"] - before
-            acknowledged += ledger.events
-            latencies_ms = np.array(ledger.latencies_s) * 1000
+        for run, (events, connections) in enumerate(shapes, first_run):
+            before_s = sum(usage(pid)["cpu_s"] for pid in pids)
+            ledgers = uvloop.run(sent(ports, run, events, connections, seconds))
+            cpu_s = sum(usage(pid)["cpu_s"] for pid in pids) - before_s
+            taken = sum(ledger.events for ledger in ledgers)
+            acknowledged += taken
+            latencies_ms = np.array([second for ledger in ledgers for second in ledger.latencies_s]) * 1000
             rows.append({
-                "events a body": events, "events/s": ledger.events / wall_s, "requests/s": ledger.requests / wall_s,
-                "events/CPU s": ledger.events / cpu_s, "CPU us/event": 1e6 * cpu_s / ledger.events,
-                "p50 ms": float(np.percentile(latencies_ms, 50)), "p99 ms": float(np.percentile(latencies_ms, 99)),
-                "peak MB": usage(process.pid)["peak_mb"],
+                "gateways": servers, "events a body": events, "events/s": taken / seconds,
+                "requests/s": taken / seconds / events, "events/CPU s": taken / cpu_s,
+                "CPU us/event": 1e6 * cpu_s / taken, "ack p50 ms": float(np.percentile(latencies_ms, 50)),
+                "ack p99 ms": float(np.percentile(latencies_ms, 99)),
+                "peak MB": sum(usage(pid)["peak_mb"] for pid in pids),
             })
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        for process, _ in running:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
     return rows, acknowledged
+
+
+def beside(row: dict[str, Any], usual: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
+    """A row of ours with the usual stack and the machine's limits beside it, as ratios of CPU time an event."""
+    return {
+        **row, "times usual per CPU": usual["CPU us/event"] / row["CPU us/event"], **limits,
+        "times limit": row["CPU us/event"] / sum(limits.values()),
+    }  # fmt: skip
 
 
 def main() -> None:
     """Run and report; exit 3 when the log does not hold what was acknowledged."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each row")
     arguments = parser.parse_args()
-    report = Report("accept", "durable events a second, the gateway alone, beside the usual stack")
+    report = Report("accept", "durable events a second, gateways alone")
     with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as directory:
+        file = str(Path(directory) / "usual.sqlite")
+        usual, taken = measure(["-m", "benchmarks.usual_stack", file, "PORT"], arguments.seconds)
+        stored = Store(file, metered=False).stored()
+        report.check(f"the usual stack acknowledged {taken:,} and stored {stored:,}", stored == taken)
         data = Path(directory) / "data"
         data.mkdir()
         prepare(str(data))
-        gateway = [sys.executable, "-m", "deploy.cli", "gateway", "--data", str(data), "--port", "PORT"]
-        rows, acknowledged = measure(gateway, arguments.seconds)
+        gateway = ["-m", "deploy.cli", "gateway", "--data", str(data), "--port", "PORT"]
+        acknowledged = 0
+        limits = [floor(Bodies(0, events).make()[0], events, together) for events, together in SHAPES]
+        for servers in range(1, GATEWAYS_MAX + 1):
+            rows, added = measure(gateway, arguments.seconds, servers=servers, first_run=servers * len(SHAPES))
+            acknowledged += added
+            for row, other, limit in zip(rows, usual, limits, strict=True):
+                report.add(server="meterstream", **beside(row, other, limit))
         found = logged(str(data))
-        usual = [sys.executable, "-m", "benchmarks.usual_stack", str(Path(directory) / "usual.sqlite"), "PORT"]
-        beside, taken = measure(usual, arguments.seconds)
-        with sqlite3.connect(Path(directory) / "usual.sqlite") as connection:
-            (usual_found,) = connection.execute("SELECT count(*) FROM events").fetchone()
-    for row, other in zip(rows, beside, strict=True):
-        report.add(server="meterstream", **row, **{"times usual per CPU": row["events/CPU s"] / other["events/CPU s"]})
+        report.check(f"gateways acknowledged {acknowledged:,}, in the log are {found:,}", found == acknowledged)
+    for other in usual:
         report.add(server="usual stack", **other)
     report.finish()
-    print(f"acknowledged {acknowledged:,}, in the log {found:,}; usual stack {taken:,} and {usual_found:,}")
-    sys.exit(0 if found >= acknowledged and usual_found >= taken else 3)
+    sys.exit(report.code)
 
 
 if __name__ == "__main__":

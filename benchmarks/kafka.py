@@ -1,35 +1,44 @@
-"""Kafka underneath: what a gateway takes durably beside the usual stack, and how fast a backlog is worked off.
+"""Kafka underneath: taken durably, worked off, and end to end, beside the usual stack and Kafka's own producer.
 
 A real broker of one node runs beside it (Java 17 and Maven are needed), with 12 partitions, and every answer waits for
-``acks=all``. The usual stack is FastAPI, a pydantic model per event and ``aiokafka.send`` per event, with the same
-care. Then the same backlog is worked off from Kafka and from the embedded log, by the same engine. At the end the
-topics are read back: they hold what was acknowledged, and the totals are what was written.
+``acks=all``. The usual stack (``usual_stack_kafka``) is FastAPI, a pydantic model per event and ``aiokafka.send`` per
+event, with the same care; its consumer upserts for every event. The broker's own ``kafka-producer-perf-test`` sends
+records as large as an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
+At the end the topics are read back: they hold what was acknowledged, and the totals are what was written.
 
     python -m benchmarks.kafka [--seconds 5] [--events 600000]
 """
 
 import argparse
+import asyncio
 import contextlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aggregator.process import SWITCH_INTERVAL_S
-from benchmarks.accept import logged, measure, prepare
+from benchmarks.accept import GATEWAYS_MAX, SHAPES, logged, measure, prepare
 from benchmarks.drain import work_off
+from benchmarks.end_to_end import Phase, check, meters, row
+from benchmarks.limits import kafka_producer
+from benchmarks.load import Bodies
 from benchmarks.report import Report
-from benchmarks.server import usage
-from benchmarks.usual_stack_kafka import LINGER_MS
+from benchmarks.server import Server, usage
+from benchmarks.usual_stack import Store
+from benchmarks.usual_stack_kafka import LINGER_MS, consume
 from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import EVENTS_PARTITIONS, Wanted, make_topics
-from meters.log import USAGE_EVENTS, Log
+from meters.log import USAGE_EVENTS, Log, format_position
 from tests.kafka.cluster import Cluster, running
+from tests.kafka.jars import Missing
 
-SHAPES = ((100, 32), (100, 32))  # events a body, connections; the first round only warms both up
+WARM_UP = ((100, 32),)  # events a body, connections
 USUAL_TOPIC = "usual"
+USUAL_CONSUMED_MAX = 40_000  # some seconds of its consumer's work
 BROKER = {"num.network.threads": "2", "num.io.threads": "4"}  # more than the tests give it, the same for both
 
 
@@ -40,31 +49,46 @@ def topics(cluster: Cluster, prefix: str) -> str:
     return url
 
 
-def records(cluster: Cluster) -> int:
-    """How many records the usual stack's topic holds, one an event."""
-    with contextlib.closing(open_log(f"kafka://{cluster.bootstrap}/{USUAL_TOPIC}")) as log:
-        return sum(log.ends(USAGE_EVENTS).values())
+def ends(url: str) -> dict[int, int]:
+    """The end of each partition of a topic of events."""
+    with contextlib.closing(open_log(url)) as log:
+        return dict(log.ends(USAGE_EVENTS))
 
 
-def accept(cluster: Cluster, folder: Path, seconds: float) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of our gateway and of the usual stack; whether the topics hold what they acknowledged."""
-    url = topics(cluster, "ours")
+def usual_accept(report: Report, cluster: Cluster, seconds: float) -> list[dict[str, Any]]:
+    """The usual stack's rows; its topic holds a record for each event that it acknowledged."""
+    url, topic = topics(cluster, USUAL_TOPIC), f"{USUAL_TOPIC}.{USAGE_EVENTS}"
+    command = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, topic, "PORT"]
+    (_, *rows), acknowledged = measure(command, seconds, WARM_UP + SHAPES)
+    found = sum(ends(url).values())
+    report.check(f"the usual stack acknowledged {acknowledged:,}, in its topic are {found:,}", found == acknowledged)
+    return rows
+
+
+def accept(report: Report, cluster: Cluster, folder: Path, seconds: float) -> None:
+    """What gateways take, what the usual stack takes, what Kafka's own producer gets through."""
+    usual = usual_accept(report, cluster, seconds)
+    url, acknowledged, broker = topics(cluster, "ours"), 0, cluster.nodes[0].pid
     prepare(url)
-    topics(cluster, USUAL_TOPIC)
-    ours_url = f"{url}?linger_ms={LINGER_MS}"  # batches fill as long as in the usual stack
-    ours = ["-m", "deploy.cli", "gateway", "--log", ours_url, "--data", str(folder / "gateway"), "--port", "PORT"]
-    usual = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, f"{USUAL_TOPIC}.{USAGE_EVENTS}", "PORT"]
-    rows, complete = [], True
-    for server, command in (("meterstream", ours), ("usual stack", usual)):
-        before_s = usage(cluster.nodes[0].pid)["cpu_s"]
-        (*_, row), acknowledged = measure([sys.executable, *command], seconds, SHAPES)
-        broker_s = usage(cluster.nodes[0].pid)["cpu_s"] - before_s
-        found = logged(url) if server == "meterstream" else records(cluster)
-        complete &= found >= acknowledged
-        print(f"{server}: acknowledged {acknowledged:,}, in its topic {found:,}")
-        rows.append({"server": server, **row, "broker us/event": 1e6 * broker_s / acknowledged})
-    rows[0]["times usual per CPU"] = rows[0]["events/CPU s"] / rows[1]["events/CPU s"]
-    return rows, complete
+    linger = f"{url}?linger_ms={LINGER_MS}"  # batches fill as long as in the usual stack
+    command = ["-m", "deploy.cli", "gateway", "--log", linger, "--data", str(folder / "gateway"), "--port", "PORT"]
+    for servers in range(1, GATEWAYS_MAX + 1):
+        before_s = usage(broker)["cpu_s"]
+        (_, *rows), taken = measure(command, seconds, WARM_UP + SHAPES, servers, 10 * servers)
+        acknowledged += taken
+        broker_us = 1e6 * (usage(broker)["cpu_s"] - before_s) / taken
+        for found, other in zip(rows, usual, strict=True):
+            times = other["CPU us/event"] / found["CPU us/event"]
+            report.add(server="meterstream", **found, **{"times usual per CPU": times, "broker us/event": broker_us})
+    in_topic = logged(url)
+    report.check(f"gateways acknowledged {acknowledged:,}, in their topic are {in_topic:,}", in_topic == acknowledged)
+    for other in usual:
+        report.add(server="usual stack", **other)
+    event_bytes = len(Bodies(0).make()[0]) // 100
+    topics(cluster, "limit")
+    records = int(100_000 * seconds)
+    producer = kafka_producer(cluster, f"limit.{USAGE_EVENTS}", records, event_bytes)
+    report.add(server="kafka-producer-perf-test, a record an event", **{"events/s": producer})
 
 
 @contextlib.contextmanager
@@ -77,6 +101,42 @@ def logs(cluster: Cluster, folder: Path) -> Iterator[dict[str, Log]]:
         yield {"embedded": embedded, "kafka": kafka}
 
 
+def drain(report: Report, cluster: Cluster, folder: Path, events: int) -> None:
+    """The same backlog from both kinds of log, and the usual consumer's work on what the usual stack took."""
+    with logs(cluster, folder) as both:
+        for kind, log in both.items():
+            (folder / f"store-{kind}").mkdir()
+            found, differences = work_off(log, folder / f"store-{kind}", events)
+            report.add(log=kind, server="meterstream", **found)
+            report.check(f"{kind}: {'; '.join(differences) or 'sums exact'}", not differences)
+    store = Store(str(folder / "usual.sqlite"), metered=True)
+    began_s, cpu_s = time.perf_counter(), time.process_time()
+    asyncio.run(consume(cluster.bootstrap, f"{USUAL_TOPIC}.{USAGE_EVENTS}", store, USUAL_CONSUMED_MAX))
+    wall_s, cpu_s, stored = time.perf_counter() - began_s, time.process_time() - cpu_s, store.stored()
+    report.add(log="kafka", server="usual stack", events=stored, **{
+        "events/s": stored / wall_s, "CPU us/event": 1e6 * cpu_s / stored,
+    })  # fmt: skip
+    report.check("the usual consumer counted what it stored", store.total("all tokens")[0] == stored)
+
+
+def end_to_end(report: Report, cluster: Cluster, seconds: float) -> None:
+    """From a POST to a number over Kafka, at full speed and at half of it, the broker on the same cores."""
+    url, ledgers = topics(cluster, "end"), []
+    with Server("--log", url) as server:
+        ids = server.create_meters(meters())
+        rate = None
+        for run, name in enumerate(("full speed", "half load"), 1):
+            before_s = usage(cluster.nodes[0].pid)["cpu_s"]
+            phase = Phase(server, run, seconds, rate)
+            server.wait_for(format_position(ends(url)))  # every partition, not only that of the last event
+            broker_us = 1e6 * (usage(cluster.nodes[0].pid)["cpu_s"] - before_s) / phase.ledger.events
+            report.add(**row(name, phase), **{"broker us/event": broker_us})
+            ledgers.append(phase.ledger)
+            rate = rate or phase.rate / 2
+        differences = check(server, ids, ledgers)
+    report.check("; ".join(differences) or "counted = acknowledged, sums exact", not differences)
+
+
 def main() -> None:
     """Run and report; exit 3 when something that was acknowledged is missing or a total is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,21 +146,20 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     taken = Report("kafka_accept", f"durable events a second over a real Kafka, {EVENTS_PARTITIONS} partitions")
     drained = Report("kafka_drain", "working off a backlog, ten meters, 100,000 customers")
+    whole = Report("kafka_end_to_end", "from a POST to a number over a real Kafka, the broker on the same cores")
     with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as directory:
         folder = Path(directory)
-        with running(folder / "cluster", settings=BROKER) as cluster, logs(cluster, folder) as both:
-            rows, right = accept(cluster, folder, arguments.seconds)
-            for row in rows:
-                taken.add(**row)
-            for kind, log in both.items():
-                (folder / f"store-{kind}").mkdir()
-                found, exact = work_off(log, folder / f"store-{kind}", arguments.events)
-                drained.add(log=kind, **found)
-                right &= exact
-    taken.finish()
-    drained.finish()
-    sys.exit(0 if right else 3)
+        with running(folder / "cluster", settings=BROKER) as cluster:
+            accept(taken, cluster, folder, arguments.seconds)
+            drain(drained, cluster, folder, arguments.events)
+            end_to_end(whole, cluster, arguments.seconds)
+    for report in (taken, drained, whole):
+        report.finish()
+    sys.exit(max(report.code for report in (taken, drained, whole)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Missing as missing:
+        print(f"left out: {missing}")

@@ -1,10 +1,16 @@
-"""What a benchmark leaves behind: a table for people, JSON for the next run, and where and how it was measured."""
+"""What a benchmark leaves behind: a table for people, JSON for the page, and where and how it was measured.
+
+The JSON goes to ``benchmarks/results`` under the directory that the benchmark was started in, which is the repository
+for a measurement and a scratch directory for a trial. ``checks`` are what the run proved of its own numbers.
+"""
 
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,54 +18,85 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
-_LIBRARIES = ("duckdb", "pyarrow", "numpy", "msgspec", "uvicorn", "xxhash")
+RESULTS = Path("benchmarks/results")
+WRONG = 3  # the exit code when what was counted is not what was acknowledged
+_LIBRARIES = ("duckdb", "pyarrow", "numpy", "msgspec", "uvicorn", "xxhash", "confluent-kafka", "fastapi", "pydantic",
+              "aiokafka")
+_PRODUCT = (":/meters", ":/ingest", ":/aggregator", ":/deploy")  # from the top of the repository
+_HERE = Path(__file__).parent
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit and command."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
-    )
+    """Machine, versions, commit and command. ``load`` is how many processes wanted a core in the last minute."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor())
     return {
+        "at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "cpus": os.cpu_count(),
+        "cpu": model,
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "machine": platform.machine(),
         "kernel": platform.release(),
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python -m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "commit": _commit(),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip(),
     }
 
 
+def _commit() -> str:
+    """The commit, with a plus where files of the product differ from it."""
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_HERE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *_PRODUCT)
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+
+
 class Report:
-    """Rows of one benchmark, printed as they come and written as JSON at the end."""
+    """Rows of one benchmark, printed and written as JSON at the end."""
 
     def __init__(self, name: str, question: str) -> None:
-        self._name, self._console = name, Console(width=140)
+        self._name, self._question, self._console = name, question, Console(width=160)
         self._rows: list[dict[str, Any]] = []
+        self._checks: dict[str, bool] = {}
+        self._environment = environment()  # of the beginning, before this run loads the machine
         self._console.print(f"[bold]{name}[/bold]: {question}")
 
     def add(self, **row: Any) -> None:
         """One measured row."""
         self._rows.append(row)
 
+    def check(self, what: str, right: bool) -> None:
+        """A statement about the numbers, and whether it held."""
+        self._checks[what] = right
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0, or WRONG when a check failed."""
+        return 0 if all(self._checks.values()) else WRONG
+
     def finish(self) -> None:
-        """Print the table and write the results."""
+        """Print the table and the checks, and write the results."""
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
         table = Table(*columns, title=self._name)
         for row in self._rows:
-            table.add_row(*(_text(row.get(name)) for name in columns))
+            table.add_row(*(shown(row.get(name)) for name in columns))
         self._console.print(table)
-        RESULTS.mkdir(exist_ok=True)
-        found = {"benchmark": self._name, "environment": environment(), "rows": self._rows}
-        (RESULTS / f"{self._name}.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+        for what, right in self._checks.items():
+            self._console.print(f"{'right' if right else '[red]WRONG[/red]'}: {what}")
+        RESULTS.mkdir(exist_ok=True, parents=True)
+        found = {"benchmark": self._name, "question": self._question, "environment": self._environment,
+                 "checks": self._checks, "rows": self._rows}
+        (RESULTS / f"{self._name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a table shows it: three digits, or all of them before the point."""
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

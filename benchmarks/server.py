@@ -4,6 +4,7 @@ CPU time and peak memory are read from /proc for the whole process group, so tha
 aggregator each have their own line.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
+
+from meters.log import parse_position
 
 TOKEN = "polar_oat_benchmark_0123456789abcdef"
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -44,12 +47,16 @@ class Server:
 
     def start(self) -> None:
         """Start and wait until reads are answered."""
+        self.begin()
+        self._wait_ready()
+
+    def begin(self) -> None:
+        """Start and wait for nothing."""
         command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", str(self.port)]
         output = (self.data / "server.log").open("ab")
         self.process = subprocess.Popen(
             [*command, "--token", TOKEN, *self._arguments], stdout=output, stderr=output, start_new_session=True
         )
-        self._wait_ready()
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -72,6 +79,15 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
+    def kill(self) -> None:
+        """SIGKILL for every process, as a machine that loses power would."""
+        pids = [pid for name, pid in self._pids().items() if name != "supervisor"]
+        self.process.kill()
+        self.process.wait()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def create_meters(self, definitions: list[dict[str, object]]) -> list[str]:
         """Make meters; return their ids."""
         ids = []
@@ -85,13 +101,15 @@ class Server:
         """Wait until the view has reached a ``Log-Position``. Asks a meter's total, which comes from memory."""
         meter_id = self.http.get("/v1/meters/", params={"limit": 1}).json()["items"][0]["id"]
         headers = {"prefer": "wait=5", "log-position": position}
-        offset = int(position.split(":")[1])
+        wanted = parse_position(position)
+        assert wanted is not None
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             answer = self.http.get(
                 f"/v1/meters/{meter_id}/usage", params={"external_customer_id": "end"}, headers=headers
             )
-            if answer.is_success and int(answer.headers["as-of"].split(":")[1]) >= offset:
+            reached = parse_position(answer.headers.get("as-of", "")) or {}
+            if answer.is_success and all(reached.get(partition, 0) >= end for partition, end in wanted.items()):
                 return
         raise TimeoutError(position)
 
@@ -109,15 +127,17 @@ class Server:
 
 
 class Usage(dict[str, float]):
-    """``cpu_s`` and ``peak_mb`` of a process."""
+    """``cpu_s``, ``peak_mb`` and ``resident_mb`` of a process."""
 
 
 def usage(pid: int) -> Usage:
     """Read a process's CPU seconds and peak resident memory."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     status = Path(f"/proc/{pid}/status").read_text()
-    peak_kb = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-    return Usage(cpu_s=(int(fields[11]) + int(fields[12])) * _TICK_S, peak_mb=peak_kb / 1024)
+    peak_mb, resident_mb = (int(status.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmHWM", "VmRSS"))
+    return Usage(
+        cpu_s=(int(fields[11]) + int(fields[12])) * _TICK_S, peak_mb=peak_mb, resident_mb=resident_mb
+    )
 
 
 def _children(pid: int) -> list[int]:
