@@ -42,6 +42,11 @@ def timed_out() -> Answer:
     return problem(408, "RequestTimeout", "The request did not arrive in time.", CLOSE)
 
 
+def failed() -> Answer:
+    """What should not happen. Nothing was acknowledged, so the sender may repeat it."""
+    return problem(500, "InternalServerError", "The request failed; it may be repeated.", CLOSE)
+
+
 def length_required() -> Answer:
     """A body without Content-Length; chunked uploads are not taken."""
     return problem(411, "LengthRequired", "Content-Length is required.", CLOSE)

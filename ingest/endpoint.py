@@ -73,6 +73,14 @@ def new_ids(count: int) -> list[str]:
     return [digits[start : start + 32] for start in range(0, 32 * count, 32)]
 
 
+class Opened(NamedTuple):
+    """A request that may send its body."""
+
+    token: Token
+    encoding: str
+    preferences: Preferences
+
+
 class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set of the endpoint."""
 
@@ -114,6 +122,20 @@ class IngestEndpoint:
 
     async def __call__(self, headers: Headers, length: int, receive: Receive) -> Answer:
         """The answer to one request. ``headers`` are lower case, ``length`` is the Content-Length. Raises Gone."""
+        opened = self.open(headers, length)
+        if isinstance(opened, Answer):
+            return opened
+        settings = self._settings
+        body = await read(receive, settings.body_deadline_s, self.in_flight, settings.body_bytes_max)
+        if isinstance(body, Answer):
+            return body
+        try:
+            return await self.take(opened, body)
+        finally:
+            self.in_flight.give_back(len(body))
+
+    def open(self, headers: Headers, length: int) -> Opened | Answer:
+        """Judge a request by its head."""
         if not self._tail.current:
             return answers.unavailable("CatalogueUnavailable", "Tokens are not known yet.", 1)
         now = datetime.now(UTC)
@@ -130,29 +152,24 @@ class IngestEndpoint:
             return answers.unsupported_encoding()
         if length > self._settings.body_bytes_max:
             return answers.too_large(self._settings.body_bytes_max)
-        return await self._read(token, encoding, read_preferences(headers.get(b"prefer", b"")), receive)
+        return Opened(token, encoding, read_preferences(headers.get(b"prefer", b"")))
 
-    async def _read(self, token: Token, encoding: str, preferences: Preferences, receive: Receive) -> Answer:
-        settings = self._settings
-        body = await read(receive, settings.body_deadline_s, self.in_flight, settings.body_bytes_max)
-        if isinstance(body, Answer):
-            return body
-        held = len(body)
-        try:
-            if encoding not in ("", "identity"):
-                loop = asyncio.get_running_loop()
-                unpacked = await loop.run_in_executor(
-                    self._large_bodies, unpack, body, encoding, settings.body_bytes_max
-                )
-                if isinstance(unpacked, Answer):
-                    return unpacked
-                if not self.in_flight.take(len(unpacked)):
-                    return answers.busy()
-                body = unpacked
-                held += len(body)
+    async def take(self, opened: Opened, body: bytes) -> Answer:
+        """Judge the body, whose bytes are counted into ``in_flight``, write its events, and answer."""
+        token, encoding, preferences = opened
+        if encoding in ("", "identity"):
             return await self._admit(token, body, preferences)
+        loop = asyncio.get_running_loop()
+        bytes_max = self._settings.body_bytes_max
+        unpacked = await loop.run_in_executor(self._large_bodies, unpack, body, encoding, bytes_max)
+        if isinstance(unpacked, Answer):
+            return unpacked
+        if not self.in_flight.take(len(unpacked)):
+            return answers.busy()
+        try:
+            return await self._admit(token, unpacked, preferences)
         finally:
-            self.in_flight.give_back(held)
+            self.in_flight.give_back(len(unpacked))
 
     async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
         telemetry.BODY_BYTES.inc(len(body))

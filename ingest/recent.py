@@ -30,8 +30,8 @@ class Fingerprints:
 
     def __init__(self, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> None:
         tenant = hash(organization_id)
-        self.keys = [tenant ^ hash(external_id) for external_id in external_ids]
-        self.contents = [xxh3_64_intdigest(line) for line in lines]
+        self.keys = [tenant ^ known for known in map(hash, external_ids)]
+        self.contents = list(map(xxh3_64_intdigest, lines))
 
 
 class RecentIdentities:

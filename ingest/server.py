@@ -18,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
+from ingest.endpoint import IngestEndpoint
+from ingest.exchange import Exchange, ordinary
 from ingest.gateway import Gateway, GatewaySettings, create_gateway
 from ingest.limits import (
     CONNECTIONS_MAX,
@@ -56,7 +58,8 @@ class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
 class Protocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on heads, answers and connections."""
 
-    connections_max = CONNECTIONS_MAX  # GatewayServer sets it in a class of its own
+    connections_max = CONNECTIONS_MAX  # GatewayServer sets both in a class of its own
+    endpoint: IngestEndpoint
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head, or send the client away."""
@@ -65,6 +68,8 @@ class Protocol(HttpToolsProtocol):
         self.in_message = False  # between the end of a head and the end of its body
         self.unread_since_s: float | None = None  # a body still arrives though its request is answered
         self.blocked_since_s: float | None = None  # the client does not read
+        self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
+        self.body_since_s: float | None = None  # its body still arrives
         super().connection_made(transport)
         if len(self.connections) > self.connections_max:
             self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
@@ -90,20 +95,64 @@ class Protocol(HttpToolsProtocol):
             self.cut("head", _long_head())
         elif self.parser.get_http_version() not in ("1.1", "1.0"):
             self.cut("head", answers.bad_request("HTTP/1.1 is spoken here."))
-        if not self.transport.is_closing():
+        if not self.transport.is_closing() and not self._begin_exchange():
             super().on_headers_complete()
+
+    def _begin_exchange(self) -> bool:
+        """Take the short way if the request is an ordinary one, and the first in line."""
+        self.exchange = None
+        headers = ordinary(self.parser.get_method(), self.url, self.headers)
+        if headers is None or self.parser.get_http_version() != "1.1":
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        self.body_since_s = self.loop.time()
+        self.exchange = exchange = Exchange(
+            self.endpoint, self.server_state.default_headers, keep_alive=self.parser.should_keep_alive(),
+            write=self._write, done=self.on_response_complete,
+        )  # fmt: skip
+        self.cycle = exchange  # type: ignore[assignment]
+        exchange.begin(headers)
+        return True
+
+    def _write(self, data: bytes, keep_alive: bool) -> None:
+        self.transport.write(data)
+        if not keep_alive:
+            self.transport.close()
 
     def on_body(self, body: bytes) -> None:
         """Bytes of a body, unless the request was cut."""
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self.exchange is not None:
+            self.exchange.add(body)
+        else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The end of a body, unless the request was cut."""
         self.in_message = False
         self.unread_since_s = None
-        if not self.transport.is_closing():
+        self.body_since_s = None
+        if self.transport.is_closing():
+            return
+        if self.exchange is None:
             super().on_message_complete()
+        elif (task := self.exchange.complete()) is not None:
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: let go of a body that will not become whole."""
+        if self.exchange is not None and self.body_since_s is not None:
+            self.exchange.abandon()
+        super().connection_lost(exc)
+
+    def body_late(self) -> None:
+        """A body took too long: answer, and close."""
+        self.body_since_s = None
+        if self.exchange is not None and not self.exchange.response_complete:
+            self.exchange.answer(answers.timed_out())
 
     def on_response_complete(self) -> None:
         """An answer was sent; what is left of the body has to come soon, and is thrown away."""
@@ -149,6 +198,7 @@ class GatewayServer(uvicorn.Server):
     def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
         class Limited(Protocol):
             connections_max = settings.connections_max
+            endpoint = gateway.endpoint
 
         self._settings = settings
         super().__init__(
@@ -181,6 +231,8 @@ class GatewayServer(uvicorn.Server):
         for connection in list(connections):
             if _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
                 connection.cut("head", answers.timed_out())
+            elif _late(connection.body_since_s, self._settings.body_deadline_s, now_s):
+                connection.body_late()
             elif _late(connection.unread_since_s, self._settings.body_deadline_s, now_s):
                 connection.cut("body")
             elif _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):

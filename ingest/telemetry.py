@@ -44,7 +44,7 @@ EVENTS_DUPLICATE = EVENTS.labels("duplicate")
 EVENTS_CONFLICT = EVENTS.labels("conflict")
 EVENTS_REJECTED = EVENTS.labels("rejected")
 
-STATUSES = frozenset({200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 503})
+STATUSES = frozenset({200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 500, 503})
 """Statuses of the ingest endpoint, each a label of its own from the start, so that a rate is 0 and not absent."""
 _requests = {status: REQUESTS.labels(str(status)) for status in STATUSES}
 

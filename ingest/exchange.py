@@ -1,0 +1,137 @@
+"""The short way of an ordinary ingest request: from the connection to the endpoint, and one write back.
+
+Nearly every request is a POST of events with a length and without anything unusual in its head. As an ASGI request it
+costs a scope, a task that wakes for each piece of the body, an event, and two messages on the way back: as much as
+checking fifty events. Here its pieces are collected as they come, the endpoint is asked once, and the answer is one
+write. Whatever has more to say in its head takes the ASGI way; both end in the same endpoint, with the same answers.
+
+To uvicorn an exchange is the connection's cycle: it asks whether the answer is complete before it starts the next
+request, and whether to keep the connection. A request that follows before the answer waits in uvicorn's own line.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from ingest import answers, telemetry
+from ingest.answers import Answer
+from ingest.endpoint import IngestEndpoint, Opened
+from ingest.gateway import VERSION_DEFAULT
+
+URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
+_SHOWN = ((b"polar-version", VERSION_DEFAULT),)
+_UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version"})
+
+Headers = list[tuple[bytes, bytes]]
+
+logger = logging.getLogger("ingest.exchange")
+
+
+def ordinary(method: bytes, url: bytes, headers: Headers) -> dict[bytes, bytes] | None:
+    """The headers of an ordinary ingest request by name; None for any other request."""
+    if url not in URLS or method != b"POST":
+        return None
+    by_name = dict(headers)
+    if len(by_name) < len(headers) or b"host" not in by_name or b"content-length" not in by_name:
+        return None
+    return by_name if _UNUSUAL.isdisjoint(by_name) else None
+
+
+class _Nobody:
+    """Stands where uvicorn wakes a task; an exchange has none that waits for its body."""
+
+    def set(self) -> None:
+        """Wake nobody."""
+
+
+class Exchange:
+    """One request and its answer. ``write`` and ``done`` are the connection's: send bytes, go on to what follows."""
+
+    message_event = _Nobody()
+
+    def __init__(
+        self, endpoint: IngestEndpoint, default_headers: Headers, *, keep_alive: bool,
+        write: Callable[[bytes, bool], None], done: Callable[[], None],
+    ) -> None:
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+        self._endpoint = endpoint
+        self._default_headers = default_headers
+        self._write, self._done = write, done
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._opened: Opened | None = None
+
+    def begin(self, headers: dict[bytes, bytes]) -> None:
+        """The head is whole; it may be refused without its body."""
+        opened = self._endpoint.open(headers, int(headers[b"content-length"]))
+        if isinstance(opened, Answer):
+            self.answer(opened)
+        else:
+            self._opened = opened
+
+    def add(self, piece: bytes) -> None:
+        """Another piece of the body."""
+        if self.response_complete:
+            return
+        if not self._endpoint.in_flight.take(len(piece)):
+            self.answer(answers.busy())
+            return
+        self._held += len(piece)
+        self._pieces.append(piece)
+
+    def complete(self) -> "asyncio.Task[None] | None":
+        """The body is whole: the task that asks the endpoint, unless there is an answer already."""
+        if self.response_complete or self._opened is None:
+            return None
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces = []
+        return asyncio.get_running_loop().create_task(self._run(self._opened, body))
+
+    def abandon(self) -> None:
+        """The client is gone before its body was whole."""
+        self.disconnected = True
+        self._give_back()
+
+    async def _run(self, opened: Opened, body: bytes) -> None:
+        try:
+            found = await self._endpoint.take(opened, body)
+        except Exception:
+            logger.exception("an ingest request failed")
+            found = answers.failed()
+        self.answer(found)
+
+    def answer(self, found: Answer) -> None:
+        """Send the whole answer, once, and let go of the body."""
+        self._give_back()
+        self.response_complete = True
+        telemetry.count_request(found.status)
+        if self.disconnected:
+            return
+        keep = self.keep_alive and answers.CLOSE not in found.headers
+        self._write(_written(found, self._default_headers, keep), keep)
+        self._done()
+
+    def _give_back(self) -> None:
+        self._endpoint.in_flight.give_back(self._held)
+        self._held = 0
+        self._pieces = []
+
+
+def _written(found: Answer, default_headers: Headers, keep: bool) -> bytes:
+    lines = [STATUS_LINE[found.status]]
+    lines += _lines(default_headers)
+    lines += _lines(found.headers)
+    lines += _lines(_SHOWN)
+    if not keep and answers.CLOSE not in found.headers:
+        lines += _lines([answers.CLOSE])
+    lines.append(b"content-length: %d\r\n\r\n" % len(found.body))
+    lines.append(found.body)
+    return b"".join(lines)
+
+
+def _lines(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    return [b"%s: %s\r\n" % header for header in headers]
