@@ -7,7 +7,7 @@ given, converts values and checks what the server would refuse. From then on onl
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from os import urandom
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -18,6 +18,8 @@ EVENT_BYTES_MAX = 4 << 20
 """Bytes of one sealed event: prompts may be long, and a request takes ten mebibytes."""
 
 _ID_BYTES = 16  # random: no two events in the world share an id, not even those of a cloned machine
+
+_BACKSLASH = ord("\\")  # a byte is found ten times as fast as a word, and most events have none
 
 _TEXTS = frozenset({
     "external_id", "external_customer_id", "customer_id", "external_member_id", "member_id", "parent_id",
@@ -46,7 +48,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     organization_id: str | None = None
 
 
-class Sealed(NamedTuple):
+class Sealed(msgspec.Struct, frozen=True, gc=False):
     """An event's id and its bytes: a JSON object on one line."""
 
     external_id: str
@@ -76,7 +78,7 @@ def seal(event: Event | Mapping[str, Any], now: datetime | None = None) -> Seale
         raise Unacceptable(Reason.MISSING, "external_customer_id")
     metadata = record.get("metadata")
     if metadata is not None:
-        if not isinstance(metadata, Mapping):
+        if type(metadata) is not dict and not isinstance(metadata, Mapping):
             raise Unacceptable(Reason.DICT_TYPE, "metadata")
         record["metadata"] = clean(metadata)
     external_id: str = record.setdefault("external_id", urandom(_ID_BYTES).hex())
@@ -118,7 +120,7 @@ def _encoded(record: dict[str, Any]) -> bytes:
         raise Unacceptable(Reason.METADATA_VALUE) from None
     if len(line) > EVENT_BYTES_MAX:
         raise Unacceptable(("too_large", f"An event may have at most {EVENT_BYTES_MAX} bytes"))
-    if b"\\u0000" in line and _has_nul(msgspec.json.decode(line)):
+    if _BACKSLASH in line and b"\\u0000" in line and _has_nul(msgspec.json.decode(line)):
         raise Unacceptable(Reason.NUL_CHARACTER)
     return line
 

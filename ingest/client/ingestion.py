@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _FULL = ("full", "There was no room for the event in time")
 _CLOSED = ("closed", "The ingestion is closed")
-_SYNC_EVERY_S = 0.1
 _ADOPTED_AT_ONCE = 1000  # events that move from an abandoned spool in one transaction
 
 
@@ -222,14 +221,12 @@ class Ingestion:
             logger.exception("events cannot be sent from this process")
 
     def _keep(self, spool: Spool) -> None:
-        """Keep the spool in order: its journal synced, and what processes that are gone have left taken over."""
-        adopt_s = 0.0
-        while not self._stop.wait(0 if adopt_s == 0.0 else _SYNC_EVERY_S):
-            spool.sync()
-            if time.monotonic() >= adopt_s:
-                for other in spools(spool.directory, self._owners):
-                    self._adopt(other)
-                adopt_s = time.monotonic() + self._limits.adopt_every_s
+        """Take over what processes that are gone have left, now and then."""
+        wait_s = 0.0
+        while not self._stop.wait(wait_s):
+            for other in spools(spool.directory, self._owners):
+                self._adopt(other)
+            wait_s = self._limits.adopt_every_s
 
     def _adopt(self, other: Spool) -> None:
         """Move every event of an abandoned file into our own. Between two steps the process may fork: a child could

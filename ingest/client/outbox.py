@@ -12,16 +12,17 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
-from threading import Condition
+from threading import Condition, RLock
 from typing import Literal
 
 import msgspec
 
 from ingest.client.event import EVENT_BYTES_MAX
+from ingest.client.journal import Row
 from ingest.client.limits import MEMORY_EVENTS_MAX, Limits
 from ingest.client.pace import Pace
 from ingest.client.rejection import SpoolFull
-from ingest.client.spool import Row, Spool, SpoolBroken
+from ingest.client.spool import Spool, SpoolBroken
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Outbox:
 
     def __init__(self, limits: Limits, when_full: WhenFull, spool: Spool | None) -> None:
         self.limits, self.pace = limits, Pace(limits)
-        self.changed = Condition()  # over a lock that its owner may take again: a fork may happen while it is held
+        self._lock = RLock()  # a fork may happen while its owner holds it
+        self.changed = Condition(self._lock)
         self.taken = self.adopted = self.acknowledged = self.rejected = self.dropped = self.unspooled = 0
         self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = 0
         self.is_closing = False
@@ -69,18 +71,17 @@ class Outbox:
 
     def put(self, line: bytes) -> bool:
         """Take one event; False when there is no room, or when it closes. Raises SpoolFull if that was chosen."""
-        with self.changed:
+        with self._lock:
             if self.held_bytes + len(line) > self.limits.held_bytes_max and not self._make_room(len(line)):
                 return False
             if self.is_closing:
                 return False
             self._number += 1
             row = (self._number, line)
-            in_memory_only = not self._write(row)
-            if in_memory_only or not (self._is_behind or self._fills_memory()):
-                self._remember(row)
-            else:
+            if self._write(row) and (self._is_behind or len(self._memory) >= MEMORY_EVENTS_MAX):
                 self._is_behind = True
+            else:
+                self._remember(row)
             self.taken += 1
             self.pending += 1
             self.held_bytes += len(line)
@@ -190,7 +191,7 @@ class Outbox:
         try:
             if self._spool_again_s and time.monotonic() < self._spool_again_s:
                 raise SpoolBroken
-            self._spool.append(*row)
+            self._spool.append(row[0], row[1])
             self._spool_again_s = 0.0
             return True
         except SpoolBroken as error:
@@ -210,9 +211,6 @@ class Outbox:
             self._loaded = row[0]
         if self._waiting and len(self._memory) in (1, self.limits.batch_events_max):
             self.changed.notify()
-
-    def _fills_memory(self) -> bool:
-        return self._spool is not None and len(self._memory) >= MEMORY_EVENTS_MAX
 
     def _make_room(self, needed_bytes: int) -> bool:
         """Room for an event, made as the user chose."""

@@ -13,9 +13,9 @@ from threading import Thread
 import msgspec
 
 from ingest.client.answer import Detail, Failed, Outcome, Refused, Taken, Unavailable
+from ingest.client.journal import Row
 from ingest.client.outbox import Again, Batch, Outbox
 from ingest.client.rejection import Rejection
-from ingest.client.spool import Row
 from ingest.client.transport import Transport
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         running.close()
 
 
-def url(server: Server) -> str:
+def url(server: Server | FaultServer) -> str:
     """Where it listens."""
     return f"http://127.0.0.1:{server.port}"
 
@@ -52,7 +52,7 @@ def url(server: Server) -> str:
 class Application:
     """One of ``tests.ingest.client.applications`` that writes down what it captures."""
 
-    def __init__(self, name: str, server: Server, spool: Path, notes: Path) -> None:
+    def __init__(self, name: str, server: Server | FaultServer, spool: Path, notes: Path) -> None:
         command = [sys.executable, "-m", "tests.ingest.client.applications", name, url(server), str(spool), TOKEN]
         self.notes = notes
         with notes.open("ab") as output:
@@ -62,6 +62,11 @@ class Application:
         """Ids, as far as they were written down; the last line may be half a one."""
         text = self.notes.read_text()
         return text[: text.rfind("\n") + 1].split()
+
+    def capture_more(self, events: int) -> None:
+        """Wait until it has captured so many more."""
+        goal = len(self.captured()) + events
+        eventually(lambda: len(self.captured()) >= goal)
 
     def end(self, number: int) -> None:
         """Send a signal and wait."""
@@ -83,7 +88,7 @@ def logged(server: Server) -> list[str]:
         log.close()
 
 
-def spooled(directory: Path, server: Server) -> set[str]:
+def spooled(directory: Path, server: Server | FaultServer) -> set[str]:
     """The ids in the files of processes that are gone."""
     found: set[str] = set()
     for spool in filter(Spool.claim, spools(directory, [fingerprint(url(server), TOKEN)])):
@@ -106,9 +111,7 @@ def test_kill_9_of_a_client_under_load(
     kills, resent = KILLS_LONG if long else KILLS, 0
     for _ in range(kills):
         application = Application("runs", server, spool, notes)
-        before = len(application.captured())
-        goal = before + choose.randrange(500, 4000)
-        eventually(lambda application=application, goal=goal: len(application.captured()) >= goal)
+        application.capture_more(choose.randrange(500, 4000))
         application.end(signal.SIGKILL)
         left = spooled(spool, server)
         resent += len(left)
@@ -128,6 +131,44 @@ def test_kill_9_of_a_client_under_load(
     assert not list(spool.glob("*.spool"))
 
 
+def test_kill_9_while_the_journal_moves(
+    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """Killed while events are settled in the journal, moved into the SQLite file and read back from it, by a server
+    that takes every other request, rejects some events and cuts connections: each event is acknowledged, rejected or
+    in the spool at any time."""
+    choose, spool, notes = random.Random(SEED), tmp_path / "spool", tmp_path / "notes"
+    kills, moved, rejected = KILLS_LONG if long else KILLS, 0, set[str]()
+
+    def script(batch: Events, number: int) -> Bad | None:
+        refused = [each["external_id"] for each in batch if each["metadata"]["n"] == 77]
+        if number % 2 or refused:
+            rejected.update(refused)
+            return refusal(*((index, "EventCreateCustomer.metadata") for index, each in enumerate(batch)
+                             if each["external_id"] in refused)) if refused else TAKEN_AND_CUT  # fmt: skip
+        return None
+
+    with FaultServer(script) as server:
+        for _ in range(kills):
+            application = Application("runs_short_of_memory", server, spool, notes)
+            application.capture_more(choose.randrange(200, 3000))
+            application.end(signal.SIGKILL)
+            left = spooled(spool, server)
+            moved += len(left)
+            assert set(application.captured()) <= set(server.taken) | rejected | left
+        captured, last = set(application.captured()), Application("collects", server, spool, tmp_path / "none")
+        assert last.process.wait(PATIENCE_S) == 0
+    say(
+        record_property,
+        f"kill -9 while the journal moves: seed {SEED}, {kills} kills, {len(captured)} captured, {moved} found in "
+                f"spools, {len(server.taken)} acknowledged, {len(rejected)} rejected")  # fmt: skip
+
+    assert captured <= set(server.taken) | rejected
+    assert rejected.isdisjoint(server.taken)
+    assert len(set(server.taken) | rejected) - len(captured) <= kills  # captured, and killed before it was written down
+    assert list(spool.iterdir()) == []
+
+
 def test_a_process_takes_over_from_one_that_was_killed(
     server: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -139,8 +180,7 @@ def test_a_process_takes_over_from_one_that_was_killed(
     captured = set(first.captured())
     eventually(lambda: captured <= set(logged(server)))
     eventually(lambda: len(list(spool.glob("*.spool"))) == 1)  # what was left is taken over, whether it was sent or not
-    goal = len(second.captured()) + 500
-    eventually(lambda: len(second.captured()) >= goal)
+    second.capture_more(500)
     second.end(signal.SIGTERM)
     captured |= set(second.captured())
     sent, counted = logged(server), server.calls()

@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
-from ingest.client import Ingestion, Limits
+from ingest.client import Ingestion, Limits, journal, outbox
 
 LIMITS = Limits(
     linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200, adopt_every_s=0.2
@@ -67,6 +68,12 @@ def runs(ingestion: Ingestion) -> None:
     os.write(2, b"ready\n")
     while True:
         capture(ingestion)
+
+
+def runs_short_of_memory(ingestion: Ingestion) -> None:
+    """Captures until it is killed; memory and the spool's journal hold so few events that every part is at work."""
+    with patch.object(journal, "_EVENTS_MAX", 50), patch.object(outbox, "MEMORY_EVENTS_MAX", 120):
+        runs(ingestion)
 
 
 def forks(ingestion: Ingestion) -> None:
@@ -147,7 +154,8 @@ def collects(ingestion: Ingestion) -> None:
 
 APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
     each.__name__: each
-    for each in (ends, fails, waits, has_handler, runs, forks, forks_and_vanishes, forks_while_busy, pools, collects)
+    for each in (ends, fails, waits, has_handler, runs, runs_short_of_memory, forks, forks_and_vanishes,
+                 forks_while_busy, pools, collects)
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The line of waiting events, driven at random: an event is in exactly one place until it is settled, whatever happens.
 
 Batches are acknowledged, refused in part, halved and given back; the disk fails and recovers; memory overflows into the
-spool; the process is killed and another one takes over.
+spool, and its journal into its file; the process is killed and another one takes over.
 """
 
 import time
@@ -14,15 +14,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ingest.client import journal as journal_module
 from ingest.client import outbox as outbox_module
 from ingest.client.ingestion import _move
+from ingest.client.journal import Row
 from ingest.client.limits import Limits
 from ingest.client.outbox import Batch, Outbox
-from ingest.client.spool import Row, Spool, SpoolBroken, spools
+from ingest.client.spool import Spool, SpoolBroken, spools
 
 OWNER = "owner"
 LIMITS = Limits(batch_events_max=3, linger_s=0, held_bytes_max=400, backoff_s=0, backoff_s_max=0)
 MEMORY_EVENTS = 5
+JOURNAL_EVENTS = 4
 QUICK_DISK = Path("/dev/shm")  # where syncing costs nothing: hundreds of files are closed here
 
 
@@ -54,8 +57,12 @@ class Waiting(RuleBasedStateMachine):
         """An empty directory."""
         place = QUICK_DISK if QUICK_DISK.exists() else None
         self.directory = TemporaryDirectory(prefix="meterstream-outbox-", dir=place)
-        self.memory = patch.object(outbox_module, "MEMORY_EVENTS_MAX", MEMORY_EVENTS)
-        self.memory.start()
+        self.sizes = [
+            patch.object(outbox_module, "MEMORY_EVENTS_MAX", MEMORY_EVENTS),
+            patch.object(journal_module, "_EVENTS_MAX", JOURNAL_EVENTS),
+        ]
+        for size in self.sizes:
+            size.start()
         Disk.is_broken = False
         self.captured, self.settled, self.number, self.dropped = set[bytes](), set[bytes](), 0, 0
         self.may_come_again = set[bytes]()  # settled while the disk could not forget them
@@ -136,8 +143,10 @@ class Waiting(RuleBasedStateMachine):
         waiting = {line for _, line in self.rows()}
         expected, dropped = waiting - only_in_memory, self.captured - self.settled - waiting
         self.outbox._spool = None
-        if self.spool._connection:
-            self.spool._connection.close()  # without a word to anybody
+        if self.spool._opened:
+            connection, journal = self.spool._opened
+            connection.close()  # without a word to anybody
+            journal.drop()
         Disk.is_broken = False
         self.live()
         for other in filter(Spool.claim, spools(Path(self.directory.name), [OWNER])):
@@ -178,7 +187,8 @@ class Waiting(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """The end of this life."""
-        self.memory.stop()
+        for size in self.sizes:
+            size.stop()
         self.outbox.close()
         self.directory.cleanup()
 
