@@ -13,7 +13,7 @@ DEMO_ROWS ?=
 # Processes that the tests are spread over, a file to one of them; 0 for none beside.
 WORKERS ?= 2
 
-.PHONY: help setup run demo kafka test broker-faults faults lint bench clean
+.PHONY: help setup run demo kafka test broker-faults faults soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ broker-faults: setup  ## gateways, aggregators and real brokers killed, stopped 
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
+
+soak: setup  ## an hour of load and random faults, proven at the end (ARGS="--minutes N --seed S"); some kinds need root
+	@$(BIN)/python -m tests.faults.soak $(ARGS)
 
 lint: setup  ## style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,8 +21,11 @@ TOKEN = "polar_oat_fault_test_0123456789"
 class Server:
     """A supervisor with its two children, any of which can be killed."""
 
-    def __init__(self, data: Path, output: Path) -> None:
+    def __init__(
+        self, data: Path, output: Path, *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self.data, self._output = data, output
+        self._options, self._environment = options, environment
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -36,7 +40,9 @@ class Server:
         if self.process is None:
             command = [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", str(self.port)]
             with self._output.open("ab") as output:
-                self.process = subprocess.Popen([*command, "--token", TOKEN], stdout=output, stderr=output)
+                self.process = subprocess.Popen(
+                    [*command, "--token", TOKEN, *self._options], stdout=output, stderr=output, env=self._environment
+                )
         eventually(self.reads if victim == "aggregate" else self._accepts)
         return time.monotonic() - self._killed_s
 
@@ -91,12 +97,19 @@ class Server:
 
         return sum(int(str(item["occurrences"])) for item in eventually(answer) if item["name"] == "call")
 
+    def stop(self) -> int:
+        """A polite end; the exit code."""
+        assert self.process is not None
+        process, self.process = self.process, None
+        self._killed_s = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        return process.wait(60)
+
     def close(self) -> None:
-        """A polite end."""
+        """A polite end, if it runs."""
         self.client.close()
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
+            self.stop()
 
 
 def _offset(position: str) -> int:
