@@ -2,8 +2,8 @@
 
 The log is walked a few megabytes at a time, and the store is asked for the places and fingerprints of the same
 stretch. Equal stretches cost nothing more. Elsewhere lines and rows are read with care (``evidence``), and only what
-still differs is a difference; differences of one kind within an hour are told as one. Memory holds one stretch and the
-identities of lines that have no row of their own, up to ELSEWHERE_MAX of them.
+still differs is a difference; differences of one kind within an hour are told as one. Memory holds a few stretches and
+a bounded number of lines that have no row of their own (``elsewhere``), however long the log is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from aggregator.reconcile.elsewhere import NOWHERE, Elsewhere, Firsts, LineAgain, Waiting
 from aggregator.reconcile.evidence import (
     Reading,
     at,
@@ -33,8 +34,8 @@ from aggregator.reconcile.worth import Worth, between
 from meters.event import Refusal
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record
 
-ELSEWHERE_MAX = 200_000  # lines that wait to be looked up by identity, in one question
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
+LOST_MAX = 200_000  # lost identities that are remembered, so that a repetition of one is not lost once more
 WORTH_MAX = 20_000  # differing events that are valued one by one; beyond that a report says "at least"
 _COUNTED = ("lines", "stored", "duplicates", "dead")
 
@@ -65,8 +66,8 @@ class LogCheck:
         self._dead: dict[int, HourSums] = {}
         self._repeated: dict[int, HourSums] = {}
         self._missing: dict[int, HourSums] = {}
-        self._elsewhere: list[tuple[int, Lines]] = []
-        self._elsewhere_count = 0
+        self._elsewhere = Elsewhere(store)
+        self._again, self._originals = LineAgain(log), LineAgain(log)
         self._lost: set[tuple[int, int]] = set()
         self._valued = 0
 
@@ -142,10 +143,8 @@ class LogCheck:
         self._lines[partition].add(lines.ingested_us[stored], lines.prints[stored])
         self._dead[partition].add(lines.ingested_us[heaps.dead])
         if len(heaps.elsewhere):
-            chosen = heaps.elsewhere
-            self._elsewhere.append((partition, _take(lines, chosen)))
-            self._elsewhere_count += len(chosen)
-            if self._elsewhere_count >= ELSEWHERE_MAX:
+            self._elsewhere.add(partition, lines, heaps.elsewhere)
+            if self._elsewhere.is_full:
                 self._resolve_elsewhere()
 
     # ---- where the two sides differ
@@ -211,61 +210,37 @@ class LogCheck:
 
     def _resolve_elsewhere(self) -> None:
         """Lines without a row of their own: repetitions of an event that is stored elsewhere, or lost."""
-        waiting, self._elsewhere, self._elsewhere_count = self._elsewhere, [], 0
-        if not waiting:
-            return
-        asked = pa.table({
-            "id_hi": np.concatenate([lines.hi for _, lines in waiting]),
-            "id_lo": np.concatenate([lines.lo for _, lines in waiting]),
-        })  # fmt: skip
-        known = self._store.ask("known", asked)
-        contents, places = known["content"].to_pylist(), zip(
-            known["partition"].to_pylist(), known["key"].to_pylist(), strict=True
-        )
-        identities = zip(known["id_hi"].to_pylist(), known["id_lo"].to_pylist(), strict=True)
-        first = dict(zip(identities, zip(contents, places, strict=True), strict=True))
-        for partition, lines in waiting:
-            repeated = [self._resolve(partition, lines, number, first) for number in range(len(lines.keys))]
-            is_repeated = np.array(repeated, np.bool_)
-            self._repeated[partition].add(lines.ingested_us[is_repeated])
-            self._missing[partition].add(lines.ingested_us[~is_repeated], lines.prints[~is_repeated])
+        for lines, firsts in self._elsewhere.resolve():
+            is_repeated = (firsts.partitions != NOWHERE) & (firsts.content == lines.content)
+            for number in np.flatnonzero(~is_repeated).tolist():
+                is_repeated[number] = self._resolve(lines, firsts, number)
+            self._repeated[lines.partition].add(lines.ingested_us[is_repeated])
+            self._missing[lines.partition].add(lines.ingested_us[~is_repeated], lines.prints[~is_repeated])
 
-    def _resolve(
-        self, partition: int, lines: Lines, number: int, known: Mapping[tuple[int, int], tuple[int, tuple[int, int]]]
-    ) -> bool:
-        """Whether the line repeats a stored event; notes what else it may be."""
-        identity = int(lines.hi[number]), int(lines.lo[number])
-        found = known.get(identity)
-        if found is not None and found[0] == int(lines.content[number]):
-            return True
-        reading = self._read(partition, lines, number)
-        when = at(int(lines.ingested_us[number]))
-        if isinstance(reading, Refusal):
-            place = f"line at {place_of(int(lines.keys[number]))}"
-            what = f"it cannot be counted ({reading.msg}), and is no dead letter"
-            self._findings.note(Cause.LOST, partition, when, "", place, {}, what)
+    def _resolve(self, lines: Waiting, firsts: Firsts, number: int) -> bool:
+        """Whether the line repeats a stored event in other words, or a missing one; notes what else it may be."""
+        partition, key, when = lines.partition, int(lines.keys[number]), at(int(lines.ingested_us[number]))
+        reading = self._again.read(partition, key)
+        if not isinstance(reading, Reading):
+            why = reading.msg if isinstance(reading, Refusal) else "the log has dropped it since"
+            what = f"it cannot be counted ({why}), and is no dead letter"
+            self._findings.note(Cause.LOST, partition, when, "", f"line at {place_of(key)}", {}, what)
             return False
-        if found is not None:
-            original = self._stored_line(*found[1])
+        if firsts.partitions[number] != NOWHERE:
+            original = self._originals.read(int(firsts.partitions[number]), int(firsts.keys[number]))
             if isinstance(original, Reading) and is_repetition(reading, original):
                 return True
             what = "it contradicts the event that was stored first, and is no dead letter"
             self._findings.note(Cause.CONFLICT, partition, when, reading.organization_id, reading.name, {}, what)
             return False
+        identity = int(lines.hi[number]), int(lines.lo[number])
         if identity in self._lost:
             return True  # of an event that is missing, which was said already
-        self._lost.add(identity)
+        if len(self._lost) < LOST_MAX:
+            self._lost.add(identity)
         quantities = between({}, self._value(reading.organization_id, reading=reading))
         self._findings.note(Cause.LOST, partition, when, reading.organization_id, reading.name, quantities, "")
         return False
-
-    def _stored_line(self, partition: int, key: int) -> Reading | Refusal | None:
-        offset, number = place_of(key)
-        if offset < self._log.starts(USAGE_EVENTS).get(partition, 0):
-            return None
-        (record, *_) = self._log.read(USAGE_EVENTS, {partition: offset}, bytes_max=1)
-        raw = record.value.split(b"\n")[number]
-        return read_line(raw, record.organization_id, record.timestamp_us, f"{partition}:{offset}:{number}")
 
     def _rows_at(self, partition: int, keys: list[int]) -> dict[int, list[dict[str, Any]]]:
         if not keys:
@@ -292,6 +267,9 @@ class LogCheck:
         return self._worth.of(organization_id, found)
 
     def _tell(self, tallies: list[dict[str, Any]], starts: Mapping[int, int]) -> None:
+        if len(self._lost) == LOST_MAX:
+            note = f"{LOST_MAX:,} events are lost, and of those beyond that number repetitions count as lost as well"
+            self.check.notes.append(note)
         for difference in self._findings.differences(self._worth):
             self.check.add(difference)
         for partition in sorted(self._lines):
@@ -330,11 +308,3 @@ class LogCheck:
                 check="log", cause=Cause.UNKNOWN, where="the store's tallies", repair=Repair.REBUILD,
                 what=f"the store says {said}, the log has {found}",
             ))  # fmt: skip
-
-
-def _take(lines: Lines, rows: Rows) -> Lines:
-    chosen = rows.tolist()
-    return Lines(
-        lines.keys[rows], lines.prints[rows], lines.hi[rows], lines.lo[rows], lines.content[rows],
-        lines.ingested_us[rows], [lines.raws[row] for row in chosen], [lines.tenants[row] for row in chosen],
-    )  # fmt: skip

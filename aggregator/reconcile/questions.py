@@ -15,6 +15,8 @@ import pyarrow as pa
 from aggregator.store import schema
 from aggregator.store.queries.audit import put
 
+MEMORY_LIMIT = "192MB"  # blocks are read once or twice, so keeping more of them saves little; what needs more spills
+
 
 class StoreSide(Protocol):
     """A store, as reconciliation sees it."""
@@ -31,7 +33,7 @@ class Foreign(Exception):
 class StoppedStore:
     """The file of a server that does not run, opened so that nothing in it can change."""
 
-    def __init__(self, path: Path, memory_limit: str = "384MB", threads: int = 2) -> None:
+    def __init__(self, path: Path, memory_limit: str = MEMORY_LIMIT, threads: int = 2) -> None:
         """Raises Foreign."""
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory_limit, "threads": threads, "temp_directory": f"{path}.reconcile.tmp"

@@ -16,7 +16,7 @@ from aggregator.store.queries.recount import BLOCK, Which
 from aggregator.store.sql import Measured
 from aggregator.store.store import Store
 from aggregator.view import Total
-from meters.catalogue import Catalogue
+from meters.catalogue import Catalogue, MeterCreated, OrganizationCreated
 from meters.meter import Meter
 
 LOOK_S = 0.05  # how often a count under way is looked at
@@ -27,15 +27,11 @@ class StoppedTotals:
     """See the module. Takes part in ``store_check``; ``close`` ends its threads."""
 
     def __init__(self, stopped: StoppedStore, catalogue: Catalogue) -> None:
-        self._connection = stopped.connection
+        self._stopped, self._connection = stopped, stopped.connection
         store = Store(stopped.connection, 0)  # nothing is written: the file is open for reading only
         self._directory = store.directory()
-        self._totals = RunningTotals(store, self._directory, catalogue)
+        self._totals = RunningTotals(store, self._directory, _summable(catalogue))
         self._totals.start()
-        self._names = {
-            number: name for organization in self._directory.organizations.values()
-            for names in (organization.external, organization.customer) for name, number in names.items()
-        }  # fmt: skip
 
     def close(self) -> None:
         """Give up what is still being counted."""
@@ -78,7 +74,8 @@ class StoppedTotals:
 
     def who(self, subject: int) -> str:
         """The customer's name."""
-        return self._names.get(subject, f"number {subject}")
+        found = self._stopped.ask("subject", number=subject).to_pylist()
+        return str(found[0]["text"]) if found else f"number {subject}"
 
     def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
         """Nothing moves here."""
@@ -96,6 +93,12 @@ class StoppedTotals:
         organization = self._directory.organizations.get(meter.organization_id)
         with contextlib.closing(self._connection.cursor()) as cursor:
             yield cursor, organization.number if organization else -1
+
+
+def _summable(catalogue: Catalogue) -> Catalogue:
+    """The meters that are compared: those of distinct values would keep every value in memory, for nobody."""
+    meters = [meter for meter in catalogue.meters.values() if meter.aggregation.func != "unique"]
+    return Catalogue([*map(OrganizationCreated, catalogue.organizations.values()), *map(MeterCreated, meters)])
 
 
 def _is_counting() -> bool:

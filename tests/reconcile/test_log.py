@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from aggregator.reconcile import elsewhere, stretches
 from aggregator.reconcile.report import Cause
 from ingest.log import open_log
 from meters.event import event_id, identity
@@ -32,8 +33,13 @@ def test_an_untouched_store_is_equal(left: Left) -> None:
     assert len(log.buckets) > 1
 
 
-def test_a_long_log_with_everything_in_it_is_equal(tmp_path: Path) -> None:
-    """Repetitions, contradictions, broken lines and awkward numbers in bulk are no differences."""
+@pytest.mark.parametrize("at_once", [elsewhere.WAITING_MAX, 10])
+def test_a_long_log_with_everything_in_it_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Repetitions, contradictions, broken lines and awkward numbers in bulk are no differences, in any portions."""
+    monkeypatch.setattr(elsewhere, "WAITING_MAX", at_once)
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", 1_000 * at_once)
     left = Left(tmp_path)
     with left.log() as log:
         write_usage(log, records=60, seed=3, lines=50)
@@ -116,6 +122,20 @@ def test_a_missing_dead_letter_is_lost(left: Left) -> None:
     assert sorted(causes) == [Cause.CONFLICT, Cause.LOST]
 
 
+def test_a_missing_event_is_lost_once_however_often_it_came(tmp_path: Path) -> None:
+    """Its repetitions are not lost as well."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(usage("a"), usage("b")), entry(usage("a"), usage("a"))]))
+    left.count()
+    left.spoil("DELETE FROM events WHERE external_id = 'a'")
+
+    (difference,) = left.check("log").differences
+
+    assert (difference.cause, difference.count) == (Cause.LOST, 1)
+
+
 def test_a_row_that_no_line_says_is_unfounded(left: Left) -> None:
     """A row without a line behind it is called so."""
     left.spoil(f"INSERT INTO events SELECT * REPLACE (900 AS line, 5 AS id_hi) FROM events WHERE seq = {ROOT}")
@@ -134,26 +154,6 @@ def test_a_store_that_is_behind_is_not_different(left: Left) -> None:
 
     assert check.differences == []
     assert check.notes == ["partition 0: 2 records are not in the store yet"]
-
-
-@pytest.mark.parametrize(
-    "planted",
-    [
-        f"DELETE FROM events WHERE seq = {ROOT}",
-        f"INSERT INTO events SELECT * FROM events WHERE seq = {ROOT}",
-        f"UPDATE events SET metadata = '{{\"tokens\":12}}' WHERE seq = {ROOT}",
-        "DELETE FROM events WHERE date_trunc('hour', ingested_at) = '2026-03-01 11:00'",
-        "DELETE FROM dead_letters",
-    ],
-)
-def test_a_rebuild_mends_whatever_is_wrong_with_a_store(left: Left, planted: str) -> None:
-    """The log has everything, so a store made again from it has nothing wrong."""
-    left.spoil(planted)
-    assert left.report().differences
-
-    left.rebuild()
-
-    assert left.report().differences == []
 
 
 def test_a_range_of_time_is_compared_alone(left: Left) -> None:

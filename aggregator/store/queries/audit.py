@@ -53,8 +53,11 @@ QUESTIONS: Mapping[str, str] = {
             AND (SELECT max(key) >> 24 FROM asked)
         ORDER BY key, seq""",
     "known": """
-        SELECT e.id_hi, e.id_lo, e.content, e.log_partition AS partition, log_offset << 24 | line AS key
-        FROM events e SEMI JOIN asked ON e.id_hi = asked.id_hi AND e.id_lo = asked.id_lo""",
+        WITH found AS MATERIALIZED (
+            SELECT e.id_hi, e.id_lo, e.content, e.log_partition AS partition, e.log_offset << 24 | e.line AS key
+            FROM events e SEMI JOIN asked ON e.id_hi = asked.id_hi AND e.id_lo = asked.id_lo)
+        SELECT asked.number, found.content, found.partition, found.key
+        FROM asked JOIN found ON found.id_hi = asked.id_hi AND found.id_lo = asked.id_lo""",
     # the store against itself
     "bookkeeping": """
         SELECT partition, any_value(next_offset) AS next_offset, any_value(stored) AS stored,
