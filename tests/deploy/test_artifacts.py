@@ -28,6 +28,7 @@ SHIPPED = Path(__file__).resolve().parents[2] / "deploy"
 OBSERVABILITY = SHIPPED / "observability"
 DASHBOARD = OBSERVABILITY / "grafana" / "meterstream.json"
 MANIFESTS = sorted(path for path in (SHIPPED / "kubernetes").glob("*.yaml") if path.stem != "kustomization")
+FORWARDER = SHIPPED / "kubernetes" / "forwarder"
 ROOTLESS = 10001  # the user that the image makes
 GRAFANA_INTERVALS = {"$__rate_interval": "5m", "$__range": "3h"}  # what Grafana puts in before it asks
 LABELS_AND_FUNCTIONS = re.compile(r"\{[^}]*\}|\"[^\"]*\"|\b(?:by|without|on|ignoring)\s*\([^)]*\)")
@@ -38,9 +39,21 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
 
+def with_forwarder() -> list[dict[str, Any]]:
+    """The aggregator's manifest as kustomize makes it with the forwarder's component: its container beside ours."""
+    made = documents(SHIPPED / "kubernetes" / "aggregator.yaml")
+    (patch,) = documents(FORWARDER / "container.yaml")
+    patched = [one for one in made if (one["kind"], one["metadata"]) == (patch["kind"], patch["metadata"])]
+    for document in patched:
+        document["spec"]["template"]["spec"]["containers"] += patch["spec"]["template"]["spec"]["containers"]
+    assert len(patched) == 1
+    return made
+
+
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The spec of every pod of the manifests, with the name of what makes it."""
-    for document in chain.from_iterable(map(documents, MANIFESTS)):
+    """The spec of every pod of the manifests, with the name of what makes it; the forwarder is part of one."""
+    plain = (path for path in MANIFESTS if path.stem != "aggregator")
+    for document in chain(chain.from_iterable(map(documents, plain)), with_forwarder()):
         spec = document.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
         if "template" in spec:
@@ -117,6 +130,16 @@ def test_a_manifest_keeps_to_the_schema(path: Path) -> None:
     assert_succeeds(program("kubernetes-validate", "kubernetes-validate"), "--strict", "--quiet", path)
 
 
+def test_the_forwarder_s_container_keeps_to_the_schema(tmp_path: Path) -> None:
+    """As part of the aggregator's pod, which has the volumes that it mounts; its component names the patch."""
+    path = tmp_path / "aggregator.yaml"
+    path.write_text(yaml.safe_dump_all(with_forwarder()))
+    (component,) = documents(FORWARDER / "kustomization.yaml")
+
+    assert_succeeds(program("kubernetes-validate", "kubernetes-validate"), "--strict", "--quiet", path)
+    assert component["patches"] == [{"path": "container.yaml"}]
+
+
 def commands() -> set[tuple[str, ...]]:
     """What containers and units tell the program to do."""
     services = documents(SHIPPED / "compose.yaml")[0]["services"].values()
@@ -131,7 +154,7 @@ def test_every_command_exists() -> None:
     """What is started is a command of the command line."""
     known = app_commands(typer.main.get_command(app))
 
-    assert len(commands()) == 5
+    assert len(commands()) == 6
     assert commands() <= known
 
 
