@@ -19,6 +19,8 @@ from meters.event import Event, Refusal, check_line, event_id, identity
 from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.meter import Meter
+from meters.refusal import Reason
+from meters.uuid_text import parse_uuid4
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -51,6 +53,11 @@ class Reading(msgspec.Struct, frozen=True):
 
 def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> Reading | Refusal:
     """A line of the log. ``place`` is its identity when the sender gave none."""
+    if tenant is not None:
+        named = parse_uuid4(tenant)
+        if not isinstance(named, str):  # a producer that skips the gateway, or a damaged disk
+            return Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=tenant)
+        tenant = named
     event = check_line(raw, organization_id=tenant, now=at(ingested_us))
     if isinstance(event, Refusal):
         return event
