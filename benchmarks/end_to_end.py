@@ -8,7 +8,6 @@ and the reader share the machine. At the end every meter's total is compared wit
 """
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import uvloop
 
 from benchmarks.load import MODELS, Bodies, Ledger, send
 from benchmarks.report import Report
@@ -58,7 +58,7 @@ def load(port: int, run: int, seconds: float, rate: float | None, results: Any) 
     """The sender's process. Puts its ledger into the queue ``results``."""
     prepared = int(seconds * (rate or EXPECTED_RATE) / EVENTS_A_BODY)
     bodies = Bodies(run, EVENTS_A_BODY)
-    ledger = asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, prepared=prepared))
+    ledger = uvloop.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, prepared=prepared))
     results.put(ledger)
 
 
