@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, VALUES_MAX
-from ingest.plain import find_suspects, read_plain
+from ingest.plain import Plain, find_suspects, read_plain
 from meters.catalogue import Catalogue
 from meters.event import CLOCK_SKEW, check_event
 from meters.references import reference_refusals
@@ -47,7 +47,8 @@ class Admitted(Struct, frozen=True):
     """Lines for the log, each with its external id and its index in the request; the three lists run in step.
 
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
-    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``.
+    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
+    were parsed, if none had to be read with care.
     """
 
     lines: Sequence[Raw | bytes]
@@ -56,6 +57,7 @@ class Admitted(Struct, frozen=True):
     named: bool
     refusals: list[Refusal]
     distinct_keys: bool = False
+    plains: Sequence[Plain] | None = None
 
     @property
     def value(self) -> bytes:
@@ -104,7 +106,8 @@ def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) 
         lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
     else:
         kept = range(len(lines))
-    return _admitted(lines, ids, kept, refusals, sender, b"\n" in body, distinct_keys)
+    found = _admitted(lines, ids, kept, refusals, sender, b"\n" in body)
+    return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
 
 
 def _with_care(
@@ -134,7 +137,7 @@ def _with_care(
 
 def _admitted(
     lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], sender: Sender,
-    newlines: bool, distinct_keys: bool,
+    newlines: bool,
 ) -> Admitted:
     final: list[Raw | bytes] = list(lines)
     if newlines:
@@ -144,7 +147,7 @@ def _admitted(
     for place, external_id in zip(nameless, sender.new_ids(len(nameless)) if nameless else (), strict=True):
         named[place] = external_id
         final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
-    return Admitted(final, named, kept, len(nameless) < len(final), refusals, distinct_keys)  # type: ignore[arg-type]
+    return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
 
 
 def _unreadable(body: bytes) -> Refused | None:

@@ -1,7 +1,7 @@
 """From a request's lines to one record for each partition that they belong to.
 
-Where there is one partition nothing is looked at. Where there are more, the customers of all lines are read in one
-call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
+Where there is one partition nothing is looked at. Where there are more, the customers are those that admission parsed,
+or are read from all lines in one call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
 everything else that is done to an event.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ingest.admission import Admitted
+from ingest.plain import Plain
 from meters.catalogue import Catalogue
 from meters.log import Entry
 from meters.partition_key import CustomerPartitions
@@ -44,17 +45,17 @@ class Spread:
             return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        value = admitted.value
-        places = self._places(_decode_lines(value), organization_id, catalogue)
+        whos = _decode_lines(admitted.value) if admitted.plains is None else admitted.plains
+        places = self._places(whos, organization_id, catalogue)
         if len(set(places)) == 1:
-            return [_entry(value, places[0], organization_id, admitted)]
+            return [_entry(admitted.value, places[0], organization_id, admitted)]
         lines: dict[int, list[bytes]] = {}
         for place, line in zip(places, admitted.lines, strict=True):
             lines.setdefault(place, []).append(line)
         values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
         return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
 
-    def _places(self, whos: Sequence[_Who], organization_id: str, catalogue: Catalogue) -> list[int]:
+    def _places(self, whos: Sequence[_Who | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
         places = [known.get(who.external_customer_id) for who in whos]
         if None in places:
@@ -64,7 +65,7 @@ class Spread:
         return places  # type: ignore[return-value]  # every None was replaced
 
     def _place(
-        self, who: _Who, organization_id: str, catalogue: Catalogue, known: dict[str | None, int]
+        self, who: _Who | Plain, organization_id: str, catalogue: Catalogue, known: dict[str | None, int]
     ) -> int:
         name = who.external_customer_id
         if name is None:  # not remembered: a customer may be given a name later

@@ -3,10 +3,12 @@
 import json
 from datetime import UTC, datetime
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.admission import Admitted
+from ingest.plain import Plain
 from ingest.spread import Spread
 from meters.catalogue import Catalogue, Customer, CustomerCreated
 from meters.partition_key import partition_key, partition_of
@@ -28,10 +30,12 @@ def catalogue() -> Catalogue:
     return Catalogue([CustomerCreated(customer) for customer in customers])
 
 
-def admitted(events: list[dict[str, str]]) -> Admitted:
+def admitted(events: list[dict[str, str]], *, parsed: bool = False) -> Admitted:
     """The events as admission hands them on."""
     lines = [json.dumps(event).encode() for event in events]
-    return Admitted(lines, ["x"] * len(lines), range(len(lines)), False, [])
+    found = Admitted(lines, ["x"] * len(lines), range(len(lines)), False, [])
+    plains = [Plain("n", **event) for event in events]
+    return msgspec.structs.replace(found, plains=plains) if parsed else found
 
 
 def customer_of(event: dict[str, str]) -> str:
@@ -50,12 +54,14 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-@given(st.lists(EVENTS, min_size=1, max_size=3), st.integers(1, 13))
-def test_every_line_goes_to_its_customers_partition(requests: list[list[dict[str, str]]], partitions: int) -> None:
+@given(st.lists(EVENTS, min_size=1, max_size=3), st.integers(1, 13), st.booleans())
+def test_every_line_goes_to_its_customers_partition(
+    requests: list[list[dict[str, str]]], partitions: int, parsed: bool
+) -> None:
     """Each line is in one record, that of the partition of its customer's key, in the order of the request."""
     spread, known = Spread(), catalogue()
     for events in requests:
-        entries = spread.entries(admitted(events), ORGANIZATION, known, partitions)
+        entries = spread.entries(admitted(events, parsed=parsed), ORGANIZATION, known, partitions)
         found = {entry.partition: [json.loads(line) for line in entry.value.split(b"\n")] for entry in entries}
 
         expected: dict[int, list[dict[str, str]]] = {}
