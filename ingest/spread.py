@@ -1,8 +1,8 @@
 """From a request's lines to one record for each partition that they belong to.
 
 Where there is one partition nothing is looked at. Where there are more, the customers are those that admission parsed,
-or are read from all lines in one call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
-everything else that is done to an event.
+or are read from all lines in one call, and a customer's partition is computed once and remembered, because the hash of
+Kafka costs Python more than everything else that is done to an event.
 """
 
 from collections.abc import Sequence

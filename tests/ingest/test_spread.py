@@ -34,7 +34,7 @@ def admitted(events: list[dict[str, str]], *, parsed: bool = False) -> Admitted:
     """The events as admission hands them on."""
     lines = [json.dumps(event).encode() for event in events]
     found = Admitted(lines, ["x"] * len(lines), range(len(lines)), False, [])
-    plains = [Plain("n", **event) for event in events]
+    plains = [msgspec.convert({"name": "n"} | event, Plain) for event in events]
     return msgspec.structs.replace(found, plains=plains) if parsed else found
 
 
