@@ -19,6 +19,7 @@ import uvicorn
 import uvloop
 
 from aggregator.api import create_app
+from aggregator.api.at_once import front
 from aggregator.consumer import FINAL, Aggregator
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
@@ -88,8 +89,9 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
     sender = Sender(app.state.desk, private_allowed=process.private_targets)
     where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, loop="uvloop", http="httptools", lifespan="off", **where
-    )
+        app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
+        proxy_headers=False, server_header=False, **where,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     async with asyncio.TaskGroup() as group:
         beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]

@@ -160,11 +160,13 @@ class MeterWindows:
         """In the window that begins at ``since``; None if that is not where these customers' windows begin."""
         with self._lock:
             known = [subject for subject in subjects if subject < len(self._newest) and self._newest[subject] != EVER]
+            if not known:
+                return Consumption(0, Decimal(0), None)
             if any(self._since[subject] != since for subject in known):
                 return None
-            last = max((int(self._newest[subject]) for subject in known), default=EVER)
+            last = max(int(self._newest[subject]) for subject in known)
             count, value = self._value(known, since)
-        return Consumption(count, value, None if last == EVER else EPOCH + last * MICROSECOND)
+        return Consumption(count, value, EPOCH + last * MICROSECOND)
 
     def _value(self, subjects: list[int], since: int) -> tuple[int, Decimal]:
         inside = self._whole if since == EVER or self._func in ADDING else self._apart

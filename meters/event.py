@@ -82,7 +82,8 @@ def identity(organization_id: str, external_id: str) -> tuple[int, int]:
 
 def event_id(hi: int, lo: int) -> str:
     """The public id of an event: its identity, written as a UUID."""
-    return str(UUID(int=hi << 64 | lo))
+    text = f"{hi:016x}{lo:016x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def parse_event_id(text: str) -> tuple[int, int] | None:

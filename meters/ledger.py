@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -197,5 +198,10 @@ def customer_of(customer_meter_id: str, meter_id: str) -> str:
 
 
 def _mixed(id: int, meter_id: str) -> str:
-    mixed = id ^ int(xxhash.xxh3_128_hexdigest(b"customer meter " + meter_id.encode()), 16)
+    mixed = id ^ _mask(meter_id)
     return event_id(mixed >> 64, mixed & (1 << 64) - 1)
+
+
+@lru_cache(4096)  # meters are few, and each is asked for in every look for a customer meter
+def _mask(meter_id: str) -> int:
+    return xxhash.xxh3_128_intdigest(b"customer meter " + meter_id.encode())

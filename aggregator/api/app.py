@@ -28,7 +28,6 @@ from aggregator.api import (
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.at_once import AtOnce
 from aggregator.api.desk import Desk, Rules
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
@@ -69,5 +68,4 @@ def create_app(
     app.include_router(audit.router)
     app.include_router(operations(metrics_text))
     install_pages(app)
-    app.add_middleware(AtOnce, desk=app.state.desk)
     return app

@@ -13,6 +13,7 @@ import msgspec
 from aggregator.api.balances import CustomerMeter
 from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
+from meters import exact_json
 from meters.amount import amount_text, parse_amount
 from meters.catalogue import Catalogue, Customer, meter_json
 from meters.credit import CreditGranted, MeterReset
@@ -66,7 +67,7 @@ def customer_meter_shape(one: CustomerMeter, embedded: bool = True) -> Json:
         "balance": number(one.balance),
     }
     if embedded:
-        shape |= {"customer": customer_shape(one.customer), "meter": meter_shape(one.meter)}
+        shape |= {"customer": customer_shape(one.customer), "meter": _encoded(one.meter)}
     return shape
 
 
@@ -122,6 +123,17 @@ def price_shape(meter_id: str, price: Price) -> Json:
 def meter_shape(meter: Meter) -> Json:
     """A meter, its filter and aggregation as they were given."""
     return meter_json(meter)
+
+
+_texts: dict[str, tuple[Meter, msgspec.Raw]] = {}  # by the meter's id
+
+
+def _encoded(meter: Meter) -> msgspec.Raw:
+    """The meter's shape as JSON, made once for each state of a meter: lists of balances repeat it in every item."""
+    held = _texts.get(meter.id)
+    if held is None or held[0] is not meter:
+        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_shape(meter)))
+    return held[1]
 
 
 def event_shape(

@@ -1,13 +1,16 @@
 """What is answered in front of the framework is what the endpoint behind it would have answered, to the byte."""
 
+import asyncio
 from datetime import timedelta
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
-import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from aggregator.api.at_once import METERS_MAX, AtOnce
+from aggregator.api.at_once import METERS_MAX, AtOnce, front
 from meters.access import SCOPES
 from meters.aggregation import Aggregation
 from meters.catalogue import MeterCreated
@@ -17,7 +20,7 @@ from meters.meter import Meter
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
 
-PASSED_ON = 299
+Headers = list[tuple[bytes, bytes]]
 NOWHERE = "00000000-0000-4000-8000-00000000ffff"
 FUNCTIONS = ("count", "sum", "avg", "min", "max")
 
@@ -34,23 +37,15 @@ class World(NamedTuple):
         return template.format(**self.names)
 
 
-async def passed_on(scope: Any, receive: Any, send: Any) -> None:
-    """Stands where the framework would."""
-    await send({"type": "http.response.start", "status": PASSED_ON, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def at_once(world: World, path: str, headers: Any = None, method: str = "GET") -> httpx.Response:
-    """The answer without a framework behind; PASSED_ON where there is none."""
+def at_once(world: World, path: str, headers: Headers | None = None) -> tuple[bytes, bytes] | None:
+    """What is answered without the framework: ``As-Of`` and the body."""
     server = world.tenant.server
-    own = [("Authorization", f"Bearer {world.tenant.secret}")] if headers is None else headers
+    return AtOnce(server.app.state.desk).answer(path.encode(), headers or [bearer(world.tenant.secret)])
 
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(AtOnce(passed_on, server.app.state.desk))
-        async with httpx.AsyncClient(transport=transport, base_url="http://meterstream.test") as client:
-            return await client.request(method, path, headers=own)
 
-    return server.run(ask())
+def bearer(secret: str) -> tuple[bytes, bytes]:
+    """The header that shows a token."""
+    return b"authorization", b"Bearer " + secret.encode()
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +86,11 @@ TOTALS = [
 
 @pytest.mark.parametrize("path", [*ONE, *LISTS, *TOTALS])
 def test_the_answer_is_the_endpoints_own(world: World, path: str) -> None:
-    """Status, headers and bytes. A parameter that nobody knows sends the same question to the endpoint."""
+    """The body's bytes and the position that they are true for."""
     path = world.path(path)
-    found = at_once(world, path)
-    other = f"{path}{'&' if '?' in path else '?'}nobody-knows-this=1"
-    assert at_once(world, other).status_code == PASSED_ON
-    endpoint = world.tenant.ask("GET", other)
-    assert (found.status_code, found.headers.raw, found.content) == (200, endpoint.headers.raw, endpoint.content)
+    endpoint = world.tenant.ask("GET", path)
+    assert endpoint.status_code == 200
+    assert at_once(world, path) == (endpoint.headers["as-of"].encode(), endpoint.content)
 
 
 UNUSUAL = [
@@ -110,14 +103,15 @@ UNUSUAL = [
     "/v1/customer-meters/?customer_id={ann}&sorting=balance", "/v1/customer-meters/?customer_id={ann}&meter_id=x",
     "/v1/meters/{sum}/usage", "/v1/meters/{sum}/usage?external_customer_id=", "/v1/meters/{sum}/usage?customer_id=ann",
     "/v1/meters/{sum}/usage?customer_id={ann}&external_customer_id=ann", "/v1/meters/{unique}/usage?customer_id={ann}",
-    f"/v1/meters/{NOWHERE}/usage?customer_id={{ann}}", "/v1/meters/{sum}", "/v1/events/",
+    f"/v1/meters/{NOWHERE}/usage?customer_id={{ann}}", "/v1/meters/{sum}/usage?external_customer_id=ann#x",
+    "/v1/meters/{sum}", "/v1/events/",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", UNUSUAL)
 def test_what_is_unusual_goes_on_to_the_endpoint(world: World, path: str) -> None:
     """Refusals, other forms of an id, filters, sorting, what the store has to be asked: all have one home."""
-    assert at_once(world, world.path(path)).status_code == PASSED_ON
+    assert at_once(world, world.path(path)) is None
 
 
 @pytest.mark.parametrize("template", ["{ann}", "{sum}"])
@@ -128,14 +122,8 @@ def test_an_id_in_another_form_is_the_endpoints_to_read(world: World, template: 
         path = f"/v1/customer-meters/?external_customer_id=ann&meter_id={form}"
         if template == "{ann}":
             path = f"/v1/customer-meters/?customer_id={form}"
-        assert at_once(world, path).status_code == PASSED_ON
+        assert at_once(world, path) is None
         assert world.tenant.ask("GET", path).json()["items"]
-
-
-def test_other_methods_are_not_for_here(world: World) -> None:
-    """Only GET reads."""
-    for method in ("HEAD", "POST", "DELETE"):
-        assert at_once(world, world.path(ONE[0]), method=method).status_code == PASSED_ON
 
 
 def test_whoever_may_not_read_hears_it_from_the_endpoint(world: World) -> None:
@@ -145,19 +133,18 @@ def test_whoever_may_not_read_hears_it_from_the_endpoint(world: World) -> None:
     good, unscoped = tenant.secret, tenant.token(*scopes - {"customer_meters:read", "meters:read", "meters:write"})
     expired = tenant.token(*scopes, expires_at=tenant.server.now)
     for path in map(world.path, (ONE[0], LISTS[0], LISTS[1], TOTALS[0])):
-        for secrets in ((), ("x",), (unscoped,), (expired,), (stranger,), (good, good)):
-            headers = [("Authorization", f"Bearer {secret}") for secret in secrets]
-            assert at_once(world, path, headers).status_code == PASSED_ON
-        assert at_once(world, path, [("authorization", f"bearer  {good}")]).status_code == 200
+        assert at_once(world, path, [(b"host", b"x")]) is None
+        for secrets in (("x",), (unscoped,), (expired,), (stranger,), (good, good)):
+            assert at_once(world, path, [bearer(secret) for secret in secrets]) is None
+        assert at_once(world, path, [(b"authorization", f"bearer  {good}".encode())])
 
 
 def test_a_position_is_waited_for_by_the_endpoint_unless_it_is_reached(world: World) -> None:
     """Read your own writes: at once where they are counted already."""
-    good = ("Authorization", f"Bearer {world.tenant.secret}")
     path = world.path(ONE[0])
-    for position, status in ((world.position, 200), ("0:999999", PASSED_ON), ("soon", PASSED_ON)):
-        headers = [good, ("Prefer", "wait=1"), ("Log-Position", position)]
-        assert at_once(world, path, headers).status_code == status
+    for position, known in ((world.position, True), ("0:999999", False), ("soon", False)):
+        headers = [bearer(world.tenant.secret), (b"prefer", b"wait=1"), (b"log-position", position.encode())]
+        assert bool(at_once(world, path, headers)) is known
 
 
 def test_a_customer_of_many_meters_is_looked_up_elsewhere(server: Server) -> None:
@@ -166,7 +153,7 @@ def test_a_customer_of_many_meters_is_looked_up_elsewhere(server: Server) -> Non
     tenant.customer(external_id="ann")
     world = World(tenant, "", {})
     path = "/v1/customer-meters/?external_customer_id=ann"
-    assert at_once(world, path).status_code == 200
+    assert at_once(world, path)
 
     counted = Aggregation("count")
     meters = [
@@ -175,7 +162,7 @@ def test_a_customer_of_many_meters_is_looked_up_elsewhere(server: Server) -> Non
         for _ in range(METERS_MAX + 1)
     ]  # fmt: skip
     server.run(server.aggregator.decide(*[MeterCreated(meter) for meter in meters]))
-    assert at_once(world, path).status_code == PASSED_ON
+    assert at_once(world, path) is None
     assert tenant.ask("GET", path).json()["pagination"]["total_count"] == 0
 
 
@@ -186,6 +173,54 @@ def test_without_a_view_the_endpoint_says_so(world: World) -> None:
     engine = aggregator._engine
     try:
         aggregator._engine = None
-        assert at_once(world, world.path(ONE[0])).status_code == PASSED_ON
+        assert at_once(world, world.path(ONE[0])) is None
     finally:
         aggregator._engine = engine
+
+
+def request(world: World, path: str, method: str = "GET", more: str = "", version: str = "1.1", body: str = "") -> str:
+    """A request as it is on the wire."""
+    head = f"{method} {world.path(path)} HTTP/{version}\r\nhost: h\r\nauthorization: Bearer {world.tenant.secret}\r\n"
+    return f"{head}{more}\r\n{body}"
+
+
+def converse(world: World, place: Path, *requests: str) -> list[bytes]:
+    """The answers to requests that are sent all at once; the server closes the connection after the last."""
+    app, path, state = world.tenant.server.app, str(place / "api.sock"), ServerState()
+    config = uvicorn.Config(app, log_config=None, lifespan="off")
+    config.load()
+    connection = front(app.state.desk)
+
+    async def exchange() -> bytes:
+        made = await asyncio.get_running_loop().create_unix_server(lambda: connection(config, state, {}), path)
+        async with made:
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write("".join(requests).encode())
+            answers = await reader.read()
+            writer.close()
+        return answers
+
+    parts = world.tenant.server.run(exchange()).split(b"HTTP/1.1 ")
+    return parts[1:]
+
+
+def test_requests_of_both_kinds_take_turns_on_a_connection(world: World, tmp_path: Path) -> None:
+    """In their order, each with its own answer, whatever is under way when the next one comes."""
+    hot, slow = request(world, TOTALS[0]), request(world, "/v1/meters/{sum}")
+    body = request(world, "/v1/meters/preview", "POST", "content-length: 2\r\n", body="{}")
+    read_with_body = request(world, ONE[0], more="content-length: 2\r\n", body="{}")
+    last = request(world, ONE[0], more="connection: close\r\n")
+    answers = converse(world, tmp_path, hot, hot, slow, hot, body, hot, read_with_body, slow, last)
+    assert [answer[:3] for answer in answers] == [b"200"] * 4 + [b"422"] + [b"200"] * 4
+    total = answers[0].partition(b"\r\n\r\n")[2]
+    assert b'"value"' in total
+    assert [answer.endswith(total) for answer in answers] == [True, True, False, True, False, True, False, False, False]
+    heads = [answer.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:] for answer in answers]
+    names = [sorted(line.partition(b":")[0] for line in head) for head in heads]
+    assert names[0] == names[2], "the same headers, framework or not"
+
+
+def test_the_connection_is_closed_where_the_client_says_so(world: World, tmp_path: Path) -> None:
+    """HTTP/1.0, and HTTP/1.1 with Connection: close."""
+    for last in (request(world, TOTALS[0], version="1.0"), request(world, TOTALS[0], more="connection: close\r\n")):
+        assert [answer[:3] for answer in converse(world, tmp_path, last)] == [b"200"]
