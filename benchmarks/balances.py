@@ -2,7 +2,9 @@
 
 100,000 customers with ten meters each: the customers, a credit for each of them and one event for each are written to
 the log first; the server starts over that. Then one reader asks for random balances over HTTP, one after the other,
-with and without a sender beside it. The baseline is a read through the same processes that looks up nothing: a meter.
+with and without a sender beside it. Its client only writes and reads bytes, so that the server is what is measured.
+Two baselines: the gateway's own ``/livez``, which is not passed on, and a meter, which is and takes the usual way
+through the framework.
 
     python -m benchmarks.balances [--customers 100000] [--rate 5000] [--seconds 8]
 """
@@ -10,6 +12,7 @@ with and without a sender beside it. The baseline is a read through the same pro
 import argparse
 import asyncio
 import multiprocessing
+import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -85,6 +88,33 @@ def stream(port: int, customers: int, rate: float, seconds: float) -> None:
     asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, connections=4))
 
 
+class Client:
+    """One connection, requests prepared, answers read to their length and no further."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def get(self, path: str) -> bytes:
+        """The body of an answer, which has to be 200."""
+        request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+        self._socket.sendall(request.encode())
+        answer = bytearray()
+        while (end := answer.find(b"\r\n\r\n")) < 0:
+            answer += self._received()
+        head = bytes(answer[:end]).lower()
+        assert head.startswith(b"http/1.1 200 "), head
+        length = end + 4 + int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        while len(answer) < length:
+            answer += self._received()
+        return bytes(answer[end + 4 :])
+
+    def _received(self) -> bytes:
+        data = self._socket.recv(65536)
+        assert data, "the server closed the connection"
+        return data
+
+
 def measure(ask: Callable[[], Any], seconds: float) -> dict[str, float]:
     """Latencies of reads, one after the other, as their client sees them."""
     found, until = [], time.perf_counter() + seconds
@@ -99,21 +129,22 @@ def measure(ask: Callable[[], Any], seconds: float) -> dict[str, float]:
 def questions(server: Server, customers: int, meter_ids: list[str]) -> dict[str, Callable[[], Any]]:
     """What is asked, again and again."""
     random = Random(1)
-
-    def get(path: str) -> Any:
-        answer = server.http.get(path)
-        answer.raise_for_status()
-        return answer
+    get = Client(server.port).get
 
     def balance() -> Any:
         return get(f"/v1/customer-meters/{customer_meter_id(customer_id(random.randrange(customers)), meter_ids[0])}")
+
+    def total() -> Any:
+        return get(f"/v1/meters/{meter_ids[0]}/usage?external_customer_id=customer-{random.randrange(customers):08d}")
 
     def every_meter() -> Any:
         return get(f"/v1/customer-meters/?customer_id={customer_id(random.randrange(customers))}")
 
     return {
+        "the gateway alone (baseline)": lambda: get("/livez"),
         "a meter (baseline)": lambda: get(f"/v1/meters/{meter_ids[0]}"),
         "one balance": balance,
+        "one total": total,
         "a customer's ten balances": every_meter,
     }
 
