@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.client import journal as journal_module
@@ -41,6 +41,7 @@ def lived(spool: Path, choices: list[int]) -> list[tuple[int, Needed]]:
     return steps
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=20), st.floats(0, 1))
 def test_a_file_cut_anywhere_holds_what_was_written_before(choices: list[int], part: float) -> None:
     """Every whole step is there. Of a step that was cut nothing is, or, of a settlement, some of it."""
@@ -58,6 +59,7 @@ def test_a_file_cut_anywhere_holds_what_was_written_before(choices: list[int], p
     assert found == before or len(after) < len(found)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.floats(0, 1), st.floats(0, 1))
 def test_pages_that_a_power_cut_took_make_nothing_up(choices: list[int], start: float, length: float) -> None:
     """They read as zeros: every event that is found was written just so."""
@@ -171,12 +173,28 @@ def _journal_and_copy(directory: Path) -> tuple[Path, Path]:
     return path, directory / "journal.copy"
 
 
+def test_a_move_that_seemed_to_fail_is_read_once(tmp_path: Path) -> None:
+    """A disk may fail after SQLite has written everything: then the events are in both places, in one process."""
+    spool = Spool(tmp_path, OWNER)
+    spool.append(1, b"a")
+    spool.append_all([(2, b"b")])
+    assert spool._opened is not None
+    spool._opened[1].needed[2] = b"b"
+    spool.append(3, b"c")
+
+    assert spool.read(-1, 10) == [(1, b"a"), (2, b"b"), (3, b"c")]
+    spool.close()
+    assert found_by_others(tmp_path) == [b"a", b"b", b"c"]
+
+
 def test_settled_events_leave_both(tmp_path: Path) -> None:
     """Wherever they are; the rest is for the next process, in the one file."""
     spool = Spool(tmp_path, OWNER)
     with patch.object(journal_module, "_EVENTS_MAX", 4):
         for number in range(10):
             spool.append(number, b"%d" % number)
+    assert spool._opened is not None
+    assert list(spool._opened[1].needed) == [8, 9]  # the others have moved
     spool.delete([2, 6, 7, 8])
     assert [number for number, _ in spool.read(-1, 100)] == [0, 1, 3, 4, 5, 9]
     spool.close()
