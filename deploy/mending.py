@@ -1,8 +1,9 @@
 """Repairs of what a reconciliation found. Nothing edits the truth.
 
 The store is a view of the log, so a wrong store is made again from the log. Polar is told what it lacks once more, with
-the same ids, so whatever it has already it takes for a repetition. Everything else is a person's decision. What was
-done is appended to ``reconcile/repairs.jsonl`` in the data directory, with the differences that were the reason.
+the same ids, so whatever it has already it takes for a repetition; what it counts too much is taken back by another
+event where only sums count it. Everything else is a person's decision. What was done, and what was not and why, is
+appended to ``reconcile/repairs.jsonl`` in the data directory, with the differences that were the reason.
 """
 
 from collections import Counter
@@ -10,30 +11,59 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from aggregator.reconcile.report import Difference, Done, Repair, Report
+from aggregator.reconcile.report import Cause, Difference, Done, Repair, Report
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
+from meters.amount import amount_text
 
 REPAIRS = "repairs.jsonl"
+PLANNED_MAX = 50  # differences that a plan speaks of one by one, where a person has to act
 _SENTENCES = {
     Repair.REBUILD: "the store is made again from the log (the server has to be stopped)",
     Repair.RESTART: "the server is restarted by whoever runs it: it counts its totals anew",
     Repair.SEND: "the missing events are sent to Polar again, with the ids they have",
-    Repair.CORRECT: "nothing is done automatically: Polar cannot remove an event, so a person decides on a correction",
+    Repair.CORRECT: "an event each takes back what Polar counts wrongly, and what is right is sent in its place",
     Repair.WAIT: "nothing: the events are on their way",
-    Repair.DECIDE: "nothing is done automatically: a person has to decide",
 }
+_ADVICE = {
+    Cause.LOST: "give it by hand on the side that lacks it",
+    Cause.DOUBLED: "credit the customer: Polar cannot remove an event, and not only sums count this one, so no other "
+                   "event can take it back",
+    Cause.CHANGED: "decide which content is right, and credit or charge the difference: Polar cannot change an event, "
+                   "and not only sums count this one",
+    Cause.UNFOUNDED: "find out who tells Polar past this server; send it here as well if it is true, else credit it",
+    Cause.LATE: "see whether both times lie in one billing period; if not, credit it in one and charge it in the other",
+    Cause.CONFLICT: "decide which of the two contents is right; here the first one counts",
+    Cause.FILTER_SEMANTICS: "give the meter a filter that compares values of one type, here and at Polar, and correct "
+                            "what was invoiced",
+}  # fmt: skip
+_A_PERSON = {Repair.RESTART, Repair.WAIT, Repair.DECIDE}
 
 
 def plan(report: Report) -> list[Done]:
-    """What a repair would do, by kind."""
+    """What a repair would do, by kind, and what is left to a person, one by one."""
     counts: Counter[Repair] = Counter()
     for difference in report.differences:
         counts[difference.repair] += difference.count
-    return [
+    kinds = [
         Done(repair, f"{count} of the differences: {_SENTENCES[repair]}", count)
         for repair, count in counts.items() if repair in _SENTENCES
     ]  # fmt: skip
+    return kinds + [_by_hand(one) for one in report.differences if one.repair is Repair.DECIDE][:PLANNED_MAX]
+
+
+def not_done(report: Report) -> list[Done]:
+    """What of a plan no repair does, and why."""
+    return [Done(one.repair, f"Not done: {one.what}", one.count) for one in plan(report) if one.repair in _A_PERSON]
+
+
+def _by_hand(difference: Difference) -> Done:
+    moved = ", ".join(
+        f"{name} {'' if amount < 0 else '+'}{amount_text(amount)}" for name, amount in difference.quantities.items()
+    )
+    advice = _ADVICE.get(difference.cause, "a person has to decide") if difference.check != "log" else difference.what
+    where = f"{difference.where} ({moved})" if moved else difference.where
+    return Done(Repair.DECIDE, f"{where}: {advice}", difference.count)
 
 
 def rebuilt(data: DataDirectory, differences: list[Difference]) -> Done | None:

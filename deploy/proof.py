@@ -7,7 +7,7 @@ import httpx
 
 from aggregator.reconcile.report import Check, Done, Report
 from deploy.giving_up import GiveUp
-from deploy.mending import plan, rebuilt, write_down
+from deploy.mending import not_done, plan, rebuilt, write_down
 from deploy.own_server import own_server
 from deploy.reconcile import Task, reconcile, timed
 from deploy.session import Session
@@ -20,16 +20,15 @@ def prove(here: Session, task: Task) -> Report:
     report = _look(here, task)
     if task.repair is None:
         return report
-    report.plan = plan(report)
     if task.repair == "plan":
+        report.plan = plan(report)
         return report
-    steps = [rebuilt(here.data, report.differences), _sent_again(here, report)]
+    steps = [rebuilt(here.data, report.differences), *_told_polar(here, report)]
     done = [step for step in steps if step is not None]
-    write_down(here.data, done, report.differences)
-    if not done:
-        return report
-    after = _look(here, task)
-    after.done, after.mended = done, report.differences
+    after = _look(here, task) if done else report
+    after.mended = report.differences if done else []
+    after.done = [*done, *not_done(after)]
+    write_down(here.data, after.done, report.differences)
     return after
 
 
@@ -56,13 +55,13 @@ def _upstream(here: Session, task: Task) -> Check:
         return Check(name="upstream", sides="our events and Polar's", skipped=str(reason), has_failed=True)
 
 
-def _sent_again(here: Session, report: Report) -> Done | None:
-    from deploy.upstream_proof import send_again
+def _told_polar(here: Session, report: Report) -> list[Done | None]:
+    from deploy.upstream_proof import correct, send_again
 
     if not any(difference.check == "upstream" for difference in report.differences):
-        return None
+        return []
     with own_server(here) as api:
         try:
-            return send_again(here.settings, here.data, api, report.differences)
+            return [step(here.settings, here.data, api, report.differences) for step in (send_again, correct)]
         except httpx.TransportError as error:
             raise api.unreachable(error) from None

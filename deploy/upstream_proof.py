@@ -5,7 +5,7 @@ is complete, so that an interrupted run goes on where it was.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Denied, NoAnswer, Upstream
 from aggregator.place import parse_places
+from aggregator.reconcile.correction import instead
 from aggregator.reconcile.remembering import Remembering, interrupted
 from aggregator.reconcile.report import Check, Difference, Done, Repair
 from aggregator.reconcile.upstream_check import UpstreamCheck
@@ -106,16 +107,36 @@ def send_again(settings: Settings, data: DataDirectory, here: Api, differences: 
     missing = [difference for difference in differences if difference.repair is Repair.SEND]
     if not missing:
         return None
+    inserted, duplicates = _send_all(settings, data, (list(_bodies(here, difference)) for difference in missing))
+    what = f"Sent to Polar again: {inserted} events were new there, {duplicates} it had already."
+    return Done(Repair.SEND, what, inserted + duplicates)
+
+
+def correct(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
+    """Take back what Polar counts wrongly, and send what is right; doing it twice changes nothing. Raises GiveUp."""
+    wrong = [difference for difference in differences if difference.repair is Repair.CORRECT]
+    if not wrong:
+        return None
+    inserted, duplicates = _send_all(settings, data, (_corrections(here, difference) for difference in wrong))
+    what = f"Corrected at Polar: {inserted} events take others back or stand for them, {duplicates} it had already."
+    return Done(Repair.CORRECT, what, inserted + duplicates)
+
+
+def _corrections(here: Api, difference: Difference) -> list[bytes]:
+    taking_back = [body.encode() for body in difference.payload["corrections"]]
+    return taking_back + [instead(body) for body in _bodies(here, difference)]
+
+
+def _send_all(settings: Settings, data: DataDirectory, batches: Iterable[Sequence[bytes]]) -> tuple[int, int]:
+    """How many were new over there, and how many were not. Raises GiveUp."""
     inserted = duplicates = 0
     with connected(settings, data) as upstream:
-        for difference in missing:
-            bodies = list(_bodies(here, difference))
+        for bodies in batches:
             for start in range(0, len(bodies), BATCH):
                 answer = _send(upstream, bodies[start : start + BATCH])
                 inserted += answer["inserted"]
                 duplicates += answer.get("duplicates", 0)
-    what = f"Sent to Polar again: {inserted} events were new there, {duplicates} it had already."
-    return Done(Repair.SEND, what, inserted + duplicates)
+    return inserted, duplicates
 
 
 def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:

@@ -23,7 +23,8 @@ WHAT_TO_DO = {
     Repair.RESTART: "Restart the server: it counts its totals anew from the stored events.",
     Repair.SEND: "Run `meterstream reconcile --repair apply`: the events are sent to Polar again. Each carries its id, "
                  "so nothing can be counted twice.",
-    Repair.CORRECT: "Polar cannot remove an event. Somebody has to decide about a correction there.",
+    Repair.CORRECT: "Run `meterstream reconcile --repair apply`: Polar cannot remove an event, but another one takes "
+                    "back what it counts wrongly, and what is right is sent in its place.",
     Repair.WAIT: "Nothing yet: these events are on their way.",
     Repair.DECIDE: "A person has to decide; the description says between what.",
     Repair.NOTHING: "Nothing.",

@@ -28,6 +28,7 @@ class Seen(NamedTuple):
     external_id: str = ""
     ingested_at: datetime | None = None
     place: str = ""
+    is_named: bool = True  # ``who`` is an external id
 
     @property
     def label(self) -> str:
@@ -55,7 +56,8 @@ def seen(event: dict[str, Any], ingested_at: datetime | None = None, place: str 
         external_customer_id=who,
     )  # fmt: skip
     content = json.dumps({key: _loose(key, value) for key, value in metadata.items()}, sort_keys=True)
-    return Seen(event["name"], timestamp, who, content, found, event.get("external_id") or "", ingested_at, place)
+    external_id = event.get("external_id") or ""
+    return Seen(event["name"], timestamp, who, content, found, external_id, ingested_at, place, external is not None)
 
 
 def pair(ours: Sequence[Seen], theirs: Sequence[Seen]) -> list[Pair]:

@@ -56,7 +56,7 @@ class Repair(StrEnum):
     REBUILD = "rebuild the store"  # the view is wrong, the log is right
     RESTART = "restart the aggregator"  # what it keeps in memory is counted anew
     SEND = "send again"  # an upstream lacks events; their ids make a repetition harmless
-    CORRECT = "correct upstream"  # an upstream has too much; one event takes it back
+    CORRECT = "correct upstream"  # an upstream has too much; an event takes it back
     WAIT = "wait"  # on its way
     DECIDE = "decide"  # a person has to
     NOTHING = "nothing"

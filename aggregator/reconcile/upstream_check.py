@@ -65,7 +65,7 @@ class UpstreamCheck:
 
     def _matched_meters(self) -> list[_Both]:
         there = {meter["name"]: meter for meter in self._there.pages("/v1/meters/", is_archived=False)}
-        matched = []
+        matched, alike = [], set[str]()
         for meter in self._own:
             other = there.get(meter.name)
             if other is None:
@@ -77,7 +77,11 @@ class UpstreamCheck:
             elif (ours["filter"], ours["aggregation"]) != (other["filter"], other["aggregation"]):
                 what = f"the meter is another one over there: {_definition(other)} instead of {_definition(ours)}"
                 self._add(Cause.FILTER_SEMANTICS, meter.name, what)
+            else:
+                alike.add(meter.name)
             matched.append(_Both(meter, other["id"]))
+        if there.keys() == alike:  # no meter over there that we do not know
+            self._events.meters = [both.here for both in matched]
         if self._rolled_up:
             self.check.notes.append("events are forwarded as sums of windows, so only quantities are compared")
         return matched

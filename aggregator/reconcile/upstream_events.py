@@ -5,20 +5,22 @@ counts agree. What is listed is paired (``pairing``), within a part first and ov
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+from aggregator.reconcile.correction import mark_of, settled, takes_back
 from aggregator.reconcile.pairing import Pair, Seen, pair, seen
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Difference, Repair
 from aggregator.reconcile.upstream_scope import HOUR, Part, Reader, Scope, exclusive, midnight, text
 from aggregator.reconcile.worth import Worth, add
+from meters.meter import Meter
 
 LISTED_MAX = 1_000  # events of a part that is listed rather than halved: ten requests
 PART_MIN = timedelta(minutes=1)
 FEED_ROWS = 10_000
-_REPAIRS = {Cause.LOST: Repair.SEND, Cause.DOUBLED: Repair.CORRECT}
+_CORRECTABLE = {Cause.DOUBLED, Cause.CHANGED, Cause.LATE}  # what is over there is wrong, if the log is right
 
 
 class Events:
@@ -28,6 +30,8 @@ class Events:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth
         self.pairs: list[Pair] = []
         self.listed = 0
+        self.meters: Sequence[Meter] = ()  # all that may count an event over there, where they are known to be all
+        self._taken_back: Counter[str] = Counter()
 
     def differ(self, part: Part) -> bool:
         """Whether the sides have different numbers of events."""
@@ -106,8 +110,10 @@ class Events:
     def _list(self, part: Part) -> None:
         ours = list(self.feed(part))
         found = self._there.pages("/v1/events/", **exclusive(part), source="user", sorting="timestamp")
+        theirs, taken_back = settled([seen(event) for event in found])
+        self._taken_back += taken_back
         self.listed += len(ours)
-        self.pairs += pair(ours, [seen(event) for event in found])
+        self.pairs += pair(ours, theirs)
 
     def _conflicts(self) -> str:
         """The lines that contradicted an event that was first, as text to look for ids in."""
@@ -119,9 +125,13 @@ class Events:
         for found in pairs:
             self._move(quantities, found)
         refused = {word for found in pairs if found.ours and (word := self._scope.refused.get(found.ours.external_id))}
-        repair = Repair.DECIDE if refused else _REPAIRS.get(cause, Repair.DECIDE)
+        repair, corrections = Repair.DECIDE, self._corrections(cause, pairs)
         if cause is Cause.LATE and all(found.theirs is None for found in pairs):
             repair = Repair.WAIT
+        elif corrections:
+            repair = Repair.CORRECT
+        elif cause is Cause.LOST and not refused:
+            repair = Repair.SEND
         sent = [(found.ours.external_id, text(found.ours.timestamp)) for found in pairs if found.ours is not None]
         return Difference(
             check="upstream", cause=cause, repair=repair, count=len(pairs), window=(hour, hour + HOUR),
@@ -132,8 +142,22 @@ class Events:
             events=[_either(found).label for found in pairs[:SHOWN_EVENTS_MAX]],
             quantities={name: amount for name, amount in quantities.items() if amount},
             cents=self._worth.cents(self._scope.organization_id, quantities),
-            payload={"events": sent} if repair is Repair.SEND else {},
+            payload={"events": sent, "corrections": corrections} if repair in (Repair.SEND, Repair.CORRECT) else {},
         )  # fmt: skip
+
+    def _corrections(self, cause: Cause, pairs: Sequence[Pair]) -> list[str]:
+        """What takes back everything that is wrong over there; nothing where not all of it can be."""
+        bodies: list[str] = []
+        for found in pairs if cause in _CORRECTABLE else ():
+            body, mark = None, ""
+            if found.theirs is not None and found.theirs.is_named:
+                mark = mark_of(found.theirs)
+                body = takes_back(found.theirs, self.meters, self._taken_back[mark])
+            if body is None:
+                return []
+            self._taken_back[mark] += 1
+            bodies.append(body.decode())
+        return bodies
 
     def _move(
         self, quantities: dict[str, Decimal], found: Pair, day: datetime | None = None, who: str | None = None

@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from aggregator.reconcile.report import Check, Difference, Done
+import msgspec
+
+from aggregator.reconcile.report import Check, Difference, Done, Report
 from deploy.client import Api
 from deploy.control import new_organization, new_secret, new_token, open_control
 from deploy.data import DataDirectory
+from deploy.output import Output
+from deploy.proof import prove
+from deploy.reconcile import Task
+from deploy.session import Session
 from deploy.settings import Secret, Settings
 from deploy.upstream_proof import Range, compare, send_again
 from meters.catalogue import OrganizationCreated, TokenCreated
@@ -40,6 +46,15 @@ class Side:
         if (position := answer.headers.get("Log-Position")) is not None:
             self.api.send("GET", "/v1/meters/", headers={"Prefer": "wait=20", "Log-Position": position})
         return answer.json()
+
+    def patch(self, path: str, body: object) -> None:
+        """A change; it is answered when it is applied."""
+        answer = self.api.send("PATCH", path, content=json.dumps(body).encode())
+        assert answer.is_success, answer.text
+
+    def meter_id(self, name: str) -> str:
+        """Of the meter of this name."""
+        return next(str(one["id"]) for one in self.api.pages("/v1/meters/") if one["name"] == name)
 
     def send(self, *events: Event) -> Any:
         """Ingest."""
@@ -85,6 +100,19 @@ class TwoSides:
         range_ = Range(NOON - timedelta(days=3), None, settle)
         with contextlib.closing(self.here.data.open_log()) as log:
             return compare(self.settings, self.here.data, log, self.here.api, range_, datetime.now(UTC))
+
+    def prove(self, repair: str | None = None) -> Report:
+        """Compare and, if so asked, repair, as the command does it."""
+        settings = msgspec.structs.replace(self.settings, data=self.here.data.path)
+        task = Task(checks=("upstream",), since=NOON - timedelta(days=3), repair=repair, settle=timedelta(0))
+        report = prove(Session(settings, Output.json), task)
+        self.there.send()  # what was sent is visible
+        return report
+
+    def only_sums(self) -> None:
+        """Archive the meter that counts events."""
+        for side in (self.here, self.there):
+            side.patch(f"/v1/meters/{side.meter_id('calls')}", {"is_archived": True})
 
     def repair(self, differences: list[Difference]) -> Done | None:
         """Send what is missing."""
