@@ -25,7 +25,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.limits import floor
-from benchmarks.load import Bodies, Ledger, send
+from benchmarks.load import Bodies, Ledger, Numbers, send
 from benchmarks.report import Report
 from benchmarks.server import TOKEN, usage
 from benchmarks.usual_stack import Store
@@ -37,7 +37,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
 SHAPES = ((1, 64), (10, 32), (100, 32), (1000, 8))  # events a body, connections
 GATEWAYS_MAX = 2
-PREPARED = {1: 15_000, 10: 80_000, 100: 250_000, 1000: 300_000}  # events a second that bodies are made for beforehand
+PREPARED = {1: 30_000, 10: 150_000, 100: 350_000, 1000: 400_000}  # events a second that bodies are made for
 READ_BYTES = 8_000_000
 
 
@@ -85,14 +85,27 @@ def started(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     raise RuntimeError(f"{command} does not listen")
 
 
+class Prepared(Bodies):
+    """Bodies of which so many are made before anybody sends."""
+
+    def __init__(self, run: int, events: int, count: int) -> None:
+        super().__init__(run, events)
+        made = super().make
+        self._ready = [made() for _ in range(count)]
+
+    def make(self) -> tuple[bytes, Numbers]:
+        """One of them, or another when they are used up."""
+        return self._ready.pop() if self._ready else super().make()
+
+
 async def sent(ports: Sequence[int], run: int, events: int, connections: int, seconds: float) -> list[Ledger]:
     """What each server acknowledged; the connections and the bodies are shared out among them."""
     share = len(ports)
-    prepared = int(seconds * PREPARED[events] / events / share)
+    count = int(seconds * PREPARED[events] / events / share)
+    prepared = [Prepared(GATEWAYS_MAX * run + number, events, count) for number in range(share)]
     return await asyncio.gather(*(
-        send("127.0.0.1", port, TOKEN, Bodies(GATEWAYS_MAX * run + number, events, seed=number), seconds=seconds,
-             rate=None, connections=connections // share, prepared=prepared)
-        for number, port in enumerate(ports)
+        send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=None, connections=connections // share)
+        for port, bodies in zip(ports, prepared, strict=True)
     ))  # fmt: skip
 
 

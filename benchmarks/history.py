@@ -97,7 +97,7 @@ class History:
                 break
             except (httpx.HTTPError, KeyError):  # KeyError: the answer says that it is not there yet
                 time.sleep(0.005)
-        return {"restart: taken ms": accepted_ms, "counted ms": 1000 * (time.perf_counter() - began_s)}
+        return {"restart to taken ms": accepted_ms, "to counted ms": 1000 * (time.perf_counter() - began_s)}
 
     def month(self, client: httpx.Client) -> tuple[float, int]:
         """A month of the first meter by the day: milliseconds, and its total."""
@@ -155,8 +155,7 @@ def measured(report: Report, server: Server, history: History, size: int, run: i
 
 
 def _percentiles(name: str, found_ms: list[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(found_ms, (50, 99))
-    return {f"{name} p50 ms": float(p50), "p99 ms" if name == "month idle" else f"{name} p99 ms": float(p99)}
+    return {f"{name} p{share} ms": float(np.percentile(found_ms, share)) for share in (50, 99)}
 
 
 def after(report: Report, server: Server, history: History) -> None:

@@ -88,7 +88,7 @@ def accept(report: Report, cluster: Cluster, folder: Path, seconds: float) -> No
     topics(cluster, "limit")
     records = int(100_000 * seconds)
     producer = kafka_producer(cluster, f"limit.{USAGE_EVENTS}", records, event_bytes)
-    report.add(server="kafka-producer-perf-test, a record an event", **{"events/s": producer})
+    report.add(**{"perf producer records/s": producer, "bytes a record": event_bytes})
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """How fast does the embedded log take events, and give them back?
 
 Each row is a number of tasks that append values one after another, each waiting for its offset, as requests do.
-Beside it, in the same run and on the same disk, the baseline: one file, written and synced once per group of the
-same size, which is as fast as anything durable can be. Reading is timed over what was written.
+Beside it, in the same run and on the same disk, the machine's limit: one file, written and synced once per group of
+the same size, which is as fast as anything durable can be. Reading is timed over what was written.
 
     python -m benchmarks.log_append [--seconds 3] [--busy] [--directory DIR]
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.report import Report
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS, Entry, Log
 
@@ -58,12 +59,13 @@ async def append_for(log: Log, events: int, tasks: int, seconds: float) -> list[
     return sorted(latencies)
 
 
-def read_all(log: Log, events: int) -> float:
-    """Events per second of a reader from the first record to the last."""
+def read_all(log: Log, events: int, appended: int) -> float:
+    """Events per second of a reader from the first record to the last, which is as many as were appended."""
     position, records, begun = 0, 0, time.perf_counter()
     while found := log.read(USAGE_EVENTS, {0: position}, bytes_max=READ_BYTES):
         position += len(found)
         records += len(found)
+    assert records == appended, f"{appended} were appended, {records} are read"
     return records * events / (time.perf_counter() - begun)
 
 
@@ -100,7 +102,7 @@ def busy_thread(wanted: bool) -> Iterator[None]:
         thread.join()
 
 
-def measure(directory: Path, events: int, tasks: int, seconds: float, busy: bool) -> str:
+def measure(directory: Path, events: int, tasks: int, seconds: float, busy: bool) -> dict[str, float]:
     """One row of the table."""
     size = len(value(events))
     log = open_log(str(directory / f"{events}-{tasks}"))
@@ -108,29 +110,30 @@ def measure(directory: Path, events: int, tasks: int, seconds: float, busy: bool
         cpu, begun = cpu_s(), time.perf_counter()
         latencies = asyncio.run(append_for(log, events, tasks, seconds))
         elapsed, cpu = time.perf_counter() - begun, cpu_s() - cpu
-        reading = read_all(log, events)
+        reading = read_all(log, events, len(latencies))
     log.close()
     raw = baseline(directory / "raw", size, tasks, seconds / 3)
     middle, high = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
     count = len(latencies)
-    return (
-        f"{events:6} {tasks:5} {count / elapsed:10,.0f} {count * events / elapsed:12,.0f} {middle * 1e3:8.2f}"
-        f" {high * 1e3:8.2f} {cpu / elapsed:6.2f} {raw * events:12,.0f} {reading:12,.0f}"
-    )
+    return {
+        "events a value": events, "tasks": tasks, "appends/s": count / elapsed, "events/s": count * events / elapsed,
+        "p50 ms": middle * 1e3, "p99 ms": high * 1e3, "CPU us/event": 1e6 * cpu / count / events,
+        "file and sync events/s": raw * events, "of that": count / elapsed / raw, "read events/s": reading,
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Print the table."""
+    """Run and report; fails when a value that was appended is not read back."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--busy", action="store_true")
-    parser.add_argument("--directory", type=Path, default=None)
+    parser.add_argument("--directory", type=Path, default=None, help="on which disk")
     arguments = parser.parse_args()
-    print("events tasks  appends/s     events/s   p50 ms   p99 ms    cpu   raw ev/s  read ev/s")
+    report = Report("log_append", "the embedded log's appends beside a plain file that is written and synced")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         for events, tasks in SHAPES:
-            row = measure(Path(directory), events, tasks, arguments.seconds, arguments.busy)
-            print(row, flush=True)
+            report.add(**measure(Path(directory), events, tasks, arguments.seconds, arguments.busy))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The JSON goes to ``benchmarks/results`` under the directory that the benchmark w
 for a measurement and a scratch directory for a trial. ``checks`` are what the run proved of its own numbers.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -79,12 +80,12 @@ class Report:
         return 0 if all(self._checks.values()) else WRONG
 
     def finish(self) -> None:
-        """Print the table and the checks, and write the results."""
-        columns = list(dict.fromkeys(name for row in self._rows for name in row))
-        table = Table(*columns, title=self._name)
-        for row in self._rows:
-            table.add_row(*(shown(row.get(name)) for name in columns))
-        self._console.print(table)
+        """Print the tables and the checks, and write the results."""
+        for columns, rows in itertools.groupby(self._rows, key=tuple):  # rows of one kind are a table
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*map(shown, row.values()))
+            self._console.print(table)
         for what, right in self._checks.items():
             self._console.print(f"{'right' if right else '[red]WRONG[/red]'}: {what}")
         RESULTS.mkdir(exist_ok=True, parents=True)

@@ -81,7 +81,7 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL for every process, as a machine that loses power would."""
-        pids = [pid for name, pid in self._pids().items() if name != "supervisor"]
+        pids = [pid for name, pid in self.pids().items() if name != "supervisor"]
         self.process.kill()
         self.process.wait()
         for pid in pids:
@@ -115,9 +115,10 @@ class Server:
 
     def processes(self) -> dict[str, "Usage"]:
         """CPU seconds and peak memory of each process of the server."""
-        return {name: usage(pid) for name, pid in self._pids().items()}
+        return {name: usage(pid) for name, pid in self.pids().items()}
 
-    def _pids(self) -> dict[str, int]:
+    def pids(self) -> dict[str, int]:
+        """The process ids of the supervisor, the gateway and the aggregate."""
         pids = {"supervisor": self.process.pid}
         for child in _children(self.process.pid):
             command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")

@@ -1,0 +1,66 @@
+"""The benchmarks' page agrees with the results that lie beside it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.page import filled, results, tables
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+RESULTS = {name: result for name, result in results(FOLDER / "results").items() if name in tables(PAGE)}
+
+RESULT = {
+    "benchmark": "speed", "checks": {},
+    "environment": {"command": "python -m benchmarks.speed", "commit": "abc", "load": 0.1},
+    "rows": [{"who": "we", "rate": 1234567.8, "count": 3}, {"who": "they", "rate": 0.001234}],
+}  # fmt: skip
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    """Making the page again changes nothing: no number on it was typed or left over from another run."""
+    assert filled(PAGE, RESULTS) == PAGE
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_a_result_tells_where_it_comes_from_and_that_its_numbers_hold(name: str) -> None:
+    """Each result has the machine, the versions, the commit and the command, and none of its checks failed."""
+    where = RESULTS[name]["environment"]
+
+    assert {"cpus", "machine", "kernel", "python", "libraries", "commit", "command"} <= set(where)
+    assert [what for what, right in RESULTS[name]["checks"].items() if not right] == []
+
+
+def test_every_plot_is_there_and_shown() -> None:
+    """The page shows every plot beside the results, and no other."""
+    shown = set(re.findall(r"\]\(results/([a-z_]+\.svg)\)", PAGE))
+
+    assert shown == {path.name for path in (FOLDER / "results").glob("*.svg")}
+
+
+def test_a_table_has_the_columns_that_are_wanted_and_the_rows_that_have_them() -> None:
+    """Names stay left, numbers go right with as many digits as say something; a row that lacks a column is left out."""
+    text = "before\n<!-- table speed: who, rate, count -->\nold\n<!-- end -->\nafter"
+
+    assert filled(text, {"speed": RESULT}) == (
+        "before\n<!-- table speed: who, rate, count -->\n| who | rate | count |\n| --- | ---: | ---: |\n"
+        "| we | 1,234,568 | 3 |\n\n`python -m benchmarks.speed`, commit abc\n<!-- end -->\nafter"
+    )
+    assert "| they | 0.00123 |" in filled(text.replace(", count", ""), {"speed": RESULT})
+
+
+def test_a_table_of_a_busy_machine_says_so() -> None:
+    """Numbers measured beside other work carry a note."""
+    busy = json.loads(json.dumps(RESULT))
+    busy["environment"]["load"] = 3.2
+
+    assert "other work kept 3.2 processes busy" in filled("<!-- table speed: who -->\n<!-- end -->", {"speed": busy})
+
+
+@pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
+def test_what_is_not_there_is_an_error(table: str) -> None:
+    """A result or a column with another name is not passed over."""
+    with pytest.raises(KeyError):
+        filled(f"<!-- {table} -->\n<!-- end -->", {"speed": RESULT})
