@@ -1,4 +1,5 @@
-"""The page of results: tables in ``README.md`` from the JSON beside it, and the plots.
+"""The page of results: tables in ``README.md`` from the JSON beside it, and the plots. Each run brings its tables up to
+date; the plots are drawn here.
 
 A table stands between two comments, of which the first names the result and the columns that the page wants; rows that
 lack one of them are left out. Where it names none there is a table for each kind of row. Everything else on the page is
@@ -16,9 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, shown
-
 PAGE = Path("benchmarks/README.md")
+RESULTS = Path("benchmarks/results")
 _TABLE = re.compile(r"(<!-- table (\w+)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _MACHINE = re.compile(r"(<!-- machine (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LOW = 0.5  # of the load average: below it nothing else ran
@@ -35,6 +35,12 @@ def filled(text: str, found: Mapping[str, Result]) -> str:
     """The page's text with every table made anew. Raises KeyError for a result or column that is not there."""
     text = _TABLE.sub(lambda match: match[1] + _tables(found[match[2]], match[3]) + match[4], text)
     return _MACHINE.sub(lambda match: match[1] + _machine(found[match[2]]["environment"]) + match[3], text)
+
+
+def refresh() -> None:
+    """Make the tables anew, if a page is below the directory of work."""
+    if PAGE.exists():
+        PAGE.write_text(filled(PAGE.read_text(), results()))
 
 
 def tables(text: str) -> set[str]:
@@ -79,9 +85,17 @@ def _machine(where: Mapping[str, Any]) -> str:
     )
 
 
+def shown(value: Any) -> str:
+    """A value as a table shows it: three digits, or all of them before the point."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 if __name__ == "__main__":
     from benchmarks.plots import draw  # loads a library that the tables do without
 
-    everything = results()
-    draw(everything, RESULTS)
-    PAGE.write_text(filled(PAGE.read_text(), everything))
+    draw(results(), RESULTS)
+    refresh()

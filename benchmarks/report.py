@@ -1,7 +1,7 @@
 """What a benchmark leaves behind: a table for people, JSON for the page, and where and how it was measured.
 
-The JSON goes to ``benchmarks/results`` under the directory that the benchmark was started in, which is the repository
-for a measurement and a scratch directory for a trial. ``checks`` are what the run proved of its own numbers.
+The JSON goes under the directory that the benchmark was started in, which is the repository for a measurement and a
+scratch directory for a trial. ``checks`` are what the run proved of its own numbers.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path("benchmarks/results")
+from benchmarks.page import RESULTS, refresh, shown
+
 WRONG = 3  # the exit code when what was counted is not what was acknowledged
 _LIBRARIES = ("duckdb", "pyarrow", "numpy", "msgspec", "uvicorn", "xxhash", "confluent-kafka", "fastapi", "pydantic",
               "aiokafka")
@@ -80,7 +81,7 @@ class Report:
         return 0 if all(self._checks.values()) else WRONG
 
     def finish(self) -> None:
-        """Print the tables and the checks, and write the results."""
+        """Print the tables and the checks, write the results, and bring the page up to date."""
         for columns, rows in itertools.groupby(self._rows, key=tuple):  # rows of one kind are a table
             table = Table(*columns)
             for row in rows:
@@ -92,12 +93,4 @@ class Report:
         found = {"benchmark": self._name, "question": self._question, "environment": self._environment,
                  "checks": self._checks, "rows": self._rows}
         (RESULTS / f"{self._name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-
-
-def shown(value: Any) -> str:
-    """A value as a table shows it: three digits, or all of them before the point."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        refresh()
