@@ -1,6 +1,6 @@
 """``make soak``: a server under load and faults for as long as it is asked for, proven at the end to the last event.
 
-    python -m tests.faults.soak [--minutes 60] [--seed N] [--rate LINES_A_SECOND] [--work DIRECTORY]
+    python -m tests.faults.soak [--minutes 60] [--seed N] [--rate LINES_A_SECOND] [--work DIRECTORY] [--kafka]
 
 Leaves its figures in benchmarks/results/soak.json. Exit code 3 when an invariant did not hold; then the data stays
 where it is, and the seed that is printed gives the same faults again.
@@ -39,9 +39,10 @@ def read_options() -> Options:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--rate", type=int, default=None, help="lines a second; 70 %% of what was measured by default")
     parser.add_argument("--work", type=Path, default=None, help="where everything is kept; a new temporary directory")
+    parser.add_argument("--kafka", action="store_true", help="over a Kafka broker, which is killed and stopped too")
     given = parser.parse_args()
     work = given.work or Path(tempfile.mkdtemp(prefix="meterstream-soak-"))
-    return Options(given.minutes, given.seed, given.rate, work)
+    return Options(given.minutes, given.seed, given.rate, work, given.kafka)
 
 
 def report(outcome: Outcome) -> None:

@@ -2,7 +2,10 @@
 
 import contextlib
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +18,10 @@ import duckdb
 import msgspec
 
 from ingest.log import open_log
-from tests.deploy.installation import meterstream
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Wanted, make_topics
+from meters.log import TryAgain
+from tests.faults.kafka_installation import own_brokers
 from tests.faults.server import TOKEN, Server
 from tests.faults.soak.ground import MEBIBYTE, Ground
 from tests.faults.soak.load import Order, run
@@ -25,8 +31,11 @@ from tests.faults.soak.strikes import Site, Wrong
 from tests.faults.soak.tally import Count, Tally
 from tests.faults.soak.vitals import Slope, Vitals
 from tests.faults.soak.watch import CREDITED, UNITS, Watch
+from tests.kafka.cluster import Cluster
 
 CONNECTIONS = 8
+PARTITIONS = 3  # of a log on Kafka
+PROOF_S_MAX = 1800.0  # for one command of the proof
 CALIBRATION_S = 6.0
 LOAD_SHARE = 0.7  # of what the machine does at full speed
 NUMBERS_MAX = 20_000_000  # different events of one soak; beyond, repetitions: every id is remembered for ever
@@ -49,6 +58,7 @@ class Options(NamedTuple):
     seed: int
     rate: int | None
     work: Path
+    kafka: bool
 
 
 class Outcome(NamedTuple):
@@ -58,6 +68,20 @@ class Outcome(NamedTuple):
     figures: dict[str, Any]
     memory: dict[str, Slope]
     charts: dict[str, list[float]]
+
+
+class Place(NamedTuple):
+    """A server, its log (a URL, or a directory), and what a command is told to work on them."""
+
+    server: Server
+    log: str
+    arguments: tuple[str, ...]
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command of ``meterstream``, which may take its time."""
+        line = [sys.executable, "-m", "deploy.cli", *command, *self.arguments]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
+        return subprocess.run(line, capture_output=True, text=True, env=clean, timeout=PROOF_S_MAX, check=False)
 
 
 class Soak:
@@ -76,14 +100,14 @@ class Soak:
 
     def run(self) -> Outcome:
         """Everything, from the first start to the last comparison."""
-        with contextlib.closing(self._ground):
+        with contextlib.closing(self._ground), self._brokers() as self._cluster:
             rate = self._options.rate or int(LOAD_SHARE * self._calibrate())
             return self._endure(rate)
 
     def _calibrate(self) -> float:
         """Lines a second from a request to a number, at full speed."""
-        with self._served("calibration", quota=0) as server, self._sending(server, "full", FULL_SPEED) as tally:
-            watch = Watch(server, tally)
+        with self._served("calibration", quota=0) as place, self._sending(place, "full", FULL_SPEED) as tally:
+            watch = Watch(place.server, tally)
             watch.make_meters()
             began_s, before = time.monotonic(), int(tally.counts[Count.ACKNOWLEDGED_LINES])
             time.sleep(CALIBRATION_S)
@@ -97,7 +121,8 @@ class Soak:
 
     def _endure(self, rate: int) -> Outcome:
         quota = max(QUOTA_MIN, int(QUOTA_SHARE * 60 * rate / 230 / CONNECTIONS))
-        with self._served("data", quota=quota) as server, self._sending(server, "sent", rate) as tally:
+        with self._served("data", quota=quota) as place, self._sending(place, "sent", rate) as tally:
+            server = place.server
             self._tally, self._watch = tally, Watch(server, tally)
             self._watch.make_meters()
             vitals = Vitals(
@@ -105,12 +130,13 @@ class Soak:
                 lambda: int(tally.counts[Count.ACKNOWLEDGED_LINES]), lambda: int(tally.counts[Count.NEXT]),
             )
             vitals.start()
-            site = Site(server, self._ground, _token(server, "flooder"), str(server.data), self._options.seed)
+            flooder = _token(place, "flooder")
+            site = Site(server, self._ground, flooder, place.log, self._options.seed, self._cluster)
             self._strike_on(site, rate)
             vitals.stop()
             tally.counts[Count.RATE] = 0
-            self._settle(server)
-        return self._outcome(rate, vitals)
+            self._settle(place)
+        return self._outcome(place, rate, vitals)
 
     def _strike_on(self, site: Site, rate: int) -> None:
         began_s, seconds = time.monotonic(), 60 * self._options.minutes
@@ -154,7 +180,7 @@ class Soak:
             f"{counts[Count.ACKNOWLEDGED_LINES]:,} lines acknowledged"
         )
 
-    def _settle(self, server: Server) -> None:
+    def _settle(self, place: Place) -> None:
         """Everything is acknowledged and counted; compare what is shown, and whether it agrees with itself."""
         self._sender.join(timeout=300)
         if self._sender.is_alive():
@@ -165,13 +191,13 @@ class Soak:
         self._watch.recover()
         self._totals, self._balances = self._watch.totals(), self._watch.balances()
         checks = ("--check", "store", "--check", "ledger")
-        url = str(server.client.base_url)
-        done = meterstream("reconcile", *checks, "--data", str(server.data), "--url", url, "--token", TOKEN)
+        url = str(place.server.client.base_url)
+        done = place.run("reconcile", *checks, "--url", url, "--token", TOKEN)
         if done.returncode:
             self._problems.append(f"I4, I5: meterstream reconcile says {done.stdout[-2000:]} {done.stderr[-500:]}")
 
-    def _outcome(self, rate: int, vitals: Vitals) -> Outcome:
-        counts, data = self._tally.counts, self._ground.path / "data"
+    def _outcome(self, place: Place, rate: int, vitals: Vitals) -> Outcome:
+        counts = self._tally.counts
         figures: dict[str, Any] = {
             "seed": self._options.seed, "minutes": self._options.minutes, "rate_lines_per_s": rate,
             "lines": {count.name.lower(): int(counts[count]) for count in Count if count < Count.NEXT},
@@ -184,15 +210,18 @@ class Soak:
         if counts[Count.WRONG]:
             self._problems.append(f"{counts[Count.WRONG]} answers to the sender were neither yes nor later")
         if not self._problems:
-            figures |= self._prove(data)
+            try:
+                figures |= self._prove(place)
+            except (AssertionError, OSError, subprocess.SubprocessError, duckdb.Error, TryAgain) as error:
+                self._problems.append(f"the proof ended early: {error!r}")  # the other figures are told all the same
         memory = vitals.slopes()
         self._problems += _leaks(memory)
         charts = {name: [sample.resident_bytes / 1e6 for sample in samples] for name, samples in vitals.memory.items()}
         return Outcome(self._problems, figures, memory, {"lines/s": vitals.rates, **charts})
 
-    def _prove(self, data: Path) -> dict[str, Any]:
-        store = data / "store.duckdb"
-        with contextlib.closing(open_log(str(data))) as log, duckdb.connect(str(store), read_only=True) as connection:
+    def _prove(self, place: Place) -> dict[str, Any]:
+        store = place.server.data / "store.duckdb"
+        with contextlib.closing(open_log(place.log)) as log, duckdb.connect(str(store), read_only=True) as connection:
             books, stored, problems = compare(connection, self._tally, log)
         problems += totals_differ(self._totals, stored)
         for customer, (credited, consumed, balance) in zip(CREDITED, self._balances, strict=True):
@@ -201,31 +230,40 @@ class Soak:
                 problems.append(f"I5: customer {customer} has {credited} - {consumed} = {balance}, not {right}")
         rebuilt = self._tally.counts[Count.SENT_LINES] < REBUILT_LINES_MAX
         if rebuilt:
-            problems += _rebuild(data)
+            problems += _rebuild(place)
         self._problems += problems
         return books._asdict() | {"credits": self._watch.credits * len(CREDITED), "rebuilt": bool(rebuilt)}
 
+    def _brokers(self) -> contextlib.AbstractContextManager[Cluster | None]:
+        return own_brokers(self._options.work) if self._options.kafka else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _served(self, name: str, quota: int) -> Iterator[Server]:
+    def _served(self, name: str, quota: int) -> Iterator[Place]:
+        data = self._ground.path / name
+        log: tuple[str, ...] = ()
+        if self._cluster is not None:
+            url = f"kafka://{self._cluster.bootstrap}/soak-{name}"
+            make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS))
+            log = ("--log", url)
         environment = self._ground.environment | {"METERSTREAM_REQUESTS_PER_MINUTE": str(quota)}
         output = self._options.work / f"{name}.log"
-        server = Server(self._ground.path / name, output, environment=environment)
+        server = Server(data, output, options=log, environment=environment)
         try:
             server.start()
             server.start("aggregate")
-            yield server
+            yield Place(server, log[-1] if log else str(data), ("--data", str(data), *log))
         finally:
             server.close()
 
     @contextlib.contextmanager
-    def _sending(self, server: Server, name: str, rate: int) -> Iterator[Tally]:
+    def _sending(self, place: Place, name: str, rate: int) -> Iterator[Tally]:
         """A sender that has nothing to send yet."""
         where = self._options.work / name
         tally = Tally(where, self._numbers_max)
         tally.counts[Count.RATE] = rate
         tally.counts[Count.NEW_PER_MILLE] = NEW_PER_MILLE_MAX
-        tokens = tuple(_token(server, f"sender {number}") for number in range(CONNECTIONS))
-        order = Order("127.0.0.1", server.port, tokens, where, self._numbers_max, self._options.seed)
+        tokens = tuple(_token(place, f"sender {number}") for number in range(CONNECTIONS))
+        order = Order("127.0.0.1", place.server.port, tokens, where, self._numbers_max, self._options.seed)
         self._sender = multiprocessing.get_context("spawn").Process(target=run, args=(order,), daemon=True)
         self._sender.start()
         try:
@@ -237,21 +275,22 @@ class Soak:
                 self._sender.kill()
 
 
-def _token(server: Server, name: str) -> str:
-    done = meterstream("tokens", "create", "--name", name, "--data", str(server.data), "--output", "json")
+def _token(place: Place, name: str) -> str:
+    done = place.run("tokens", "create", "--name", name, "--output", "json")
     if done.returncode:
         raise RuntimeError(done.stderr)
     token: str = msgspec.json.decode(done.stdout)["token"]
     return token
 
 
-def _rebuild(data: Path) -> list[str]:
+def _rebuild(place: Place) -> list[str]:
     """I7: the store made again from the log is the same."""
-    before = fingerprint(data / "store.duckdb")
-    healed = meterstream("rebuild", "--data", str(data))
+    store = place.server.data / "store.duckdb"
+    before = fingerprint(store)
+    healed = place.run("rebuild")
     if healed.returncode:
         return [f"I7: meterstream rebuild says {healed.stderr}"]
-    after = fingerprint(data / "store.duckdb")
+    after = fingerprint(store)
     return [f"I7: the table {name} is another after a rebuild" for name in before if before[name] != after.get(name)]
 
 
