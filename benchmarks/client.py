@@ -130,7 +130,7 @@ def logged(data: Path) -> int:
 
 
 def main() -> None:
-    """Run and report; exit 3 when the log does not hold what was acknowledged."""
+    """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=5.0, help="for which Polar's helper is watched")
@@ -154,9 +154,9 @@ def main() -> None:
             for name, row in zip(("as it comes", "flush(1000)"), measure_helper(server, helper, arguments.seconds),
                                  strict=True):  # fmt: skip
                 report.add(client=f"polar-sdk 0.32.0, {name}", **row)
+    report.check(f"the log holds the {acknowledged:,} events that were acknowledged", found == acknowledged)
     report.finish()
-    print(f"acknowledged {acknowledged:,}, in the log {found:,}")
-    sys.exit(0 if found == acknowledged else 3)
+    sys.exit(report.code)
 
 
 if __name__ == "__main__":
