@@ -21,6 +21,7 @@ from benchmarks.report import Report
 from benchmarks.server import Server
 from benchmarks.usual_stack import Store
 
+RATE = 100_000  # events a second that are asked for besides, whatever full speed is
 SHARES = (0.25, 0.5, 0.75, 1.0)
 EVENTS, CONNECTIONS = 100, 32  # a body, at once
 
@@ -32,9 +33,10 @@ def ours(report: Report, seconds: float) -> float:
         full = Phase(server, 1, seconds, None)
         report.add(**row("as fast as it goes", full))
         ledgers = [full.ledger]
-        for run, share in enumerate(SHARES, 2):
-            phase = Phase(server, run, seconds, share * full.rate)
-            report.add(**row(f"{share:.0%} of that", phase))
+        loads = {f"{share:.0%} of that": share * full.rate for share in SHARES} | {f"at {RATE:,}/s": RATE}
+        for run, (name, rate) in enumerate(loads.items(), 2):
+            phase = Phase(server, run, seconds, rate)
+            report.add(**row(name, phase))
             ledgers.append(phase.ledger)
         differences = check(server, ids, ledgers)
     report.check("; ".join(differences) or "counted = acknowledged, sums exact", not differences)

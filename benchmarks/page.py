@@ -1,5 +1,5 @@
 """The page of results: tables in ``README.md`` from the JSON beside it, and the plots. Each run brings its tables up to
-date; the plots are drawn here.
+date, and the goals; the plots are drawn here.
 
 A table stands between two comments, of which the first names the result and the columns that the page wants; rows that
 lack one of them are left out. Where it names none there is a table for each kind of row. Everything else on the page is
@@ -17,10 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import goals
+
 PAGE = Path("benchmarks/README.md")
 RESULTS = Path("benchmarks/results")
 _TABLE = re.compile(r"(<!-- table (\w+)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _MACHINE = re.compile(r"(<!-- machine (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_GOALS = re.compile(r"(<!-- goals -->\n).*?(<!-- end -->)", re.DOTALL)
 _LOW = 0.5  # of the load average: below it nothing else ran
 
 Result = Mapping[str, Any]
@@ -34,6 +37,7 @@ def results(folder: Path = RESULTS) -> dict[str, Result]:
 def filled(text: str, found: Mapping[str, Result]) -> str:
     """The page's text with every table made anew. Raises KeyError for a result or column that is not there."""
     text = _TABLE.sub(lambda match: match[1] + _tables(found[match[2]], match[3]) + match[4], text)
+    text = _GOALS.sub(lambda match: match[1] + _goals(found) + match[2], text)
     return _MACHINE.sub(lambda match: match[1] + _machine(found[match[2]]["environment"]) + match[3], text)
 
 
@@ -64,6 +68,11 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [_line(columns), _line("---:" if number else "---" for number in numbers)]
     lines += [_line(shown(row[column]) for column in columns) for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _goals(found: Mapping[str, Result]) -> str:
+    rows = list(goals.rows(found))
+    return _table(list(rows[0]), rows) if rows else ""
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.goals import GOALS, Goal, of
 from benchmarks.page import filled, results, tables
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -64,3 +65,15 @@ def test_what_is_not_there_is_an_error(table: str) -> None:
     """A result or a column with another name is not passed over."""
     with pytest.raises(KeyError):
         filled(f"<!-- {table} -->\n<!-- end -->", {"speed": RESULT})
+
+
+@pytest.mark.parametrize(("found", "at_least", "reached"), [(9, False, True), (10, False, True), (11, False, False),
+                                                            (9, True, False), (10, True, True), (11, True, True)])
+def test_a_goal_is_reached_from_its_bound_on(found: float, at_least: bool, reached: bool) -> None:
+    """A bound is the most or the least that is good enough."""
+    assert Goal("speed", "speed", of("rate"), 10, at_least).reached(found) is reached
+
+
+def test_every_goal_names_a_result_of_the_page() -> None:
+    """No goal is left out of the table because of a name that nothing has."""
+    assert {goal.result for goal in GOALS} <= set(RESULTS)

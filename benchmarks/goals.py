@@ -1,0 +1,67 @@
+"""What was aimed for, beside what was measured, as rows of the page. A goal that is missed stays in the table."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Goal(NamedTuple):
+    """A value from the rows of one result; it is reached from the bound on: up to it, or from it upward."""
+
+    what: str
+    result: str
+    value: Callable[[Rows], float]
+    bound: float
+    at_least: bool = False
+
+    def reached(self, found: float) -> bool:
+        """Whether the value keeps to the bound."""
+        return found >= self.bound if self.at_least else found <= self.bound
+
+
+def of(column: str, **where: Any) -> Callable[[Rows], float]:
+    """The column in the last of the rows that are so. Raises IndexError when there is none."""
+    return lambda rows: float(
+        [row[column] for row in rows if column in row and where.items() <= row.items()][-1]
+    )
+
+
+def kept(column: str) -> Callable[[Rows], float]:
+    """The column of the last row that has it in that of the first."""
+    def ratio(rows: Rows) -> float:
+        found = [row[column] for row in rows if column in row]
+        return float(found[-1] / found[0])
+
+    return ratio
+
+
+GOALS = (
+    Goal("end to end, embedded, events/s", "end_to_end", of("events/s", phase="full speed"), 200_000, True),
+    Goal("freshness p99 at 100,000 events/s, ms", "freshness", of("fresh p99 ms", phase="at 100,000/s"), 200),
+    Goal("end to end over Kafka, events/s", "kafka_end_to_end", of("events/s", phase="full speed"), 100_000, True),
+    Goal("taken by a core, 100 events a body, events/s", "accept",
+         of("events/CPU s", **{"server": "meterstream", "gateways": 1, "events a body": 100}), 400_000, True),
+    Goal("taken by a core, single events, requests/s", "accept",
+         of("events/CPU s", **{"server": "meterstream", "gateways": 1, "events a body": 1}), 25_000, True),
+    Goal("times the usual stack, 100 events a body", "accept",
+         of("times usual per CPU", **{"gateways": 1, "events a body": 100}), 15, True),
+    Goal("1,000 meters, CPU time in that of ten", "shapes",
+         of("times ordinary", shape="1,000 meters, each of one model"), 3),
+    Goal("speed at the longest history in that at the shortest", "history", kept("full speed/s"), 0.8, True),
+    Goal("memory of the aggregator at the longest history, MB", "history", of("resident MB"), 2048),
+    Goal("a month by the day at the longest history, p99, ms", "history", of("month idle p99 ms"), 50),
+    Goal("a balance while events stream in, p99, ms", "balances",
+         of("p99_ms", what="one balance", beside="streaming"), 2),
+    Goal("killed and started again, to the first event taken, ms", "history", of("restart to taken ms"), 1000),
+)  # fmt: skip
+
+
+def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each goal whose result is there."""
+    for goal in GOALS:
+        if goal.result in results:
+            found = goal.value(results[goal.result]["rows"])
+            reached = "yes" if goal.reached(found) else "no"
+            bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:,g}"
+            yield {"goal": goal.what, "wanted": bound, "measured": found, "reached": reached}
