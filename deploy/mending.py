@@ -37,7 +37,7 @@ _ADVICE = {
     Cause.FILTER_SEMANTICS: "give the meter a filter that compares values of one type, here and at Polar, and correct "
                             "what was invoiced",
 }  # fmt: skip
-_A_PERSON = {Repair.RESTART, Repair.WAIT, Repair.DECIDE}
+_A_PERSON = {Repair.RESTART, Repair.DECIDE}
 
 
 def plan(report: Report) -> list[Done]:

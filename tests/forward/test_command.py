@@ -1,5 +1,6 @@
 """``meterstream serve`` with a Polar token forwards by itself, and ``meterstream forward`` is its cockpit."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -9,8 +10,13 @@ from typing import Any
 
 import pytest
 
+from aggregator.forward.polar_event import item_of
+from aggregator.forward.source import Selection
+from aggregator.forward.state import State
 from deploy.data import DataDirectory
+from deploy.forward import open_source
 from deploy.forward_desk import status
+from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation, eventually
 from tests.forward.polar import POISON, Polar, send, stored
 from tests.forward.test_forwarder import events, ids
@@ -126,6 +132,19 @@ def test_without_a_token_there_is_nothing_to_forward_with(tmp_path: Path) -> Non
     ):
         done = place.run("forward", *arguments)
         assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+
+
+def test_beside_an_aggregator_alone_the_feed_has_an_address(ours: Installation, tmp_path: Path, name: str) -> None:
+    """Where there is no socket, the address and the token of the settings are what the feed is read with."""
+    send(ours, events(name, 3))
+    settings = Settings(data=tmp_path, url=ours.url, token=Secret(ours.token))
+    with (
+        contextlib.closing(State(tmp_path / "forward.sqlite")) as state,
+        contextlib.closing(open_source(settings, DataDirectory(tmp_path), state)) as source,
+    ):
+        found = source.page({}, Selection(names=(name,)), 10)
+
+    assert [item_of(entry, "raw").external_id for entry in found.entries] == ids(events(name, 3))
 
 
 def _nowhere(path: Path) -> Installation:
