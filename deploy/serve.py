@@ -29,6 +29,8 @@ import structlog
 from deploy.control import NotYet, first_start, open_control
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.lifeline import live_no_longer_than_supervisor
+from deploy.logs import configure_logs
 from deploy.output import note
 from deploy.settings import Settings
 from meters.access import digest
@@ -114,8 +116,11 @@ class Started(msgspec.Struct, frozen=True):
     drawn: bool  # the secret was drawn here rather than given
 
 
-def serve(settings: Settings) -> None:
+def run(settings: Settings, lifeline: int | None) -> None:
     """Serve until SIGTERM or SIGINT. Raises GiveUp when it cannot begin or cannot go on."""
+    configure_logs("serve", settings.log_level)
+    if lifeline is not None:
+        live_no_longer_than_supervisor(lifeline)
     data = data_directory(settings)
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
         secret = _first_secret(data, settings)
@@ -206,7 +211,7 @@ async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as group:
-        kept = [group.create_task(child.keep()) for child in (aggregator, gateway, *others)]
+        kept = [group.create_task(child.keep()) for child in children]
         asked = group.create_task(stop.wait())
         _greet(started)
         await asyncio.wait([asked, *kept], return_when=asyncio.FIRST_COMPLETED)

@@ -49,16 +49,23 @@ def install_pages(app: FastAPI) -> None:
         """The API as a page to read."""
         return Response(page(), media_type="text/html", headers=headers)
 
-    _complete(app.openapi())  # after the last route: another one would have it made anew
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """The document, made when somebody asks first: a start does not wait for it."""
+        return app.openapi_schema or _completed(made())
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the framework's own way to have another one
 
 
-def _complete(document: dict[str, Any]) -> None:
-    """Add the schemas of bodies and the kind of credential."""
+def _completed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the schemas of bodies and the kind of credential."""
     components = document.setdefault("components", {})
     made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
     components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
+    return document
 
 
 def _page(document: dict[str, Any]) -> str:

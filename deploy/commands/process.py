@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deploy.session import session
+from deploy.start import begin
 
 Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
@@ -16,15 +17,7 @@ Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socke
 
 def serve(context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None) -> None:
     """Run Meterstream: gateway and aggregator together. The first start makes an organization and a token."""
-    from deploy.lifeline import live_no_longer_than_supervisor
-    from deploy.logs import configure_logs
-    from deploy.serve import serve as run
-
-    settings = session(context).settings.but(host=host, port=port)
-    configure_logs("serve", settings.log_level)
-    if lifeline is not None:
-        live_no_longer_than_supervisor(lifeline)
-    run(settings)
+    begin("serve", session(context).settings.but(host=host, port=port), lifeline)
 
 
 def gateway(
@@ -32,11 +25,7 @@ def gateway(
     lifeline: Lifeline = None, socket: Socket = None,
 ) -> None:  # fmt: skip
     """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
-    from deploy.gateway import run
-    from deploy.logs import crashes_logged
-
-    with crashes_logged():
-        run(session(context).settings.but(host=host, port=port, upstream=upstream), lifeline, socket)
+    begin("gateway", session(context).settings.but(host=host, port=port, upstream=upstream), lifeline, socket)
 
 
 def aggregate(
@@ -46,11 +35,7 @@ def aggregate(
 
     With its log on Kafka it answers on --host and --port, for gateways elsewhere; else on a socket in the data.
     """
-    from deploy.aggregate import run
-    from deploy.logs import crashes_logged
-
-    with crashes_logged():
-        run(session(context).settings.but(host=host, port=port), lifeline)
+    begin("aggregate", session(context).settings.but(host=host, port=port), lifeline)
 
 
 def demo(

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.forward.state import State
-from deploy.cli import app
+from deploy.command_line import app
 from deploy.settings import PREFIX, Settings
 from tests.deploy.installation import Installation
 from tests.deploy.programs import assert_succeeds, program

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from deploy.cli import app, global_options_first
+from deploy.command_line import app, global_options_first
 from deploy.settings import read_environment
 from tests.deploy.installation import Installation, eventually, meterstream
 

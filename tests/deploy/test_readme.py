@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from deploy.cli import app
+from deploy.command_line import app
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 LINES = [line.strip() for line in README.splitlines() if line.startswith("    meterstream ")]

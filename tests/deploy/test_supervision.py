@@ -62,11 +62,20 @@ def test_a_stopped_child_stays_stopped() -> None:
     assert asyncio.run(scenario()) is None
 
 
-def test_a_gateway_loads_nothing_heavy() -> None:
-    """What a gateway imports before it listens has no store, no framework and no HTTP client in it."""
+@pytest.mark.parametrize("process", ["gateway", "serve"])
+def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
+    """What is loaded before a gateway listens has no store, no framework, no HTTP client and no command line in it."""
     heavy = {"duckdb", "pyarrow", "numpy", "sqlglot", "fastapi", "starlette", "pydantic", "httpx", "aggregator"}
-    program = "import deploy.cli, deploy.gateway, sys; print(*sys.modules)"
+    alone = "import deploy.cli; from deploy.start import load_structlog_alone; load_structlog_alone()"
+    program = f"{alone}; import deploy.{process}, sys; print(*sys.modules)"
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert heavy & set(loaded.split()) == set()
+    assert (heavy | {"typer", "rich"}) & set(loaded.split()) == set()
+
+
+def test_tables_are_drawn_after_logs_were_loaded_alone() -> None:
+    """Rich is hidden from structlog and from nobody else."""
+    program = "from deploy.start import load_structlog_alone; load_structlog_alone(); import structlog, rich.table"
+
+    subprocess.run([sys.executable, "-c", program], check=True)

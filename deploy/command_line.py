@@ -1,0 +1,108 @@
+"""The command line: every command hangs here.
+
+The commands live in deploy/commands, by noun. What a command needs is imported when it runs.
+
+The global options may stand anywhere on the line: ``meterstream usage tokens --output json`` reads naturally, and so
+does the other order.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from deploy.commands import credits as credit_commands
+from deploy.commands import (
+    customers,
+    events,
+    forward,
+    meters,
+    organizations,
+    process,
+    reconcile,
+    store,
+    tokens,
+    usage,
+    webhooks,
+)
+from deploy.commands import kafka as kafka_commands
+from deploy.giving_up import FAILED
+from deploy.output import Output
+from deploy.session import EPILOG, Session
+from deploy.settings import Settings
+
+GLOBAL_OPTIONS = ("--url", "--token", "--data", "--log", "--output")
+
+app = typer.Typer(
+    name="meterstream", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, epilog=EPILOG,
+    help="Usage metering that counts every event exactly once and can explain every number it shows.",
+)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="Where the server is, such as http://127.0.0.1:8000.")] = None,
+    token: Annotated[str | None, typer.Option(help="The organization's access token.")] = None,
+    data: Annotated[str | None, typer.Option(help="The directory of the store, and of a log that is a file.")] = None,
+    log: Annotated[str | None, typer.Option(help="kafka://HOST:PORT; without it, a file in the data.")] = None,
+    output: Annotated[Output, typer.Option(help="How to show the answer.")] = Output.table,
+) -> None:
+    """What every command takes."""
+    settings: Settings = context.obj
+    context.obj = Session(settings.but(url=url, token=token, data=data, log=log), output)
+
+
+app.command(epilog=EPILOG)(process.serve)
+app.command(epilog=EPILOG)(process.gateway)
+app.command(epilog=EPILOG)(process.aggregate)
+app.command(epilog=EPILOG)(process.demo)
+app.add_typer(events.app, name="events")
+app.add_typer(meters.app, name="meters")
+app.add_typer(customers.app, name="customers")
+app.add_typer(credit_commands.app, name="credits")
+app.add_typer(webhooks.app, name="webhooks")
+app.command(epilog=EPILOG)(usage.usage)
+app.add_typer(organizations.app, name="orgs")
+app.add_typer(tokens.app, name="tokens")
+app.add_typer(forward.app, name="forward")
+app.add_typer(kafka_commands.app, name="kafka")
+app.command(epilog=EPILOG)(kafka_commands.lag)
+app.command(epilog=EPILOG)(store.rebuild)
+app.command(epilog=EPILOG, name="skip-lost")(store.skip_lost)
+app.command(epilog=EPILOG)(store.doctor)
+app.command(epilog=EPILOG)(reconcile.reconcile)
+app.command(epilog=EPILOG)(process.version)
+
+
+def global_options_first(arguments: Sequence[str]) -> list[str]:
+    """The same line with the global options in front, where the parser looks for them. ``--`` ends the search."""
+    front: list[str] = []
+    rest: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--":
+            rest += [argument, *pending]
+        elif argument in GLOBAL_OPTIONS:
+            front += [argument, *(value for value in [next(pending, None)] if value is not None)]
+        elif argument.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)):
+            front.append(argument)
+        else:
+            rest.append(argument)
+    return front + rest
+
+
+def run(arguments: Sequence[str], settings: Settings) -> int | None:
+    """Parse and run one command; its exit code. Raises GiveUp, and whatever a bug raises."""
+    try:
+        code: int | None = app(
+            args=global_options_first(arguments), prog_name="meterstream", standalone_mode=False, obj=settings
+        )
+    except typer.TyperException as error:
+        if message := error.format_message():  # there is none where the parser has printed the help instead
+            print(f"meterstream: {message}", file=sys.stderr)
+        return error.exit_code
+    except typer.Abort:
+        return FAILED
+    return code
