@@ -39,7 +39,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     held_bytes_max: int = 256 * MEBIBYTE
     """Bytes of events not yet acknowledged, on disk (or in memory where there is no spool): half a million to a
-    million events, hours of a busy application without its server."""
+    million events, hours of a busy application without its server. The journal adds at most 16 MiB to it."""
 
     block_s_max: float = 1.0
     """The longest that capturing an event may wait for room, when that is what a full spool shall do."""
