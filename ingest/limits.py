@@ -34,6 +34,10 @@ SHUTDOWN_DEADLINE_S = 10
 CONNECTIONS_MAX = 4096
 """Open sockets: at some 20 KiB each below 100 MiB, and far more than any pool of producers holds."""
 
+PIPELINED_MAX = 128
+"""Requests that wait on one connection for the answer to an earlier one: clients that do not wait are rare, and send a
+few ahead. Each holds some 3 KiB."""
+
 IN_FLIGHT_BYTES_MAX = 256 * MEBIBYTE
 """Bytes of bodies held at once, from the first byte until the answer: 25 of the largest, a million small events."""
 

@@ -26,6 +26,7 @@ from ingest.limits import (
     HEAD_BYTES_MAX,
     HEAD_DEADLINE_S,
     IDLE_DEADLINE_S,
+    PIPELINED_MAX,
     SHUTDOWN_DEADLINE_S,
     WRITE_DEADLINE_S,
 )
@@ -95,6 +96,8 @@ class Protocol(HttpToolsProtocol):
             self.cut("head", _long_head())
         elif self.parser.get_http_version() not in ("1.1", "1.0"):
             self.cut("head", answers.bad_request("HTTP/1.1 is spoken here."))
+        elif len(self.pipeline) >= PIPELINED_MAX:
+            self.cut("pipeline")
         if not self.transport.is_closing() and not self._begin_exchange():
             super().on_headers_complete()
 
@@ -159,6 +162,8 @@ class Protocol(HttpToolsProtocol):
         if self.in_message:
             self.unread_since_s = self.loop.time()
         super().on_response_complete()
+        if self.pipeline:  # uvicorn reads on all the same, faster than it answers
+            self.flow.pause_reading()
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn answers to bytes that are no HTTP."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ingest.limits import HEAD_BYTES_MAX
+from ingest.limits import HEAD_BYTES_MAX, PIPELINED_MAX
 from tests.ingest.running import RunningGateway, event, eventually, receive_all
 
 BODY = json.dumps({"events": [event()]}).encode()
@@ -295,3 +295,16 @@ def test_pipelined_requests_are_answered_in_order(gateway: RunningGateway) -> No
     """Good, bad, good on one connection."""
     bad = request(gateway, body=b"{")
     assert exchange(gateway, LIVEZ.replace(CLOSE.encode(), b"x: y") + bad + LIVEZ) == [200, 422, 200]
+
+
+@pytest.mark.parametrize("ahead", ["livez", "ingest"])
+def test_requests_without_end_are_not_held(gateway: RunningGateway, ahead: str) -> None:
+    """A client may send some requests ahead; one that sends far more than it is answered is cut off."""
+    one = LIVEZ.replace(CLOSE.encode(), b"x: y") if ahead == "livez" else request(gateway, body=b'{"events":[]}')
+    with gateway.connect() as connection:
+        connection.sendall(one * PIPELINED_MAX)
+        received = b""
+        while len(statuses(received)) < PIPELINED_MAX:
+            received += connection.recv(65536)
+        many = 100 * PIPELINED_MAX
+        assert cut(connection, one * many) or len(statuses(receive_all(connection))) < many
