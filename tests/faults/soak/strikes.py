@@ -25,6 +25,7 @@ FROZEN_S = (0.2, 2.5)
 CLOCK_S = 7200.0  # at most that far off, either way
 POISON = (b"{broken", b"\xff\xfe\x00", b"[]", b'{"name":"nobody\'s"}', b"NaN", b"null", b'"' + b"x" * 500_000 + b'"')
 FLOOD_S_MAX = 30.0
+AHEAD = 50  # requests of a flood that are sent before the first is answered
 _NAMES = {"gateway": "gateway", "aggregator": "aggregate"}  # of a process, as its command says it
 TURNED_AWAY = frozenset({400, 401, 408, 411, 413, 415, 422, 429, 431, 503})
 
@@ -137,8 +138,17 @@ class Site:
             while b" 429 " not in answers:
                 if time.monotonic() > deadline_s:
                     raise Wrong(f"nobody stopped a flood: {answers[:200]!r}")
-                connection.sendall(request * 50)
-                answers = answers[-20:] + connection.recv(1 << 20)
+                connection.sendall(request * AHEAD)
+                answers = b""
+                while answers.count(b"HTTP/1.1 ") < AHEAD:
+                    answers += _received(connection)
+
+
+def _received(connection: socket.socket) -> bytes:
+    received = connection.recv(1 << 20)
+    if not received:
+        raise Wrong("a flood was cut off instead of answered")
+    return received
 
 
 def _between(bounds: tuple[float, float], strength: float) -> float:

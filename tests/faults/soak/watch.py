@@ -87,9 +87,9 @@ class Watch:
 
     def balances(self) -> list[tuple[Decimal, Decimal, Decimal]]:
         """Credited, consumed and balance of the credited customers."""
-        names = ("credited_units", "consumed_units", "balance")
+        names, which = ("credited_units", "consumed_units", "balance"), {"meter_id": self._meters["calls"]}
         rows = [
-            self._done("GET", "/v1/customer-meters/", params={"customer_id": customer["id"]})["items"][0]
+            self._done("GET", "/v1/customer-meters/", params=which | {"customer_id": customer["id"]})["items"][0]
             for customer in self._customers
         ]
         return [tuple(Decimal(str(row[name])) for name in names) for row in rows]  # type: ignore[misc]
