@@ -53,6 +53,9 @@ GOALS = (
     Goal("a month by the day at the longest history, p99, ms", "history", of("month idle p99 ms"), 50),
     Goal("a balance while events stream in, p99, ms", "balances",
          of("p99_ms", what="one balance", beside="streaming"), 2),
+    Goal("ten million events reconciled with store and log, s", "reconcile",
+         lambda rows: float(rows[0]["wall s"] * 1e7 / rows[0]["log"]), 120),
+    Goal("memory of that, MB", "reconcile", of("peak MB"), 1000),
     Goal("killed and started again, to the first event taken, ms", "history", of("restart to taken ms"), 1000),
 )  # fmt: skip
 
