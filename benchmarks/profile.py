@@ -38,7 +38,7 @@ def py_spy(pid: int, seconds: int, scratch: Path) -> str:
     total = sum(count for _, count in stacks)
     threads, own, below = Counter[str](), Counter[str](), Counter[str]()
     for frames, count in stacks:
-        threads[frames[0]] += count
+        threads[frames[0].rpartition(": ")[2]] += count
         own[_name(frames[-1])] += count
         for name in set(map(_name, frames[1:])):
             below[name] += count
@@ -77,7 +77,7 @@ def _reported(command: str, data: Path, sort: str) -> Iterable[str]:
         [command, "report", "--stdio", "--no-children", "--sort", sort, "--input", str(data)],
         check=True, capture_output=True, text=True,
     )
-    lines = [line.rstrip() for line in report.stdout.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line.rstrip(" -") for line in report.stdout.splitlines() if line.strip() and not line.startswith("#")]
     return lines[:SHOWN]
 
 
@@ -93,7 +93,7 @@ def profiled(server: Server, process: str, run: int, seconds: int) -> str:
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    phase = Phase(server, run, 2.5 * seconds, None)
+    phase = Phase(server, run, 4 * seconds, None)
     sampler.join()
     cpu_us = 1e6 * phase.cpu_s[process] / phase.ledger.events
     head = environment()
