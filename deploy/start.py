@@ -4,40 +4,44 @@ A start is measured in hundredths of a second, since a restart is: until a gatew
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deploy.settings import Settings
 
 
 def begin(process: str, settings: Settings, lifeline: int | None, listener: int | None = None) -> None:
-    """Run one of the three until it is told to stop. Raises GiveUp."""
-    load_structlog_alone()
+    """Run serve, gateway or aggregate until it is told to stop. Raises GiveUp."""
+    with without_rich():
+        from deploy.logs import crashes_logged
     if process == "serve":
         from deploy.serve import run as serve
 
         serve(settings, lifeline)
         return
-    from deploy.logs import crashes_logged
-
     with crashes_logged():
         if process == "gateway":
             from deploy.gateway import run as gateway
 
             gateway(settings, lifeline, listener)
         else:
-            from deploy.aggregate import run as aggregate
+            with without_rich():
+                from deploy.aggregate import run as aggregate
 
             aggregate(settings, lifeline)
 
 
-def load_structlog_alone() -> None:
-    """Load structlog without rich, which it takes for a console renderer that no process of ours uses: 0.1 s.
+@contextmanager
+def without_rich() -> Iterator[None]:
+    """Load libraries as if there were no rich, which structlog and httpx take for terminals: 0.1 s each time.
 
-    Tables are drawn with rich all the same, by whoever imports it afterwards.
+    None of these processes draws anything. Whoever imports rich afterwards gets it.
     """
-    if "structlog" in sys.modules or "rich" in sys.modules:
+    if "rich" in sys.modules:
+        yield
         return
-    sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system says that there is none
+    sys.modules["rich"] = None  # type: ignore[assignment]  # the import system's way to say that there is none
     try:
-        import structlog  # noqa: F401
+        yield
     finally:
         del sys.modules["rich"]

@@ -66,8 +66,10 @@ def test_a_stopped_child_stays_stopped() -> None:
 def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
     """What is loaded before a gateway listens has no store, no framework, no HTTP client and no command line in it."""
     heavy = {"duckdb", "pyarrow", "numpy", "sqlglot", "fastapi", "starlette", "pydantic", "httpx", "aggregator"}
-    alone = "import deploy.cli; from deploy.start import load_structlog_alone; load_structlog_alone()"
-    program = f"{alone}; import deploy.{process}, sys; print(*sys.modules)"
+    program = (
+        "import deploy.cli, sys\nfrom deploy.start import without_rich\nwith without_rich():\n"
+        f"    import deploy.{process}\nprint(*sys.modules)"
+    )
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
@@ -75,7 +77,7 @@ def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
 
 
 def test_tables_are_drawn_after_logs_were_loaded_alone() -> None:
-    """Rich is hidden from structlog and from nobody else."""
-    program = "from deploy.start import load_structlog_alone; load_structlog_alone(); import structlog, rich.table"
+    """Rich is hidden from the libraries of a start and from nobody else."""
+    program = "from deploy.start import without_rich\nwith without_rich():\n    import deploy.logs\nimport rich.table"
 
     subprocess.run([sys.executable, "-c", program], check=True)
