@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import httpx
@@ -26,12 +26,13 @@ from benchmarks.drain import entries, fill
 from benchmarks.end_to_end import Phase, end_position, meters
 from benchmarks.load import Bodies, Ledger
 from benchmarks.report import Report
-from benchmarks.server import Server
+from benchmarks.server import START_TIMEOUT_S, Server
 from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
 from meters.catalogue import OrganizationCreated, decode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
 
+Answer = TypeVar("Answer")
 DAYS = 28
 MONTH = {"start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-31T00:00:00Z", "interval": "day"}
 WRITTEN_RUN = 9000  # ids of the backlog; those of what is sent over HTTP begin with smaller numbers
@@ -84,19 +85,9 @@ class History:
         self._server.kill()
         began_s = time.perf_counter()
         self._server.begin()
-        while True:
-            try:
-                position = end_position(self._server)
-                break
-            except httpx.HTTPError:
-                time.sleep(0.005)
+        position = patiently(lambda: end_position(self._server))
         accepted_ms = 1000 * (time.perf_counter() - began_s)
-        while True:
-            try:
-                self._server.wait_for(position)
-                break
-            except (httpx.HTTPError, KeyError):  # KeyError: the answer says that it is not there yet
-                time.sleep(0.005)
+        patiently(lambda: self._server.wait_for(position, START_TIMEOUT_S))
         return {"restart to taken ms": accepted_ms, "to counted ms": 1000 * (time.perf_counter() - began_s)}
 
     def month(self, client: httpx.Client) -> tuple[float, int]:
@@ -112,6 +103,18 @@ class History:
         phase = Phase(self._server, run, seconds, rate)
         self.ledgers.append(phase.ledger)
         return phase
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """Ask a server that starts until it answers. Raises what it said last when that takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return ask()
+        except (httpx.HTTPError, KeyError):  # KeyError: the answer says that it is not there yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 
 @contextmanager
