@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "commit": _commit(),
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 

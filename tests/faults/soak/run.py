@@ -199,13 +199,12 @@ class Soak:
     def _outcome(self, place: Place, rate: int, vitals: Vitals) -> Outcome:
         counts = self._tally.counts
         figures: dict[str, Any] = {
-            "seed": self._options.seed, "minutes": self._options.minutes, "rate_lines_per_s": rate,
-            "lines": {count.name.lower(): int(counts[count]) for count in Count if count < Count.NEXT},
-            "faults": dict(sorted(self._struck.items())), "faults_in_all": self._struck.total(),
-            "recovery_s": {
-                kind: {"median": round(median(all_s), 3), "max": round(max(all_s), 3)}
-                for kind, all_s in sorted(self._recovery_s.items())
-            },
+            "seed": self._options.seed, "minutes": self._options.minutes,
+            "log": "Kafka" if self._cluster else "embedded", "lines/s": rate,
+            "lines": int(counts[Count.ACKNOWLEDGED_LINES]), "faults": dict(sorted(self._struck.items())),
+            "answers 503": int(counts[Count.REFUSED]), "429": int(counts[Count.LIMITED]),
+            "cut": int(counts[Count.CUT]),
+            "recovery_s": {kind: (median(all_s), max(all_s)) for kind, all_s in self._recovery_s.items()},
         }  # fmt: skip
         if counts[Count.WRONG]:
             self._problems.append(f"{counts[Count.WRONG]} answers to the sender were neither yes nor later")
@@ -232,7 +231,7 @@ class Soak:
         if rebuilt:
             problems += _rebuild(place)
         self._problems += problems
-        return books._asdict() | {"credits": self._watch.credits * len(CREDITED), "rebuilt": bool(rebuilt)}
+        return books._asdict() | {"credits": self._watch.credits * len(CREDITED), "rebuilt": "yes" if rebuilt else "no"}
 
     def _brokers(self) -> contextlib.AbstractContextManager[Cluster | None]:
         return own_brokers(self._options.work) if self._options.kafka else contextlib.nullcontext()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 PERIOD_S = 1.0
-WARM_SHARE = 0.25  # of a life
+WARM_SHARE = 0.5  # of a life: DuckDB caches what it reads, up to its limit
 SAMPLES_MIN = 10  # of a life that has a slope
 BARS = " ▁▂▃▄▅▆▇█"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
