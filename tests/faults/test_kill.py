@@ -24,12 +24,12 @@ VICTIMS = ("server", "server", "gateway", "aggregate")
 SINGLE_DEATHS_MAX = 4  # in a row: at the sixth within a minute the supervisor rightly gives up
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)  # with --long a hundred rounds
 def test_every_acknowledged_event_is_stored_once(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """Twenty deaths at random moments: nothing acknowledged is lost, nothing is stored twice, nothing is invented."""
-    choose = random.Random(SEED)
+    choose, rounds = random.Random(SEED), ROUNDS * 5 if long else ROUNDS
     server, sender = Server(tmp_path / "data", tmp_path / "server.log"), Sender(SEED, TOKEN)
     restarts_s: dict[str, list[float]] = {name: [] for name in VICTIMS}
     single_deaths = 0
@@ -40,7 +40,7 @@ def test_every_acknowledged_event_is_stored_once(
 
     try:
         server.start()
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             victim = choose.choice(VICTIMS) if single_deaths < SINGLE_DEATHS_MAX else "server"
             single_deaths = 0 if victim == "server" else single_deaths + 1
             asyncio.run(sender.load(str(server.client.base_url), strike))
@@ -55,7 +55,7 @@ def test_every_acknowledged_event_is_stored_once(
     outcome = sender.outcome(ids)
     restarts = (f"{name} {median(s):.2f} s (max {max(s):.2f}, n={len(s)})" for name, s in restarts_s.items() if s)
     record_property("figures",
-        f"kill -9: seed {SEED}, rounds {ROUNDS}, {outcome}, repeated {sender.repeated}; "
+        f"kill -9: seed {SEED}, rounds {rounds}, {outcome}, repeated {sender.repeated}; "
         f"answering again after the death of the {', '.join(restarts)}"
     )
     assert_store_tells(tables, count(log))
