@@ -58,7 +58,7 @@ lint: setup  ## style, types and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup  ## every benchmark, each beside its baseline, into benchmarks/README.md; about ten minutes (ARGS="--quick", "--long")
+bench: setup  ## every benchmark, each beside its baseline, into benchmarks/README.md; some twelve minutes (ARGS="--quick", "--long")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what was made here, except the data
