@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 
 import msgspec
@@ -43,12 +43,8 @@ class Control:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        try:
+        with _explained():
             self.catalogue = Catalogue(_changes(log))
-        except TryAgain as error:
-            raise NotYet(f"the log's decisions cannot be read: {error}") from error
-        except PositionLost as error:
-            raise GiveUp(f"the log's decisions cannot be read: {error}; see `meterstream doctor`") from error
 
     def decide(self, changes: Sequence[Change]) -> None:
         """Make decisions durable, all or none. Raises GiveUp when the log cannot take them now."""
@@ -68,6 +64,24 @@ class Control:
             return found[0]
         names = ", ".join(f"{one.name} ({one.id})" for one in known) or "none yet; see `meterstream orgs create`"
         raise GiveUp(f"say which organization with --organization ID; there are: {names}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Why the stream cannot be read, as the command line says it."""
+    try:
+        yield
+    except TryAgain as error:
+        raise NotYet(f"the log's decisions cannot be read: {error}") from error
+    except PositionLost as error:
+        raise GiveUp(f"the log's decisions cannot be read: {error}; see `meterstream doctor`") from error
+
+
+def was_started_before(data: DataDirectory) -> bool:
+    """Whether there is an organization. It is the first decision of all, so this takes no time. Raises GiveUp."""
+    data.make()
+    with closing(data.open_log()) as log, _explained():
+        return any(isinstance(change, OrganizationCreated) for change in _changes(log))
 
 
 @contextmanager

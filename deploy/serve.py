@@ -20,13 +20,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 import msgspec
 import structlog
 
-from deploy.control import NotYet, first_start, open_control
+from deploy.control import NotYet, first_start, open_control, was_started_before
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.lifeline import live_no_longer_than_supervisor
@@ -130,6 +131,8 @@ def run(settings: Settings, lifeline: int | None) -> None:
             children = _children(data, listener, lifeline, lock)
             if settings.polar_token:
                 children += (_forwarder(data, lifeline, lock),)
+            if settings.token and secret is None:
+                threading.Thread(target=_doubt, args=(data, settings.token), daemon=True).start()
             failure = asyncio.run(_supervise(children, started))
         finally:
             os.close(held_end)
@@ -143,11 +146,10 @@ def _first_secret(data: DataDirectory, settings: Settings) -> str | None:
     told = False
     while True:
         try:
+            if was_started_before(data):
+                return None
             with open_control(data, create=True) as control:
-                secret = first_start(control, settings.token)
-                if settings.token and digest(settings.token) not in control.catalogue.tokens:
-                    note("The token that was given is not known here; `meterstream tokens create` makes one.")
-                return secret
+                return first_start(control, settings.token)
         except NotYet as reason:
             if data.has_log:
                 raise
@@ -155,6 +157,13 @@ def _first_secret(data: DataDirectory, settings: Settings) -> str | None:
                 logger.warning("waiting_for_the_log", reason=str(reason))
             told = True
             time.sleep(BROKERS_LOOK_S)
+
+
+def _doubt(data: DataDirectory, token: str) -> None:
+    """Say so if nobody knows the token. All decisions are read for that, so nothing waits for it."""
+    with contextlib.suppress(GiveUp), open_control(data) as control:
+        if digest(token) not in control.catalogue.tokens:
+            note("The token that was given is not known here; `meterstream tokens create` makes one.")
 
 
 def listen(host: str, port: int) -> socket.socket:

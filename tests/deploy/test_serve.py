@@ -144,3 +144,16 @@ def test_a_rebuild_beside_a_server_is_refused(running: Installation) -> None:
     assert "cannot rebuild the store: another server" in refused.stderr
     assert "stop it first" in refused.stderr
     assert "a server runs here" in running.run("doctor").stdout
+
+
+def test_a_token_that_nobody_knows_is_doubted(installation: Installation) -> None:
+    """A later start with another token serves all the same, and says what is wrong with the token."""
+    installation.start()
+    known = installation.token
+    installation.stop()
+
+    installation.start("--token", "polar_oat_of-another-place")
+
+    assert eventually(lambda: "not known here" in installation.log)
+    assert installation.token == known
+    assert installation.answer("meters", "list") == []
