@@ -12,7 +12,6 @@ through the framework.
 import argparse
 import asyncio
 import multiprocessing
-import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ import numpy as np
 
 from benchmarks.load import Bodies, send
 from benchmarks.report import Report
-from benchmarks.server import TOKEN, Server
+from benchmarks.server import TOKEN, Reader, Server
 from deploy.data import DataDirectory
 from meters import exact_json
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change, encode_change
@@ -88,33 +87,6 @@ def stream(port: int, customers: int, rate: float, seconds: float) -> None:
     asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, connections=4))
 
 
-class Client:
-    """One connection, requests prepared, answers read to their length and no further."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def get(self, path: str) -> bytes:
-        """The body of an answer, which has to be 200."""
-        request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
-        self._socket.sendall(request.encode())
-        answer = bytearray()
-        while (end := answer.find(b"\r\n\r\n")) < 0:
-            answer += self._received()
-        head = bytes(answer[:end]).lower()
-        assert head.startswith(b"http/1.1 200 "), head
-        length = end + 4 + int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
-        while len(answer) < length:
-            answer += self._received()
-        return bytes(answer[end + 4 :])
-
-    def _received(self) -> bytes:
-        data = self._socket.recv(65536)
-        assert data, "the server closed the connection"
-        return data
-
-
 def measure(ask: Callable[[], Any], seconds: float) -> dict[str, float]:
     """Latencies of reads, one after the other, as their client sees them."""
     found, until = [], time.perf_counter() + seconds
@@ -129,7 +101,7 @@ def measure(ask: Callable[[], Any], seconds: float) -> dict[str, float]:
 def questions(server: Server, customers: int, meter_ids: list[str]) -> dict[str, Callable[[], Any]]:
     """What is asked, again and again."""
     random = Random(1)
-    get = Client(server.port).get
+    get = Reader(server.port).get
 
     def balance() -> Any:
         return get(f"/v1/customer-meters/{customer_meter_id(customer_id(random.randrange(customers)), meter_ids[0])}")

@@ -10,19 +10,19 @@ and the reader share the machine. At the end every meter's total is compared wit
 import argparse
 import json
 import multiprocessing
+import queue
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
-import httpx
 import numpy as np
 import uvloop
 
 from benchmarks.load import MODELS, Bodies, Ledger, send
 from benchmarks.report import Report
-from benchmarks.server import TOKEN, Server
+from benchmarks.server import TOKEN, Reader, Server
 
 EXPECTED_RATE = 120_000  # events a second that full speed may reach; bodies beyond are made while sending
 EVENTS_A_BODY = 100
@@ -71,8 +71,8 @@ class Phase:
         results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         sender.start()
-        reads = list(read_totals(server, results)) if rate else []
-        self.ledger = results.get()
+        reads = list(read_totals(server, lambda: results.empty() and sender.is_alive())) if rate else []
+        self.ledger = _taken(results, sender)
         sender.join()
         server.wait_for(end_position(server))
         self.done_s = time.monotonic() - self.ledger.began_s
@@ -98,21 +98,27 @@ def end_position(server: Server) -> str:
     return position
 
 
-def read_totals(server: Server, results: "multiprocessing.Queue[Ledger]") -> Iterator[tuple[float, float]]:
-    """When each read of one customer's total on one meter began, and its seconds, until the sender has a result.
+def _taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Process) -> Ledger:
+    """The sender's result; it cannot end before it, larger than a pipe, has been taken from the queue."""
+    while True:
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            if not sender.is_alive():
+                raise RuntimeError("the sender failed, see above") from None
 
-    The sender itself is no sign: it cannot end before its ledger, larger than a pipe, has been taken from the queue.
-    """
+
+def read_totals(server: Server, is_sending: Callable[[], bool]) -> Iterator[tuple[float, float]]:
+    """When each read of one customer's total on one meter began, and its seconds, while there is load."""
     random = np.random.default_rng(3)
     ids = [meter["id"] for meter in server.http.get("/v1/meters/", params={"limit": 100}).json()["items"]]
-    with httpx.Client(base_url=server.url, headers=server.http.headers, timeout=30) as client:
-        while results.empty():
-            customer = f"customer-{random.integers(0, 100_000):08d}"
-            began_s = time.monotonic()
-            path = f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage"
-            client.get(path, params={"external_customer_id": customer}).raise_for_status()
-            yield began_s, time.monotonic() - began_s
-            time.sleep(0.01)
+    reader = Reader(server.port)
+    while is_sending():
+        customer = f"customer-{random.integers(0, 100_000):08d}"
+        began_s = time.monotonic()
+        reader.get(f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage?external_customer_id={customer}")
+        yield began_s, time.monotonic() - began_s
+        time.sleep(0.01)
 
 
 def freshness(server: Server) -> tuple[np.ndarray, np.ndarray]:

@@ -127,6 +127,33 @@ class Server:
         return pids
 
 
+class Reader:
+    """One connection that only writes and reads bytes, because its own time is part of every latency it measures."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def get(self, path: str) -> bytes:
+        """The body of an answer, which has to be 200."""
+        request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+        self._socket.sendall(request.encode())
+        answer = bytearray()
+        while (end := answer.find(b"\r\n\r\n")) < 0:
+            answer += self._received()
+        head = bytes(answer[:end]).lower()
+        assert head.startswith(b"http/1.1 200 "), head
+        length = end + 4 + int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        while len(answer) < length:
+            answer += self._received()
+        return bytes(answer[end + 4 :])
+
+    def _received(self) -> bytes:
+        data = self._socket.recv(65536)
+        assert data, "the server closed the connection"
+        return data
+
+
 class Usage(dict[str, float]):
     """``cpu_s``, ``peak_mb`` and ``resident_mb`` of a process."""
 
