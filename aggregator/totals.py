@@ -126,15 +126,14 @@ class MeterTotals:
     def total(self, subjects: list[int]) -> Total:
         """The total over the customer numbers given, as one customer."""
         with self._lock:
-            known = np.array([subject for subject in subjects if subject < len(self._count)], np.intp)
-            known = known[self._count[known] > 0]
-            count = int(self._count[known].sum())
-            large = [units for subject in self._large.keys() & known.tolist() for units in self._large[subject]]
+            known = [subject for subject in subjects if subject < len(self._count) and self._count[subject] > 0]
+            count = sum([int(self._count[subject]) for subject in known])
+            large = [units for subject in known for units in self._large.get(subject, ())] if self._large else []
             if self._func in _NONE_YET:
                 return self._extremes(known, large, count)
             units = sum(large)
             if self._func != "count":
-                units += int(self._whole[known].sum()) * ONE + int(self._fraction[known].sum())
+                units += sum([int(self._whole[row]) * ONE + int(self._fraction[row]) for row in known])
         return Total(count, _amount(units), None, None)
 
     def sums(self, size: int) -> npt.NDArray[np.float64]:
@@ -174,10 +173,9 @@ class MeterTotals:
             if large:
                 self._large[subject] = [large]
 
-    def _extremes(self, known: Rows, large: list[int], count: int) -> Total:
-        found = self._extreme[known]
-        found = found[found != _NONE_YET[self._func]]
-        edges = [*([int(found.min()), int(found.max())] if len(found) else []), *large]
+    def _extremes(self, known: list[int], large: list[int], count: int) -> Total:
+        found = [int(self._extreme[row]) for row in known]
+        edges = [*[units for units in found if units != _NONE_YET[self._func]], *large]
         least, most = (min(edges), max(edges)) if edges else (0, 0)
         return Total(count, Decimal(0), _amount(least) if edges else None, _amount(most) if edges else None)
 
