@@ -63,7 +63,8 @@ def entries(
     for number in range(events // RECORD_EVENTS):
         partition = number % partitions
         if sent and random.random() < repeated:
-            yield Entry(sent[int(random.integers(0, len(sent)))], partition, organization_id, True)
+            value = sent[int(random.integers(0, len(sent)))]
+            yield Entry(value, partition, organization_id, admitted=True, distinct_keys=True)
             continue
         body, numbers = bodies.make()
         numbers.add_to(ledger)
@@ -72,7 +73,7 @@ def entries(
             value = value.replace(b'"2026-03-01T', b'"2026-03-%02dT' % (1 + number % days))
         if repeated:
             sent.append(value)
-        yield Entry(value, partition, organization_id, True)
+        yield Entry(value, partition, organization_id, admitted=True, distinct_keys=True)
 
 
 async def fill(log: Log, changes: Sequence[Change], records: Iterator[Entry]) -> None:
