@@ -37,14 +37,15 @@ demo: setup  ## meter a real LLM trace end to end and check every total against 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
-# The faults of a whole Kafka installation take minutes by themselves, so they have a target of their own.
-BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py
+# Tests of a whole Kafka installation take minutes by themselves, so they have a target of their own.
+BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
+	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py
 
 test: setup  ## every test but those of broker-faults, on two cores (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		$(BROKER_FAULTS:%=--ignore=%) $(ARGS)
 
-broker-faults: setup  ## gateways, aggregators and real brokers killed, stopped and cut off; some minutes
+broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
