@@ -11,10 +11,12 @@ that Python's cost is shared by thousands of events. The order of rows is the or
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -123,6 +125,25 @@ class _Rows:
         return np.concatenate([np.arange(s.first_line, s.first_line + s.lines, dtype=np.int32) for s in self.spans])
 
 
+class _Texts(NamedTuple):
+    """The metadata of lines as JSON, end to end, and where each begins; one more offset says where the last ends."""
+
+    joined: bytes
+    offsets: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, events: Sequence[Event | Line]) -> "_Texts":
+        """The text of a plain line as it stands, of any other written anew with each key once."""
+        texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
+        offsets = np.zeros(len(texts) + 1, np.int32)
+        offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
+        return cls(b"".join(texts), offsets)
+
+    def no_objects(self) -> npt.NDArray[np.intp]:
+        """The rows whose text is another kind of JSON value."""
+        return np.flatnonzero(np.frombuffer(self.joined, np.uint8)[self.offsets[:-1]] != ord("{"))
+
+
 class _Reading:
     """One reading of the log under way: closes a chunk when it is full or the tenant changes."""
 
@@ -148,24 +169,27 @@ class _Reading:
         rows, self._rows = self._rows, _Rows("")
         if not rows.events:
             return
+        # Only a producer that claims to be the gateway has a line that is taken out here.
+        texts = _Texts.of(rows.events)
+        if len(odd := texts.no_objects()):
+            rows = self._without(rows, set(odd.tolist()), Reason.DICT_TYPE.at(0, "metadata"))
+            texts = _Texts.of(rows.events)
         stamps = _stamps(rows)
-        unreadable = np.flatnonzero(stamps == UNREADABLE)
-        if len(unreadable):  # only a producer that claims to be the gateway gets here
-            rows = self._without(rows, set(unreadable.tolist()))
-            stamps = _stamps(rows)
+        if len(odd := np.flatnonzero(stamps == UNREADABLE)):
+            rows = self._without(rows, set(odd.tolist()), Reason.DATETIME_PARSING.at(0, "timestamp"))
+            texts, stamps = _Texts.of(rows.events), _stamps(rows)
         if rows.events:
-            self.chunks.append(_chunk(rows, stamps, self.directory))
+            self.chunks.append(_chunk(rows, stamps, texts, self.directory))
 
-    def _without(self, rows: _Rows, unreadable: set[int]) -> _Rows:
+    def _without(self, rows: _Rows, odd: set[int], refusal: Refusal) -> _Rows:
         kept = _Rows(rows.organization_id)
         places = [(span.record, span.first_line + line) for span in rows.spans for line in range(span.lines)]
         for row, (record, number) in enumerate(places):
-            if row in unreadable:
-                refusal = Reason.DATETIME_PARSING.at(0, "timestamp")
+            if row in odd:
                 self.dead.append(_dead_letter(record, number, rows.raws[row], refusal))
             else:
                 kept.add(record, number, [rows.events[row]], [rows.raws[row]])
-        self.lines -= len(unreadable)
+        self.lines -= len(odd)
         return kept
 
 
@@ -246,7 +270,7 @@ def _stamps(rows: _Rows) -> Microseconds:
     return microseconds([event.timestamp for event in rows.events], ingested)
 
 
-def _chunk(rows: _Rows, stamps: Microseconds, directory: Directory) -> Chunk:
+def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Directory) -> Chunk:
     organization = directory.organization(rows.organization_id)
     events, raws = rows.events, rows.raws
     external_ids = _external_ids(rows)
@@ -268,7 +292,7 @@ def _chunk(rows: _Rows, stamps: Microseconds, directory: Directory) -> Chunk:
         "parent": _texts([event.parent_id for event in events]),
         "member_id": _members(events),
         "external_member_id": _texts([event.external_member_id for event in events]),
-        **_metadata(events),
+        **_metadata(texts),
     }
     stamped = [event.timestamp is not None for event in events]
     return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, rows.organization_id)
@@ -332,15 +356,13 @@ def _subject(event: Event | Line, organization: Organization, directory: Directo
     return known if known is not None else directory.number_customer(organization, customer)
 
 
-def _metadata(events: Sequence[Event | Line]) -> dict[str, pa.Array]:
+def _metadata(texts: _Texts) -> dict[str, pa.Array]:
     """Metadata as text, one line each, keys unique, tokens as sent; and the numbers that need exact text."""
-    texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
-    joined = b"".join(texts)
-    offsets = np.zeros(len(texts) + 1, np.int32)
-    offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
-    column = pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(joined))
-    awkward: pa.Array = pa.nulls(len(texts), pa.string())
+    joined, offsets = texts
+    rows = len(offsets) - 1
+    awkward: pa.Array = pa.nulls(rows, pa.string())
     if any_suspicious(joined):
-        exact = [awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in map(bytes, texts)]
-        awkward = _texts(exact)
+        each = [joined[start:end] for start, end in pairwise(offsets.tolist())]
+        awkward = _texts([awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in each])
+    column = pa.StringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(joined))
     return {"metadata": column, "awkward": awkward}

@@ -149,7 +149,7 @@ def repeats(hi: Words, lo: Words) -> Repeats:
     in_order = np.sort(hi)
     if not (in_order[1:] == in_order[:-1]).any():  # as nearly always
         return Repeats(np.ones(rows, np.bool_), np.arange(rows))
-    order = np.lexsort((np.arange(rows), lo, hi)) if rows else np.zeros(0, dtype=np.intp)
+    order = np.lexsort((np.arange(rows), lo, hi))
     same = np.zeros(rows, dtype=np.bool_)
     same[1:] = (hi[order][1:] == hi[order][:-1]) & (lo[order][1:] == lo[order][:-1])
     head = np.maximum.accumulate(np.where(same, 0, np.arange(rows)))

@@ -136,9 +136,9 @@ class Protocol(HttpToolsProtocol):
         """The end of a body, unless the request was cut."""
         self.in_message = False
         self.unread_since_s = None
-        self.body_since_s = None
         if self.transport.is_closing():
-            return
+            return  # a body that was held is let go of when the connection is lost
+        self.body_since_s = None
         if self.exchange is None:
             super().on_message_complete()
         elif (task := self.exchange.complete()) is not None:

@@ -51,6 +51,16 @@ def test_distinct_keys_are_taken_as_they_stand(metadata: list[str]) -> None:
     assert decided(plain).rows.equals(decided(sent).rows)
 
 
+@pytest.mark.parametrize("odd", ["5", "12345678901234567890", '"text"', "[1]", "null"])
+def test_metadata_that_is_no_object_is_a_dead_letter(odd: str) -> None:
+    """A producer may claim what only gateways know; its line is kept aside, and those around it count."""
+    sent = record(line("a"), line("b", metadata=odd), line("c"))
+    changes = decided(msgspec.structs.replace(sent, distinct_keys=True))
+
+    assert [(letter.line, letter.reason) for letter in changes.dead] == [(1, "dict_type")]
+    assert [row["external_id"] for row in changes.rows.to_pylist()] == ["a", "c"]
+
+
 def test_no_timestamp_means_the_time_of_ingestion() -> None:
     """The record's time is the default."""
     (row,) = decided(record(line("r1"))).rows.to_pylist()

@@ -12,8 +12,8 @@ from tests.deploy.installation import meterstream
 
 PLAIN = [
     "serve",
-    "serve --data /tmp/d --port 0",
-    "--data=/tmp/d serve --host 0.0.0.0 --port=9000 --lifeline 7",
+    "serve --data scratch/d --port 0",
+    "--data=scratch/d serve --host 0.0.0.0 --port=9000 --lifeline 7",
     "--token polar_oat_x serve --log kafka://h:9092/p",
     "gateway --upstream http://a:8000 --port 1 --host ::1",
     "--data d --log kafka://h:9092 gateway --lifeline 3 --socket 4",
