@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,7 @@ class Points:
         self._strike = strike
         self._lock = threading.Lock()
         self._seen: Counter[str] = Counter()
+        self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.silent = False
 
     def at(self, name: str) -> None:
@@ -58,6 +60,19 @@ class Points:
             point = name, self._seen[name]
         if not self.silent:
             self._strike(point)
+
+    def opened(self, connection: duckdb.DuckDBPyConnection) -> "Connection":
+        """Watch a connection or cursor, and remember it: an error at its birth or its close leaves it open."""
+        watched = Connection(connection, self)
+        with self._lock:
+            self._opened.add(watched)
+        return watched
+
+    def close(self) -> None:
+        """Close what errors keep open, or whoever opens the file next would find it in use with other settings."""
+        self.silent = True
+        for connection in self._opened:
+            connection.close()
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call, with a point on either side."""
@@ -84,24 +99,28 @@ class Connection:
 
         def statement(*arguments: Any, **named: Any) -> Any:
             text = getattr(arguments[0], "query", arguments[0]) if arguments else ""
-            result = self._points.around(" ".join([name, *str(text).split()[:WORDS]]), attribute)(*arguments, **named)
-            return Connection(result, self._points) if name == "cursor" else result
+            return self._points.around(" ".join([name, *str(text).split()[:WORDS]]), attribute)(*arguments, **named)
 
-        return statement
+        return self._cursor if name == "cursor" else statement
+
+    def _cursor(self) -> "Connection":
+        cursor: Connection = self._points.around("cursor", lambda: self._points.opened(self._connection.cursor()))()
+        return cursor
 
 
 @contextlib.contextmanager
 def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
     """While it lasts, every step of every aggregator in this process is a point, and it hurries."""
     points = Points(strike)
-    connect = points.around("connect", opening._connect)
-    with contextlib.ExitStack() as patches:
+    real_connect = opening._connect
+    connect = points.around("connect", lambda *where: points.opened(real_connect(*where)))
+    with contextlib.closing(points), contextlib.ExitStack() as patches:
         for owner, name in CALLS:
             label = f"{getattr(owner, '__name__', owner).rpartition('.')[2]}.{name}"
             patches.enter_context(patch.object(owner, name, points.around(label, getattr(owner, name))))
         for owner, name, value in HURRIED:
             patches.enter_context(patch.object(owner, name, value))
-        patches.enter_context(patch.object(opening, "_connect", lambda *where: Connection(connect(*where), points)))
+        patches.enter_context(patch.object(opening, "_connect", connect))
         yield points
 
 
