@@ -8,9 +8,11 @@ pairs and everything else that is not JSON raise ValueError.
 import json
 from collections import Counter
 from decimal import Decimal, DecimalException
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
+
+Kind = TypeVar("Kind")
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
 
@@ -36,6 +38,11 @@ def decode(text: bytes | str) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     return value
+
+
+def decoder(kind: type[Kind]) -> msgspec.json.Decoder[Kind]:
+    """Reads structs several times as fast as ``decode``, for texts that ``encode`` wrote."""
+    return msgspec.json.Decoder(kind, float_hook=_fraction)
 
 
 def encode(value: Any) -> bytes:
