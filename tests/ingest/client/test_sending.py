@@ -162,7 +162,7 @@ def test_retry_after_is_obeyed() -> None:
 
     with FaultServer(script) as server, client(server) as ingestion:
         ingestion.ingest(event(1))
-        eventually(lambda: arrivals)
+        eventually(lambda: ingestion._outbox.pace.failures)  # the answer is read, not just the request sent
         for number in range(2, 200):
             ingestion.ingest(event(number))
 
