@@ -11,7 +11,8 @@ ARGS ?=
 TRACE ?=
 DEMO_ROWS ?=
 # Processes that the tests are spread over, a file to one of them; 0 for none beside.
-WORKERS ?= 2
+# One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
+WORKERS ?= 3
 
 .PHONY: help setup run demo kafka test broker-faults faults soak lint bench clean
 
@@ -39,9 +40,9 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 
 # Tests of a whole Kafka installation take minutes by themselves, so they have a target of their own.
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
-	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py
+	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_security.py
 
-test: setup  ## every test but those of broker-faults, on two cores (ARGS="-k tidy" for some)
+test: setup  ## every test but those of broker-faults (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		$(BROKER_FAULTS:%=--ignore=%) $(ARGS)
 

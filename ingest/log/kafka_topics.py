@@ -94,12 +94,21 @@ class Topics:
             self._complaint.last = ""
             return result
         except (KafkaException, TimeoutError) as error:
-            later = self.later(error, topic)
+            # The traceback holds frames that hold the future, which holds the error: a cycle that would keep the
+            # client and its threads until the collector comes by, one more for each question of a long outage.
+            raise self._given_up(admin, error, topic) from error.with_traceback(None)
+
+    def _given_up(self, admin: AdminClient, error: Exception, topic: str) -> TryAgain:
+        """Why, for a person; and another client for the next question.
+
+        librdkafka goes on asking the leaders that it knows, for minutes after one of them was lost; a new client asks
+        who leads now.
+        """
+        try:
+            return self.later(error, topic)
+        finally:
             if self._admin is admin:
-                # librdkafka goes on asking the leaders that it knows, for minutes after one of them was lost; a new
-                # client asks who leads now.
                 self._admin = self._make()
-            raise later from error
 
     def later(self, error: Exception, topic: str) -> TryAgain:
         """Why a question went unanswered, for a person."""

@@ -187,8 +187,10 @@ class KafkaWorld(World):
         """The broker is there, and answers nothing."""
         [node] = self.cluster.nodes
         node.pause()
-        yield
-        node.resume()
+        try:
+            yield
+        finally:
+            node.resume()
 
     def trim(self, log: Log, stream: str, older_than_us: int) -> int:
         """What the broker does by the topic's retention, on command: it drops whole files, this drops records."""

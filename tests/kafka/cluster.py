@@ -136,8 +136,10 @@ class Node:
         self._end(signal.SIGTERM)
 
     def pause(self) -> None:
-        """SIGSTOP: the process is there and answers nothing."""
+        """SIGSTOP: the process is there and answers nothing, once the last of its threads has stopped."""
         os.kill(self.pid, signal.SIGSTOP)
+        while any(_state(path) != "T" for path in Path(f"/proc/{self.pid}/task").glob("*/stat")):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -263,6 +265,14 @@ def _java(version: str, libraries: Path) -> list[str]:
             unfinished.touch()  # where this Java writes none
             unfinished.rename(archive)
     return [*JAVA, f"-XX:SharedArchiveFile={archive}"]
+
+
+def _state(stat: Path) -> str:
+    """A thread's state as /proc tells it, one letter; "T" for a thread that has ended meanwhile, too."""
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "T"
 
 
 _handed_out: set[int] = set()

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
@@ -14,10 +16,11 @@ from ingest.log import open_log
 from ingest.log.kafka_address import Address, parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.kafka_reader import OpenAgain
+from ingest.log.kafka_topics import Topics
 from ingest.log.limits import Limits
 from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION
-from tests.kafka.cluster import Cluster
+from tests.kafka.cluster import Cluster, free_port
 
 PLENTY = 1 << 30
 _numbers = itertools.count()
@@ -139,3 +142,21 @@ def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka:
         full = [outcome for outcome in outcomes if "full" in str(outcome)]
         assert len(outcomes) - len(full) <= 5
         assert append(log, b"last")
+
+
+def test_a_long_outage_costs_no_threads() -> None:
+    """However often nobody answers: each question's client is gone when the question is."""
+    topics = Topics(parse_address(f"kafka://127.0.0.1:{free_port()}/nobody", {}), Limits())
+
+    def ask() -> int:
+        with pytest.raises(TryAgain):
+            topics.learn(0.1)
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    first = ask()
+    gc.disable()  # a busy process may not collect for minutes
+    try:
+        assert max(ask() for _ in range(5)) <= first
+    finally:
+        gc.enable()
+        topics.close()
