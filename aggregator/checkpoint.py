@@ -1,21 +1,26 @@
 """When the write-ahead log is folded into the file.
 
-A checkpoint costs about a microsecond per row written since the last one, and rounds go on beside it. Often enough
-means: the file opens quickly after a crash (replay is slower than a checkpoint) and no single checkpoint is long.
+A checkpoint costs one to two microseconds per row written since the last one, and the round that comes meanwhile waits
+for it. Often enough means: the file opens quickly after a crash (replay is slower than a checkpoint), and no single
+checkpoint is long. While rounds follow what arrives, each of their events is waited for, so a checkpoint takes what
+fits between two rounds. While a backlog is worked off, nobody waits for the single event, and larger ones leave a file
+that is a fifth smaller.
 
 What a checkpoint finds becomes row groups of its own, of 122,880 rows at most. DuckDB would like to merge small ones
 with their neighbors there and then; that keeps a round waiting for up to half a second, because a table takes no rows
-while it is rewritten. So under load a checkpoint comes when there is nearly a full row group and merges nothing, and
-the small ones that a quiet time leaves behind are merged in the next quiet time.
+while it is rewritten. So under load a checkpoint merges nothing, and the small row groups that it leaves behind are
+merged in a quiet time.
 """
 
 import threading
 
 from aggregator.store.store import Store
 
-ROWS_BETWEEN = 100_000  # and what comes while it is noticed: nearly a row group, about 0.1 s of work beside the rounds
+ROWS_BETWEEN = 25_000  # 15 to 40 ms of work, which mostly fit between two rounds; 100,000 kept every 20th event 0.2 s
+ROWS_BETWEEN_BACKLOG = 100_000  # and what comes while it is noticed: nearly a row group
+BACKLOG_ROUND_ROWS = 15_000  # a round of more has been waited for already
 AGAIN_S = 0.05  # DuckDB does not checkpoint while a transaction writes; a round takes about this long
-MERGES_MAX = 100  # in a quiet time; DuckDB's own limit
+MERGES_MAX = 4  # in a quiet time: half a second, which whoever ends the quiet may have to wait
 IDLE_S = 5.0  # what is left over is folded in when nothing else happens
 
 
@@ -24,6 +29,7 @@ class Checkpointer:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._enough = ROWS_BETWEEN
         self._rows = 1  # as if: what a crash left in the write-ahead log is folded in when nothing else happens
         self._wake = threading.Condition()
         self._stopping = False
@@ -32,7 +38,8 @@ class Checkpointer:
         """Tell of rows committed."""
         with self._wake:
             self._rows += rows
-            if self._rows >= ROWS_BETWEEN:
+            self._enough = ROWS_BETWEEN_BACKLOG if rows >= BACKLOG_ROUND_ROWS else ROWS_BETWEEN
+            if self._rows >= self._enough:
                 self._wake.notify()
 
     def stop(self) -> None:
@@ -46,12 +53,13 @@ class Checkpointer:
         before = 0
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._rows >= ROWS_BETWEEN, timeout=IDLE_S)
+                self._wake.wait_for(lambda: self._stopping or self._rows >= self._enough, timeout=IDLE_S)
                 if self._stopping:
                     return
-                due = self._rows >= ROWS_BETWEEN or 0 < self._rows == before
+                under_load = self._rows >= self._enough
+                due = under_load or 0 < self._rows == before
                 before = rows = self._rows
-                merges_max = 0 if rows >= ROWS_BETWEEN else MERGES_MAX
+                merges_max = 0 if under_load else MERGES_MAX
             if not due:
                 continue
             done = self._store.checkpoint(merges_max)
