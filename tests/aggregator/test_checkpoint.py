@@ -1,0 +1,45 @@
+"""When the store's write-ahead log is folded in: soon while rounds follow what arrives, late behind a backlog."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from aggregator import checkpoint
+from ingest.log import open_log
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.aggregator.records import Running, decisions, entry, line, organization
+from tests.faults.evidence import eventually
+
+
+def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of round has its own measure, and what lies in the write-ahead log counts whichever wrote it."""
+    for name, value in (("ROWS_BETWEEN", 20), ("ROWS_BETWEEN_BACKLOG", 200), ("BACKLOG_ROUND_ROWS", 100)):
+        monkeypatch.setattr(checkpoint, name, value)
+    monkeypatch.setattr(checkpoint, "IDLE_S", 1000.0)
+    log, store = open_log("memory:"), tmp_path / "store.duckdb"
+    asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+    sent = 0
+
+    def waiting_bytes() -> int:
+        journal = store.with_suffix(".duckdb.wal")
+        return journal.stat().st_size if journal.exists() else 0
+
+    with Running(log, store) as running:
+
+        def send(count: int) -> None:
+            nonlocal sent
+            lines = [line(f"e{number}") for number in range(sent, sent + count)]
+            sent += count
+            asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
+            running.catch_up()
+
+        send(30)
+        eventually(lambda: waiting_bytes() == 0)
+        send(150)
+        assert waiting_bytes() > 0
+        send(100)
+        eventually(lambda: waiting_bytes() == 0)
+        send(10)
+        assert waiting_bytes() > 0
+    log.close()
