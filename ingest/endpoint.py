@@ -34,6 +34,7 @@ from ingest.limits import (
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
+from ingest.turns import TURN_BYTES_MIN, Turns
 from meters import log as port
 from meters.access import Denied, authorize, writing
 from meters.catalogue import Token
@@ -102,6 +103,7 @@ class IngestEndpoint:
         self._quota = RequestQuota(settings.requests_per_minute)
         self._recent = RecentIdentities()
         self._spread = Spread()
+        self._turns = Turns()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
         self._not_writable_until_s = 0.0
@@ -185,6 +187,8 @@ class IngestEndpoint:
         return await self._append(token, admitted, preferences)
 
     async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> Admitted | Refused:
+        if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
+            await self._turns.take()
         sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
