@@ -16,7 +16,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from aggregator.seen import Keys, Seen, Words
+from aggregator.run import Words
+from aggregator.seen import Keys, Seen
 from meters.event import identity
 
 DEPTH_MAX = 100  # Polar's own cap on a walk up the chain

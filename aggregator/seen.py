@@ -1,22 +1,24 @@
-"""Every identity ever stored, in memory, so that "is this event new?" costs no query.
+"""Every identity ever stored, so that "is this event new?" costs no query.
 
 An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
-the event's bytes in sorted runs: arrays ordered by the high half. A lookup searches each run for the high half and
+the event's bytes in sorted runs (``run``), ordered by the high half. A lookup searches each run for the high half and
 confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
 small run; runs of similar size are merged in the background, so there are few of them (their number grows with the
 logarithm of what is stored) and nobody waits for a merge.
 
 The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
-24 bytes an identity.
+8 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
 """
 
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint64]
+from aggregator.run import Run, Words
+
 RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
 _SCAN_RUNS_MAX = 64  # equal high halves inside one run; more than this many means broken input, not chance
 
@@ -36,8 +38,10 @@ class Keys(NamedTuple):
 class Seen:
     """The index. One thread adds; any thread may look up."""
 
-    def __init__(self) -> None:
-        self._runs: tuple[Keys, ...] = ()
+    def __init__(self, directory: Path | None = None) -> None:
+        """``directory`` is where files of long runs may lie; without one all is in memory."""
+        self._directory = directory
+        self._runs: tuple[Run, ...] = ()
         self._merging: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -48,13 +52,22 @@ class Seen:
         """Remember identities; the caller promises that they are new and committed."""
         if len(keys.hi) == 0:
             return
-        run = keys.take(np.argsort(keys.hi, kind="stable"))
+        run = self._run(keys)
         with self._lock:
             self._runs = (*self._runs, run)
         self._merge_in_background()
 
+    def _run(self, keys: Keys) -> Run:
+        try:
+            return Run.of(*keys, self._directory)
+        except OSError:  # the disk is full
+            return Run.of(*keys, None)
+
     def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
-        """For each identity: whether it is known, and the content hash it was stored with (0 when unknown)."""
+        """For each identity: whether it is known, and the content hash it was stored with (0 when unknown).
+
+        Raises OSError when a file cannot be read.
+        """
         found = np.zeros(len(hi), dtype=np.bool_)
         content = np.zeros(len(hi), dtype=np.uint64)
         order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
@@ -76,7 +89,7 @@ class Seen:
             count = _mergeable(runs)
             if count < 2:
                 return
-            merged = _merged(runs[-count:])
+            merged = _merged(runs[-count:], self._directory)
             with self._lock:
                 # runs added meanwhile stand behind the ones just merged
                 self._runs = (*runs[:-count], merged, *self._runs[len(runs) :])
@@ -88,7 +101,7 @@ class Seen:
 
 
 def _search(
-    run: Keys,
+    run: Run,
     hi: Words,
     lo: Words,
     order: npt.NDArray[np.intp],
@@ -96,20 +109,17 @@ def _search(
     content: Words,
 ) -> None:
     """Look sorted identities up in one run; write what is found at their unsorted rows."""
-    place = np.searchsorted(run.hi, hi)
-    for step in range(_SCAN_RUNS_MAX):
-        here = place + step
-        inside = np.minimum(here, len(run.hi) - 1)
-        same_hi = (run.hi[inside] == hi) & (here < len(run.hi))
-        if not same_hi.any():
+    for following in range(_SCAN_RUNS_MAX):
+        hits = run.find(hi, lo, following)
+        if hits is None:
             return
-        same = np.flatnonzero(same_hi & (run.lo[inside] == lo))
-        found[order[same]] = True
-        content[order[same]] = run.content[inside[same]]
+        rows, hashes = hits
+        found[order[rows]] = True
+        content[order[rows]] = hashes
     raise AssertionError("too many identities share a high half")
 
 
-def _mergeable(runs: tuple[Keys, ...]) -> int:
+def _mergeable(runs: tuple[Run, ...]) -> int:
     """How many of the newest runs to merge: all that are not small beside what is newer than them."""
     count, rows = 0, 0
     for run in reversed(runs):
@@ -119,21 +129,12 @@ def _mergeable(runs: tuple[Keys, ...]) -> int:
     return count
 
 
-def _merged(runs: tuple[Keys, ...]) -> Keys:
-    """Sorted runs as one, from the newest and smallest on. Each step copies; sorting anew would cost six times that."""
+def _merged(runs: tuple[Run, ...], directory: Path | None) -> Run:
+    """Sorted runs as one, from the newest and smallest on."""
     merged = runs[-1]
     for run in reversed(runs[:-1]):
-        place = np.searchsorted(run.hi, merged.hi, side="right") + np.arange(len(merged.hi))
-        older = np.ones(len(run.hi) + len(merged.hi), np.bool_)
-        older[place] = False
-        merged = Keys(*(_interleaved(*columns, place, older) for columns in zip(run, merged, strict=True)))
+        merged = run.merged(merged, directory)
     return merged
-
-
-def _interleaved(old: Words, new: Words, place: npt.NDArray[np.intp], older: npt.NDArray[np.bool_]) -> Words:
-    column = np.empty(len(older), np.uint64)
-    column[place], column[older] = new, old
-    return column
 
 
 class Repeats(NamedTuple):

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from aggregator.apply import Batch, Chunk, DeadLetter
-from aggregator.seen import Keys, Words, repeats
+from aggregator.run import Words
+from aggregator.seen import Keys, repeats
 
 CONFLICT = "conflict"
 _COMPARED = ("name", "subject", "timestamp", "parent", "member_id", "external_member_id")

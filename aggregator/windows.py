@@ -108,12 +108,16 @@ class MeterWindows:
     def _grow(self, rows: int) -> None:
         have = len(self._newest)
         if rows > have:
-            more = np.full(max(rows - have, have // 2, 1024), EVER, np.int64)
-            self._newest, self._since = np.concatenate([self._newest, more]), np.concatenate([self._since, more])
+            self._newest = _longer(self._newest, max(rows - have, have // 2, 1024))
+        if self.is_cut and len(self._since) < len(self._newest):  # nearly no meter has a window that is cut
+            self._since = _longer(self._since, len(self._newest) - len(self._since))
+
+    def _begins(self, subject: int) -> int:
+        return int(self._since[subject]) if subject < len(self._since) else EVER
 
     def is_elsewhere(self, subject: int, since: int) -> bool:
         """Whether the customer's window begins at another time than this."""
-        return (int(self._since[subject]) if subject < len(self._since) else EVER) != since
+        return self._begins(subject) != since
 
     def has_rows(self, subject: int, since: int) -> bool:
         """Whether something arrived from the customer at or after this time."""
@@ -162,7 +166,7 @@ class MeterWindows:
             known = [subject for subject in subjects if subject < len(self._newest) and self._newest[subject] != EVER]
             if not known:
                 return Consumption(0, Decimal(0), None)
-            if any(self._since[subject] != since for subject in known):
+            if any(self._begins(subject) != since for subject in known):
                 return None
             last = max(int(self._newest[subject]) for subject in known)
             count, value = self._value(known, since)
@@ -182,6 +186,10 @@ class MeterWindows:
             found = Total(found.count - before.count, EXACT.subtract(found.sum, before.sum), None, None)
         value = {"count": Decimal(found.count), "sum": found.sum}.get(self._func)
         return found.count, mean(found.sum, found.count) if value is None else value
+
+
+def _longer(column: Integers, more: int) -> Integers:
+    return np.concatenate([column, np.full(more, EVER, np.int64)])
 
 
 def _kept(func: str) -> Kept:

@@ -30,7 +30,7 @@ class NotNow(Exception):
 class Settings(NamedTuple):
     """How much of the machine the store may use."""
 
-    memory_limit: str = "4GB"
+    memory_limit: str = "1GB"  # of what it keeps of the file; the system keeps more of it, and gives that up for others
     threads: int = 2
 
 

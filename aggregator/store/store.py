@@ -50,6 +50,7 @@ _MOVES = pa.schema(
      ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
 )  # fmt: skip
 _REPLAYED = str(DeadLetterReplayed.__struct_config__.tag).encode()  # decoding every decision would take seconds
+IDENTITIES_AT_ONCE = 4_000_000  # 100 MB, and some hundred more while they are put in order
 Place = tuple[int, int, int]  # partition, offset and line of a dead letter
 
 
@@ -151,10 +152,11 @@ class Store:
         return directory
 
     def seen(self) -> Seen:
-        """The index of all stored identities."""
-        columns = self._connection.execute("SELECT id_hi, id_lo, content FROM events").fetchnumpy()
-        seen = Seen()
-        seen.add(Keys(*(np.asarray(columns[name], np.uint64) for name in ("id_hi", "id_lo", "content"))))
+        """The index of all stored identities, read in parts because all of them at once take much memory."""
+        seen = Seen(self._place[0].parent if self._place else None)
+        relation = self._connection.sql("SELECT id_hi, id_lo, content FROM events")
+        for part in relation.to_arrow_reader(IDENTITIES_AT_ONCE):
+            seen.add(Keys(*(np.asarray(column, np.uint64) for column in part.columns)))
         return seen
 
     def stored(self, identities: Sequence[Identity]) -> dict[Identity, dict[str, Any]]:

@@ -1,9 +1,17 @@
 """The index of identities."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregator import run
 from aggregator.seen import Keys, Seen, repeats
 
 few = st.integers(0, 3)  # a small range makes halves collide all the time
@@ -17,10 +25,32 @@ def keys(identities: list[tuple[int, int]]) -> Keys:
     return Keys(hi, lo, hi * np.uint64(1000) + lo + np.uint64(1))
 
 
+@contextmanager
+def files_from(rows: int) -> Iterator[None]:
+    """Runs of so many rows and more keep what confirms a find in a file, which is written in small pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "FILE_ROWS_MIN", rows)
+        patch.setattr(run, "PIECE_ROWS", 3)
+        yield
+
+
 @given(batches)
 def test_the_index_knows_exactly_what_was_added(batches: list[list[tuple[int, int]]]) -> None:
     """After any batches, each new identity once, an identity is found if and only if it was added, with its content."""
-    seen, model = Seen(), set[tuple[int, int]]()
+    knows_exactly_what_was_added(Seen(), batches)
+
+
+@given(batches, st.integers(1, 8))
+def test_so_does_one_that_keeps_files(batches: list[list[tuple[int, int]]], rows: int) -> None:
+    """The same with a part of every run, or of the longer ones, on the disk."""
+    with tempfile.TemporaryDirectory() as directory, files_from(rows):
+        knows_exactly_what_was_added(Seen(Path(directory)), batches)
+        assert os.listdir(directory) == [], "a file has no name that could be left behind"
+
+
+def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]]) -> None:
+    """Adds, and asks for everything there may be, after each batch."""
+    model = set[tuple[int, int]]()
     for batch in batches:
         new = sorted(set(batch) - model)
         seen.add(keys(new))
@@ -33,6 +63,33 @@ def test_the_index_knows_exactly_what_was_added(batches: list[list[tuple[int, in
         assert [int(c) for c, f in zip(asked.content, found, strict=True) if f] == content[found].tolist()
     seen.settle()
     assert len(model) == len(seen)
+
+
+def test_without_room_for_a_file_the_index_is_in_memory(tmp_path: Path) -> None:
+    """A directory that takes no file costs memory and changes no answer."""
+    with files_from(1):
+        seen = Seen(tmp_path / "gone")
+        for first in range(0, 40, 4):
+            seen.add(keys([(number % 7, number) for number in range(first, first + 4)]))
+        seen.settle()
+        asked = keys([(number % 7, number) for number in range(50)])
+        found, content = seen.find(asked.hi, asked.lo)
+
+    assert found.tolist() == [number < 40 for number in range(50)]
+    assert content[found].tolist() == asked.content[found].tolist()
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """Half of it gone, say: an identity is never called new for that."""
+    with files_from(1):
+        seen = Seen(tmp_path)
+        seen.add(keys([(number, number) for number in range(20)]))
+        [only] = seen._runs
+        assert isinstance(only.confirming, run.InFile)
+        os.truncate(only.confirming._descriptor, 10 * run.PAIR_BYTES)
+        asked = keys([(15, 15)])
+        with pytest.raises(OSError, match="shorter"):
+            seen.find(asked.hi, asked.lo)
 
 
 @given(st.lists(st.tuples(few, few), max_size=30))

@@ -1,0 +1,143 @@
+"""A sorted run of identities: what is searched lies in memory, what confirms a find may lie in a file.
+
+A lookup searches the high halves. Only where one is found are the low half and the hash of the content looked at,
+which for a new event is never and for a repetition once. So of a long run those 16 bytes an identity are kept in a
+file, beside the store and without a name, and 8 bytes stay in memory. The file is a view like the run itself, and ends
+with the process; where the disk takes no file, the run stays in memory as a whole.
+
+It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.intp]
+FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
+PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
+PAIR_BYTES = 16
+
+
+class Confirming(Protocol):
+    """The low halves and content hashes of a run: pairs, a row an identity, in the run's order."""
+
+    def take(self, rows: Rows) -> Words:
+        """Chosen pairs, in the order given. Raises OSError."""
+        ...
+
+    def slice(self, start: int, end: int) -> Words:
+        """Pairs next to each other. Raises OSError."""
+        ...
+
+
+class InMemory(NamedTuple):
+    """As an array."""
+
+    pairs: Words
+
+    def take(self, rows: Rows) -> Words:
+        """See Confirming."""
+        return self.pairs[rows]
+
+    def slice(self, start: int, end: int) -> Words:
+        """See Confirming."""
+        return self.pairs[start:end]
+
+
+class InFile:
+    """In a file that only this object knows, closed with it."""
+
+    def __init__(self, directory: Path, pieces: Iterable[Words]) -> None:
+        """Write the pieces. Raises OSError, and leaves nothing then."""
+        self._descriptor, path = tempfile.mkstemp(prefix=".identities-", dir=directory)
+        os.unlink(path)
+        with open(self._descriptor, "wb", closefd=False) as file:
+            for piece in pieces:
+                file.write(piece.data)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def take(self, rows: Rows) -> Words:
+        """See Confirming."""
+        found = [os.pread(self._descriptor, PAIR_BYTES, PAIR_BYTES * row) for row in rows.tolist()]
+        return _pairs(b"".join(found), len(rows))
+
+    def slice(self, start: int, end: int) -> Words:
+        """See Confirming."""
+        count = end - start
+        return _pairs(os.pread(self._descriptor, PAIR_BYTES * count, PAIR_BYTES * start), count)
+
+
+def _pairs(read: bytes, count: int) -> Words:
+    if len(read) != PAIR_BYTES * count:
+        raise OSError("the file of identities is shorter than it was written")
+    return np.frombuffer(read, np.uint64).reshape(count, 2)
+
+
+class Run(NamedTuple):
+    """Identities in the order of their high halves."""
+
+    hi: Words
+    confirming: Confirming
+
+    @classmethod
+    def of(cls, hi: Words, lo: Words, content: Words, directory: Path | None) -> "Run":
+        """A run of identities in any order. ``directory`` is where a file may lie, None for memory alone."""
+        order = np.argsort(hi, kind="stable")
+        pairs = np.stack((lo[order], content[order]), axis=1)
+        return cls(hi[order], _kept(iter([pairs]), len(hi), directory))
+
+    def merged(self, newer: "Run", directory: Path | None) -> "Run":
+        """This run and a newer, smaller one as one. It copies; sorting anew would cost six times that."""
+        place = np.searchsorted(self.hi, newer.hi, side="right") + np.arange(len(newer.hi))
+        older = np.ones(len(self.hi) + len(newer.hi), np.bool_)
+        older[place] = False
+        hi = np.empty(len(older), np.uint64)
+        hi[place], hi[older] = newer.hi, self.hi
+        try:
+            return Run(hi, _kept(_interleaved(self.confirming, newer.confirming, older), len(hi), directory))
+        except OSError:  # the disk is full: memory is what is left, and nothing is lost if that ends, too
+            return Run(hi, _kept(_interleaved(self.confirming, newer.confirming, older), len(hi), None))
+
+    def find(self, hi: Words, lo: Words, following: int) -> tuple[Rows, Words] | None:
+        """Identities, in the order of ``hi``, that stand here: the rows asked for, and their content hashes.
+
+        Several identities may have one high half: looked at is the one so many places after the first of them. None
+        when no high half goes on for so long.
+        """
+        here = np.searchsorted(self.hi, hi) + following
+        inside = np.minimum(here, len(self.hi) - 1)
+        alike = np.flatnonzero((self.hi[inside] == hi) & (here < len(self.hi)))
+        if not len(alike):
+            return None
+        pairs = self.confirming.take(inside[alike])
+        same = pairs[:, 0] == lo[alike]
+        return alike[same], pairs[same, 1]
+
+
+def _interleaved(old: Confirming, new: Confirming, older: npt.NDArray[np.bool_]) -> Iterator[Words]:
+    """The pairs of two runs in their common order, in pieces; ``older`` says for each place whose it is."""
+    old_start = new_start = 0
+    for start in range(0, len(older), PIECE_ROWS):
+        of_old = older[start : start + PIECE_ROWS]
+        old_end = old_start + int(np.count_nonzero(of_old))
+        new_end = new_start + len(of_old) - (old_end - old_start)
+        piece = np.empty((len(of_old), 2), np.uint64)
+        piece[of_old], piece[~of_old] = old.slice(old_start, old_end), new.slice(new_start, new_end)
+        yield piece
+        old_start, new_start = old_end, new_end
+
+
+def _kept(pieces: Iterator[Words], rows: int, directory: Path | None) -> Confirming:
+    if directory is None or rows < FILE_ROWS_MIN:
+        found = list(pieces)
+        return InMemory(found[0] if len(found) == 1 else np.concatenate(found))
+    return InFile(directory, pieces)
