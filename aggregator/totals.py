@@ -116,7 +116,7 @@ class MeterTotals:
         have = len(self._count)
         if rows <= have:
             return
-        more = max(rows - have, have // 2, 1024)
+        more = max(rows - have, have // 8, 1024)
         self._count = _longer(self._count, more, 0)
         if self._func in _NONE_YET:
             self._extreme = _longer(self._extreme, more, _NONE_YET[self._func])

@@ -108,7 +108,7 @@ class MeterWindows:
     def _grow(self, rows: int) -> None:
         have = len(self._newest)
         if rows > have:
-            self._newest = _longer(self._newest, max(rows - have, have // 2, 1024))
+            self._newest = _longer(self._newest, max(rows - have, have // 8, 1024))
         if self.is_cut and len(self._since) < len(self._newest):  # nearly no meter has a window that is cut
             self._since = _longer(self._since, len(self._newest) - len(self._since))
 
