@@ -8,9 +8,10 @@ with the process; where the disk takes no file, the run stays in memory as a who
 It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
 """
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ Rows = npt.NDArray[np.intp]
 FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
 PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
 PAIR_BYTES = 16
+ALIKE_MAX = 64  # equal high halves in one run; more than this many means broken input, not chance
 
 
 class Confirming(Protocol):
@@ -93,7 +95,7 @@ class Run(NamedTuple):
         """A run of identities in any order. ``directory`` is where a file may lie, None for memory alone."""
         order = np.argsort(hi, kind="stable")
         pairs = np.stack((lo[order], content[order]), axis=1)
-        return cls(hi[order], _kept(iter([pairs]), len(hi), directory))
+        return cls(hi[order], _kept(lambda: [pairs], len(hi), directory))
 
     def merged(self, newer: "Run", directory: Path | None) -> "Run":
         """This run and a newer, smaller one as one. It copies; sorting anew would cost six times that."""
@@ -102,25 +104,26 @@ class Run(NamedTuple):
         older[place] = False
         hi = np.empty(len(older), np.uint64)
         hi[place], hi[older] = newer.hi, self.hi
-        try:
-            return Run(hi, _kept(_interleaved(self.confirming, newer.confirming, older), len(hi), directory))
-        except OSError:  # the disk is full: memory is what is left, and nothing is lost if that ends, too
-            return Run(hi, _kept(_interleaved(self.confirming, newer.confirming, older), len(hi), None))
+        return Run(hi, _kept(lambda: _interleaved(self.confirming, newer.confirming, older), len(hi), directory))
 
-    def find(self, hi: Words, lo: Words, following: int) -> tuple[Rows, Words] | None:
-        """Identities, in the order of ``hi``, that stand here: the rows asked for, and their content hashes.
+    def find(self, hi: Words, lo: Words) -> Iterator[tuple[Rows, Words]]:
+        """Which of the identities asked for are here: their rows, and the content hashes they were kept with.
 
-        Several identities may have one high half: looked at is the one so many places after the first of them. None
-        when no high half goes on for so long.
+        In parts, nearly always one: several identities may have one high half, and stand next to each other. Faster
+        for identities in order. Raises OSError when the file cannot be read.
         """
-        here = np.searchsorted(self.hi, hi) + following
-        inside = np.minimum(here, len(self.hi) - 1)
-        alike = np.flatnonzero((self.hi[inside] == hi) & (here < len(self.hi)))
-        if not len(alike):
-            return None
-        pairs = self.confirming.take(inside[alike])
-        same = pairs[:, 0] == lo[alike]
-        return alike[same], pairs[same, 1]
+        rows, here = np.arange(len(hi)), np.searchsorted(self.hi, hi)
+        for _ in range(ALIKE_MAX):
+            inside = np.minimum(here, len(self.hi) - 1)
+            alike = np.flatnonzero((self.hi[inside] == hi[rows]) & (here < len(self.hi)))
+            if not len(alike):
+                return
+            pairs = self.confirming.take(here[alike])
+            same = pairs[:, 0] == lo[rows[alike]]
+            yield rows[alike[same]], pairs[same, 1]
+            rows, here = rows[alike[~same]], here[alike[~same]] + 1
+        if len(rows):
+            raise AssertionError("too many identities share a high half")
 
 
 def _interleaved(old: Confirming, new: Confirming, older: npt.NDArray[np.bool_]) -> Iterator[Words]:
@@ -136,8 +139,9 @@ def _interleaved(old: Confirming, new: Confirming, older: npt.NDArray[np.bool_])
         old_start, new_start = old_end, new_end
 
 
-def _kept(pieces: Iterator[Words], rows: int, directory: Path | None) -> Confirming:
-    if directory is None or rows < FILE_ROWS_MIN:
-        found = list(pieces)
-        return InMemory(found[0] if len(found) == 1 else np.concatenate(found))
-    return InFile(directory, pieces)
+def _kept(pieces: Callable[[], Iterable[Words]], rows: int, directory: Path | None) -> Confirming:
+    """Many pairs in a file; few of them, and all where the disk takes none, in memory."""
+    if directory is not None and rows >= FILE_ROWS_MIN:
+        with contextlib.suppress(OSError):
+            return InFile(directory, pieces())
+    return InMemory(np.concatenate(list(pieces())))

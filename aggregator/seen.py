@@ -20,7 +20,6 @@ import numpy.typing as npt
 from aggregator.run import Run, Words
 
 RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
-_SCAN_RUNS_MAX = 64  # equal high halves inside one run; more than this many means broken input, not chance
 
 
 class Keys(NamedTuple):
@@ -52,16 +51,10 @@ class Seen:
         """Remember identities; the caller promises that they are new and committed."""
         if len(keys.hi) == 0:
             return
-        run = self._run(keys)
+        run = Run.of(*keys, self._directory)
         with self._lock:
             self._runs = (*self._runs, run)
         self._merge_in_background()
-
-    def _run(self, keys: Keys) -> Run:
-        try:
-            return Run.of(*keys, self._directory)
-        except OSError:  # the disk is full
-            return Run.of(*keys, None)
 
     def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
         """For each identity: whether it is known, and the content hash it was stored with (0 when unknown).
@@ -73,7 +66,8 @@ class Seen:
         order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
         hi_sorted, lo_sorted = hi[order], lo[order]
         for run in self._runs:
-            _search(run, hi_sorted, lo_sorted, order, found, content)
+            for rows, hashes in run.find(hi_sorted, lo_sorted):
+                found[order[rows]], content[order[rows]] = True, hashes
         return found, content
 
     def _merge_in_background(self) -> None:
@@ -98,25 +92,6 @@ class Seen:
         """Wait for merges under way; for tests and measurements."""
         while self._merging is not None and self._merging.is_alive():
             self._merging.join()
-
-
-def _search(
-    run: Run,
-    hi: Words,
-    lo: Words,
-    order: npt.NDArray[np.intp],
-    found: npt.NDArray[np.bool_],
-    content: Words,
-) -> None:
-    """Look sorted identities up in one run; write what is found at their unsorted rows."""
-    for following in range(_SCAN_RUNS_MAX):
-        hits = run.find(hi, lo, following)
-        if hits is None:
-            return
-        rows, hashes = hits
-        found[order[rows]] = True
-        content[order[rows]] = hashes
-    raise AssertionError("too many identities share a high half")
 
 
 def _mergeable(runs: tuple[Run, ...]) -> int:

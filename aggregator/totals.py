@@ -117,11 +117,11 @@ class MeterTotals:
         if rows <= have:
             return
         more = max(rows - have, have // 8, 1024)
-        self._count = _longer(self._count, more, 0)
+        self._count = longer(self._count, more, 0)
         if self._func in _NONE_YET:
-            self._extreme = _longer(self._extreme, more, _NONE_YET[self._func])
+            self._extreme = longer(self._extreme, more, _NONE_YET[self._func])
         elif self._func != "count":
-            self._whole, self._fraction = _longer(self._whole, more, 0), _longer(self._fraction, more, 0)
+            self._whole, self._fraction = longer(self._whole, more, 0), longer(self._fraction, more, 0)
 
     def total(self, subjects: list[int]) -> Total:
         """The total over the customer numbers given, as one customer."""
@@ -180,7 +180,8 @@ class MeterTotals:
         return Total(count, Decimal(0), _amount(least) if edges else None, _amount(most) if edges else None)
 
 
-def _longer(column: Integers, more: int, fill: int) -> Integers:
+def longer(column: Integers, more: int, fill: int) -> Integers:
+    """The column with so many more rows, filled."""
     return np.concatenate([column, np.full(more, fill, np.int64)])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from aggregator.totals import Integers, MeterTotals, Rows
+from aggregator.totals import Integers, MeterTotals, Rows, longer
 from aggregator.view import EVER, Consumption, Total
 from meters.aggregation import mean
 from meters.amount import EXACT
@@ -108,9 +108,9 @@ class MeterWindows:
     def _grow(self, rows: int) -> None:
         have = len(self._newest)
         if rows > have:
-            self._newest = _longer(self._newest, max(rows - have, have // 8, 1024))
+            self._newest = longer(self._newest, max(rows - have, have // 8, 1024), EVER)
         if self.is_cut and len(self._since) < len(self._newest):  # nearly no meter has a window that is cut
-            self._since = _longer(self._since, len(self._newest) - len(self._since))
+            self._since = longer(self._since, len(self._newest) - len(self._since), EVER)
 
     def _begins(self, subject: int) -> int:
         return int(self._since[subject]) if subject < len(self._since) else EVER
@@ -186,10 +186,6 @@ class MeterWindows:
             found = Total(found.count - before.count, EXACT.subtract(found.sum, before.sum), None, None)
         value = {"count": Decimal(found.count), "sum": found.sum}.get(self._func)
         return found.count, mean(found.sum, found.count) if value is None else value
-
-
-def _longer(column: Integers, more: int) -> Integers:
-    return np.concatenate([column, np.full(more, EVER, np.int64)])
 
 
 def _kept(func: str) -> Kept:
