@@ -23,6 +23,7 @@ from tests.aggregator.records import ORGANIZATION
 from tests.kafka.cluster import Cluster, free_port
 
 PLENTY = 1 << 30
+QUESTIONS = 5
 _numbers = itertools.count()
 
 
@@ -145,7 +146,11 @@ def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka:
 
 
 def test_a_long_outage_costs_no_threads() -> None:
-    """However often nobody answers: each question's client is gone when the question is."""
+    """However often nobody answers: each question's client, and its threads, are gone when the question is.
+
+    Other tests' clients live in this process too and may start or end a thread meanwhile: what is left behind would be
+    one thread for each question at least.
+    """
     topics = Topics(parse_address(f"kafka://127.0.0.1:{free_port()}/nobody", {}), Limits())
 
     def ask() -> int:
@@ -156,7 +161,7 @@ def test_a_long_outage_costs_no_threads() -> None:
     first = ask()
     gc.disable()  # a busy process may not collect for minutes
     try:
-        assert max(ask() for _ in range(5)) <= first
+        assert max(ask() for _ in range(QUESTIONS)) < first + QUESTIONS
     finally:
         gc.enable()
         topics.close()

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS
+from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS, PATIENCE_S
 from tests.ingest.client.fault_server import Bad, FaultServer
-
-PATIENCE_S = 30
 
 
 def start(name: str, url: str, spool: Path | None) -> subprocess.Popen[bytes]:
@@ -25,7 +23,7 @@ def start(name: str, url: str, spool: Path | None) -> subprocess.Popen[bytes]:
 def finish(process: subprocess.Popen[bytes]) -> tuple[list[str], int, str]:
     """The ids it captured, its exit code, and what it complained of."""
     try:
-        captured, complaints = process.communicate(timeout=PATIENCE_S)
+        captured, complaints = process.communicate(timeout=2 * PATIENCE_S)
     finally:
         process.kill()
     return captured.decode().split(), process.returncode, complaints.decode()
