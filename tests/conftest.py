@@ -1,9 +1,14 @@
 """What every test may ask for, and what a run says at its end."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.kafka.cluster import Cluster
 from tests.kafka.shared import shared_broker, stop_brokers
+
+# Nothing asserts a duration, of an example neither: two processes that share a core take turns of any length.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +37,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line(str(text))
     skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
     for reason in sorted(text for text in skipped if "Kafka" in text)[:1]:
-        terminalreporter.write_line(f"The tests on a real Kafka broker did not run: {reason}", yellow=True)
+        terminalreporter.write_line(
+            f"The tests on a real Kafka broker did not run, only those on librdkafka's mock: {reason}", yellow=True
+        )
 
 
 def pytest_sessionfinish() -> None:

@@ -13,7 +13,14 @@ from weakref import WeakValueDictionary
 from fastapi import Depends, Request, Response
 
 from aggregator.api.errors import BodyTooLarge, Busy, Forbidden, Malformed, json_response
-from aggregator.api.limits import BODY_BYTES_MAX, QUERIES_AT_ONCE, QUERIES_WAITING_MAX, QUERY_S_MAX, WAIT_S_MAX
+from aggregator.api.limits import (
+    BODY_BYTES_MAX,
+    INTERRUPT_AGAIN_S,
+    QUERIES_AT_ONCE,
+    QUERIES_WAITING_MAX,
+    QUERY_S_MAX,
+    WAIT_S_MAX,
+)
 from aggregator.store.queries.asking import Asking, Here, Reading
 from aggregator.view import View
 from meters import exact_json
@@ -28,6 +35,13 @@ T = TypeVar("T")
 
 def _never(_: Meter) -> bool:
     return False
+
+
+def _interrupt(asking: Asking[Any], work: "asyncio.Future[Any]") -> None:
+    """Until it has ended: between two statements there is nothing to interrupt."""
+    if not work.done():
+        asking.interrupt()
+        asyncio.get_running_loop().call_later(INTERRUPT_AGAIN_S, _interrupt, asking, work)
 
 
 class Rules(NamedTuple):
@@ -71,13 +85,19 @@ class Desk:
         finally:
             self._waiting -= 1
         asking = Asking(self.view, organization_id, question)
-        timer = asyncio.get_running_loop().call_later(QUERY_S_MAX, asking.interrupt)
+        work = asyncio.ensure_future(asyncio.to_thread(asking.run))
+        work.add_done_callback(self._ended)
         try:
-            return await asyncio.to_thread(asking.run)
+            await asyncio.wait({work}, timeout=QUERY_S_MAX)
         finally:
-            timer.cancel()
-            asking.interrupt()  # whoever asked has gone, or this does nothing
-            self._running.release()
+            _interrupt(asking, work)  # it takes too long, or whoever asked has gone; else this does nothing
+        await asyncio.wait({work})
+        return work.result()
+
+    def _ended(self, work: "asyncio.Future[Any]") -> None:
+        self._running.release()  # now that its thread is free
+        if not work.cancelled():
+            work.exception()  # nobody may be left to hear of it
 
     async def decide(self, *changes: Change) -> None:
         """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue."""

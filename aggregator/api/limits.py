@@ -18,6 +18,9 @@ QUERIES_WAITING_MAX = 64
 QUERY_S_MAX = 30.0
 """How long a question may take: Polar's statement timeout, and half of the command line's patience."""
 
+INTERRUPT_AGAIN_S = 0.02
+"""How often a question that took too long is interrupted, until it ends: between two statements it is not heard."""
+
 WAIT_S_MAX = 30.0
 """The longest that ``Prefer: wait`` is honored; clients of Polar give up after 5 to 30 seconds."""
 

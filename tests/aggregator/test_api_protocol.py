@@ -12,6 +12,7 @@ import pytest
 
 from aggregator.api import desk as desk_module
 from aggregator.api import limits
+from aggregator.store.queries.asking import Asking
 from aggregator.view import Unavailable
 from meters.access import SCOPES
 from meters.log import USAGE_EVENTS, TryAgain
@@ -260,14 +261,21 @@ def test_too_many_questions_are_turned_away(server: Server, tenant: Tenant, monk
 def test_a_question_that_takes_too_long_is_given_up(
     server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DuckDB is interrupted, and the client learns that the question was too long."""
+    """DuckDB is interrupted, though no statement ran at first, and the client learns that the question was too long."""
     monkeypatch.setattr(desk_module, "QUERY_S_MAX", 0.05)
+    interrupt, interrupted = Asking.interrupt, threading.Event()
+
+    def heard(asking: Asking[Any]) -> None:
+        interrupt(asking)
+        interrupted.set()
 
     def endless(connection: duckdb.DuckDBPyConnection, *_: Any) -> Any:
+        assert interrupted.wait(30)
         return connection.execute(
             "SELECT COUNT(*) FROM range(1000000) a, range(1000000) b WHERE a.range % 7 = 3"
         ).fetchall()
 
+    monkeypatch.setattr(Asking, "interrupt", heard)
     monkeypatch.setattr("aggregator.api.events.events.page", endless)
     response = tenant.ask("GET", "/v1/events/")
     assert (response.status_code, response.json()["error"]) == (504, "QueryTimeout")

@@ -32,7 +32,8 @@ from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
+from tests.faults.evidence import eventually
 from tests.kafka.shared import shared_broker
 
 # Three partitions, so that mixing them up shows.
@@ -70,6 +71,10 @@ class World(ABC):
         log = self.make(self.clock)
         self.logs.append(log)
         return log
+
+    def open_hasty(self) -> Log:
+        """An opener that gives up a write soon, where that is a setting."""
+        return self.open()
 
     @abstractmethod
     def make(self, clock_us: Callable[[], int]) -> Log:
@@ -153,6 +158,12 @@ class EmbeddedWorld(World):
         return log.trim(stream, older_than_us)
 
 
+def _answers(log: Log, stream: str) -> bool:
+    with contextlib.suppress(TryAgain):
+        return bool(log.ends(stream))
+    return False
+
+
 class KafkaWorld(World):
     """Two topics of their own on the run's real broker of the current release."""
 
@@ -166,9 +177,9 @@ class KafkaWorld(World):
         super().__init__(directory)
         self.cluster = shared_broker(self.version)
         prefix = f"world-{next(self._numbers)}"
-        self.url = f"kafka://{self.cluster.bootstrap}/{prefix}?delivery_timeout_s=1"
+        self.url = f"kafka://{self.cluster.bootstrap}/{prefix}"
         self.address = parse_address(self.url, {})
-        make_topics(self.address, Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+        self._make_topics()
 
     def make(self, clock_us: Callable[[], int]) -> Log:
         """See World."""
@@ -180,7 +191,21 @@ class KafkaWorld(World):
         admin = self.cluster.admin()
         for deleted in admin.delete_topics([self.address.topic(stream) for stream in PARTITIONS]).values():
             deleted.result(30)
+        gone = {self.address.topic(stream) for stream in PARTITIONS}
+        eventually(lambda: gone.isdisjoint(admin.list_topics(timeout=5).topics))
+        self._make_topics()
+
+    def open_hasty(self) -> Log:
+        """See World."""
+        log = open_log(f"{self.url}?delivery_timeout_s=1", partitions=PARTITIONS, limits=LIMITS)
+        self.logs.append(log)
+        return log
+
+    def _make_topics(self) -> None:
+        """Until both can be asked for: a topic that has just been made is listed before it has a leader."""
         make_topics(self.address, Wanted(partitions=PARTITIONS[USAGE_EVENTS]))
+        with contextlib.closing(self.make(self.clock)) as log:
+            eventually(lambda: all(map(_answers, (log, log), PARTITIONS)))
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
@@ -191,6 +216,7 @@ class KafkaWorld(World):
             yield
         finally:
             node.resume()
+            self.cluster.wait_ready()
 
     def trim(self, log: Log, stream: str, older_than_us: int) -> int:
         """What the broker does by the topic's retention, on command: it drops whole files, this drops records."""

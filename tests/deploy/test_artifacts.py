@@ -21,7 +21,7 @@ from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.forward.state import State
 from deploy.command_line import app
 from deploy.settings import PREFIX, Settings
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, eventually
 from tests.deploy.programs import assert_succeeds, program
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy"
@@ -230,6 +230,7 @@ def test_every_question_names_metrics_that_exist(running: Installation, tmp_path
     State(tmp_path / "forward.sqlite").close()
     forwarding = CollectorRegistry()
     forwarding.register(ForwardingMetrics(tmp_path / "forward.sqlite"))
+    eventually(lambda: "meterstream_lag_records" in running.get("/metrics").text)  # both processes' in one
     text = running.get("/metrics").text + generate_latest(forwarding).decode()
     for family in text_string_to_metric_families(text):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))

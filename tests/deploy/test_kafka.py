@@ -171,8 +171,8 @@ def test_gateways_and_aggregator_apart_are_one_service(apart: Apart) -> None:
     rows = answer("lag", "--url", apart.api_url)
     assert [row["partition"] for row in rows] == list(range(PARTITIONS))
     assert sum(row["end"] for row in rows) >= 12 * 2 + len(partitions) + 2
+    eventually(lambda: "meterstream_lag_records" in apart.http.get(f"{first}/metrics").text)
     metrics = apart.http.get(f"{first}/metrics").text
-    assert "meterstream_lag_records" in metrics
     assert 'meterstream_gateway_requests_total{status="200"}' in metrics
 
 

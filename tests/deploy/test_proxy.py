@@ -13,6 +13,7 @@ import pytest
 from ingest.gateway import VERSION_DEFAULT, VERSIONS
 from tests.deploy.installation import Installation, eventually
 from tests.deploy.programs import program
+from tests.kafka.cluster import free_port
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
 GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"
@@ -30,14 +31,6 @@ http {{
 }}
 """
 EVENT = {"name": "call", "external_customer_id": "proxied", "metadata": {"n": 1}}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
@@ -164,7 +157,7 @@ def test_what_speaks_of_one_process_is_not_public(through: httpx.Client, path: s
 def test_nobody_behind_the_proxy_is_a_reason_to_come_back(tmp_path: Path, path: str) -> None:
     """When no server can be reached the answer is 503 with Retry-After, as JSON."""
     with proxy(tmp_path, [f"127.0.0.1:{free_port()}"], f"127.0.0.1:{free_port()}") as url:
-        answer = httpx.post(url + path, json={"events": []})
+        answer = httpx.post(url + path, json={"events": []}, timeout=60)
 
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1

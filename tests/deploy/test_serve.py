@@ -34,7 +34,7 @@ def test_the_first_start_prints_a_request_that_works(installation: Installation)
     words = shlex.split(installation.greeting[installation.greeting.index("curl ") :])
     headers = dict(word.split(": ", 1) for option, word in pairwise(words) if option == "-H")
 
-    answer = httpx.post(words[2], headers=headers, content=words[words.index("-d") + 1])
+    answer = httpx.post(words[2], headers=headers, content=words[words.index("-d") + 1], timeout=60)
 
     assert answer.status_code == 200, answer.text
     assert answer.json() == {"inserted": 1, "duplicates": 0}

@@ -56,11 +56,11 @@ def test_reports_and_their_bytes_are_metered(installation: Installation, tmp_pat
             for user, chunks in REPORTS:
                 answer = http.get("/reports/monthly", params={"chunks": chunks}, headers={"x-user": user})
                 assert len(answer.content) == chunks * CHUNK_BYTES
+        downloads, reports = (named(installation, name, len(REPORTS)) for name in ("download", "report"))
         application.send_signal(signal.SIGTERM)
         assert application.wait(30) == 128 + signal.SIGTERM
     finally:
         application.kill()
-    downloads, reports = (named(installation, name, len(REPORTS)) for name in ("download", "report"))
 
     told = sorted((event["external_customer_id"], event["metadata"]["bytes"]) for event in downloads)
     assert told == sorted((user, chunks * CHUNK_BYTES) for user, chunks in REPORTS)

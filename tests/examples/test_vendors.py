@@ -56,7 +56,8 @@ def events(installation: Installation, name: str, expected: int) -> list[dict[st
     """The metadata of the events of a name, oldest first, once so many are there."""
 
     def found() -> list[dict[str, Any]]:
-        items = installation.get("/v1/events/", name=name, limit="100", sorting="timestamp").json()["items"]
+        answer = installation.get("/v1/events/", name=name, limit="100", sorting="timestamp")
+        items = answer.json()["items"] if answer.status_code == 200 else []
         return [item["metadata"] for item in items] if len(items) >= expected else []
 
     arrived: list[dict[str, Any]] = eventually(found)

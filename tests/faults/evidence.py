@@ -6,10 +6,11 @@ that is settled. The count reads the log with the careful reader of ``meters`` a
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from meters.catalogue import Change, DeadLetterReplayed
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
 from meters.filter import matches
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 from meters.meter import Meter
 from tests.aggregator.records import (
     NOW,
@@ -130,6 +131,30 @@ class Counted(NamedTuple):
     tallies: dict[str, int]
 
 
+def _all(log: Log) -> Iterator[Record]:
+    """Every record. One question may be answered in part, where brokers take their time."""
+    ends = ends_of(log)
+    position = dict.fromkeys(ends, 0)
+    while any(position[partition] < end for partition, end in ends.items()):
+        found = log.read(USAGE_EVENTS, position, bytes_max=1 << 40, wait_s=5.0)
+        if not found:
+            return  # nothing but the marks of transactions
+        for record in found:
+            position[record.partition] = record.offset + 1
+            yield record
+
+
+def ends_of(log: Log) -> dict[int, int]:
+    """Where the events end, once the log says so: a broker that has just come back may not lead yet."""
+    def asked() -> dict[int, int]:
+        with contextlib.suppress(TryAgain):
+            return log.ends(USAGE_EVENTS)
+        return {}
+
+    found: dict[int, int] = eventually(asked)
+    return found
+
+
 def count(log: Log, until: Mapping[int, int] | None = None) -> Counted:
     """Read the log, one line at a time: first write wins, the same bytes again repeat it, others contradict.
 
@@ -137,7 +162,7 @@ def count(log: Log, until: Mapping[int, int] | None = None) -> Counted:
     """
     counted = Counted({}, set(), set(), dict.fromkeys(("stored", "duplicates", "conflicts", "dead"), 0))
     first: dict[tuple[str, str], bytes] = {}
-    for record in log.read(USAGE_EVENTS, dict.fromkeys(log.ends(USAGE_EVENTS), 0), bytes_max=1 << 40):
+    for record in _all(log):
         if until is not None and record.offset >= until.get(record.partition, 0):
             continue
         for number, raw in enumerate(record.value.split(b"\n")):

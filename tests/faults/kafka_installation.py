@@ -19,11 +19,11 @@ from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from meters.access import digest
 from meters.catalogue import Token, TokenCreated
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, TryAgain, format_position, parse_position
+from meters.log import USAGE_CONTROL, Entry, Log, TryAgain, format_position, parse_position
 from tests.aggregator.records import ORGANIZATION, decisions, organization
-from tests.faults.evidence import Counted, Tables, assert_store_tells, count, eventually, export, positions
+from tests.faults.evidence import Counted, Tables, assert_store_tells, count, ends_of, eventually, export, positions
 from tests.faults.sender import Outcome, Sender
-from tests.kafka.cluster import Cluster, free_port
+from tests.kafka.cluster import Cluster, free_port, pause
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
 
@@ -91,6 +91,11 @@ class Process:
         assert self._process is not None
         self._process.send_signal(number)
 
+    def pause(self) -> None:
+        """SIGSTOP, to its last thread."""
+        assert self._process is not None
+        pause(self._process.pid)
+
     def wait(self) -> int:
         """The exit code."""
         assert self._process is not None
@@ -155,7 +160,7 @@ class KafkaInstallation:
         """Start both, and wait until both answer."""
         self.aggregator.start()
         self.gateway.start()
-        eventually(lambda: self._lives() and self.accepts(), look_again_s=LOOK_AGAIN_S)
+        eventually(lambda: self._lives() and self.accepts() and self.is_ready(), look_again_s=LOOK_AGAIN_S)
         eventually(lambda: self._lives() and self.reads(), look_again_s=LOOK_AGAIN_S)
 
     def _lives(self) -> bool:
@@ -168,6 +173,12 @@ class KafkaInstallation:
         with contextlib.suppress(httpx.TransportError):
             address = f"http://127.0.0.1:{port or self.port}"
             return self.client.post(f"{address}/v1/events/ingest", json={"events": []}).status_code == 200
+        return False
+
+    def is_ready(self) -> bool:
+        """Whether the gateway knows what it needs for an event, by its own word."""
+        with contextlib.suppress(httpx.TransportError):
+            return self.client.get(f"{self.address}/readyz").status_code == 200
         return False
 
     def writes(self) -> bool:
@@ -190,7 +201,7 @@ class KafkaInstallation:
     def catch_up(self) -> None:
         """Wait until the view has everything that is in the log."""
         with contextlib.closing(self.open_log()) as log:
-            ends = log.ends(USAGE_EVENTS)
+            ends = ends_of(log)
         headers = {"prefer": "wait=5", "log-position": format_position(ends)}
         address = f"http://127.0.0.1:{self.api_port}/v1/events/names"
 

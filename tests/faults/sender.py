@@ -46,8 +46,9 @@ class Sender:
         self.sent: set[str] = set()
         self.acknowledged: list[str] = []
         self.unanswered: list[list[str]] = []
-        self.repeated = 0
-        self.refused = 0
+        self.under_way: set[int] = set()
+        """Numbers of the requests that wait for an answer."""
+        self.requests = self.repeated = self.refused = 0
 
     def _body(self) -> list[str]:
         if self.unanswered:
@@ -102,11 +103,15 @@ class Sender:
     async def _send(self, http: httpx.AsyncClient, ids: list[str], *, refused: bool) -> bool:
         """Whether the body was acknowledged."""
         self.sent.update(ids)
+        number, self.requests = self.requests, self.requests + 1
+        self.under_way.add(number)
         try:
             answer = await http.post(INGEST_PATH, json={"events": [self.event(id) for id in ids]})
         except httpx.TransportError:
             self.unanswered.append(ids)
             return False
+        finally:
+            self.under_way.remove(number)
         if refused and answer.status_code == 503:
             assert int(answer.headers["retry-after"]) >= 1
             self.unanswered.append(ids)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import httpx
 
 from tests.deploy.installation import alive
 from tests.faults.evidence import eventually
+from tests.kafka.cluster import free_port
 
 TOKEN = "polar_oat_fault_test_0123456789"
 
@@ -26,9 +26,7 @@ class Server:
     ) -> None:
         self.data, self._output = data, output
         self._options, self._environment = options, environment
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=60
         )
@@ -76,7 +74,8 @@ class Server:
         pids = [self.process.pid, *children.values()] if victim == "server" else [children[victim]]
         self._killed_s = time.monotonic()
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # children end with their parent
+                os.kill(pid, signal.SIGKILL)
         if victim == "server":
             self.process.wait()
             self.process = None

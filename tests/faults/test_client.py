@@ -52,8 +52,9 @@ def url(server: Server | FaultServer) -> str:
 class Application:
     """One of ``tests.ingest.client.applications`` that writes down what it captures."""
 
-    def __init__(self, name: str, server: Server | FaultServer, spool: Path, notes: Path) -> None:
-        command = [sys.executable, "-m", "tests.ingest.client.applications", name, url(server), str(spool), TOKEN]
+    def __init__(self, name: str, server: Server | FaultServer, spool: Path, notes: Path, *more: str) -> None:
+        where = (url(server), str(spool), TOKEN, *more)
+        command = [sys.executable, "-m", "tests.ingest.client.applications", name, *where]
         self.notes = notes
         with notes.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
@@ -174,7 +175,7 @@ def test_a_process_takes_over_from_one_that_was_killed(
 ) -> None:
     """Two processes share a directory. One is killed; the other sends what it left, while it goes on itself."""
     spool = tmp_path / "spool"
-    first, second = (Application("runs", server, spool, tmp_path / name) for name in ("first", "second"))
+    first, second = (Application("runs", server, spool, tmp_path / name, "30") for name in ("first", "second"))
     eventually(lambda: len(first.captured()) > 2000 and len(second.captured()) > 500)
     first.end(signal.SIGKILL)
     captured = set(first.captured())

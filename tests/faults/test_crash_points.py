@@ -75,7 +75,10 @@ class World:
             aggregator = Aggregator(self.log, path, SMALL)
             aggregator.start()
             try:
-                eventually(lambda: caught_up(aggregator, self.ends) or aggregator.ended.is_set() or self.offense)
+                eventually(
+                    lambda: caught_up(aggregator, self.ends) or aggregator.ended.is_set() or self.offense,
+                    patience_s=220,  # 184 restarts in a row
+                )
                 points.silent = True
                 if self.offense:
                     raise self.offense

@@ -111,9 +111,9 @@ def test_a_log_on_a_full_disk_asks_to_come_back(disk: SmallDisk) -> None:
         assert gateway.ingest(body(0)).status_code == 200
         disk.fill(leave_kib=500)
         refused, number = until_refused(gateway.ingest)
+        ready = gateway.client.get("/readyz").status_code
         with pytest.raises(TryAgain):
             asyncio.run(log.append(USAGE_EVENTS, [entry(usage("direct", tokens="1" * 600_000))]))
-        ready = gateway.client.get("/readyz").status_code
         disk.empty()
         again = gateway.ingest(body(number))
         ids = [line.split(b'"external_id":"')[1].split(b'"')[0].decode() for line in gateway.lines()]

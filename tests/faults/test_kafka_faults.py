@@ -34,6 +34,12 @@ def sender(seed: int = SEED) -> Sender:
     return Sender(seed, TOKEN, CUSTOMERS, PAUSE_S)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other tasks of the loop do."""
+    while not condition():  # noqa: ASYNC110 - nothing tells when
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.timeout(180)
 def test_a_stopped_broker_is_a_503_and_no_loss(
     tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
@@ -49,9 +55,11 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
         async def strike() -> None:
             await asyncio.sleep(UNSEEN_S)
             node.pause()
-            await asyncio.sleep(PATIENCE_S)  # whatever was under way is answered
+            begun = set(client.under_way)
+            await until(lambda: not begun & client.under_way)  # with the yes that they had already, or no
             acknowledged, refused = len(client.acknowledged), client.refused
-            await asyncio.sleep(stopped_s - PATIENCE_S)
+            await asyncio.sleep(stopped_s)
+            await until(lambda: client.refused > refused)
             seen.append((len(client.acknowledged) - acknowledged, client.refused - refused))
             away.append(await asyncio.to_thread(recovery_s, node.resume, installation.writes))
 
@@ -157,7 +165,7 @@ def test_a_stopped_aggregator_cannot_be_joined(
     second = installation.another_aggregator("second", free_port(), installation.store.parent)
     with contextlib.closing(installation):
         installation.start()
-        installation.aggregator.signal(signal.SIGSTOP)
+        installation.aggregator.pause()
         asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
         second.start()
         code = second.wait()
@@ -180,7 +188,7 @@ def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, record_property: Cal
         installation.start()
         asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
         installation.catch_up()
-        zombie.signal(signal.SIGSTOP)
+        zombie.pause()
         try:
             data.rename(tmp_path / "unplugged")  # the disk that only the zombie still has
             shutil.copytree(tmp_path / "unplugged", data, ignore=shutil.ignore_patterns("*.lock", "*.sock"))

@@ -43,7 +43,7 @@ def test_every_acknowledged_event_is_stored_once(
         for _ in range(rounds):
             victim = choose.choice(VICTIMS) if single_deaths < SINGLE_DEATHS_MAX else "server"
             single_deaths = 0 if victim == "server" else single_deaths + 1
-            asyncio.run(sender.load(str(server.client.base_url), strike))
+            asyncio.run(sender.load(str(server.client.base_url), strike, refused=True))
             restarts_s[victim].append(server.start(victim))
         answered = server.calls()
     finally:

@@ -19,7 +19,7 @@ def test_usage_can_be_sent_rolled_up(
     where = {"conjunction": "and", "clauses": [{"property": "name", "operator": "eq", "value": name}]}
     headers = {"Authorization": f"Bearer {ours.token}"}
     body = {"name": name, "filter": where, "aggregation": {"func": "sum", "property": "n"}}
-    meter = httpx.post(f"{ours.url}/v1/meters/", json=body, headers=headers).json()["id"]
+    meter = httpx.post(f"{ours.url}/v1/meters/", json=body, headers=headers, timeout=60).json()["id"]
     first = events(name, 200, customers=4, timestamp="2026-03-01T10:00:00Z")
     send(ours, [event | {"metadata": {"n": 0.1}} for event in first[:150]])
     feed, rolled = (ours.url, ours.token), (RolledMeter(meter, "sum"),)

@@ -30,7 +30,7 @@ from meters.catalogue import (
 )
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 """Seconds within which a condition must come true; far more than it takes."""
 
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)

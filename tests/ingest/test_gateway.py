@@ -251,21 +251,23 @@ def test_preferences_may_stand_in_several_lines(gateway: RunningGateway) -> None
     assert answer.headers["preference-applied"] == "handling=lenient, return=representation"
 
 
-def test_every_event_is_in_one_metric(gateway: RunningGateway) -> None:
+def test_every_event_is_in_one_metric() -> None:
     """Accepted, duplicate, conflict and rejected add up to what was sent; requests are counted by status."""
-    def counted() -> dict[str, float]:
-        lines = gateway.client.get("/metrics").text.splitlines()
-        rows = (line.rpartition(" ") for line in lines if line.startswith("meterstream_gateway_"))
-        return {name.removeprefix("meterstream_gateway_"): float(value) for name, _, value in rows}
+    with RunningGateway() as gateway:  # its own, since the metrics of a process show the newest gateway
+        def counted() -> dict[str, float]:
+            lines = gateway.client.get("/metrics").text.splitlines()
+            rows = (line.rpartition(" ") for line in lines if line.startswith("meterstream_gateway_"))
+            return {name.removeprefix("meterstream_gateway_"): float(value) for name, _, value in rows}
 
-    before = counted()
-    same = event(external_id="metric")
-    gateway.ingest({"events": [same, same, event(external_id="metric", name="other"), {}]}, prefer="handling=lenient")
-    gateway.ingest({"events": [event(), {}, {}]})
-    after = counted()
-    for verdict, count in {"accepted": 1, "duplicate": 1, "conflict": 1, "rejected": 3}.items():
-        name = f'events_total{{verdict="{verdict}"}}'
-        assert after[name] - before[name] == count, verdict
-    assert after['requests_total{status="200"}'] - before['requests_total{status="200"}'] == 1
-    assert after['requests_total{status="422"}'] - before['requests_total{status="422"}'] == 1
-    assert after["catalogue_current"] == 1
+        before = counted()
+        same = event(external_id="metric")
+        other = event(external_id="metric", name="other")
+        gateway.ingest({"events": [same, same, other, {}]}, prefer="handling=lenient")
+        gateway.ingest({"events": [event(), {}, {}]})
+        after = counted()
+        for verdict, count in {"accepted": 1, "duplicate": 1, "conflict": 1, "rejected": 3}.items():
+            name = f'events_total{{verdict="{verdict}"}}'
+            assert after[name] - before[name] == count, verdict
+        assert after['requests_total{status="200"}'] - before['requests_total{status="200"}'] == 1
+        assert after['requests_total{status="422"}'] - before['requests_total{status="422"}'] == 1
+        assert after["catalogue_current"] == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from ingest.log import open_log
 from ingest.log.limits import Limits
@@ -160,8 +161,9 @@ def test_what_was_acknowledged_survives_the_process(tmp_path: Path) -> None:
     assert min(record.timestamp_us for record in records) > CREATED.timestamp() * 1e6
 
 
-def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path) -> None:
+def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event may follow its customer at once: what is in the log already is not unknown, only not read yet."""
+    monkeypatch.setattr("ingest.tail.CATCH_UP_S", 30.0)
     with RunningGateway(open_log(f"embedded:{tmp_path}")) as gateway:
         for preference in ("handling=strict", "handling=lenient") * 10:
             customer = Customer(id=str(uuid.uuid4()), organization_id=gateway.organization_id, created_at=CREATED)

@@ -171,12 +171,13 @@ def test_a_slow_body_is_given_up(gateway: RunningGateway) -> None:
         assert statuses(receive_all(connection)) == [408]
 
 
-def test_a_client_that_hangs_up_in_its_body_is_nobody(gateway: RunningGateway) -> None:
+def test_a_client_that_hangs_up_in_its_body_is_nobody() -> None:
     """Half a body is no request; the bytes held are given back."""
-    with gateway.connect() as connection:
-        connection.sendall(request(gateway, body=BODY[:20], length=len(BODY)))
-        eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 20)
-    eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 0)
+    with RunningGateway() as gateway:  # one that waits longer for a body than anybody looks away
+        with gateway.connect() as connection:
+            connection.sendall(request(gateway, body=BODY[:20], length=len(BODY)))
+            eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 20)
+        eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 0)
 
 
 def test_more_than_the_promised_body_is_no_part_of_it(gateway: RunningGateway) -> None:

@@ -37,6 +37,7 @@ class QueryApi:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.go_on.set()
         self._server.should_exit = True
         self._thread.join()
 
@@ -184,6 +185,7 @@ def test_an_answer_that_does_not_begin_is_not_waited_for(
     """504 when the time is up; the connection that still owes an answer is not used again."""
     monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_ANSWER_DEADLINE_S", 0.2)
     assert gateway.client.get("/v1/late").status_code == 504
+    monkeypatch.undo()
     api.go_on.set()
     assert gateway.client.get("/v1/x").status_code == 207
 

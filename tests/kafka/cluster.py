@@ -137,9 +137,7 @@ class Node:
 
     def pause(self) -> None:
         """SIGSTOP: the process is there and answers nothing, once the last of its threads has stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
-        while any(_state(path) != "T" for path in Path(f"/proc/{self.pid}/task").glob("*/stat")):
-            time.sleep(0.001)
+        pause(self.pid)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -265,6 +263,13 @@ def _java(version: str, libraries: Path) -> list[str]:
             unfinished.touch()  # where this Java writes none
             unfinished.rename(archive)
     return [*JAVA, f"-XX:SharedArchiveFile={archive}"]
+
+
+def pause(pid: int) -> None:
+    """SIGSTOP, and wait until the last of the process's threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    while any(_state(path) != "T" for path in Path(f"/proc/{pid}/task").glob("*/stat")):
+        time.sleep(0.001)
 
 
 def _state(stat: Path) -> str:

@@ -152,7 +152,7 @@ def test_nothing_differs_after_an_end_in_the_middle(installation: Installation, 
 
 def _send_until_refused(url: str, token: str) -> None:
     """Batches, each of which repeats some of the last one, for as long as they are taken."""
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}) as client:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
         for batch in range(10_000):
             events = [
                 {"name": "call", "external_customer_id": "ann", "external_id": f"{batch + number // 50}-{number % 50}"}

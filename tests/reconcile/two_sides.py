@@ -38,6 +38,8 @@ class Side:
         self.api = Api(server.url, self.token)
         self.url = server.url
         eventually(lambda: self.api.send("GET", "/v1/meters/").status_code == 200)
+        nothing = b'{"events":[]}'  # until the gateway has heard of the token, too
+        eventually(lambda: self.api.send("POST", "/v1/events/ingest", content=nothing).status_code == 200)
 
     def post(self, path: str, body: object) -> Any:
         """The answer's JSON; what is written is visible afterwards."""

@@ -130,7 +130,7 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     """Credits by a benefit, and what is left, seen by the organization and by its customer."""
     benefit = polar.benefits.create(request=story.BENEFIT | {"properties": {"meter_id": meter_id, **story.CREDITS}})
     httpx.post(f"{url}/v1/benefits/{benefit.id}/grants", json={"customer_id": customer_id},
-               headers={"Authorization": f"Bearer {token}"}).raise_for_status()  # fmt: skip
+               headers={"Authorization": f"Bearer {token}"}, timeout=60).raise_for_status()  # fmt: skip
     state, by_name = polar.customers.get_state(id=customer_id), polar.customers.get_state_external(external_id="acme")
     meters = polar.customer_meters.list(external_customer_id="acme", meter_id=meter_id).result.items
     one = polar.customer_meters.get(id=meters[0].id)

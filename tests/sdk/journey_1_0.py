@@ -16,6 +16,7 @@ from polar.v2026_10.errors import HTTPValidationError, ResourceNotFound
 from polar.v2026_10.outputs import MetricPeriod
 
 Json = dict[str, Any]
+PATIENCE_S = 60  # the client's own five seconds are few on a busy machine
 plain = dataclasses.asdict
 
 
@@ -111,12 +112,12 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     """Credits by a benefit, and what is left, seen by the organization and by its customer."""
     benefit = polar.benefits.create(**story.BENEFIT, properties={"meter_id": meter_id, **story.CREDITS})
     httpx.post(f"{url}/v1/benefits/{benefit.id}/grants", json={"customer_id": customer_id},
-               headers={"Authorization": f"Bearer {token}"}).raise_for_status()  # fmt: skip
+               headers={"Authorization": f"Bearer {token}"}, timeout=PATIENCE_S).raise_for_status()  # fmt: skip
     state, by_name = polar.customers.get_state(customer_id), polar.customers.get_state_external("acme")
     meters = polar.customer_meters.list(external_customer_id="acme", meter_id=meter_id).items
     one = polar.customer_meters.get(meters[0].id)
     session = polar.customer_sessions.create(external_customer_id="acme")
-    with Polar(session.token, base_url=url) as visitor:
+    with Polar(session.token, base_url=url, timeout=PATIENCE_S) as visitor:
         portal = visitor.customer_portal.customer_meters.list().items
     return {
         "benefit": polar.benefits.get(benefit.id) == benefit,
@@ -142,7 +143,7 @@ def refusals(polar: Polar, url: str) -> Json:
     except HTTPValidationError as error:
         found["malformed"] = [error.status_code, "name" in str(error.error.detail[0].loc)]
     try:
-        Polar("polar_oat_unknown", base_url=url).events.list()
+        Polar("polar_oat_unknown", base_url=url, timeout=PATIENCE_S).events.list()
     except PolarClientError as error:
         found["stranger"] = [error.status_code, json.loads(error.error)["error"]]
     return found
@@ -150,7 +151,7 @@ def refusals(polar: Polar, url: str) -> Json:
 
 def main(url: str, token: str) -> None:
     """The whole journey."""
-    with Polar(token, base_url=url) as polar:
+    with Polar(token, base_url=url, timeout=PATIENCE_S) as polar:
         customer_id, seen_customers = customers(polar)
         sent = ingestion(polar, customer_id)
         meter_id, seen_meters = meters(polar)

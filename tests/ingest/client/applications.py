@@ -1,9 +1,10 @@
 """Small applications that end in every way there is.
 
-    python -m tests.ingest.client.applications NAME URL SPOOL [TOKEN]
+    python -m tests.ingest.client.applications NAME URL SPOOL [TOKEN [CLOSE_S_MAX]]
 
 Each writes the id of every event that it captured to standard output, a line each, before the next thing can happen to
-it; SPOOL is a directory or ``-`` for none.
+it; SPOOL is a directory or ``-`` for none. CLOSE_S_MAX is how long ``close`` may take: two seconds where a spool keeps
+what that cuts off, and PATIENCE_S without one, because a server that shares its cores may let anybody wait.
 """
 
 import multiprocessing
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
+
+import msgspec
 
 from ingest.client import Ingestion, Limits, journal, outbox
 
@@ -103,17 +106,13 @@ def forks_and_vanishes(ingestion: Ingestion) -> None:
 
 
 def forks_while_busy(ingestion: Ingestion) -> None:
-    """Forks in the middle of everything, many times; each child captures one event.
-
-    Without a spool, what the bound of ``close`` cuts off is lost by contract: it is wide here, since a server that
-    answers two busy threads may let a child wait.
-    """
+    """Forks in the middle of everything, many times; each child captures one event."""
     ended = threading.Event()
 
     def busy() -> None:
         while not ended.is_set():
             capture(ingestion, 10)
-            time.sleep(0.002)
+            time.sleep(0.01)  # more would be sent for minutes
 
     threads = [threading.Thread(target=busy) for _ in range(2)]
     for thread in threads:
@@ -121,13 +120,12 @@ def forks_while_busy(ingestion: Ingestion) -> None:
     for _ in range(10):
         if (child := os.fork()) == 0:
             capture(ingestion, 1)
-            ingestion.close(PATIENCE_S)
+            ingestion.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
     ended.set()
     for thread in threads:
         thread.join()
-    ingestion.close(PATIENCE_S)
 
 
 _pooled: Ingestion
@@ -166,6 +164,9 @@ APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
 }
 
 if __name__ == "__main__":
-    _, name, url, spool, *rest = sys.argv
-    token = rest[0] if rest else "token"
-    APPLICATIONS[name](Ingestion(token, base_url=url, spool=None if spool == "-" else spool, limits=LIMITS))
+    _, name, url, directory, *rest = sys.argv
+    token, close_s_max = [*rest, *["token", ""][len(rest) :]]
+    spool = None if directory == "-" else directory
+    bound_s = float(close_s_max or (LIMITS.close_s_max if spool else PATIENCE_S))
+    limits = msgspec.structs.replace(LIMITS, close_s_max=bound_s)
+    APPLICATIONS[name](Ingestion(token, base_url=url, spool=spool, limits=limits))

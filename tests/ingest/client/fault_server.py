@@ -39,8 +39,7 @@ class FaultServer:
         """Number of events and headers of each request."""
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fault": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), handler)
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -70,6 +69,11 @@ class FaultServer:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with five, whoever connects sixth at a time waits a second for the next try
+
+
 class _Handler(BaseHTTPRequestHandler):
     fault: FaultServer
     protocol_version = "HTTP/1.1"
@@ -91,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, {}, json.dumps({"inserted": answer[0], "duplicates": answer[1]}).encode())
 
     def _reply(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
+        self.send_response_only(status)
+        for name, value in {"date": self.date_time_string(), **headers}.items():
             self.send_header(name, value)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

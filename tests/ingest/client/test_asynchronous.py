@@ -10,7 +10,7 @@ from ingest.client import AsyncIngestion, EventRefused, Limits
 from ingest.client.strategies.delta_time import DeltaTime
 from tests.ingest.client.fault_server import Bad, FaultServer
 
-QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02)
+QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, close_s_max=30)
 
 
 def event(number: int) -> dict[str, Any]:

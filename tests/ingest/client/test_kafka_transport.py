@@ -2,10 +2,13 @@
 
 import asyncio
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
 from ingest.log import open_log
@@ -14,6 +17,7 @@ from ingest.log.kafka_init import Wanted, make_topics
 from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key, partition_of
 from tests.kafka.cluster import Cluster
+from tests.kafka.mock import mock_brokers
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
 PARTITIONS = 3
@@ -34,46 +38,97 @@ def records(url: str) -> list[Record]:
         log.close()
 
 
+class Written(NamedTuple):
+    """A record as any Kafka consumer sees it."""
+
+    partition: int
+    headers: list[tuple[str, bytes]]
+    value: bytes
+
+
+def written(bootstrap: str, topic: str) -> tuple[int, list[Written]]:
+    """How many partitions a topic has, and every record in it."""
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "test", "log_level": 0})
+    try:
+        partitions = len(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
+        places = [TopicPartition(topic, partition, 0) for partition in range(partitions)]
+        records_left = sum(consumer.get_watermark_offsets(place, timeout=20)[1] for place in places)
+        consumer.assign(places)
+        found = []
+        while records_left:
+            message = consumer.poll(20)
+            assert message is not None
+            assert message.error() is None
+            found.append(Written(message.partition(), message.headers(), message.value()))
+            records_left -= 1
+        return partitions, found
+    finally:
+        consumer.close()
+
+
 @pytest.fixture
 def prefix() -> str:
     """Of topics that no other test has."""
     return f"client-{uuid.uuid4().hex[:8]}"
 
 
-def transport(kafka: Cluster, prefix: str, **settings: object) -> KafkaTransport:
+@pytest.fixture(params=["broker", "mock"])
+def bootstrap(request: pytest.FixtureRequest, prefix: str) -> Iterator[str]:
+    """Brokers with the topic: real ones, and the mock that is everywhere."""
+    if request.param == "mock":
+        with mock_brokers() as addresses:
+            yield addresses
+    else:
+        real: Cluster = request.getfixturevalue("kafka")
+        make_topics(parse_address(f"kafka://{real.bootstrap}/{prefix}", {}), Wanted(partitions=PARTITIONS))
+        yield real.bootstrap
+
+
+def transport(bootstrap: str, prefix: str, **settings: object) -> KafkaTransport:
     """To that topic, without chatter."""
     return KafkaTransport(
-        kafka.bootstrap, ORGANIZATION, topic=f"{prefix}.{USAGE_EVENTS}", settings={"log_level": 0, **settings},
-        timeout_s=20,
+        bootstrap, ORGANIZATION, topic=f"{prefix}.{USAGE_EVENTS}", settings={"log_level": 0, **settings}, timeout_s=20,
     )  # fmt: skip
 
 
-def test_events_reach_the_log(kafka: Cluster, prefix: str, tmp_path: Path) -> None:
-    """Each once, in order for each customer, in the partition of its customer, for the organization."""
-    url = f"kafka://{kafka.bootstrap}/{prefix}"
-    make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS))
+def test_events_reach_the_topic(bootstrap: str, prefix: str, tmp_path: Path) -> None:
+    """Each once, in the partition of its customer, for the organization."""
     with Ingestion(
-        "", base_url=url, spool=tmp_path, limits=QUICK, transport=transport(kafka, prefix)
+        "", base_url="kafka://anywhere", spool=tmp_path, limits=QUICK, transport=transport(bootstrap, prefix)
     ) as ingestion:
         for number in range(500):
             who = f"user-{number % 7}"
             ingestion.ingest({"name": "call", "external_customer_id": who, "external_id": f"e{number}"})
         assert ingestion.flush(60)
-    found = records(url)
+    partitions, found = written(bootstrap, f"{prefix}.{USAGE_EVENTS}")
     events = [(record, msgspec.json.decode(line)) for record in found for line in record.value.split(b"\n")]
 
-    assert {record.organization_id for record in found} == {ORGANIZATION}
+    assert {tuple(record.headers) for record in found} == {(("organization", ORGANIZATION.encode()),)}
     assert sorted(int(event["external_id"][1:]) for _, event in events) == list(range(500))
     for record, event in events:
         key = partition_key(ORGANIZATION, event["external_customer_id"])
-        assert record.partition == partition_of(key, PARTITIONS)
+        assert record.partition == partition_of(key, partitions)
     assert ingestion.stats().acknowledged == 500
+
+
+def test_the_log_reads_what_was_written(kafka: Cluster, prefix: str) -> None:
+    """As records of the organization, each event once."""
+    url = f"kafka://{kafka.bootstrap}/{prefix}"
+    make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS))
+    with Ingestion("", base_url=url, spool=None, limits=QUICK, transport=transport(kafka.bootstrap, prefix)) as sent:
+        ids = [sent.ingest({"name": "call", "external_customer_id": f"user-{number}"}) for number in range(50)]
+        assert sent.flush(60)
+    found = records(url)
+    lines = [line for record in found for line in record.value.split(b"\n")]
+
+    assert {record.organization_id for record in found} == {ORGANIZATION}
+    assert sorted(msgspec.json.decode(line)["external_id"] for line in lines) == sorted(ids)
 
 
 def test_a_topic_that_is_not_there_loses_nothing(kafka: Cluster, prefix: str, tmp_path: Path) -> None:
     """The events wait in the spool until it is made."""
     url = f"kafka://{kafka.bootstrap}/{prefix}"
-    sent = transport(kafka, prefix, **{"allow.auto.create.topics": False})
+    sent = transport(kafka.bootstrap, prefix, **{"allow.auto.create.topics": False})
     with Ingestion("", base_url=url, spool=tmp_path, limits=QUICK, transport=sent) as ingestion:
         ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e"})
         assert not ingestion.flush(0.5)
@@ -88,7 +143,7 @@ def test_an_event_that_the_brokers_find_too_large_is_handed_over(kafka: Cluster,
     url = f"kafka://{kafka.bootstrap}/{prefix}"
     make_topics(parse_address(url, {}), Wanted(partitions=1))
     rejected = []
-    small = transport(kafka, prefix, **{"message.max.bytes": 20_000})
+    small = transport(kafka.bootstrap, prefix, **{"message.max.bytes": 20_000})
     counts = {"vendor": "v", "model": "m", "input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
     with Ingestion(
         "", base_url=url, spool=None, limits=QUICK, transport=small, on_rejected=rejected.append

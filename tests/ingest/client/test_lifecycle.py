@@ -14,9 +14,9 @@ from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS, PATIENCE_
 from tests.ingest.client.fault_server import Bad, FaultServer
 
 
-def start(name: str, url: str, spool: Path | None) -> subprocess.Popen[bytes]:
+def start(name: str, url: str, spool: Path | None, *more: str) -> subprocess.Popen[bytes]:
     """An application in a process of its own."""
-    command = [sys.executable, "-m", "tests.ingest.client.applications", name, url, str(spool or "-")]
+    command = [sys.executable, "-m", "tests.ingest.client.applications", name, url, str(spool or "-"), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -29,9 +29,9 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[list[str], int, str]:
     return captured.decode().split(), process.returncode, complaints.decode()
 
 
-def run(name: str, url: str, spool: Path | None) -> tuple[list[str], int, str]:
+def run(name: str, url: str, spool: Path | None, *more: str) -> tuple[list[str], int, str]:
     """An application, to its end."""
-    return finish(start(name, url, spool))
+    return finish(start(name, url, spool, *more))
 
 
 def ready(process: subprocess.Popen[bytes]) -> None:
@@ -139,7 +139,7 @@ def test_two_owners_never_share(tmp_path: Path) -> None:
     with FaultServer(lambda events, number: Bad(503)) as other, FaultServer() as server:
         ids, _, _ = run("ends", other.url, tmp_path)
         assert len(ids) == EVENTS
-        strangers, _, _ = run("ends", server.url, tmp_path)
+        strangers, _, _ = run("ends", server.url, tmp_path, "token", str(PATIENCE_S))
         assert sorted(server.taken.elements()) == sorted(strangers)
         other.script = lambda events, number: None
         run("collects", other.url, tmp_path)

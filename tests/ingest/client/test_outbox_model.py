@@ -86,7 +86,8 @@ class Waiting(RuleBasedStateMachine):
     @rule()
     def leave(self) -> None:
         """A batch leaves, if one may."""
-        if not Disk.is_broken and self.outbox._seconds_until_ready(time.monotonic()) == 0 and self.outbox.pending:
+        wait_s = self.outbox._seconds_until_ready(time.monotonic())
+        if not Disk.is_broken and wait_s is not None and wait_s <= 0 and self.outbox.pending:
             waiting = len(self.rows()) - sum(len(batch.rows) for batch in self.flying)
             batch = self.outbox.take() if waiting else None
             if batch:

@@ -9,6 +9,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ingest.client import EventRefused, Ingestion, Limits, Rejection, SpoolFull, Stats
@@ -17,6 +18,7 @@ from tests.ingest.client.fault_server import Bad, Events, FaultServer, Script, r
 from tests.ingest.running import eventually
 
 QUICK = Limits(linger_s=0.005, backoff_s=0.005, backoff_s_max=0.05, batch_events_max=50, close_s_max=10)
+TOGETHER = msgspec.structs.replace(QUICK, linger_s=60)  # what is captured in a row leaves in one request
 PATIENCE_S = 20.0
 
 
@@ -72,7 +74,7 @@ def test_an_answer_that_is_no_yes_costs_nothing(answer: Bad, spool: Path | None)
 
 def test_an_answer_that_got_lost_counts_once() -> None:
     """The server took the events and the answer was lost: they are sent again under the same ids."""
-    with FaultServer(bad_for(1, lambda: Bad(-1))) as server, client(server) as ingestion:
+    with FaultServer(bad_for(1, lambda: Bad(-1))) as server, client(server, limits=TOGETHER) as ingestion:
         made = [ingestion.ingest({"name": "call", "external_customer_id": "u"}) for _ in range(5)]
         assert ingestion.flush(PATIENCE_S)
 
@@ -87,7 +89,7 @@ def test_a_refused_event_is_found_by_its_index() -> None:
         return refusal(*((index, "EventCreateCustomer.metadata.poison") for index in bad)) if bad else None
 
     rejected: list[Rejection] = []
-    with FaultServer(script) as server, client(server, on_rejected=rejected.append) as ingestion:
+    with FaultServer(script) as server, client(server, limits=TOGETHER, on_rejected=rejected.append) as ingestion:
         for number in range(40):
             ingestion.ingest(event(number, poison=number in (3, 17)))
 
@@ -206,7 +208,7 @@ def test_a_clock_that_is_ahead_loses_nothing() -> None:
 
 def test_batches_are_bounded_by_events_and_bytes() -> None:
     """No request is larger than the limits, unless one event alone is; large bodies are compressed."""
-    limits = Limits(linger_s=0.01, batch_events_max=30, batch_bytes_max=10_000)
+    limits = Limits(linger_s=60, batch_events_max=30, batch_bytes_max=10_000)
     with FaultServer() as server, client(server, limits=limits) as ingestion:
         for number in range(300):
             ingestion.ingest(event(number, text="x" * (number + 1)))
@@ -281,12 +283,14 @@ def test_when_full_the_oldest_may_go(spool: Path | None) -> None:
 
 def test_when_full_capturing_may_raise(spool: Path | None) -> None:
     """By choice: the application hears of it, whether it is strict or not."""
-    with FaultServer(lambda events, number: Bad(503)) as server:
+    is_away = True
+    with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
         ingestion = Ingestion("token", base_url=server.url, spool=spool, limits=FULL, when_full="raise")
         numbers = iter(range(100))
         with pytest.raises(SpoolFull):
             all(ingestion.ingest(event(number)) for number in numbers)
-        ingestion.close(0)
+        is_away = False
+        ingestion.close(PATIENCE_S)
 
     assert_adds_up(ingestion.stats())
 
