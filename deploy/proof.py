@@ -1,11 +1,12 @@
 """One run of ``meterstream reconcile``: every check that was asked for, and the repair if one was."""
 
 import contextlib
+import time
 from datetime import UTC, datetime
 
 import httpx
 
-from aggregator.reconcile.report import Check, Done, Report
+from aggregator.reconcile.report import Check, Done, Repair, Report
 from deploy.giving_up import GiveUp
 from deploy.mending import not_done, plan, rebuilt, write_down
 from deploy.own_server import own_server
@@ -13,6 +14,8 @@ from deploy.reconcile import Task, reconcile, timed
 from deploy.session import Session
 
 LOCAL = {"log", "store", "ledger"}
+COUNTED_AFTER_S = (1.0, 2.0, 4.0)
+"""Pauses between looks at what Polar was just told: it counts a moment after it answered."""
 
 
 def prove(here: Session, task: Task) -> Report:
@@ -23,9 +26,12 @@ def prove(here: Session, task: Task) -> Report:
     if task.repair == "plan":
         report.plan = plan(report)
         return report
-    steps = [rebuilt(here.data, report.differences), *_told_polar(here, report)]
-    done = [step for step in steps if step is not None]
+    made_again = rebuilt(here.data, report.differences)
+    told = _told_polar(here, report)
+    done = [step for step in (made_again, *told) if step is not None]
     after = _look(here, task) if done else report
+    if any(told):
+        _until_counted(here, task, after)
     after.mended = report.differences if done else []
     after.done = [*done, *not_done(after)]
     write_down(here.data, after.done, report.differences)
@@ -40,6 +46,15 @@ def _look(here: Session, task: Task) -> Report:
     if "upstream" in task.checks:
         report.checks.append(timed(lambda: _upstream(here, task)))
     return report
+
+
+def _until_counted(here: Session, task: Task, report: Report) -> None:
+    """What still seems to be missing at Polar is looked at again."""
+    for pause_s in COUNTED_AFTER_S:
+        if not any(one.repair in (Repair.SEND, Repair.CORRECT) for one in report.checks[-1].differences):
+            return
+        time.sleep(pause_s)
+        report.checks[-1] = timed(lambda: _upstream(here, task))
 
 
 def _upstream(here: Session, task: Task) -> Check:
