@@ -8,6 +8,7 @@ of its own positions each endpoint was told everything.
 Secrets have to be kept to sign with; they show themselves to nobody else, not even in an error's text.
 """
 
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -174,6 +175,17 @@ class Webhooks:
             case EndpointSettled(endpoint_id, heard):
                 self.settled[endpoint_id] = heard
                 self._listen()
+
+    def listening_after(self, changes: Iterable[object]) -> dict[str, list[Heard]]:
+        """``listening`` as it will be with these changes, which are not taken in yet."""
+        coming = [change for change in changes if isinstance(change, EndpointSet | EndpointSettled)]
+        if not coming:
+            return self.listening
+        after = Webhooks()
+        after.endpoints, after.settled = dict(self.endpoints), dict(self.settled)
+        for change in coming:
+            after.apply(change)
+        return after.listening
 
     def endpoints_of(self, organization_id: str) -> list[Endpoint]:
         """The organization's endpoints, oldest first, without those that were deleted."""

@@ -18,7 +18,7 @@ from meters.benefits import GrantSet, SubscriptionSet
 from meters.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record, parse_position
-from meters.webhooks import ThresholdReached
+from meters.webhooks import Heard, ThresholdReached
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SCHEMA = pa.schema(
@@ -36,12 +36,14 @@ Decided = tuple[Record, Change | None]
 def causes(rows: pa.Table, decided: Iterable[Decided], catalogue: Catalogue, directory: Directory) -> pa.Table | None:
     """The causes in a round's new events and decisions; None where nobody listens to any of them.
 
-    What all of an organization's endpoints were told already (which a store made anew reads again) causes nothing.
+    Who listens is taken from the end of the round: a store that is made anew reads endpoints together with what has yet
+    to be told to them. What all of an organization's endpoints were told already, which it reads again, causes nothing.
     """
-    listening = catalogue.webhooks.listening
+    decided = list(decided)
+    listening = catalogue.webhooks.listening_after(change for _, change in decided)
     if not listening:
         return None
-    parts = [_by_decision(decided, catalogue)]
+    parts = [_by_decision(decided, catalogue, listening)]
     for organization_id, heard in listening.items():
         organization = directory.organizations.get(organization_id)
         if rows.num_rows and organization is not None:
@@ -71,18 +73,20 @@ def _by_usage(rows: pa.Table, organization_id: str, heard: Sequence[Mapping[int,
     return pa.table(columns, schema=SCHEMA)
 
 
-def _by_decision(decided: Iterable[Decided], catalogue: Catalogue) -> pa.Table:
+def _by_decision(
+    decided: Sequence[Decided], catalogue: Catalogue, listening: Mapping[str, Sequence[Heard]]
+) -> pa.Table:
+    made = {change.customer.id: change.customer for _, change in decided if isinstance(change, CustomerCreated)}
     found = []
     for record, change in decided:
-        customer_id = _customer(change)
-        customer = catalogue.customers.get(customer_id) if customer_id else None
-        organization_id = customer.organization_id if customer else _organization(change)
-        heard = catalogue.webhooks.listening.get(organization_id, ())
-        if all(record.offset < one.control for one in heard):  # and where nobody listens
+        customer_id = _customer(change) or ""
+        customer = catalogue.customers.get(customer_id) or made.get(customer_id)
+        heard = listening.get(customer.organization_id, ()) if customer else ()
+        if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
             continue
         text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
         at = EPOCH + timedelta(microseconds=record.timestamp_us)
-        found.append((organization_id, None, customer_id, text, at.replace(tzinfo=None)))
+        found.append((customer.organization_id, None, customer_id, text, at.replace(tzinfo=None)))
     columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     return pa.table(arrays, schema=SCHEMA)
@@ -103,8 +107,3 @@ def _customer(change: Change | None) -> str | None:
         case SubscriptionSet(subscription):
             return subscription.customer_id
     return None
-
-
-def _organization(change: Change | None) -> str:
-    """Of a customer that the catalogue does not have yet: whoever makes one says whose it is."""
-    return change.customer.organization_id if isinstance(change, CustomerCreated) else ""

@@ -4,6 +4,7 @@ import asyncio
 import base64
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from standardwebhooks import Webhook
 
 from aggregator.consumer import Aggregator
 from aggregator.webhooks import outbox, targets
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_EVENTS, format_position
 from meters.signatures import signature
 from meters.webhooks import SigningSecret
 from tests.aggregator.polar_story import Polar
@@ -282,7 +283,7 @@ def test_a_name_that_leads_inside_is_found_out_at_delivery(server: Server) -> No
         assert targets.refusal(url, private_allowed=False) is None
 
 
-def test_a_store_made_anew_does_not_tell_the_past_again(server: Server, tmp_path: Any) -> None:
+def test_a_store_made_anew_does_not_tell_the_past_again(server: Server, tmp_path: Path) -> None:
     """How far everybody was told is in the log, so only what came after it gives a new store something to tell."""
     tenant = server.tenant()
 
@@ -292,18 +293,34 @@ def test_a_store_made_anew_does_not_tell_the_past_again(server: Server, tmp_path
         await told.use("a")
         await told.arrived(1)
         await told.settled()
-        await until(lambda: told.endpoint_id in server.aggregator.catalogue.webhooks.settled)
-        settled = server.aggregator.catalogue.webhooks.settled[told.endpoint_id]
-        await until(lambda: server.aggregator.catalogue.webhooks.settled[told.endpoint_id].events >= settled.events)
+        events = format_position(server.aggregator.as_of)
+        settled = server.aggregator.catalogue.webhooks.settled
+        await until(lambda: told.endpoint_id in settled and settled[told.endpoint_id].events == events)
 
     live(tenant, story)
-    anew = Aggregator(server.log, tmp_path / "anew.duckdb", SMALL)
+    assert caused_anew(server, tenant, tmp_path) == set()
+
+
+def test_a_store_made_anew_tells_what_nobody_was_told(server: Server, tmp_path: Path) -> None:
+    """Usage and credits that came while nobody could tell of them, though endpoint and customer are read with them."""
+    tenant = server.tenant()
+    tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/", "events": ["customer.state_changed"]})
+    customer, meter = tenant.customer(external_id="ann"), tenant.meter()
+    tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 5})
+    tenant.event("one", external_customer_id="bob")
+
+    assert caused_anew(server, tenant, tmp_path) == {(customer, None), (None, "bob")}
+
+
+def caused_anew(server: Server, tenant: Tenant, folder: Path) -> set[tuple[str | None, str | None]]:
+    """Whom of a tenant a store has to tell of that is made from the log again: by id, or by the application's name."""
+    anew = Aggregator(server.log, folder / "anew.duckdb", SMALL)
     anew.start()
     try:
         server.run(asyncio.wait_for(anew.wait_for(server.aggregator.as_of, 20), 20))
         with anew.outbox() as connection:
-            told = {cause.customer_id for cause in outbox.take_causes(connection) if cause.organization_id == tenant.id}
-        assert told == set()
+            causes = outbox.take_causes(connection)
+        return {(cause.customer_id, cause.text) for cause in causes if cause.organization_id == tenant.id}
     finally:
         anew.stop()
 
