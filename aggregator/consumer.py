@@ -92,6 +92,7 @@ class Aggregator:
             if engine is not None:
                 self._until_ended(engine)
                 delay_s = RESTART_DELAY_S if engine.rounds else min(2 * delay_s, RESTART_DELAY_MAX_S)
+            engine = None  # it holds an index of all identities, and the next one makes its own
             self._stop.wait(delay_s)
         self.ended.set()
 
@@ -120,6 +121,7 @@ class Aggregator:
         final = isinstance(failure, FINAL)
         what = "aggregator_stopped" if final else "engine_ended"
         logger.error(what, reason=str(failure), kind=type(failure).__name__)
+        _forget_frames(failure)
         if final:
             self._stop.set()
 
@@ -212,6 +214,10 @@ class Aggregator:
             timeout_s,
         )
 
+    async def present(self, timeout_s: float) -> bool:
+        """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
+        return await self.wait_for(await asyncio.to_thread(self._log.ends, USAGE_EVENTS), timeout_s)
+
     async def _wait(self, reached: Callable[[], bool], timeout_s: float) -> bool:
         def safely() -> bool:
             try:
@@ -238,3 +244,9 @@ def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
 
+
+def _forget_frames(failure: BaseException) -> None:
+    """Let go of the frames in which an error was raised: they hold the engine that ended, with all of its memory."""
+    each: BaseException | None = failure
+    while each is not None:
+        each.__traceback__, each = None, each.__cause__ or each.__context__

@@ -105,10 +105,12 @@ def _waiting_for(connection: duckdb.DuckDBPyConnection, hi: Words, lo: Words) ->
     connection.register("arrived", pa.table({"hi": hi, "lo": lo}))
     rows = connection.execute(
         """
-        SELECT DISTINCT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
-        FROM pending p JOIN arrived a
-          ON (p.parent_hi = a.hi AND p.parent_lo = a.lo) OR (p.other_hi = a.hi AND p.other_lo = a.lo)
-        """
+        SELECT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
+        FROM pending p SEMI JOIN arrived a ON p.parent_hi = a.hi AND p.parent_lo = a.lo
+        UNION
+        SELECT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
+        FROM pending p SEMI JOIN arrived a ON p.other_hi = a.hi AND p.other_lo = a.lo
+        """  # two joins by hash; one with OR would compare every pair
     ).fetchall()
     connection.unregister("arrived")
     return [Child((r[0], r[1]), r[2], r[3], (r[4], r[5]), None if r[6] is None else (r[6], r[7])) for r in rows]

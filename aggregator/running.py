@@ -31,6 +31,7 @@ from aggregator.windows import MeterWindows, microseconds
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
+HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _READ = ["subject", "ingested_at", "name", "timestamp", "metadata", "awkward"]  # what a statement of meters may look at
@@ -66,7 +67,8 @@ class RunningTotals:
         self._connection = store.cursor()
         self._arriving: Slot | None = None
         self._meters: dict[str, Counting] = {}
-        self._calendar = Calendar()
+        self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
+        self._counting_history = threading.Semaphore(HISTORIES_AT_ONCE)
         self._plans: dict[int, Plan | None] = {}
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
@@ -103,7 +105,8 @@ class RunningTotals:
                 here = organizations == number
                 self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
                 result = self._connection.execute(compiled.parsed, compiled.statement.parameters)
-                _scatter(self._meters, compiled, result.to_arrow_table(), self._calendar)
+                calendar = self._calendar(self._directory.organization_ids[number])
+                _scatter(self._meters, compiled, result.to_arrow_table(), calendar)
 
     def _hand_over(self, rows: pa.Table) -> None:
         if self._arriving is None:
@@ -154,12 +157,11 @@ class RunningTotals:
         if counting is None:
             return
         cuts = {subject: since for subject, since in cuts.items() if counting.totals.is_elsewhere(subject, since)}
+        is_complete = counting.complete.is_set()  # looked at first: what history adds after this is looked for below
         late = {subject: since for subject, since in cuts.items() if counting.totals.has_rows(subject, since)}
-        inside = self._inside(meter, late) if late and counting.complete.is_set() else None
-        if late and inside is None:
+        inside = self._inside(meter, late) if late and is_complete else None
+        if (late and inside is None) or not counting.totals.cut(cuts, inside):
             self._count_history([meter], self._store.next_seq)
-        else:
-            counting.totals.cut(cuts, inside)
 
     def _inside(self, meter: Meter, late: Mapping[int, int]) -> MeterWindows:
         number = self._directory.organizations[meter.organization_id].number
@@ -172,8 +174,11 @@ class RunningTotals:
         subjects = result.column("subject").to_numpy()
         result = result.filter(pa.array(_microseconds(result, "ingested_at") >= begins[subjects]))
         inside = Counting(MeterWindows(meter.aggregation.func), None, threading.Event())
-        _scatter({meter.id: inside}, compiled, result, self._calendar)
+        _scatter({meter.id: inside}, compiled, result, self._calendar(meter.organization_id))
         return inside.totals
+
+    def _calendar(self, organization_id: str) -> Calendar:
+        return self._calendars.setdefault(organization_id, Calendar())
 
     def _plan(self, organization: int) -> Plan | None:
         if organization not in self._plans:
@@ -187,7 +192,7 @@ class RunningTotals:
             windows = MeterWindows(meter.aggregation.func)
             windows.cut(self._begins(meter))
             func = meter.aggregation.func
-            quarters = None if func == "unique" else MeterQuarters(func, self._calendar)
+            quarters = None if func == "unique" else MeterQuarters(func, self._calendar(meter.organization_id))
             self._meters[meter.id] = Counting(windows, quarters, threading.Event())
         counted = {meter.id: self._meters[meter.id] for meter in meters}
         if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
@@ -196,21 +201,22 @@ class RunningTotals:
             return
         work = meters, counted, before_seq
         thread = threading.Thread(target=self._history, args=work, name="history", daemon=True)
-        self._threads.append(thread)
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
         thread.start()
 
     def _history(self, meters: list[Meter], counted: dict[str, Counting], before_seq: int) -> None:
         """A thread: evaluate the meters over the events stored before ``before_seq``."""
-        number = self._directory.organizations[meters[0].organization_id].number
+        organization_id = meters[0].organization_id
+        number, calendar = self._directory.organizations[organization_id].number, self._calendar(organization_id)
         try:
-            with contextlib.closing(self._store.cursor()) as connection:
+            with self._counting_history, contextlib.closing(self._store.cursor()) as connection:
                 compiled = plan(meters, _HISTORY, connection)
                 parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
                 relation = connection.sql(compiled.statement.sql, params=parameters)
                 for batch in relation.to_arrow_reader(HISTORY_ROWS):
                     if self._stopping.is_set() or not any(self._meters.get(id) is one for id, one in counted.items()):
                         return  # or they are counted anew by another thread
-                    _scatter(counted, compiled, pa.Table.from_batches([batch]), self._calendar)
+                    _scatter(counted, compiled, pa.Table.from_batches([batch]), calendar)
             for counting in counted.values():
                 counting.complete.set()
         except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, TypeVar
 
@@ -28,7 +28,7 @@ from aggregator.messages import Telling, messages_of
 from aggregator.view import Unavailable
 from aggregator.webhooks import outbox, targets
 from aggregator.webhooks.outbox import Attempt, Message
-from meters.log import TryAgain, format_position
+from meters.log import TryAgain, format_position, parse_position
 from meters.signatures import keys
 from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard
 
@@ -109,8 +109,15 @@ class Sender:
         return await asyncio.to_thread(whole)
 
     async def _collect(self) -> None:
-        """Make messages of every cause, and say in the log how far everybody was told."""
-        view = self._desk.view
+        """Make messages of every cause, and say in the log how far everybody was told.
+
+        A store that is filled again from the log says nothing before it has what was told already: its balances are
+        those of long ago until then.
+        """
+        view, webhooks = self._desk.view, self._desk.catalogue.webhooks
+        listening = [endpoint for endpoint in list(webhooks.endpoints.values()) if endpoint.deleted_at is None]
+        if not all(_reaches(view.as_of, webhooks.heard(endpoint)) for endpoint in listening):
+            return
         heard = Heard(format_position(view.as_of), view.control_position)
         causes, stored = await self._write(lambda here: (outbox.take_causes(here), outbox.stored(here)))
         if causes:
@@ -147,14 +154,14 @@ class Sender:
         oldest = await self._write(outbox.oldest_pending)
         webhooks = self._desk.catalogue.webhooks
         settled = []
-        for endpoint in webhooks.endpoints.values():
+        for endpoint in list(webhooks.endpoints.values()):
             first = oldest.get(endpoint.id)
             done = [what for at, what in self._told if first is None or at < first]
             if done and endpoint.deleted_at is None and _is_further(done[-1], webhooks.heard(endpoint)):
                 settled.append(EndpointSettled(endpoint.id, done[-1]))
         if settled:
             await self._desk.decide(*settled)
-        enabled = {id for id, endpoint in webhooks.endpoints.items() if endpoint.disabled_at is None}
+        enabled = {id for id, endpoint in list(webhooks.endpoints.items()) if endpoint.disabled_at is None}
         self._unsettled = not enabled.isdisjoint(oldest)
 
     async def _deliver(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
@@ -167,7 +174,8 @@ class Sender:
 
     async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str) -> int:
         """Send the next messages; how many of them are settled now."""
-        pending = await self._write(lambda connection: outbox.pending(connection, endpoint_id))
+        parked_before = self._now() - ORDER_GUARD, self._now()
+        pending = await self._write(lambda connection: outbox.pending(connection, endpoint_id, parked_before))
         done: list[Message] = []
         attempts: list[Attempt] = []
         for message in pending:
@@ -277,4 +285,8 @@ def signed_headers(endpoint: Endpoint, message: Message, now: datetime) -> dict[
 
 
 def _is_further(one: Heard, other: Heard) -> bool:
-    return one != other and one.control >= other.control
+    return one != other and one.control >= other.control and _reaches(parse_position(one.events) or {}, other)
+
+
+def _reaches(position: Mapping[int, int], heard: Heard) -> bool:
+    return all(position.get(partition, 0) >= end for partition, end in (parse_position(heard.events) or {}).items())

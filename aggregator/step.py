@@ -9,7 +9,6 @@ never billed.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -17,10 +16,10 @@ import pyarrow as pa
 from aggregator.apply import Batch, Chunk, DeadLetter
 from aggregator.run import Words
 from aggregator.seen import Keys, repeats
+from meters.exact_json import decode_tokens
 
 CONFLICT = "conflict"
 _COMPARED = ("name", "subject", "timestamp", "parent", "member_id", "external_member_id")
-_DECODE_EXACT = msgspec.json.Decoder(float_hook=str).decode  # 0.10 and 0.1 are told apart: the sender changed it
 Identity = tuple[int, int]
 
 
@@ -99,7 +98,8 @@ def _same(batch: Batch, needs: Needs, row: int, stored: Mapping[Identity, dict[s
 
 
 def _meaning(row: dict[str, Any]) -> object:
-    return _DECODE_EXACT(row["metadata"])
+    """With every number as it was sent: 0.10 and 0.1 are told apart, the sender changed it; so are 0.1 and "0.1"."""
+    return decode_tokens(row["metadata"].encode())
 
 
 def _place(chunks: Sequence[Chunk], row: int) -> tuple[Chunk, int]:

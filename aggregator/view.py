@@ -89,6 +89,10 @@ class View(Protocol):
         """Whether the view reached the ``usage.events`` position within the time."""
         ...
 
+    async def present(self, timeout_s: float) -> bool:
+        """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
+        ...
+
     def numbers(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
         """The numbers under which a customer's events are stored (``events.subject``): none, one or two."""
         ...

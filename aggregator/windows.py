@@ -123,14 +123,20 @@ class MeterWindows:
         """Whether something arrived from the customer at or after this time."""
         return since != EVER and subject < len(self._newest) and int(self._newest[subject]) >= since
 
-    def cut(self, cuts: Mapping[int, int], inside: "MeterWindows | None" = None) -> None:
-        """Begin the customers' windows at these times. ``inside`` has what arrived since, if anything did."""
+    def cut(self, cuts: Mapping[int, int], inside: "MeterWindows | None" = None) -> bool:
+        """Begin the customers' windows at these times. ``inside`` has what arrived since, if anything did.
+
+        False, and nothing is done, where there is none and something arrived after all.
+        """
         with self._lock:
+            if inside is None and any(self.has_rows(subject, since) for subject, since in cuts.items()):
+                return False
             self.is_cut = self.is_cut or bool(cuts)
             for subject, since in cuts.items():
                 self._grow(subject + 1)
                 self._since[subject] = since
                 self._set_apart(subject, since, inside._whole if inside is not None else _kept(self._func))
+        return True
 
     def _set_apart(self, subject: int, since: int, inside: Kept) -> None:
         if since == EVER:

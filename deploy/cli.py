@@ -9,7 +9,7 @@ to say so; the options mean the same either way.
 import sys
 from collections.abc import Sequence
 
-from deploy.giving_up import BUG, DONE, GiveUp
+from deploy.giving_up import BUG, DONE, FAILED, GiveUp
 from deploy.settings import Settings, read_environment
 from deploy.start import begin
 
@@ -35,10 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        outage = _outage(error)
         hint = "(METERSTREAM_DEBUG=1 shows where)"
-        print(f"meterstream: a bug: {type(error).__name__}: {error} {hint}", file=sys.stderr)
-        code = BUG
+        told = outage or f"a bug: {type(error).__name__}: {error} {hint}"
+        print(f"meterstream: {' '.join(told.split())}", file=sys.stderr)
+        code = FAILED if outage else BUG
     sys.exit(code or DONE)
+
+
+def _outage(error: Exception) -> str | None:
+    """What to say of an error that is nobody's fault. Kinds are told by name: their libraries load slowly."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "TransportError" in kinds:
+        return (
+            f"no server answers ({error}); start one with `meterstream serve`, or name it with --url (or "
+            "METERSTREAM_URL)"
+        )
+    return f"the log does not answer: {error}; try again when it does" if "TryAgain" in kinds else None
 
 
 def _run(line: list[str], settings: Settings) -> int | None:

@@ -69,7 +69,7 @@ class CsvFile(msgspec.Struct, frozen=True):
     constants: dict[str, str]  # event field -> the same value for every line
 
     def check(self) -> None:
-        """Raises GiveUp when the mapping cannot work for this file, before anything is sent."""
+        """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent."""
         fields = self.columns.keys() | self.constants.keys()
         if "name" not in fields or not fields & {"external_customer_id", "customer_id"}:
             raise GiveUp(
@@ -77,7 +77,14 @@ class CsvFile(msgspec.Struct, frozen=True):
                 "or, the same for all, --set name=TEXT,external_customer_id=TEXT", USAGE,
             )
         with self._open() as file:
-            header = next(csv.reader(file), [])
+            reader = csv.reader(file, strict=True)
+            try:
+                header = next(reader, [])
+                for _ in reader:  # to the end: once rows were sent, a mended file would be another one
+                    continue
+            except (csv.Error, UnicodeDecodeError) as error:
+                place = f"{self.path}, line {reader.line_num}"
+                raise GiveUp(f"{place} cannot be read: {error}; nothing was sent", USAGE) from None
         missing = sorted(set(self.columns.values()) - set(header))
         if missing:
             raise GiveUp(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(header)}", USAGE)
@@ -86,7 +93,7 @@ class CsvFile(msgspec.Struct, frozen=True):
         """An event for every row, with the number of the file's line on which the row ends."""
         with self._open() as file:
             digest = self.digest()
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             for row in reader:
                 number = reader.line_num
                 try:

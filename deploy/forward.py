@@ -51,14 +51,14 @@ def run(settings: Settings, lifeline: int | None) -> None:
         timeout_s = settings.polar_timeout_seconds
         with Upstream(settings.polar_server, settings.polar_token, window, timeout_s=timeout_s) as upstream:
             while True:
-                _try(settings, data, state, upstream)
+                _try(settings, data, state, upstream, is_child=lifeline is not None)
                 time.sleep(TRY_AGAIN_S)
 
 
-def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream) -> None:
+def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream, *, is_child: bool) -> None:
     """Forward until something has to be set up again."""
     try:
-        with contextlib.closing(open_source(settings, data, state)) as source:
+        with contextlib.closing(open_source(settings, data, state, is_child=is_child)) as source:
             wishes = wishes_of(settings, source)
             state.set(waits_for=None)
             Forwarder(source, upstream, state, wishes).run()
@@ -96,9 +96,12 @@ def _alone(data: DataDirectory, patient: bool) -> Iterator[None]:
         os.close(lock)
 
 
-def open_source(settings: Settings, data: DataDirectory, state: State) -> Source:
-    """The feed of this directory's aggregator, with a token made for it, or of the server at --url. Raises GiveUp."""
-    if not data.socket.exists() and settings.token:
+def open_source(settings: Settings, data: DataDirectory, state: State, *, is_child: bool = False) -> Source:
+    """The feed of this directory's aggregator, with a token made for it, or of the server at --url. Raises GiveUp.
+
+    A child of ``serve`` has the aggregator beside it, though its socket may not be there yet.
+    """
+    if not is_child and not data.socket.exists() and settings.token:
         return Source(settings.url, settings.token)
     organization = settings.polar_organization
     known = state.flags().get("feed_token")

@@ -149,7 +149,7 @@ def _outbox(data: DataDirectory) -> Outbox | None:
     """The forwarder's books, where anything was ever forwarded."""
     if not data.forwarding.exists():
         return None
-    with contextlib.closing(State(data.forwarding)) as state:
+    with contextlib.closing(State(data.forwarding)) as state, state.at_once():
         lanes = [tallies for lane, tallies in state.tallies().items() if lane]
         waiting, _ = state.waiting()
     taken, accepted, dead = (sum(lane.get(name, 0) for lane in lanes) for name in ("taken", "accepted", "dead"))

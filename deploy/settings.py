@@ -70,6 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def _own(kind: type, value: Any) -> Any:
     """What msgspec does not know how to make: a Path and a Secret, each from a text."""
+    if kind is Secret and isinstance(value, str):
+        value = value.strip()  # a file that holds one mostly ends with a newline, which no header may have
     return value if isinstance(value, kind) else kind(value)
 
 

@@ -83,8 +83,9 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
+            settles=range_.settle > timedelta(0),
             selection=selection(settings, here).params(),
-            refused={letter.external_id: letter.words for letter in state.dead()}, is_pending=_pending(state),
+            refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
         )  # fmt: skip
         check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
         there.complete()

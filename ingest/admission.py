@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, VALUES_MAX
+from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, HURRIED_EVENTS_MAX, HURRIED_VALUES_MAX, VALUES_MAX
 from ingest.plain import Plain, find_suspects, read_plain
 from meters.catalogue import Catalogue
 from meters.event import CLOCK_SKEW, check_event
@@ -83,10 +83,23 @@ _BYTE = re.compile(r"\(byte (\d+)\)")
 
 def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused:
     """Every event of the body as a line, or why not. One bad event refuses all of them, unless ``lenient``."""
+    found = _admit(body, sender, now, lenient, hurry=False)
+    assert found is not None
+    return found
+
+
+def admit_quickly(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused | None:
+    """The same; None where more events are unusual than can be read while everybody waits."""
+    return _admit(body, sender, now, lenient, hurry=True)
+
+
+def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | Refused | None:
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
     plains = read_plain(body)
+    if plains is None and hurry and body.count(b",") > HURRIED_VALUES_MAX:
+        return None
     if plains is None and body.count(b",") > VALUES_MAX:
         return _refused("too_long", ("body", "events"), "Too many values to look at one by one; send fewer events")
     try:
@@ -95,6 +108,8 @@ def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) 
         return _no_envelope(body)
     latest = now + sender.clock_skew
     ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
+    if hurry and len(suspects) > HURRIED_EVENTS_MAX:
+        return None
     if len(suspects) > CAREFUL_EVENTS_MAX:
         return _refused("too_long", ("body", "events"), "Too many unusual events to look at one by one; send fewer")
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import BUSINESS, Admitted, Refused, Sender, admit
+from ingest.admission import BUSINESS, Admitted, Refused, Sender, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -192,7 +192,9 @@ class IngestEndpoint:
         sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
-            return admit(body, sender, now, lenient=preferences.lenient)
+            found = admit_quickly(body, sender, now, lenient=preferences.lenient)
+            if found is not None:
+                return found
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._large_bodies, _admit_large, body, sender, now, preferences)
 

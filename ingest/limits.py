@@ -51,6 +51,12 @@ CAREFUL_EVENTS_MAX = 50_000
 """Unusual events of one request, each read on its own in some 20 us: a second of one core. A request of plain events
 has no limit but its bytes."""
 
+HURRIED_EVENTS_MAX = 200
+"""Unusual events of a small body: more are read in a thread like a large body, since these take some 4 ms."""
+
+HURRIED_VALUES_MAX = 10_000
+"""Commas of a small body that is not plain throughout, likewise."""
+
 VALUES_MAX = 1_000_000
 """Commas in a body that is not plain throughout, before it is cut up: 10 MiB of ``0,0,0`` would take 400 MiB."""
 

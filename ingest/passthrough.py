@@ -27,11 +27,13 @@ HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
     b"trailer", b"transfer-encoding", b"upgrade", b"expect",
 })  # fmt: skip
+FRAMING = frozenset({b"host", b"content-length"})  # whatever a client's `Connection` says, these belong to the message
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}  # the gateway's own server says these
 
 CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all
 IDLE_S = 2.0  # kept connections are used within this, well before the other side lets go of them (5 s)
 BUFFER_BYTES = 256 * 1024  # of an answer held for a client that reads more slowly than the API writes
+SLOT_S_MAX = 10.0  # a question waits in line for a slot; behind so many slow ones it may as well come again
 RETRY_AFTER_S = 1  # an aggregator restarts in about a second
 
 
@@ -51,6 +53,7 @@ class _Connection(asyncio.Protocol):
         self.idle_since_s = 0.0
         self.closed = False
         self.reusable = False  # whether the next request may use this connection
+        self.asked = False  # whether an answer is awaited, or comes
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
@@ -61,12 +64,13 @@ class _Connection(asyncio.Protocol):
         """Forget the last answer."""
         self.status = 0  # until the head is whole
         self.headers: list[tuple[bytes, bytes]] = []
-        self.complete = self.reusable = False
+        self.complete = self.reusable = self.asked = False
         self._chunks: list[bytes] = []
         self._buffered = 0
 
     async def ask(self, request: bytes) -> None:
         """Send the request and wait for the answer's head. Raises ViewUnavailable, TimeoutError."""
+        self.asked = True
         self.transport.write(request)
         while not (self._writable or self.closed):
             await self._news()
@@ -112,6 +116,9 @@ class _Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are of no class of asyncio's
 
     def data_received(self, data: bytes) -> None:
+        if self.complete or not self.asked:  # nobody asked for it, so nobody may ever take it for an answer
+            self.close()
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -167,22 +174,32 @@ class Upstream:
         An answer that breaks off in the middle is left unfinished, and the server cuts the connection: half an answer
         is never taken for a whole one.
         """
-        async with self._slots:
-            try:
-                connection = await self._ask(scope["method"], _request(scope, path, body))
-            except ViewUnavailable:
-                return await answer(send, _away())
-            except TimeoutError:
-                return await answer(send, answers.no_answer())
-            try:
-                await _stream(connection, scope["method"], send)
-                self._keep(connection, scope["method"])
-            except (ViewUnavailable, TimeoutError):
-                connection.close()
-            except BaseException:
-                connection.close()
-                raise
-            return connection.status
+        try:
+            async with asyncio.timeout(SLOT_S_MAX):
+                await self._slots.acquire()
+        except TimeoutError:
+            return await answer(send, _away())
+        try:
+            return await self._pass_on(scope, path, body, send)
+        finally:
+            self._slots.release()
+
+    async def _pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
+        try:
+            connection = await self._ask(scope["method"], _request(scope, path, body))
+        except ViewUnavailable:
+            return await answer(send, _away())
+        except TimeoutError:
+            return await answer(send, answers.no_answer())
+        try:
+            await _stream(connection, scope["method"], send)
+            self._keep(connection, scope["method"])
+        except (ViewUnavailable, TimeoutError):
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+        return connection.status
 
     async def get(self, path: str, deadline_s: float) -> bytes | None:
         """The body of a plain GET that was answered with 200 in time, else None."""
@@ -257,14 +274,16 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
     headers = tuple(headers)
     for name, value in headers:
         if name == b"connection":
-            dropped |= {token.strip().lower() for token in value.split(b",")}
+            dropped |= {token.strip().lower() for token in value.split(b",")} - FRAMING
     return tuple([header for header in headers if header[0] not in dropped])
 
 
 def _request(scope: Message, path: bytes, body: bytes) -> bytes:
     target = path + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     lines = [b"%s %s HTTP/1.1" % (scope["method"].encode(), target)]
-    lines += [b"%s: %s" % header for header in end_to_end(scope["headers"])]
+    lines += [b"%s: %s" % header for header in end_to_end(scope["headers"], HOP_BY_HOP | {b"content-length"})]
+    if body or scope["method"] in ("POST", "PUT", "PATCH"):
+        lines.append(b"content-length: %d" % len(body))  # of what follows here, whatever was said there
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 

@@ -21,6 +21,7 @@ from meters.catalogue import Catalogue
 from meters.refusal import NAME_LENGTH_MAX, STRING_LENGTH_MAX
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # stands for "not given": never in the future
+_YEAR_TWO = datetime(2, 1, 1, tzinfo=UTC)
 NOT_PLAIN = -(2**32)  # instead of a number of keys; no body has so many
 
 Text = Annotated[str, Meta(min_length=1, max_length=STRING_LENGTH_MAX)]
@@ -130,8 +131,9 @@ def _find(
     latest: datetime,
 ) -> Finding:
     suspects = set(_unknown_customers(plains, organization_id, catalogue))
-    if plains and max([event.timestamp for event in plains]) > latest:
-        suspects.update(index for index, event in enumerate(plains) if event.timestamp > latest)
+    times = [event.timestamp for event in plains]
+    if times and (max(times) > latest or min(times) < _YEAR_TWO):  # with its offset, year 1 may have begun before time
+        suspects.update(index for index, time in enumerate(times) if time > latest or time < _YEAR_TWO)
     if b"\\" in body and _HIDING.search(body):
         suspects.update(index for index, line in enumerate(lines) if _HIDING.search(line))
     metadata = [event.metadata for event in plains if event.metadata is not UNSET]

@@ -6,8 +6,10 @@ Kafka costs Python more than everything else that is done to an event.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
+from msgspec import Raw
 
 from ingest.admission import Admitted
 from ingest.plain import Plain
@@ -19,10 +21,23 @@ from meters.uuid_text import parse_uuid4
 REMEMBERED_MAX = 200_000
 """Customers whose partition is kept, some 30 MB; whoever has more pays for the hash now and then."""
 
+REMEMBERED_LENGTH_MAX = 200
+"""Characters of a customer's id that is remembered; the wire knows no limit."""
+
+
+NULL = Raw(b"null")
+
 
 class _Who(msgspec.Struct, gc=False):
-    external_customer_id: str | None = None
-    customer_id: str | None = None
+    """Of any types: admission has judged the ones that count, and lets the other pass as it is."""
+
+    external_customer_id: Raw = NULL
+    customer_id: Raw = NULL
+
+
+class _Named(NamedTuple):
+    external_customer_id: str | None
+    customer_id: str | None
 
 
 _decode_lines = msgspec.json.Decoder(_Who).decode_lines
@@ -45,7 +60,7 @@ class Spread:
             return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        whos = _decode_lines(admitted.value) if admitted.plains is None else admitted.plains
+        whos = _named(admitted.value) if admitted.plains is None else admitted.plains
         places = self._places(whos, organization_id, catalogue)
         if len(set(places)) == 1:
             return [_entry(admitted.value, places[0], organization_id, admitted)]
@@ -55,7 +70,7 @@ class Spread:
         values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
         return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
 
-    def _places(self, whos: Sequence[_Who | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
+    def _places(self, whos: Sequence[_Named | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
         places = [known.get(who.external_customer_id) for who in whos]
         if None in places:
@@ -65,15 +80,17 @@ class Spread:
         return places  # type: ignore[return-value]  # every None was replaced
 
     def _place(
-        self, who: _Who | Plain, organization_id: str, catalogue: Catalogue, known: dict[str | None, int]
+        self, who: _Named | Plain, organization_id: str, catalogue: Catalogue, known: dict[str | None, int]
     ) -> int:
         name = who.external_customer_id
         if name is None:  # not remembered: a customer may be given a name later
             id = parse_uuid4(who.customer_id)
             customer = catalogue.customer(organization_id, id) if isinstance(id, str) else None
             return self._hash(organization_id).of((customer and customer.external_id) or str(id))
-        known[name] = place = self._hash(organization_id).of(name)
-        self._remembered += 1
+        place = self._hash(organization_id).of(name)
+        if len(name) <= REMEMBERED_LENGTH_MAX:
+            known[name] = place
+            self._remembered += 1
         return place
 
     def _hash(self, organization_id: str) -> CustomerPartitions:
@@ -81,6 +98,14 @@ class Spread:
         if found is None:
             found = self._hashes[organization_id] = CustomerPartitions(organization_id, self._partitions)
         return found
+
+
+def _named(lines: bytes) -> list[_Named]:
+    return [_Named(_text(who.external_customer_id), _text(who.customer_id)) for who in _decode_lines(lines)]
+
+
+def _text(raw: Raw) -> str | None:
+    return msgspec.json.decode(raw, type=str) if bytes(raw).startswith(b'"') else None
 
 
 def _entry(value: bytes, partition: int, organization_id: str, admitted: Admitted) -> Entry:

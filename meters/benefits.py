@@ -132,12 +132,13 @@ class Benefits:
 
     def benefits_of(self, organization_id: str) -> list[Benefit]:
         """The organization's benefits, oldest first, without those that were deleted."""
-        every = self.benefits.values()
+        every = list(self.benefits.values())
         return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
 
     def grants_by(self, benefit_id: str, *, held: bool = True) -> list[Grant]:
         """The grants of a benefit, oldest first: those that hold, or every one."""
-        return [one for one in self.grants.values() if one.benefit_id == benefit_id and not (held and one.revoked_at)]
+        every = list(self.grants.values())
+        return [one for one in every if one.benefit_id == benefit_id and not (held and one.revoked_at)]
 
     def grants_of(self, customer_id: str) -> list[Grant]:
         """Every grant of a customer, revoked ones too, oldest first."""

@@ -10,6 +10,7 @@ Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a dou
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -180,11 +181,15 @@ class _Line(msgspec.Struct):
     metadata: dict[str, msgspec.Raw] = {}
 
 
+COMPLAINTS_MAX = 100  # about the metadata of one event; nobody reads more
+
+
 class _Form:
     """One reading of a line as one kind of event. Every method reads a field, and notes what is wrong with it."""
 
     def __init__(self, record: Object, variant: str, index: int, line: bytes) -> None:
         self.refusals: list[Refusal] = []
+        self._echoes: dict[int, Any] = {}  # by the identity of what is echoed
         self._record, self._variant, self._index, self._line = record, variant, index, line
 
     def event(self, latest: datetime) -> Event:
@@ -204,7 +209,9 @@ class _Form:
         )
 
     def _refuse(self, reason: Reason, *loc: str, value: Any) -> None:
-        self.refusals.append(reason.at(self._index, self._variant, *loc, input=echo(value)))
+        if id(value) not in self._echoes:  # one object may lack several fields: it is repeated, and not copied
+            self._echoes[id(value)] = echo(value)
+        self.refusals.append(reason.at(self._index, self._variant, *loc, input=self._echoes[id(value)]))
 
     def _missing(self, key: str) -> None:
         self.refusals.append(Reason.MISSING.at(self._index, self._variant, key, input=msgspec.Raw(self._line)))
@@ -251,7 +258,7 @@ class _Form:
         if not isinstance(metadata, Object):
             self._refuse(Reason.DICT_TYPE, "metadata", value=metadata)
             return {}
-        for reason, loc, value in complaints(metadata):
+        for reason, loc, value in islice(complaints(metadata), COMPLAINTS_MAX):
             self._refuse(reason, "metadata", *loc, value=value)
         try:
             return msgspec.json.decode(self._line, type=_Line).metadata

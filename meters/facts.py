@@ -75,11 +75,19 @@ def facts(event: Event, ingested_at: datetime, source: str = USER) -> Facts:
 
 
 def _value(key: str, token: bytes) -> Any:
-    value = json.loads(token, parse_int=number, parse_float=number)
-    if key in RESERVED and isinstance(value, dict):
+    if key not in RESERVED:
+        return json.loads(token, parse_int=number, parse_float=number)
+    value = json.loads(token, parse_int=_known_number, parse_float=_known_number)
+    if isinstance(value, dict):
         known, numbers = RESERVED[key]
         return {name: _reserved(name in numbers, value[name]) for name in known if name in value}
     return value
+
+
+def _known_number(token: str) -> Number | None:
+    """None for what only a key can hold that is not known, and goes."""
+    amount = parse_amount(token)
+    return None if amount is None else Number(token, amount)
 
 
 def _reserved(is_number: bool, value: Any) -> Any:

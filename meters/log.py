@@ -33,10 +33,14 @@ def parse_position(text: str) -> dict[int, int] | None:
     position: dict[int, int] = {}
     for part in text.split(",") if text else []:
         partition, colon, offset = part.strip().partition(":")
-        if not (colon and partition.isascii() and partition.isdigit() and offset.isascii() and offset.isdigit()):
+        if not (colon and _is_count(partition) and _is_count(offset)):
             return None
         position[int(partition)] = int(offset)
     return position
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

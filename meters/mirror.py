@@ -147,7 +147,7 @@ class Mirror:
 
     def customers(self, meter_id: str) -> list[str]:
         """The customers of whom something is known for one of Polar's meters."""
-        return [customer_id for customer_id, stories in self._stories.items() if meter_id in stories]
+        return [customer_id for customer_id, stories in list(self._stories.items()) if meter_id in stories]
 
     def wanted(self, customer_id: str, meter_id: str) -> Wanted:
         """What follows for a customer's meter from all that is known."""

@@ -8,6 +8,7 @@ business of this product and are passed over.
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
 
 import msgspec
 from msgspec.structs import replace
@@ -114,6 +115,15 @@ class News(NamedTuple):
     customer_id: str | None
 
 
+def _must_be_uuid(id: str) -> None:
+    try:
+        is_one = str(UUID(id)) == id.lower()
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise Unreadable("a customer's id should be a UUID")
+
+
 class _Reading:
     """One delivery on its way to decisions."""
 
@@ -152,6 +162,7 @@ class _Reading:
         if known is not None:
             self.changes.append(CustomerUpdated(replace(known, **fields)))
         else:
+            _must_be_uuid(told.id)  # as every id of Polar's is, and as our own ids are made of
             made = Customer(
                 id=told.id, organization_id=self.organization_id, created_at=_utc(told.created_at) or self.now, **fields
             )  # fmt: skip

@@ -189,15 +189,17 @@ class Webhooks:
 
     def endpoints_of(self, organization_id: str) -> list[Endpoint]:
         """The organization's endpoints, oldest first, without those that were deleted."""
-        return [one for one in self.endpoints.values() if one.organization_id == organization_id and not one.deleted_at]
+        every = list(self.endpoints.values())
+        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
 
     def sources_of(self, organization_id: str) -> list[Source]:
         """The organization's sources, oldest first, without those that were deleted."""
-        return [one for one in self.sources.values() if one.organization_id == organization_id and not one.deleted_at]
+        every = list(self.sources.values())
+        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
 
     def thresholds_of(self, organization_id: str) -> list[Threshold]:
         """The organization's thresholds, oldest first, without those that were deleted."""
-        every = self.thresholds.values()
+        every = list(self.thresholds.values())
         return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
 
     def heard(self, endpoint: Endpoint) -> Heard:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from aggregator.api.desk import Desk
+from aggregator.api.limits import PRESENT_S_MAX
 from aggregator.store.queries import usage
 from aggregator.store.queries.asking import Here
 from aggregator.store.queries.scope import NOBODY, Scope
@@ -137,7 +138,12 @@ def numbers_of(desk: Desk, customer: Customer) -> list[int]:
 async def consumed_between(
     desk: Desk, customer: Customer, meter: Meter, since: datetime | None, until: datetime
 ) -> Decimal:
-    """The meter's value over what arrived in a stretch of time, counted from the store."""
+    """The meter's value over what arrived in a stretch of time, counted from the store. Raises Unavailable.
+
+    What is decided by it is decided for ever, so it is told only when everything that has arrived is counted.
+    """
+    if not await desk.view.present(PRESENT_S_MAX):
+        raise Unavailable("usage that came before this is still being counted", PRESENT_S_MAX)
     asked = _question(desk, customer, meter, since, until)
     organization_id = customer.organization_id
     measured, _ = await desk.ask_about(organization_id, lambda here: usage.value_of(here.connection, _at(asked, here)))

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from aggregator.api.bodies import body_as
 from aggregator.api.customers import has_texts
 from aggregator.api.cuts import carried
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
@@ -30,7 +30,7 @@ from meters.credit import MeterReset
 from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
 from meters.resource import parse_metadata
 
-router = APIRouter(tags=["benefits"], dependencies=[CaughtUp])
+router = APIRouter(tags=["benefits"])
 Reader = Annotated[Token, Depends(allow(reading("benefits")))]
 Writer = Annotated[Token, Depends(allow(writing("benefits")))]
 
@@ -312,9 +312,11 @@ def _moment(at: datetime | None, now: datetime) -> datetime:
 
 
 async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:
-    begun = None
+    begun, meter = None, desk.catalogue.meters.get(benefit.meter_id)
+    if meter is None:
+        raise Refused("value_error", ("path", "id"), "The meter of this benefit is not known here.", benefit.meter_id)
     if needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id)):
-        units = await carried(desk, customer, desk.catalogue.meters[benefit.meter_id], at)
+        units = await carried(desk, customer, meter, at)
         begun = MeterReset(
             id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
             meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,

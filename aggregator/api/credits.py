@@ -14,7 +14,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from aggregator.api.customers import customer_by_id, refuse_organization
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
+from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Conflict, Malformed, NotFound, Refused
 from aggregator.api.paging import WhichPage, cut, listed
 from aggregator.api.schemas import gives, page_of, ref, takes
@@ -26,7 +26,7 @@ from meters.credit import UNITS_MAX, CreditGranted, revocation_id
 from meters.detail import detail
 from meters.ledger import Credit
 
-router = APIRouter(tags=["credits"], dependencies=[CaughtUp])
+router = APIRouter(tags=["credits"])
 Reader = Annotated[Token, Depends(allow(reading("customers") | {"customer_meters:read"}))]
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
 KEY_LENGTH_MAX = 255  # what other payment APIs take
@@ -140,8 +140,9 @@ async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: st
         )  # fmt: skip
         if isinstance(change, CreditGranted):
             account = desk.view.ledger.account(customer.id, meter_id)
-            if credit.units <= 0 or account is None or credit not in account.window():
-                message = "Only what was given since the last reset can be taken back."
+            by_hand = credit.cause == "credit" and credit.units > 0  # a benefit's credits go with its grant
+            if not by_hand or account is None or credit not in account.window():
+                message = "Only what was given by hand, since the last reset, can be taken back."
                 raise Refused("value_error", ("path", "credit_id"), message, credit_id)
             await desk.decide(change)
     return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of)

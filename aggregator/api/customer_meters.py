@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Response
 
 from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.api.customers import customers_of
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
 from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, listed, order, texts
 from aggregator.api.roster import find_page
@@ -28,7 +28,7 @@ from meters.ledger import Account
 from meters.meter import Meter
 from meters.statement import Usage, parse_usage_id, statement
 
-router = APIRouter(tags=["customer meters"], dependencies=[CaughtUp])
+router = APIRouter(tags=["customer meters"])
 READING = frozenset({"customer_meters:read"})
 Reader = Annotated[Token, Depends(allow(READING))]
 SORTINGS = (

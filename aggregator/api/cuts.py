@@ -4,7 +4,7 @@ The units that are carried over are worked out here, once, from all that arrived
 decision. A cut that names its time happens once, however often it is asked for.
 """
 
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated
 from uuid import UUID
@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from aggregator.api.balances import consumed_between
 from aggregator.api.bodies import body_as
 from aggregator.api.customers import customer_by_id
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, Refused
 from aggregator.api.schemas import gives, ref, takes
 from aggregator.api.shapes import reset_shape
@@ -26,7 +26,7 @@ from meters.detail import detail
 from meters.ledger import ZERO, rollover_units
 from meters.meter import Meter
 
-router = APIRouter(tags=["credits"], dependencies=[CaughtUp])
+router = APIRouter(tags=["credits"])
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
 
 
@@ -67,7 +67,11 @@ def _time(given: datetime | None, now: datetime) -> datetime:
         raise Malformed([detail("timezone_aware", ("body", "at"), message, given.isoformat())])
     if given is not None and given > now:
         raise Refused("value_error", ("body", "at"), "A meter cannot begin anew in the future.", given)
-    return given or now
+    try:
+        return (given or now).astimezone(UTC)  # one instant makes one reset, in whatever offset it is given
+    except OverflowError as error:
+        message = "Input should be a time that the calendar has in UTC"
+        raise Malformed([detail("value_error", ("body", "at"), message, str(given))]) from error
 
 
 def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:

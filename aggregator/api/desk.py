@@ -123,13 +123,14 @@ async def desk(request: Request) -> Desk:
 
 
 def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
-    """A dependency: the caller's token, which has one of the scopes."""
+    """A dependency: the caller's token, which has one of the scopes. Only for who has one ``Prefer: wait`` waits."""
 
     async def who(request: Request) -> Token:
         here = await desk(request)
         outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
         if isinstance(outcome, Denied):
             raise Forbidden(outcome)
+        await caught_up(request)
         return outcome
 
     return who
@@ -159,7 +160,6 @@ def _wait_seconds(prefer: str) -> int | None:
     return None
 
 
-CaughtUp = Depends(caught_up)
 AtDesk = Annotated[Desk, Depends(desk)]
 
 

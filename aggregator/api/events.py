@@ -12,7 +12,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api.customers import customers_mentioned
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import (
     AGGREGATE_FIELD_LENGTH_MAX,
@@ -39,7 +39,7 @@ from meters.filter import Filter
 from meters.filter_json import parse_filter
 from meters.meter import Meter
 
-router = APIRouter(tags=["events"], dependencies=[CaughtUp])
+router = APIRouter(tags=["events"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
 Sorting = Annotated[list[str] | None, Query(description="timestamp or -timestamp")]
 Search = Annotated[str | None, Query(min_length=SEARCH_LENGTH_MIN, max_length=SEARCH_LENGTH_MAX)]

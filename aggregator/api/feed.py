@@ -12,7 +12,7 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer
+from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed
 from aggregator.api.events import parsed_filter, wanted_meter
 from aggregator.api.limits import FEED_METERS_MAX, FEED_ROWS_DEFAULT, FEED_ROWS_MAX, FEED_WINDOW_S_MAX
@@ -31,7 +31,7 @@ from meters.catalogue import Token
 from meters.detail import detail
 from meters.filter import Filter
 
-router = APIRouter(tags=["feed"], dependencies=[CaughtUp])
+router = APIRouter(tags=["feed"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
 Meters = Annotated[list[UUID], Query(max_length=FEED_METERS_MAX)]
 WindowSeconds = Annotated[int, Query(ge=1, le=FEED_WINDOW_S_MAX, description="Seconds of a window")]

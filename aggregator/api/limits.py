@@ -39,6 +39,9 @@ SEARCH_LENGTH_MIN = 3
 SEARCH_LENGTH_MAX = 1000
 """Characters of a search: as long as a filter's text."""
 
+PRESENT_S_MAX = 5.0
+"""Seconds that a decision about a balance waits for usage that came before it; then it is to be asked for again."""
+
 DEPTH_MAX = 5
 """Levels of a trace that may be asked for (Polar's limit)."""
 

@@ -6,7 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api.customers import has_texts, refuse_organization
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, allow, answer, body_of
+from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
@@ -17,7 +17,7 @@ from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token
 from meters.meter import Meter, new_meter, updated_meter
 
-router = APIRouter(tags=["meters"], dependencies=[CaughtUp])
+router = APIRouter(tags=["meters"])
 Reader = Annotated[Token, Depends(allow(reading("meters")))]
 Writer = Annotated[Token, Depends(allow(writing("meters")))]
 

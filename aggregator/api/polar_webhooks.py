@@ -6,7 +6,7 @@ without harm, so a delivery that was interrupted is finished by its repetition, 
 nothing.
 """
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -40,7 +40,7 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
         news = _news(desk, organization_id, delivery_id, payload)
         if news is not None:
             if not heard:
-                await _decide(desk, news)
+                news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
             await settle(desk, organization_id, [news.customer_id])
     status = "ignored" if news is None else "repeated" if heard else "accepted"
     return json_response(202, {"status": status})
@@ -51,11 +51,15 @@ def _about(data: Any) -> str:
     return str(data.get("customer_id") or data.get("id")) if isinstance(data, dict) else ""
 
 
-async def _decide(desk: Desk, news: News) -> None:
-    """Decide, and alone where a customer's names are concerned: no two customers may have the same."""
-    named = any(isinstance(change, CustomerCreated | CustomerUpdated) for change in news.changes)
-    async with desk.deciding if named else contextlib.nullcontext():
+async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None]) -> News:
+    """Decide, and alone where a customer's names are concerned, by what is true then: no two may have the same."""
+    if not any(isinstance(change, CustomerCreated | CustomerUpdated) for change in news.changes):
         await desk.decide(*news.changes)
+        return news
+    async with desk.deciding:
+        news = read_again() or news
+        await desk.decide(*news.changes)
+        return news
 
 
 async def _body(request: Request) -> bytes:
@@ -70,7 +74,7 @@ async def _body(request: Request) -> bytes:
 
 def _source(desk: Desk, request: Request, body: bytes) -> Source | Rejection:
     """Whose secret signed this. With several organizations it is the secret that tells them apart."""
-    sources = [source for source in desk.catalogue.webhooks.sources.values() if not source.deleted_at]
+    sources = [source for source in list(desk.catalogue.webhooks.sources.values()) if not source.deleted_at]
     found = Rejection.SIGNATURE
     for source in sources:
         outcome = rejection([source.secret.value], request.headers, body, int(desk.now().timestamp()))

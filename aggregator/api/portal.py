@@ -14,7 +14,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api.balances import CustomerMeter, customer_meter
-from aggregator.api.desk import AtDesk, CaughtUp, Desk, answer, desk
+from aggregator.api.desk import AtDesk, Desk, answer, caught_up, desk
 from aggregator.api.errors import Forbidden, NotFound
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, Texts, WhichPage, cut, listed, order
@@ -29,7 +29,7 @@ from meters.polar import METER_KEY
 from meters.price import charge
 from meters.sessions import CustomerSession
 
-router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"], dependencies=[CaughtUp])
+router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"])
 
 CREDITS_SHOWN_MAX = 100
 """Entries of the history of credits: eight years of months."""
@@ -44,6 +44,7 @@ async def customer_session(request: Request) -> CustomerSession:
     outcome = authorize_customer(request.headers.get("authorization"), here.catalogue, here.now())
     if isinstance(outcome, Denied):
         raise Forbidden(outcome)
+    await caught_up(request)
     return outcome
 
 

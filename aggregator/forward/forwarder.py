@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from aggregator.forward.pace import Circuit, jitter, retry_after_s
+from aggregator.forward.pace import RETRY_AFTER_MAX_S, Circuit, jitter, retry_after_s
 from aggregator.forward.planner import (
     SKEW_FIRST_US,
     SKEW_MAX_US,
@@ -40,6 +40,7 @@ BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it ans
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
 PAGE_EVENTS = 10_000  # read from the feed at once
 IDLE_S = 0.5  # between two looks at a feed that had nothing
+CIRCUIT_US_MAX = int((RETRY_AFTER_MAX_S + 1) * 1e6)  # the longest pause that it makes
 LOOK_S = 1.0  # how soon a wish of an operator is heard
 NOTE_US = 2_000_000  # how often the backlog is counted, at most
 NOTE_SHARE = 20  # and so many times as long as it took last: a filter over a large backlog is work for the store
@@ -130,7 +131,7 @@ class Forwarder:
                 return LOOK_S
             self._stopped_us = 0
             self._state.set(stopped=None)
-        if self._circuit.open_until_us > now_us:
+        if 0 < self._circuit.open_until_us - now_us <= CIRCUIT_US_MAX:  # it is longer when the clock was set back
             return min((self._circuit.open_until_us - now_us) / 1e6, LOOK_S)
         return min(self._upstream.window.wait_s(), LOOK_S)
 

@@ -61,8 +61,10 @@ class RequestWindow:
 
     def wait_s(self) -> float:
         """How long until a request may begin, for who would rather do something else meanwhile; 0 for now."""
-        ended = [row[0] for row in self._file.execute("SELECT ended_us FROM requests").fetchall()]
-        return free_in_us(ended, self.clock.now_us(), self.requests_max, int(self.period_s * 1e6)) / 1e6
+        now_us = self.clock.now_us()
+        found = [row[0] for row in self._file.execute("SELECT ended_us FROM requests").fetchall()]
+        ended = [end_us and min(end_us, now_us) for end_us in found]  # the clock was set back, as in ``_forget``
+        return free_in_us(ended, now_us, self.requests_max, int(self.period_s * 1e6)) / 1e6
 
     def used(self) -> int:
         """How many places are taken now."""

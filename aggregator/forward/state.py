@@ -94,6 +94,16 @@ class State:
                 raise
             self._file.execute("COMMIT")
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Everything that is read inside is of one moment."""
+        with self._lock:
+            self._file.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._file.execute("ROLLBACK")
+
     def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._file.execute(sql, values).fetchall()

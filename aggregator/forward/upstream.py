@@ -75,6 +75,8 @@ class Upstream:
         place = self.window.take()
         try:
             response = self._http.request(method, path, params=params, content=content, headers=head)
+        except httpx.LocalProtocolError:
+            raise NoAnswer("the token has characters that no header may have") from None  # its text would show them
         except httpx.HTTPError as error:
             is_timeout = isinstance(error, httpx.TimeoutException)
             raise NoAnswer(f"{type(error).__name__}: {error}", is_timeout) from error

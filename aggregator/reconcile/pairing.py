@@ -122,13 +122,20 @@ def _number(value: Any, in_text: bool) -> Any:
 
 
 def _loose(key: str, value: Any) -> Any:
-    """The value as a double would have it; empty parts of reserved objects do not count."""
+    """The value as a double would have it, and as the forwarder sends it: a reserved object has its known keys alone,
+    those that say something, with numbers of twelve decimals."""
     if isinstance(value, dict):
-        numbers = RESERVED.get(key, (frozenset(), frozenset()))[1]
+        known, numbers = RESERVED.get(key, (value.keys(), frozenset()))
         return {
-            name: _double(inner) if name in numbers else inner for name, inner in value.items() if inner is not None
-        }
+            name: _double(_rounded(inner)) if name in numbers else inner
+            for name, inner in value.items() if name in known and inner is not None
+        }  # fmt: skip
     return value if isinstance(value, bool | str) else _double(value)
+
+
+def _rounded(value: Any) -> Any:
+    amount = parse_amount(str(value))
+    return value if amount is None else amount
 
 
 def _double(value: Any) -> Any:

@@ -35,6 +35,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     since: datetime
     until: datetime
     arrived_before: datetime
+    settles: bool = False  # whether anything may be on its way at all
     selection: Mapping[str, Any] = {}
     refused: Mapping[str, str] = {}  # external ids that Polar refuses for good, and its words
     is_pending: Callable[[str], bool] = lambda _: False  # whether the event at this place of the feed is not sent yet

@@ -120,13 +120,15 @@ class Store:
         waiting is what makes sure that the next one starts from the file.
         """
         deadline = time.monotonic() + _READERS_PATIENCE_S
-        with self._readers_changed:
-            self._closing = True
-            while self._readers and time.monotonic() < deadline:
-                for reader in self._readers:
-                    reader.interrupt()
-                self._readers_changed.wait(_INTERRUPT_AGAIN_S)
-        self._connection.close()
+        try:
+            with self._readers_changed:
+                self._closing = True
+                while self._readers and time.monotonic() < deadline:
+                    for reader in self._readers:
+                        reader.interrupt()
+                    self._readers_changed.wait(_INTERRUPT_AGAIN_S)
+        finally:
+            self._connection.close()
 
     def positions(self, stream: str) -> dict[int, int]:
         """{partition: next offset} of the last commit."""
@@ -179,7 +181,8 @@ class Store:
     def newest(self) -> dict[int, tuple[int, int]]:
         """{partition: (offset, ingestion time in microseconds since 1970)} of the newest events."""
         rows = self._connection.execute(
-            "SELECT log_partition, max(log_offset), epoch_us(max(ingested_at)) FROM events GROUP BY log_partition"
+            "SELECT log_partition, max(log_offset), epoch_us(arg_max(ingested_at, log_offset)) FROM events"
+            " GROUP BY log_partition"
         ).fetchall()
         return {partition: (offset, ingested_us) for partition, offset, ingested_us in rows}
 
@@ -304,8 +307,8 @@ class Store:
             self._let_go(connection)
 
     def _let_go(self, connection: duckdb.DuckDBPyConnection) -> None:
-        connection.close()
-        with self._readers_changed:
+        with self._readers_changed:  # or ``close`` would interrupt what is closed already
+            connection.close()
             self._readers.discard(connection)
             self._readers_changed.notify_all()
 

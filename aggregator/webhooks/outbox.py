@@ -140,12 +140,19 @@ def _as_table(connection: Connection, rows: Sequence[Message | Attempt], schema:
         connection.unregister("given")
 
 
-def pending(connection: Connection, endpoint_id: str) -> list[Message]:
-    """The next messages for an endpoint, oldest first, due or not."""
+def pending(connection: Connection, endpoint_id: str, parked_before: tuple[datetime, datetime] | None = None,
+            ) -> list[Message]:
+    """The next messages for an endpoint, oldest first, due or not.
+
+    Except, with ``parked_before`` (an age and the present), those made before the one and not due at the other: nobody
+    waits for them any more.
+    """
+    made, due = parked_before or (None, None)
     rows = connection.execute(
-        f"""SELECT {_MESSAGE} FROM webhook_messages WHERE status = 'pending' AND endpoint_id = ?
+        f"""SELECT {_MESSAGE} FROM webhook_messages WHERE status = 'pending' AND endpoint_id = $endpoint
+            AND ($made IS NULL OR created_at >= $made OR due_at <= $due)
             ORDER BY created_at, rowid LIMIT {MESSAGES_AT_ONCE}""",  # noqa: S608 (our columns)
-        [endpoint_id],
+        {"endpoint": endpoint_id, "made": made, "due": due},
     ).fetchall()
     return [Message(*row) for row in rows]
 
@@ -221,7 +228,7 @@ def deliveries(
         f"""SELECT a.*, m.type, m.customer_id, m.status, m.body FROM webhook_attempts a
             LEFT JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
             WHERE {chosen} ORDER BY a.started_at DESC, a.number DESC LIMIT $limit OFFSET $offset""",  # noqa: S608
-        asked | {"limit": limit, "offset": offset},
+        asked | {"limit": limit, "offset": min(offset, 2**62)},
     )
     names = [column[0] for column in cursor.description or ()]
     return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()], row[0] if row else 0

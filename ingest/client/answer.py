@@ -89,7 +89,7 @@ class _Refusal(msgspec.Struct):
 def _duplicates(body: bytes) -> int:
     try:
         return msgspec.json.decode(body, type=_Counts).duplicates
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return 0  # a proxy's 204, a newer server: the status is what counts
 
 
@@ -97,7 +97,7 @@ def _details(body: bytes) -> dict[int, Detail]:
     """The first complaint about each event that is named as ``["body", "events", index, ...]``."""
     try:
         entries = msgspec.json.decode(body, type=_Refusal).detail
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return {}
     found: dict[int, Detail] = {}
     for entry in entries:

@@ -26,7 +26,7 @@ _TEXTS = frozenset({
     "organization_id",
 })  # fmt: skip
 
-_encoder = msgspec.json.Encoder(decimal_format="number")
+_encoder = msgspec.json.Encoder(decimal_format="number", enc_hook=lambda value: _plain(value))
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +91,15 @@ def _as_text(key: str, value: Any) -> str:
     if isinstance(value, bool | float | bytes | list | dict | set | tuple):
         raise Unacceptable(Reason.STRING_TYPE, key)
     return str(value)
+
+
+def _plain(value: Any) -> str:
+    """What the encoder refuses: kinds of texts and times of other libraries."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, datetime):
+        return datetime.isoformat(value)
+    raise TypeError
 
 
 def _check_name(record: dict[str, Any]) -> None:

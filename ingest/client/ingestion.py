@@ -144,7 +144,8 @@ class Ingestion:
         outbox = self._outbox
         number = outbox.hurry()
         with outbox.changed:
-            return outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
+            outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
+            return outbox.is_settled(number)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""
@@ -152,8 +153,13 @@ class Ingestion:
             return
         self._is_closed = True
         deadline_s = time.monotonic() + (self._limits.close_s_max if timeout_s is None else timeout_s)
-        if self._is_started:
-            self.flush(max(0.0, deadline_s - time.monotonic()))
+        try:
+            if self._is_started:
+                self.flush(max(0.0, deadline_s - time.monotonic()))
+        finally:  # also when a signal ends the waiting
+            self._end(deadline_s)
+
+    def _end(self, deadline_s: float) -> None:
         self._stop.set()
         self._outbox.stop()
         self._sender.join(deadline_s)
@@ -224,8 +230,11 @@ class Ingestion:
         """Take over what processes that are gone have left, now and then."""
         wait_s = 0.0
         while not self._stop.wait(wait_s):
-            for other in spools(spool.directory, self._owners):
-                self._adopt(other)
+            try:
+                for other in spools(spool.directory, self._owners):
+                    self._adopt(other)
+            except Exception:  # another user's file, say: the next look is as good
+                logger.exception("abandoned spools could not be looked through")
             wait_s = self._limits.adopt_every_s
 
     def _adopt(self, other: Spool) -> None:

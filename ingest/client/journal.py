@@ -8,6 +8,7 @@ zeros, which no event has in it. Neither is an event. The file is emptied whenev
 It has no lock of its own: who holds the spool's SQLite file holds this one, too.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -49,7 +50,8 @@ class Journal:
 
     def after(self, number: int, limit: int) -> list[Row]:
         """The next events that are needed after a number, in order."""
-        return list(islice((row for row in self.needed.items() if row[0] > number), limit))
+        every = self.needed.copy()  # a collection of garbage may capture an event in the middle of this
+        return list(islice((row for row in every.items() if row[0] > number), limit))
 
     def settle(self, numbers: Sequence[int]) -> None:
         """These events, which were needed until now, are needed no more."""
@@ -78,7 +80,9 @@ class Journal:
     def _write(self, lines: bytes) -> None:
         written = os.write(self._descriptor, lines)
         if written != len(lines):
-            self._file.seek(self._bytes)  # the next ones are written over what is there of these
+            self._file.seek(self._bytes)
+            with contextlib.suppress(OSError):  # or what is there of these would be read as lines behind the next ones
+                self._file.truncate()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._bytes += written
 
@@ -98,7 +102,7 @@ def _needed(lines: Iterable[bytes]) -> dict[int, bytes]:
             logger.warning("a line of a spool's journal is damaged")
         elif number[:1] == b"+":
             needed[int(number)] = rest
-        elif rest.isdigit():
+        elif number[:1] == b"-" and rest.isdigit():
             for settled in range(-int(number), int(rest) + 1):
                 needed.pop(settled, None)
     return needed

@@ -67,7 +67,11 @@ def abandon(inherited: object) -> None:
 
 
 def _end_in_order(number: int, frame: FrameType | None) -> None:
-    """Unwind the main thread, so that ``with`` and ``finally`` do their work and the interpreter ends as it should."""
+    """Unwind the main thread, so that ``with`` and ``finally`` do their work and the interpreter ends as it should.
+
+    Once: another SIGTERM would only interrupt that.
+    """
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 

@@ -101,8 +101,8 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
         names = {name: clipped(value or "unknown", NAME_LENGTH_MAX) for name, value in self._names.items()}
         counts = {"input": tokens.input, "cached_input": tokens.cached, "output": tokens.output, "total": tokens.total}
         llm: dict[str, Any] = names | {f"{name}_tokens": count for name, count in counts.items()}
-        llm |= {"prompt": clipped(self.prompt)} if self.prompt is not None else {}
-        llm |= {"response": clipped(self.response)} if self.response is not None else {}
+        llm |= {"prompt": clipped(sendable(self.prompt))} if self.prompt is not None else {}
+        llm |= {"response": clipped(sendable(self.response))} if self.response is not None else {}
         return {
             **names,
             "inputTokens": tokens.input,
@@ -219,6 +219,12 @@ def details(**counts: int) -> dict[str, int]:
 def clipped(words: str, length: int = TEXT_LENGTH_MAX) -> str:
     """As much of a text as is kept."""
     return words if len(words) <= length else words[: length - 1] + "…"
+
+
+def sendable(words: str) -> str:
+    """A text as JSON can carry it: halves of a surrogate pair are put together or replaced, NUL is left out."""
+    whole = words if words.isascii() else words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "")
 
 
 def estimated_tokens(characters: int) -> int:

@@ -97,9 +97,9 @@ class Outbox:
         with self.changed:
             if self.is_closing:
                 raise SpoolBroken("the client closes")
-            rows = list(enumerate(lines, self._number + 1))
+            first, self._number = self._number + 1, self._number + len(lines)
+            rows = list(enumerate(lines, first))
             self._spool.append_all(rows)
-            self._number += len(rows)
             self._is_behind = True
             self.adopted += len(rows)
             self.pending += len(rows)

@@ -24,6 +24,7 @@ OnRejected = Callable[[Rejection], object]
 
 _EARLY_TRIES_MAX = 3  # waits for a server's clock to reach an event's time
 _EARLY_S_MAX = 600.0  # a clock further ahead than this is not drift: the event is rejected
+_PAUSE_S = 1.0  # after what should not happen
 _FINAL_TRIES = 5  # of a single event that is answered with an unexplained 4xx
 
 
@@ -49,15 +50,26 @@ class Sender:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
-        while (batch := self._outbox.take()) is not None:
-            again: list[Again] = [(batch, 0.0)]
+        while not self._outbox.is_closing:
             try:
-                again = self._settled(batch, self._transport.send([line for _, line in batch.rows]))
-            except Exception as error:  # the thread must live; the batch is tried again
-                self._put_off(Unavailable(type(error).__name__))
-                logger.exception("sending failed unexpectedly")
-            finally:
-                self._outbox.land(batch, again)
+                batch = self._outbox.take()
+            except Exception:  # the thread must live
+                logger.exception("no batch could be taken")
+                time.sleep(_PAUSE_S)
+                continue
+            if batch is not None:
+                self._send(batch)
+
+    def _send(self, batch: Batch) -> None:
+        again: list[Again] = [(batch, 0.0)]
+        try:
+            again = self._settled(batch, self._transport.send([line for _, line in batch.rows]))
+        except Exception:  # the thread must live; the batch steps aside and is tried again
+            logger.exception("sending failed unexpectedly")
+            batch.tries += 1
+            again = [(batch, self._outbox.pace.backoff_s(batch.tries))]
+        finally:
+            self._outbox.land(batch, again)
 
     def _settled(self, batch: Batch, outcome: Outcome) -> list[Again]:
         """Do what the outcome says; what is left to be sent again, and after how many seconds."""

@@ -154,12 +154,16 @@ class Spool:
         connection, journal = self._opened or self._open()
         try:
             with _transaction(connection, "PRAGMA synchronous = FULL"):
-                rows = [*journal.needed.items(), *more]
+                folded = journal.needed.copy()
+                rows = [*folded.items(), *more]
                 connection.executemany("INSERT OR REPLACE INTO events VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise SpoolBroken(str(error)) from error
         with contextlib.suppress(OSError):  # events that stay in both places are found once
-            journal.clear()
+            if len(journal.needed) == len(folded):
+                journal.clear()
+            else:  # one was captured meanwhile, by this thread: a finalizer or a signal handler did
+                journal.settle(list(folded))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 import msgspec
 
 from ingest.client.event import Event
-from ingest.client.values import COST
+from ingest.client.values import COST, clean
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +113,11 @@ def _add_cost(metadata: dict[str, Any], calculate: Callable[[Any], Cost], contex
     """A cost function that fails costs the event its cost, not its existence."""
     try:
         amount = calculate(context)
+        if amount is not None:
+            cost = amount if isinstance(amount, Mapping) else {"amount": amount, "currency": "usd"}
+            metadata.update(clean({COST: cost}))
     except Exception:
         logger.exception("a cost function failed; the event goes without cost")
-        return
-    if amount is not None:
-        metadata[COST] = amount if isinstance(amount, Mapping) else {"amount": amount, "currency": "usd"}
 
 
 S = TypeVar("S", bound=Strategy)

@@ -29,6 +29,7 @@ _DOUBLE_DIGITS = 15
 """Decimal digits that survive a double: a longer amount is sent as text, which no reader bends."""
 
 _COUNTS = ("input_tokens", "output_tokens", "total_tokens")
+_LLM_KEYS = frozenset({"vendor", "model", *_COUNTS, "cached_input_tokens", "prompt", "response"})
 _NOT_FINITE = ("finite_number", "Input should be a finite number")
 
 
@@ -154,6 +155,7 @@ def _llm(value: Any) -> dict[str, Any]:
     for name in ("vendor", "model", *_COUNTS):
         if name not in told:
             raise Unacceptable(Reason.MISSING, *loc, name)
+    told = {name: part for name, part in told.items() if name in _LLM_KEYS}  # the server does not look at others
     for name, part in told.items():
         if name in _COUNTS or name == "cached_input_tokens":
             if type(part) is int and -_INTEGER_MAX < part < _INTEGER_MAX:

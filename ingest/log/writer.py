@@ -146,8 +146,8 @@ class GroupWriter:
 
     def _commit(self, group: list[Waiter]) -> list[Outcome]:
         batches: dict[Place, Batch] = {}
-        places = [_place(waiter, batches) for waiter in group]
         try:
+            places = [_place(waiter, batches) for waiter in group]
             firsts = self._appender.commit(batches)
         except Exception as error:  # whatever it was, nobody may be told yes, and the thread must live
             return [TryAgain(f"the log could not write: {error}", self._limits.retry_after_s) for _ in group]

@@ -138,6 +138,17 @@ def test_a_route_needs_a_good_token(server: Server, method: str, path: str, scop
     assert (unknown.status_code, unknown.json()["error"]) == (401, "invalid_token")
 
 
+def test_who_has_no_token_waits_for_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting takes a place from others, so it is for those who may ask."""
+    async def waits(*_: Any) -> bool:
+        raise AssertionError("it waited")
+
+    monkeypatch.setattr(type(server.aggregator), "wait_for", waits)
+    headers = {"prefer": "wait=30", "log-position": "0:999999999"}
+    assert server.ask("GET", "/v1/meters/", headers=headers).status_code == 401
+    assert server.ask("GET", "/v1/customer-portal/meters/", headers=headers).status_code == 401
+
+
 def test_an_expired_token_is_good_no_longer(server: Server, tenant: Tenant) -> None:
     """Expiry is looked at with the clock of the request."""
     assert tenant.ask("GET", "/v1/meters/", secret=tenant.token("meters:read", expires_at=NOW)).status_code == 401

@@ -109,6 +109,22 @@ def test_other_content_under_the_same_id_is_a_conflict(again: dict[str, object],
     assert [CONFLICT] * is_conflict == [letter.reason for letter in changes.dead]
 
 
+@pytest.mark.parametrize(("one", "other"), [("0.1", '"0.1"'), ("1", "true"), ("0", "false"), ("1", '"1"')])
+def test_a_value_of_another_type_is_another_value(one: str, other: str) -> None:
+    """Meters tell them apart."""
+    changes = decided(record(line("a", metadata=f'{{"a": {one}}}'), line("a", metadata=f'{{"a": {other}}}')))
+
+    assert {0: Tally(stored=1, conflicts=1)} == changes.tallies
+
+
+def test_an_unknown_key_may_hold_any_number() -> None:
+    """Nobody reads it, and no repetition of it stops anybody."""
+    cost = '{"_cost": {"amount": 1, "currency": "usd", "x": %s}}' % ("9" * 5000)
+    changes = decided(record(line("a", metadata=cost), line("a", metadata=cost.replace(": 1,", ":  1,"))))
+
+    assert {0: Tally(stored=1, duplicates=1)} == changes.tallies
+
+
 def test_a_line_that_cannot_be_counted_is_a_dead_letter_and_its_neighbours_count() -> None:
     """Bytes, place and reason are kept."""
     changes = decided(record(line("a"), b"{not json", line("b"), offset=3, admitted=False))

@@ -118,3 +118,14 @@ def test_batches_keep_every_line_in_order_and_within_bounds() -> None:
     assert [line for group in groups for line in group] == lines
     assert all(len(group) <= 5 for group in groups)
     assert all(len(group) == 1 or sum(len(line.event) for line in group) <= 4 * 1024 * 1024 for group in groups)
+
+
+@pytest.mark.parametrize("broken", [b'user,total\nada,1\nbob,"2\ncid,3\n', b"user,total\nada,1\nb\xf6b,2\n"])
+def test_a_file_that_cannot_be_read_to_its_end_is_not_begun(tmp_path: Path, broken: bytes) -> None:
+    """A quote that nobody closes would swallow the rest; once mended it is another file, with other ids."""
+    path = tmp_path / "usage.csv"
+    path.write_bytes(broken)
+    file = CsvFile(path, parse_mapping(["external_customer_id=user"], "--map"), parse_mapping(["name=call"], "--set"))
+
+    with pytest.raises(GiveUp, match="nothing was sent"):
+        file.check()

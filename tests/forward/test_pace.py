@@ -156,3 +156,15 @@ def test_the_circuit_opens_after_failures_in_a_row() -> None:
     assert circuit.state(NOW_US + 30 * SECOND_US) == "half-open"
     circuit.succeeded()
     assert circuit.state(NOW_US) == "closed"
+
+
+def test_a_clock_that_was_set_back_costs_a_period_at_most(tmp_path: Path) -> None:
+    """Requests that seem to have ended in the future ended now."""
+    world = World()
+    window = RequestWindow(tmp_path / "forward.sqlite", 2, clock=world.clock)
+    for _ in range(2):
+        window.ended(window.take())
+    world.us -= 3600 * SECOND_US
+
+    assert window.wait_s() <= window.period_s
+    window.close()

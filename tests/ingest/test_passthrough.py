@@ -228,3 +228,15 @@ def test_headers_of_one_connection_stay_there() -> None:
     """RFC 9110 7.6.1: the known ones, and those that Connection names."""
     headers = [(b"connection", b"close, X-Mine"), (b"x-mine", b"1"), (b"keep-alive", b"5"), (b"accept", b"*/*")]
     assert end_to_end(headers) == ((b"accept", b"*/*"),)
+
+
+def test_a_body_is_never_taken_for_the_next_request(gateway: RunningGateway, api: QueryApi) -> None:
+    """Whatever a client's ``Connection`` header says of the length, the query API hears one request, body and all."""
+    smuggled = b"GET /v1/secret HTTP/1.1\r\nhost: x\r\n\r\n"
+    with gateway.connect() as connection:
+        head = b"POST /v1/meters/ HTTP/1.1\r\nhost: x\r\nconnection: content-length, host\r\ncontent-length: %d\r\n\r\n"
+        connection.sendall(head % len(smuggled) + smuggled)
+        assert b" 207 " in connection.recv(65536)
+    assert gateway.client.get("/v1/next").json()["path"] == "/v1/next"
+
+    assert [(one["path"], one["body"].encode()) for one in api.asked] == [("/v1/meters/", smuggled), ("/v1/next", b"")]

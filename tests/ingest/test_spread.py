@@ -80,3 +80,19 @@ def test_more_partitions_than_before_are_used() -> None:
     for partitions in (12, 7, 12):
         [entry] = spread.entries(one, ORGANIZATION, known, partitions)
         assert entry.partition == partition_of(partition_key(ORGANIZATION, NAME), partitions)
+
+
+def test_a_field_that_does_not_count_may_be_anything() -> None:
+    """Admission passes over the field that another one overrules, and over all but the last of a repeated key."""
+    lines = [
+        b'{"name":"n","external_customer_id":"ada","customer_id":123}',
+        b'{"name":"n","external_customer_id":1,"external_customer_id":"ada"}',
+        b'{"name":"n","external_customer_id":"ada","customer_id":{"a":[1]}}',
+        b'{"name":"n","external_customer_id":"%s"}' % (b"x" * 10_000),
+    ]
+    found = Admitted(lines, ["x"] * len(lines), range(len(lines)), False, [])
+    entries = Spread().entries(found, ORGANIZATION, catalogue(), 12)
+    place = partition_of(partition_key(ORGANIZATION, NAME), 12)
+
+    assert sorted(line for entry in entries for line in entry.value.split(b"\n")) == sorted(lines)
+    assert [entry.partition for entry in entries if lines[0] in entry.value] == [place]

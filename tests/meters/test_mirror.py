@@ -13,12 +13,13 @@ from meters.polar import News, Unreadable, read
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 Json = dict[str, Any]
+CUSTOMER = "0e1d7f2a-6f63-4c6c-8a53-111111111111"
 
 
 def customer(day: int = 0, **fields: Any) -> Json:
     """Polar's customer, as changed on a day."""
-    return {"id": "c", "created_at": T0.isoformat(), "modified_at": (T0 + day * DAY).isoformat(), "email": "c@x.org",
-            "external_id": "c-here", "metadata": {}, **fields}  # fmt: skip
+    return {"id": CUSTOMER, "created_at": T0.isoformat(), "modified_at": (T0 + day * DAY).isoformat(),
+            "email": "c@x.org", "external_id": "c-here", "metadata": {}, **fields}  # fmt: skip
 
 
 def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g", before: int | None = None) -> Json:
@@ -28,7 +29,7 @@ def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g",
         return at and {"last_credited_meter_id": "m", **at}
 
     changed = T0 + (day if revoked is None else revoked) * DAY
-    return {"id": id, "created_at": T0.isoformat(), "modified_at": changed.isoformat(), "customer_id": "c",
+    return {"id": id, "created_at": T0.isoformat(), "modified_at": changed.isoformat(), "customer_id": CUSTOMER,
             "customer": customer(), "is_revoked": revoked is not None,
             "revoked_at": None if revoked is None else changed.isoformat(),
             "benefit": {"id": f"b-{id}", "type": "meter_credit", "created_at": T0.isoformat(),
@@ -40,7 +41,7 @@ def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g",
 def period(day: int, status: str = "active", ended: int | None = None) -> Json:
     """A subscription with a price for the meter, in the period that began on a day."""
     return {"id": "s", "created_at": T0.isoformat(), "modified_at": (T0 + (ended or day) * DAY).isoformat(),
-            "status": status, "customer_id": "c", "product_id": "p", "customer": customer(),
+            "status": status, "customer_id": CUSTOMER, "product_id": "p", "customer": customer(),
             "current_period_start": (T0 + day * DAY).isoformat(), "prices": [{"id": "x", "meter_id": "m"}],
             "ended_at": None if ended is None else (T0 + ended * DAY).isoformat()}  # fmt: skip
 
@@ -104,7 +105,7 @@ def test_every_order_calls_for_the_same(name: str) -> None:
     deliveries, cuts, given = STORIES[name]
     for order in itertools.permutations(deliveries):
         catalogue = told(list(order))
-        assert days(catalogue.mirror.wanted("c", "m")) == (cuts, given)
+        assert days(catalogue.mirror.wanted(CUSTOMER, "m")) == (cuts, given)
 
 
 @pytest.mark.parametrize("name", STORIES)
@@ -121,10 +122,12 @@ def test_a_deleted_customer_stays_deleted() -> None:
     """Older news that come later bring nobody back, and nobody is made whose end is known."""
     news = [("customer.created", customer()), ("customer.updated", customer(3)), ("customer.deleted", customer(5))]
     for order in itertools.permutations(news):
-        assert told(list(order)).customer("org", "c") is None
+        assert told(list(order)).customer("org", CUSTOMER) is None
 
 
-@pytest.mark.parametrize("data", [None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}])
+@pytest.mark.parametrize("data", [
+    None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}, customer() | {"id": "cus_zz"}
+])
 def test_another_shape_is_said_to_be_unreadable(data: object) -> None:
     """A type that is known has the fields that it has."""
     with pytest.raises(Unreadable):

@@ -176,7 +176,7 @@ class _Reader:
         self._model, self._contents = model.rpartition("/")[2], contents
         self._vendor, self._url, self._keep_text, self._report = vendor, url, keep_text, report
         self._tokens: Tokens | None = None
-        self._is_final = False
+        self._is_final = self._has_begun = False
         self._words: list[str] = []
 
     def whole(self, answer: Any, *, is_embedding: bool) -> None:
@@ -190,6 +190,7 @@ class _Reader:
 
     def item(self, item: Any) -> bool:
         """Read a chunk; its counts are those until now."""
+        self._has_begun = True
         self._model = text(item, "model_version") or self._model
         if (usage := read(item, "usage_metadata")) is not None:
             self._tokens = content_tokens(usage)
@@ -203,7 +204,9 @@ class _Reader:
         return False
 
     def end(self, is_complete: bool) -> None:
-        """Report what was seen."""
+        """Report what was seen: nothing of a stream that failed before it began, which is not billed."""
+        if not (is_complete or self._has_begun):
+            return
         self._is_final = self._is_final or (is_complete and self._tokens is not None)
         self._finish()
 

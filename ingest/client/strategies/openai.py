@@ -113,6 +113,7 @@ class _Reader:
         self._model = text(body, "model")
         self._tier = ""
         self._usage: Any = None
+        self._arguments = 0  # characters of what the model asks its tools
         self._words: list[str] = []
         self._identity: dict[str, Any] = {}
 
@@ -144,12 +145,18 @@ class _Reader:
             for choice in items(answer, "choices")
             for part in ("message", "delta")
             for name in ("reasoning_content", "content", "refusal")
-        )
+        ) + "".join(text(choice, "text") for choice in items(answer, "choices"))  # of the older completions
 
     def _see(self, answer: Any) -> None:
         self._model = text(answer, "model") or self._model
         self._tier = text(answer, "service_tier") or self._tier
         self._usage = read(answer, "usage") or self._usage
+        self._arguments += sum(
+            len(text(call, "function", "arguments"))
+            for choice in items(answer, "choices")
+            for part in ("message", "delta")
+            for call in items(choice, part, "tool_calls")
+        )
 
     def _finish(self) -> None:
         words = "".join(self._words)
@@ -170,7 +177,7 @@ class _Reader:
 
     def _estimate(self, words: str) -> Tokens:
         prompt = estimated_tokens(characters_in(self._request))
-        return Tokens(input=prompt, output=estimated_tokens(len(words)))
+        return Tokens(input=prompt, output=estimated_tokens(len(words) + self._arguments))
 
 
 class _ChatReader(_Reader):
@@ -203,8 +210,10 @@ class _ResponseReader(_Reader):
     tokens = staticmethod(response_tokens)
 
     def whole(self, answer: Any) -> None:
-        """Read a response. One that runs in the background, or failed before it used anything, tells no usage."""
-        if read(answer, "usage") is not None:
+        """Read a response. One that runs in the background, or failed before it used anything, tells no usage; one that
+        is complete was used, also where a server of another make does not say how much."""
+        is_complete = text(answer, "status") == "completed" and read(answer, "background") is not True
+        if read(answer, "usage") is not None or is_complete:
             super().whole(answer)
 
     def end(self, is_complete: bool) -> None:

@@ -26,7 +26,6 @@ OPERATIONS = (
 )  # fmt: skip
 """What is metered. Beginning and completing an upload, listings and HEADs move no object's bytes."""
 
-_DEFAULT_CHUNK = 1024
 
 
 class S3Strategy(Strategy):
@@ -199,7 +198,22 @@ class _CountedStream:
         return getattr(self._raw, name)
 
     def __iter__(self) -> Any:
-        return iter(lambda: self.read(_DEFAULT_CHUNK), b"")
+        for line in self._raw:
+            self._tally.add(len(line), is_end=False)
+            yield line
+        self._tally.end()
+
+    def readline(self, *size: int) -> Any:
+        """Read a line, and count."""
+        line = self._raw.readline(*size)
+        self._tally.add(len(line), is_end=not line)
+        return line
+
+    def read1(self, *size: int) -> Any:
+        """Read at once, and count."""
+        chunk = self._raw.read1(*size)
+        self._tally.add(len(chunk), is_end=not chunk)
+        return chunk
 
     def read(self, amt: int | None = None, **options: Any) -> Any:
         """Read, and count."""

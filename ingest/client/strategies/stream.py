@@ -12,7 +12,9 @@ Each stream gives one event when it ends, is closed early or fails, with the ``b
 ``finished`` and ``strategy: "Stream"``. An error goes on to whoever it concerns. Text counts as UTF-8.
 """
 
+import contextlib
 import logging
+import os
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -114,8 +116,12 @@ class Stream(Strategy):
                 nonlocal is_finished
                 await send(message)
                 if message["type"] == "http.response.body":
-                    tally.add(message.get("body", b""))
+                    tally.add(message.get("body", b"") if scope.get("method") != "HEAD" else b"")  # a server sends none
                     is_finished = not message.get("more_body", False)
+                elif message["type"] == "http.response.pathsend":  # the server sends the file by itself
+                    with contextlib.suppress(OSError):
+                        tally.count(os.stat(message["path"]).st_size)
+                    is_finished = True
 
             try:
                 await app(scope, receive, counting)
@@ -226,12 +232,24 @@ class MeteredFile:
         return self._tally.add(next(self._file))
 
     def __enter__(self) -> Self:
+        if enter := getattr(self._file, "__enter__", None):
+            enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end(kind is None)
+    ) -> Any:
+        """As the file would: one that gives up a half-written object on an error must hear of it."""
+        leave = getattr(self._file, "__exit__", None)
+        if leave is None:
+            return self._end(kind is None)
+        is_finished = False
+        try:
+            is_suppressed = leave(kind, error, trace)
+            is_finished = kind is None
+        finally:
+            self._tally.end(is_finished)
+        return is_suppressed
 
     def __del__(self) -> None:
         """A file that nobody closed was used all the same."""

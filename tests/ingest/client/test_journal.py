@@ -202,3 +202,20 @@ def test_settled_events_leave_both(tmp_path: Path) -> None:
 
     assert found_by_others(tmp_path) == [b"0", b"1", b"3", b"4", b"5", b"9"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_full_disk_left_of_a_line_settles_nothing(tmp_path: Path) -> None:
+    """A write that stopped short is taken back whole: what is left of it is no line behind the next ones."""
+    spool = tmp_path / "owner.spool"
+    journal = Journal(spool)
+    for number in range(1, 201):
+        journal.append(number, b"{}")
+    full = journal_module.os.write
+    half = patch.object(journal_module.os, "write", lambda file, lines: full(file, lines[: len(lines) // 2]))
+    with half, pytest.raises(OSError, match="No space"):
+        journal.settle(list(range(2, 102, 2)))
+    journal.append(201, b"{}")
+    journal.append(202, b"{}")
+    journal.drop()
+
+    assert sorted(reopened(spool)) == list(range(1, 203))

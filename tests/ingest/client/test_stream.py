@@ -142,7 +142,7 @@ def test_an_iterator_is_counted_to_its_end(
     assert told(ingestion) == expected
 
 
-def ask(app: Any, type: str = "http", breaks_after: int = 99) -> list[dict[str, Any]]:
+def ask(app: Any, type: str = "http", breaks_after: int = 99, method: str = "GET") -> list[dict[str, Any]]:
     """One ASGI request; the client hangs up after so many messages."""
     sent: list[dict[str, Any]] = []
 
@@ -154,7 +154,7 @@ def ask(app: Any, type: str = "http", breaks_after: int = 99) -> list[dict[str, 
     async def receive() -> Any:
         return {"type": "http.request"}
 
-    asyncio.run(app({"type": type, "state": {"user": "u"}}, receive, send))
+    asyncio.run(app({"type": type, "method": method, "state": {"user": "u"}}, receive, send))
     return sent
 
 
@@ -178,6 +178,44 @@ def test_an_asgi_response_is_counted(
         assert breaks_after < 4
 
     assert told(ingestion) == expected
+
+
+def test_what_the_server_leaves_out_or_sends_itself(
+    stream: Stream, ingestion: RecordingIngestion, tmp_path: Path
+) -> None:
+    """The answer to HEAD has no body, whatever the application says; a file may be the server's to send."""
+    (tmp_path / "file").write_bytes(b"123456789")
+
+    async def sends_a_path(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.pathsend", "path": str(tmp_path / "file")})
+
+    ask(stream.asgi(answering, customer=lambda scope: "u"), method="HEAD")
+    assert told(ingestion) == (0, True)
+    ingestion.clear()
+    ask(stream.asgi(sends_a_path, customer=lambda scope: "u"))
+    assert told(ingestion) == (9, True)
+
+
+def test_a_file_hears_how_its_block_ended(stream: Stream, ingestion: RecordingIngestion) -> None:
+    """One that gives up what is half written on an error does so."""
+    class Upload(io.BytesIO):
+        end: object = None
+
+        def __exit__(self, kind: Any, *rest: Any) -> None:
+            self.end = kind
+            super().__exit__(kind, *rest)
+
+    def fail() -> None:
+        with stream.file("u", file) as metered:
+            metered.write(b"12")
+            raise OSError("mine")
+
+    file = Upload()
+    with pytest.raises(OSError, match="mine"):
+        fail()
+    assert file.end is OSError
+    assert told(ingestion) == (2, False)
 
 
 def test_what_is_nobodys_is_not_counted(stream: Stream, ingestion: RecordingIngestion) -> None:
