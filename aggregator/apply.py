@@ -291,7 +291,7 @@ def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Director
         "external_id": pa.array(external_ids, pa.string()),
         "parent": _texts([event.parent_id for event in events]),
         "member_id": _members(events),
-        "external_member_id": _texts([event.external_member_id for event in events]),
+        "external_member_id": _external_members(events),
         **_metadata(texts),
     }
     stamped = [event.timestamp is not None for event in events]
@@ -342,6 +342,14 @@ def _members(events: Sequence[Event | Line]) -> pa.Array:
     members = [event.member_id for event in events]
     if members.count(None) < len(members):
         members = [event.member_id if event.external_customer_id is None else None for event in events]
+    return _texts(members)
+
+
+def _external_members(events: Sequence[Event | Line]) -> pa.Array:
+    """The other way round."""
+    members = [event.external_member_id for event in events]
+    if members.count(None) < len(members):
+        members = [event.external_member_id if event.external_customer_id is not None else None for event in events]
     return _texts(members)
 
 

@@ -51,7 +51,8 @@ _PRINT = """
              WHEN regexp_matches(timestamp, '[+-][0-9]{2}:[0-9]{2}$')
              THEN make_timestamp(epoch_us(TRY_CAST(timestamp AS TIMESTAMPTZ))) END,
         make_timestamp(ingested_us), external_id, parent,
-        CASE WHEN external_customer_id IS NULL THEN member_id END, external_member_id,
+        CASE WHEN external_customer_id IS NULL THEN member_id END,
+        CASE WHEN external_customer_id IS NOT NULL THEN external_member_id END,
         coalesce(metadata, '{}'), awkward
     ) AS print FROM read
 """

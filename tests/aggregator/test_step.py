@@ -1,5 +1,7 @@
 """Reading records and judging rows: what is new, what repeats, what contradicts, what cannot be counted."""
 
+from uuid import uuid4
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -115,6 +117,21 @@ def test_a_value_of_another_type_is_another_value(one: str, other: str) -> None:
     changes = decided(record(line("a", metadata=f'{{"a": {one}}}'), line("a", metadata=f'{{"a": {other}}}')))
 
     assert {0: Tally(stored=1, conflicts=1)} == changes.tallies
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_a_member_is_one_of_its_kind_of_customer(admitted: bool) -> None:
+    """Of the other kind it says nothing, whichever way a line is read."""
+    customer, member = str(uuid4()), str(uuid4())
+    changes = decided(record(
+        line("a", member_id=member, external_member_id="m"),
+        b'{"name":"call","customer_id":"%s","member_id":"%s","external_member_id":"m","external_id":"b"}'
+        % (customer.encode(), member.encode()),
+        admitted=admitted,
+    ))  # fmt: skip
+
+    members = [(row["member_id"], row["external_member_id"]) for row in changes.rows.to_pylist()]
+    assert members == [(None, "m"), (member, None)]
 
 
 def test_an_unknown_key_may_hold_any_number() -> None:
