@@ -5,21 +5,29 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 
 from aggregator.api.balances import CustomerMeter, customer_meter
 from aggregator.api.desk import Desk
+from aggregator.api.errors import Busy
 from aggregator.api.shapes import customer_shape, number
 from aggregator.api.states import state_of
 from aggregator.directory import EXTERNAL
+from aggregator.store.queries.asking import TooLarge, TooLong
+from aggregator.view import Unavailable
 from aggregator.webhooks.outbox import Cause, Message
 from meters import exact_json
 from meters.amount import EXACT
 from meters.catalogue import Customer
+from meters.log import TryAgain
 from meters.webhooks import STATE_CHANGED, THRESHOLD_REACHED, Endpoint, ThresholdCleared, ThresholdReached
+
+logger = structlog.get_logger("webhooks")
 
 API_VERSION = "2026-10"
 """Of Polar's API: its newer clients want to be told."""
 
+_PASSING = (Unavailable, TryAgain, Busy, TooLong, TooLarge)  # the same question has an answer later
 BEGINNING = "beginning"  # the cycle of a customer who never had a reset
 
 
@@ -42,12 +50,21 @@ async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime) -> Tel
             earlier = moved.get(customer.id)
             moved[customer.id] = customer, min(cause.caused_at, earlier[1] if earlier else cause.caused_at)
     for customer, caused_at in moved.values():
-        telling.decisions.extend(await _thresholds(desk, customer))
-        endpoints = _endpoints(desk, customer.organization_id, STATE_CHANGED)
-        if endpoints:
-            body, id = _body(STATE_CHANGED, await state_of(desk, customer), now), desk.new_id()
-            telling.messages.extend(_messages(id, endpoints, STATE_CHANGED, customer.id, body, caused_at, now))
+        try:
+            await _tell(telling, desk, customer, caused_at, now)
+        except _PASSING:
+            raise
+        except Exception:  # of one customer: all the others, of every organization, are told
+            logger.exception("webhook_has_no_words", customer_id=customer.id)
     return telling
+
+
+async def _tell(telling: Telling, desk: Desk, customer: Customer, caused_at: datetime, now: datetime) -> None:
+    telling.decisions.extend(await _thresholds(desk, customer))
+    endpoints = _endpoints(desk, customer.organization_id, STATE_CHANGED)
+    if endpoints:
+        body, id = _body(STATE_CHANGED, await state_of(desk, customer), now), desk.new_id()
+        telling.messages.extend(_messages(id, endpoints, STATE_CHANGED, customer.id, body, caused_at, now))
 
 
 def _customer(desk: Desk, cause: Cause) -> Customer | None:
