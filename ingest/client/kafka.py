@@ -47,6 +47,8 @@ class KafkaTransport:
         self, brokers: str, organization_id: str, *, topic: str = "usage.events",
         settings: Mapping[str, Any] | None = None, timeout_s: float = 30.0,
     ) -> None:  # fmt: skip
+        import confluent_kafka  # noqa: F401 - here, because no thread of a client may import anything
+
         self._settings = {
             "bootstrap.servers": brokers, "acks": "all", "compression.type": "lz4", "linger.ms": 1,
             "delivery.timeout.ms": int(timeout_s * 1000), "request.timeout.ms": int(timeout_s * 1000),

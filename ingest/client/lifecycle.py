@@ -2,6 +2,8 @@
 
 A fork happens while no client is in the middle of something: its lock is held across. The child starts every client
 anew, with threads, connections and a spool of its own, and without the parent's events, which the parent sends.
+No thread of a client imports anything: a module that is being imported when the process forks stays locked in the
+child, for ever.
 At the end of the interpreter every client closes within its bound. SIGTERM, which by default ends Python on the spot,
 is made to end it in order, but only where the application has not decided otherwise.
 """

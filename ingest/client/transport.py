@@ -5,6 +5,7 @@ with a 4xx before it ever took one gets the same body plain, and no other kind f
 """
 
 import contextlib
+import encodings.idna  # noqa: F401 - see ``lifecycle``: the first look-up of a host would import it, in a thread
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol

@@ -27,7 +27,7 @@ EVENTS_PARTITIONS = 12
 """Enough for gateways and producers to write side by side; the store has one reader however many there are."""
 
 REPLICAS_MAX = 3
-RECORD_BYTES_MAX = 20 * 1024 * 1024  # a record of 16 MiB, with its batch around it
+RECORD_BYTES_MAX = 28 * 1024 * 1024  # a record of 24 MiB, with its batch around it
 FUTURE_MS_MAX = 60 * 60 * 1000  # a producer's clock; without a bound one record could keep retention from ever acting
 DAY_MS = 24 * 60 * 60 * 1000
 CONNECT_S_MAX = 5.0

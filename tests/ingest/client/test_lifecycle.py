@@ -121,6 +121,21 @@ def test_a_fork_may_happen_at_any_moment(server: FaultServer, tmp_path: Path, ha
     assert list(tmp_path.glob("*.spool")) == []
 
 
+def test_threads_import_nothing(server: FaultServer) -> None:
+    """A module that a thread is importing when the process forks would be locked in the child for ever."""
+    code = """
+import sys
+from ingest.client import Ingestion
+with Ingestion("token", base_url=sys.argv[1], spool=None) as ingestion:
+    before = set(sys.modules)
+    ingestion.ingest({"name": "call", "external_customer_id": "u"})
+    assert ingestion.flush(30)
+    print(*set(sys.modules) - before)
+"""
+    command = [sys.executable, "-c", code, server.url]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []
+
+
 def test_importing_the_client_loads_no_server() -> None:
     """Nothing of the server's libraries, or of its modules, is loaded."""
     code = "import sys, ingest.client, ingest.client.testing; print(*sys.modules)"
