@@ -17,7 +17,7 @@ WATERSHED = Decimal(20_000_000_000)
 """Beyond this a number counts milliseconds."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LENGTH_MAX = 1000  # characters of text; what is finer than a microsecond may be long
+_NUMBER_LENGTH_MAX = 1000  # characters of a number in text; a million digits take tens of milliseconds
 _MAGNITUDE_MAX = 20  # decimal digits; the last microsecond of the year 9999 has 18
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)  # one way to match: a long text takes no long time
 _ISO = re.compile(
@@ -31,9 +31,7 @@ def parse_timestamp(value: object) -> datetime | Reason:
         return _from_epoch(value.text)
     if not isinstance(value, str):
         return Reason.DATETIME_TYPE
-    if len(value) > _LENGTH_MAX:
-        return Reason.DATETIME_PARSING
-    if _NUMBER.fullmatch(value):
+    if len(value) <= _NUMBER_LENGTH_MAX and _NUMBER.fullmatch(value):
         return _from_epoch(value)
     parts = _ISO.fullmatch(value)
     return _from_calendar(parts) if parts else Reason.DATETIME_PARSING
