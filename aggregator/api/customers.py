@@ -1,6 +1,5 @@
 """Customers, as far as usage needs them: made, found, and given by either of their names."""
 
-import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any
@@ -146,10 +145,10 @@ def has_texts(metadata: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) or not math.isfinite(value):
+    if not isinstance(value, int | Decimal):
         return str(value)
-    exact = Decimal(value) if isinstance(value, int) else Decimal(str(value))
-    return amount_text(exact) if abs(exact.adjusted()) <= DIGITS_MAX else str(value)
+    exact = Decimal(value)
+    return amount_text(exact) if abs(exact.adjusted()) <= DIGITS_MAX else str(exact)
 
 
 @router.get("/v1/customers/external/{external_id}", responses=gives(ref("Customer")))

@@ -1,9 +1,11 @@
 """Customers and dead letters over HTTP."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
+from meters import exact_json
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
 
@@ -41,6 +43,21 @@ def test_lists_of_customers(tenant: Tenant) -> None:
     assert found(email="cid@example.com") == ["Cid"]
     assert sorted(found(**{"metadata[plan]": "pro"})) == ["Bob", "Cid"]
     assert tenant.get("/v1/customers/", limit=2)["pagination"] == {"total_count": 3, "max_page": 2}
+
+
+def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
+    """An integer as it is, whatever its size; a number that is too wide to write out by its exponent."""
+    metadata = [9007199254740993, 10**400, Decimal("1E+999999"), True]
+    for place, number in enumerate(metadata):
+        made = {"email": f"{place}@example.com", "name": str(number)[:9], "metadata": {"n": number}}
+        assert tenant.ask("POST", "/v1/customers/", content=exact_json.encode(made)).status_code == 201
+
+    def found(text: str) -> list[str]:
+        return [customer["name"] for customer in tenant.get("/v1/customers/", **{"metadata[n]": text})["items"]]
+
+    assert [found(text) for text in ("9007199254740993", "9007199254740992", "1E+999999", "true")] == [
+        ["900719925"], [], ["1E+999999"], ["True"]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
