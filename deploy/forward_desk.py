@@ -91,6 +91,8 @@ def ask_replay(data: DataDirectory, since: str, until: str) -> int:
     if start >= end:
         raise GiveUp("--until must be later than --since", USAGE)
     with opened(data) as state:
+        if not state.flags().get("is_raw", True):
+            raise GiveUp("only sums are forwarded from here; Polar would count the events themselves beside them")
         return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
 
 

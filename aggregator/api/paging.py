@@ -20,8 +20,16 @@ def _in_utc(instant: datetime) -> datetime:
         raise ValueError("the calendar does not reach that far") from error
 
 
+def _as_sent(instant: datetime) -> datetime:
+    _in_utc(instant)
+    return instant
+
+
 Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A point in time with an offset, brought to UTC."""
+
+Bound = Annotated[AwareDatetime, AfterValidator(_as_sent)]
+"""Where a range of calendar days begins or ends: a point in time in the offset of whoever asks."""
 
 Ids = Annotated[list[UUID] | None, Query(max_length=IDENTIFIERS_MAX)]
 Texts = Annotated[list[str] | None, Query(max_length=IDENTIFIERS_MAX)]

@@ -15,7 +15,7 @@ from aggregator.api.desk import AtDesk, allow, answer, body_of
 from aggregator.api.errors import Malformed, Refused
 from aggregator.api.limits import PREVIEW_CUSTOMERS
 from aggregator.api.meters import meter_of
-from aggregator.api.paging import Ids, Instant, MetadataTexts, Texts, texts
+from aggregator.api.paging import Bound, Ids, MetadataTexts, Texts, texts
 from aggregator.api.schemas import gives, ref, takes
 from aggregator.api.shapes import number
 from aggregator.store.queries import preview, usage
@@ -56,7 +56,7 @@ def check_range(start: datetime, end: datetime, interval: Interval) -> None:
 
 @router.get("/v1/meters/{id}/quantities", responses=gives(ref("Quantities")))
 async def get_meter_quantities(
-    desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Instant, end_timestamp: Instant,
+    desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Bound, end_timestamp: Bound,
     interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
     customer_aggregation_function: Function | None = None,
 ) -> Response:  # fmt: skip

@@ -161,8 +161,8 @@ class Forwarder:
         """The next page of one of the lanes that take turns; None when none of them has anything."""
         if self._state.waiting()[0] >= WAITING_MAX:
             return None
-        lanes: list[Replay | None] = [*self._state.replays()]
-        lanes += [None] if self._wishes.is_raw else []
+        lanes: list[Replay | None] = [*self._state.replays(), None]
+        lanes = lanes if self._wishes.is_raw else []  # where Polar has sums, an event of them would count once more
         for _ in lanes:
             self._turn_of += 1
             lane = lanes[self._turn_of % len(lanes)]
@@ -305,6 +305,7 @@ class Forwarder:
         self._state.set(
             seen_us=now_us, circuit=self._circuit.state(now_us), open_until_us=self._circuit.open_until_us,
             rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew_us, server=self._upstream.url,
+            is_raw=self._wishes.is_raw,
         )  # fmt: skip
         lane, selection = (RAW, self._wishes.selection) if self._wishes.is_raw else (ROLLUP, Selection())
         pending, oldest_us = self._source.backlog(self._position(lane), selection)

@@ -80,6 +80,19 @@ def test_ranges_are_limited_as_polars_are(tenant: Tenant, id: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("end", "points"), [("2026-01-08T23:00:00-05:00", 7 * 24 + 1), ("2026-01-09T04:00:00+00:00", None)]
+)
+def test_days_are_counted_as_each_bound_is_written(tenant: Tenant, end: str, points: int | None) -> None:
+    """Where it is still the eighth, a week ends; the same moment in UTC is of the ninth, a day too much."""
+    asked = {"start_timestamp": "2026-01-01T23:00:00-05:00", "end_timestamp": end, "interval": "hour"}
+    path = f"/v1/meters/{tenant.meter()}/quantities"
+    if points is not None:
+        assert len(tenant.get(path, **asked)["quantities"]) == points
+    else:
+        assert tenant.refusal("GET", path, params=asked)[0] == 422
+
+
+@pytest.mark.parametrize(
     ("asked", "complaint"),
     [
         ({"timezone": "Mars/Olympus"}, ("value_error", ["query", "timezone"])),

@@ -15,7 +15,8 @@ from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
 from deploy.forward import open_source
-from deploy.forward_desk import status
+from deploy.forward_desk import ask_replay, status
+from deploy.giving_up import GiveUp
 from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation, eventually
 from tests.forward.polar import POISON, Polar, send, stored
@@ -109,6 +110,16 @@ def test_a_replay_is_asked_for_by_its_times(site: Site) -> None:
     assert site.status()["duplicates"] > before
     wrong = site.place.run("forward", "replay", "--since", "yesterday", "--until", "today")
     assert (wrong.returncode, wrong.stderr.startswith("meterstream: --since takes a time")) == (2, True)
+
+
+def test_sums_are_not_replayed(tmp_path: Path) -> None:
+    """Where Polar has nothing but sums, the events of a range would count beside them."""
+    data = DataDirectory(tmp_path)
+    with contextlib.closing(State(data.forwarding)) as state:
+        state.set(is_raw=False)
+        with pytest.raises(GiveUp, match="only sums are forwarded"):
+            ask_replay(data, "2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z")
+        assert state.replays() == []
 
 
 def test_a_plan_weighs_raw_events_against_rollups(site: Site, name: str) -> None:

@@ -15,7 +15,10 @@ from tests.forward.test_forwarder import events
 def test_usage_can_be_sent_rolled_up(
     tmp_path: Path, ours: Installation, upstream: Installation, polar: Polar, clocks: Clocks, name: str
 ) -> None:
-    """An event per meter, customer and window; a late event goes into another; Polar's meter over them agrees."""
+    """An event per meter, customer and window; a late event goes into another; Polar's meter over them agrees.
+
+    A replay asked for meanwhile sends no event of theirs.
+    """
     where = {"conjunction": "and", "clauses": [{"property": "name", "operator": "eq", "value": name}]}
     headers = {"Authorization": f"Bearer {ours.token}"}
     body = {"name": name, "filter": where, "aggregation": {"func": "sum", "property": "n"}}
@@ -25,12 +28,16 @@ def test_usage_can_be_sent_rolled_up(
     feed, rolled = (ours.url, ours.token), (RolledMeter(meter, "sum"),)
     with Running(feed, polar.url, tmp_path / "f.sqlite", clocks=clocks, meters=rolled, is_raw=False) as running:
         running.until(lambda: running.done(4, "rollup"))
+        assert running.state.flags()["is_raw"] is False
+        running.state.ask_replay("2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z", clocks.now_us())
         send(ours, [event | {"metadata": {"n": 0.1}} for event in first[150:]])  # late for their window
         running.until(lambda: running.done(8, "rollup"))
         assert running.books("rollup") == {"taken": 8, "accepted": 8, "dead": 0}
+        assert [replay.lane for replay in running.state.replays()] == ["replay 1"]  # it waits until events are sent
     send(upstream, [{"name": "end", "external_customer_id": "end", "external_id": name}])
     there = [event for event in stored(upstream, "meterstream.rollup") if event["metadata"]["meter"] == meter]
     assert sum(event["metadata"]["events"] for event in there) == 200
     assert sum(Decimal(str(event["metadata"]["value"])) for event in there) == Decimal("20.0")
     assert {event["timestamp"] for event in there} == {"2026-03-01T10:00:00Z"}
     assert len({event["external_id"] for event in there}) == 8
+    assert stored(upstream, name) == []  # a sum and its events would count twice

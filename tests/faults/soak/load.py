@@ -8,6 +8,7 @@ another order than they were made in, and some are repetitions of what was sent 
 import asyncio
 import contextlib
 import gzip
+import os
 import random
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ class _Sender:
         self._shuffle = np.random.default_rng(order.seed)
         self._again: list[Numbers] = []
         self._due_s = time.monotonic()
+        self._parent = os.getppid()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -68,7 +70,8 @@ class _Sender:
             await asyncio.sleep(AGAIN_S)
 
     def _over(self) -> bool:
-        return not self._tally.counts[Count.RATE] and not self._again
+        is_orphan = os.getppid() != self._parent
+        return is_orphan or (not self._tally.counts[Count.RATE] and not self._again)
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str) -> None:
         if not (numbers := self._next()).size:
