@@ -90,7 +90,6 @@ class Batch(NamedTuple):
     dead: list[DeadLetter]
     positions: dict[int, int]
     lines: int
-    oldest_us: int  # ingestion time of the oldest record, for freshness
     organizations: list[tuple[int, str]]
     subjects: list[tuple[int, int, str, str]]
 
@@ -209,10 +208,9 @@ def decode(records: Sequence[Record], directory: Directory) -> Batch:
         if not _fast(record, reading):
             _careful(record, reading)
     reading.close_chunk()
-    oldest_us = min((record.timestamp_us for record in records), default=0)
     organizations, subjects = directory.take_fresh()
     lines = reading.lines + len(reading.dead)
-    return Batch(reading.chunks, reading.dead, positions, lines, oldest_us, organizations, subjects)
+    return Batch(reading.chunks, reading.dead, positions, lines, organizations, subjects)
 
 
 def _fast(record: Record, reading: _Reading) -> bool:

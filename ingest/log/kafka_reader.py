@@ -157,7 +157,8 @@ class Reader:
             raise self._failed(error, partition)
         if partition not in self._fetched or offset is None or offset < self._fetched[partition]:
             return
-        if offset > self._fetched[partition] and not self._holes:
+        is_hole = offset > self._fetched[partition]
+        if is_hole and not self._holes:
             why = f"the next one is {offset}; compaction and transactions leave such holes"
             raise self._lost(partition, self._fetched[partition], why)
         self._fetched[partition] = offset
@@ -166,6 +167,8 @@ class Reader:
             self._buffers[partition].append(record)
             self._buffered_bytes += len(record.value)
             self._fetched[partition] = offset + 1
+        elif is_hole:  # markers at the end: positions have to get past them, or they look like usage to come
+            self._buffers[partition].append(Record(partition, offset - 1, time.time_ns() // 1000, b""))
 
     def _record(self, message: Message, partition: int, offset: int) -> Record:
         _, timestamp_ms = message.timestamp()
