@@ -25,7 +25,7 @@ KEPT_MINUTES_MIN = 10.0  # a shorter one is to see that it works
 def main() -> None:
     """Run, report, and leave with 0 or 3."""
     options = read_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`: servers, disks and clocks are put back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`, which put back what was changed
     say(f"soak: {options.minutes:g} minutes, seed {options.seed}, in {options.work}")
     kept = Report("soak", "a server under load while everything around it fails: what is left of the events")
     outcome = Soak(options).run()
