@@ -56,7 +56,7 @@ def _event_identity(text: str) -> Identity | None:
         number = UUID(text).int
     except ValueError:
         return None
-    return (number >> 64, number & ((1 << 64) - 1)) if str(UUID(text)) == text else None
+    return (number >> 64, number & ((1 << 64) - 1)) if str(UUID(text)) == text.lower() else None
 
 
 def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, named: list[Child]) -> None:

@@ -9,6 +9,14 @@ Headers = tuple[tuple[bytes, bytes], ...]
 JSON = (b"content-type", b"application/json")
 CLOSE = (b"connection", b"close")
 
+ANY_ORIGIN: Headers = (
+    (b"access-control-allow-origin", b"*"),
+    (b"access-control-expose-headers", b"Polar-Version, Log-Position, As-Of, Preference-Applied, Retry-After"),
+)
+"""What a browser has to be told before a page of another site may read an answer. A token opens the API, and no cookie
+does, so a page can do no more than whoever gave it the token."""
+_PREFLIGHT_S = 600  # how long a browser may remember what it was told; Starlette's own time, which is Polar's
+
 
 class Answer(msgspec.Struct, frozen=True):
     """A whole response. ``headers`` are lower case and without the length, which is added when it is sent."""
@@ -81,6 +89,16 @@ def busy() -> Answer:
 def no_answer() -> Answer:
     """The query API took the request and did not answer in time."""
     return problem(504, "ViewTimeout", "The query API did not answer in time.")
+
+
+def preflight() -> Answer:
+    """To a browser that asks whether a page may send a request: any, with any of these headers."""
+    headers = b"Authorization, Content-Type, Polar-Version, Prefer, Log-Position, Idempotency-Key"
+    return Answer(204, b"", (
+        (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, PATCH, DELETE"),
+        (b"access-control-allow-headers", headers),
+        (b"access-control-max-age", b"%d" % _PREFLIGHT_S),
+    ))  # fmt: skip
 
 
 def not_found() -> Answer:

@@ -36,7 +36,7 @@ from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
 from meters import log as port
-from meters.access import Denied, authorize, writing
+from meters.access import Denied, authorize, good_token, writing
 from meters.catalogue import Token
 from meters.log import USAGE_EVENTS, Log, TryAgain, format_position
 from meters.refusal import Reason
@@ -141,8 +141,7 @@ class IngestEndpoint:
         if not self._tail.current:
             return answers.unavailable("CatalogueUnavailable", "Tokens are not known yet.", 1)
         now = datetime.now(UTC)
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        token = authorize(authorization, SCOPES, self._tail.catalogue, now)
+        token = authorize(_authorization(headers), SCOPES, self._tail.catalogue, now)
         if isinstance(token, Denied):
             challenge = ((name.lower().encode(), value.encode()) for name, value in token.headers.items())
             return Answer(token.status, token.body, (JSON, *challenge))
@@ -155,6 +154,12 @@ class IngestEndpoint:
         if length > self._settings.body_bytes_max:
             return answers.too_large(self._settings.body_bytes_max)
         return Opened(token, encoding, read_preferences(headers.get(b"prefer", b"")))
+
+    def too_many(self, headers: Headers, now: datetime) -> Answer | None:
+        """The answer to a token that has had its share of requests. Whoever has no good one is refused elsewhere."""
+        token = self._settings.requests_per_minute and good_token(_authorization(headers), self._tail.catalogue, now)
+        wait_s = self._quota.wait_s(token.id, time.monotonic()) if token else 0
+        return answers.too_many_requests(wait_s) if wait_s else None
 
     async def take(self, opened: Opened, body: bytes) -> Answer:
         """Judge the body, whose bytes are counted into ``in_flight``, write its events, and answer."""
@@ -231,6 +236,10 @@ class IngestEndpoint:
 
 def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
     return admit(body, sender, now, lenient=preferences.lenient)
+
+
+def _authorization(headers: Headers) -> str:
+    return headers.get(b"authorization", b"").decode("latin-1")
 
 
 def _names_unknown(admitted: Admitted | Refused) -> bool:

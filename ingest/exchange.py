@@ -22,7 +22,7 @@ from ingest.gateway import VERSION_DEFAULT
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
 _SHOWN = ((b"polar-version", VERSION_DEFAULT),)
-_UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version"})
+_UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -36,6 +37,9 @@ OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path b
 VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
 """Versions of Polar's API in which metering is what it is here."""
 VERSION_DEFAULT = b"2026-04"
+
+PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
+"""The headers of a browser's question whether a page may send a request."""
 
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
@@ -89,10 +93,13 @@ class Gateway:
         version = headers.get(b"polar-version", VERSION_DEFAULT)
         if found is None and version not in VERSIONS:
             found = answers.not_found()
-        send = functools.partial(_send_with, send, _shown(version, path))
-        if path in INGEST:
+        send = functools.partial(_send_with, send, _shown(version, path, headers))
+        if found is None and method == "OPTIONS" and headers.keys() >= PREFLIGHT:
+            found = answers.preflight()
+        elif path in INGEST:
             found = found or await self._ingest(scope, headers, receive)
             telemetry.count_request(found.status)
+        found = found or self.endpoint.too_many(headers, datetime.now(UTC))
         if found is not None:
             await answer(send, found)
         else:
@@ -106,9 +113,7 @@ class Gateway:
         return await self.endpoint(headers, int(headers[b"content-length"]), receive)
 
     async def _pass_on(self, scope: Message, length: int, receive: Receive, send: Send) -> None:
-        path = scope["raw_path"]
-        if path.startswith(OLD_PREFIX):
-            path = path[len("/api") :]
+        path = _current(scope["raw_path"])
         bytes_max = self._settings.body_bytes_max
         if length > bytes_max:
             telemetry.count_passed_on(await answer(send, answers.too_large(bytes_max)))
@@ -191,6 +196,14 @@ def create_gateway(log: Log, settings: GatewaySettings) -> Gateway:
     return Gateway(log, settings)
 
 
+def _current(path: bytes) -> bytes:
+    """The path as the query API knows it: without the old prefix, and one document for all versions."""
+    if path.startswith(OLD_PREFIX):
+        return path[len("/api") :]
+    version, _, rest = path[1:].partition(b"/")
+    return b"/openapi.json" if rest == b"openapi.json" and version in VERSIONS else path
+
+
 def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer | None:
     """What is wrong with how the request says where it ends, or whom it is for."""
     if version == "1.1" and b"host" not in headers:
@@ -204,10 +217,11 @@ def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer
     return None
 
 
-def _shown(version: bytes, path: str) -> list[tuple[bytes, bytes]]:
-    """What every answer says of the API: its version, and that an old path is old."""
+def _shown(version: bytes, path: str, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """What every answer says of the API: its version, that an old path is old, and to a browser that it may read."""
     shown = [(b"polar-version", version if version in VERSIONS else VERSION_DEFAULT)]
-    return [*shown, OLD_PREFIX_NOTICE] if path.startswith("/api/v1/") else shown
+    shown += [OLD_PREFIX_NOTICE] if path.startswith("/api/v1/") else []
+    return [*shown, *answers.ANY_ORIGIN] if b"origin" in headers else shown
 
 
 async def _send_with(send: Send, headers: list[tuple[bytes, bytes]], message: Message) -> None:

@@ -66,13 +66,16 @@ def writing(resource: str) -> frozenset[str]:
 
 
 def authorize(header: str | None, scopes: frozenset[str], catalogue: Catalogue, now: datetime) -> Token | Denied:
-    """The token in an ``Authorization`` header, where it is good now and has any of the scopes."""
+    """The token in an ``Authorization`` header, where it is good now and has any of the scopes.
+
+    A customer's session is good too, but not here: Polar answers it as if there were nothing.
+    """
     secret = _presented(header)
     if secret is None:
-        return _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
-    token = _find(secret, catalogue)
-    if token is None or not is_good(token, now):
-        return _refused(401, "invalid_token", _INVALID, "")
+        return _UNAUTHORIZED
+    token = good_token(header, catalogue, now)
+    if token is None:
+        return _UNAUTHORIZED if _session(secret, catalogue, now) else _refused(401, "invalid_token", _INVALID, "")
     if scopes.isdisjoint(token.scopes):
         return _refused(403, "insufficient_scope", _INSUFFICIENT, f', scope="{" ".join(sorted(scopes))}"')
     return token
@@ -82,11 +85,24 @@ def authorize_customer(header: str | None, catalogue: Catalogue, now: datetime) 
     """The customer's session in an ``Authorization`` header. An organization's token is not one."""
     secret = _presented(header)
     if secret is None:
-        return _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
-    session = catalogue.sessions.find(digest(secret), now)
-    if session is None or catalogue.customer(session.organization_id, session.customer_id) is None:
-        return _refused(401, "invalid_token", _INVALID, "")
+        return _UNAUTHORIZED
+    session = _session(secret, catalogue, now)
+    if session is None:
+        return _UNAUTHORIZED if good_token(header, catalogue, now) else _refused(401, "invalid_token", _INVALID, "")
     return session
+
+
+def good_token(header: str | None, catalogue: Catalogue, now: datetime) -> Token | None:
+    """The organization's token in an ``Authorization`` header, where it is good now, whatever it may do."""
+    secret = _presented(header)
+    token = _find(secret, catalogue) if secret else None
+    return token if token and is_good(token, now) else None
+
+
+def _session(secret: str, catalogue: Catalogue, now: datetime) -> CustomerSession | None:
+    session = catalogue.sessions.find(digest(secret), now)
+    known = session and catalogue.customer(session.organization_id, session.customer_id)
+    return session if known else None
 
 
 def _presented(header: str | None) -> str | None:
@@ -114,3 +130,6 @@ def _refused(status: int, error: str, description: str, suffix: str) -> Denied:
 
 def _denied(status: int, body: dict[str, str], challenge: str) -> Denied:
     return Denied(status, msgspec.json.encode(body), {"WWW-Authenticate": challenge})
+
+
+_UNAUTHORIZED = _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)

@@ -92,6 +92,24 @@ def test_an_event_shows_the_customer_it_names_by_either_name(tenant: Tenant) -> 
         assert {item["customer"]["id"] for item in page["items"]} == {id}
 
 
+def test_a_parent_may_be_named_by_its_id_in_any_case(tenant: Tenant) -> None:
+    """As ids in paths may be, whichever comes first."""
+    root = tenant.event("root", name="root")
+    child = tenant.event("child", name="child", parent_id=root.upper())
+    assert tenant.get(f"/v1/events/{child}")["parent_id"] == root
+
+
+def test_a_text_is_found_however_its_sender_wrote_it(tenant: Tenant) -> None:
+    """Escaped or not, in capitals or not, in any alphabet; an escape's own letters are no text."""
+    tenant.event("plain", name="plain", metadata='{"city":"Köln"}')
+    tenant.event("escaped", name="escaped", metadata=r'{"city":"K\u00f6ln"}')
+    tenant.event("greek", name="ΟΔΟΣ")
+    assert sorted(names(tenant.get("/v1/events/", query="KÖLN"))) == ["escaped", "plain"]
+    assert names(tenant.get("/v1/events/", query="00f6")) == []
+    for asked in ("ΟΔΟΣ", "οδοσ"):
+        assert names(tenant.get("/v1/events/names", query=asked)) == ["ΟΔΟΣ"], asked
+
+
 def test_an_event_that_waits_for_its_parent_is_not_shown(tenant: Tenant) -> None:
     """Until the chain of parents is complete an event is in no list, has no name and cannot be fetched."""
     id = tenant.event("early", name="early", parent_id="late")

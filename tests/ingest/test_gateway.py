@@ -73,6 +73,23 @@ def test_an_unknown_api_version_is_not_found(gateway: RunningGateway) -> None:
     assert answer.json() == {"detail": "Not Found"}
 
 
+@pytest.mark.parametrize("path", ["/v1/events/ingest", "/v1/meters/"])
+def test_a_page_in_a_browser_may_ask(gateway: RunningGateway, path: str) -> None:
+    """From any origin, with a token of its own; the browser asks first, and may show the answer."""
+    origin = {"origin": "https://app.example.com"}
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    first = gateway.client.options(path, headers=origin | asking)
+    assert (first.status_code, first.headers["access-control-allow-origin"]) == (204, "*")
+    assert "POST" in first.headers["access-control-allow-methods"]
+    allowed = first.headers["access-control-allow-headers"].lower()
+    assert {"authorization", "content-type", "polar-version"} <= set(allowed.split(", "))
+    then = gateway.ingest({"events": []}, **origin)
+    assert (then.status_code, then.headers["access-control-allow-origin"]) == (200, "*")
+    assert "Polar-Version" in then.headers["access-control-expose-headers"]
+    assert "access-control-allow-credentials" not in then.headers
+    assert "access-control-allow-origin" not in gateway.ingest({"events": []}).headers
+
+
 # ---- who may
 
 

@@ -127,6 +127,23 @@ def test_a_request_arrives_as_it_was_sent(gateway: RunningGateway, api: QueryApi
     assert len(answer.headers.get_list("date")) == 1
 
 
+def test_the_description_is_one_for_all_versions(gateway: RunningGateway, api: QueryApi) -> None:
+    """Polar has one of each version; a version that there is not has none."""
+    paths = [gateway.client.get(f"/{version}/openapi.json").json()["path"] for version in ("2026-04", "1999-01")]
+    assert paths == ["/openapi.json", "/1999-01/openapi.json"]
+
+
+def test_reads_are_of_the_same_quota(tmp_path: Path, api: QueryApi) -> None:
+    """A minute's requests are those of all kinds; whoever has no good token is refused where tokens are checked."""
+    with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}", requests_per_minute=2) as running:
+        def ask(secret: str) -> int:
+            return running.client.get("/v1/meters/", headers={"authorization": f"Bearer {secret}"}).status_code
+
+        assert [ask(running.secret) for _ in range(3)] == [207, 207, 429]
+        assert running.ingest({"events": []}).status_code == 429
+        assert [ask("guessed") for _ in range(3)] == [207, 207, 207]
+
+
 def test_the_old_prefix_is_taken_off(gateway: RunningGateway, api: QueryApi) -> None:
     """/api/v1/... is /v1/..., and the answer says so."""
     answer = gateway.client.get("/api/v1/meters/?a=1")

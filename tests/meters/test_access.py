@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from msgspec.structs import replace
 
-from meters.access import SCOPES, TOKEN_PREFIX, Denied, authorize, digest, reading, writing
-from meters.catalogue import Catalogue, Token, TokenCreated, TokenRevoked
+from meters.access import SCOPES, TOKEN_PREFIX, Denied, authorize, authorize_customer, digest, reading, writing
+from meters.catalogue import Catalogue, Customer, CustomerCreated, Token, TokenCreated, TokenRevoked
+from meters.sessions import CustomerSession, CustomerSessionCreated
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SECRET = TOKEN_PREFIX + "Uxr3-x"
@@ -49,6 +50,28 @@ def test_a_wrong_token_is_invalid(secret: str) -> None:
     assert denied.status == 401
     assert json.loads(denied.body)["error"] == "invalid_token"
     assert denied.headers["WWW-Authenticate"].startswith('Bearer realm="polar", error="invalid_token", error_desc')
+
+
+def test_a_good_credential_of_the_other_kind_is_not_called_expired() -> None:
+    """Polar answers it as it answers nobody: a client would throw away what is good."""
+    until = NOW + timedelta(hours=1)
+    catalogue = Catalogue([
+        TokenCreated(WRITER), CustomerCreated(Customer(id="c1", organization_id="o1", created_at=NOW)),
+        CustomerSessionCreated(CustomerSession(
+            id="s1", organization_id="o1", customer_id="c1", sha256=digest("polar_cst_x"), created_at=NOW,
+            expires_at=until,
+        )),
+    ])  # fmt: skip
+    for denied in (
+        authorize("Bearer polar_cst_x", writing("events"), catalogue, NOW),
+        authorize_customer(f"Bearer {SECRET}", catalogue, NOW),
+    ):
+        assert isinstance(denied, Denied)
+        assert (denied.status, b"invalid_token" in denied.body) == (401, False)
+        assert denied.headers == {"WWW-Authenticate": 'Bearer realm="polar"'}
+    late = authorize("Bearer polar_cst_x", writing("events"), catalogue, until)
+    assert isinstance(late, Denied)
+    assert b"invalid_token" in late.body
 
 
 @pytest.mark.parametrize(("expires_in_s", "good"), [(-1, False), (0, False), (1, True)])

@@ -25,8 +25,9 @@ _CHILD = """EXISTS (SELECT 1 FROM hierarchy WHERE hierarchy.id_hi = events.id_hi
 _BELOW = "(id_hi, id_lo) IN (SELECT id_hi, id_lo FROM descendants WHERE level BETWEEN 1 AND $depth)"
 _SHALLOW = """NOT EXISTS (SELECT 1 FROM hierarchy WHERE hierarchy.id_hi = events.id_hi
     AND hierarchy.id_lo = events.id_lo AND hierarchy.depth > $depth)"""  # a root has no row there
-_MENTIONS = """CONTAINS(LOWER(name), $search) OR CONTAINS(LOWER(source), $search)
-    OR CONTAINS(LOWER(metadata), $search) OR subject IN (SELECT UNNEST($searched))"""
+_UNESCAPED = r"CASE WHEN CONTAINS(metadata, '\u') THEN COALESCE(TRY(JSON(metadata)), metadata) ELSE metadata END"
+_MENTIONS = f"""CONTAINS(LOWER(name), LOWER($search)) OR CONTAINS(LOWER(source), LOWER($search))
+    OR CONTAINS(LOWER({_UNESCAPED}), LOWER($search)) OR subject IN (SELECT UNNEST($searched))"""
 _COUNT = "SELECT COUNT(*) FROM matched"
 _PAGE = """
     SELECT LIST(seq ORDER BY timestamp, seq) AS seqs
@@ -115,7 +116,7 @@ def page(connection: duckdb.DuckDBPyConnection, listing: Listing) -> Page:
 def _conditions(listing: Listing, parameters: Parameters) -> list[str]:
     conditions = []
     if listing.search is not None:
-        parameters.named("search", listing.search.lower())
+        parameters.named("search", listing.search)
         parameters.named("searched", listing.searched)
         conditions.append(_MENTIONS)
     if listing.depth is not None:
@@ -204,8 +205,8 @@ def names(
     parameters = Parameters()
     found = events_in(scope, parameters, "name", "source", "timestamp").where(fixed(VISIBLE), copy=False)
     if search is not None:
-        parameters.named("search", search.lower())
-        found = found.where(fixed("CONTAINS(LOWER(name), $search)"), copy=False)
+        parameters.named("search", search)
+        found = found.where(fixed("CONTAINS(LOWER(name), LOWER($search))"), copy=False)
     named = _select(_NAMED).with_("found", as_=found, copy=False)
     query = _select(_NAMES.format(order=f"{order} {'ASC' if ascending else 'DESC'}"))
     parameters.named("limit", limit)
