@@ -7,12 +7,13 @@ writer's thread with its group commit (``writer``, ``appender``), reading is one
 
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ingest.log.appender import FileAppender
 from ingest.log.limits import Limits
-from ingest.log.places import PARTITIONS, Places
+from ingest.log.places import PARTITIONS, Places, take_in_order
 from ingest.log.reader import FileReader
 from ingest.log.retention import trim
 from ingest.log.sqlite_file import FILE_NAME, create, table_name
@@ -102,11 +103,9 @@ class EmbeddedLog:
         self._reader.close()
 
     def _read_now(self, stream: str, positions: Mapping[int, int], bytes_max: int) -> list[Record]:
-        records: list[Record] = []
-        for partition in self._places.in_turn(stream, positions):
-            if bytes_max <= 0 and records:
-                break
-            found = self._reader.fetch(stream, partition, positions[partition], bytes_max)
-            bytes_max -= sum(len(record.value) for record in found)
-            records += found
-        return records
+        self._places.check_all(stream, positions)
+        found = {place[0]: self._reader.fetch(stream, *place, bytes_max) for place in positions.items()}
+        if len(found) == 1:
+            return next(iter(found.values()))[0]
+        waiting = {partition: deque(records) for partition, (records, _) in found.items()}
+        return take_in_order(waiting, lambda partition: found[partition][1], bytes_max)

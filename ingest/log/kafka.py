@@ -65,8 +65,8 @@ class KafkaLog:
         self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
     ) -> list[Record]:
         """The next records from the positions. Raises PositionLost, TryAgain."""
-        turn = self._places().in_turn(stream, positions)
-        return self._reading(stream).read(positions, turn, bytes_max, wait_s)
+        self._places().check_all(stream, positions)
+        return self._reading(stream).read(positions, bytes_max, wait_s)
 
     def starts(self, stream: str) -> dict[int, int]:
         """The offset of the oldest record, by partition."""

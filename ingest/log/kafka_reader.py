@@ -12,7 +12,7 @@ it fetches in the background. So the brokers are asked for the ends first, unles
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -21,6 +21,7 @@ from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
 from ingest.log.limits import MEBIBYTE, Limits
+from ingest.log.places import take_in_order
 from meters.log import PositionLost, Record, TryAgain
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
@@ -31,6 +32,9 @@ FETCH_WAIT_MS = 30
 
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived."""
+
+LAGGARD_ROUNDS = 4
+"""Reads' worth of bytes held for a partition that does not answer, before the others are read without it."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -61,12 +65,12 @@ class Reader:
         self._lock = threading.Lock()
         self._closed = False
 
-    def read(self, positions: Mapping[int, int], turn: Sequence[int], bytes_max: int, wait_s: float) -> list[Record]:
-        """See the port. ``turn`` are the partitions, the one whose turn it is in front."""
+    def read(self, positions: Mapping[int, int], bytes_max: int, wait_s: float) -> list[Record]:
+        """See the port."""
         deadline_s = time.monotonic() + wait_s
         with self._lock:
             try:
-                return self._read(positions, turn, bytes_max, deadline_s)
+                return self._read(positions, bytes_max, deadline_s)
             except BaseException:
                 self._next = {}  # whatever was under way: the next read begins at its positions
                 raise
@@ -79,21 +83,18 @@ class Reader:
                 self._consumer.close()
                 self._consumer = None
 
-    def _read(
-        self, positions: Mapping[int, int], turn: Sequence[int], bytes_max: int, deadline_s: float
-    ) -> list[Record]:
-        if not turn:
+    def _read(self, positions: Mapping[int, int], bytes_max: int, deadline_s: float) -> list[Record]:
+        if not positions:
             return []
         if self._next != positions:
             self._seek(positions)
-        first = turn[0]
-        if not (self._buffers[first] and self._buffered_bytes >= bytes_max):
+        if not (self._buffered() and self._buffered_bytes >= bytes_max and self._enough(bytes_max)):
             self._ends = self._topics.ends(self._stream, positions)
-            self._fetch(lambda: self._enough(first, bytes_max), time.monotonic() + FETCH_S_MAX)
+            self._fetch(lambda: self._enough(bytes_max), time.monotonic() + FETCH_S_MAX)
             if not self._buffered() and not self._complete():
                 raise TryAgain(f"the brokers hold back records of {self._topic}", self._retry_after_s)
         self._fetch(self._buffered, deadline_s)
-        found = self._take(turn, bytes_max)
+        found = self._take(bytes_max)
         if found or time.monotonic() - self._checked_s > CHECK_S:
             self._check()
         return found
@@ -130,11 +131,17 @@ class Reader:
         return any(self._buffers.values())
 
     def _complete(self) -> bool:
-        return all(self._fetched[partition] >= end for partition, end in self._ends.items())
+        return not any(map(self._has_more, self._ends))
 
-    def _enough(self, first: int, bytes_max: int) -> bool:
-        has_turn = bool(self._buffers[first]) or self._fetched[first] >= self._ends[first]
-        return has_turn and (self._buffered_bytes >= bytes_max or self._complete())
+    def _has_more(self, partition: int) -> bool:
+        return self._fetched[partition] < self._ends[partition]
+
+    def _enough(self, bytes_max: int) -> bool:
+        """Whether it is known what comes next, and that is a round's worth or all. A laggard is not waited for long."""
+        if self._buffered_bytes < bytes_max:
+            return self._complete()
+        known = all(records or not self._has_more(partition) for partition, records in self._buffers.items())
+        return known or self._buffered_bytes > LAGGARD_ROUNDS * bytes_max
 
     def _fetch(self, enough: Callable[[], bool], deadline_s: float) -> None:
         """Take what arrives, until it is enough or the time is over."""
@@ -184,18 +191,11 @@ class Reader:
         assert isinstance(value, bytes)
         return Record(partition, offset, max(timestamp_ms, 0) * 1000, value, organization, admitted, distinct_keys)
 
-    def _take(self, turn: Sequence[int], bytes_max: int) -> list[Record]:
-        found: list[Record] = []
-        for partition in turn:
-            buffer = self._buffers[partition]
-            while buffer and (not found or len(buffer[0].value) <= bytes_max):
-                record = buffer.popleft()
-                bytes_max -= len(record.value)
-                self._buffered_bytes -= len(record.value)
-                found.append(record)
-                self._next[partition] = record.offset + 1
-            if buffer:
-                break
+    def _take(self, bytes_max: int) -> list[Record]:
+        found = take_in_order(self._buffers, self._has_more, bytes_max)
+        for record in found:
+            self._buffered_bytes -= len(record.value)
+            self._next[record.partition] = record.offset + 1
         return found
 
     def _failed(self, error: KafkaError, partition: int) -> Exception:

@@ -8,10 +8,11 @@ import threading
 import time
 import uuid
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from ingest.log.limits import Limits
-from ingest.log.places import PARTITIONS, Places
+from ingest.log.places import PARTITIONS, Places, take_in_order
 from meters.log import Entry, PositionLost, Record, TryAgain
 
 
@@ -129,14 +130,11 @@ class MemoryLog:
 
     def _read_now(self, stream: str, positions: Mapping[int, int], bytes_max: int) -> list[Record]:
         self._check_open()
-        records: list[Record] = []
-        for partition in self._disk.places.in_turn(stream, positions):
-            if bytes_max <= 0 and records:
-                break
-            found = self._disk.streams[stream][partition].read(positions[partition], bytes_max)
-            bytes_max -= sum(len(record.value) for record in found)
-            records += found
-        return records
+        self._disk.places.check_all(stream, positions)
+        held = self._disk.streams[stream]
+        waiting = {partition: deque(held[partition].read(at, bytes_max)) for partition, at in positions.items()}
+        reached = {partition: at + len(waiting[partition]) for partition, at in positions.items()}
+        return take_in_order(waiting, lambda partition: reached[partition] < held[partition].end, bytes_max)
 
     def _partitions(self, stream: str) -> list[tuple[int, Partition]]:
         self._check_open()

@@ -1,9 +1,11 @@
-"""Which streams a log has, with how many partitions each, and what is refused for ever."""
+"""Which streams a log has, how many partitions each, what is refused for ever, and how partitions are read as one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ingest.log.limits import Limits
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Refused
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused
 
 # One partition keeps every order there is; more of them help readers only when there are several readers.
 PARTITIONS: Mapping[str, int] = {USAGE_EVENTS: 1, USAGE_CONTROL: 1}
@@ -14,7 +16,6 @@ class Places:
 
     def __init__(self, partitions: Mapping[str, int]) -> None:
         self.partitions = dict(partitions)
-        self._turn = 0
 
     def of(self, stream: str) -> range:
         """The partitions of the stream. Raises Refused if there is no such stream."""
@@ -27,14 +28,11 @@ class Places:
         if partition not in self.of(stream):
             raise Refused(f"{stream} has no partition {partition}")
 
-    def in_turn(self, stream: str, partitions: Iterable[int]) -> list[int]:
-        """The partitions, another one first each time, so that a busy one cannot starve the rest. Raises Refused."""
-        chosen = sorted(partitions)
-        for partition in chosen:
+    def check_all(self, stream: str, partitions: Iterable[int]) -> None:
+        """Raises Refused if there is no such stream, or one of the partitions is not there."""
+        self.of(stream)
+        for partition in partitions:
             self.check(stream, partition)
-        self._turn += 1
-        first = self._turn % max(1, len(chosen))
-        return chosen[first:] + chosen[:first]
 
     def check_entries(self, stream: str, entries: Sequence[Entry], limits: Limits) -> None:
         """Raises Refused if one of the entries, or all together, can never be taken."""
@@ -44,3 +42,31 @@ class Places:
                 raise Refused(f"a value of {len(entry.value)} bytes is over {limits.value_bytes_max}")
         if len(entries) > 1 and sum(len(entry.value) for entry in entries) > limits.queue_bytes_max:
             raise Refused(f"the entries are over {limits.queue_bytes_max} bytes together")
+
+
+def take_in_order(
+    waiting: Mapping[int, deque[Record]], has_more: Callable[[int], bool], bytes_max: int
+) -> list[Record]:
+    """Take records of several partitions by the time of their ingestion: at least one, else no more than the bytes.
+
+    Of an id that stands in two partitions the first one read counts for ever, so a store that is made again has to read
+    in the order in which the first one did. A partition's own order comes first. Where a partition that has more runs
+    out, the taking ends: what comes next there may be older than what waits elsewhere.
+    """
+    heads = [(records[0].timestamp_us, partition) for partition, records in waiting.items() if records]
+    heapq.heapify(heads)
+    taken: list[Record] = []
+    while heads:
+        partition = heads[0][1]
+        records = waiting[partition]
+        if taken and len(records[0].value) > bytes_max:
+            break
+        taken.append(records.popleft())
+        bytes_max -= len(taken[-1].value)
+        if records:
+            heapq.heapreplace(heads, (records[0].timestamp_us, partition))
+        elif has_more(partition):
+            break
+        else:
+            heapq.heappop(heads)
+    return taken

@@ -56,8 +56,11 @@ class FileReader:
         self._connection: sqlite3.Connection | None = None
         self._status: os.stat_result | None = None
 
-    def fetch(self, stream: str, partition: int, position: int, bytes_max: int) -> list[Record]:
-        """The records from ``position``: at least one if there is one, else no more than the bytes. PositionLost."""
+    def fetch(self, stream: str, partition: int, position: int, bytes_max: int) -> tuple[list[Record], bool]:
+        """The records from ``position``, one if there is any, else no more than the bytes; and whether there are more.
+
+        Raises PositionLost, TryAgain.
+        """
         arguments = {"position": position, "bytes_max": bytes_max, "records_max": RECORDS_MAX}
         with self._use() as connection:
             statement = _FETCH.format(table=table_name(stream, partition))
@@ -65,8 +68,9 @@ class FileReader:
         where = f"{stream} partition {partition}"
         if joined is None:
             _check_position(where, position, start or 0, end or 0)
-            return []
-        return _records(where, partition, position, _columns.decode(heads), joined)
+            return [], False
+        records = _records(where, partition, position, _columns.decode(heads), joined)
+        return records, position + len(records) < end
 
     def bounds(self, stream: str, partition: int) -> tuple[int, int]:
         """The offset of the oldest record and of the next one."""

@@ -3,19 +3,21 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import threading
 import weakref
 from pathlib import Path
 from unittest.mock import patch
 
 import duckdb
+import pytest
 
 from aggregator.consumer import Aggregator
 from aggregator.store.store import Store
 from aggregator.view import Unavailable
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from tests.aggregator.records import SMALL, entry, line
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
+from tests.aggregator.records import ORGANIZATION, SMALL, entry, line
 from tests.faults.evidence import eventually
 
 
@@ -42,6 +44,28 @@ def test_two_clocks_make_no_other_log(tmp_path: Path) -> None:
         aggregator.stop()
         with duckdb.connect(str(path)) as store:  # as if the first one came from a gateway ahead of the other
             store.execute("UPDATE events SET ingested_at = ingested_at + INTERVAL 5 MILLISECONDS WHERE log_offset = 0")
+    log.close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_store_made_again_counts_the_same_of_two_that_contradict(tmp_path: Path, first: int) -> None:
+    """One id for two customers lies in two partitions: the first by time counts, whenever they are read."""
+    passing_us = itertools.count(1)
+    log = open_log("memory:", partitions={USAGE_EVENTS: 2, USAGE_CONTROL: 1}, clock_us=lambda: next(passing_us))
+
+    def counted(store: str) -> list[tuple[str, int]]:
+        aggregator = Aggregator(log, tmp_path / store, SMALL)
+        aggregator.start()
+        for partition in (first, 1 - first) if store == "live" else ():
+            said = line("x", external_customer_id=f"customer {partition}")
+            asyncio.run(log.append(USAGE_EVENTS, [Entry(said, partition, ORGANIZATION, admitted=True)]))
+            eventually(lambda: is_present(aggregator, log))
+        eventually(lambda: is_present(aggregator, log))
+        aggregator.stop()
+        with duckdb.connect(str(tmp_path / store)) as opened:
+            return opened.execute("SELECT external_id, log_partition FROM events").fetchall()
+
+    assert counted("live") == [("x", first)] == counted("again")
     log.close()
 
 
