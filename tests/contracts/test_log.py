@@ -252,18 +252,15 @@ def test_a_waiting_reader_wakes_up(world: World) -> None:
 def test_partitions_are_read_as_they_were_written(world: World, bytes_max: int) -> None:
     """By time, however much is read at once and however late: a store that is made again decides what the first did."""
     log = world.open()
-    written: list[tuple[int, bytes]] = []
-    for number, partition in enumerate((0, 2, 2, 1, 0, 1, 2, 0, 0, 0, 1)):
-        value = b"%d" % number * 100
+    written = [(partition, b"%d" % number * 100) for number, partition in enumerate((0, 2, 2, 1, 0, 1, 2, 0, 0, 1))]
+    for partition, value in written:
         append(log, value, partition=partition)
-        written.append((partition, value))
         world.clock.now_us += world.time_step_us
-    positions = {0: 0, 1: 0, 2: 0}
-    found: list[tuple[int, bytes]] = []
+    positions, found = dict.fromkeys(range(3), 0), []
     while len(found) < len(written):
         for record in log.read(USAGE_EVENTS, positions, bytes_max=bytes_max):
             found.append((record.partition, record.value))
-            positions[record.partition] = record.offset + 1
+            positions[record.partition] += 1
     assert found == written
 
 
