@@ -13,21 +13,16 @@ import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
-from ingest.body import Gone, read
+from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read
 from ingest.endpoint import EndpointSettings, IngestEndpoint
 from ingest.passthrough import Upstream, answer
 from ingest.tail import CatalogueTail
 from meters.log import USAGE_EVENTS, Log, TryAgain
-
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest", "/api/v1/events/ingest/"})
 OLD_PREFIX = b"/api/v1/"
@@ -36,8 +31,6 @@ OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path b
 VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
 """Versions of Polar's API in which metering is what it is here."""
 VERSION_DEFAULT = b"2026-04"
-
-WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 LOG_LOOK_S = 30.0
 """Seconds between two looks at the log's partitions; whoever adds some does so rarely."""
