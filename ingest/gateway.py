@@ -51,7 +51,7 @@ class GatewaySettings(EndpointSettings, frozen=True, kw_only=True):
 
 
 class Gateway:
-    """The ASGI application. One for a process; ``create_gateway`` makes it."""
+    """The ASGI application, one for a process, on a log that the caller opened, and closes after it."""
 
     def __init__(self, log: Log, settings: GatewaySettings) -> None:
         self._log = log
@@ -177,11 +177,6 @@ _OWN: dict[str, Callable[[Gateway], Awaitable[Answer]]] = {
     "/readyz": Gateway.ready,
     "/metrics": Gateway.metrics,
 }
-
-
-def create_gateway(log: Log, settings: GatewaySettings) -> Gateway:
-    """The application on a log that the caller opened, and closes after it."""
-    return Gateway(log, settings)
 
 
 def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer | None:

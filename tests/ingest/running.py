@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from ingest.gateway import create_gateway
+from ingest.gateway import Gateway
 from ingest.log import open_log
 from ingest.server import GatewayServer, ServerSettings
 from meters.access import TOKEN_PREFIX, digest
@@ -57,7 +57,7 @@ class RunningGateway:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.settings = ServerSettings(**settings)
-        self.gateway = create_gateway(self.log, self.settings)
+        self.gateway = Gateway(self.log, self.settings)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         self.server = GatewayServer(self.gateway, self.settings)
         self._thread = threading.Thread(target=self.server.run, args=([self._socket],), name="gateway")
