@@ -15,17 +15,14 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     characters_in,
-    count,
     details,
     estimated_tokens,
-    items,
-    read,
-    text,
 )
+from ingest.client.reading import count, items, read, text
 from ingest.client.stainless import metered
+from ingest.client.strategy import Who
 
 C = TypeVar("C")
 

@@ -19,16 +19,13 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     characters_in,
-    count,
     details,
     estimated_tokens,
-    items,
-    read,
-    text,
 )
+from ingest.client.reading import count, items, read, text
+from ingest.client.strategy import Who
 from ingest.client.streams import WatchedAsyncStream, WatchedStream, harmless
 
 C = TypeVar("C")
