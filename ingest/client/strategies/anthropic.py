@@ -21,7 +21,7 @@ from ingest.client.llm import (
     estimated_tokens,
 )
 from ingest.client.reading import count, items, read, text
-from ingest.client.stainless import metered
+from ingest.client.stainless import Reader, metered
 from ingest.client.strategy import Who
 
 C = TypeVar("C")
@@ -78,7 +78,7 @@ class AnthropicStrategy(LanguageModelStrategy):
         return metered(client, opened)
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads one message."""
 
     def __init__(
@@ -115,10 +115,6 @@ class _Reader:
                 self._see(read(item, "usage"))
                 self._is_final = read(item, "delta", "stop_reason") is not None
         return True
-
-    def is_last(self, item: Any) -> bool:
-        """Nothing of a stream is for the meter alone."""
-        return False
 
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""

@@ -26,7 +26,7 @@ from ingest.client.llm import (
 )
 from ingest.client.reading import count, items, read, text
 from ingest.client.strategy import Who
-from ingest.client.streams import WatchedAsyncStream, WatchedStream, harmless
+from ingest.client.streams import WatchedAsyncStream, WatchedStream, Watcher, harmless
 
 C = TypeVar("C")
 
@@ -158,7 +158,7 @@ def _async_request(request: Any, name: str) -> Any:
     return call
 
 
-class _Reader:
+class _Reader(Watcher):
     """Reads one request."""
 
     def __init__(
@@ -195,10 +195,6 @@ class _Reader:
             self._is_final = self._is_final or (usage is not None and read(candidate, "finish_reason") is not None)
             self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
         return True
-
-    def is_last(self, item: Any) -> bool:
-        """Nothing of a stream is for the meter alone."""
-        return False
 
     def end(self, is_complete: bool) -> None:
         """Report what was seen: nothing of a stream that failed before it began, which is not billed."""
