@@ -64,16 +64,13 @@ class AnthropicStrategy(LanguageModelStrategy):
         """
         url = None if vendor else str(read(client, "base_url") or "")
 
-        def record(who: Any, call: ModelCall) -> None:
-            self.record(who, call, metadata)
-
         def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
             if path.partition("?")[0] != _MESSAGES or not isinstance(body, Mapping):
                 return None
             who = self.resolve(customer)
             if who is None:
                 return None
-            return _Reader(body, vendor or VENDOR, url, keep_text, lambda call: record(who, call))
+            return _Reader(body, vendor or VENDOR, url, keep_text, lambda call: self.record(who, call, metadata))
 
         return metered(client, opened)
 
