@@ -151,7 +151,6 @@ class Gateway:
         self.endpoint.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-
     async def _look_at_log(self) -> float:
         """Learn which partitions there are; the seconds until the next look."""
         try:

@@ -170,8 +170,6 @@ def characters_in(request: Any, depth: int = _DEPTH_MAX) -> int:
     return sum(characters_in(part, depth - 1) for name, part in fields.items() if name not in _NOT_TEXT)
 
 
-
-
 def as_text(request: Any) -> str:
     """A request in words: a text as it is, anything else as JSON."""
     return request if isinstance(request, str) else json.dumps(request, default=str, ensure_ascii=False)

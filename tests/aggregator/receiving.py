@@ -87,5 +87,3 @@ async def until(reached: Callable[[], bool | Awaitable[bool]]) -> None:
             if found if isinstance(found, bool) else await found:
                 return
             await asyncio.sleep(0.005)
-
-

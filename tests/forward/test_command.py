@@ -162,4 +162,3 @@ def _nowhere(path: Path) -> Installation:
     place = Installation(path / "data")
     place.close()
     return place
-

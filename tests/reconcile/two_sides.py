@@ -134,5 +134,3 @@ def numbered(count: int) -> Iterator[Event]:
     for number in range(count):
         at = NOON + timedelta(days=number % 3, minutes=number)
         yield call(f"e{number}", number, at=at, customer=("ann", "bob")[number % 2])
-
-

@@ -220,5 +220,3 @@ class _Reader(Watcher):
     def _estimate(self, characters: int) -> Tokens:
         known = self._tokens or Tokens(input=estimated_tokens(characters_in(self._contents)))
         return known + Tokens(output=max(0, estimated_tokens(characters) - known.output))
-
-

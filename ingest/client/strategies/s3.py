@@ -28,7 +28,6 @@ OPERATIONS = (
 """What is metered. Beginning and completing an upload, listings and HEADs move no object's bytes."""
 
 
-
 class S3Strategy(Strategy):
     """Meters an S3 client of boto3 or aiobotocore. A cost function gets the metadata."""
 
