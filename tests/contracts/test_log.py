@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
 from tests.contracts.log_worlds import LIMITS, PARTITIONS, WORLDS, World
-from tests.faults.evidence import eventually
+from tests.waiting import eventually
 
 PROCESSES = 3
 APPENDS_A_PROCESS = 40

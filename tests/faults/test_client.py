@@ -21,9 +21,10 @@ from ingest.client.spool import Spool, fingerprint, spools
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from tests.faults.disk import SmallDisk
-from tests.faults.evidence import SEED, eventually
+from tests.faults.evidence import SEED
 from tests.faults.server import TOKEN, Server
 from tests.ingest.client.fault_server import Bad, Events, FaultServer, refusal
+from tests.waiting import eventually
 
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.1, close_s_max=30)
 KILLS, KILLS_LONG = 4, 40

@@ -23,13 +23,13 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     usage,
     write_usage,
 )
 from tests.faults.server import Server
 from tests.ingest.running import RunningGateway
+from tests.waiting import eventually
 
 EVENTS_A_BODY = 100
 BODIES_MAX = 400  # a disk that is not full by then is too large for the test

@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -29,20 +28,12 @@ from meters.catalogue import (
     encode_change,
 )
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
+from tests.waiting import eventually
 
 PATIENCE_S = 30.0
-"""Seconds within which a condition must come true; far more than it takes."""
+"""Seconds for an answer, or for an end; far more than either takes."""
 
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    """What the condition says as soon as it holds. Fails after a long time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.002)
-    return found
 
 
 class RunningGateway:
