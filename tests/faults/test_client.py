@@ -280,14 +280,6 @@ def test_a_storm_of_everything(tmp_path: Path, long: bool, record_property: Call
     assert all("poison" in rejection.event["metadata"] for rejection in rejected)
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A small disk for the spool."""
-    small = SmallDisk(tmp_path / "small")
-    yield small
-    small.close()
-
-
 def test_a_full_disk_under_the_spool(disk: SmallDisk, record_property: Callable[[str, object], None]) -> None:
     """Capturing goes on in memory, sending goes on; with room again the spool is used again, and nothing was lost."""
     is_away = True

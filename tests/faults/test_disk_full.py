@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,6 @@ from tests.waiting import eventually
 EVENTS_A_BODY = 100
 BODIES_MAX = 400  # a disk that is not full by then is too large for the test
 RESTARTS = 3  # on a disk that stays full
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A disk for this test."""
-    small = SmallDisk(tmp_path / "small")
-    yield small
-    small.close()
 
 
 def stored(aggregator: Aggregator) -> tuple[int, int] | None:
