@@ -23,9 +23,9 @@ from aggregator.api.at_once import front
 from aggregator.consumer import FINAL, Aggregator
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
-from aggregator.sender import Sender
 from aggregator.store.opening import MODEST, Settings
 from aggregator.view import Unavailable
+from aggregator.webhook_sender import Sender
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above the noise of a loaded machine

@@ -115,32 +115,35 @@ class RunningTotals:
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""
-        counting = self._meters.get(meter_id)
-        return counting.totals.total(subjects) if counting is not None and counting.complete.is_set() else None
+        counting = self._complete(meter_id)
+        return counting.totals.total(subjects) if counting is not None else None
 
     def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
         """Everyone's total in each span of quarter hours; None while it is counted, and for distinct values."""
-        counting = self._meters.get(meter_id)
-        if counting is None or counting.quarters is None or not counting.complete.is_set():
+        counting = self._complete(meter_id)
+        if counting is None or counting.quarters is None:
             return None
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
         """What arrived from these numbers since a time; None while it is counted, or for a time that is not kept."""
-        counting = self._meters.get(meter_id)
-        if counting is None or not counting.complete.is_set():
-            return None
-        return counting.totals.consumed(subjects, microseconds(since))
+        counting = self._complete(meter_id)
+        return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
 
     def arrivals(self, meter_id: str) -> Integers | None:
         """When the newest counted event of each customer number arrived, in us; None while it is counted."""
-        counting = self._meters.get(meter_id)
-        return counting.totals.arrivals() if counting is not None and counting.complete.is_set() else None
+        counting = self._complete(meter_id)
+        return counting.totals.arrivals() if counting is not None else None
 
     def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
         """What each customer number used in its window, as doubles; None while counted, and where nothing adds up."""
+        counting = self._complete(meter_id)
+        return counting.totals.sums() if counting is not None else None
+
+    def _complete(self, meter_id: str) -> Counting | None:
+        """The meter's, once its history is in it."""
         counting = self._meters.get(meter_id)
-        return counting.totals.sums() if counting is not None and counting.complete.is_set() else None
+        return counting if counting is not None and counting.complete.is_set() else None
 
     def is_cut(self, meter_id: str) -> bool:
         """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""

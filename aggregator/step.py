@@ -80,11 +80,8 @@ def step(batch: Batch, needs: Needs, stored: Mapping[Identity, dict[str, Any]]) 
 
 def nothing(batch: Batch) -> Changes:
     """The changes of a batch without a single countable row."""
-    tallies: dict[int, Tally] = {}
-    for letter in batch.dead:
-        tally = tallies.get(letter.partition, Tally())
-        tallies[letter.partition] = tally._replace(dead=tally.dead + 1)
-    return Changes(pa.table({}), Keys(*(np.zeros(0, np.uint64) for _ in range(3))), batch.dead, tallies)
+    keys = Keys(*(np.zeros(0, np.uint64) for _ in range(3)))
+    return Changes(pa.table({}), keys, batch.dead, _with_dead({}, batch.dead))
 
 
 def _same(batch: Batch, needs: Needs, row: int, stored: Mapping[Identity, dict[str, Any]]) -> bool:
@@ -136,6 +133,10 @@ def _tallies(needs: Needs, conflicts: list[int], dead: list[DeadLetter]) -> dict
         stored = int((here & needs.new).sum())
         contrary = int((here & in_conflict).sum())
         tallies[partition] = Tally(stored, int(here.sum()) - stored - contrary, contrary, 0)
+    return _with_dead(tallies, dead)
+
+
+def _with_dead(tallies: dict[int, Tally], dead: list[DeadLetter]) -> dict[int, Tally]:
     for letter in dead:
         tally = tallies.get(letter.partition, Tally())
         tallies[letter.partition] = tally._replace(dead=tally.dead + 1)

@@ -34,9 +34,6 @@ class Kept(Protocol):
     def copy(self, subject: int, other: Any) -> None:
         """Take over what another one has of a customer."""
 
-    def take_away(self, subject: int, other: Any) -> None:
-        """Take off what another one has of a customer."""
-
     def clear(self, subject: int) -> None:
         """Forget a customer."""
 
@@ -62,10 +59,6 @@ class DistinctValues:
         """Take over what another one has of a customer."""
         self._values[subject] = set(other._values.get(subject, ()))
         self._counts[subject] = other._counts.get(subject, 0)
-
-    def take_away(self, subject: int, other: "DistinctValues") -> None:
-        """Distinct values do not add up, so nothing can be taken off."""
-        raise NotImplementedError
 
     def clear(self, subject: int) -> None:
         """Forget a customer."""
@@ -143,6 +136,8 @@ class MeterWindows:
             self._apart.clear(subject)
         elif self._func in ADDING:
             self._apart.copy(subject, self._whole)
+            assert isinstance(self._apart, MeterTotals)
+            assert isinstance(inside, MeterTotals)
             self._apart.take_away(subject, inside)
         else:
             self._apart.copy(subject, inside)

@@ -15,7 +15,12 @@ from ingest import answers
 from ingest.answers import Answer
 from ingest.limits import InFlight
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
+Message = dict[str, Any]  # ASGI's
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+"""Methods whose requests have a body, and say how long it is, be it empty."""
 
 GZIP_WINDOW_BITS = 31  # zlib's way of saying: a gzip header, and the largest window
 ZSTD_WINDOW_BYTES_MAX = 8 * 1024 * 1024  # what RFC 8878 asks every decoder to support, and no more

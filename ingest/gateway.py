@@ -14,21 +14,16 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
-from ingest.body import Gone, read
+from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read
 from ingest.endpoint import EndpointSettings, IngestEndpoint
 from ingest.passthrough import Upstream, answer
 from ingest.tail import CatalogueTail
 from meters.log import USAGE_EVENTS, Log, TryAgain
-
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest", "/api/v1/events/ingest/"})
 OLD_PREFIX = b"/api/v1/"
@@ -40,8 +35,6 @@ VERSION_DEFAULT = b"2026-04"
 
 PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
 """The headers of a browser's question whether a page may send a request."""
-
-WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 LOG_LOOK_S = 30.0
 """Seconds between two looks at the log's partitions; whoever adds some does so rarely."""
@@ -62,7 +55,7 @@ class GatewaySettings(EndpointSettings, frozen=True, kw_only=True):
 
 
 class Gateway:
-    """The ASGI application. One for a process; ``create_gateway`` makes it."""
+    """The ASGI application, one for a process, on a log that the caller opened, and closes after it."""
 
     def __init__(self, log: Log, settings: GatewaySettings) -> None:
         self._log = log
@@ -163,7 +156,6 @@ class Gateway:
         self.endpoint.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-
     async def _look_at_log(self) -> float:
         """Learn which partitions there are; the seconds until the next look."""
         try:
@@ -189,11 +181,6 @@ _OWN: dict[str, Callable[[Gateway], Awaitable[Answer]]] = {
     "/readyz": Gateway.ready,
     "/metrics": Gateway.metrics,
 }
-
-
-def create_gateway(log: Log, settings: GatewaySettings) -> Gateway:
-    """The application on a log that the caller opened, and closes after it."""
-    return Gateway(log, settings)
 
 
 def _current(path: bytes) -> bytes:

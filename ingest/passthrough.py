@@ -10,18 +10,16 @@ no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a gene
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from ingest import answers
 from ingest.answers import Answer, Headers
+from ingest.body import WITH_BODY, Message, Send
 from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX
-
-Message = dict[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -282,7 +280,7 @@ def _request(scope: Message, path: bytes, body: bytes) -> bytes:
     target = path + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     lines = [b"%s %s HTTP/1.1" % (scope["method"].encode(), target)]
     lines += [b"%s: %s" % header for header in end_to_end(scope["headers"], HOP_BY_HOP | {b"content-length"})]
-    if body or scope["method"] in ("POST", "PUT", "PATCH"):
+    if body or scope["method"] in WITH_BODY:
         lines.append(b"content-length: %d" % len(body))  # of what follows here, whatever was said there
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 

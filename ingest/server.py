@@ -20,7 +20,7 @@ from ingest import answers, telemetry
 from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
 from ingest.exchange import Exchange, ordinary
-from ingest.gateway import Gateway, GatewaySettings, create_gateway
+from ingest.gateway import Gateway, GatewaySettings
 from ingest.limits import (
     CONNECTIONS_MAX,
     HEAD_BYTES_MAX,
@@ -254,7 +254,7 @@ def run(log: Log, settings: ServerSettings, sockets: Sequence[socket.socket] | N
     ``sockets`` are listening sockets to use instead of the host and port.
     """
     _allow_descriptors(settings.connections_max + DESCRIPTORS_SPARE)
-    GatewayServer(create_gateway(log, settings), settings).run(list(sockets) if sockets else None)
+    GatewayServer(Gateway(log, settings), settings).run(list(sockets) if sockets else None)
 
 
 def _allow_descriptors(count: int) -> None:

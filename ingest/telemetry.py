@@ -28,7 +28,8 @@ APPEND_SECONDS = Histogram(
 IN_FLIGHT_BYTES = Gauge("meterstream_gateway_in_flight_bytes", "Bytes of bodies held now", registry=REGISTRY)
 CONNECTIONS = Gauge("meterstream_gateway_connections", "Open client connections", registry=REGISTRY)
 CONNECTIONS_CUT = Counter(
-    "meterstream_gateway_connections_cut", "Connections closed for slow headers, an unread answer, or too many of them",
+    "meterstream_gateway_connections_cut",
+    "Connections closed for their head, a slow body, an unread answer, too long a pipeline, or too many connections",
     ["reason"], registry=REGISTRY,
 )
 CATALOGUE_POSITION = Gauge(

@@ -1,8 +1,12 @@
 """What every test may ask for, and what a run says at its end."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.faults.disk import SmallDisk
 from tests.kafka.cluster import Cluster
 from tests.kafka.shared import shared_broker, stop_brokers
 
@@ -26,6 +30,14 @@ def long(request: pytest.FixtureRequest) -> bool:
 def kafka() -> Cluster:
     """The run's real Kafka broker, current release. Use topics of your own, and never stop it."""
     return shared_broker()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A small disk of the test's own."""
+    small = SmallDisk(tmp_path / "small")
+    yield small
+    small.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

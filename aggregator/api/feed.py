@@ -183,4 +183,3 @@ async def read_traffic(
 
 def _whole(here: Here, filter: Filter) -> Wanted:
     return Wanted(scope=Scope(organization=here.organization), filter=filter)
-

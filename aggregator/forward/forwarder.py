@@ -311,4 +311,3 @@ class Forwarder:
         pending, oldest_us = self._source.backlog(self._position(lane), selection)
         self._state.set(pending=pending, oldest_us=oldest_us)
         self._note_due_us = max(self._note_due_us, now_us + NOTE_SHARE * (self._clock.now_us() - now_us))
-

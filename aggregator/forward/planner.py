@@ -206,4 +206,3 @@ def probing(whole: Slice, size: int = PROBE_EVENTS) -> list[Slice]:
 def halves(whole: Slice) -> list[Slice]:
     """The slice in two, if it sends more than one event."""
     return probing(whole, max(1, len(whole.sent) // 2))
-

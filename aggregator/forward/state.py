@@ -269,4 +269,3 @@ class State:
                     self._file.execute("DELETE FROM flags WHERE name = ?", [name])
                 else:
                     self._file.execute("INSERT OR REPLACE INTO flags VALUES (?, ?)", [name, json.dumps(value)])
-

@@ -107,5 +107,3 @@ def _number_in(text: str) -> Decimal:
 
 def _plain(stored: Any) -> Any:
     return stored.amount if isinstance(stored, Number) else stored
-
-

@@ -1,1 +1,1 @@
-"""Webhooks out: what is to be told (outbox), to whom (targets), and the telling (sender)."""
+"""Webhooks out: what is to be told (outbox), to whom (targets), and the telling (webhook_sender)."""

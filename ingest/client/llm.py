@@ -11,17 +11,15 @@ The event's metadata is what Polar's LLM strategy sends, so meters made for that
 """
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-from ingest.client.strategy import Customer, CustomerLike, Strategy
-
-logger = logging.getLogger(__name__)
+from ingest.client.strategy import CustomerLike, Strategy
+from ingest.client.values import clipped, sendable
 
 TEXT_LENGTH_MAX = 100_000
 """Characters of a prompt or a response that are kept: the numbers must fit into the event beside them."""
@@ -37,9 +35,6 @@ _NOT_TEXT = frozenset({
     "type", "role", "kind", "part_kind", "id", "data", "file_data", "image_url", "cache_control", "signature",
     "media_type", "mime_type", "run_id", "conversation_id",
 })  # fmt: skip
-
-Who = CustomerLike | Callable[[], CustomerLike | None]
-"""Whose call it is, or a function that says so when the call begins; None means that this call is not metered."""
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +96,8 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
         names = {name: clipped(value or "unknown", NAME_LENGTH_MAX) for name, value in self._names.items()}
         counts = {"input": tokens.input, "cached_input": tokens.cached, "output": tokens.output, "total": tokens.total}
         llm: dict[str, Any] = names | {f"{name}_tokens": count for name, count in counts.items()}
-        llm |= {"prompt": clipped(sendable(self.prompt))} if self.prompt is not None else {}
-        llm |= {"response": clipped(sendable(self.response))} if self.response is not None else {}
+        llm |= {"prompt": clipped(sendable(self.prompt), TEXT_LENGTH_MAX)} if self.prompt is not None else {}
+        llm |= {"response": clipped(sendable(self.response), TEXT_LENGTH_MAX)} if self.response is not None else {}
         return {
             **names,
             "inputTokens": tokens.input,
@@ -118,7 +113,7 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LanguageModelStrategy(Strategy):
-    """What the strategies for language models share: ``record`` and whose call it is."""
+    """What the strategies for language models share: ``record``."""
 
     def record(
         self,
@@ -139,64 +134,6 @@ class LanguageModelStrategy(Strategy):
             customer, call.metadata(), metadata, context=call, external_id=identity, timestamp=timestamp
         )
 
-    def resolve(self, who: Who | None) -> Customer | None:
-        """Whose call begins now, or None. Never raises."""
-        return resolved(who, self.event_name)
-
-
-def resolved(who: Who | None, event_name: str) -> Customer | None:
-    """Whose usage begins now. None, with a warning, when nobody can say. Never raises."""
-    try:
-        found = who() if callable(who) else who
-    except Exception:
-        logger.exception("asking for the customer failed", extra={"event_name": event_name})
-        return None
-    if found is None:
-        logger.warning("a call is not metered: nobody says whose it is", extra={"event_name": event_name})
-        return None
-    return Customer(external_customer_id=found) if isinstance(found, str) else found
-
-
-def customer_in(*sources: Any) -> Customer | None:
-    """The customer that somebody wrote down: ``external_customer_id`` or ``customer_id``, also in Polar's spelling."""
-    for source in sources:
-        for field, other in (("external_customer_id", "externalCustomerId"), ("customer_id", "customerId")):
-            if found := text(source, field) or text(source, other):
-                return Customer(**{field: found})
-    return None
-
-
-def read(source: Any, *path: str) -> Any:
-    """What lies at a path of attributes or keys, None when there is no such thing.
-
-    Responses come as objects, as dictionaries, and as objects that hold dictionaries.
-    """
-    for name in path:
-        source = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
-        if source is None:
-            return None
-    return source
-
-
-def count(source: Any, *path: str) -> int:
-    """The whole number at a path; 0 when there is none or it is not a number of things."""
-    found = read(source, *path)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1 << 53:
-        return 0
-    return int(found)
-
-
-def items(source: Any, *path: str) -> Sequence[Any]:
-    """The list at a path, or an empty one."""
-    found = read(source, *path)
-    return found if isinstance(found, list | tuple) else ()
-
-
-def text(source: Any, *path: str) -> str:
-    """The text at a path, or ''."""
-    found = read(source, *path)
-    return found if isinstance(found, str) else ""
-
 
 def inclusive(whole: int, *parts: int) -> int:
     """The whole, with its parts inside. Some put them beside it, which shows when the parts exceed it."""
@@ -216,17 +153,6 @@ def details(**counts: int) -> dict[str, int]:
     return {name: number for name, number in counts.items() if number}
 
 
-def clipped(words: str, length: int = TEXT_LENGTH_MAX) -> str:
-    """As much of a text as is kept."""
-    return words if len(words) <= length else words[: length - 1] + "…"
-
-
-def sendable(words: str) -> str:
-    """A text as JSON can carry it: halves of a surrogate pair are put together or replaced, NUL is left out."""
-    whole = words if words.isascii() else words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return whole.replace("\0", "")
-
-
 def estimated_tokens(characters: int) -> int:
     """How many tokens that many characters are, roughly."""
     return -(-characters // CHARACTERS_PER_TOKEN)
@@ -242,8 +168,6 @@ def characters_in(request: Any, depth: int = _DEPTH_MAX) -> int:
         return sum(characters_in(part, depth - 1) for part in request)
     fields = request if isinstance(request, Mapping) else getattr(request, "__dict__", {})
     return sum(characters_in(part, depth - 1) for name, part in fields.items() if name not in _NOT_TEXT)
-
-
 
 
 def as_text(request: Any) -> str:

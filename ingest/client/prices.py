@@ -11,11 +11,9 @@ from decimal import Decimal
 
 import genai_prices
 
-from ingest.client.llm import ModelCall
+from ingest.client.llm import ModelCall, cents
 
 logger = logging.getLogger(__name__)
-
-_CENTS_PER_DOLLAR = 100
 
 _unknown: set[tuple[str, str]] = set()
 
@@ -42,8 +40,7 @@ def list_price(call: ModelCall) -> Decimal | None:
         return None
     if not any(price is not None for price in vars(found.model_price).values()):
         return None  # listed, but without a price
-    dollars: Decimal = found.total_price
-    return dollars * _CENTS_PER_DOLLAR
+    return cents(found.total_price)
 
 
 def _say_once(call: ModelCall, problem: Exception) -> None:

@@ -147,4 +147,3 @@ def _halves(rows: list[Row]) -> list[list[Row]]:
 
 def _is_about_the_future(detail: Detail) -> bool:
     return detail.loc[-1:] == ("timestamp",) and detail.type == "value_error"
-

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 import msgspec
 
 from ingest.client.event import Event
+from ingest.client.reading import text
 from ingest.client.values import COST, clean
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class Customer(msgspec.Struct, frozen=True, kw_only=True):
 
 CustomerLike = str | Customer
 """A string is an external customer id."""
+
+Who = CustomerLike | Callable[[], CustomerLike | None]
+"""Whose call it is, or a function that says so when the call begins; None means that this call is not metered."""
 
 
 class Capturing(Protocol):
@@ -74,6 +78,18 @@ class Strategy:
         priced = copy.copy(self)
         priced._cost = calculate
         return priced
+
+    def resolve(self, who: Who | None) -> Customer | None:
+        """Whose usage begins now. None, with a warning, when nobody can say. Never raises."""
+        try:
+            found = who() if callable(who) else who
+        except Exception:
+            logger.exception("asking for the customer failed", extra={"event_name": self.event_name})
+            return None
+        if found is None:
+            logger.warning("a call is not metered: nobody says whose it is", extra={"event_name": self.event_name})
+            return None
+        return Customer(external_customer_id=found) if isinstance(found, str) else found
 
     def emit(
         self,
@@ -107,6 +123,15 @@ class Strategy:
         except Exception:
             logger.exception("an event could not be captured", extra={"event_name": self.event_name})
             return None
+
+
+def customer_in(*sources: Any) -> Customer | None:
+    """The customer that somebody wrote down: ``external_customer_id`` or ``customer_id``, also in Polar's spelling."""
+    for source in sources:
+        for field, other in (("external_customer_id", "externalCustomerId"), ("customer_id", "customerId")):
+            if found := text(source, field) or text(source, other):
+                return Customer(**{field: found})
+    return None
 
 
 def _add_cost(metadata: dict[str, Any], calculate: Callable[[Any], Cost], context: Any) -> None:

@@ -21,8 +21,11 @@ class Watcher(Protocol):
         """See an item. False keeps it from the caller."""
 
     def is_last(self, item: Any) -> bool:
-        """Whether what follows this item is for the watcher alone. It is then fetched before the caller gets the
-        item, because callers who saw the last of what is theirs leave."""
+        """Whether what follows this item is for the watcher alone; with most streams nothing is.
+
+        It is then fetched before the caller gets the item, because callers who saw the last of what is theirs leave.
+        """
+        return False
 
     def end(self, is_complete: bool) -> None:
         """The stream ended; it ran out by itself when ``is_complete``."""

@@ -167,3 +167,14 @@ def _llm(value: Any) -> dict[str, Any]:
         elif not isinstance(part, str):
             raise Unacceptable(Reason.STRING_TYPE, *loc, name)
     return told
+
+
+def clipped(words: str, length: int) -> str:
+    """As much of a text as is kept."""
+    return words if len(words) <= length else words[: length - 1] + "…"
+
+
+def sendable(words: str) -> str:
+    """A text as JSON can carry it: halves of a surrogate pair are put together or replaced, NUL is left out."""
+    whole = words if words.isascii() else words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "")

@@ -137,5 +137,3 @@ class Complaint:
 def quiet(settings: dict[str, str]) -> dict[str, Any]:
     """The settings of a client that writes nothing to standard error: what matters is raised, or answered."""
     return {**settings, "log_level": 0, "socket.keepalive.enable": True, "reconnect.backoff.max.ms": 1000}
-
-

@@ -22,6 +22,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import quiet
 from ingest.log.limits import Limits
+from ingest.log.writer import Outcome, answer
 from meters.log import Entry, Refused, TryAgain
 
 ORGANIZATION, ADMITTED = "organization", "admitted"
@@ -41,11 +42,10 @@ Delivered = Callable[[KafkaError | None, Message], None]
 class Call:
     """One call of ``append``: a future, and what is known of its entries so far. Changed by the thread alone."""
 
-    __slots__ = ("error", "future", "left", "loop", "offsets")
+    __slots__ = ("error", "future", "left", "offsets")
 
     def __init__(self, count: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[int]] = self.loop.create_future()
+        self.future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self.offsets = [-1] * count
         self.left = count
         self.error: KafkaError | None = None
@@ -119,25 +119,11 @@ class Writer:
         self._answer()
 
     def _answer(self) -> None:
-        """One call into each event loop, however many of its tasks wait."""
-        if not self._finished:
-            return
         finished, self._finished = self._finished, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[Call]] = {}
-        for call in finished:
-            by_loop.setdefault(call.loop, []).append(call)
-        for loop, calls in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
-                loop.call_soon_threadsafe(self._resolve, calls)
+        answer([(call.future, self._outcome(call)) for call in finished])
 
-    def _resolve(self, calls: list[Call]) -> None:
-        for call in calls:
-            if call.future.done():  # its task was cancelled
-                continue
-            if call.error is not None:
-                call.future.set_exception(self._exception(call.error))
-            else:
-                call.future.set_result(call.offsets)
+    def _outcome(self, call: Call) -> Outcome:
+        return call.offsets if call.error is None else self._exception(call.error)
 
     def _exception(self, error: KafkaError) -> TryAgain | Refused:
         if error.code() in _TOO_LARGE:

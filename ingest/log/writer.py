@@ -13,14 +13,14 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from ingest.log.limits import Limits
 from ingest.log.packing import pack
-from meters.log import Entry, TryAgain
+from meters.log import Entry, Refused, TryAgain
 
 Place = tuple[str, int]  # stream, partition
 
@@ -69,11 +69,10 @@ class Waiter(msgspec.Struct, eq=False):
     stream: str
     entries: Sequence[Entry]
     value_bytes: int
-    loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[int]]
 
 
-Outcome = list[int] | TryAgain
+Outcome = list[int] | TryAgain | Refused
 
 
 class GroupWriter:
@@ -92,9 +91,8 @@ class GroupWriter:
 
     def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
         """Queue the entries and return the future of their offsets. Raises TryAgain when full or closed."""
-        loop = asyncio.get_running_loop()
         value_bytes = sum(len(entry.value) for entry in entries)
-        waiter = Waiter(stream, entries, value_bytes, loop, loop.create_future())
+        waiter = Waiter(stream, entries, value_bytes, asyncio.get_running_loop().create_future())
         with self._lock:
             self._admit(len(entries), value_bytes)
             self._queue.put(waiter)
@@ -123,7 +121,7 @@ class GroupWriter:
         while not last:
             group, last = self._next_group()
             if group:
-                _answer(group, self._commit(group))
+                answer(zip([waiter.future for waiter in group], self._commit(group), strict=True))
                 self._release(group)
                 self._appender.tidy()
         self._appender.close()
@@ -172,21 +170,21 @@ def _place(waiter: Waiter, batches: dict[Place, Batch]) -> list[tuple[Place, int
     return places
 
 
-def _answer(group: list[Waiter], outcomes: list[Outcome]) -> None:
-    """One call into each event loop, however many of its tasks wait."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Waiter, Outcome]]] = {}
-    for waiter, outcome in zip(group, outcomes, strict=True):
-        by_loop.setdefault(waiter.loop, []).append((waiter, outcome))
+def answer(outcomes: Iterable[tuple[asyncio.Future[list[int]], Outcome]]) -> None:
+    """Tell every caller, from any thread: one call into each event loop, however many of its tasks wait."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[list[int]], Outcome]]] = {}
+    for future, outcome in outcomes:
+        by_loop.setdefault(future.get_loop(), []).append((future, outcome))
     for loop, answers in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
             loop.call_soon_threadsafe(_resolve, answers)
 
 
-def _resolve(answers: list[tuple[Waiter, Outcome]]) -> None:
-    for waiter, outcome in answers:
-        if waiter.future.done():  # its task was cancelled
+def _resolve(answers: list[tuple[asyncio.Future[list[int]], Outcome]]) -> None:
+    for future, outcome in answers:
+        if future.done():  # its task was cancelled
             continue
-        if isinstance(outcome, TryAgain):
-            waiter.future.set_exception(outcome)
+        if isinstance(outcome, list):
+            future.set_result(outcome)
         else:
-            waiter.future.set_result(outcome)
+            future.set_exception(outcome)

@@ -1,14 +1,13 @@
 """An endpoint that webhooks are sent to: a real HTTP server on this machine that does as it is told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
-from aggregator.sender import Pace, Sender
+from aggregator.webhook_sender import Pace, Sender
 from tests.aggregator.serving import Json, Server, exact_text
 
-PATIENCE_S = 20
 HURRY = Pace(tick_s=0.01, collect_s=0.02, attempts_max=3, backoff_s=0.02, settle_s=0.0)
 
 
@@ -77,15 +76,3 @@ async def sending(server: Server, **settings: Any) -> AsyncIterator[Sender]:
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
-
-
-async def until(reached: Callable[[], bool | Awaitable[bool]]) -> None:
-    """Wait for a condition."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            found = reached()
-            if found if isinstance(found, bool) else await found:
-                return
-            await asyncio.sleep(0.005)
-
-

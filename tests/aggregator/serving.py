@@ -185,5 +185,3 @@ def serving(path: Path, rules: Rules = Rules()) -> Iterator[Server]:  # noqa: B0
         yield server
     finally:
         server.close()
-
-

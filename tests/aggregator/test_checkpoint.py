@@ -9,7 +9,7 @@ from aggregator import checkpoint
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import Running, decisions, entry, line, organization
-from tests.faults.evidence import eventually
+from tests.waiting import eventually
 
 
 def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

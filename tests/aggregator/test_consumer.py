@@ -18,7 +18,7 @@ from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 from tests.aggregator.records import ORGANIZATION, SMALL, entry, line
-from tests.faults.evidence import eventually
+from tests.waiting import eventually
 
 
 def append(log: Log, *ids: str) -> None:

@@ -16,9 +16,10 @@ from meters.log import USAGE_EVENTS, format_position
 from meters.signatures import signature
 from meters.webhooks import SigningSecret
 from tests.aggregator.polar_story import Polar
-from tests.aggregator.receiving import HURRY, Delivery, Receiver, receiving, sending, until
+from tests.aggregator.receiving import HURRY, Delivery, Receiver, receiving, sending
 from tests.aggregator.records import SMALL, entry, line
 from tests.aggregator.serving import Json, Server, Tenant
+from tests.waiting import until
 
 MOMENT = timedelta(milliseconds=20)
 

@@ -33,8 +33,8 @@ from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
-from tests.faults.evidence import eventually
 from tests.kafka.shared import shared_broker
+from tests.waiting import eventually
 
 # Three partitions, so that mixing them up shows.
 PARTITIONS = {USAGE_EVENTS: 3, USAGE_CONTROL: 1}

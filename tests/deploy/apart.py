@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 
 from meters.partition_key import partition_key, partition_of
-from tests.deploy.installation import PATIENCE_S, eventually, meterstream
+from tests.deploy.installation import PATIENCE_S, meterstream
 from tests.faults.kafka_installation import Process
 from tests.kafka.cluster import free_port
+from tests.waiting import eventually
 
 PARTITIONS = 4
 

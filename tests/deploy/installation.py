@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.waiting import eventually
 
 PATIENCE_S = 60.0  # for what takes a second on a machine that does nothing else
 
@@ -23,16 +23,6 @@ def meterstream(*arguments: str, text: str = "", **environment: str) -> subproce
         [sys.executable, "-m", "deploy.cli", *arguments],
         input=text, capture_output=True, text=True, env=clean | environment, timeout=PATIENCE_S, check=False,
     )
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    """What the condition gives once it is true. Fails when it does not become so."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("the condition did not come true")
 
 
 def alive(pid: int) -> bool:

@@ -21,8 +21,9 @@ from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.forward.state import State
 from deploy.command_line import app
 from deploy.settings import PREFIX, Settings
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
 from tests.deploy.programs import assert_succeeds, program
+from tests.waiting import eventually
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy"
 OBSERVABILITY = SHIPPED / "observability"

@@ -4,7 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
+from tests.waiting import eventually
 
 EVENTS = """{"name":"render","external_customer_id":"eve","external_id":"b1","metadata":{"pages":30}}
 {"name":"render","external_customer_id":"eve","external_id":"b2","metadata":{"pages":12.5}}

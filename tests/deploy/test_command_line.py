@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from deploy.command_line import app, global_options_first
 from deploy.settings import read_environment
-from tests.deploy.installation import Installation, eventually, meterstream
+from tests.deploy.installation import Installation, meterstream
+from tests.waiting import eventually
 
 EVENTS = """{"name":"call","external_customer_id":"ada","external_id":"c1","metadata":{"tokens":0.1}}
 {"name":"call","external_customer_id":"ada","external_id":"c2","metadata":{"tokens":0.2}}

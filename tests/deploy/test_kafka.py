@@ -26,13 +26,14 @@ from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from meters.partition_key import partition_key
 from tests.deploy.apart import PARTITIONS, Apart, answer, usage
-from tests.deploy.installation import PATIENCE_S, Installation, eventually, meterstream
+from tests.deploy.installation import PATIENCE_S, Installation, meterstream
 from tests.deploy.programs import program
 from tests.deploy.test_readme import README
 from tests.faults.kafka_installation import Process
 from tests.kafka.cluster import Cluster, free_port
 from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
+from tests.waiting import eventually
 
 _numbers = itertools.count()
 

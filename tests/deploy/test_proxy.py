@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from ingest.gateway import VERSION_DEFAULT, VERSIONS
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
 from tests.deploy.programs import program
 from tests.kafka.cluster import free_port
+from tests.waiting import eventually
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
 GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"

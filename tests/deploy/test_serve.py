@@ -9,7 +9,8 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, alive, eventually, meterstream
+from tests.deploy.installation import Installation, alive, meterstream
+from tests.waiting import eventually
 
 EVENT = '{"name":"call","external_customer_id":"ada","metadata":{"n":1}}\n'
 

@@ -13,7 +13,8 @@ import pytest
 
 from meters.signatures import keys
 from tests.aggregator.polar_story import signed
-from tests.deploy.installation import PATIENCE_S, Installation, eventually
+from tests.deploy.installation import PATIENCE_S, Installation
+from tests.waiting import eventually
 
 
 class Receiver(HTTPServer):

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
+from tests.waiting import eventually
 
 CHUNK_BYTES = 1000
 REPORTS = (("ann", 3), ("bob", 0), ("ann", 200), ("eve", 1))

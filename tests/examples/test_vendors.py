@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
 from tests.sdk.interpreters import environment
 from tests.strategies.replay import Replay, stream, whole
 from tests.strategies.small_s3 import SmallS3
+from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TIME_LIMIT = pytest.mark.timeout(1200)  # the first test may have to install everything

@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
 from tests.sdk.interpreters import environment
+from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TASKS = 12

@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +37,9 @@ from tests.aggregator.records import (
     meter,
     organization,
 )
+from tests.waiting import eventually
 
 SEED = int(os.environ.get("SEED", "20261121"))  # printed by every test that draws; SEED=n repeats it
-PATIENCE_S = 60.0  # for what takes milliseconds on a machine that does nothing else
 METERS = {"sum": "tokens", "count": None, "max": "tokens", "avg": "tokens"}  # function, property
 CUSTOMERS = ("ann", "bob", "eve")
 Tables = dict[str, list[tuple[Any, ...]]]
@@ -52,15 +51,6 @@ def metered() -> list[Meter]:
         meter(f"meter-{func}", func=func, **({"property": property} if property else {}))
         for func, property in METERS.items()
     ]
-
-
-def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S, look_again_s: float = 0.002) -> Any:
-    """What the condition gives once it is true. Fails when it does not become so."""
-    deadline = time.monotonic() + patience_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(look_again_s)
-    return found
 
 
 def usage(id: str, customer: str = "ann", tokens: object = 1, **fields: Any) -> bytes:

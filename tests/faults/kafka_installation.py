@@ -21,11 +21,12 @@ from meters.access import digest
 from meters.catalogue import Token, TokenCreated
 from meters.log import USAGE_CONTROL, Entry, Log, TryAgain, format_position, parse_position
 from tests.aggregator.records import ORGANIZATION, decisions, organization
-from tests.faults.evidence import Counted, Tables, assert_store_tells, count, ends_of, eventually, export, positions
+from tests.faults.evidence import Counted, Tables, assert_store_tells, count, ends_of, export, positions
 from tests.faults.sender import Outcome, Sender
 from tests.kafka.cluster import Cluster, free_port, pause
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
+from tests.waiting import eventually
 
 TOKEN = "polar_oat_kafka_fault_test_0123456789"
 PARTITIONS = 3

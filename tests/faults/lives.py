@@ -12,8 +12,9 @@ from pathlib import Path
 from aggregator.consumer import Aggregator
 from ingest.log import open_log
 from tests.aggregator.records import SMALL
-from tests.faults.evidence import caught_up, ends, eventually
+from tests.faults.evidence import caught_up, ends
 from tests.faults.points import Point, watch
+from tests.waiting import eventually
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])

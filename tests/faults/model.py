@@ -26,11 +26,11 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     metered,
     usage,
 )
+from tests.waiting import eventually
 
 IDS = 12
 TOKENS = ("1", "2", "0.000000000001", "-3", "99999999999999.5")

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 
 from tests.deploy.installation import alive
-from tests.faults.evidence import eventually
 from tests.kafka.cluster import free_port
+from tests.waiting import eventually
 
 TOKEN = "polar_oat_fault_test_0123456789"
 

@@ -21,9 +21,10 @@ from ingest.client.spool import Spool, fingerprint, spools
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from tests.faults.disk import SmallDisk
-from tests.faults.evidence import SEED, eventually
+from tests.faults.evidence import SEED
 from tests.faults.server import TOKEN, Server
 from tests.ingest.client.fault_server import Bad, Events, FaultServer, refusal
+from tests.waiting import eventually
 
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.1, close_s_max=30)
 KILLS, KILLS_LONG = 4, 40
@@ -277,14 +278,6 @@ def test_a_storm_of_everything(tmp_path: Path, long: bool, record_property: Call
         each["metadata"]["n"] for each in server.events.values()
     }
     assert all("poison" in rejection.event["metadata"] for rejection in rejected)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A small disk for the spool."""
-    small = SmallDisk(tmp_path / "small")
-    yield small
-    small.close()
 
 
 def test_a_full_disk_under_the_spool(disk: SmallDisk, record_property: Callable[[str, object], None]) -> None:

@@ -21,12 +21,12 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     metered,
     usage,
 )
 from tests.ingest.running import RunningGateway, event
+from tests.waiting import eventually
 
 HOUR, YEAR = timedelta(hours=1), timedelta(days=365)
 SEQ, TIMESTAMP, INGESTED_AT, EXTERNAL_ID = 0, 11, 12, 13  # columns of ``events``

@@ -28,7 +28,6 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     metered,
     positions,
@@ -36,6 +35,7 @@ from tests.faults.evidence import (
 )
 from tests.faults.lives import start_life
 from tests.faults.points import Point, disk_full, watch
+from tests.waiting import eventually
 
 RANDOM_ERRORS = 60
 RANDOM_SHARE = 0.02  # of the points that come by: a round has about a hundred

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
+from tests.waiting import eventually
 
 CREDITS, UNITS, KILLS = 24, 3, 3
 PATIENCE_S = 60

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,17 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     usage,
     write_usage,
 )
 from tests.faults.server import Server
 from tests.ingest.running import RunningGateway
+from tests.waiting import eventually
 
 EVENTS_A_BODY = 100
 BODIES_MAX = 400  # a disk that is not full by then is too large for the test
 RESTARTS = 3  # on a disk that stays full
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A disk for this test."""
-    small = SmallDisk(tmp_path / "small")
-    yield small
-    small.close()
 
 
 def stored(aggregator: Aggregator) -> tuple[int, int] | None:

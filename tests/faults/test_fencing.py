@@ -15,17 +15,8 @@ from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost
 from tests.aggregator.records import SMALL, entry
 from tests.deploy.installation import meterstream
-from tests.faults.evidence import (
-    Tables,
-    assert_store_tells,
-    caught_up,
-    count,
-    ends,
-    eventually,
-    export,
-    usage,
-    write_sample,
-)
+from tests.faults.evidence import Tables, assert_store_tells, caught_up, count, ends, export, usage, write_sample
+from tests.waiting import eventually
 
 STORE = "store.duckdb"
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cutting import CuttingProxy
-from tests.faults.evidence import SEED, eventually, export
+from tests.faults.evidence import SEED, export
 from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 from tests.faults.sender import Sender
 from tests.kafka.cluster import Cluster, Node, free_port
+from tests.waiting import eventually, until
 
 PAUSE_S = 0.05  # of a sender's connection
 CUSTOMERS = 20  # over all partitions
@@ -32,12 +33,6 @@ BROKERS_LOST = 6  # with --long: one, then another, and both come back; otherwis
 def sender(seed: int = SEED) -> Sender:
     """A careful client, not in a hurry."""
     return Sender(seed, TOKEN, CUSTOMERS, PAUSE_S)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other tasks of the loop do."""
-    while not condition():  # noqa: ASYNC110 - nothing tells when
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.timeout(180)

@@ -18,10 +18,11 @@ from meters.log import USAGE_EVENTS
 from meters.partition_key import partition_key
 from tests.aggregator.records import ORGANIZATION
 from tests.deploy.installation import meterstream
-from tests.faults.evidence import SEED, assert_store_tells, count, eventually, export, usage
+from tests.faults.evidence import SEED, assert_store_tells, count, export, usage
 from tests.faults.kafka_installation import PARTITIONS, TOKEN, KafkaInstallation
 from tests.faults.sender import Sender
 from tests.kafka.cluster import Cluster
+from tests.waiting import eventually
 
 GOOD = 60
 CUSTOMERS = 20

@@ -22,19 +22,11 @@ from deploy.rebuild import rebuild
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record
 from tests.aggregator.records import SMALL
-from tests.faults.evidence import (
-    SEED,
-    assert_store_tells,
-    caught_up,
-    count,
-    ends,
-    eventually,
-    export,
-    positions,
-)
+from tests.faults.evidence import SEED, assert_store_tells, caught_up, count, ends, export, positions
 from tests.faults.power.losing import Crash, Disk, crashes
 from tests.faults.power.recording import Operation, record
 from tests.faults.power.workload import STORE
+from tests.waiting import eventually
 
 STATES = 80
 CONTINUED_SHARE = 0.1  # of the states: an aggregator goes on from there

@@ -20,7 +20,8 @@ from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, Record, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, SMALL
 from tests.deploy.installation import meterstream
-from tests.faults.evidence import SEED, caught_up, ends, eventually, export, usage, write_sample, write_usage
+from tests.faults.evidence import SEED, caught_up, ends, export, usage, write_sample, write_usage
+from tests.waiting import eventually
 
 DAMAGES = 12
 LOG, WAL, STORE = "log.sqlite", "log.sqlite-wal", "store.duckdb"

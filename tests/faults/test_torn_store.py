@@ -27,12 +27,12 @@ from tests.faults.evidence import (
     caught_up,
     count,
     ends,
-    eventually,
     export,
     positions,
     write_sample,
     write_usage,
 )
+from tests.waiting import eventually
 
 CUTS, FLIPS, ZEROS = 40, 40, 20
 STORE, WAL = "store.duckdb", "store.duckdb.wal"

@@ -18,9 +18,10 @@ from deploy.forward import open_source
 from deploy.forward_desk import ask_replay, status
 from deploy.giving_up import GiveUp
 from deploy.settings import Secret, Settings
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
 from tests.forward.polar import POISON, Polar, send, stored
 from tests.forward.test_forwarder import events, ids
+from tests.waiting import eventually
 
 
 class Site:
@@ -162,4 +163,3 @@ def _nowhere(path: Path) -> Installation:
     place = Installation(path / "data")
     place.close()
     return place
-

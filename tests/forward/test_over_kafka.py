@@ -12,10 +12,11 @@ from confluent_kafka import Producer
 from deploy.data import DataDirectory
 from deploy.forward_desk import status
 from deploy.giving_up import GiveUp
-from tests.deploy.installation import Installation, eventually, meterstream
+from tests.deploy.installation import Installation, meterstream
 from tests.forward.polar import send, stored
 from tests.forward.test_forwarder import ids
 from tests.kafka.shared import shared_broker
+from tests.waiting import eventually
 
 PARTITIONS = 3
 CUSTOMERS = 30  # of twelve none may fall into one of three partitions, once in forty runs

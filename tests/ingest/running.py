@@ -4,16 +4,15 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from ingest.gateway import create_gateway
+from ingest.gateway import Gateway
 from ingest.log import open_log
 from ingest.server import GatewayServer, ServerSettings
 from meters.access import TOKEN_PREFIX, digest
@@ -29,20 +28,12 @@ from meters.catalogue import (
     encode_change,
 )
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
+from tests.waiting import eventually
 
 PATIENCE_S = 30.0
-"""Seconds within which a condition must come true; far more than it takes."""
+"""Seconds for an answer, or for an end; far more than either takes."""
 
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    """What the condition says as soon as it holds. Fails after a long time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        time.sleep(0.002)
-    return found
 
 
 class RunningGateway:
@@ -57,7 +48,7 @@ class RunningGateway:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.settings = ServerSettings(**settings)
-        self.gateway = create_gateway(self.log, self.settings)
+        self.gateway = Gateway(self.log, self.settings)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         self.server = GatewayServer(self.gateway, self.settings)
         self._thread = threading.Thread(target=self.server.run, args=([self._socket],), name="gateway")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.ingest.running import RunningGateway, eventually
+from tests.ingest.running import RunningGateway
+from tests.waiting import eventually
 
 EVENT = {"name": "call", "external_customer_id": "ann", "metadata": {"tokens": 1}}
 NOT_SHORT = {"polar-version": "2026-04"}

@@ -11,7 +11,8 @@ import pytest
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
 from meters.access import TOKEN_PREFIX
 from meters.catalogue import TokenCreated
-from tests.ingest.running import RunningGateway, event, eventually
+from tests.ingest.running import RunningGateway, event
+from tests.waiting import eventually
 
 INVALID_TOKEN = {
     "error": "invalid_token",

@@ -19,7 +19,8 @@ from meters.access import TOKEN_PREFIX
 from meters.catalogue import Customer, CustomerCreated, TokenCreated
 from meters.event import identity
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
-from tests.ingest.running import CREATED, RunningGateway, event, eventually
+from tests.ingest.running import CREATED, RunningGateway, event
+from tests.waiting import eventually
 
 BODY = json.dumps({"events": [event()]}).encode()
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ingest.limits import HEAD_BYTES_MAX, PIPELINED_MAX
-from tests.ingest.running import RunningGateway, event, eventually, receive_all
+from tests.ingest.running import RunningGateway, event, receive_all
+from tests.waiting import eventually
 
 BODY = json.dumps({"events": [event()]}).encode()
 

@@ -21,7 +21,8 @@ from ingest.log import open_log
 from meters.access import TOKEN_PREFIX, digest
 from meters.catalogue import Token, TokenCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
-from tests.ingest.running import event, eventually
+from tests.ingest.running import event
+from tests.waiting import eventually
 
 PROGRAM = """
 import socket, sys

@@ -14,7 +14,8 @@ import pytest
 import uvicorn
 
 from ingest.passthrough import end_to_end
-from tests.ingest.running import RunningGateway, event, eventually, receive_all
+from tests.ingest.running import RunningGateway, event, receive_all
+from tests.waiting import eventually
 
 Message = dict[str, Any]
 

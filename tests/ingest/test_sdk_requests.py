@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from meters.catalogue import Customer, CustomerCreated
-from tests.ingest.running import CREATED, RunningGateway, eventually
+from tests.ingest.running import CREATED, RunningGateway
+from tests.waiting import eventually
 
 RECORDED = Path(__file__).parent.parent / "conformance" / "sdk-requests.jsonl"
 CUSTOMER = "00000000-0000-4000-8000-000000000003"  # the one that the recorded events name

@@ -22,10 +22,10 @@ from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Unreachable, Wanted, make_topics
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
-from tests.faults.evidence import eventually
 from tests.kafka.cluster import free_port, running
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
+from tests.waiting import eventually
 
 STORE_PASSWORD = "changeit"
 PASSWORDS = {"PLAIN": "plain-secret-1", "SCRAM-SHA-512": "scram-secret-2"}

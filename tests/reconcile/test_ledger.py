@@ -101,5 +101,3 @@ def test_the_forwarder_s_books_add_up_or_are_named(left: Left) -> None:
 def ledger(server: Installation) -> Report:
     """The ledger check of a running server."""
     return reconcile(Session(Settings(data=server.data), Output.json), Task(checks=("ledger",)))
-
-

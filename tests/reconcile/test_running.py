@@ -25,8 +25,9 @@ from meters.access import AUDIT
 from meters.catalogue import TokenCreated
 from tests.aggregator.records import line
 from tests.aggregator.serving import Tenant, serving
-from tests.deploy.installation import Installation, eventually, meterstream
+from tests.deploy.installation import Installation, meterstream
 from tests.reconcile.two_sides import TwoSides, call, numbered
+from tests.waiting import eventually
 
 
 def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, Installation], sides: TwoSides) -> None:

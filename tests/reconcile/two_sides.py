@@ -19,7 +19,8 @@ from deploy.session import Session
 from deploy.settings import Secret, Settings
 from deploy.upstream_proof import Range, compare, send_again
 from meters.catalogue import OrganizationCreated, TokenCreated
-from tests.deploy.installation import Installation, eventually
+from tests.deploy.installation import Installation
+from tests.waiting import eventually
 
 NOON = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=3)
 Event = dict[str, Any]
@@ -134,5 +135,3 @@ def numbered(count: int) -> Iterator[Event]:
     for number in range(count):
         at = NOON + timedelta(days=number % 3, minutes=number)
         yield call(f"e{number}", number, at=at, customer=("ann", "bob")[number % 2])
-
-

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.messages import messages_of
-from aggregator.sender import signed_headers
+from aggregator.webhook_messages import messages_of
+from aggregator.webhook_sender import signed_headers
 from aggregator.webhooks import outbox
 from tests.aggregator.polar_story import Polar
 from tests.aggregator.serving import Server, Tenant, serving

@@ -104,7 +104,6 @@ QUESTIONS: Mapping[str, str] = {
 """
 
 
-
 def put(
     connection: duckdb.DuckDBPyConnection, question: str, asked: pa.Table | None, parameters: Mapping[str, int]
 ) -> pa.Table:

@@ -15,17 +15,14 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     characters_in,
-    count,
     details,
     estimated_tokens,
-    items,
-    read,
-    text,
 )
-from ingest.client.stainless import metered
+from ingest.client.reading import count, items, read, text
+from ingest.client.stainless import Reader, metered
+from ingest.client.strategy import Who
 
 C = TypeVar("C")
 
@@ -67,21 +64,18 @@ class AnthropicStrategy(LanguageModelStrategy):
         """
         url = None if vendor else str(read(client, "base_url") or "")
 
-        def record(who: Any, call: ModelCall) -> None:
-            self.record(who, call, metadata)
-
         def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
             if path.partition("?")[0] != _MESSAGES or not isinstance(body, Mapping):
                 return None
             who = self.resolve(customer)
             if who is None:
                 return None
-            return _Reader(body, vendor or VENDOR, url, keep_text, lambda call: record(who, call))
+            return _Reader(body, vendor or VENDOR, url, keep_text, lambda call: self.record(who, call, metadata))
 
         return metered(client, opened)
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads one message."""
 
     def __init__(
@@ -118,10 +112,6 @@ class _Reader:
                 self._see(read(item, "usage"))
                 self._is_final = read(item, "delta", "stop_reason") is not None
         return True
-
-    def is_last(self, item: Any) -> bool:
-        """Nothing of a stream is for the meter alone."""
-        return False
 
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""

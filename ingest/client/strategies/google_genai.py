@@ -19,17 +19,14 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     characters_in,
-    count,
     details,
     estimated_tokens,
-    items,
-    read,
-    text,
 )
-from ingest.client.streams import WatchedAsyncStream, WatchedStream, harmless
+from ingest.client.reading import count, items, read, text
+from ingest.client.strategy import Who
+from ingest.client.streams import WatchedAsyncStream, WatchedStream, Watcher, harmless
 
 C = TypeVar("C")
 
@@ -161,7 +158,7 @@ def _async_request(request: Any, name: str) -> Any:
     return call
 
 
-class _Reader:
+class _Reader(Watcher):
     """Reads one request."""
 
     def __init__(
@@ -199,10 +196,6 @@ class _Reader:
             self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
         return True
 
-    def is_last(self, item: Any) -> bool:
-        """Nothing of a stream is for the meter alone."""
-        return False
-
     def end(self, is_complete: bool) -> None:
         """Report what was seen: nothing of a stream that failed before it began, which is not billed."""
         if not (is_complete or self._has_begun):
@@ -227,5 +220,3 @@ class _Reader:
     def _estimate(self, characters: int) -> Tokens:
         known = self._tokens or Tokens(input=estimated_tokens(characters_in(self._contents)))
         return known + Tokens(output=max(0, estimated_tokens(characters) - known.output))
-
-

@@ -14,22 +14,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from ingest.client.llm import (
-    LanguageModelStrategy,
-    ModelCall,
-    Tokens,
-    Who,
-    as_text,
-    count,
-    customer_in,
-    details,
-    estimated_tokens,
-    inclusive,
-    items,
-    read,
-    text,
-)
-from ingest.client.strategy import Customer
+from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, as_text, details, estimated_tokens, inclusive
+from ingest.client.reading import count, items, read, text
+from ingest.client.strategy import Customer, Who, customer_in
 from ingest.client.streams import harmless
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -16,17 +16,14 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     characters_in,
-    count,
     details,
     estimated_tokens,
-    items,
-    read,
-    text,
 )
-from ingest.client.stainless import metered
+from ingest.client.reading import count, items, read, text
+from ingest.client.stainless import Reader, metered
+from ingest.client.strategy import Who
 
 C = TypeVar("C")
 
@@ -93,7 +90,7 @@ class OpenAIStrategy(LanguageModelStrategy):
         return metered(client, opened)
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads one call. What is known of it so far is known to ``_call``."""
 
     tokens = staticmethod(chat_tokens)
@@ -129,10 +126,6 @@ class _Reader:
         if delta := self.text_of(item):
             self._words.append(delta)
         return True
-
-    def is_last(self, item: Any) -> bool:
-        """Nothing of a stream is for the meter alone."""
-        return False
 
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""

@@ -18,19 +18,15 @@ from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
-    Who,
     as_text,
     cents,
     characters_in,
-    count,
     details,
     estimated_tokens,
     inclusive,
-    items,
-    read,
-    text,
 )
-from ingest.client.strategy import CustomerLike
+from ingest.client.reading import count, items, read, text
+from ingest.client.strategy import CustomerLike, Who
 from ingest.client.streams import harmless
 
 

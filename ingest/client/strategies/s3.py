@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from ingest.client.llm import Who, clipped, count, items, read, resolved, text
-from ingest.client.strategy import Customer, Strategy
+from ingest.client.reading import count, items, read, text
+from ingest.client.strategy import Customer, Strategy, Who
 from ingest.client.streams import harmless
+from ingest.client.values import clipped
 from meters.refusal import STRING_LENGTH_MAX
 
 C = TypeVar("C")
@@ -25,7 +26,6 @@ OPERATIONS = (
     "PutObject", "UploadPart", "GetObject", "CopyObject", "UploadPartCopy", "DeleteObject", "DeleteObjects",
 )  # fmt: skip
 """What is metered. Beginning and completing an upload, listings and HEADs move no object's bytes."""
-
 
 
 class S3Strategy(Strategy):
@@ -75,7 +75,7 @@ class _Meter:
 
     def begin(self, operation: str, params: Any, context: Any, **more: Any) -> None:
         """Before anything: whose it is, and where."""
-        whose = resolved(self._customer, self._strategy.event_name)
+        whose = self._strategy.resolve(self._customer)
         context[self._mark] = harmless(lambda whose: _Operation(whose, params), whose, None) if whose else None
 
     def measure(self, operation: str, params: Any, context: Any, **more: Any) -> None:

@@ -17,7 +17,8 @@ from aggregator.consumer import Aggregator
 from ingest.log import appender, open_log
 from meters.log import Entry, Log
 from tests.aggregator.records import SMALL
-from tests.faults.evidence import SEED, caught_up, ends, eventually, write_sample, write_usage
+from tests.faults.evidence import SEED, caught_up, ends, write_sample, write_usage
+from tests.waiting import eventually
 
 STORE = "store.duckdb"
 RECORDS = 12  # beside the sample

@@ -1,7 +1,6 @@
 """The journal before the spool's file: what was written is there, half of a line is nothing, nothing is made up."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -102,14 +101,6 @@ def test_an_empty_journal_takes_no_room(tmp_path: Path) -> None:
     journal.append(10, b"ten")
     journal.drop()
     assert reopened(tmp_path / "a") == {10: b"ten"}
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A small disk."""
-    small = SmallDisk(tmp_path / "small")
-    yield small
-    small.close()
 
 
 def test_a_line_that_did_not_fit_is_not_there(disk: SmallDisk) -> None:

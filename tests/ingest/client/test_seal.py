@@ -197,5 +197,3 @@ def test_the_server_takes_whatever_was_sealed(event: Mapping[str, Any]) -> None:
         assert isinstance(found, MeteredEvent)
         assert found.external_id == sealed.external_id
     assert b"\n" not in sealed.line
-
-

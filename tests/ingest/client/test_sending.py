@@ -15,7 +15,7 @@ import pytest
 from ingest.client import EventRefused, Ingestion, Limits, Rejection, SpoolFull, Stats
 from ingest.client.limits import MEMORY_EVENTS_MAX
 from tests.ingest.client.fault_server import Bad, Events, FaultServer, Script, refusal
-from tests.ingest.running import eventually
+from tests.waiting import eventually
 
 QUICK = Limits(linger_s=0.005, backoff_s=0.005, backoff_s_max=0.05, batch_events_max=50, close_s_max=10)
 TOGETHER = msgspec.structs.replace(QUICK, linger_s=60)  # what is captured in a row leaves in one request

@@ -24,8 +24,8 @@ from msgspec.structs import replace
 from standardwebhooks import Webhook
 
 from aggregator.api.desk import Desk
-from aggregator.messages import Telling, messages_of
 from aggregator.view import Unavailable
+from aggregator.webhook_messages import Telling, messages_of
 from aggregator.webhooks import outbox, targets
 from aggregator.webhooks.outbox import Attempt, Message
 from meters.log import TryAgain, format_position, parse_position
