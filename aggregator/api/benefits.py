@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as
+from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
 from aggregator.api.cuts import carried
 from aggregator.api.desk import AtDesk, Desk, allow, answer
@@ -293,7 +293,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
     body = await body_as(GrantStep, request, otherwise={})
     async with desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
-        at = _moment(body.at, desk.now())
+        at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
         if grant.revoked_at is not None:
             raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
         if grant.last_credited_at is None or at > grant.last_credited_at:
@@ -301,14 +301,6 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
-
-
-def _moment(at: datetime | None, now: datetime) -> datetime:
-    if at is not None and at.tzinfo is None:
-        raise Refused("timezone_aware", ("body", "at"), "Input should have timezone info", at)
-    if at is not None and at > now:
-        raise Refused("value_error", ("body", "at"), "A cycle that has not begun cannot be credited.", at)
-    return at or now
 
 
 async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:
