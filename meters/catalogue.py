@@ -286,6 +286,11 @@ class Catalogue:
         id = self._emails.get((organization_id, email.lower()))
         return self.customer(organization_id, id) if id is not None else None
 
+    def meter(self, organization_id: str, id: str) -> Meter | None:
+        """The organization's meter of this id, archived or not."""
+        found = self.meters.get(id)
+        return found if found and found.organization_id == organization_id else None
+
     def meters_of(self, organization_id: str) -> list[Meter]:
         """The organization's meters, archived ones too, in the order of their creation."""
         return list(self._meters.get(organization_id, {}).values())

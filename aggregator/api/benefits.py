@@ -150,10 +150,9 @@ def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> N
     if body.metadata is not None and isinstance(found := parse_metadata(body.metadata, ("body", "metadata")), list):
         raise Malformed(found)
     if body.properties is not None:
-        meter = desk.catalogue.meters.get(body.properties.meter_id)
-        if meter is None or meter.organization_id != token.organization_id:
-            where = ("body", "properties", "meter_id")
-            raise Refused("value_error", where, "Meter does not exist.", body.properties.meter_id)
+        meter_id = body.properties.meter_id
+        if desk.catalogue.meter(token.organization_id, meter_id) is None:
+            raise Refused("value_error", ("body", "properties", "meter_id"), "Meter does not exist.", meter_id)
 
 
 @router.post(

@@ -109,8 +109,8 @@ def parsed_filter(text: str) -> Filter:
 
 def wanted_meter(desk: Desk, token: Token, id: str) -> Meter:
     """The organization's meter that a query names. Raises Refused."""
-    meter = desk.catalogue.meters.get(id)
-    if meter is None or meter.organization_id != token.organization_id:
+    meter = desk.catalogue.meter(token.organization_id, id)
+    if meter is None:
         raise Refused("meter_id", ("query", "meter_id"), "Meter not found.", id)
     return meter
 

@@ -24,8 +24,8 @@ Writer = Annotated[Token, Depends(allow(writing("meters")))]
 
 def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
     """The organization's meter. Raises NotFound."""
-    meter = desk.catalogue.meters.get(str(id))
-    if meter is None or meter.organization_id != token.organization_id:
+    meter = desk.catalogue.meter(token.organization_id, str(id))
+    if meter is None:
         raise NotFound
     return meter
 
