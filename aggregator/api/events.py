@@ -148,9 +148,7 @@ class _Found(NamedTuple):
 
 
 def _page(here: Here, listing: Listing, fields: list[str]) -> _Found:
-    scope = msgspec.structs.replace(listing.scope, organization=here.organization)
-    page = events.page(here.connection, msgspec.structs.replace(listing, scope=scope))
-    return _with_family(here, page, fields)
+    return _with_family(here, events.page(here.connection, here.about(listing)), fields)
 
 
 def _with_family(here: Here, page: events.Page, fields: list[str]) -> _Found:
@@ -177,8 +175,8 @@ async def list_names(
 
     def question(here: Here) -> tuple[list[events.EventName], int]:
         return events.names(
-            here.connection, msgspec.structs.replace(scope, organization=here.organization), search=query,
-            order=chosen.by, ascending=chosen.ascending, limit=page.limit, offset=page.offset,
+            here.connection, here.within(scope), search=query, order=chosen.by, ascending=chosen.ascending,
+            limit=page.limit, offset=page.offset,
         )  # fmt: skip
 
     (names, total), as_of = await desk.ask(token, question)

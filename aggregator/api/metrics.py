@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-import msgspec
 from fastapi import APIRouter, Depends, Response
 
 from aggregator.api.desk import AtDesk, allow, answer
@@ -139,7 +138,7 @@ async def get_metrics(
 
 
 def _costs(here: Here, scope: Scope, bounds: list[Bounds]) -> Costs:
-    return metrics.costs(here.connection, msgspec.structs.replace(scope, organization=here.organization), bounds)
+    return metrics.costs(here.connection, here.within(scope), bounds)
 
 
 def _wanted(slugs: list[str] | None) -> dict[str, Metric]:
