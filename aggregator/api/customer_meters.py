@@ -14,7 +14,7 @@ from aggregator.api.balances import CustomerMeter, customer_meters, find, number
 from aggregator.api.customers import customers_of
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
-from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, listed, order, texts
+from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, includes, listed, order, texts
 from aggregator.api.roster import find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
@@ -46,8 +46,9 @@ async def list_customer_meters(
     """What customers used, were credited and have left, latest change first. Archived meters only when asked for."""
     chosen = order(sorting, SORTINGS, DEFAULT_SORTING)
     as_of = desk.view.as_of
-    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
-    customers = _customers(desk, token, texts(customer_id), external_customer_id) if is_asked else []
+    customers = _customers(desk, token, texts(customer_id), external_customer_id)
+    if not includes(organization_id, token):
+        customers = []
     meters = _meters(desk, token, texts(meter_id))
     if len(customers) * len(meters) > PAIRS_AT_ONCE:
         pairs, total = await asyncio.to_thread(find_page, desk, customers, meters, chosen, page)

@@ -21,7 +21,7 @@ from aggregator.api.limits import (
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
 )
-from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, listed, order, texts
+from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, includes, listed, order, texts
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import event_shape, name_shape
 from aggregator.store.queries import events, family
@@ -60,7 +60,7 @@ async def _scope(
         if given not in (SYSTEM, USER):
             raise Malformed([detail("enum", ("query", "source"), f"Input should be '{SYSTEM}' or '{USER}'", given)])
     subjects = desk.subjects(token, texts(customer_id), external_customer_id)
-    if organization_id is not None and token.organization_id not in map(str, organization_id):
+    if not includes(organization_id, token):
         subjects = []
     return Scope(organization=NOBODY, subjects=subjects, sources=source)
 

@@ -9,7 +9,7 @@ from aggregator.api.customers import has_texts, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import meter_shape
@@ -58,10 +58,9 @@ async def list_meters(
 ) -> Response:  # fmt: skip
     """The organization's meters, by name."""
     chosen = order(sorting, ("name", "created_at"), "name")
-    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
     found = [
         meter
-        for meter in (desk.catalogue.meters_of(token.organization_id) if is_asked else ())
+        for meter in (desk.catalogue.meters_of(token.organization_id) if includes(organization_id, token) else ())
         if (query or "").lower() in meter.name.lower()
         and is_archived in (None, meter.archived_at is not None)
         and has_texts(meter.metadata, metadata)
