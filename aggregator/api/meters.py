@@ -12,9 +12,8 @@ from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.api.shapes import meter_shape
 from meters.access import reading, writing
-from meters.catalogue import MeterCreated, MeterUpdated, Token
+from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.meter import Meter, new_meter, updated_meter
 
 router = APIRouter(tags=["meters"])
@@ -47,7 +46,7 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
             raise Malformed(meter)
         await desk.decide(MeterCreated(meter))
         await settle_meter(desk, meter)
-    return answer(meter_shape(meter), desk.view.as_of, 201)
+    return answer(meter_json(meter), desk.view.as_of, 201)
 
 
 @router.get("/v1/meters/", responses=gives(page_of("Meter")))
@@ -66,14 +65,14 @@ async def list_meters(
         and has_texts(meter.metadata, metadata)
     ]
     found.sort(key=lambda meter: (getattr(meter, chosen.by), meter.id), reverse=not chosen.ascending)
-    shapes = [meter_shape(meter) for meter in cut(found, page)]
+    shapes = [meter_json(meter) for meter in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
 @router.get("/v1/meters/{id}", responses=gives(ref("Meter")))
 async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One meter."""
-    return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
+    return answer(meter_json(meter_of(desk, token, id)), desk.view.as_of)
 
 
 @router.patch("/v1/meters/{id}", openapi_extra=takes("MeterUpdate"), responses=gives(ref("Meter")))
@@ -92,7 +91,7 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         await desk.decide(MeterUpdated(changed))
         if changed.metadata != meter.metadata:
             await settle_meter(desk, changed)
-    return answer(meter_shape(changed), desk.view.as_of)
+    return answer(meter_json(changed), desk.view.as_of)
 
 
 def _is_attached(desk: Desk, meter: Meter) -> bool:
