@@ -11,13 +11,15 @@ Secrets have to be kept to sign with; they show themselves to nobody else, not e
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
-STATE_CHANGED = "customer.state_changed"
-THRESHOLD_REACHED = "meter.threshold_reached"
-EVENT_TYPES = (STATE_CHANGED, THRESHOLD_REACHED)
+EventType = Literal["customer.state_changed", "meter.threshold_reached"]
+"""What an endpoint can be told of."""
+
+EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
+STATE_CHANGED, THRESHOLD_REACHED = EVENT_TYPES
 
 
 class SigningSecret(msgspec.Struct, frozen=True):
