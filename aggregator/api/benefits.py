@@ -24,9 +24,9 @@ from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
-from meters.benefits import METER_CREDIT, UNITS_MAX, Benefit, BenefitSet, Grant, GrantSet
+from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
-from meters.credit import MeterReset
+from meters.credit import UNITS_MAX, MeterReset
 from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
 from meters.resource import parse_metadata
 
