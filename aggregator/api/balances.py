@@ -124,8 +124,8 @@ def find(desk: Desk, organization_id: str, id: str) -> Pair | None:
 
 def from_memory(desk: Desk, customer: Customer, meter: Meter) -> Consumption | None:
     """What was used in the window, if memory has it."""
-    account = desk.view.ledger.account(customer.id, meter.id)
-    return desk.view.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+    found = _read(desk, customer, meter).consumption
+    return None if found is UNKNOWN else found
 
 
 def numbers_of(desk: Desk, customer: Customer) -> list[int]:
