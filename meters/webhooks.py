@@ -11,7 +11,7 @@ Secrets have to be kept to sign with; they show themselves to nobody else, not e
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -148,6 +148,13 @@ WebhookChange = (
     EndpointSet | SourceSet | ThresholdSet | ThresholdReached | ThresholdCleared | EndpointSettled
 )  # fmt: skip
 
+T = TypeVar("T", Endpoint, Source, Threshold)
+
+
+def _kept(things: dict[str, T], organization_id: str) -> list[T]:
+    every = list(things.values())  # at once: decisions come in on the thread that counts
+    return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+
 
 class Webhooks:
     """The decisions above, folded. ``apply`` takes them in the order of the control stream."""
@@ -191,18 +198,15 @@ class Webhooks:
 
     def endpoints_of(self, organization_id: str) -> list[Endpoint]:
         """The organization's endpoints, oldest first, without those that were deleted."""
-        every = list(self.endpoints.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.endpoints, organization_id)
 
     def sources_of(self, organization_id: str) -> list[Source]:
         """The organization's sources, oldest first, without those that were deleted."""
-        every = list(self.sources.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.sources, organization_id)
 
     def thresholds_of(self, organization_id: str) -> list[Threshold]:
         """The organization's thresholds, oldest first, without those that were deleted."""
-        every = list(self.thresholds.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.thresholds, organization_id)
 
     def heard(self, endpoint: Endpoint) -> Heard:
         """What the endpoint was told already, or came before it."""
