@@ -24,9 +24,9 @@ from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import Event, Refusal, check_line
+from meters.event import Event, check_line
 from meters.log import Record
-from meters.refusal import Reason
+from meters.refusal import Reason, Refusal
 from meters.uuid_text import parse_uuid4
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter

@@ -15,11 +15,11 @@ import xxhash
 
 from aggregator.awkward import awkward_numbers
 from meters.aggregation import amount_of, is_summable
-from meters.event import Event, Refusal, check_line, event_id, identity
+from meters.event import Event, check_line, event_id, identity
 from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.meter import Meter
-from meters.refusal import Reason
+from meters.refusal import Reason, Refusal
 from meters.uuid_text import parse_uuid4
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -31,8 +31,8 @@ from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Bucket, Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.stretches import Stretches
 from aggregator.reconcile.worth import Worth, between
-from meters.event import Refusal
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record
+from meters.refusal import Refusal
 
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 LOST_MAX = 200_000  # lost identities that are remembered, so that a repetition of one is not lost once more
