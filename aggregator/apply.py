@@ -10,7 +10,6 @@ that Python's cost is shared by thousands of events. The order of rows is the or
 """
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,13 +23,13 @@ from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import Event, Refusal, check_line
+from meters.event import Event, check_line
 from meters.log import Record
-from meters.refusal import Reason
+from meters.refusal import Reason, Refusal
+from meters.timestamp import instant_of
 from meters.uuid_text import parse_uuid4
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ENCODE = msgspec.json.Encoder().encode
 _WORD = np.dtype(">u8")
 
@@ -230,7 +229,7 @@ def _fast(record: Record, reading: _Reading) -> bool:
 
 
 def _careful(record: Record, reading: _Reading) -> None:
-    now = _EPOCH + timedelta(microseconds=record.timestamp_us)
+    now = instant_of(record.timestamp_us)
     for number, raw in enumerate(record.value.split(b"\n")):
         if not raw.strip():
             continue

@@ -16,7 +16,7 @@ import numpy as np
 
 from aggregator.totals import Amounts, Integers, MeterTotals, Rows
 from aggregator.view import Total
-from meters.facts import EPOCH, MICROSECOND
+from meters.timestamp import microseconds_of
 
 QUARTER_US = 15 * 60 * 1_000_000
 _DENSE_MAX = 100_000  # quarter hours from the first to the last of a round, three years, up to which a table finds them
@@ -60,7 +60,7 @@ class Calendar:
                 order = np.argsort(quarters)
                 self._order = quarters[order], order
             quarters, numbers = self._order
-        first, last = ((moment - EPOCH) // MICROSECOND // QUARTER_US for moment in (begins, ends))
+        first, last = (microseconds_of(moment) // QUARTER_US for moment in (begins, ends))
         found: list[int] = numbers[np.searchsorted(quarters, first) : np.searchsorted(quarters, last)].tolist()
         return found
 

@@ -7,15 +7,14 @@ way equals.
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
 
-from meters.timestamp import parse_timestamp
+from meters.timestamp import microseconds_of, parse_timestamp
 
 Microseconds = npt.NDArray[np.int64]
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECONDS_LENGTH = len("2026-03-01T10:00:00Z")
 _FRACTION_MAX = 6  # more digits are finer than a microsecond; cutting them is left to the careful way
 _MARKS = {place: mark for place, mark in enumerate(b"0000-00-00T00:00:00.") if mark != ord("0")}
@@ -92,4 +91,4 @@ def _one(stamp: Stamp, missing: int) -> int:
     instant = parse_timestamp(stamp) if isinstance(stamp, str) else stamp
     if not isinstance(instant, datetime):
         return UNREADABLE
-    return (instant - _EPOCH) // timedelta(microseconds=1)
+    return microseconds_of(instant)

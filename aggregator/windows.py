@@ -20,7 +20,7 @@ from aggregator.totals import Integers, MeterTotals, Rows, longer
 from aggregator.view import EVER, Consumption, Total
 from meters.aggregation import mean
 from meters.amount import EXACT
-from meters.facts import EPOCH, MICROSECOND
+from meters.timestamp import instant_of, microseconds_of
 
 ADDING = frozenset({"count", "sum", "avg"})
 
@@ -171,7 +171,7 @@ class MeterWindows:
                 return None
             last = max(int(self._newest[subject]) for subject in known)
             count, value = self._value(known, since)
-        return Consumption(count, value, EPOCH + last * MICROSECOND)
+        return Consumption(count, value, instant_of(last))
 
     def _value(self, subjects: list[int], since: int) -> tuple[int, Decimal]:
         inside = self._whole if since == EVER or self._func in ADDING else self._apart
@@ -195,4 +195,4 @@ def _kept(func: str) -> Kept:
 
 def microseconds(instant: datetime | None) -> int:
     """A time as it is kept here; None is EVER."""
-    return EVER if instant is None else (instant - EPOCH) // MICROSECOND
+    return EVER if instant is None else microseconds_of(instant)

@@ -16,7 +16,7 @@ import msgspec
 from meters.amount import EXACT, QUANTUM
 from meters.detail import Detail, detail
 from meters.facts import Facts, Number, epoch_seconds, lookup
-from meters.property import PROPERTY_LENGTH_MAX, TIMESTAMP, is_built_in, strip_prefix
+from meters.property import TIMESTAMP, is_built_in, parse_property
 
 Function = Literal["count", "sum", "avg", "min", "max", "unique"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
@@ -114,10 +114,5 @@ def parse_aggregation(value: object, loc: tuple[str | int, ...]) -> Aggregation 
     where = (*loc, function, "property")
     if "property" not in value:
         return [detail("missing", where, "Field required", value)]
-    name = value["property"]
-    if not isinstance(name, str):
-        return [detail("string_type", where, "Input should be a valid string", name)]
-    if len(name) > PROPERTY_LENGTH_MAX:
-        message = f"String should have at most {PROPERTY_LENGTH_MAX} characters"
-        return [detail("string_too_long", where, message, name)]
-    return Aggregation(function, strip_prefix(name))
+    property = parse_property(value["property"], where)
+    return Aggregation(function, property) if isinstance(property, str) else [property]

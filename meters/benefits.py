@@ -14,8 +14,6 @@ from typing import Any
 import msgspec
 
 METER_CREDIT = "meter_credit"
-UNITS_MAX = 2**31 - 1
-"""Units that a benefit gives at once (Polar's limit)."""
 
 ACTIVE = frozenset({"active", "trialing"})
 """States in which a subscription gives its customer anything (Polar's rule)."""

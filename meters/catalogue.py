@@ -8,7 +8,7 @@ process survives a newer one's decisions.
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -118,15 +118,14 @@ class DeadLetterReplayed(msgspec.Struct, frozen=True, tag_field="type", tag="dea
     replayed_at: datetime
 
 
-Change = (
+_MeterChange = MeterCreated | MeterUpdated
+_PlainChange = (
     OrganizationCreated
     | TokenCreated
     | TokenRevoked
     | CustomerCreated
     | CustomerUpdated
     | CustomerDeleted
-    | MeterCreated
-    | MeterUpdated
     | DeadLetterReplayed
     | CreditChange
     | MeterPriced
@@ -135,29 +134,14 @@ Change = (
     | SessionChange
     | WebhookChange
 )
+Change = _MeterChange | _PlainChange
 
-_PLAIN = (
-    OrganizationCreated
-    | TokenCreated
-    | TokenRevoked
-    | CustomerCreated
-    | CustomerUpdated
-    | CustomerDeleted
-    | DeadLetterReplayed
-    | CreditChange
-    | MeterPriced
-    | BenefitChange
-    | DeliveryApplied
-    | SessionChange
-    | WebhookChange
-)
 # One decoder for each type: that of the union would look at all of it each time.
 _PLAIN_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
-    str(kind.__struct_config__.tag): exact_json.decoder(kind) for kind in _PLAIN.__args__
+    str(kind.__struct_config__.tag): exact_json.decoder(kind) for kind in get_args(_PlainChange)
 }
 _METER_CHANGES: dict[str, type[MeterCreated] | type[MeterUpdated]] = {
-    "meter.created": MeterCreated,
-    "meter.updated": MeterUpdated,
+    str(kind.__struct_config__.tag): kind for kind in get_args(_MeterChange)
 }
 
 
@@ -285,6 +269,11 @@ class Catalogue:
         """The organization's customer with this address, whatever its case, unless deleted."""
         id = self._emails.get((organization_id, email.lower()))
         return self.customer(organization_id, id) if id is not None else None
+
+    def meter(self, organization_id: str, id: str) -> Meter | None:
+        """The organization's meter of this id, archived or not."""
+        found = self.meters.get(id)
+        return found if found and found.organization_id == organization_id else None
 
     def meters_of(self, organization_id: str) -> list[Meter]:
         """The organization's meters, archived ones too, in the order of their creation."""

@@ -23,22 +23,6 @@ from meters.refusal import DEPTH_MAX, NAME_LENGTH_MAX, Reason, Refusal
 from meters.timestamp import parse_timestamp
 from meters.uuid_text import parse_uuid4
 
-__all__ = [
-    "CLOCK_SKEW",
-    "DEPTH_MAX",
-    "NAME_LENGTH_MAX",
-    "SYSTEM",
-    "USER",
-    "Event",
-    "Reason",
-    "Refusal",
-    "check_event",
-    "check_line",
-    "event_id",
-    "identity",
-    "parse_event_id",
-]
-
 CLOCK_SKEW = timedelta(seconds=60)
 """How far ahead of ours a sender's clock may be. Polar grants nothing, which loses the usage of machines whose clock
 is a second fast; a minute is what unsynchronized ones drift between corrections, and moves no event out of its hour

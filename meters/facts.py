@@ -7,7 +7,7 @@ numbers are numbers also when they were sent as text.
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgspec
 
 from meters.amount import number_text, parse_amount
 from meters.event import USER, Event
+from meters.timestamp import microseconds_of
 
 COST_NUMBERS = frozenset({"amount"})
 COST_KEYS = frozenset({"amount", "currency"})
@@ -26,8 +27,6 @@ RESERVED: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Reserved key: its known keys, and those of them that are numbers."""
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND = timedelta(microseconds=1)
 MICROSECONDS_PER_SECOND = 1_000_000
 
 
@@ -115,7 +114,7 @@ def text_of(value: Any) -> str | None:
 
 def epoch_seconds(instant: datetime) -> int:
     """Whole seconds since 1970, rounded half away from zero: the built-in property ``timestamp``."""
-    microseconds = (instant - EPOCH) // MICROSECOND
+    microseconds = microseconds_of(instant)
     whole, rest = divmod(abs(microseconds), MICROSECONDS_PER_SECOND)
     seconds = whole + (2 * rest >= MICROSECONDS_PER_SECOND)
     return seconds if microseconds >= 0 else -seconds

@@ -52,7 +52,7 @@ class Operator(StrEnum):
 
 ORDERING = frozenset({Operator.GT, Operator.GTE, Operator.LT, Operator.LTE})
 
-_COMPARE: dict[Operator, Callable[[Any, Any], bool]] = {
+COMPARE: dict[Operator, Callable[[Any, Any], bool]] = {
     Operator.EQ: eq,
     Operator.NE: ne,
     Operator.GT: gt,
@@ -60,6 +60,7 @@ _COMPARE: dict[Operator, Callable[[Any, Any], bool]] = {
     Operator.LT: lt,
     Operator.LTE: le,
 }
+"""What the operators that compare ask of two values."""
 
 
 class Clause(msgspec.Struct, frozen=True):
@@ -117,7 +118,7 @@ def _built_in_holds(stored: str | int, operator: Operator, value: Scalar) -> boo
         return False
     if operator in (Operator.LIKE, Operator.NOT_LIKE):
         return (str(value) in str(stored)) is (operator is Operator.LIKE)
-    return _COMPARE[operator](stored, value)
+    return COMPARE[operator](stored, value)
 
 
 def _holds(stored: Any, operator: Operator, value: Scalar) -> bool:
@@ -125,7 +126,7 @@ def _holds(stored: Any, operator: Operator, value: Scalar) -> bool:
     if operator in (Operator.LIKE, Operator.NOT_LIKE):
         text = text_of(stored)
         return text is not None and (value_text(value) in text) is (operator is Operator.LIKE)
-    compare = _COMPARE[operator]
+    compare = COMPARE[operator]
     if isinstance(stored, bool):
         return isinstance(value, bool) and compare(stored, value)
     if isinstance(stored, Number):

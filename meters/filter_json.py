@@ -11,7 +11,7 @@ from typing import Any, cast
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, round_amount
 from meters.detail import Detail, detail
 from meters.filter import ORDERING, Clause, Conjunction, Filter, Operator, Scalar, Value
-from meters.property import PROPERTY_LENGTH_MAX, strip_prefix
+from meters.property import parse_property
 
 TEXT_LENGTH_MAX = 1000
 """Characters of a text value (Polar's limit), and digits of a number."""
@@ -112,23 +112,14 @@ def _clause(entry: object, loc: Loc, complaints: list[Detail]) -> Clause | None:
             complaints.append(detail("missing", (*loc, key), "Field required", entry))
     if len(complaints) > known:
         return None
-    property = _property(entry["property"], (*loc, "property"), complaints)
+    property = parse_property(entry["property"], (*loc, "property"))
+    if not isinstance(property, str):
+        complaints.append(property)
     operator = _operator(entry["operator"], (*loc, "operator"), complaints)
-    if property is None or operator is None:
+    if not isinstance(property, str) or operator is None:
         return None
     value = _value(operator, entry["value"], (*loc, "value"), complaints)
     return None if value is None else Clause(property, operator, value)
-
-
-def _property(name: object, loc: Loc, complaints: list[Detail]) -> str | None:
-    if not isinstance(name, str):
-        complaints.append(detail("string_type", loc, "Input should be a valid string", name))
-    elif len(name) > PROPERTY_LENGTH_MAX:
-        message = f"String should have at most {PROPERTY_LENGTH_MAX} characters"
-        complaints.append(detail("string_too_long", loc, message, name))
-    else:
-        return strip_prefix(name)
-    return None
 
 
 def _operator(name: object, loc: Loc, complaints: list[Detail]) -> Operator | None:

@@ -276,10 +276,8 @@ def read(
 
 def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:
     """The organization's meter that is Polar's: of the same id, or said to be so in its metadata."""
-    meter = catalogue.meters.get(polar_id)
-    if meter is not None and meter.organization_id == organization_id:
-        return meter
-    return next((one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id), None)
+    said_so = (one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id)
+    return catalogue.meter(organization_id, polar_id) or next(said_so, None)
 
 
 def _own(thing: Any, organization_id: str) -> None:

@@ -5,6 +5,8 @@ when a property is parsed and not shown again. So metadata keys that are called 
 cannot be reached.
 """
 
+from meters.detail import Detail, detail
+
 PREFIX = "metadata."
 NAME = "name"
 SOURCE = "source"
@@ -15,8 +17,13 @@ PROPERTY_LENGTH_MAX = 1000
 """Characters of a property: as long as a filter's text value may be; no key that anyone sends comes near."""
 
 
-def strip_prefix(name: str) -> str:
-    """The property without one leading ``metadata.``."""
+def parse_property(name: object, loc: tuple[str | int, ...]) -> str | Detail:
+    """A property from decoded JSON, without one leading ``metadata.``, or why it is none."""
+    if not isinstance(name, str):
+        return detail("string_type", loc, "Input should be a valid string", name)
+    if len(name) > PROPERTY_LENGTH_MAX:
+        message = f"String should have at most {PROPERTY_LENGTH_MAX} characters"
+        return detail("string_too_long", loc, message, name)
     return name.removeprefix(PREFIX)
 
 

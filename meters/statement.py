@@ -15,8 +15,8 @@ import msgspec
 from meters.aggregation import Aggregation, mean
 from meters.amount import EXACT
 from meters.credit import Cause
-from meters.facts import EPOCH, MICROSECOND
 from meters.ledger import ZERO, Account, Credit, Reset, floored
+from meters.timestamp import instant_of, microseconds_of
 
 QUARTER = timedelta(minutes=15)
 """Usage is summed up by the quarter hour in which it arrived."""
@@ -126,11 +126,7 @@ class _Running:
 
 def usage_id(usage: Usage) -> str:
     """What an entry of usage is called: the stretch in which it arrived, in microseconds since 1970."""
-    return "-".join(str(_microseconds(instant)) for instant in (usage.arrived_from, usage.arrived_until))
-
-
-def _microseconds(instant: datetime) -> int:
-    return (instant - EPOCH) // MICROSECOND
+    return "-".join(str(microseconds_of(instant)) for instant in (usage.arrived_from, usage.arrived_until))
 
 
 def parse_usage_id(id: str) -> tuple[datetime, datetime] | None:
@@ -138,5 +134,5 @@ def parse_usage_id(id: str) -> tuple[datetime, datetime] | None:
     parts = id.split("-")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) <= DIGITS_MAX for part in parts):
         return None
-    start, end = (EPOCH + int(part) * MICROSECOND for part in parts)
+    start, end = (instant_of(int(part)) for part in parts)
     return start, end

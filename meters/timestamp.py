@@ -16,13 +16,24 @@ from meters.refusal import Reason
 WATERSHED = Decimal(20_000_000_000)
 """Beyond this a number counts milliseconds."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
 _NUMBER_LENGTH_MAX = 1000  # characters of a number in text; a million digits take tens of milliseconds
 _MAGNITUDE_MAX = 20  # decimal digits; the last microsecond of the year 9999 has 18
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)  # one way to match: a long text takes no long time
 _ISO = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:[Tt _](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?(Z|z|[+-]\d\d:?\d\d)?)?", re.ASCII
 )
+
+
+def microseconds_of(instant: datetime) -> int:
+    """Microseconds since 1970."""
+    return (instant - EPOCH) // MICROSECOND
+
+
+def instant_of(microseconds: int) -> datetime:
+    """The instant in UTC that is so many microseconds after the beginning of 1970."""
+    return EPOCH + timedelta(microseconds=microseconds)
 
 
 def parse_timestamp(value: object) -> datetime | Reason:
@@ -44,7 +55,7 @@ def _from_epoch(text: str) -> datetime | Reason:
             return Reason.DATETIME_PARSING
         scale = 3 if abs(seconds) > WATERSHED else 6
         microseconds = EXACT.scaleb(seconds, scale).to_integral_value(ROUND_FLOOR)
-        return _EPOCH + timedelta(microseconds=int(microseconds))
+        return instant_of(int(microseconds))
     except (DecimalException, OverflowError):
         return Reason.DATETIME_PARSING
 

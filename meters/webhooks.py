@@ -11,13 +11,15 @@ Secrets have to be kept to sign with; they show themselves to nobody else, not e
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
-STATE_CHANGED = "customer.state_changed"
-THRESHOLD_REACHED = "meter.threshold_reached"
-EVENT_TYPES = (STATE_CHANGED, THRESHOLD_REACHED)
+EventType = Literal["customer.state_changed", "meter.threshold_reached"]
+"""What an endpoint can be told of."""
+
+EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
+STATE_CHANGED, THRESHOLD_REACHED = EVENT_TYPES
 
 
 class SigningSecret(msgspec.Struct, frozen=True):
@@ -146,6 +148,13 @@ WebhookChange = (
     EndpointSet | SourceSet | ThresholdSet | ThresholdReached | ThresholdCleared | EndpointSettled
 )  # fmt: skip
 
+T = TypeVar("T", Endpoint, Source, Threshold)
+
+
+def _kept(things: dict[str, T], organization_id: str) -> list[T]:
+    every = list(things.values())  # at once: decisions come in on the thread that counts
+    return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+
 
 class Webhooks:
     """The decisions above, folded. ``apply`` takes them in the order of the control stream."""
@@ -189,18 +198,15 @@ class Webhooks:
 
     def endpoints_of(self, organization_id: str) -> list[Endpoint]:
         """The organization's endpoints, oldest first, without those that were deleted."""
-        every = list(self.endpoints.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.endpoints, organization_id)
 
     def sources_of(self, organization_id: str) -> list[Source]:
         """The organization's sources, oldest first, without those that were deleted."""
-        every = list(self.sources.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.sources, organization_id)
 
     def thresholds_of(self, organization_id: str) -> list[Threshold]:
         """The organization's thresholds, oldest first, without those that were deleted."""
-        every = list(self.thresholds.values())
-        return [one for one in every if one.organization_id == organization_id and not one.deleted_at]
+        return _kept(self.thresholds, organization_id)
 
     def heard(self, endpoint: Endpoint) -> Heard:
         """What the endpoint was told already, or came before it."""

@@ -76,10 +76,10 @@ def _balances(desk: Desk, token: Token, _: str, parameters: Parameters) -> Json 
 
 
 def _total(desk: Desk, token: Token, id: str, parameters: Parameters) -> Json | None:
-    meter = desk.catalogue.meters.get(id)
+    meter = desk.catalogue.meter(token.organization_id, id)
     customer_id, external_id = parameters.pop("customer_id", None), parameters.pop("external_customer_id", None)
     is_plain = (customer_id is None) != (external_id is None) and (customer_id is None or _IS_ID(customer_id))
-    if meter is None or meter.organization_id != token.organization_id or parameters or not is_plain:
+    if meter is None or parameters or not is_plain:
         return None
     ids, externals = [[name] if name else None for name in (customer_id, external_id)]
     total = desk.view.total(meter.id, desk.subjects(token, ids, externals) or [])

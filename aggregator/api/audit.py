@@ -14,7 +14,7 @@ import pyarrow as pa
 from fastapi import APIRouter, Depends, Request, Response
 
 from aggregator.api.balances import from_memory, numbers_of
-from aggregator.api.desk import AtDesk, Desk, allow
+from aggregator.api.desk import AtDesk, Desk, allow, bytes_of
 from aggregator.api.errors import NotFound
 from aggregator.store.queries import recount, usage
 from aggregator.store.queries.audit import QUESTIONS, put
@@ -57,7 +57,7 @@ async def ask(request: Request, desk: AtDesk, token: Auditor, question: str) -> 
     if question not in QUESTIONS:
         raise NotFound
     parameters = {name: int(value) for name, value in request.query_params.items()}
-    body = await _body(request)
+    body = await bytes_of(request, BODY_BYTES_MAX)
     asked = pa.ipc.open_stream(body).read_all() if body else None
     found, as_of = await _read(desk, lambda snapshot: put(snapshot.connection, question, asked, parameters))
     sink = pa.BufferOutputStream()
@@ -181,19 +181,10 @@ def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:
 
 async def _asked(request: Request, desk: Desk) -> tuple[Asked, Meter]:
     try:
-        asked = msgspec.json.decode(await _body(request), type=Asked)
+        asked = msgspec.json.decode(await bytes_of(request, BODY_BYTES_MAX), type=Asked)
         return asked, desk.catalogue.meters[asked.meter_id]
     except (msgspec.MsgspecError, KeyError) as error:
         raise NotFound from error
-
-
-async def _body(request: Request) -> bytes:
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > BODY_BYTES_MAX:
-            raise NotFound
-    return bytes(received)
 
 
 async def _read(desk: Desk, question: Callable[[Snapshot], T]) -> tuple[T, str]:

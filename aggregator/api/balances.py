@@ -9,8 +9,6 @@ from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
 
-import msgspec
-
 from aggregator.api.desk import Desk
 from aggregator.api.limits import PRESENT_S_MAX
 from aggregator.store.queries import usage
@@ -126,8 +124,8 @@ def find(desk: Desk, organization_id: str, id: str) -> Pair | None:
 
 def from_memory(desk: Desk, customer: Customer, meter: Meter) -> Consumption | None:
     """What was used in the window, if memory has it."""
-    account = desk.view.ledger.account(customer.id, meter.id)
-    return desk.view.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+    found = _read(desk, customer, meter).consumption
+    return None if found is UNKNOWN else found
 
 
 def numbers_of(desk: Desk, customer: Customer) -> list[int]:
@@ -146,7 +144,7 @@ async def consumed_between(
         raise Unavailable("usage that came before this is still being counted", PRESENT_S_MAX)
     asked = _question(desk, customer, meter, since, until)
     organization_id = customer.organization_id
-    measured, _ = await desk.ask_about(organization_id, lambda here: usage.value_of(here.connection, _at(asked, here)))
+    measured, _ = await desk.ask_about(organization_id, lambda here: usage.value_of(here.connection, here.about(asked)))
     return measured.value(meter.aggregation)
 
 
@@ -156,7 +154,7 @@ async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Co
     def count(here: Here) -> dict[str, Consumption]:
         found = {}
         for id, asked in questions.items():
-            measured = usage.value_of(here.connection, _at(asked, here))
+            measured = usage.value_of(here.connection, here.about(asked))
             found[id] = Consumption(measured.count, measured.value(asked.aggregation), None)
         return found
 
@@ -171,8 +169,3 @@ def _question(
         organization=NOBODY, subjects=numbers_of(desk, customer), arrived_since=since, arrived_until=until
     )  # fmt: skip
     return Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
-
-
-def _at(question: Question, here: Here) -> Question:
-    scope = msgspec.structs.replace(question.scope, organization=here.organization)
-    return msgspec.structs.replace(question, scope=scope)

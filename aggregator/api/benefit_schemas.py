@@ -1,5 +1,6 @@
 """Bodies of benefits, sessions, states and webhooks as JSON Schema, beside those of ``schemas``."""
 
+from aggregator.api.benefits import DESCRIPTION_LENGTH_MAX, DESCRIPTION_LENGTH_MIN
 from aggregator.api.schemas import (
     BOOLEAN,
     COUNT,
@@ -16,7 +17,8 @@ from aggregator.api.schemas import (
     record,
     ref,
 )
-from meters.benefits import UNITS_MAX
+from aggregator.api.webhook_rules import SECRET_LENGTH_MAX, SECRET_LENGTH_MIN
+from meters.credit import UNITS_MAX
 from meters.webhooks import EVENT_TYPES
 
 _STAMPS: Schema = {"created_at": TIME, "modified_at": nullable(TIME)}
@@ -43,7 +45,7 @@ _DISPLAY: Schema = record(
 )
 _UNITS: Schema = {"type": "integer", "exclusiveMinimum": 0, "maximum": UNITS_MAX}
 _PROPERTIES: Schema = record({"meter_id": ID, "units": _UNITS, "rollover": BOOLEAN})
-_DESCRIPTION: Schema = {"type": "string", "minLength": 3, "maxLength": 42}
+_DESCRIPTION: Schema = {"type": "string", "minLength": DESCRIPTION_LENGTH_MIN, "maxLength": DESCRIPTION_LENGTH_MAX}
 _BENEFIT: Schema = {"type": one_of("meter_credit"), "description": _DESCRIPTION, "properties": _PROPERTIES}
 _ENDPOINT: Schema = {"url": TEXT, "events": many(one_of(*EVENT_TYPES)), "name": nullable(TEXT)}
 _ENDPOINT_SHOWN: Schema = (
@@ -57,6 +59,7 @@ _THRESHOLD: Schema = {
     "unit": one_of("units", "percent"),
     "customer_id": nullable(ID),
 }
+_SECRET: Schema = {"type": "string", "minLength": SECRET_LENGTH_MIN, "maxLength": SECRET_LENGTH_MAX}
 _WHOSE: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
 
 SCHEMAS: Schema = {
@@ -107,9 +110,7 @@ SCHEMAS: Schema = {
     ),
     "WebhookRedelivery": record({"id": TEXT, "endpoints": COUNT}),
     "WebhookAccepted": record({"status": one_of("accepted", "repeated", "ignored")}),
-    "WebhookSourceCreate": record(
-        {"secret": {"type": "string", "minLength": 16, "maxLength": 200}, "name": nullable(TEXT)}, "name"
-    ),
+    "WebhookSourceCreate": record({"secret": _SECRET, "name": nullable(TEXT)}, "name"),
     "WebhookSource": record(
         {"id": ID, "organization_id": ID, "name": nullable(TEXT), "created_at": TIME, "deleted_at": nullable(TIME)}
     ),

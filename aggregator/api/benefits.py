@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as
+from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
 from aggregator.api.cuts import carried
 from aggregator.api.desk import AtDesk, Desk, allow, answer
@@ -24,9 +24,9 @@ from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
-from meters.benefits import METER_CREDIT, UNITS_MAX, Benefit, BenefitSet, Grant, GrantSet
+from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
-from meters.credit import MeterReset
+from meters.credit import UNITS_MAX, MeterReset
 from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
 from meters.resource import parse_metadata
 
@@ -150,10 +150,9 @@ def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> N
     if body.metadata is not None and isinstance(found := parse_metadata(body.metadata, ("body", "metadata")), list):
         raise Malformed(found)
     if body.properties is not None:
-        meter = desk.catalogue.meters.get(body.properties.meter_id)
-        if meter is None or meter.organization_id != token.organization_id:
-            where = ("body", "properties", "meter_id")
-            raise Refused("value_error", where, "Meter does not exist.", body.properties.meter_id)
+        meter_id = body.properties.meter_id
+        if desk.catalogue.meter(token.organization_id, meter_id) is None:
+            raise Refused("value_error", ("body", "properties", "meter_id"), "Meter does not exist.", meter_id)
 
 
 @router.post(
@@ -293,7 +292,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
     body = await body_as(GrantStep, request, otherwise={})
     async with desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
-        at = _moment(body.at, desk.now())
+        at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
         if grant.revoked_at is not None:
             raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
         if grant.last_credited_at is None or at > grant.last_credited_at:
@@ -301,14 +300,6 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
-
-
-def _moment(at: datetime | None, now: datetime) -> datetime:
-    if at is not None and at.tzinfo is None:
-        raise Refused("timezone_aware", ("body", "at"), "Input should have timezone info", at)
-    if at is not None and at > now:
-        raise Refused("value_error", ("body", "at"), "A cycle that has not begun cannot be credited.", at)
-    return at or now
 
 
 async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:

@@ -1,6 +1,7 @@
 """Bodies whose shape is a struct: what is wrong with one is said where it is wrong, in Polar's words for it."""
 
 import re
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -8,7 +9,7 @@ from fastapi import Request
 
 from aggregator.api.customers import refuse_organization
 from aggregator.api.desk import body_of
-from aggregator.api.errors import Malformed
+from aggregator.api.errors import Malformed, Refused
 from meters.detail import detail
 
 T = TypeVar("T")
@@ -32,6 +33,23 @@ def shaped(kind: type[T], body: Any) -> T:
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         raise _complaint(str(error), body) from error
+
+
+def moment(given: datetime | None, now: datetime, *, too_late: str) -> datetime:
+    """The body's ``at`` in UTC, or now: one instant is decided once, in whatever offset it is given.
+
+    Raises Malformed; Refused with the words of ``too_late`` where the time is still to come.
+    """
+    if given is not None and given.tzinfo is None:
+        message = "Input should have timezone info"
+        raise Malformed([detail("timezone_aware", ("body", "at"), message, given.isoformat())])
+    if given is not None and given > now:
+        raise Refused("value_error", ("body", "at"), too_late, given)
+    try:
+        return (given or now).astimezone(UTC)
+    except OverflowError as error:
+        message = "Input should be a time that the calendar has in UTC"
+        raise Malformed([detail("value_error", ("body", "at"), message, str(given))]) from error
 
 
 def _complaint(text: str, body: Any) -> Malformed:

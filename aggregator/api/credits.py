@@ -98,8 +98,8 @@ def _fields(desk: Desk, token: Token, body: Any) -> tuple[str, int, bool]:
         complaints.append(detail("bool_type", ("body", "rollover"), "Input should be a valid boolean", rollover))
     if complaints:
         raise Malformed(complaints)
-    meter = desk.catalogue.meters.get(str(body["meter_id"]).lower())
-    if meter is None or meter.organization_id != token.organization_id:
+    meter = desk.catalogue.meter(token.organization_id, str(body["meter_id"]).lower())
+    if meter is None:
         raise Refused("meter_id", ("body", "meter_id"), "Meter not found.", body["meter_id"])
     return meter.id, units, rollover
 

@@ -8,25 +8,23 @@ import asyncio
 from typing import Annotated, Any
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Depends, Response
 
 from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.api.customers import customers_of
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
-from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, listed, order, texts
+from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, includes, listed, order, texts
 from aggregator.api.roster import find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
 from aggregator.store.queries import arrivals, events
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.events import Listing
 from aggregator.store.queries.scope import NOBODY, Scope
 from meters.catalogue import Customer, Token
 from meters.ledger import Account
 from meters.meter import Meter
-from meters.statement import Usage, parse_usage_id, statement
+from meters.statement import parse_usage_id, statement
 
 router = APIRouter(tags=["customer meters"])
 READING = frozenset({"customer_meters:read"})
@@ -48,8 +46,9 @@ async def list_customer_meters(
     """What customers used, were credited and have left, latest change first. Archived meters only when asked for."""
     chosen = order(sorting, SORTINGS, DEFAULT_SORTING)
     as_of = desk.view.as_of
-    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
-    customers = _customers(desk, token, texts(customer_id), external_customer_id) if is_asked else []
+    customers = _customers(desk, token, texts(customer_id), external_customer_id)
+    if not includes(organization_id, token):
+        customers = []
     meters = _meters(desk, token, texts(meter_id))
     if len(customers) * len(meters) > PAIRS_AT_ONCE:
         pairs, total = await asyncio.to_thread(find_page, desk, customers, meters, chosen, page)
@@ -114,12 +113,9 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     account = one.account or Account()
     scope = Scope(organization=NOBODY, subjects=numbers_of(desk, one.customer))
     cuts = sorted({reset.at for reset in account.resets})
-
-    def question(here: Here) -> list[Usage]:
-        here_only = msgspec.structs.replace(scope, organization=here.organization)
-        return arrivals.by_quarter(here.connection, one.meter, here_only, cuts)
-
-    usages, as_of = await desk.ask(token, question)
+    usages, as_of = await desk.ask(
+        token, lambda here: arrivals.by_quarter(here.connection, one.meter, here.within(scope), cuts)
+    )
     entries = statement(one.meter.aggregation, account, usages)[::-1]
     return answer(listed([entry_shape(entry) for entry in cut(entries, page)], len(entries), page), as_of)
 
@@ -138,11 +134,6 @@ async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: st
         ),
         filter=one.meter.filter, aggregation=one.meter.aggregation, limit=page.limit, offset=page.offset,
     )  # fmt: skip
-
-    def question(here: Here) -> events.Page:
-        scope = msgspec.structs.replace(listing.scope, organization=here.organization)
-        return events.page(here.connection, msgspec.structs.replace(listing, scope=scope))
-
-    found, as_of = await desk.ask(token, question)
+    found, as_of = await desk.ask(token, lambda here: events.page(here.connection, here.about(listing)))
     shapes = [event_shape(event, token.organization_id, desk.catalogue, 0, {}) for event in found.events]
     return answer(listed(shapes, found.total, Page(page.limit, page.offset)), as_of)

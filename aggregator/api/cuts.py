@@ -4,7 +4,7 @@ The units that are carried over are worked out here, once, from all that arrived
 decision. A cut that names its time happens once, however often it is asked for.
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Annotated
 from uuid import UUID
@@ -13,16 +13,15 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
 from aggregator.api.balances import consumed_between
-from aggregator.api.bodies import body_as
+from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import customer_by_id
 from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed, Refused
+from aggregator.api.errors import Refused
 from aggregator.api.schemas import gives, ref, takes
 from aggregator.api.shapes import reset_shape
 from meters.access import writing
 from meters.catalogue import Customer, Token
 from meters.credit import MeterReset
-from meters.detail import detail
 from meters.ledger import ZERO, rollover_units
 from meters.meter import Meter
 
@@ -49,7 +48,7 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     asked = await body_as(ResetCreate, request, otherwise={})
     async with desk.deciding:
         customer = customer_by_id(desk, token, id)
-        at = _time(asked.at, desk.now())
+        at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
         units = {meter.id: await carried(desk, customer, meter, at) for meter in _meters(desk, token, asked)}
         change = MeterReset(
             id=f"{customer.id}:{at.isoformat(timespec='microseconds')}", organization_id=token.organization_id,
@@ -59,19 +58,6 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         if units and not all(_is_made(desk, change, meter_id) for meter_id in units):
             await desk.decide(change)
     return answer(reset_shape(change), desk.view.as_of, 201)
-
-
-def _time(given: datetime | None, now: datetime) -> datetime:
-    if given is not None and given.tzinfo is None:
-        message = "Input should have timezone info"
-        raise Malformed([detail("timezone_aware", ("body", "at"), message, given.isoformat())])
-    if given is not None and given > now:
-        raise Refused("value_error", ("body", "at"), "A meter cannot begin anew in the future.", given)
-    try:
-        return (given or now).astimezone(UTC)  # one instant makes one reset, in whatever offset it is given
-    except OverflowError as error:
-        message = "Input should be a time that the calendar has in UTC"
-        raise Malformed([detail("value_error", ("body", "at"), message, str(given))]) from error
 
 
 def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:

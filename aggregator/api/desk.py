@@ -165,17 +165,28 @@ AtDesk = Annotated[Desk, Depends(desk)]
 
 async def body_of(request: Request, *, otherwise: Any = None) -> Any:
     """The request's JSON with exact numbers; ``otherwise`` where there is none. Raises BodyTooLarge, Malformed."""
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > BODY_BYTES_MAX:
-            raise BodyTooLarge
+    received = await bytes_of(request)
     if not received and otherwise is not None:
         return otherwise
     if not received:
         raise Malformed([detail("missing", ("body",), "Field required")])
+    return decoded(received)
+
+
+async def bytes_of(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
+    """The request's body as it was sent. Raises BodyTooLarge."""
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > bytes_max:
+            raise BodyTooLarge
+    return bytes(received)
+
+
+def decoded(body: bytes) -> Any:
+    """A body's JSON with exact numbers. Raises Malformed."""
     try:
-        return exact_json.decode(bytes(received))
+        return exact_json.decode(body)
     except ValueError as error:
         place = getattr(error, "pos", 0)
         raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error

@@ -21,7 +21,7 @@ from aggregator.api.limits import (
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
 )
-from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, listed, order, texts
+from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, includes, listed, order, texts
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import event_shape, name_shape
 from aggregator.store.queries import events, family
@@ -60,7 +60,7 @@ async def _scope(
         if given not in (SYSTEM, USER):
             raise Malformed([detail("enum", ("query", "source"), f"Input should be '{SYSTEM}' or '{USER}'", given)])
     subjects = desk.subjects(token, texts(customer_id), external_customer_id)
-    if organization_id is not None and token.organization_id not in map(str, organization_id):
+    if not includes(organization_id, token):
         subjects = []
     return Scope(organization=NOBODY, subjects=subjects, sources=source)
 
@@ -109,8 +109,8 @@ def parsed_filter(text: str) -> Filter:
 
 def wanted_meter(desk: Desk, token: Token, id: str) -> Meter:
     """The organization's meter that a query names. Raises Refused."""
-    meter = desk.catalogue.meters.get(id)
-    if meter is None or meter.organization_id != token.organization_id:
+    meter = desk.catalogue.meter(token.organization_id, id)
+    if meter is None:
         raise Refused("meter_id", ("query", "meter_id"), "Meter not found.", id)
     return meter
 
@@ -148,9 +148,7 @@ class _Found(NamedTuple):
 
 
 def _page(here: Here, listing: Listing, fields: list[str]) -> _Found:
-    scope = msgspec.structs.replace(listing.scope, organization=here.organization)
-    page = events.page(here.connection, msgspec.structs.replace(listing, scope=scope))
-    return _with_family(here, page, fields)
+    return _with_family(here, events.page(here.connection, here.about(listing)), fields)
 
 
 def _with_family(here: Here, page: events.Page, fields: list[str]) -> _Found:
@@ -177,8 +175,8 @@ async def list_names(
 
     def question(here: Here) -> tuple[list[events.EventName], int]:
         return events.names(
-            here.connection, msgspec.structs.replace(scope, organization=here.organization), search=query,
-            order=chosen.by, ascending=chosen.ascending, limit=page.limit, offset=page.offset,
+            here.connection, here.within(scope), search=query, order=chosen.by, ascending=chosen.ascending,
+            limit=page.limit, offset=page.offset,
         )  # fmt: skip
 
     (names, total), as_of = await desk.ask(token, question)

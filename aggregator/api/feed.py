@@ -65,11 +65,6 @@ Position = Annotated[dict[int, Place], Depends(_position)]
 Selected = Annotated[Wanted, Depends(_wanted)]
 
 
-def _here(wanted: Wanted, here: Here) -> Wanted:
-    scope = msgspec.structs.replace(wanted.scope, organization=here.organization)
-    return msgspec.structs.replace(wanted, scope=scope)
-
-
 @router.get("/v1/feed/", responses=gives(ref("FeedPage")))
 async def read_feed(
     desk: AtDesk, token: Reader, position: Position, wanted: Selected,
@@ -78,7 +73,7 @@ async def read_feed(
     """The next events from ``position`` on. An empty page may still move the position: keep it."""
 
     def question(here: Here) -> tuple[FeedPage, dict[str, str]]:
-        page = feed.page(here.connection, _here(wanted, here), position, min(limit, FEED_ROWS_MAX))
+        page = feed.page(here.connection, here.about(wanted), position, min(limit, FEED_ROWS_MAX))
         return page, _parents(here, page.events)
 
     (page, parents), as_of = await desk.ask(token, question)
@@ -126,7 +121,7 @@ def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> di
 @router.get("/v1/feed/backlog", responses=gives(ref("FeedBacklog")))
 async def read_backlog(desk: AtDesk, token: Reader, position: Position, wanted: Selected) -> Response:
     """How many events stand from ``position`` on, and when the oldest of them came in."""
-    found, as_of = await desk.ask(token, lambda here: feed.backlog(here.connection, _here(wanted, here), position))
+    found, as_of = await desk.ask(token, lambda here: feed.backlog(here.connection, here.about(wanted), position))
     return answer({"events": found.events, "oldest_ingested_at": found.oldest}, as_of)
 
 
@@ -172,7 +167,7 @@ async def read_traffic(
     meters = [wanted_meter(desk, token, str(id)) for id in rollup_meter_id or ()]
 
     def question(here: Here) -> tuple[Traffic, list[int]]:
-        return rollup.traffic(here.connection, _here(wanted, here), since), [
+        return rollup.traffic(here.connection, here.about(wanted), since), [
             rollup.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
         ]
 

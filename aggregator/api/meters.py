@@ -9,12 +9,11 @@ from aggregator.api.customers import has_texts, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.api.shapes import meter_shape
 from meters.access import reading, writing
-from meters.catalogue import MeterCreated, MeterUpdated, Token
+from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.meter import Meter, new_meter, updated_meter
 
 router = APIRouter(tags=["meters"])
@@ -24,8 +23,8 @@ Writer = Annotated[Token, Depends(allow(writing("meters")))]
 
 def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
     """The organization's meter. Raises NotFound."""
-    meter = desk.catalogue.meters.get(str(id))
-    if meter is None or meter.organization_id != token.organization_id:
+    meter = desk.catalogue.meter(token.organization_id, str(id))
+    if meter is None:
         raise NotFound
     return meter
 
@@ -47,7 +46,7 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
             raise Malformed(meter)
         await desk.decide(MeterCreated(meter))
         await settle_meter(desk, meter)
-    return answer(meter_shape(meter), desk.view.as_of, 201)
+    return answer(meter_json(meter), desk.view.as_of, 201)
 
 
 @router.get("/v1/meters/", responses=gives(page_of("Meter")))
@@ -58,23 +57,22 @@ async def list_meters(
 ) -> Response:  # fmt: skip
     """The organization's meters, by name."""
     chosen = order(sorting, ("name", "created_at"), "name")
-    is_asked = organization_id is None or token.organization_id in map(str, organization_id)
     found = [
         meter
-        for meter in (desk.catalogue.meters_of(token.organization_id) if is_asked else ())
+        for meter in (desk.catalogue.meters_of(token.organization_id) if includes(organization_id, token) else ())
         if (query or "").lower() in meter.name.lower()
         and is_archived in (None, meter.archived_at is not None)
         and has_texts(meter.metadata, metadata)
     ]
     found.sort(key=lambda meter: (getattr(meter, chosen.by), meter.id), reverse=not chosen.ascending)
-    shapes = [meter_shape(meter) for meter in cut(found, page)]
+    shapes = [meter_json(meter) for meter in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
 @router.get("/v1/meters/{id}", responses=gives(ref("Meter")))
 async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One meter."""
-    return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
+    return answer(meter_json(meter_of(desk, token, id)), desk.view.as_of)
 
 
 @router.patch("/v1/meters/{id}", openapi_extra=takes("MeterUpdate"), responses=gives(ref("Meter")))
@@ -93,7 +91,7 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         await desk.decide(MeterUpdated(changed))
         if changed.metadata != meter.metadata:
             await settle_meter(desk, changed)
-    return answer(meter_shape(changed), desk.view.as_of)
+    return answer(meter_json(changed), desk.view.as_of)
 
 
 def _is_attached(desk: Desk, meter: Meter) -> bool:

@@ -11,12 +11,11 @@ from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-import msgspec
 from fastapi import APIRouter, Depends, Response
 
 from aggregator.api.desk import AtDesk, allow, answer
 from aggregator.api.errors import Refused
-from aggregator.api.paging import Ids, Texts, texts
+from aggregator.api.paging import Ids, Texts, includes, texts
 from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import number
 from aggregator.api.usage import check_range, known_zone
@@ -119,7 +118,7 @@ async def get_metrics(
     wanted = _wanted(metrics)
     units = periods(start_date, end_date, interval, timezone)
     subjects = desk.subjects(token, texts(customer_id), None)
-    if organization_id is not None and token.organization_id not in map(str, organization_id):
+    if not includes(organization_id, token):
         subjects = []
     scope = Scope(organization=NOBODY, subjects=subjects)
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
@@ -139,7 +138,7 @@ async def get_metrics(
 
 
 def _costs(here: Here, scope: Scope, bounds: list[Bounds]) -> Costs:
-    return metrics.costs(here.connection, msgspec.structs.replace(scope, organization=here.organization), bounds)
+    return metrics.costs(here.connection, here.within(scope), bounds)
 
 
 def _wanted(slugs: list[str] | None) -> dict[str, Metric]:

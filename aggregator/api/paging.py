@@ -10,6 +10,7 @@ from pydantic import AfterValidator, AwareDatetime
 
 from aggregator.api.errors import Malformed
 from aggregator.api.limits import IDENTIFIERS_MAX, PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
+from meters.catalogue import Token
 from meters.detail import detail
 
 
@@ -92,6 +93,11 @@ async def metadata_texts(request: Request) -> dict[str, list[str]]:
 
 
 MetadataTexts = Annotated[dict[str, list[str]], Depends(metadata_texts)]
+
+
+def includes(organization_id: list[UUID] | None, token: Token) -> bool:
+    """Whether an ``organization_id`` parameter leaves the token's organization in: none does, or one that names it."""
+    return organization_id is None or token.organization_id in map(str, organization_id)
 
 
 def texts(ids: list[UUID] | None) -> list[str] | None:

@@ -11,12 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from aggregator.api.desk import AtDesk, Desk
-from aggregator.api.errors import BodyTooLarge, Malformed, json_response
-from aggregator.api.limits import BODY_BYTES_MAX
+from aggregator.api.desk import AtDesk, Desk, bytes_of, decoded
+from aggregator.api.errors import Malformed, json_response
 from aggregator.api.polar_accounts import settle
 from aggregator.api.schemas import gives, ref
-from meters import exact_json
 from meters.catalogue import CustomerCreated, CustomerUpdated
 from meters.detail import detail
 from meters.polar import News, Unreadable, read
@@ -29,7 +27,7 @@ router = APIRouter(tags=["webhooks"])
 @router.post("/webhooks/polar", status_code=202, responses=gives(ref("WebhookAccepted"), 202))
 async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
     """For Polar: take in a signed webhook. Types that say nothing of usage or credits are accepted and passed over."""
-    body = await _body(request)
+    body = await bytes_of(request)  # as they were sent: the signature is over them
     source = _source(desk, request, body)
     if isinstance(source, Rejection):
         return json_response(401, {"error": "InvalidSignature", "detail": f"Not accepted: {source}."})
@@ -62,16 +60,6 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
         return news
 
 
-async def _body(request: Request) -> bytes:
-    """The bytes as they were sent: the signature is over them."""
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > BODY_BYTES_MAX:
-            raise BodyTooLarge
-    return bytes(received)
-
-
 def _source(desk: Desk, request: Request, body: bytes) -> Source | Rejection:
     """Whose secret signed this. With several organizations it is the secret that tells them apart."""
     sources = [source for source in list(desk.catalogue.webhooks.sources.values()) if not source.deleted_at]
@@ -85,11 +73,7 @@ def _source(desk: Desk, request: Request, body: bytes) -> Source | Rejection:
 
 
 def _payload(body: bytes) -> dict[str, Any]:
-    try:
-        payload = exact_json.decode(body)
-    except ValueError as error:
-        place = getattr(error, "pos", 0)
-        raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error
+    payload = decoded(body)
     if not isinstance(payload, dict) or not isinstance(payload.get("type"), str):
         raise Malformed([detail("missing", ("body", "type"), "Field required")])
     return payload

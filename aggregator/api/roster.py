@@ -16,8 +16,8 @@ from aggregator.api.desk import Desk
 from aggregator.api.paging import Order, Page
 from aggregator.view import EVER, Unavailable
 from meters.catalogue import Customer
-from meters.facts import EPOCH, MICROSECOND
 from meters.meter import Meter
+from meters.timestamp import microseconds_of
 
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by
         for customer_id, account in list(desk.view.ledger.of_meter(meter.id).items()):  # the writer goes on meanwhile
             if (at := places.get(customer_id)) is not None:
                 is_there[at] = True
-                modified[at] = max(int(modified[at]), (account.moved_at - EPOCH) // MICROSECOND)
+                modified[at] = max(int(modified[at]), microseconds_of(account.moved_at))
                 credited[at] = account.credited
         found = np.flatnonzero(is_there)
         consumed = _consumed(desk, meter, customers, found, known) if by in ("consumed_units", "balance") else credited
@@ -103,7 +103,7 @@ def _keys(customers: Sequence[Customer], meters: Sequence[Meter], rows: _Rows, b
         case "balance":
             return rows.credited - rows.consumed
         case "created_at":
-            times = [np.array([(one.created_at - EPOCH) // MICROSECOND for one in kind], np.int64)
+            times = [np.array([microseconds_of(one.created_at) for one in kind], np.int64)
                      for kind in (customers, meters)]  # fmt: skip
             return np.maximum(times[0][rows.customer], times[1][rows.meter])
         case "customer_id" | "customer_name":

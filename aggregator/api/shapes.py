@@ -54,9 +54,9 @@ def customer_shape(customer: Customer) -> Json:
     return known | dict.fromkeys(unknown)
 
 
-def customer_meter_shape(one: CustomerMeter, embedded: bool = True) -> Json:
-    """A customer meter, with the customer and the meter whole unless ``embedded`` is false."""
-    shape = {
+def customer_meter_shape(one: CustomerMeter) -> Json:
+    """A customer meter, with the customer and the meter whole."""
+    return {
         "id": one.id,
         "created_at": one.created_at,
         "modified_at": one.modified_at,
@@ -65,10 +65,9 @@ def customer_meter_shape(one: CustomerMeter, embedded: bool = True) -> Json:
         "consumed_units": number(one.consumed),
         "credited_units": number(one.credited),
         "balance": number(one.balance),
+        "customer": customer_shape(one.customer),
+        "meter": _encoded(one.meter),
     }
-    if embedded:
-        shape |= {"customer": customer_shape(one.customer), "meter": _encoded(one.meter)}
-    return shape
 
 
 def entry_shape(entry: Entry) -> Json:
@@ -120,11 +119,6 @@ def price_shape(meter_id: str, price: Price) -> Json:
     return {"meter_id": meter_id, "unit_amount": amount_text(price.unit_amount), "cap_amount": price.cap_amount}
 
 
-def meter_shape(meter: Meter) -> Json:
-    """A meter, its filter and aggregation as they were given."""
-    return meter_json(meter)
-
-
 _texts: dict[str, tuple[Meter, msgspec.Raw]] = {}  # by the meter's id
 
 
@@ -132,7 +126,7 @@ def _encoded(meter: Meter) -> msgspec.Raw:
     """The meter's shape as JSON, made once for each state of a meter: lists of balances repeat it in every item."""
     held = _texts.get(meter.id)
     if held is None or held[0] is not meter:
-        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_shape(meter)))
+        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_json(meter)))
     return held[1]
 
 

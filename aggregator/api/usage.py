@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
 from aggregator.api.desk import AtDesk, allow, answer, body_of
@@ -74,14 +73,15 @@ async def get_meter_quantities(
             parts = [measured(total) for total in totals]
             return _quantities(usage.from_parts(meter.aggregation, points, bounds, parts), as_of)
 
+    asked = Question(
+        filter=meter.filter, aggregation=meter.aggregation, per_customer=customer_aggregation_function, scope=scope
+    )
+
     def question(here: Here) -> Quantities:
-        asked = Question(
-            filter=meter.filter, aggregation=meter.aggregation, per_customer=customer_aggregation_function,
-            scope=msgspec.structs.replace(scope, organization=here.organization),
-        )  # fmt: skip
         return usage.quantities(
-            here.connection, asked, start=start_timestamp, end=end_timestamp, interval=interval, timezone=timezone
-        )
+            here.connection, here.about(asked), start=start_timestamp, end=end_timestamp, interval=interval,
+            timezone=timezone,
+        )  # fmt: skip
 
     return _quantities(*await desk.ask(token, question))
 
@@ -109,7 +109,7 @@ async def get_customer_usage(
         question = Question(
             filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)
         )
-        found, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, _at(question, here)))
+        found, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, here.about(question)))
     else:
         found = measured(total)
     return answer(running_total(meter, ids[0] if ids else None, external_customer_id, found), as_of)
@@ -133,11 +133,6 @@ def measured(total: Total) -> Measured:
     return Measured(total.count, enormous=[total.sum], min=total.min, max=total.max)
 
 
-def _at(question: Question, here: Here) -> Question:
-    scope = msgspec.structs.replace(question.scope, organization=here.organization)
-    return msgspec.structs.replace(question, scope=scope)
-
-
 @router.post(
     "/v1/meters/preview",
     openapi_extra=takes("MeterDefinition"),
@@ -149,7 +144,7 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     filter, aggregation = _definition(body)
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
     found, as_of = await desk.ask(
-        token, lambda here: preview.preview(here.connection, _at(question, here), PREVIEW_CUSTOMERS)
+        token, lambda here: preview.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS)
     )
     whole = found.whole
     customers = [

@@ -7,7 +7,7 @@ that a receiver can change over without missing anything.
 import secrets
 from base64 import b64encode
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -24,7 +24,7 @@ from meters.access import reading, writing
 from meters.catalogue import Token
 from meters.log import format_position
 from meters.signatures import PREFIX
-from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, Heard, SigningSecret
+from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, EventType, Heard, SigningSecret
 
 router = APIRouter(tags=["webhooks"])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
@@ -41,14 +41,13 @@ ROTATION = timedelta(days=1)
 
 NAME_LENGTH_MAX = 100
 Name = Annotated[str, msgspec.Meta(max_length=NAME_LENGTH_MAX)]
-EventType = Literal["customer.state_changed", "meter.threshold_reached"]  # meters.webhooks.EVENT_TYPES
 
 
 class EndpointCreate(msgspec.Struct):
     """What a new endpoint is made of."""
 
     url: str
-    events: list[EventType] = msgspec.field(default_factory=lambda: list(get_args(EventType)))
+    events: list[EventType] = msgspec.field(default_factory=lambda: list(EVENT_TYPES))
     name: Name | None = None
     format: Literal["raw"] = "raw"
 

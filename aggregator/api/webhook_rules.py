@@ -84,8 +84,7 @@ def _check(desk: Desk, token: Token, body: ThresholdCreate) -> None:
     if not body.value.is_finite() or parse_amount(str(body.value)) != body.value:
         message = f"Input should be a number of at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals"
         raise Refused("value_error", ("body", "value"), message)
-    meter = desk.catalogue.meters.get(body.meter_id)
-    if meter is None or meter.organization_id != token.organization_id:
+    if desk.catalogue.meter(token.organization_id, body.meter_id) is None:
         raise Refused("value_error", ("body", "meter_id"), "Meter does not exist.", body.meter_id)
     if body.customer_id is not None and not desk.catalogue.customer(token.organization_id, body.customer_id):
         raise Refused("value_error", ("body", "customer_id"), "Customer does not exist.", body.customer_id)

@@ -12,7 +12,8 @@ import msgspec
 
 from aggregator.forward.planner import Item
 from meters.amount import amount_text, parse_amount
-from meters.facts import EPOCH, MICROSECOND, RESERVED
+from meters.facts import RESERVED
+from meters.timestamp import microseconds_of
 
 ROLLUP_NAME = "meterstream.rollup"
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -54,8 +55,8 @@ def item_of(entry: Entry, lane: str) -> Item:
     seen = _see(entry.event)
     partition, offset, line = map(int, entry.place.split(":"))
     return Item(
-        lane=lane, external_id=seen.external_id, who=_who(seen), timestamp_us=_us(seen.timestamp),
-        ingested_us=_us(entry.ingested_at), body=_within_limits(bytes(entry.event), bytes(seen.metadata)),
+        lane=lane, external_id=seen.external_id, who=_who(seen), timestamp_us=microseconds_of(seen.timestamp),
+        ingested_us=microseconds_of(entry.ingested_at), body=_within_limits(bytes(entry.event), bytes(seen.metadata)),
         partition=partition, offset=offset, line=line,
     )  # fmt: skip
 
@@ -73,18 +74,14 @@ def rollup_item(group: Group, aggregation: str, window_s: int, piece: str, now_u
     metadata = {"meter": group.meter_id, "value": value, "events": group.count, "seconds": window_s}
     body = {"name": ROLLUP_NAME, "timestamp": stamp, "external_id": external_id, **customer, "metadata": metadata}
     return Item(
-        lane="rollup", external_id=external_id, who=_who(group), timestamp_us=_us(group.window), ingested_us=now_us,
-        body=_encode(body),
+        lane="rollup", external_id=external_id, who=_who(group), timestamp_us=microseconds_of(group.window),
+        ingested_us=now_us, body=_encode(body),
     )  # fmt: skip
 
 
 def _who(seen: _Seen | Group) -> str:
     """A customer's name with its kind, so that an id is never taken for an external id."""
     return f"c:{seen.customer_id}" if seen.external_customer_id is None else f"e:{seen.external_customer_id}"
-
-
-def _us(instant: datetime) -> int:
-    return (instant - EPOCH) // MICROSECOND
 
 
 def _within_limits(event: bytes, metadata: bytes) -> bytes:

@@ -6,7 +6,7 @@ fills the store takes part. What an event is worth is the reference evaluation o
 
 import json
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -15,20 +15,15 @@ import xxhash
 
 from aggregator.awkward import awkward_numbers
 from meters.aggregation import amount_of, is_summable
-from meters.event import Event, Refusal, check_line, event_id, identity
+from meters.event import Event, check_line, event_id, identity
 from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.meter import Meter
-from meters.refusal import Reason
+from meters.refusal import Reason, Refusal
+from meters.timestamp import instant_of
 from meters.uuid_text import parse_uuid4
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def at(us: int) -> datetime:
-    """Microseconds since 1970 as an instant."""
-    return EPOCH + timedelta(microseconds=us)
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -58,11 +53,11 @@ def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> R
         if not isinstance(named, str):  # a producer that skips the gateway, or a damaged disk
             return Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=tenant)
         tenant = named
-    event = check_line(raw, organization_id=tenant, now=at(ingested_us))
+    event = check_line(raw, organization_id=tenant, now=instant_of(ingested_us))
     if isinstance(event, Refusal):
         return event
     external_id = event.external_id if event.external_id is not None else place
-    return Reading(event, tenant or event.organization_id or "", external_id, at(ingested_us), raw)
+    return Reading(event, tenant or event.organization_id or "", external_id, instant_of(ingested_us), raw)
 
 
 def facts_of_row(row: Mapping[str, Any]) -> Facts:

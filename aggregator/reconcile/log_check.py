@@ -17,7 +17,6 @@ import pyarrow as pa
 from aggregator.reconcile.elsewhere import NOWHERE, Elsewhere, Firsts, LineAgain, Waiting
 from aggregator.reconcile.evidence import (
     Reading,
-    at,
     changes,
     facts_of_row,
     is_repetition,
@@ -31,8 +30,9 @@ from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Bucket, Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.stretches import Stretches
 from aggregator.reconcile.worth import Worth, between
-from meters.event import Refusal
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record
+from meters.refusal import Refusal
+from meters.timestamp import instant_of
 
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 LOST_MAX = 200_000  # lost identities that are remembered, so that a repetition of one is not lost once more
@@ -48,7 +48,7 @@ class Range(NamedTuple):
 
     def takes(self, us: int) -> bool:
         """Whether a record of that time belongs to it."""
-        instant = at(us)
+        instant = instant_of(us)
         return (self.since is None or instant >= self.since) and (self.until is None or instant < self.until)
 
 
@@ -174,8 +174,8 @@ class LogCheck:
         without_line = set(letters) - set(lines.keys[heaps.dead].tolist())
         for key in sorted(without_line):
             self._findings.note(
-                Cause.UNFOUNDED, partition, at(int(lines.ingested_us[0])), "", f"dead letter at {place_of(key)}", {},
-                "a dead letter whose line is stored, or does not exist",
+                Cause.UNFOUNDED, partition, instant_of(int(lines.ingested_us[0])), "",
+                f"dead letter at {place_of(key)}", {}, "a dead letter whose line is stored, or does not exist",
             )
 
     def _is_same(self, partition: int, lines: Lines, number: int, row: dict[str, Any]) -> bool:
@@ -206,7 +206,8 @@ class LogCheck:
         if what:
             place = f"line at {place_of(int(lines.keys[number]))}"
             name, tenant = (reading.name, reading.organization_id) if isinstance(reading, Reading) else (place, "")
-            self._findings.note(Cause.CHANGED, partition, at(int(lines.ingested_us[number])), tenant, name, {}, what)
+            when = instant_of(int(lines.ingested_us[number]))
+            self._findings.note(Cause.CHANGED, partition, when, tenant, name, {}, what)
 
     def _resolve_elsewhere(self) -> None:
         """Lines without a row of their own: repetitions of an event that is stored elsewhere, or lost."""
@@ -219,7 +220,7 @@ class LogCheck:
 
     def _resolve(self, lines: Waiting, firsts: Firsts, number: int) -> bool:
         """Whether the line repeats a stored event in other words, or a missing one; notes what else it may be."""
-        partition, key, when = lines.partition, int(lines.keys[number]), at(int(lines.ingested_us[number]))
+        partition, key, when = lines.partition, int(lines.keys[number]), instant_of(int(lines.ingested_us[number]))
         reading = self._again.read(partition, key)
         if not isinstance(reading, Reading):
             why = reading.msg if isinstance(reading, Refusal) else "the log has dropped it since"
@@ -292,8 +293,8 @@ class LogCheck:
             others = dead.counts.get(hour, 0), repeated.counts.get(hour, 0), missing.counts.get(hour, 0)
             ours = (lines.sums.get(hour, 0) + missing.sums.get(hour, 0)) % 2**64
             yield Bucket(
-                partition, at(hour * HOUR_US), lines.counts.get(hour, 0) + sum(others), stored, others[1], others[0],
-                f"{ours:016x}", f"{rows.sums.get(hour, 0):016x}",
+                partition, instant_of(hour * HOUR_US), lines.counts.get(hour, 0) + sum(others), stored, others[1],
+                others[0], f"{ours:016x}", f"{rows.sums.get(hour, 0):016x}",
             )  # fmt: skip
 
     def _compare_tallies(self, tallies: list[dict[str, Any]], totals: Mapping[str, int]) -> None:

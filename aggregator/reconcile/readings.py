@@ -13,10 +13,11 @@ from typing import Any
 
 from meters.aggregation import considers, evaluate
 from meters.amount import parse_amount
-from meters.facts import EPOCH, Facts, Number, lookup
+from meters.facts import Facts, Number, lookup
 from meters.filter import Clause, Filter, Operator, Scalar, holds, matches
 from meters.meter import Meter
 from meters.property import TIMESTAMP, is_built_in
+from meters.timestamp import EPOCH
 
 Reading = Callable[[Filter, Facts], bool]
 

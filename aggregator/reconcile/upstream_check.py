@@ -17,13 +17,14 @@ from aggregator.reconcile.pairing import Seen
 from aggregator.reconcile.readings import OTHERS, value
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.upstream_events import Events
-from aggregator.reconcile.upstream_scope import DAY, HOUR, MICROSECOND, Part, Reader, Scope, days, midnight, near, text
+from aggregator.reconcile.upstream_scope import DAY, HOUR, Part, Reader, Scope, days, midnight, near, text
 from aggregator.reconcile.worth import Worth
 from meters.amount import EXACT, amount_text
 from meters.catalogue import meter_json
 from meters.filter import Filter, matches
 from meters.meter import Meter
 from meters.property import is_built_in
+from meters.timestamp import MICROSECOND
 
 DAYS_AT_ONCE = 366  # the longest range of days that one request may ask for
 READ_MAX = 20_000  # events that are read in the other two ways, to see what an invoice would count

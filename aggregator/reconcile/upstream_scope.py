@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-DAY, HOUR, MICROSECOND = timedelta(days=1), timedelta(hours=1), timedelta(microseconds=1)
+from meters.timestamp import MICROSECOND
+
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 ROUNDING = Decimal("1e-9")  # of a quantity: a double has 15 digits, and adding a million of them costs six
 
 

@@ -11,7 +11,6 @@ collected in a list, ``enormous``, which Python adds: ``Measured.total`` is exac
 
 from collections.abc import Sequence
 from decimal import Decimal
-from operator import eq, ge, gt, le, lt, ne
 from typing import NamedTuple
 
 import msgspec
@@ -20,7 +19,7 @@ from sqlglot import exp
 from aggregator.store.stage import AMOUNT, DIALECT, Parameters, Stage, amount_type, built_in_column, fixed
 from meters.aggregation import Aggregation, exact_sum, mean
 from meters.amount import INTEGER_DIGITS_MAX
-from meters.filter import Clause, Filter, Operator, Scalar, value_text
+from meters.filter import COMPARE, Clause, Filter, Operator, Scalar, value_text
 from meters.property import NAME, SOURCE, TIMESTAMP, is_built_in
 
 ORDINARY = 10**16
@@ -36,14 +35,6 @@ _EXPRESSIONS: dict[Operator, type[exp.Binary]] = {
     Operator.GTE: exp.GTE,
     Operator.LT: exp.LT,
     Operator.LTE: exp.LTE,
-}
-_COMPARE = {
-    Operator.EQ: eq,
-    Operator.NE: ne,
-    Operator.GT: gt,
-    Operator.GTE: ge,
-    Operator.LT: lt,
-    Operator.LTE: le,
 }
 
 
@@ -112,7 +103,7 @@ def _compare(property: str, operator: Operator, value: Scalar, stage: Stage, par
 def _compare_number(number: exp.Expr, operator: Operator, value: int | Decimal, parameters: Parameters) -> exp.Expr:
     """A value that no amount reaches is compared once, here, with any amount at all."""
     if not _is_reachable(value):
-        holds = _COMPARE[operator](0, value)
+        holds = COMPARE[operator](0, value)
         return exp.and_(exp.convert(holds), exp.not_(number.is_(exp.null()), copy=False), copy=False)
     return _EXPRESSIONS[operator](this=number, expression=parameters.amount(Decimal(value)))
 

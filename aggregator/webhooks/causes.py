@@ -6,7 +6,6 @@ true then. Organizations that nobody listens to cause nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -18,9 +17,9 @@ from meters.benefits import GrantSet, SubscriptionSet
 from meters.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record, parse_position
+from meters.timestamp import instant_of
 from meters.webhooks import Heard, ThresholdReached
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SCHEMA = pa.schema(
     {
         "organization_id": pa.string(),
@@ -85,7 +84,7 @@ def _by_decision(
         if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
             continue
         text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
-        at = EPOCH + timedelta(microseconds=record.timestamp_us)
+        at = instant_of(record.timestamp_us)
         found.append((customer.organization_id, None, customer_id, text, at.replace(tzinfo=None)))
     columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]

@@ -19,8 +19,8 @@ from ingest.log import open_log
 from meters.access import SCOPES, digest
 from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated
 from meters.event import event_id, identity
-from meters.facts import EPOCH, MICROSECOND
 from meters.log import USAGE_EVENTS, format_position
+from meters.timestamp import microseconds_of
 from tests.aggregator.records import NOW, SMALL, entry, line
 
 PATIENCE_S = 20
@@ -44,7 +44,7 @@ class Server:
     def __init__(self, path: Path, rules: Rules) -> None:
         self._runner = asyncio.Runner()
         self.now = NOW
-        self.log = open_log("memory:", clock_us=lambda: (self.now - EPOCH) // MICROSECOND)
+        self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
         self.aggregator = Aggregator(self.log, path / "store.duckdb", SMALL)
         numbers = count(1)
         self.app = create_app(

@@ -1,6 +1,6 @@
 """Benefits and grants over HTTP: every step once, however often it is asked for."""
 
-from datetime import timedelta
+from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
@@ -70,6 +70,22 @@ def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
     assert credits(tenant, customer) == [("grant", 100), ("cycle", 100)]
     assert tenant.refusal("POST", path, json={"at": (at + 9 * DAY).isoformat()})[0] == 422
     assert tenant.refusal("POST", path, json={"at": "2026-03-01T00:00:00"})[0] == 422
+
+
+def test_a_cycle_is_the_same_in_every_offset(tenant: Tenant) -> None:
+    """The same instant in another offset is the same movement; a time without a place in UTC is refused."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    at = tenant.server.now + DAY
+    tenant.server.now += 2 * DAY
+    path = f"/v1/benefit-grants/{grant}/cycle"
+    once = tenant.post(path, {"at": at.astimezone(timezone(timedelta(hours=5))).isoformat()})
+    assert once["properties"]["last_credited_at"] == at.isoformat().replace("+00:00", "Z")
+    assert tenant.post(path, {"at": at.isoformat()}) == once
+    newest = tenant.get(f"/v1/customers/{customer}/credits")["items"][0]
+    assert newest["id"] == f"{grant}:{at.isoformat(timespec='microseconds')}:cycle"
+    for nowhere in ("9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"):
+        assert tenant.refusal("POST", path, json={"at": nowhere})[2] == [("value_error", ["body", "at"])]
 
 
 def test_an_edited_benefit_gives_the_new_from_then_on(tenant: Tenant) -> None:

@@ -10,11 +10,11 @@ import duckdb
 import httpx
 import pytest
 
+from aggregator.api import audit, limits
 from aggregator.api import desk as desk_module
-from aggregator.api import limits
 from aggregator.store.queries.asking import Asking
 from aggregator.view import Unavailable
-from meters.access import SCOPES
+from meters.access import AUDIT, SCOPES
 from meters.log import USAGE_EVENTS, TryAgain
 from tests.aggregator.records import NOW, entry, line
 from tests.aggregator.serving import Server, Tenant
@@ -187,7 +187,7 @@ def test_a_body_that_is_no_json_is_refused(tenant: Tenant, content: bytes, compl
     assert tenant.refusal("POST", "/v1/meters/", content=content) == expected
 
 
-def test_a_body_that_is_too_large_is_not_read_to_its_end(tenant: Tenant) -> None:
+def test_a_body_that_is_too_large_is_not_read_to_its_end(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading stops at the limit, whether or not the length was announced."""
 
     async def endless() -> Any:
@@ -195,9 +195,12 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(tenant: Tenant) -> None
         while True:
             yield b" " * 65536
 
-    for content in (b" " * (limits.BODY_BYTES_MAX + 1), endless()):
-        response = tenant.ask("POST", "/v1/meters/", content=content)
-        assert (response.status_code, response.json()["error"]) == (413, "RequestBodyTooLarge")
+    monkeypatch.setattr(audit, "BODY_BYTES_MAX", limits.BODY_BYTES_MAX)
+    secret = tenant.token(AUDIT, "meters:write")
+    for path in ("/v1/meters/", "/webhooks/polar", "/v1/audit/total", "/v1/audit/ask/tallies"):
+        for content in (b" " * (limits.BODY_BYTES_MAX + 1), endless()):
+            response = tenant.ask("POST", path, content=content, secret=secret)
+            assert (response.status_code, response.json()["error"]) == (413, "RequestBodyTooLarge")
 
 
 def test_every_answer_says_as_of_when_it_is_true(tenant: Tenant) -> None:

@@ -22,11 +22,11 @@ from ingest.log import open_log
 from meters.aggregation import exact_sum
 from meters.catalogue import Customer, CustomerCreated
 from meters.credit import CreditGranted, MeterReset
-from meters.facts import EPOCH, MICROSECOND
 from meters.ledger import Account
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.meter import Meter
 from meters.statement import statement
+from meters.timestamp import microseconds_of
 from tests.aggregator.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
 
 FUNCTIONS = ("count", "sum", "avg", "max", "min", "unique")
@@ -95,7 +95,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """One tenant, six meters; bob is not a customer yet."""
         self.directory = TemporaryDirectory()
         self.now, self.number = NOW, 0
-        self.log = open_log("memory:", clock_us=lambda: (self.now - EPOCH) // MICROSECOND)
+        self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
         self.auditor = Auditor()
         self._open("store.duckdb")
         ann = Customer(id=ANN, organization_id=ORGANIZATION, external_id="ann", created_at=NOW)

@@ -14,16 +14,14 @@ from xxhash import xxh3_128_digest
 
 from meters.event import (
     CLOCK_SKEW,
-    DEPTH_MAX,
     Event,
-    Reason,
-    Refusal,
     check_event,
     check_line,
     event_id,
     identity,
     parse_event_id,
 )
+from meters.refusal import DEPTH_MAX, Reason, Refusal
 from meters.uuid_text import parse_uuid4
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

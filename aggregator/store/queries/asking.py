@@ -4,11 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import duckdb
+from msgspec.structs import replace
 
-from aggregator.store.queries.scope import organization_number
+from aggregator.store.queries.events import Listing
+from aggregator.store.queries.feed import Wanted
+from aggregator.store.queries.scope import Scope, organization_number
+from aggregator.store.queries.usage import Question
 from aggregator.view import View
 
 T = TypeVar("T")
+Asked = TypeVar("Asked", Question, Listing, Wanted)
 
 
 class TooLong(Exception):
@@ -24,6 +29,14 @@ class Here(NamedTuple):
 
     connection: duckdb.DuckDBPyConnection
     organization: int
+
+    def within(self, scope: Scope) -> Scope:
+        """The scope, in the organization of who asks: its number is known here and not before."""
+        return replace(scope, organization=self.organization)
+
+    def about(self, asked: Asked) -> Asked:
+        """What is asked, in the organization of who asks."""
+        return replace(asked, scope=self.within(asked.scope))
 
 
 class Reading(NamedTuple, Generic[T]):
