@@ -14,7 +14,6 @@ import msgspec
 
 from aggregator.forward.polar_event import Entry, item_of
 from aggregator.forward.request_window import RequestWindow
-from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Denied, NoAnswer, Upstream
 from aggregator.place import parse_places
@@ -27,6 +26,7 @@ from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control
 from deploy.data import DataDirectory
+from deploy.forward import selection_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.log import Log
@@ -79,28 +79,19 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     key = f"{settings.polar_server} {organization.id} {text(since)} {text(until)}"
     before = interrupted(path, key, now)
     began = before or now
+    forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
     with connected(settings, data) as upstream, contextlib.closing(State(data.forwarding)) as state:
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
             settles=range_.settle > timedelta(0),
-            selection=selection(settings, here).params(),
+            selection=forwarded.params(),
             refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
         )  # fmt: skip
         check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
         there.complete()
     check.notes.append(f"{there.asked} requests; {since:%Y-%m-%d} to {until - DAY:%Y-%m-%d}, {_known(scope)}")
     return check
-
-
-def selection(settings: Settings, here: Api) -> Selection:
-    """What is forwarded at all, by the forwarder's settings."""
-    meter = None
-    if settings.polar_meter:
-        found = [one for one in here.pages("/v1/meters/") if settings.polar_meter in (one["id"], one["name"])]
-        meter = found[0]["id"] if found else None
-    names = tuple(name.strip() for name in settings.polar_events.split(",") if name.strip())
-    return Selection(names=names, meter_id=meter, filter=settings.polar_filter)
 
 
 def send_again(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
