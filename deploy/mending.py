@@ -73,7 +73,7 @@ def rebuilt(data: DataDirectory, differences: list[Difference]) -> Done | None:
     count = sum(difference.count for difference in differences if difference.repair is Repair.REBUILD)
     if not count:
         return None
-    tallies = rebuild(data, lambda _done, _all: None)
+    tallies = rebuild(data)
     lines = ", ".join(f"{number} {name}" for name, number in tallies.items())
     return Done(Repair.REBUILD, f"The store was made again from the log: {lines}.", count)
 

@@ -18,14 +18,7 @@ def rebuild(context: typer.Context) -> None:
     here = session(context)
     configure_logs("rebuild", "critical")  # what goes wrong is said once, by the command
     with progress_bar("records", None) as advance:
-        done = 0
-
-        def progress(records: int, total: int) -> None:
-            nonlocal done
-            advance(records - done)
-            done = records
-
-        tallies = run(here.data, progress)
+        tallies = run(here.data, advance)
     show_one(tallies, here.output)
     note(f"{here.data.store} is new, and has everything that the log has.")
 
