@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy import trace
+from deploy import demo_trace as trace
 from deploy.client import Api, refused
 from deploy.control import new_secret
+from deploy.demo_recount import Figures, compare, recount
 from deploy.demo_report import measure, print_report
 from deploy.giving_up import MISMATCH, GiveUp
 from deploy.output import note
-from deploy.recount import Figures, compare, recount
 from deploy.sending import Line, deliver
 from meters.log import format_position, parse_position
 

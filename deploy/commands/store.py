@@ -5,14 +5,13 @@ from typing import Annotated
 import typer
 
 from deploy.giving_up import FAILED, GiveUp
-from deploy.output import note, show, show_one
+from deploy.output import note, progress_bar, show, show_one
 from deploy.session import session
 
 
 def rebuild(context: typer.Context) -> None:
     """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
     from deploy.logs import configure_logs
-    from deploy.progress import progress_bar
     from deploy.rebuild import rebuild as run
 
     here = session(context)
