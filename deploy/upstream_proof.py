@@ -6,7 +6,7 @@ is complete, so that an interrupted run goes on where it was.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from deploy.forward import selection_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.log import Log
+from meters.window import START_MIN
 
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
-EARLIEST = datetime(2023, 1, 1, tzinfo=UTC)  # Polar knows no quantities before
 BATCH = 500  # events of one request of a repair
 SEND_ATTEMPTS_MAX = 5
 _entries = msgspec.json.Decoder(list[Entry]).decode
@@ -49,7 +49,7 @@ class Range(msgspec.Struct, frozen=True):
         """The first day's beginning and the last one's end."""
         until = midnight((self.until or now) - timedelta(microseconds=1)) + DAY
         since = midnight(self.since) if self.since else until - DAYS_BACK * DAY
-        return max(since, EARLIEST), until
+        return max(since, START_MIN), until
 
 
 @contextlib.contextmanager

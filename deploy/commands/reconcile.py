@@ -1,13 +1,14 @@
 """``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
+from deploy.giving_up import DONE, FAILED, MISMATCH, GiveUp
+from deploy.instant import parse_instant
 from deploy.output import Output, note, show, show_table
 from deploy.session import session
 
@@ -57,7 +58,9 @@ def reconcile(
     wanted = [one.value for one in check or [Which.all]]
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
     task = Task(
-        checks=checks, since=_instant(since, "--since"), until=_instant(until, "--until"),
+        checks=checks,
+        since=None if since is None else parse_instant(since, "--since"),
+        until=None if until is None else parse_instant(until, "--until"),
         repair=repair.value if repair else None, settle=timedelta(minutes=settle),
     )  # fmt: skip
     found = prove(here, task)
@@ -131,16 +134,6 @@ def _money(one: "Difference") -> str:
     from aggregator.reconcile.page import money
 
     return money(one.cents) if one.cents else ""
-
-
-def _instant(text: str | None, option: str) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise GiveUp(f"{option} takes an ISO 8601 time, and not {text!r}", USAGE) from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
 def _write(path: Path, text: str) -> None:
