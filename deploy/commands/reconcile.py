@@ -92,7 +92,7 @@ def _print(found: "Report", output: Output) -> None:
         many = f" ({one.count} events)" if one.count > 1 else ""
         print(f"\n{one.check}: {one.cause}: {_harmless(one.where)}{many}")
         print(f"    {_harmless(one.what)}")
-        print("    " + "; ".join(part for part in (_quantities(one), _money(one), one.repair) if part))
+        print("    " + "; ".join(part for part in (one.moved, _money(one), one.repair) if part))
     if found.differences:
         print()
     for check in found.checks:
@@ -114,20 +114,12 @@ def _print_csv(found: "Report") -> None:
     rows = [
         {
             "check": one.check, "cause": one.cause.value, "where": one.where, "what": one.what, "events": one.count,
-            "quantities": _quantities(one), "cents": one.cents, "repair": one.repair.value,
+            "quantities": one.moved, "cents": one.cents, "repair": one.repair.value,
         }
         for one in found.differences
     ]  # fmt: skip
     columns = ("check", "cause", "where", "what", "events", "quantities", "cents", "repair")
     show(rows, columns, Output.csv)
-
-
-def _quantities(one: "Difference") -> str:
-    from meters.amount import amount_text
-
-    return ", ".join(
-        f"{name} {'' if amount < 0 else '+'}{amount_text(amount)}" for name, amount in one.quantities.items()
-    )
 
 
 def _money(one: "Difference") -> str:
