@@ -20,6 +20,7 @@ from aggregator.reconcile.questions import Foreign, StoppedStore, StoreSide
 from aggregator.reconcile.report import Check, Report
 from aggregator.reconcile.stopped import StoppedTotals
 from aggregator.reconcile.store_check import TotalsSide, check_store
+from aggregator.reconcile.stretches import PATIENCE_S
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.data import DataDirectory
@@ -32,7 +33,6 @@ from meters.log import USAGE_CONTROL, Log, TryAgain, format_position
 
 CHECKS = ("log", "store", "ledger", "upstream")
 READ_BYTES = 4 * 1024 * 1024
-PATIENCE_S = 30.0  # for the log
 ATTEMPTS_MAX = 20  # while operators decide, balances and decisions of one moment need some luck
 AGAIN_S = 0.2
 

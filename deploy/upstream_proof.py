@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from aggregator.forward.polar_event import Entry, item_of
+from aggregator.forward.polar_event import item_of
 from aggregator.forward.request_window import RequestWindow
+from aggregator.forward.source import FeedPage
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Denied, NoAnswer, Upstream
 from aggregator.place import parse_places
@@ -35,7 +36,6 @@ from meters.window import START_MIN
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
 BATCH = 500  # events of one request of a repair
 SEND_ATTEMPTS_MAX = 5
-_entries = msgspec.json.Decoder(list[Entry]).decode
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -141,7 +141,7 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
         response = here.send("GET", "/v1/feed/", params=given)
         if not response.is_success:
             raise GiveUp(f"our own events cannot be read: {response.status_code}")
-        page = msgspec.json.decode(response.content, type=_Page)
+        page = msgspec.json.decode(response.content, type=FeedPage)
         for entry in page.items:
             item = item_of(entry, "repair")
             if wanted.pop(item.external_id, None) is not None:
@@ -149,11 +149,6 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
         if page.position == position:
             return
         position = page.position
-
-
-class _Page(msgspec.Struct):
-    items: list[Entry]
-    position: str
 
 
 def _send(upstream: Upstream, bodies: Sequence[bytes]) -> dict[str, Any]:
