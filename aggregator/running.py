@@ -78,11 +78,15 @@ class RunningTotals:
         for organization_id in self._catalogue.organizations:
             self._count_history(self._catalogue.meters_of(organization_id), self._store.next_seq)
 
+    def wait(self) -> None:
+        """Return when all history that was begun is counted, or cannot be."""
+        for thread in self._threads:
+            thread.join()
+
     def stop(self) -> None:
         """Give up counting history and let go of the store."""
         self._stopping.set()
-        for thread in self._threads:
-            thread.join()
+        self.wait()
         self._connection.close()
 
     def changed(self, change: Change, before_seq: int) -> None:

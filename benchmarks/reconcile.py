@@ -114,7 +114,7 @@ def main() -> None:
             log = open_log(str(directory))
             asyncio.run(fill(log, arguments.events, made_meters()))
             log.close()
-            rebuild(data, lambda _done, _all: None)
+            rebuild(data)
             print(f"prepared in {time.perf_counter() - began:.0f} s")
         cost, found = measured(directory, "log", "store")
         report.add(run="log and store, untouched", **_row(cost, found))

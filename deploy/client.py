@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 
+from aggregator.forward.answer import pages
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import as_json
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
-PAGE_ROWS = 100  # the most that the API gives at once
 DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
 
 
@@ -61,13 +61,7 @@ class Api:
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
-        page = 1
-        while True:
-            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
-            yield from answer["items"]
-            if page >= answer["pagination"]["max_page"]:
-                return
-            page += 1
+        return pages(self.get, path, **params)
 
     def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
         try:

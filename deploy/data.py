@@ -4,9 +4,12 @@
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
     forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
+    reconcile/      tokens, an interrupted run,      ``meterstream reconcile`` alone
+                    and the record of repairs
     serve.lock      who serves from here             held by ``serve`` and its children as long as one of them lives
+    forward.lock    who forwards from here           held by the forwarder
 
-The lock is the operating system's, on an open file: it goes with the last process that holds it, however that
+The locks are the operating system's, on open files: each goes with the last process that holds it, however that
 process ended, so there is never a stale one to remove by hand.
 """
 

@@ -15,20 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy import trace
-from deploy.client import Api
+from deploy import demo_trace as trace
+from deploy.client import Api, refused
 from deploy.control import new_secret
+from deploy.demo_recount import Figures, compare, recount
 from deploy.demo_report import measure, print_report
 from deploy.giving_up import MISMATCH, GiveUp
 from deploy.output import note
-from deploy.recount import Figures, compare, recount
 from deploy.sending import Line, deliver
-from meters.log import parse_position
+from meters.log import format_position, parse_position
 
 BODY_EVENTS = 100
 CONNECTIONS = 4  # so that the log's group commit has something to group
 START_PATIENCE_S = 60.0  # two processes on a machine that is busy with other things
 CATCH_UP_PATIENCE_S = 120.0
+WAIT_S = 20  # that one answer may be kept back; the server's own limit is 30
 METERS: dict[str, dict[str, str]] = {
     "tokens": {"func": "sum", "property": "tokens"},
     "requests": {"func": "count"},
@@ -152,12 +153,18 @@ def _send_part(url: str, token: str, part: list[Line]) -> str:
 
 
 def _await_position(api: Api, positions: list[str]) -> None:
-    """Ask until an answer is true as of every position."""
+    """Ask until an answer is true as of every position; the server keeps one back until it is. Raises GiveUp."""
+    wanted: dict[int, int] = {}
+    for position in positions:
+        for partition, offset in (parse_position(position) or {}).items():
+            wanted[partition] = max(wanted.get(partition, 0), offset)
+    headers = {"Prefer": f"wait={WAIT_S}", "Log-Position": format_position(wanted)}
     deadline = time.monotonic() + CATCH_UP_PATIENCE_S
-    wanted = [parse_position(text) or {} for text in positions]
     while time.monotonic() < deadline:
-        as_of = parse_position(api.send("GET", "/v1/meters/", params={"limit": 1}).headers.get("As-Of", "")) or {}
-        if all(as_of.get(partition, 0) >= offset for one in wanted for partition, offset in one.items()):
+        answer = api.send("GET", "/v1/meters/", params={"limit": 1}, headers=headers)
+        if not answer.is_success:
+            raise refused(answer)
+        as_of = parse_position(answer.headers.get("As-Of", "")) or {}
+        if all(as_of.get(partition, 0) >= offset for partition, offset in wanted.items()):
             return
-        time.sleep(0.002)
     raise GiveUp(f"the events were not queryable within {CATCH_UP_PATIENCE_S:.0f} s")

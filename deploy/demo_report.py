@@ -4,10 +4,10 @@ from collections import Counter
 from decimal import Decimal
 from typing import Any
 
-from deploy import trace
+from deploy import demo_trace as trace
 from deploy.client import Api, exact_json
+from deploy.demo_recount import Figures
 from deploy.output import show_table
-from deploy.recount import Figures
 from deploy.sending import Line
 
 TOP = 10

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -125,11 +125,7 @@ def wishes_of(settings: Settings, source: Source) -> Wishes:
                 f"the meter {meter['name']!r} cannot be rolled up: parts of {meter['aggregation']['func']} do not add "
                 f"up to the whole ({' and '.join(SUMMABLE)} do); forward its events instead"
             )
-    selection = Selection(
-        names=tuple(name.strip() for name in settings.polar_events.split(",") if name.strip()),
-        meter_id=_meter(meters, settings.polar_meter)["id"] if settings.polar_meter else None,
-        filter=settings.polar_filter,
-    )
+    selection = selection_of(settings, meters)
     return Wishes(
         selection=selection, is_raw=not rolled or selection != Selection(), begin=settings.polar_from,
         meters=tuple(RolledMeter(meter["id"], meter["aggregation"]["func"]) for meter in rolled),
@@ -137,7 +133,16 @@ def wishes_of(settings: Settings, source: Source) -> Wishes:
     )  # fmt: skip
 
 
-def _meter(meters: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
+def selection_of(settings: Settings, meters: Sequence[dict[str, Any]]) -> Selection:
+    """What is forwarded at all; ``meters`` are the organization's, if the settings name one. Raises GiveUp."""
+    return Selection(
+        names=tuple(name.strip() for name in settings.polar_events.split(",") if name.strip()),
+        meter_id=_meter(meters, settings.polar_meter)["id"] if settings.polar_meter else None,
+        filter=settings.polar_filter,
+    )
+
+
+def _meter(meters: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
     found = [meter for meter in meters if wanted in (meter["id"], meter["name"])]
     if len(found) != 1:
         names = ", ".join(sorted(str(meter["name"]) for meter in meters)) or "none"

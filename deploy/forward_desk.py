@@ -11,6 +11,7 @@ from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
 from deploy.giving_up import USAGE, GiveUp
+from deploy.instant import parse_instant
 
 LANES = ("raw", "rollup")
 
@@ -87,21 +88,13 @@ def _instant(at_us: int | None) -> str | None:
 
 def ask_replay(data: DataDirectory, since: str, until: str) -> int:
     """Put a range of time in line; its number. Raises GiveUp."""
-    start, end = _time("--since", since), _time("--until", until)
+    start, end = parse_instant(since, "--since"), parse_instant(until, "--until")
     if start >= end:
         raise GiveUp("--until must be later than --since", USAGE)
     with opened(data) as state:
         if not state.flags().get("is_raw", True):
             raise GiveUp("only sums are forwarded from here; Polar would count the events themselves beside them")
         return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
-
-
-def _time(option: str, text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise GiveUp(f"{option} takes a time such as 2026-03-01T00:00:00Z, and not {text!r}", USAGE) from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
 def dead_letters(data: DataDirectory, limit: int) -> list[dict[str, Any]]:

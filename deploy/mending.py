@@ -14,7 +14,6 @@ import msgspec
 from aggregator.reconcile.report import Cause, Difference, Done, Repair, Report
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
-from meters.amount import amount_text
 
 REPAIRS = "repairs.jsonl"
 PLANNED_MAX = 50  # differences that a plan speaks of one by one, where a person has to act
@@ -58,11 +57,8 @@ def not_done(report: Report) -> list[Done]:
 
 
 def _by_hand(difference: Difference) -> Done:
-    moved = ", ".join(
-        f"{name} {'' if amount < 0 else '+'}{amount_text(amount)}" for name, amount in difference.quantities.items()
-    )
     advice = _ADVICE.get(difference.cause, "a person has to decide") if difference.check != "log" else difference.what
-    where = f"{difference.where} ({moved})" if moved else difference.where
+    where = f"{difference.where} ({difference.moved})" if difference.moved else difference.where
     return Done(Repair.DECIDE, f"{where}: {advice}", difference.count)
 
 
@@ -73,7 +69,7 @@ def rebuilt(data: DataDirectory, differences: list[Difference]) -> Done | None:
     count = sum(difference.count for difference in differences if difference.repair is Repair.REBUILD)
     if not count:
         return None
-    tallies = rebuild(data, lambda _done, _all: None)
+    tallies = rebuild(data)
     lines = ", ".join(f"{number} {name}" for name, number in tallies.items())
     return Done(Repair.REBUILD, f"The store was made again from the log: {lines}.", count)
 

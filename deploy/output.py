@@ -1,4 +1,4 @@
-"""How answers are shown: a table for a person, JSON or CSV for a program.
+"""How answers are shown: a table for a person, JSON or CSV for a program; and how far a long command is.
 
 Answers go to stdout, everything else to stderr.
 
@@ -7,7 +7,8 @@ Quantities arrive and leave as exact decimals; no number passes through a float 
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
@@ -94,6 +95,24 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
         bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0))] if chart else []
         table.add_row(*(text(row.get(column)) for column in columns), *bar)
     console.print(table)
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr; nothing where nobody watches.
+
+    Gives the function that moves it on by a number of steps; ``total`` None means the end is unknown.
+    """
+    if not sys.stderr.isatty():
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda steps: progress.advance(task, steps)
 
 
 def _plain(value: object) -> object:

@@ -19,8 +19,8 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 WAIT_S = 0.2  # between two looks at how far it is
 
 
-def rebuild(data: DataDirectory, progress: Callable[[int, int], None]) -> dict[str, int]:
-    """Make the store again; ``progress`` hears records done and records in all. Returns lines by what became of them.
+def rebuild(data: DataDirectory, progress: Callable[[int], None] = lambda _: None) -> dict[str, int]:
+    """Make the store again; ``progress`` hears how many more records were read. Returns lines by what became of them.
 
     Raises GiveUp while a server runs, and when the log cannot be read to its end.
     """
@@ -38,20 +38,21 @@ def rebuild(data: DataDirectory, progress: Callable[[int, int], None]) -> dict[s
     return tallies
 
 
-def _follow(log: Log, fresh: Path, progress: Callable[[int, int], None]) -> None:
+def _follow(log: Log, fresh: Path, progress: Callable[[int], None]) -> None:
     starts, ends = log.starts(USAGE_EVENTS), log.ends(USAGE_EVENTS)
-    total = sum(ends.values()) - sum(starts.values())
     aggregator = Aggregator(log, fresh)
     aggregator.start()
+    done = sum(starts.values())
     try:
         while any((as_of := _as_of(aggregator)).get(partition, 0) < end for partition, end in ends.items()):
-            progress(sum(as_of.values()) - sum(starts.values()), total)
+            reached = max(done, sum(as_of.values()))  # before the engine is there nothing is known
+            progress(reached - done)
+            done = reached
             aggregator.ended.wait(WAIT_S)
             if aggregator.failure:
                 raise GiveUp(f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched")
     finally:
         aggregator.stop()
-    progress(total, total)
 
 
 def _as_of(aggregator: Aggregator) -> Mapping[int, int]:

@@ -6,15 +6,15 @@ is complete, so that an interrupted run goes on where it was.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aggregator.forward.polar_event import Entry, item_of
+from aggregator.forward.polar_event import item_of
 from aggregator.forward.request_window import RequestWindow
-from aggregator.forward.source import Selection
+from aggregator.forward.source import FeedPage
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Denied, NoAnswer, Upstream
 from aggregator.place import parse_places
@@ -27,15 +27,15 @@ from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control
 from deploy.data import DataDirectory
+from deploy.forward import selection_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.log import Log
+from meters.window import START_MIN
 
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
-EARLIEST = datetime(2023, 1, 1, tzinfo=UTC)  # Polar knows no quantities before
 BATCH = 500  # events of one request of a repair
 SEND_ATTEMPTS_MAX = 5
-_entries = msgspec.json.Decoder(list[Entry]).decode
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class Range(msgspec.Struct, frozen=True):
         """The first day's beginning and the last one's end."""
         until = midnight((self.until or now) - timedelta(microseconds=1)) + DAY
         since = midnight(self.since) if self.since else until - DAYS_BACK * DAY
-        return max(since, EARLIEST), until
+        return max(since, START_MIN), until
 
 
 @contextlib.contextmanager
@@ -79,28 +79,19 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     key = f"{settings.polar_server} {organization.id} {text(since)} {text(until)}"
     before = interrupted(path, key, now)
     began = before or now
+    forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
     with connected(settings, data) as upstream, contextlib.closing(State(data.forwarding)) as state:
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
             settles=range_.settle > timedelta(0),
-            selection=selection(settings, here).params(),
+            selection=forwarded.params(),
             refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
         )  # fmt: skip
         check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
         there.complete()
     check.notes.append(f"{there.asked} requests; {since:%Y-%m-%d} to {until - DAY:%Y-%m-%d}, {_known(scope)}")
     return check
-
-
-def selection(settings: Settings, here: Api) -> Selection:
-    """What is forwarded at all, by the forwarder's settings."""
-    meter = None
-    if settings.polar_meter:
-        found = [one for one in here.pages("/v1/meters/") if settings.polar_meter in (one["id"], one["name"])]
-        meter = found[0]["id"] if found else None
-    names = tuple(name.strip() for name in settings.polar_events.split(",") if name.strip())
-    return Selection(names=names, meter_id=meter, filter=settings.polar_filter)
 
 
 def send_again(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
@@ -150,7 +141,7 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
         response = here.send("GET", "/v1/feed/", params=given)
         if not response.is_success:
             raise GiveUp(f"our own events cannot be read: {response.status_code}")
-        page = msgspec.json.decode(response.content, type=_Page)
+        page = msgspec.json.decode(response.content, type=FeedPage)
         for entry in page.items:
             item = item_of(entry, "repair")
             if wanted.pop(item.external_id, None) is not None:
@@ -158,11 +149,6 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
         if page.position == position:
             return
         position = page.position
-
-
-class _Page(msgspec.Struct):
-    items: list[Entry]
-    position: str
 
 
 def _send(upstream: Upstream, bodies: Sequence[bytes]) -> dict[str, Any]:

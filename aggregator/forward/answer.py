@@ -1,9 +1,11 @@
-"""An answer of the upstream as a value. Pure."""
+"""An answer of the upstream as a value, and lists that it gives in pages. Connects to nobody by itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
+
+PAGE_ROWS = 100  # the most that Polar gives at once, and this API like it
 
 
 class Answer(NamedTuple):
@@ -31,6 +33,17 @@ class Answer(NamedTuple):
         if isinstance(said, dict):
             said = said.get("detail") or said.get("error_description") or said.get("error") or said
         return said if isinstance(said, str) else json.dumps(said, default=str)[:2_000]
+
+
+def pages(get: Callable[..., Any], path: str, **params: Any) -> Iterator[dict[str, Any]]:
+    """Every item of a list, page by page. ``get`` takes a path and parameters and gives the JSON of the answer."""
+    page = 1
+    while True:
+        answer = get(path, **params, page=page, limit=PAGE_ROWS)
+        yield from answer["items"]
+        if page >= answer["pagination"]["max_page"]:
+            return
+        page += 1
 
 
 def is_passing(status: int) -> bool:

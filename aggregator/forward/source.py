@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
+from aggregator.forward.answer import pages
 from aggregator.forward.polar_event import Entry, Group
 from aggregator.place import Place, format_places, parse_places
 from meters.log import parse_position
@@ -45,7 +46,9 @@ class Selection(msgspec.Struct, frozen=True):
         return {name: value for name, value in named.items() if value is not None}
 
 
-class _Page(msgspec.Struct):
+class FeedPage(msgspec.Struct):
+    """A page of the feed as it is answered."""
+
     items: list[Entry]
     position: str
 
@@ -92,7 +95,7 @@ class Source:
         """The next entries. Raises Away."""
         asked = {"position": format_places(position), "limit": limit, **selection.params()}
         response = self._get("/v1/feed/", asked)
-        found = msgspec.json.decode(response.content, type=_Page)
+        found = msgspec.json.decode(response.content, type=FeedPage)
         reached = parse_places(found.position) or {}
         ends = parse_position(response.headers.get("as-of", "")) or {}
         is_last = all(reached.get(partition, (0, 0)) >= (end, 0) for partition, end in ends.items())
@@ -128,10 +131,4 @@ class Source:
 
     def meters(self) -> list[dict[str, Any]]:
         """The organization's meters. Raises Away."""
-        found: list[dict[str, Any]] = []
-        page, pages = 1, 1
-        while page <= pages:
-            answer = self._get("/v1/meters/", {"page": page, "limit": 100}).json()
-            found += answer["items"]
-            page, pages = page + 1, answer["pagination"]["max_page"]
-        return found
+        return list(pages(lambda path, **asked: self._get(path, asked).json(), "/v1/meters/"))

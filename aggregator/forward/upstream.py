@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from aggregator.forward.answer import Answer, is_passing
+from aggregator.forward.answer import Answer, is_passing, pages
 from aggregator.forward.pace import Circuit, jitter, retry_after_s
 from aggregator.forward.request_window import RequestWindow
 
@@ -20,7 +20,6 @@ BODY_BYTES_MAX = 10_485_760  # Polar's
 ANSWER_TIMEOUT_S = 60.0  # an upstream that is busy with a large batch may take most of a minute
 CONNECT_TIMEOUT_S = 10.0
 READ_ATTEMPTS_MAX = 10  # with growing pauses: several minutes of an upstream that is away
-PAGE_ROWS = 100  # the most that Polar gives at once
 
 
 class NoAnswer(Exception):
@@ -117,10 +116,4 @@ class Upstream:
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page. Raises Denied, NoAnswer."""
-        page = 1
-        while True:
-            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
-            yield from answer["items"]
-            if page >= answer["pagination"]["max_page"]:
-                return
-            page += 1
+        return pages(self.get, path, **params)

@@ -16,11 +16,11 @@ from aggregator.reconcile.evidence import Reading, read_line
 from aggregator.reconcile.lines import Integers, Lines, Words, place_of
 from aggregator.reconcile.matching import Rows
 from aggregator.reconcile.questions import StoreSide
+from aggregator.reconcile.stretches import PATIENCE_S
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record
 from meters.refusal import Refusal
 
 WAITING_MAX = 250_000  # lines of one question: 12 MB, and as much again for the answer
-PATIENCE_S = 30.0  # a broker that is busy or changes its leader answers sooner
 NOWHERE = -1
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
 from aggregator.reconcile.worth import Worth
 from meters.amount import EXACT, amount_text
@@ -45,19 +44,23 @@ class Outbox(NamedTuple):
 
 
 class Books(NamedTuple):
-    """What is compared. ``shown`` are a running server's balances by meter, None where none runs."""
+    """What is compared, of one moment.
+
+    ``stored`` is the store's copy of the decisions, by offset. ``shown`` are a running server's balances by meter, None
+    where none runs.
+    """
 
     decisions: Decisions
+    stored: Mapping[int, bytes]
     catalogue: Catalogue
     shown: Mapping[str, Sequence[Balance]] | None
     outbox: Outbox | None
 
 
-def check_ledger(books: Books, store: StoreSide, worth: Worth) -> Check:
+def check_ledger(books: Books, worth: Worth) -> Check:
     """Compare all of it."""
     check = Check(name="ledger", sides="balances and the credits, resets and usage they are made of")
-    stored = {row["log_offset"]: row["value"].encode() for row in store.ask("control").to_pylist()}
-    _decisions(check, books, stored, worth)
+    _decisions(check, books, worth)
     ledger = Ledger()
     for _, line in books.decisions:
         for change in _changes(line):
@@ -77,8 +80,9 @@ def _changes(line: bytes) -> Iterable[Change]:
     return (change for change in decoded if change is not None)
 
 
-def _decisions(check: Check, books: Books, stored: Mapping[int, bytes], worth: Worth) -> None:
+def _decisions(check: Check, books: Books, worth: Worth) -> None:
     """The store's copy, up to where it is."""
+    stored = books.stored
     ends = max(stored, default=-1) + 1
     log = {offset: line for offset, line in books.decisions if offset < ends}
     different = [offset for offset in sorted({*log, *stored}) if log.get(offset) != stored.get(offset)]

@@ -8,8 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 from html import escape
 
-from aggregator.reconcile.report import MEANING, Cause, Check, Difference, Done, Repair, Report
-from meters.amount import amount_text
+from aggregator.reconcile.report import MEANING, Cause, Check, Difference, Done, Repair, Report, signed
 
 TITLES = {
     "log": "Is everything that was taken counted?",
@@ -162,7 +161,7 @@ def _difference(found: Difference) -> str:
         listed = "".join(f"<li class=mono>{escape(event)}</li>" for event in found.events)
         more = f"<li>and {_count(found.count - len(found.events))} more</li>" if found.count > len(found.events) else ""
         events = f"<details><summary>events</summary><ul>{listed}{more}</ul></details>"
-    quantities = "<br>".join(f"{_signed(amount)} {escape(name)}" for name, amount in found.quantities.items())
+    quantities = "<br>".join(f"{signed(amount)} {escape(name)}" for name, amount in found.quantities.items())
     kind = " fine" if found.is_explained else ""
     return (
         f"<tr><td><span class='tag{kind}'>{escape(found.cause)}</span></td><td class=wide>{escape(found.where)}{window}"
@@ -233,11 +232,6 @@ def _range(report: Report) -> str:
 
 def _time(instant: datetime) -> str:
     return f"{instant:%Y-%m-%d %H:%M} UTC"
-
-
-def _signed(amount: Decimal) -> str:
-    text = amount_text(amount)
-    return text if text.startswith("-") else f"+{text}"
 
 
 def _count(count: int) -> str:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator.forward.upstream import PAGE_ROWS
+from aggregator.forward.answer import pages
 from aggregator.reconcile.upstream_scope import Reader
 
 GOOD_FOR = timedelta(hours=6)
@@ -51,13 +51,7 @@ class Remembering:
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
-        page = 1
-        while True:
-            answer = self.get(path, **params, page=page, limit=PAGE_ROWS)
-            yield from answer["items"]
-            if page >= answer["pagination"]["max_page"]:
-                return
-            page += 1
+        return pages(self.get, path, **params)
 
     def complete(self) -> None:
         """Forget everything: the next run asks anew."""

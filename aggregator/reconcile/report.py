@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from meters.amount import amount_text
+
 SHOWN_EVENTS_MAX = 20
 """Events that a difference names. Its count and its quantities speak of all of them."""
 
@@ -92,6 +94,11 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
         """Whether nothing is wrong with it."""
         return self.cause in EXPLAINED
 
+    @property
+    def moved(self) -> str:
+        """The quantities in one line, for a person."""
+        return ", ".join(f"{name} {signed(amount)}" for name, amount in self.quantities.items())
+
 
 class Bucket(msgspec.Struct, frozen=True):
     """One hour of one partition of the log: its lines by what became of them, and a checksum of each side."""
@@ -170,6 +177,12 @@ class Report(msgspec.Struct, kw_only=True):
     def cents(self) -> Decimal:
         """Money at stake, without signs, as far as prices are known."""
         return sum((abs(difference.cents) for difference in self.differences if difference.cents), Decimal(0))
+
+
+def signed(amount: Decimal) -> str:
+    """A quantity that was moved, with its sign."""
+    text = amount_text(amount)
+    return text if text.startswith("-") else f"+{text}"
 
 
 def report_json(report: Report) -> bytes:

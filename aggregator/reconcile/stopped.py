@@ -1,8 +1,6 @@
 """Running totals of a server that does not run: counted as its next start would, from the file as it lies there."""
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 
@@ -19,7 +17,6 @@ from aggregator.view import Total
 from meters.catalogue import Catalogue, MeterCreated, OrganizationCreated
 from meters.meter import Meter
 
-LOOK_S = 0.05  # how often a count under way is looked at
 HOUR = timedelta(hours=1)
 
 
@@ -39,9 +36,8 @@ class StoppedTotals:
 
     def total(self, meter: Meter, subjects: list[int]) -> Total | None:
         """The total that the next start would show; None when it cannot be counted."""
-        while (found := self._totals.total(meter.id, subjects)) is None and _is_counting():
-            time.sleep(LOOK_S)
-        return found if found is not None else self._totals.total(meter.id, subjects)
+        self._totals.wait()
+        return self._totals.total(meter.id, subjects)
 
     def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
         """What the next start would keep, and the raw events: counted for all meters in one pass."""
@@ -99,7 +95,3 @@ def _summable(catalogue: Catalogue) -> Catalogue:
     """The meters that are compared: those of distinct values would keep every value in memory, for nobody."""
     meters = [meter for meter in catalogue.meters.values() if meter.aggregation.func != "unique"]
     return Catalogue([*map(OrganizationCreated, catalogue.organizations.values()), *map(MeterCreated, meters)])
-
-
-def _is_counting() -> bool:
-    return any(thread.name == "history" and thread.is_alive() for thread in threading.enumerate())

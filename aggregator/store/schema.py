@@ -1,4 +1,4 @@
-"""The tables, and how an old file becomes a new one.
+"""The tables.
 
 Everything here is derived from the log and could be deleted. There is no PRIMARY KEY, no UNIQUE constraint and no
 index on purpose: identity is checked in memory before a row is written (``aggregator.seen``), and DuckDB's indexes
@@ -8,7 +8,7 @@ here: they are read from the metadata text when asked for, so a new meter counts
 The two long texts are packed with zstd: as small as what DuckDB would choose, at half the cost of a checkpoint, because
 nothing else is tried first.
 
-Migrations run alone, before any data moves, and each is followed by a checkpoint.
+A file of another layout is not changed: it is refused, and ``meterstream rebuild`` makes the store again from the log.
 """
 
 VERSION = 3

@@ -1,1 +1,4 @@
-"""Webhooks out: what is to be told (outbox), to whom (targets), and the telling (webhook_sender)."""
+"""Webhooks out: who moved in a round (causes), what is to be told (outbox), and where it may go (targets).
+
+The telling itself is ``aggregator.webhook_sender``.
+"""

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import FAILED, USAGE, GiveUp
-from deploy.output import note, show, show_one
+from deploy.output import note, progress_bar, show, show_one
 from deploy.session import EPILOG, Session, session
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None) -> None:
     """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken."""
-    from deploy.progress import progress_bar
     from deploy.sending import Line, Problem, deliver
 
     unreadable: list[Problem] = []

@@ -74,7 +74,7 @@ def preview(
 @app.command(epilog=EPILOG)
 def backfill(context: typer.Context, meter: Annotated[str, typer.Argument(help="A meter's id or name.")]) -> None:
     """Count a meter's whole history again and compare it with the running totals. Exit code 3 if one differs."""
-    from deploy.backfill import compare_totals
+    from deploy.totals_check import compare_totals
 
     here = session(context)
     note("A meter counts all history, from the first event on, so nothing has to be filled in. This counts it again.")

@@ -1,13 +1,14 @@
 """``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
+from deploy.giving_up import DONE, FAILED, MISMATCH, GiveUp
+from deploy.instant import parse_instant
 from deploy.output import Output, note, show, show_table
 from deploy.session import session
 
@@ -57,7 +58,9 @@ def reconcile(
     wanted = [one.value for one in check or [Which.all]]
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
     task = Task(
-        checks=checks, since=_instant(since, "--since"), until=_instant(until, "--until"),
+        checks=checks,
+        since=None if since is None else parse_instant(since, "--since"),
+        until=None if until is None else parse_instant(until, "--until"),
         repair=repair.value if repair else None, settle=timedelta(minutes=settle),
     )  # fmt: skip
     found = prove(here, task)
@@ -89,7 +92,7 @@ def _print(found: "Report", output: Output) -> None:
         many = f" ({one.count} events)" if one.count > 1 else ""
         print(f"\n{one.check}: {one.cause}: {_harmless(one.where)}{many}")
         print(f"    {_harmless(one.what)}")
-        print("    " + "; ".join(part for part in (_quantities(one), _money(one), one.repair) if part))
+        print("    " + "; ".join(part for part in (one.moved, _money(one), one.repair) if part))
     if found.differences:
         print()
     for check in found.checks:
@@ -111,7 +114,7 @@ def _print_csv(found: "Report") -> None:
     rows = [
         {
             "check": one.check, "cause": one.cause.value, "where": one.where, "what": one.what, "events": one.count,
-            "quantities": _quantities(one), "cents": one.cents, "repair": one.repair.value,
+            "quantities": one.moved, "cents": one.cents, "repair": one.repair.value,
         }
         for one in found.differences
     ]  # fmt: skip
@@ -119,28 +122,10 @@ def _print_csv(found: "Report") -> None:
     show(rows, columns, Output.csv)
 
 
-def _quantities(one: "Difference") -> str:
-    from meters.amount import amount_text
-
-    return ", ".join(
-        f"{name} {'' if amount < 0 else '+'}{amount_text(amount)}" for name, amount in one.quantities.items()
-    )
-
-
 def _money(one: "Difference") -> str:
     from aggregator.reconcile.page import money
 
     return money(one.cents) if one.cents else ""
-
-
-def _instant(text: str | None, option: str) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise GiveUp(f"{option} takes an ISO 8601 time, and not {text!r}", USAGE) from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,27 +5,19 @@ from typing import Annotated
 import typer
 
 from deploy.giving_up import FAILED, GiveUp
-from deploy.output import note, show, show_one
+from deploy.output import note, progress_bar, show, show_one
 from deploy.session import session
 
 
 def rebuild(context: typer.Context) -> None:
     """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
     from deploy.logs import configure_logs
-    from deploy.progress import progress_bar
     from deploy.rebuild import rebuild as run
 
     here = session(context)
     configure_logs("rebuild", "critical")  # what goes wrong is said once, by the command
     with progress_bar("records", None) as advance:
-        done = 0
-
-        def progress(records: int, total: int) -> None:
-            nonlocal done
-            advance(records - done)
-            done = records
-
-        tallies = run(here.data, progress)
+        tallies = run(here.data, advance)
     show_one(tallies, here.output)
     note(f"{here.data.store} is new, and has everything that the log has.")
 

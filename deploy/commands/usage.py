@@ -8,8 +8,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
+from deploy.instant import parse_instant
 from deploy.output import Output, as_json, show, show_table, text
 from deploy.session import session
+from meters.window import START_MIN
 
 # How far back each interval looks by default: a screenful, and within the API's limits.
 DEFAULT_RANGE = {
@@ -19,7 +21,6 @@ DEFAULT_RANGE = {
     "month": timedelta(days=365),
     "year": timedelta(days=5 * 365),
 }
-EARLIEST = datetime(2023, 1, 1, tzinfo=UTC)  # the API knows nothing before
 
 
 def usage(
@@ -39,8 +40,8 @@ def usage(
     here = session(context)
     if interval not in DEFAULT_RANGE:
         raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
-    until = _instant(end, "--end") if end else datetime.now(UTC)
-    since = _instant(start, "--start") if start else _beginning(until, interval, timezone)
+    until = parse_instant(end, "--end") if end else datetime.now(UTC)
+    since = parse_instant(start, "--start") if start else _beginning(until, interval, timezone)
     with here.api() as api:
         found = find_meter(api, meter)
         response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={
@@ -68,7 +69,7 @@ def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> No
 def _beginning(until: datetime, interval: str, timezone: str) -> datetime:
     """Where to begin when nobody says: the default range back, at the start of its hour, day, week, month or year."""
     try:
-        local = max(until - DEFAULT_RANGE[interval], EARLIEST).astimezone(ZoneInfo(timezone))
+        local = max(until - DEFAULT_RANGE[interval], START_MIN).astimezone(ZoneInfo(timezone))
     except (ZoneInfoNotFoundError, ValueError):
         raise GiveUp(f"--timezone takes a name such as Europe/Berlin, and not {timezone!r}", USAGE) from None
     local -= timedelta(days=local.weekday() if interval == "week" else 0)
@@ -76,12 +77,4 @@ def _beginning(until: datetime, interval: str, timezone: str) -> datetime:
     parts |= {} if interval == "hour" else {"hour": 0}
     parts |= {"day": 1} if interval in ("month", "year") else {}
     parts |= {"month": 1} if interval == "year" else {}
-    return max(local.replace(**parts), EARLIEST)  # type: ignore[arg-type]  # no zone is among the parts
-
-
-def _instant(text: str, option: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise GiveUp(f"{option} takes an ISO 8601 time, and not {text!r}", USAGE) from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+    return max(local.replace(**parts), START_MIN)  # type: ignore[arg-type]  # no zone is among the parts

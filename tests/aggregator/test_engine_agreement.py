@@ -26,7 +26,7 @@ from aggregator.store.queries import usage
 from aggregator.store.sql import Measured, condition, considered, measures, statement, value
 from aggregator.store.stage import Parameters, Stage
 from ingest.log import open_log
-from meters.aggregation import considers, evaluate
+from meters.aggregation import considers, evaluate, exact_sum
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
 from meters.filter import Clause, Filter, Operator, matches
@@ -143,7 +143,7 @@ def assert_agrees(engine: Engine, model: Model, metered: list[Meter]) -> None:
             numbers = engine.directory.find(ORGANIZATION, customer, None)
 
             assert expected == total_of(engine, made, customer)
-            assert expected == sum((recounted.get(number, Decimal(0)) for number in numbers), Decimal(0))
+            assert expected == exact_sum([recounted.get(number, Decimal(0)) for number in numbers])
 
 
 def assert_charts_agree(engine: Engine, model: Model, metered: list[Meter]) -> None:

@@ -3,7 +3,7 @@
 Every operation of the document is tried with the ids of somebody else; one that is new has to be given ids here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +22,11 @@ OPERATIONS = [
 ]
 MARK = "zebra"
 """Stands in every text of the owner's, so that a leak is seen."""
+NEEDED = {
+    "start_date": "2026-02-01", "end_date": "2026-03-01", "interval": "day", "since": "2026-02-01T00:00:00Z",
+    "before": "2026-03-02T00:00:00Z",
+}  # fmt: skip
+"""Parameters without which some lists answer nobody, beside a meter of one's own."""
 
 
 class Owned(NamedTuple):
@@ -40,10 +45,11 @@ class Owned(NamedTuple):
 
     def seen(self) -> list[Any]:
         """All that this tenant sees of itself, without what webhooks tell of being asked."""
-        return [self.tenant.ask("GET", path).json() for path in self.readable()]
+        needed = NEEDED | {"meter_id": self.ids["meters"]}
+        return [self.tenant.get(path, **needed) for path in self.readable()]
 
     def readable(self) -> Iterator[str]:
-        """Paths that may be asked for without parameters."""
+        """Paths that a token may ask for with the same parameters."""
         for method, path in OPERATIONS:
             if method == "GET" and "customer-portal" not in path and not path.endswith(("quantities", "usage")):
                 yield self.path(path)
@@ -99,16 +105,28 @@ def test_ids_of_another_tenant_are_no_ids(owner: Owned, stranger: Tenant, method
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET" and "{" not in path])
 def test_lists_show_nothing_of_another_tenant(owner: Owned, stranger: Tenant, path: str) -> None:
-    """Not even to who asks for it by name."""
-    asked = {
+    """Not even to who asks for it by name. What a list needs is given, for one that refuses everybody shows nothing."""
+    secret = stranger.secret
+    if "customer-portal" in path:
+        secret = stranger.post("/v1/customer-sessions/", {"customer_id": stranger.customer()})["token"]
+    own = NEEDED | {"meter_id": stranger.meter()}
+    asked = own | {
         "customer_id": owner.ids["customers"], "external_customer_id": MARK, "query": MARK,
-        "organization_id": owner.tenant.id, "start_date": "2026-02-01", "end_date": "2026-03-01", "interval": "day",
+        "organization_id": owner.tenant.id,
     }  # fmt: skip
-    for params in ({}, asked):
-        answer = stranger.ask("GET", path, params=params)
-        shown = answer.text.replace(str(asked["query"]), "", 0 if answer.is_success else -1)  # an error repeats it
+    assert stranger.ask("GET", path, secret=secret, params=own).is_success
+    for params in ({}, own, asked, own | {"meter_id": owner.ids["meters"], "rollup_meter_id": owner.ids["meters"]}):
+        answer = stranger.ask("GET", path, secret=secret, params=params)
+        shown = answer.text if answer.is_success else _without(answer.text, params.values())
         assert MARK not in shown
         assert not [id for id in owner.ids.values() if id in shown]
+
+
+def _without(text: str, asked: Iterable[str]) -> str:
+    """A refusal without what was asked, which it repeats."""
+    for value in asked:
+        text = text.replace(value, "")
+    return text
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_what_is_lost_is_skipped_when_a_person_is_sure(tmp_path: Path) -> None:
     with contextlib.closing(data.open_log()) as log:
         asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
         written(log, "a", "b")
-    assert rebuild(data, lambda _done, _total: None)["stored"] == 2
+    assert rebuild(data)["stored"] == 2
     with contextlib.closing(data.open_log()) as log:
         written(log, "c", "d", "e")
         assert log.trim(USAGE_EVENTS, FAR) == 4

@@ -203,8 +203,7 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
     with watch(strike) as points:
         aggregator = Aggregator(world.log, path, SMALL)
         aggregator.start()
-        for thread in aggregator._now.totals._threads:
-            thread.join()
+        aggregator._now.totals.wait()
         unknown = [aggregator.total(made.id, aggregator.numbers(ORGANIZATION, "ann", None)) for made in metered()]
         points.silent = True
         aggregator.stop()

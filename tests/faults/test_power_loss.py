@@ -111,7 +111,7 @@ def look(recorded: Recorded, crash: Crash, choose: random.Random) -> str:
         outcome = store_outcome(recorded, log, data)
         if outcome.startswith("refused"):
             log.close()
-            rebuild(DataDirectory(data), lambda done, total: None)
+            rebuild(DataDirectory(data))
             log = open_log(str(data))
         elif choose.random() < CONTINUED_SHARE:
             go_on(log, data)

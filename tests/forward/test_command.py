@@ -14,7 +14,7 @@ from aggregator.forward.polar_event import item_of
 from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
-from deploy.forward import open_source
+from deploy.forward import open_source, selection_of
 from deploy.forward_desk import ask_replay, status
 from deploy.giving_up import GiveUp
 from deploy.settings import Secret, Settings
@@ -121,6 +121,16 @@ def test_sums_are_not_replayed(tmp_path: Path) -> None:
         with pytest.raises(GiveUp, match="only sums are forwarded"):
             ask_replay(data, "2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z")
         assert state.replays() == []
+
+
+def test_a_meter_that_is_forwarded_is_one_meter() -> None:
+    """By its id or its name; who forwards and who compares give up alike where that is none, or more than one."""
+    meters = [{"id": "1", "name": "calls"}, {"id": "2", "name": "tokens"}, {"id": "3", "name": "tokens"}]
+    for wanted in ("1", "calls"):
+        assert selection_of(Settings(polar_meter=wanted, polar_events="a, b"), meters) == Selection(("a", "b"), "1")
+    for wanted, words in (("token", "there is no meter"), ("tokens", "more than one meter")):
+        with pytest.raises(GiveUp, match=words):
+            selection_of(Settings(polar_meter=wanted), meters)
 
 
 def test_a_plan_weighs_raw_events_against_rollups(site: Site, name: str) -> None:

@@ -59,7 +59,7 @@ class Left:
 
     def rebuild(self) -> None:
         """The store again, from the log."""
-        rebuild(self.data, lambda _done, _all: None)
+        rebuild(self.data)
 
     def report(self, *checks: str) -> Report:
         """Reconcile; the log and the store by default."""

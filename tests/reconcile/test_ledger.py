@@ -1,20 +1,30 @@
 """Balances against credits, resets and usage; the forwarder's books."""
 
 import asyncio
+import contextlib
 from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+import deploy.reconcile
 from aggregator.forward.state import State
+from aggregator.reconcile.ledger_check import Balance, check_ledger
+from aggregator.reconcile.questions import StoppedStore
 from aggregator.reconcile.report import Cause, Report
+from aggregator.reconcile.worth import Worth
+from deploy.control import Control
+from deploy.giving_up import GiveUp
 from deploy.output import Output
-from deploy.reconcile import Task, reconcile
+from deploy.reconcile import Task, _books, reconcile
+from deploy.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Settings
 from meters.catalogue import Customer, CustomerCreated
 from meters.credit import CreditGranted
 from meters.log import USAGE_CONTROL
+from meters.meter import Meter
 from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, meter, organization
 from tests.deploy.installation import Installation
 from tests.reconcile.planting import Left
@@ -85,6 +95,38 @@ def test_balances_of_a_running_server_follow_from_their_entries(
     assert report.differences == []
     compared = {counted.what: counted.compared for counted in report.checks[0].counted}
     assert compared["balances of tokens as shown"] >= 1
+
+
+class Follower(RunningStore):
+    """A running server's store that has some of the decisions, and more of them with each look if it is moving."""
+
+    def __init__(self, path: Path, *, is_moving: bool) -> None:
+        self._path, self._is_moving, self._looks = path, is_moving, 0
+
+    def ask(self, question: str, asked: pa.Table | None = None, **parameters: int) -> pa.Table:
+        """What the file has, but for the newest decisions."""
+        with contextlib.closing(StoppedStore(self._path)) as stopped:
+            found = stopped.ask(question, asked, **parameters)
+        self._looks += self._is_moving
+        return found.slice(0, 3 + self._looks % 2) if question == "control" else found
+
+    def balances(self, meter: Meter) -> list[Balance]:
+        """One credit of ann's."""
+        return [Balance(ANN, Decimal(100))]
+
+
+def test_balances_of_another_moment_than_the_decisions_are_no_differences(
+    left: Left, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While decisions come in it is given up; a store that lacks one for good is what is looked for."""
+    monkeypatch.setattr(deploy.reconcile, "AGAIN_S", 0)
+    with left.log() as log:
+        with pytest.raises(GiveUp, match="decisions are taken too fast"):
+            _books(log, Follower(left.data.store, is_moving=True), None)
+        behind = Follower(left.data.store, is_moving=False)
+        check = check_ledger(_books(log, behind, None), Worth(Control(log).catalogue))
+
+    assert [difference.quantities for difference in check.differences] == [{"meter m": Decimal(-50)}]
 
 
 def test_the_forwarder_s_books_add_up_or_are_named(left: Left) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from deploy.demo import conclude
+from deploy.demo_recount import Figures, compare, recount
+from deploy.demo_trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
 from deploy.giving_up import MISMATCH, GiveUp
-from deploy.recount import Figures, compare, recount
-from deploy.trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
