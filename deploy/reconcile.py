@@ -124,12 +124,13 @@ def _compare(
 def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
     """Decisions and, of a running server, its balances: read while nobody decides, or as nearly so as can be."""
     for _ in range(ATTEMPTS_MAX):
+        ends = log.ends(USAGE_CONTROL)
         decisions, catalogue = _decisions(log), Control(log).catalogue
         shown = None
         if isinstance(store, RunningStore):
             shown = {meter.id: store.balances(meter) for meter in catalogue.meters.values()}
         applied = store.ask("control").num_rows
-        if shown is None or len(decisions) == applied == log.ends(USAGE_CONTROL).get(0, 0):
+        if shown is None or (len(decisions) == applied and ends == log.ends(USAGE_CONTROL)):
             break
         time.sleep(AGAIN_S)
     return Books(decisions, catalogue, shown, outbox)
@@ -141,7 +142,8 @@ def _decisions(log: Log) -> list[tuple[int, bytes]]:
     while any(positions[partition] < end for partition, end in ends.items()):
         for record in log.read(USAGE_CONTROL, positions, bytes_max=READ_BYTES, wait_s=PATIENCE_S):
             positions[record.partition] = record.offset + 1
-            found.append((record.offset, record.value))
+            if record.value:  # what is empty is the marker of a transaction
+                found.append((record.offset, record.value))
     return found
 
 

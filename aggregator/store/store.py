@@ -229,8 +229,10 @@ class Store:
         connection = self._connection
         self._move(round_)
         if round_.control:
-            self._insert_control(_control_table(round_.control))
-            self._mark_replayed([value for _, value in round_.control])
+            decisions = [(offset, value) for offset, value in round_.control if value]  # a marker decides nothing
+            if decisions:
+                self._insert_control(_control_table(decisions))
+            self._mark_replayed([value for _, value in decisions])
         if round_.batch.organizations:
             connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
         if round_.batch.subjects:

@@ -5,17 +5,22 @@ import contextlib
 import gc
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from unittest.mock import patch
 
 import duckdb
+import msgspec
 
 from aggregator.consumer import Aggregator
 from aggregator.store.store import Store
 from aggregator.view import Unavailable
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from tests.aggregator.records import SMALL, entry, line
+from ingest.log.limits import Limits
+from ingest.log.memory import Disk, MemoryLog
+from meters.catalogue import Change
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record
+from tests.aggregator.records import SMALL, Running, created, decisions, entry, line, meter, organization, rows
 from tests.faults.evidence import eventually
 
 
@@ -42,6 +47,47 @@ def test_two_clocks_make_no_other_log(tmp_path: Path) -> None:
         aggregator.stop()
         with duckdb.connect(str(path)) as store:  # as if the first one came from a gateway ahead of the other
             store.execute("UPDATE events SET ingested_at = ingested_at + INTERVAL 5 MILLISECONDS WHERE log_offset = 0")
+    log.close()
+
+
+class Holed(MemoryLog):
+    """A log whose control stream has the marker of a transaction behind each decision, as Kafka's may.
+
+    Markers are passed over, and only the one at the end is an empty record.
+    """
+
+    def read(
+        self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
+    ) -> list[Record]:
+        """See the port."""
+        if stream != USAGE_CONTROL:
+            return super().read(stream, positions, bytes_max=bytes_max, wait_s=wait_s)
+        found = super().read(stream, {0: (positions[0] + 1) // 2}, bytes_max=1)
+        if not found and positions[0] % 2:
+            return [Record(0, positions[0], 0, b"")]
+        return [msgspec.structs.replace(record, offset=2 * record.offset) for record in found]
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """See the port."""
+        return {partition: end * (1 + (stream == USAGE_CONTROL)) for partition, end in super().ends(stream).items()}
+
+
+def test_decisions_with_holes_between_them_are_followed(tmp_path: Path) -> None:
+    """Memory and store go on behind the last one, in this life and the next, and markers decide nothing."""
+    log = Holed(Disk(), lambda: 0, Limits())
+
+    def decide(*changes: Change) -> None:
+        asyncio.run(log.append(USAGE_CONTROL, decisions(changes)))
+
+    decide(organization(), *created(meter("m1")))
+    for life in range(2):
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+            decide(*created(meter(f"a{life}"), meter(f"b{life}")))
+            store = running.catch_up().store
+            assert set(running.engine.catalogue.meters) == {"m1", "a0", "b0", *(["a1", "b1"] * life)}
+            offsets = [offset for (offset,) in rows(store, "SELECT log_offset FROM control ORDER BY ALL")]
+            assert offsets == [0, 2, 4, 6, 8, 10][: 4 + 2 * life]
     log.close()
 
 
