@@ -126,7 +126,7 @@ class Engine:
                 continue
             reading = Reading(decode(records, self.directory), decisions, dict(events), control)
             events.update(reading.batch.positions)
-            control += len(decisions)
+            control = _after(decisions, control)
             self._hand_over(reading)
             if reading.batch.lines < SMALL_ROUND_LINES and not decisions:
                 self.ended.wait(max(0.0, began_s + ROUND_PERIOD_S - time.monotonic()))
@@ -172,7 +172,7 @@ class Engine:
         self._boundaries.number(batch.subjects)
         self.totals.add(rows)
         self._boundaries.cut(self.totals)
-        self.control_position += len(reading.control)
+        self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
         self._checkpointer.wrote(rows.num_rows)
@@ -195,3 +195,8 @@ class Engine:
         found, content = self._seen.find(keys.hi, keys.lo)
         needs = judge(table, keys, found, content)
         return step(batch, needs, self.store.stored(needs.stored_elsewhere))
+
+
+def _after(decisions: list[Record], position: int) -> int:
+    """The position behind the decisions; a log that may have holes has fewer of them than offsets."""
+    return decisions[-1].offset + 1 if decisions else position

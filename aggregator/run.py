@@ -5,6 +5,9 @@ which for a new event is never and for a repetition once. So of a long run those
 file, beside the store and without a name, and 8 bytes stay in memory. The file is a view like the run itself, and ends
 with the process; where the disk takes no file, the run stays in memory as a whole.
 
+By chance no two identities share a high half, but the hash has no key: whoever wants to can make any number of
+external ids that do. They stand in the order of their low halves and are searched like the high ones.
+
 It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
 """
 
@@ -23,7 +26,6 @@ Rows = npt.NDArray[np.intp]
 FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
 PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
 PAIR_BYTES = 16
-ALIKE_MAX = 64  # equal high halves in one run; more than this many means broken input, not chance
 
 
 class Confirming(Protocol):
@@ -85,7 +87,7 @@ def _pairs(read: bytes, count: int) -> Words:
 
 
 class Run(NamedTuple):
-    """Identities in the order of their high halves."""
+    """Identities in order: by their high halves, and where these are equal by their low halves."""
 
     hi: Words
     confirming: Confirming
@@ -94,36 +96,56 @@ class Run(NamedTuple):
     def of(cls, hi: Words, lo: Words, content: Words, directory: Path | None) -> "Run":
         """A run of identities in any order. ``directory`` is where a file may lie, None for memory alone."""
         order = np.argsort(hi, kind="stable")
+        in_order = hi[order]
+        if (in_order[1:] == in_order[:-1]).any():
+            order = np.lexsort((lo, hi))
         pairs = np.stack((lo[order], content[order]), axis=1)
-        return cls(hi[order], _kept(lambda: [pairs], len(hi), directory))
+        return cls(in_order, _kept(lambda: [pairs], len(hi), directory))
 
     def merged(self, newer: "Run", directory: Path | None) -> "Run":
         """This run and a newer, smaller one as one. It copies; sorting anew would cost six times that."""
-        place = np.searchsorted(self.hi, newer.hi, side="right") + np.arange(len(newer.hi))
+        before = np.searchsorted(self.hi, newer.hi, side="right")
+        alike = np.flatnonzero(self.hi[np.maximum(before - 1, 0)] == newer.hi)
+        if len(alike):
+            begins = np.searchsorted(self.hi, newer.hi[alike])
+            before[alike] = self._place(newer.confirming.take(alike)[:, 0], begins, before[alike])
+        place = before + np.arange(len(newer.hi))
         older = np.ones(len(self.hi) + len(newer.hi), np.bool_)
         older[place] = False
         hi = np.empty(len(older), np.uint64)
         hi[place], hi[older] = newer.hi, self.hi
         return Run(hi, _kept(lambda: _interleaved(self.confirming, newer.confirming, older), len(hi), directory))
 
-    def find(self, hi: Words, lo: Words) -> Iterator[tuple[Rows, Words]]:
+    def find(self, hi: Words, lo: Words) -> tuple[Rows, Words]:
         """Which of the identities asked for are here: their rows, and the content hashes they were kept with.
 
-        In parts, nearly always one: several identities may have one high half, and stand next to each other. Faster
-        for identities in order. Raises OSError when the file cannot be read.
+        Faster for identities in order. Raises OSError when the file cannot be read.
         """
-        rows, here = np.arange(len(hi)), np.searchsorted(self.hi, hi)
-        for _ in range(ALIKE_MAX):
-            inside = np.minimum(here, len(self.hi) - 1)
-            alike = np.flatnonzero((self.hi[inside] == hi[rows]) & (here < len(self.hi)))
-            if not len(alike):
-                return
-            pairs = self.confirming.take(here[alike])
-            same = pairs[:, 0] == lo[rows[alike]]
-            yield rows[alike[same]], pairs[same, 1]
-            rows, here = rows[alike[~same]], here[alike[~same]] + 1
-        if len(rows):
-            raise AssertionError("too many identities share a high half")
+        here, last = np.searchsorted(self.hi, hi), len(self.hi) - 1
+        rows = np.flatnonzero(self.hi[np.minimum(here, last)] == hi)
+        if not len(rows):
+            return rows, hi[:0]
+        here = here[rows]
+        crowded = np.flatnonzero((self.hi[np.minimum(here + 1, last)] == hi[rows]) & (here < last))
+        if len(crowded):
+            among = rows[crowded]
+            ends = np.searchsorted(self.hi, hi[among], side="right")
+            here[crowded] = self._place(lo[among], here[crowded], ends - 1)
+        pairs = self.confirming.take(here)
+        same = pairs[:, 0] == lo[rows]
+        return rows[same], pairs[same, 1]
+
+    def _place(self, lo: Words, begins: Rows, ends: Rows) -> Rows:
+        """For each low half the first place from ``begins`` on whose low half is not less, or else ``ends``.
+
+        From one to the other all high halves are equal, so that the low ones are in order.
+        """
+        low, high = begins.copy(), ends.copy()
+        while len(apart := np.flatnonzero(low < high)):
+            middle = (low[apart] + high[apart]) // 2
+            less = self.confirming.take(middle)[:, 0] < lo[apart]
+            low[apart[less]], high[apart[~less]] = middle[less] + 1, middle[~less]
+        return low
 
 
 def _interleaved(old: Confirming, new: Confirming, older: npt.NDArray[np.bool_]) -> Iterator[Words]:

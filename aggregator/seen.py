@@ -1,7 +1,7 @@
 """Every identity ever stored, so that "is this event new?" costs no query.
 
 An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
-the event's bytes in sorted runs (``run``), ordered by the high half. A lookup searches each run for the high half and
+the event's bytes in sorted runs (``run``). A lookup searches each run for the high half and
 confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
 small run; runs of similar size are merged in the background, so there are few of them (their number grows with the
 logarithm of what is stored) and nobody waits for a merge.
@@ -66,8 +66,8 @@ class Seen:
         order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
         hi_sorted, lo_sorted = hi[order], lo[order]
         for run in self._runs:
-            for rows, hashes in run.find(hi_sorted, lo_sorted):
-                found[order[rows]], content[order[rows]] = True, hashes
+            rows, hashes = run.find(hi_sorted, lo_sorted)
+            found[order[rows]], content[order[rows]] = True, hashes
         return found, content
 
     def _merge_in_background(self) -> None:

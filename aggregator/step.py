@@ -3,7 +3,7 @@
 First write wins, for ever. A row whose identity is new is stored. A row whose identity is known and whose bytes are
 the same is a duplicate: counted, nothing else. Other bytes may still say the same (keys in another order, another
 spelling of a time); only when the meaning differs is it a conflict: kept as a dead letter with its bytes, counted,
-never billed.
+never billed. So is another external id that meets a stored one in all 128 bits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from aggregator.seen import Keys, repeats
 from meters.exact_json import decode_tokens
 
 CONFLICT = "conflict"
-_COMPARED = ("name", "subject", "timestamp", "parent", "member_id", "external_member_id")
+_COMPARED = ("external_id", "name", "subject", "timestamp", "parent", "member_id", "external_member_id")
 Identity = tuple[int, int]
 
 

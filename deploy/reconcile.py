@@ -125,16 +125,17 @@ def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
     """Decisions and, of a running server, its balances, read while nobody decides. Raises GiveUp."""
     looks = set()
     for _ in range(ATTEMPTS_MAX):
+        ends = log.ends(USAGE_CONTROL)
         decisions, catalogue = _decisions(log), Control(log).catalogue
         stored = {row["log_offset"]: row["value"].encode() for row in store.ask("control").to_pylist()}
         if not isinstance(store, RunningStore):
             return Books(decisions, stored, catalogue, None, outbox)
         shown = {meter.id: store.balances(meter) for meter in catalogue.meters.values()}
         books = Books(decisions, stored, catalogue, shown, outbox)
-        look = len(stored), log.ends(USAGE_CONTROL).get(0, 0)
-        if look == (len(decisions), len(decisions)):
+        after = log.ends(USAGE_CONTROL)
+        if len(stored) == len(decisions) and ends == after:
             return books
-        looks.add(look)
+        looks.add((len(stored), *after.values()))
         time.sleep(AGAIN_S)
     if len(looks) > 1:
         raise GiveUp("decisions are taken too fast to read balances between two of them; try again when it is quieter")
@@ -147,7 +148,8 @@ def _decisions(log: Log) -> list[tuple[int, bytes]]:
     while any(positions[partition] < end for partition, end in ends.items()):
         for record in log.read(USAGE_CONTROL, positions, bytes_max=READ_BYTES, wait_s=PATIENCE_S):
             positions[record.partition] = record.offset + 1
-            found.append((record.offset, record.value))
+            if record.value:  # what is empty is the marker of a transaction
+                found.append((record.offset, record.value))
     return found
 
 

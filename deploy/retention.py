@@ -23,9 +23,10 @@ def trimming(log: Log, days: int, clock_us: Callable[[], int]) -> Callable[[Mapp
     def trim(as_of: Mapping[int, int]) -> None:
         oldest_kept_us = clock_us() - days * DAY_US
         try:
-            unread = log.read(USAGE_EVENTS, as_of, bytes_max=1)
-            if any(record.timestamp_us < oldest_kept_us for record in unread):
-                return  # the store is that far behind: it reads first
+            for place in as_of.items():  # one by one: a read of all ends at the first record, whosever it is
+                unread = log.read(USAGE_EVENTS, dict([place]), bytes_max=1)
+                if any(record.timestamp_us < oldest_kept_us for record in unread):
+                    return  # the store is that far behind: it reads first
             removed = log.trim(USAGE_EVENTS, oldest_kept_us)
         except TryAgain as error:
             logger.warning("log_not_trimmed", reason=str(error))

@@ -158,10 +158,13 @@ def encode_change(change: Change) -> bytes:
 
 
 def decode_change(line: bytes) -> Change | None:
-    """The change that a line states; None for a type that this version does not know.
+    """The change that a line states; None for a type that this version does not know, and for an empty line.
 
-    Raises ValueError for what is no change at all: the control stream is written by one process, so that is damage.
+    A log that may have holes gives an empty record where nothing but the marker of a transaction is. Raises ValueError
+    for what is no change at all: the control stream is written by one process, so that is damage.
     """
+    if not line:
+        return None
     type_ = _TYPE.decode(line).type
     if type_ in _METER_CHANGES:
         return _METER_CHANGES[type_](meter_from_json(exact_json.decode(line).get("meter")))

@@ -16,6 +16,7 @@ import duckdb
 from aggregator.store import schema
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
+_READABLE_FROM = "v1.5.0"  # the oldest DuckDB that is allowed here has to open what the newest one wrote
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -70,6 +71,7 @@ def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
             "threads": settings.threads,
             "temp_directory": f"{path}.tmp",
             "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
+            "storage_compatibility_version": _READABLE_FROM,  # of a new file; one that is there keeps its own
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         },

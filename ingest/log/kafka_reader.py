@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -35,6 +36,11 @@ FETCH_S_MAX = 5.0
 
 LAGGARD_ROUNDS = 4
 """Reads' worth of bytes held for a partition that does not answer, before the others are read without it."""
+
+LATEST_MS = int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1
+"""A record's time is its producer's word. One that sends microseconds as milliseconds names the year 55839, which no
+calendar has; it is read as the last moment that ranges of quantities reach, and always as the same one, because a
+record is known again by its time."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -178,7 +184,7 @@ class Reader:
             self._buffers[partition].append(Record(partition, offset - 1, time.time_ns() // 1000, b""))
 
     def _record(self, message: Message, partition: int, offset: int) -> Record:
-        _, timestamp_ms = message.timestamp()
+        timestamp_us = min(max(message.timestamp()[1], 0), LATEST_MS) * 1000
         organization, admitted, distinct_keys = self._organization, False, False
         headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
         for name, value in headers:
@@ -189,7 +195,7 @@ class Reader:
                 admitted, distinct_keys = content in (b"1", b"2"), content == b"2"
         value = message.value() or b""
         assert isinstance(value, bytes)
-        return Record(partition, offset, max(timestamp_ms, 0) * 1000, value, organization, admitted, distinct_keys)
+        return Record(partition, offset, timestamp_us, value, organization, admitted, distinct_keys)
 
     def _take(self, bytes_max: int) -> list[Record]:
         found = take_in_order(self._buffers, self._has_more, bytes_max)

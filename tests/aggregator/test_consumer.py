@@ -4,20 +4,41 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from unittest.mock import patch
 
 import duckdb
+import msgspec
 import pytest
 
 from aggregator.consumer import Aggregator
-from aggregator.store.store import Store
+from aggregator.process import START_AGAIN
+from aggregator.store import store as store_module
+from aggregator.store.store import Doubt, StillRead, Store
 from aggregator.view import Unavailable
+from deploy.giving_up import FAILED, USAGE
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
-from tests.aggregator.records import ORGANIZATION, SMALL, entry, line
+from ingest.log.limits import Limits
+from ingest.log.memory import Disk, MemoryLog
+from meters.catalogue import Change
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
+from tests.aggregator.records import (
+    ORGANIZATION,
+    SMALL,
+    Running,
+    created,
+    decisions,
+    entry,
+    line,
+    meter,
+    organization,
+    rows,
+)
 from tests.waiting import eventually
 
 
@@ -69,6 +90,47 @@ def test_a_store_made_again_counts_the_same_of_two_that_contradict(tmp_path: Pat
     log.close()
 
 
+class Holed(MemoryLog):
+    """A log whose control stream has the marker of a transaction behind each decision, as Kafka's may.
+
+    Markers are passed over, and only the one at the end is an empty record.
+    """
+
+    def read(
+        self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
+    ) -> list[Record]:
+        """See the port."""
+        if stream != USAGE_CONTROL:
+            return super().read(stream, positions, bytes_max=bytes_max, wait_s=wait_s)
+        found = super().read(stream, {0: (positions[0] + 1) // 2}, bytes_max=1)
+        if not found and positions[0] % 2:
+            return [Record(0, positions[0], 0, b"")]
+        return [msgspec.structs.replace(record, offset=2 * record.offset) for record in found]
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """See the port."""
+        return {partition: end * (1 + (stream == USAGE_CONTROL)) for partition, end in super().ends(stream).items()}
+
+
+def test_decisions_with_holes_between_them_are_followed(tmp_path: Path) -> None:
+    """Memory and store go on behind the last one, in this life and the next, and markers decide nothing."""
+    log = Holed(Disk(), lambda: 0, Limits())
+
+    def decide(*changes: Change) -> None:
+        asyncio.run(log.append(USAGE_CONTROL, decisions(changes)))
+
+    decide(organization(), *created(meter("m1")))
+    for life in range(2):
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+            decide(*created(meter(f"a{life}"), meter(f"b{life}")))
+            store = running.catch_up().store
+            assert set(running.engine.catalogue.meters) == {"m1", "a0", "b0", *(["a1", "b1"] * life)}
+            offsets = [offset for (offset,) in rows(store, "SELECT log_offset FROM control ORDER BY ALL")]
+            assert offsets == [0, 2, 4, 6, 8, 10][: 4 + 2 * life]
+    log.close()
+
+
 def test_an_engine_that_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its index of identities may be gigabytes, and the collector looks at old things once in a blue moon."""
     log = open_log("memory:")
@@ -90,6 +152,68 @@ def test_an_engine_that_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     aggregator.stop()
     log.close()
     assert Store.commit is commit
+
+
+def test_a_reader_that_does_not_let_go_ends_the_process_for_another_one(tmp_path: Path) -> None:
+    """DuckDB would give the next engine the instance of the last one, so none follows in here, and no final error."""
+    log = open_log("memory:")
+    append(log, "a")
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    eventually(lambda: is_present(aggregator, log))
+    with patch.object(store_module, "_READERS_PATIENCE_S", 0.1), contextlib.suppress(Unavailable), aggregator.read():
+        with patch.object(Store, "commit", side_effect=Doubt("no")):
+            append(log, "b")
+            eventually(aggregator.ended.is_set)
+        assert isinstance(aggregator.failure, StillRead)
+    aggregator.stop()
+    again = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    again.start()
+    eventually(lambda: is_present(again, log))
+    again.stop()
+    log.close()
+
+
+def test_such_a_process_leaves_with_a_code_that_starts_it_again(tmp_path: Path) -> None:
+    """Though the reader still runs, and a request with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HELD, str(tmp_path)], timeout=60, check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == START_AGAIN, done.stderr
+    assert START_AGAIN not in (FAILED, USAGE)  # by which a supervisor knows that a restart is no use
+
+
+_HELD = """
+import sys, threading, time
+from pathlib import Path
+from aggregator import process
+from aggregator.consumer import Aggregator
+from aggregator.store import store
+from ingest.log import open_log
+from tests.aggregator.test_consumer import append
+
+store._READERS_PATIENCE_S = 0.1
+place, start, log = Path(sys.argv[1]), Aggregator.start, open_log("memory:")
+
+def doubt(*_):
+    raise store.Doubt("no")
+
+def hold(aggregator):
+    with aggregator.read():
+        store.Store.commit = doubt
+        append(log, "b")
+        time.sleep(600)
+
+def start_and_hold(aggregator):
+    start(aggregator)
+    while not aggregator._engine.informed:
+        time.sleep(0.01)
+    threading.Thread(target=hold, args=(aggregator,)).start()
+
+Aggregator.start = start_and_hold
+process.run(log, process.Process(place / "store.duckdb", socket=place / "socket"))
+"""
 
 
 def test_a_store_closes_while_readers_come_and_go(tmp_path: Path) -> None:

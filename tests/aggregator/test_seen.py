@@ -65,6 +65,28 @@ def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]
     assert len(model) == len(seen)
 
 
+CROWD = 200  # external ids whose identities share a high half; a sender can make any number of them
+
+
+@pytest.mark.parametrize("rows", [1, run.FILE_ROWS_MIN])
+def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: int) -> None:
+    """Added at once or one by one, in runs that merge: each is found with its content, and no other one."""
+    crowd = [(7, (number * 37) % CROWD * 2) for number in range(CROWD)]
+    everything = [*((7, low) for low in range(2 * CROWD)), (6, 0), (6, 2), (8, 0), (8, 1)]
+    asked = keys(everything)
+    for size in (1, 9, CROWD):
+        batches = [[*crowd[first : first + size], (6, first), (8, first)] for first in range(0, CROWD, size)]
+        with files_from(rows):
+            seen = Seen(tmp_path)
+            for batch in batches:
+                seen.add(keys(batch))
+            seen.settle()
+            found, content = seen.find(asked.hi, asked.lo)
+
+        assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
+        assert asked.content[found].tolist() == content[found].tolist()
+
+
 def test_without_room_for_a_file_the_index_is_in_memory(tmp_path: Path) -> None:
     """A directory that takes no file costs memory and changes no answer."""
     with files_from(1):

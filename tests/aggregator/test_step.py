@@ -1,9 +1,11 @@
 """Reading records and judging rows: what is new, what repeats, what contradicts, what cannot be counted."""
 
+from unittest.mock import patch
 from uuid import uuid4
 
 import msgspec
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +111,15 @@ def test_other_content_under_the_same_id_is_a_conflict(again: dict[str, object],
 
     assert {0: Tally(1, int(not is_conflict), int(is_conflict), 0)} == changes.tallies
     assert [CONFLICT] * is_conflict == [letter.reason for letter in changes.dead]
+
+
+def test_another_id_that_meets_a_stored_one_is_a_conflict() -> None:
+    """In all 128 bits, and with the same content: it is kept and told, not taken for a repetition."""
+    with patch.object(xxhash, "xxh3_128_digest", return_value=bytes(16)):
+        changes = decided(record(line("a"), line("b"), line("a")))
+
+    assert {0: Tally(stored=1, duplicates=1, conflicts=1)} == changes.tallies
+    assert [(letter.line, letter.reason) for letter in changes.dead] == [(1, CONFLICT)]
 
 
 @pytest.mark.parametrize(("one", "other"), [("0.1", '"0.1"'), ("1", "true"), ("0", "false"), ("1", '"1"')])

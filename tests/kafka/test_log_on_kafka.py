@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    ResourceType,
+)
 
 from ingest.log import open_log
 from ingest.log.kafka_address import Address, parse_address
@@ -19,7 +25,7 @@ from ingest.log.kafka_reader import OpenAgain
 from ingest.log.kafka_topics import Topics
 from ingest.log.limits import Limits
 from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
-from tests.aggregator.records import ORGANIZATION
+from tests.aggregator.records import ORGANIZATION, Running, line, rows
 from tests.kafka.cluster import Cluster, free_port
 
 PLENTY = 1 << 30
@@ -122,6 +128,34 @@ def test_records_of_nobody_belong_to_whom_the_url_names(address: Address) -> Non
 
         found = log.read(USAGE_EVENTS, {0: 0}, bytes_max=PLENTY)
         assert [record.organization_id for record in found] == [ORGANIZATION, "another"]
+
+
+def believe_any_clock(kafka: Cluster, topic: str) -> None:
+    """As topics do that were not made by ``meterstream kafka init``."""
+    entry = ConfigEntry("message.timestamp.after.max.ms", str(2**63 - 1), incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    admin = kafka.admin()  # which has to live until the answer is there
+    admin.incremental_alter_configs([resource])[resource].result(30)
+
+
+def test_times_that_no_calendar_has_hold_up_nothing(address: Address, kafka: Cluster, tmp_path: Path) -> None:
+    """A producer may send microseconds for milliseconds, or anything: its events count, and so does what follows."""
+    topic = address.topic(USAGE_EVENTS)
+    believe_any_clock(kafka, topic)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap})
+    times_ms = [1_772_323_200_000_000, 9_200_000_000_000_000_000, 1_772_323_200_000]
+    for number, time_ms in enumerate(times_ms):
+        for admitted in (b"0", b"1"):
+            id = f"{number}-{admitted.decode()}"
+            producer.produce(topic, line(id), partition=0, timestamp=time_ms, headers=[("admitted", admitted)])
+    assert producer.flush(30) == 0
+
+    with opened(address, f"?organization={ORGANIZATION}") as log:
+        for _ in range(2):  # the next life knows the log again
+            with Running(log, tmp_path / "store.duckdb") as running:
+                store = running.catch_up().store
+                stored = rows(store, "SELECT year(timestamp), count(*) FROM events GROUP BY ALL ORDER BY ALL")
+                assert stored == [(2026, 2), (8999, 4)]
 
 
 def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka: Cluster) -> None:
