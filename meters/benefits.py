@@ -37,7 +37,10 @@ class Benefit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back."""
+    """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back.
+
+    Grants credited before ``last_credited_rollover`` was kept do not have it: theirs is what the benefit says.
+    """
 
     id: str
     organization_id: str
@@ -51,6 +54,7 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     last_credited_meter_id: str | None = None
     last_credited_units: int | None = None
     last_credited_at: datetime | None = None
+    last_credited_rollover: bool | None = None
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
