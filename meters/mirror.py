@@ -137,6 +137,10 @@ class Mirror:
         """Whether nothing newer is known of the thing."""
         return fact.version > self._versions.get((organization_id, fact.thing), "")
 
+    def is_mirrored(self, organization_id: str, thing: str) -> bool:
+        """Whether the thing (such as ``grant:ID``) is Polar's: it is changed there, and the news of it come here."""
+        return (organization_id, thing) in self._versions
+
     def linked(self, organization_id: str, polar_id: str) -> str | None:
         """The customer here that Polar's is."""
         return self._links.get((organization_id, polar_id))

@@ -113,6 +113,25 @@ def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:
     assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
 
 
+def test_what_is_polars_is_changed_there(polar: Polar) -> None:
+    """No step of its grants or benefits is made here: Polar's own news of it would count it twice."""
+    polar.mirrored_meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    grant, benefit, customer = polar.grant_id, polar.benefit_id, polar.customer_id
+    steps = [
+        ("POST", f"/v1/benefit-grants/{grant}/revoke", None),
+        ("POST", f"/v1/benefit-grants/{grant}/cycle", {}),
+        ("POST", f"/v1/benefits/{benefit}/grants", {"customer_id": customer}),
+        ("DELETE", f"/v1/benefits/{benefit}", None),
+    ]
+    for method, path, body in steps:
+        answer = polar.tenant.ask(method, path, json=body)
+        assert (answer.status_code, "is Polar's: change it there" in answer.text) == (422, True)
+    assert numbers(polar) == [(100, 0, 100)]
+    polar.deliver("benefit_grant.revoked", polar.revoked(polar.grant(JANUARY), FEBRUARY), "2")
+    assert numbers(polar) == [(0, 0, 0)]
+
+
 def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     """What was used before the cut is paid from credits before it; what rolls over is there afterwards."""
     polar.mirrored_meter()
