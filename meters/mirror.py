@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+GONE = "deleted"
+"""The last state of a thing: later than every time."""
+
 
 class Known(msgspec.Struct, frozen=True, tag_field="fact", tag="known"):
     """Of a thing (such as ``customer:ID``) this state was heard. States are ordered as texts."""
@@ -101,6 +104,7 @@ class Mirror:
         self._deliveries: set[tuple[str, str]] = set()
         self._versions: dict[tuple[str, str], str] = {}
         self._links: dict[tuple[str, str], str] = {}
+        self._names: dict[tuple[str, str], dict[str, None]] = {}  # Polar's ids that were ever linked to one here
         self._stories: dict[str, dict[str, Story]] = {}  # by customer and Polar's meter
         self._revoked: dict[str, set[datetime]] = {}  # by grant
 
@@ -118,6 +122,7 @@ class Mirror:
                 self._versions[place] = max(version, self._versions.get(place, ""))
             case Linked(polar_id, customer_id):
                 self._links[organization_id, polar_id] = customer_id
+                self._names.setdefault((organization_id, customer_id), {})[polar_id] = None
             case Began(customer_id, meter_id, at):
                 self._story(customer_id, meter_id).began.add(at)
             case Credited(customer_id, meter_id, grant_id, at):
@@ -141,9 +146,23 @@ class Mirror:
         """Whether the thing (such as ``grant:ID``) is Polar's: it is changed there, and the news of it come here."""
         return (organization_id, thing) in self._versions
 
+    def newest(self, organization_id: str, things: Iterable[str]) -> str:
+        """The newest state that was heard of any of the things; empty where nothing was."""
+        return max((self._versions.get((organization_id, thing), "") for thing in things), default="")
+
     def linked(self, organization_id: str, polar_id: str) -> str | None:
         """The customer here that Polar's is."""
         return self._links.get((organization_id, polar_id))
+
+    def living(self, organization_id: str, customer_id: str) -> list[str]:
+        """Polar's customers that are this one here, without those that were deleted there."""
+        ids = self._names.get((organization_id, customer_id), ())
+        linked = [id for id in ids if self._links[organization_id, id] == customer_id]
+        return [id for id in linked if not self.is_gone(organization_id, f"customer:{id}")]
+
+    def is_gone(self, organization_id: str, thing: str) -> bool:
+        """Whether the thing was deleted at Polar."""
+        return self._versions.get((organization_id, thing)) == GONE
 
     def meters(self, customer_id: str) -> Iterable[str]:
         """Polar's meters of which something is known for a customer."""

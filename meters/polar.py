@@ -16,12 +16,11 @@ from msgspec.structs import replace
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.meter import Meter
-from meters.mirror import Began, Credited, DeliveryApplied, Fact, Known, Linked, Revoked
+from meters.mirror import GONE, Began, Credited, DeliveryApplied, Fact, Known, Linked, Revoked
 
 METER_KEY = "polar_meter_id"
 """The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
 
-GONE = "deleted"  # a version: later than every time
 T = TypeVar("T")
 
 
@@ -141,15 +140,16 @@ class _Reading:
         return is_news
 
     def customer(self, told: _Customer, *, is_gone: bool = False) -> None:
+        if is_gone or told.deleted_at is not None:
+            self._gone(told)
+            return
         known = self._known(told)
         self.customer_id = known.id if known else told.id
-        is_gone = is_gone or told.deleted_at is not None
-        if not self._is_news(f"customer:{told.id}", GONE if is_gone else _version(told)):
-            return
-        if is_gone:
-            self.changes += [CustomerDeleted(known.id, _utc(told.deleted_at) or self.now)] if known else []
+        if not self._is_news(f"customer:{told.id}", _version(told)):
             return
         self.facts.append(Linked(told.id, self.customer_id))
+        if known is not None and self._is_older(told, known):
+            return
         holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id or "")
         is_free = holder is None or holder.id == self.customer_id
         fields: dict[str, Any] = {
@@ -168,13 +168,35 @@ class _Reading:
             )  # fmt: skip
             self.changes.append(CustomerCreated(made))
 
+    def _is_older(self, told: _Customer, known: Customer) -> bool:
+        """Whether another of Polar's customers that are this one here was told of in a newer state."""
+        mirror = self.catalogue.mirror
+        others = (f"customer:{id}" for id in mirror.living(self.organization_id, known.id) if id != told.id)
+        return _version(told) < mirror.newest(self.organization_id, others)
+
+    def _gone(self, told: _Customer) -> None:
+        """The customer here goes with Polar's, unless another one of Polar's is the same customer here.
+
+        The external id says nothing of who goes: somebody else may have it by the time that this is heard.
+        """
+        known = self._linked(told.id)
+        self.customer_id = known.id if known else told.id
+        is_news = self._is_news(f"customer:{told.id}", GONE)
+        living = self.catalogue.mirror.living(self.organization_id, self.customer_id)
+        if known is not None and is_news and all(id == told.id for id in living):
+            self.changes.append(CustomerDeleted(known.id, _utc(told.deleted_at) or self.now))
+
     def _known(self, told: _Customer) -> Customer | None:
-        linked = self.catalogue.mirror.linked(self.organization_id, told.id) or told.id
-        _own(self.catalogue.customers.get(linked), self.organization_id)
-        known = self.catalogue.customer(self.organization_id, linked)
-        if known is None and told.external_id is not None:
+        known = self._linked(told.id)
+        is_gone = self.catalogue.mirror.is_gone(self.organization_id, f"customer:{told.id}")
+        if known is None and told.external_id is not None and not is_gone:
             known = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
         return known
+
+    def _linked(self, polar_id: str) -> Customer | None:
+        linked = self.catalogue.mirror.linked(self.organization_id, polar_id) or polar_id
+        _own(self.catalogue.customers.get(linked), self.organization_id)
+        return self.catalogue.customer(self.organization_id, linked)
 
     def _whose(self, told: _Customer | None, polar_id: str) -> str:
         if told is not None:

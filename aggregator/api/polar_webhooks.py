@@ -17,7 +17,7 @@ from aggregator.api.limits import BODY_BYTES_MAX
 from aggregator.api.polar_accounts import settle
 from aggregator.api.schemas import gives, ref
 from meters import exact_json
-from meters.catalogue import CustomerCreated, CustomerUpdated
+from meters.catalogue import CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.detail import detail
 from meters.polar import News, Unreadable, read
 from meters.signatures import Rejection, rejection
@@ -52,8 +52,11 @@ def _about(data: Any) -> str:
 
 
 async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None]) -> News:
-    """Decide, and alone where a customer's names are concerned, by what is true then: no two may have the same."""
-    if not any(isinstance(change, CustomerCreated | CustomerUpdated) for change in news.changes):
+    """Decide, and alone where a customer's names are concerned, by what is true then.
+
+    No two may have the same, and none may go while it becomes somebody else's.
+    """
+    if not any(isinstance(change, CustomerCreated | CustomerDeleted | CustomerUpdated) for change in news.changes):
         await desk.decide(*news.changes)
         return news
     async with desk.deciding:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from meters.catalogue import Catalogue
-from meters.mirror import Wanted
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated
+from meters.mirror import DeliveryApplied, Wanted
 from meters.polar import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 Json = dict[str, Any]
 CUSTOMER = "0e1d7f2a-6f63-4c6c-8a53-111111111111"
+AGAIN = "0e1d7f2a-6f63-4c6c-8a53-222222222222"
 
 
 def customer(day: int = 0, **fields: Any) -> Json:
@@ -79,13 +80,18 @@ STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool
 }  # fmt: skip
 
 
-def told(deliveries: list[tuple[str, Json]]) -> Catalogue:
-    """A catalogue after the deliveries, each of them twice."""
-    catalogue = Catalogue()
-    for number, (kind, data) in enumerate([*deliveries, *deliveries]):
-        news = read(catalogue, "org", delivery_id=f"{number}", kind=kind, data=data, now=T0 + 99 * DAY)
-        assert isinstance(news, News)
-        for change in news.changes:
+def said(catalogue: Catalogue, kind: str, data: Json) -> News:
+    """What a delivery makes."""
+    news = read(catalogue, "org", delivery_id="any", kind=kind, data=data, now=T0 + 99 * DAY)
+    assert news is not None
+    return news
+
+
+def told(deliveries: list[tuple[str, Json]], *before: Change) -> Catalogue:
+    """A catalogue after some decisions and the deliveries, each of these twice."""
+    catalogue = Catalogue(before)
+    for kind, data in [*deliveries, *deliveries]:
+        for change in said(catalogue, kind, data).changes:
             catalogue.apply(change)
     return catalogue
 
@@ -123,6 +129,42 @@ def test_a_deleted_customer_stays_deleted() -> None:
     news = [("customer.created", customer()), ("customer.updated", customer(3)), ("customer.deleted", customer(5))]
     for order in itertools.permutations(news):
         assert told(list(order)).customer("org", CUSTOMER) is None
+
+
+def again(kind: str, day: int, **fields: Any) -> tuple[str, Json]:
+    """News of a customer that was made at Polar after the first one was deleted there, with the same external id."""
+    return f"customer.{kind}", customer(day, id=AGAIN, created_at=(T0 + 5 * DAY).isoformat(), name="again", **fields)
+
+
+@pytest.mark.parametrize("name", ["c-here", None])
+def test_a_late_deletion_is_that_of_the_customer_who_was_deleted(name: str | None) -> None:
+    """Whoever was made again under the external id stays, with what was granted since."""
+    kind, made = again("created", 6)
+    news = [
+        ("customer.created", customer()),
+        ("customer.deleted", customer(5, external_id=name)),
+        (kind, made),
+        ("benefit_grant.created", grant(7) | {"customer_id": AGAIN, "customer": made}),
+    ]
+    for order in itertools.permutations(news):
+        catalogue = told(list(order))
+        living = catalogue.customer_by_external_id("org", "c-here")
+        assert living is not None
+        assert living.name == "again"
+        assert days(catalogue.mirror.wanted(living.id, "m")) == ([], [(7, False, None)])
+        assert [one.id for one in catalogue.benefits.grants_of(living.id)] == ["g"]
+        kind, gone = again("deleted", 8)
+        for change in said(catalogue, kind, gone).changes:
+            catalogue.apply(change)
+        assert not [one for one in catalogue.customers.values() if one.deleted_at is None]
+
+
+def test_a_deletion_of_a_stranger_deletes_nobody() -> None:
+    """A customer of Polar's who was never heard of is not the one here who has the external id by now."""
+    here = Customer(id="here", organization_id="org", external_id="c-here", created_at=T0)
+    catalogue = Catalogue([CustomerCreated(here)])
+    news = said(catalogue, "customer.deleted", customer(5))
+    assert [type(change) for change in news.changes] == [DeliveryApplied]
 
 
 @pytest.mark.parametrize("data", [
