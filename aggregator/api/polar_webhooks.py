@@ -14,11 +14,12 @@ from fastapi import APIRouter, Request, Response
 from aggregator.api.desk import AtDesk, Desk
 from aggregator.api.errors import BodyTooLarge, Malformed, json_response
 from aggregator.api.limits import BODY_BYTES_MAX
-from aggregator.api.polar_accounts import settle
+from aggregator.api.polar_accounts import forget, settle
 from aggregator.api.schemas import gives, ref
 from meters import exact_json
-from meters.catalogue import CustomerCreated, CustomerDeleted, CustomerUpdated
+from meters.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.detail import detail
+from meters.mirror import DeliveryApplied, Linked
 from meters.polar import News, Unreadable, read
 from meters.signatures import Rejection, rejection
 from meters.webhooks import Source
@@ -41,7 +42,8 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
         if news is not None:
             if not heard:
                 news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
-            await settle(desk, organization_id, [news.customer_id])
+            await settle(desk, organization_id, news.customer_ids)
+            await forget(desk, organization_id, news.polar_customer_id)
     status = "ignored" if news is None else "repeated" if heard else "accepted"
     return json_response(202, {"status": status})
 
@@ -56,13 +58,18 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
 
     No two may have the same, and none may go while it becomes somebody else's.
     """
-    if not any(isinstance(change, CustomerCreated | CustomerDeleted | CustomerUpdated) for change in news.changes):
+    if not any(map(_is_about_names, news.changes)):
         await desk.decide(*news.changes)
         return news
     async with desk.deciding:
         news = read_again() or news
         await desk.decide(*news.changes)
         return news
+
+
+def _is_about_names(change: Change) -> bool:
+    is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
+    return is_link or isinstance(change, CustomerCreated | CustomerDeleted | CustomerUpdated)
 
 
 async def _body(request: Request) -> bytes:

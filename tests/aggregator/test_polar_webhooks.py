@@ -132,6 +132,41 @@ def test_what_is_polars_is_changed_there(polar: Polar) -> None:
     assert numbers(polar) == [(0, 0, 0)]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)])
+def test_who_gets_an_external_id_late_is_found_by_it(polar: Polar, order: tuple[int, ...]) -> None:
+    """The customer here has the units in every order, and no second one is left over."""
+    known = polar.tenant.customer(external_id="ann", email="old@example.com")
+    polar.mirrored_meter()
+    nameless = polar.customer(external_id=None)
+    named = polar.customer(JANUARY + timedelta(days=1))
+    news = [
+        ("customer.created", nameless),
+        ("customer.updated", named),
+        ("benefit_grant.created", polar.grant(FEBRUARY) | {"customer": named if order != (0, 2, 1) else nameless}),
+    ]
+    for place in order:
+        polar.deliver(*news[place], f"{place}")
+    assert (state(polar)["id"], state(polar)["email"]) == (known, "ann@example.com")
+    assert numbers(polar) == [(100, 0, 100)]
+    assert [one["customer"]["id"] for one in polar.tenant.get(f"/v1/benefits/{polar.benefit_id}/grants")["items"]] == [
+        known
+    ]
+    assert [one["id"] for one in polar.tenant.get("/v1/customers/")["items"]] == [known]
+
+
+def test_what_is_known_of_a_customer_apart_from_polar_stays_with_it(polar: Polar) -> None:
+    """Credits by hand under the id that Polar's customer had here are not lost when it turns out to be another one."""
+    known = polar.tenant.customer(external_id="ann")
+    meter = polar.mirrored_meter()
+    nameless = polar.customer(external_id=None)
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY) | {"customer": nameless}, "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": meter, "units": 7})
+    polar.deliver("customer.updated", polar.customer(FEBRUARY), "2")
+    left = polar.tenant.get(f"/v1/customers/{polar.customer_id}/state")
+    assert [one["credited_units"] for one in left["active_meters"]] == [7]
+    assert (state(polar)["id"], numbers(polar)) == (known, [(100, 0, 100)])
+
+
 def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     """What was used before the cut is paid from credits before it; what rolls over is there afterwards."""
     polar.mirrored_meter()

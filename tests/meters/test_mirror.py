@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated
-from meters.mirror import DeliveryApplied, Wanted
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change
+from meters.mirror import DeliveryApplied, Linked, Wanted
 from meters.polar import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -39,12 +39,12 @@ def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g",
             "previous_properties": credited(day if revoked is not None else before)}  # fmt: skip
 
 
-def period(day: int, status: str = "active", ended: int | None = None) -> Json:
+def period(day: int, status: str = "active", ended: int | None = None, **fields: Any) -> Json:
     """A subscription with a price for the meter, in the period that began on a day."""
     return {"id": "s", "created_at": T0.isoformat(), "modified_at": (T0 + (ended or day) * DAY).isoformat(),
             "status": status, "customer_id": CUSTOMER, "product_id": "p", "customer": customer(),
             "current_period_start": (T0 + day * DAY).isoformat(), "prices": [{"id": "x", "meter_id": "m"}],
-            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat()}  # fmt: skip
+            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat(), **fields}  # fmt: skip
 
 
 STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool, int | None]]]] = {
@@ -134,6 +134,48 @@ def test_a_deleted_customer_stays_deleted() -> None:
 def again(kind: str, day: int, **fields: Any) -> tuple[str, Json]:
     """News of a customer that was made at Polar after the first one was deleted there, with the same external id."""
     return f"customer.{kind}", customer(day, id=AGAIN, created_at=(T0 + 5 * DAY).isoformat(), name="again", **fields)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_who_gets_an_external_id_late_is_the_customer_here_who_has_it(embedded: bool) -> None:
+    """In every order: grants and periods that were told before go along, and so does what they call for."""
+    here = Customer(id="here", organization_id="org", external_id="c-here", created_at=T0)
+    late = {"customer": customer(1)} if embedded else {"customer": None}
+    news = [
+        ("customer.created", customer(external_id=None)),
+        ("customer.updated", customer(1)),
+        ("benefit_grant.created", grant(2) | late),
+        ("subscription.created", period(3) | late),
+    ]
+    for order in itertools.permutations(news):
+        catalogue = told(list(order), CustomerCreated(here))
+        assert days(catalogue.mirror.wanted("here", "m")) == ([3], [(2, False, None)])
+        assert days(catalogue.mirror.wanted(CUSTOMER, "m")) == ([], [])
+        assert [one.id for one in catalogue.benefits.grants_of("here")] == ["g"]
+        assert [one.id for one in catalogue.benefits.subscriptions_of("here")] == ["s"]
+        assert not catalogue.benefits.grants_of(CUSTOMER) + catalogue.benefits.subscriptions_of(CUSTOMER)
+        found = catalogue.customer_by_email("org", "c@x.org")
+        assert found is not None
+        assert found.id == "here"
+
+
+def test_records_from_before_polars_customers_were_named_are_read() -> None:
+    """They say of customers here what they were credited, and go along with one who turns out to be another."""
+    old = (
+        b'{"type":"polar.delivered","organization_id":"org","delivery_id":"1","kind":"k","at":"2026-01-01T00:00:00Z",'
+        b'"facts":[{"fact":"linked","polar_id":"P","customer_id":"P"},'
+        b'{"fact":"began","customer_id":"P","meter_id":"m","at":"2026-01-03T00:00:00Z"},'
+        b'{"fact":"credited","customer_id":"P","meter_id":"m","grant_id":"g","at":"2026-01-04T00:00:00Z","units":100,'
+        b'"rollover":false,"told":"2026-01-04T00:00:00Z"}]}'
+    )
+    before = decode_change(old)
+    linked = DeliveryApplied(organization_id="org", delivery_id="2", kind="k", at=T0, facts=[Linked("P", "here")])
+    assert isinstance(before, DeliveryApplied)
+    catalogue = Catalogue([before])
+    assert days(catalogue.mirror.wanted("P", "m")) == ([2], [(3, False, None)])
+    catalogue.apply(linked)
+    assert days(catalogue.mirror.wanted("here", "m")) == ([2], [(3, False, None)])
+    assert days(catalogue.mirror.wanted("P", "m")) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["c-here", None])
