@@ -67,7 +67,8 @@ class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
 class Period(msgspec.Struct, frozen=True):
     """A subscription of Polar's customer began a period at a time, or ended, with a price for these of Polar's meters.
 
-    ``told`` is the state of the subscription that says so.
+    ``told`` is the state of the subscription that says so: the first one after it is right. A product that it is
+    changed to in the middle of a period begins nothing anew.
     """
 
     subscription_id: str
@@ -140,7 +141,7 @@ class Mirror:
         self._links: dict[Place, tuple[str, ...]] = {}  # by Polar's id: the customers here that it was, the last it is
         self._names: dict[str, tuple[Place, ...]] = {}  # Polar's ids that were ever linked to one here
         self._stories: dict[Place, dict[str, Story]] = {}  # by customer and Polar's meter
-        self._periods: dict[Place, dict[tuple[str, datetime, datetime], Period]] = {}  # by customer
+        self._periods: dict[Place, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
         self._revoked: dict[str, set[datetime]] = {}  # by grant
 
     def apply(self, change: object) -> None:
@@ -151,7 +152,8 @@ class Mirror:
                 self._learn(change.organization_id, fact)
             for period in change.periods:
                 known = self._periods.setdefault((change.organization_id, period.polar_customer_id), {})
-                known[period.subscription_id, period.at, period.told] = period
+                place = period.subscription_id, period.at
+                known[place] = min(period, known.get(place, period), key=lambda one: (one.told, one.meter_ids))
 
     def _learn(self, organization_id: str, fact: Fact) -> None:
         match fact:

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from meters.signatures import keys
-from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed
+from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
 from tests.aggregator.serving import Server, Tenant
 
 JANUARY = BEGINNING
@@ -165,6 +165,21 @@ def test_what_is_known_of_a_customer_apart_from_polar_stays_with_it(polar: Polar
     left = polar.tenant.get(f"/v1/customers/{polar.customer_id}/state")
     assert [one["credited_units"] for one in left["active_meters"]] == [7]
     assert (state(polar)["id"], numbers(polar)) == (known, [(100, 0, 100)])
+
+
+def test_a_product_that_comes_in_mid_cycle_begins_nothing_anew(polar: Polar) -> None:
+    """Usage and credits stay as they are when a product with a price for the meter is changed to."""
+    meter = polar.mirrored_meter()
+    polar.deliver("customer.created", polar.customer(), "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": meter, "units": 500})
+    for number in range(8):
+        polar.tenant.event(f"use-{number}", external_customer_id="ann")
+    start = polar.tenant.server.now + timedelta(seconds=1)
+    polar.tenant.server.now += timedelta(hours=1)
+    polar.deliver("subscription.created", polar.subscription(start, prices=[]), "2")
+    changed = polar.subscription(start, modified_at=text(start + timedelta(minutes=1)))
+    polar.deliver("subscription.updated", changed, "3")
+    assert numbers(polar) == [(500, 8, 492)]
 
 
 def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:

@@ -72,6 +72,19 @@ STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool
         [30],
         [(0, False, None), (0, False, None), (30, True, None), (31, True, None)],
     ),
+    "a product with a price that comes in mid-cycle cuts from the next period on": (
+        [("subscription.created", period(0, prices=[])), ("benefit_grant.created", grant(1)),
+         ("subscription.updated", period(0, modified_at=(T0 + 9 * DAY).isoformat())),
+         ("subscription.cycled", period(30))],
+        [30],
+        [(1, False, None)],
+    ),
+    "a product without a price that comes in mid-cycle leaves the cut": (
+        [("subscription.created", period(0)), ("benefit_grant.created", grant(1)),
+         ("subscription.updated", period(0, prices=[], modified_at=(T0 + 9 * DAY).isoformat()))],
+        [0],
+        [(1, False, None)],
+    ),
     "news that never came are told by the next": (
         [("benefit_grant.cycled", grant(30, before=0)), ("subscription.revoked", period(0, "canceled", 45))],
         [0, 30, 45],
