@@ -46,9 +46,11 @@ async def settle(desk: Desk, organization_id: str, customer_ids: Iterable[str | 
 
 
 async def settle_meter(desk: Desk, meter: Meter) -> None:
-    """Credit what Polar told of a meter before it was known which one it is."""
+    """Credit what Polar told of a meter before it was known which one it is, and take from it what is another's."""
     names = {meter.id, str(meter.metadata.get(METER_KEY))}
     waiting = {customer_id for name in names for customer_id in desk.catalogue.mirror.customers(name)}
+    accounts = list(desk.view.ledger.of_meter(meter.id).items())  # the writer goes on meanwhile
+    waiting.update(customer_id for customer_id, account in accounts if _has_ours(account))
     await settle(desk, meter.organization_id, sorted(waiting))
 
 
@@ -72,7 +74,7 @@ def _has_own(desk: Desk, customer: Customer) -> bool:
 
 
 def _concerned(desk: Desk, customer: Customer) -> dict[str, list[str]]:
-    """The meters that have something of Polar's or should, each with what Polar calls it."""
+    """The meters that have something of Polar's or should, each with what Polar calls it, if it still does."""
     meters = desk.catalogue.meters_of(customer.organization_id)
     accounts = ((meter.id, desk.view.ledger.account(customer.id, meter.id)) for meter in meters)
     found: dict[str, list[str]] = {id: [] for id, account in accounts if account and _has_ours(account)}

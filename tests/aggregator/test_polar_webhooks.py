@@ -182,6 +182,36 @@ def test_a_product_that_comes_in_mid_cycle_begins_nothing_anew(polar: Polar) -> 
     assert numbers(polar) == [(500, 8, 492)]
 
 
+def test_a_meter_that_is_no_longer_polars_loses_what_polar_told(polar: Polar) -> None:
+    """Moved to another meter, units are there alone; what was given by hand stays where it is."""
+    first, second = polar.mirrored_meter(), polar.tenant.meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": first, "units": 7})
+
+    def credited() -> dict[str, int]:
+        return {one["meter_id"]: one["credited_units"] for one in state(polar)["active_meters"]}
+
+    assert credited() == {first: 107}
+    polar.tenant.patch(f"/v1/meters/{second}", {"metadata": {"polar_meter_id": polar.meter_id}})
+    assert credited() == {first: 107}
+    polar.tenant.patch(f"/v1/meters/{first}", {"metadata": {}})
+    assert credited() == {first: 7, second: 100}
+    polar.deliver("benefit_grant.revoked", polar.revoked(polar.grant(JANUARY), FEBRUARY), "2")
+    assert credited() == {first: 7, second: 0}
+
+
+def test_two_meters_of_polars_can_be_one_here(polar: Polar) -> None:
+    """What is told of the one does not take back what was told of the other."""
+    polar.mirrored_meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    meter = polar.tenant.get("/v1/meters/")["items"][0]["id"]
+    other = polar.grant(FEBRUARY) | {"id": f"5555{polar.grant_id[4:]}"}
+    other["properties"] |= {"last_credited_meter_id": meter, "last_credited_units": 30}
+    for id in ("2", "3"):
+        polar.deliver("benefit_grant.created", other, id)
+        assert numbers(polar) == [(130, 0, 130)]
+
+
 def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     """What was used before the cut is paid from credits before it; what rolls over is there afterwards."""
     polar.mirrored_meter()
