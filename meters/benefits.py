@@ -9,7 +9,7 @@ and in which period a customer is.
 """
 
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -35,7 +35,10 @@ class Benefit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back."""
+    """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back.
+
+    Grants credited before ``last_credited_rollover`` was kept do not have it: theirs is what the benefit says.
+    """
 
     id: str
     organization_id: str
@@ -49,6 +52,7 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     last_credited_meter_id: str | None = None
     last_credited_units: int | None = None
     last_credited_at: datetime | None = None
+    last_credited_rollover: bool | None = None
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +108,7 @@ class SubscriptionSet(msgspec.Struct, frozen=True, tag_field="type", tag="subscr
 
 
 BenefitChange = BenefitSet | GrantSet | SubscriptionSet
+T = TypeVar("T", Grant, Subscription)
 
 
 class Benefits:
@@ -122,11 +127,9 @@ class Benefits:
             case BenefitSet(benefit):
                 self.benefits[benefit.id] = benefit
             case GrantSet(grant):
-                self.grants[grant.id] = grant
-                self._grants_of.setdefault(grant.customer_id, {})[grant.id] = None
+                _put(grant, self.grants, self._grants_of)
             case SubscriptionSet(subscription):
-                self.subscriptions[subscription.id] = subscription
-                self._subscriptions_of.setdefault(subscription.customer_id, {})[subscription.id] = None
+                _put(subscription, self.subscriptions, self._subscriptions_of)
 
     def benefits_of(self, organization_id: str) -> list[Benefit]:
         """The organization's benefits, oldest first, without those that were deleted."""
@@ -140,14 +143,23 @@ class Benefits:
 
     def grants_of(self, customer_id: str) -> list[Grant]:
         """Every grant of a customer, revoked ones too, oldest first."""
-        return [self.grants[id] for id in self._grants_of.get(customer_id, ())]
+        return [self.grants[id] for id in list(self._grants_of.get(customer_id, ()))]
 
     def subscriptions_of(self, customer_id: str) -> list[Subscription]:
         """Every subscription of a customer, ended ones too, oldest first."""
-        return [self.subscriptions[id] for id in self._subscriptions_of.get(customer_id, ())]
+        return [self.subscriptions[id] for id in list(self._subscriptions_of.get(customer_id, ()))]
 
     def paid_meters(self, customer_id: str) -> set[str]:
         """The meters that a customer has by an active subscription or a grant that holds."""
         priced = {id for one in self.subscriptions_of(customer_id) if one.is_active for id in one.meter_ids}
         granted = {self.benefits[one.benefit_id].meter_id for one in self.grants_of(customer_id) if not one.revoked_at}
         return priced | granted
+
+
+def _put(thing: T, held: dict[str, T], by_customer: dict[str, dict[str, None]]) -> None:
+    """In its place by id and by customer: whose it is may turn out otherwise than it was told first."""
+    known = held.get(thing.id)
+    if known is not None and known.customer_id != thing.customer_id:
+        del by_customer[known.customer_id][thing.id]
+    held[thing.id] = thing
+    by_customer.setdefault(thing.customer_id, {})[thing.id] = None

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+GONE = "deleted"
+"""The last state of a thing: later than every time."""
+
 
 class Known(msgspec.Struct, frozen=True, tag_field="fact", tag="known"):
     """Of a thing (such as ``customer:ID``) this state was heard. States are ordered as texts."""
@@ -30,7 +33,7 @@ class Linked(msgspec.Struct, frozen=True, tag_field="fact", tag="linked"):
 
 
 class Began(msgspec.Struct, frozen=True, tag_field="fact", tag="began"):
-    """A period of a subscription that has a price for the meter began, or its last one ended."""
+    """A period of a subscription that has a price for the meter began. Older records say so; now it is a ``Period``."""
 
     customer_id: str
     meter_id: str
@@ -40,7 +43,8 @@ class Began(msgspec.Struct, frozen=True, tag_field="fact", tag="began"):
 class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
     """A grant credited units. ``told`` is the state of the grant that says so: the first one after it is right.
 
-    Later ones speak of what the benefit has become meanwhile.
+    Later ones speak of what the benefit has become meanwhile. ``customer_id`` is who had it here when it was heard, and
+    ``polar_customer_id`` who has it at Polar, which older records do not say.
     """
 
     customer_id: str
@@ -50,6 +54,7 @@ class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
     units: int
     rollover: bool
     told: datetime
+    polar_customer_id: str | None = None
 
 
 class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
@@ -57,6 +62,20 @@ class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
 
     grant_id: str
     at: datetime
+
+
+class Period(msgspec.Struct, frozen=True):
+    """A subscription of Polar's customer began a period at a time, or ended, with a price for these of Polar's meters.
+
+    ``told`` is the state of the subscription that says so: the first one after it is right. A product that it is
+    changed to in the middle of a period begins nothing anew.
+    """
+
+    subscription_id: str
+    polar_customer_id: str
+    at: datetime
+    meter_ids: list[str]
+    told: datetime
 
 
 Fact = Known | Linked | Began | Credited | Revoked
@@ -70,6 +89,11 @@ class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type
     kind: str
     at: datetime
     facts: list[Fact] = []
+    periods: list[Period] = []
+
+
+Place = tuple[str, str]
+"""An organization with an id of Polar's; what older records say of a customer here has no organization."""
 
 
 class Story(msgspec.Struct):
@@ -77,6 +101,17 @@ class Story(msgspec.Struct):
 
     began: set[datetime] = msgspec.field(default_factory=set)
     credited: dict[tuple[str, datetime], Credited] = {}
+
+    def take_in(self, other: "Story") -> None:
+        """Know what another one knows, too."""
+        self.began |= other.began
+        for fact in list(other.credited.values()):
+            self.credit(fact)
+
+    def credit(self, fact: Credited) -> None:
+        """Know of a credit, as it was told first."""
+        place = fact.grant_id, fact.at
+        self.credited[place] = min(fact, self.credited.get(place, fact), key=_first_told)
 
 
 class Given(NamedTuple):
@@ -95,13 +130,18 @@ class Wanted(NamedTuple):
 
 
 class Mirror:
-    """The facts so far, folded."""
+    """The facts so far, folded. They are of Polar's customers: whose they are here follows when it is asked.
+
+    Asked in one thread while another one applies: what is looked at is copied first.
+    """
 
     def __init__(self) -> None:
-        self._deliveries: set[tuple[str, str]] = set()
-        self._versions: dict[tuple[str, str], str] = {}
-        self._links: dict[tuple[str, str], str] = {}
-        self._stories: dict[str, dict[str, Story]] = {}  # by customer and Polar's meter
+        self._deliveries: set[Place] = set()
+        self._versions: dict[Place, str] = {}
+        self._links: dict[Place, tuple[str, ...]] = {}  # by Polar's id: the customers here that it was, the last it is
+        self._names: dict[str, tuple[Place, ...]] = {}  # Polar's ids that were ever linked to one here
+        self._stories: dict[Place, dict[str, Story]] = {}  # by customer and Polar's meter
+        self._periods: dict[Place, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
         self._revoked: dict[str, set[datetime]] = {}  # by grant
 
     def apply(self, change: object) -> None:
@@ -110,6 +150,10 @@ class Mirror:
             self._deliveries.add((change.organization_id, change.delivery_id))
             for fact in change.facts:
                 self._learn(change.organization_id, fact)
+            for period in change.periods:
+                known = self._periods.setdefault((change.organization_id, period.polar_customer_id), {})
+                place = period.subscription_id, period.at
+                known[place] = min(period, known.get(place, period), key=lambda one: (one.told, one.meter_ids))
 
     def _learn(self, organization_id: str, fact: Fact) -> None:
         match fact:
@@ -117,17 +161,25 @@ class Mirror:
                 place = organization_id, thing
                 self._versions[place] = max(version, self._versions.get(place, ""))
             case Linked(polar_id, customer_id):
-                self._links[organization_id, polar_id] = customer_id
+                self._link((organization_id, polar_id), customer_id)
             case Began(customer_id, meter_id, at):
-                self._story(customer_id, meter_id).began.add(at)
-            case Credited(customer_id, meter_id, grant_id, at):
-                credited = self._story(customer_id, meter_id).credited
-                credited[grant_id, at] = min(fact, credited.get((grant_id, at), fact), key=_first_told)
+                self._story(("", customer_id), meter_id).began.add(at)
+            case Credited(customer_id, meter_id):
+                whose = fact.polar_customer_id
+                self._story(("", customer_id) if whose is None else (organization_id, whose), meter_id).credit(fact)
             case Revoked(grant_id, at):
                 self._revoked.setdefault(grant_id, set()).add(at)
 
-    def _story(self, customer_id: str, meter_id: str) -> Story:
-        return self._stories.setdefault(customer_id, {}).setdefault(meter_id, Story())
+    def _link(self, place: Place, customer_id: str) -> None:
+        self._links[place] = (*(id for id in self._links.get(place, ()) if id != customer_id), customer_id)
+        names = self._names.get(customer_id, ())
+        self._names[customer_id] = names if place in names else (*names, place)
+        if place[1] != customer_id:  # what older records say of the one that was made of Polar's
+            for meter_id, story in self._stories.pop(("", place[1]), {}).items():
+                self._story(("", customer_id), meter_id).take_in(story)
+
+    def _story(self, place: Place, meter_id: str) -> Story:
+        return self._stories.setdefault(place, {}).setdefault(meter_id, Story())
 
     def heard(self, organization_id: str, delivery_id: str) -> bool:
         """Whether the delivery was taken in before."""
@@ -137,21 +189,61 @@ class Mirror:
         """Whether nothing newer is known of the thing."""
         return fact.version > self._versions.get((organization_id, fact.thing), "")
 
+    def is_mirrored(self, organization_id: str, thing: str) -> bool:
+        """Whether the thing (such as ``grant:ID``) is Polar's: it is changed there, and the news of it come here."""
+        return (organization_id, thing) in self._versions
+
+    def newest(self, organization_id: str, things: Iterable[str]) -> str:
+        """The newest state that was heard of any of the things; empty where nothing was."""
+        return max((self._versions.get((organization_id, thing), "") for thing in things), default="")
+
     def linked(self, organization_id: str, polar_id: str) -> str | None:
         """The customer here that Polar's is."""
-        return self._links.get((organization_id, polar_id))
+        once = self.once(organization_id, polar_id)
+        return once[-1] if once else None
+
+    def once(self, organization_id: str, polar_id: str) -> tuple[str, ...]:
+        """The customers here that Polar's is or was, the present one last."""
+        return self._links.get((organization_id, polar_id), ())
+
+    def living(self, customer_id: str) -> list[str]:
+        """Polar's customers that are this one here, without those that were deleted there."""
+        return [polar_id for organization_id, polar_id in self._places(customer_id) if organization_id]
+
+    def _places(self, customer_id: str) -> list[Place]:
+        """Where the facts of a customer here are."""
+        names = self._names.get(customer_id, ())
+        linked = [place for place in names if self._links[place][-1] == customer_id]
+        return [("", customer_id), *(place for place in linked if not self.is_gone(place[0], f"customer:{place[1]}"))]
+
+    def is_gone(self, organization_id: str, thing: str) -> bool:
+        """Whether the thing was deleted at Polar."""
+        return self._versions.get((organization_id, thing)) == GONE
 
     def meters(self, customer_id: str) -> Iterable[str]:
         """Polar's meters of which something is known for a customer."""
-        return list(self._stories.get(customer_id, ()))
+        return dict.fromkeys(id for place in self._places(customer_id) for id in self._meters(place))
+
+    def _meters(self, place: Place) -> set[str]:
+        priced = {id for period in list(self._periods.get(place, {}).values()) for id in period.meter_ids}
+        return priced.union(list(self._stories.get(place, ())))
 
     def customers(self, meter_id: str) -> list[str]:
         """The customers of whom something is known for one of Polar's meters."""
-        return [customer_id for customer_id, stories in list(self._stories.items()) if meter_id in stories]
+        found = [place for place in {**self._stories, **self._periods} if meter_id in self._meters(place)]
+        return [id for place in found for id in (self._links.get(place, ())[-1:] if place[0] else place[1:])]
 
-    def wanted(self, customer_id: str, meter_id: str) -> Wanted:
-        """What follows for a customer's meter from all that is known."""
-        story = self._stories.get(customer_id, {}).get(meter_id, Story())
+    def wanted(self, customer_id: str, *meter_ids: str) -> Wanted:
+        """What follows from all that is known of a customer and those of Polar's meters that are one meter here."""
+        story, asked = Story(), set(meter_ids)
+        for place in self._places(customer_id):
+            for meter_id in asked.intersection(list(self._stories.get(place, ()))):
+                story.take_in(self._stories[place][meter_id])
+            periods = list(self._periods.get(place, {}).values())
+            story.began |= {period.at for period in periods if not asked.isdisjoint(period.meter_ids)}
+        return self._wanted(story)
+
+    def _wanted(self, story: Story) -> Wanted:
         cuts = set(story.began)
         given: list[Given] = []
         last: dict[str, int] = {}  # by grant: what it credited last, as a place in ``given``

@@ -1,8 +1,9 @@
 """Polar's webhooks, read: which facts they add, and which customers, benefits, grants and subscriptions they change.
 
 A customer of Polar's is the customer here that has its id, or else its external id; where there is none, one is made
-with Polar's id. A thing's newest state wins (``meters.mirror``). Types that say nothing about usage or credits are no
-business of this product and are passed over.
+with Polar's id, and turns out to be another one when it gets the external id of that. A deletion goes by the id alone.
+A thing's newest state wins (``meters.mirror``). Types that say nothing about usage or credits are no business of this
+product and are passed over.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,11 @@ from msgspec.structs import replace
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.meter import Meter
-from meters.mirror import Began, Credited, DeliveryApplied, Fact, Known, Linked, Revoked
+from meters.mirror import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked
 
 METER_KEY = "polar_meter_id"
 """The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
 
-GONE = "deleted"  # a version: later than every time
 T = TypeVar("T")
 
 
@@ -109,10 +109,14 @@ class _Order(msgspec.Struct):
 
 
 class News(NamedTuple):
-    """What a delivery makes: decisions, the last of which remembers the delivery, and whom it concerns."""
+    """What a delivery makes: decisions, the last of which remembers the delivery, and whom it concerns.
+
+    These are Polar's customer, and the customers here that it is and was.
+    """
 
     changes: list[Change]
-    customer_id: str | None
+    polar_customer_id: str
+    customer_ids: list[str]
 
 
 def _must_be_uuid(id: str) -> None:
@@ -130,8 +134,9 @@ class _Reading:
     def __init__(self, catalogue: Catalogue, organization_id: str, now: datetime) -> None:
         self.catalogue, self.organization_id, self.now = catalogue, organization_id, now
         self.facts: list[Fact] = []
+        self.periods: list[Period] = []
         self.changes: list[Change] = []
-        self.customer_id: str | None = None
+        self.polar_id = self.customer_id = ""
 
     def _is_news(self, thing: str, version: str) -> bool:
         fact = Known(thing, version)
@@ -141,15 +146,21 @@ class _Reading:
         return is_news
 
     def customer(self, told: _Customer, *, is_gone: bool = False) -> None:
-        known = self._known(told)
+        if is_gone or told.deleted_at is not None:
+            self._gone(told)
+            return
+        self.polar_id = told.id
+        known, is_news = self._linked(told.id), self._is_news(f"customer:{told.id}", _version(told))
+        if known is None or (is_news and known.id == told.id):
+            known = self._named(told) or known
         self.customer_id = known.id if known else told.id
-        is_gone = is_gone or told.deleted_at is not None
-        if not self._is_news(f"customer:{told.id}", GONE if is_gone else _version(told)):
+        if self.customer_id != self.catalogue.mirror.linked(self.organization_id, told.id) and (known or is_news):
+            self.facts.append(Linked(told.id, self.customer_id))
+            self._move(told.id, self.customer_id)
+        if not is_news:
             return
-        if is_gone:
-            self.changes += [CustomerDeleted(known.id, _utc(told.deleted_at) or self.now)] if known else []
+        if known is not None and self._is_older(told, known):
             return
-        self.facts.append(Linked(told.id, self.customer_id))
         holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id or "")
         is_free = holder is None or holder.id == self.customer_id
         fields: dict[str, Any] = {
@@ -168,17 +179,52 @@ class _Reading:
             )  # fmt: skip
             self.changes.append(CustomerCreated(made))
 
-    def _known(self, told: _Customer) -> Customer | None:
-        linked = self.catalogue.mirror.linked(self.organization_id, told.id) or told.id
+    def _is_older(self, told: _Customer, known: Customer) -> bool:
+        """Whether another of Polar's customers that are this one here was told of in a newer state."""
+        mirror = self.catalogue.mirror
+        others = (f"customer:{id}" for id in mirror.living(known.id) if id != told.id)
+        return _version(told) < mirror.newest(self.organization_id, others)
+
+    def _gone(self, told: _Customer) -> None:
+        """The customer here goes with Polar's, unless another one of Polar's is the same customer here.
+
+        The external id says nothing of who goes: somebody else may have it by the time that this is heard.
+        """
+        known = self._linked(told.id)
+        self.polar_id, self.customer_id = told.id, known.id if known else told.id
+        is_news = self._is_news(f"customer:{told.id}", GONE)
+        living = self.catalogue.mirror.living(self.customer_id)
+        if known is not None and is_news and all(id == told.id for id in living):
+            self.changes.append(CustomerDeleted(known.id, _utc(told.deleted_at) or self.now))
+
+    def _named(self, told: _Customer) -> Customer | None:
+        """Who has the external id; nobody's is that of a customer who is deleted."""
+        if told.external_id is None or self.catalogue.mirror.is_gone(self.organization_id, f"customer:{told.id}"):
+            return None
+        return self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+
+    def _move(self, old: str, new: str) -> None:
+        """Polar's customer turns out to be another one here: what it has of Polar's goes along, and its address."""
+        mirror, benefits = self.catalogue.mirror, self.catalogue.benefits
+        if old == new or any(id != self.polar_id for id in mirror.living(old)):
+            return
+        for grant in benefits.grants_of(old):
+            if mirror.is_mirrored(self.organization_id, f"grant:{grant.id}"):
+                self.changes.append(GrantSet(replace(grant, customer_id=new)))
+        for subscription in benefits.subscriptions_of(old):
+            self.changes.append(SubscriptionSet(replace(subscription, customer_id=new)))
+        if left := self.catalogue.customer(self.organization_id, old):
+            self.changes.append(CustomerUpdated(replace(left, email=None)))
+
+    def _linked(self, polar_id: str) -> Customer | None:
+        linked = self.catalogue.mirror.linked(self.organization_id, polar_id) or polar_id
         _own(self.catalogue.customers.get(linked), self.organization_id)
-        known = self.catalogue.customer(self.organization_id, linked)
-        if known is None and told.external_id is not None:
-            known = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
-        return known
+        return self.catalogue.customer(self.organization_id, linked)
 
     def _whose(self, told: _Customer | None, polar_id: str) -> str:
         if told is not None:
             self.customer(told)
+        self.polar_id = polar_id
         self.customer_id = self.customer_id or self.catalogue.mirror.linked(self.organization_id, polar_id) or polar_id
         return self.customer_id
 
@@ -192,7 +238,7 @@ class _Reading:
                 self.facts.append(Credited(
                     customer_id, properties.last_credited_meter_id or given.meter_id, told.id,
                     _at(properties.last_credited_at), properties.last_credited_units, given.rollover,
-                    _at(told.modified_at or told.created_at),
+                    _at(told.modified_at or told.created_at), told.customer_id,
                 ))  # fmt: skip
         if told.is_revoked and told.revoked_at is not None:
             self.facts.append(Revoked(told.id, _at(told.revoked_at)))
@@ -230,7 +276,8 @@ class _Reading:
         priced = list(dict.fromkeys(one.meter_id for one in (*told.prices, *told.meters) if one.meter_id))
         told_times = (told.current_period_start, told.current_meter_period_start, told.ended_at)
         starts = sorted({_at(time) for time in told_times if time is not None})
-        self.facts += [Began(customer_id, meter_id, at) for meter_id in priced for at in starts]
+        changed = _at(told.modified_at or told.created_at)
+        self.periods += [Period(told.id, told.customer_id, at, sorted(priced), changed) for at in starts]
         if self._is_news(f"subscription:{told.id}", _version(told)):
             shared = set(_Subscription.__struct_fields__) & set(Subscription.__struct_fields__)
             fields = {name: _plain(getattr(told, name)) for name in shared}
@@ -269,9 +316,11 @@ def read(
         return None
     handlers[resource]()
     applied = DeliveryApplied(
-        organization_id=organization_id, delivery_id=delivery_id, kind=kind, at=now, facts=reading.facts
-    )
-    return News([*reading.changes, applied], reading.customer_id)
+        organization_id=organization_id, delivery_id=delivery_id, kind=kind, at=now, facts=reading.facts,
+        periods=reading.periods,
+    )  # fmt: skip
+    once = catalogue.mirror.once(organization_id, reading.polar_id)
+    return News([*reading.changes, applied], reading.polar_id, sorted({reading.polar_id, reading.customer_id, *once}))
 
 
 def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:

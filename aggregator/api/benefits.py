@@ -3,6 +3,7 @@
 Benefits have Polar's paths and shapes. Granting is ours, for whoever does not take money through Polar: a grant is
 made, renewed (``cycle``) and revoked here, with the effects that Polar's own steps have. Every step can be repeated:
 granting what is granted and revoking what is revoked change nothing, and a cycle that names its ``at`` happens once.
+What Polar's webhooks told of is changed at Polar: its news of a step that was made here too would count it twice.
 """
 
 from datetime import datetime
@@ -146,6 +147,12 @@ def _grant_of(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Custo
     return grant, desk.catalogue.benefits.benefits[grant.benefit_id], customer
 
 
+def _must_be_ours(desk: Desk, token: Token, thing: str, id: str) -> None:
+    """Of Polar's grants and benefits every step is made there and told here. Raises Refused."""
+    if desk.catalogue.mirror.is_mirrored(token.organization_id, f"{thing}:{id}"):
+        raise Refused("value_error", ("path", "id"), f"This {thing} is Polar's: change it there.", id)
+
+
 def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> None:
     if body.metadata is not None and isinstance(found := parse_metadata(body.metadata, ("body", "metadata")), list):
         raise Malformed(found)
@@ -218,9 +225,13 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
 
 @router.delete("/v1/benefits/{id}", status_code=204, responses=gives(None, 204))
 async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Give it to nobody any more, and take back what those who have it were credited last."""
+    """Give it to nobody any more, and take back what those who have it were credited last.
+
+    A benefit of Polar's is deleted there.
+    """
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
+        _must_be_ours(desk, token, "benefit", benefit.id)
         steps = [revoked(one, benefit, now) for one in desk.catalogue.benefits.grants_by(benefit.id)]
         await desk.decide(BenefitSet(replace(benefit, deleted_at=now)), *(one for step in steps for one in _all(step)))
     return Response(status_code=204)
@@ -255,10 +266,14 @@ async def list_grants(
     responses=gives(ref("BenefitGrant"), 201),
 )
 async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Grant the benefit to a customer and credit its units. A customer who has it keeps it as it is."""
+    """Grant the benefit to a customer and credit its units. A customer who has it keeps it as it is.
+
+    A benefit of Polar's is granted there.
+    """
     body = await body_as(GrantCreate, request)
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
+        _must_be_ours(desk, token, "benefit", benefit.id)
         customer = named_customer(desk, token, body)
         grants = desk.catalogue.benefits.grants_of(customer.id)
         known = next((one for one in grants if one.benefit_id == benefit.id), None)
@@ -287,11 +302,12 @@ async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
 async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a cycle: reset the meter, carry over what rolls over, credit again.
 
-    Say ``at``, when it began, so that a retry is harmless.
+    Say ``at``, when it began, so that a retry is harmless. A grant of Polar's is renewed there.
     """
     body = await body_as(GrantStep, request, otherwise={})
     async with desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
+        _must_be_ours(desk, token, "grant", grant.id)
         at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
         if grant.revoked_at is not None:
             raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
@@ -303,7 +319,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
 
 
 async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:
-    begun, meter = None, desk.catalogue.meters.get(benefit.meter_id)
+    begun, meter = None, desk.catalogue.meter(grant.organization_id, benefit.meter_id)
     if meter is None:
         raise Refused("value_error", ("path", "id"), "The meter of this benefit is not known here.", benefit.meter_id)
     if needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id)):
@@ -317,9 +333,10 @@ async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer,
 
 @router.post("/v1/benefit-grants/{id}/revoke", responses=gives(ref("BenefitGrant")))
 async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Take the benefit back, with the units that it credited last."""
+    """Take the benefit back, with the units that it credited last. A grant of Polar's is revoked there."""
     async with desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
+        _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:
             step = revoked(grant, benefit, desk.now())
             await desk.decide(*_all(step))

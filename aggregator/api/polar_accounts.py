@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from aggregator.api.balances import consumed_between
 from aggregator.api.desk import Desk
-from meters.catalogue import Customer
+from meters.catalogue import Customer, CustomerDeleted
 from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
 from meters.ledger import ZERO, Account, Credit, Reset, rollover_units
 from meters.meter import Meter
@@ -35,11 +35,9 @@ async def settle(desk: Desk, organization_id: str, customer_ids: Iterable[str | 
         customer = desk.catalogue.customer(organization_id, customer_id or "")
         if customer is None:
             continue
-        for polar_id in desk.catalogue.mirror.meters(customer.id):
-            meter = meter_of(desk.catalogue, organization_id, polar_id)
-            if meter is not None:
-                wanted = desk.catalogue.mirror.wanted(customer.id, polar_id)
-                changes += await _movements(desk, customer, meter, wanted)
+        for meter_id, polar_ids in _concerned(desk, customer).items():
+            wanted = desk.catalogue.mirror.wanted(customer.id, *polar_ids)
+            changes += await _movements(desk, customer, desk.catalogue.meters[meter_id], wanted)
         if len(changes) >= CHANGES_AT_ONCE:
             await desk.decide(*changes)
             changes = []
@@ -48,10 +46,43 @@ async def settle(desk: Desk, organization_id: str, customer_ids: Iterable[str | 
 
 
 async def settle_meter(desk: Desk, meter: Meter) -> None:
-    """Credit what Polar told of a meter before it was known here which one it is."""
+    """Credit what Polar told of a meter before it was known which one it is, and take from it what is another's."""
     names = {meter.id, str(meter.metadata.get(METER_KEY))}
     waiting = {customer_id for name in names for customer_id in desk.catalogue.mirror.customers(name)}
+    accounts = list(desk.view.ledger.of_meter(meter.id).items())  # the writer goes on meanwhile
+    waiting.update(customer_id for customer_id, account in accounts if _has_ours(account))
     await settle(desk, meter.organization_id, sorted(waiting))
+
+
+async def forget(desk: Desk, organization_id: str, polar_id: str) -> None:
+    """Delete the customer that was made of Polar's and turned out to be another one here.
+
+    It stays where something else is known under its id: usage, or credits by hand.
+    """
+    if polar_id not in desk.catalogue.mirror.once(organization_id, polar_id)[:-1]:
+        return
+    async with desk.deciding:
+        left = desk.catalogue.customer(organization_id, polar_id)
+        if left is not None and not desk.catalogue.mirror.living(left.id) and not _has_own(desk, left):
+            await desk.decide(CustomerDeleted(left.id, desk.now()))
+
+
+def _has_own(desk: Desk, customer: Customer) -> bool:
+    meters = desk.catalogue.meters_of(customer.organization_id)
+    has_account = any(desk.view.ledger.account(customer.id, meter.id) for meter in meters)
+    return has_account or bool(desk.view.numbers(customer.organization_id, customer.external_id, customer.id))
+
+
+def _concerned(desk: Desk, customer: Customer) -> dict[str, list[str]]:
+    """The meters that have something of Polar's or should, each with what Polar calls it, if it still does."""
+    meters = desk.catalogue.meters_of(customer.organization_id)
+    accounts = ((meter.id, desk.view.ledger.account(customer.id, meter.id)) for meter in meters)
+    found: dict[str, list[str]] = {id: [] for id, account in accounts if account and _has_ours(account)}
+    for polar_id in desk.catalogue.mirror.meters(customer.id):
+        meter = meter_of(desk.catalogue, customer.organization_id, polar_id)
+        if meter is not None:
+            found.setdefault(meter.id, []).append(polar_id)
+    return found
 
 
 async def _movements(
@@ -140,6 +171,10 @@ def _until(account: Account, at: datetime) -> Account:
 
 def _held(credit: CreditGranted) -> Credit:
     return Credit(credit.at, credit.id, credit.units, credit.rollover, credit.cause)
+
+
+def _has_ours(account: Account) -> bool:
+    return any(map(_is_ours, account.credits)) or any(map(_is_ours, account.resets))
 
 
 def _is_ours(one: Credit | Reset) -> bool:

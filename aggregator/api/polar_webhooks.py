@@ -13,10 +13,11 @@ from fastapi import APIRouter, Request, Response
 
 from aggregator.api.desk import AtDesk, Desk, bytes_of, decoded
 from aggregator.api.errors import Malformed, json_response
-from aggregator.api.polar_accounts import settle
+from aggregator.api.polar_accounts import forget, settle
 from aggregator.api.schemas import gives, ref
-from meters.catalogue import CustomerCreated, CustomerUpdated
+from meters.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.detail import detail
+from meters.mirror import DeliveryApplied, Linked
 from meters.polar import News, Unreadable, read
 from meters.signatures import Rejection, rejection
 from meters.webhooks import Source
@@ -39,7 +40,8 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
         if news is not None:
             if not heard:
                 news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
-            await settle(desk, organization_id, [news.customer_id])
+            await settle(desk, organization_id, news.customer_ids)
+            await forget(desk, organization_id, news.polar_customer_id)
     status = "ignored" if news is None else "repeated" if heard else "accepted"
     return json_response(202, {"status": status})
 
@@ -50,14 +52,22 @@ def _about(data: Any) -> str:
 
 
 async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None]) -> News:
-    """Decide, and alone where a customer's names are concerned, by what is true then: no two may have the same."""
-    if not any(isinstance(change, CustomerCreated | CustomerUpdated) for change in news.changes):
+    """Decide, and alone where a customer's names are concerned, by what is true then.
+
+    No two may have the same, and none may go while it becomes somebody else's.
+    """
+    if not any(map(_is_about_names, news.changes)):
         await desk.decide(*news.changes)
         return news
     async with desk.deciding:
         news = read_again() or news
         await desk.decide(*news.changes)
         return news
+
+
+def _is_about_names(change: Change) -> bool:
+    is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
+    return is_link or isinstance(change, CustomerCreated | CustomerDeleted | CustomerUpdated)
 
 
 def _source(desk: Desk, request: Request, body: bytes) -> Source | Rejection:

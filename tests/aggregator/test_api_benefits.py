@@ -103,6 +103,19 @@ def test_an_edited_benefit_gives_the_new_from_then_on(tenant: Tenant) -> None:
     assert credits(tenant, customer) == [("grant", 100), ("cycle", 300), ("revoke", -300)]
 
 
+def test_what_is_taken_back_is_of_the_kind_that_was_given(tenant: Tenant) -> None:
+    """A benefit that rolled over and no longer does takes its units from those that roll over, and leaves others."""
+    meter = tenant.meter()
+    id, customer = benefit(tenant, meter, properties={"rollover": True}), tenant.customer()
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 50, "rollover": True})
+    tenant.patch(f"/v1/benefits/{id}", {"properties": {"meter_id": meter, "units": 100, "rollover": False}})
+    tenant.server.now += DAY
+    tenant.post(f"/v1/benefit-grants/{grant}/revoke", {})
+    tenant.server.now += DAY
+    assert tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": [meter]})["rollover"] == {meter: 50}
+
+
 @pytest.mark.parametrize(
     ("body", "where"),
     [

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from meters.signatures import keys
-from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed
+from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
 from tests.aggregator.serving import Server, Tenant
 
 JANUARY = BEGINNING
@@ -111,6 +111,105 @@ def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:
     assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
     polar.deliver("customer.updated", polar.customer(FEBRUARY), "3")
     assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
+
+
+def test_what_is_polars_is_changed_there(polar: Polar) -> None:
+    """No step of its grants or benefits is made here: Polar's own news of it would count it twice."""
+    polar.mirrored_meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    grant, benefit, customer = polar.grant_id, polar.benefit_id, polar.customer_id
+    steps = [
+        ("POST", f"/v1/benefit-grants/{grant}/revoke", None),
+        ("POST", f"/v1/benefit-grants/{grant}/cycle", {}),
+        ("POST", f"/v1/benefits/{benefit}/grants", {"customer_id": customer}),
+        ("DELETE", f"/v1/benefits/{benefit}", None),
+    ]
+    for method, path, body in steps:
+        answer = polar.tenant.ask(method, path, json=body)
+        assert (answer.status_code, "is Polar's: change it there" in answer.text) == (422, True)
+    assert numbers(polar) == [(100, 0, 100)]
+    polar.deliver("benefit_grant.revoked", polar.revoked(polar.grant(JANUARY), FEBRUARY), "2")
+    assert numbers(polar) == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)])
+def test_who_gets_an_external_id_late_is_found_by_it(polar: Polar, order: tuple[int, ...]) -> None:
+    """The customer here has the units in every order, and no second one is left over."""
+    known = polar.tenant.customer(external_id="ann", email="old@example.com")
+    polar.mirrored_meter()
+    nameless = polar.customer(external_id=None)
+    named = polar.customer(JANUARY + timedelta(days=1))
+    news = [
+        ("customer.created", nameless),
+        ("customer.updated", named),
+        ("benefit_grant.created", polar.grant(FEBRUARY) | {"customer": named if order != (0, 2, 1) else nameless}),
+    ]
+    for place in order:
+        polar.deliver(*news[place], f"{place}")
+    assert (state(polar)["id"], state(polar)["email"]) == (known, "ann@example.com")
+    assert numbers(polar) == [(100, 0, 100)]
+    assert [one["customer"]["id"] for one in polar.tenant.get(f"/v1/benefits/{polar.benefit_id}/grants")["items"]] == [
+        known
+    ]
+    assert [one["id"] for one in polar.tenant.get("/v1/customers/")["items"]] == [known]
+
+
+def test_what_is_known_of_a_customer_apart_from_polar_stays_with_it(polar: Polar) -> None:
+    """Credits by hand under the id that Polar's customer had here are not lost when it turns out to be another one."""
+    known = polar.tenant.customer(external_id="ann")
+    meter = polar.mirrored_meter()
+    nameless = polar.customer(external_id=None)
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY) | {"customer": nameless}, "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": meter, "units": 7})
+    polar.deliver("customer.updated", polar.customer(FEBRUARY), "2")
+    left = polar.tenant.get(f"/v1/customers/{polar.customer_id}/state")
+    assert [one["credited_units"] for one in left["active_meters"]] == [7]
+    assert (state(polar)["id"], numbers(polar)) == (known, [(100, 0, 100)])
+
+
+def test_a_product_that_comes_in_mid_cycle_begins_nothing_anew(polar: Polar) -> None:
+    """Usage and credits stay as they are when a product with a price for the meter is changed to."""
+    meter = polar.mirrored_meter()
+    polar.deliver("customer.created", polar.customer(), "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": meter, "units": 500})
+    for number in range(8):
+        polar.tenant.event(f"use-{number}", external_customer_id="ann")
+    start = polar.tenant.server.now + timedelta(seconds=1)
+    polar.tenant.server.now += timedelta(hours=1)
+    polar.deliver("subscription.created", polar.subscription(start, prices=[]), "2")
+    changed = polar.subscription(start, modified_at=text(start + timedelta(minutes=1)))
+    polar.deliver("subscription.updated", changed, "3")
+    assert numbers(polar) == [(500, 8, 492)]
+
+
+def test_a_meter_that_is_no_longer_polars_loses_what_polar_told(polar: Polar) -> None:
+    """Moved to another meter, units are there alone; what was given by hand stays where it is."""
+    first, second = polar.mirrored_meter(), polar.tenant.meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    polar.tenant.post(f"/v1/customers/{polar.customer_id}/credits", {"meter_id": first, "units": 7})
+
+    def credited() -> dict[str, int]:
+        return {one["meter_id"]: one["credited_units"] for one in state(polar)["active_meters"]}
+
+    assert credited() == {first: 107}
+    polar.tenant.patch(f"/v1/meters/{second}", {"metadata": {"polar_meter_id": polar.meter_id}})
+    assert credited() == {first: 107}
+    polar.tenant.patch(f"/v1/meters/{first}", {"metadata": {}})
+    assert credited() == {first: 7, second: 100}
+    polar.deliver("benefit_grant.revoked", polar.revoked(polar.grant(JANUARY), FEBRUARY), "2")
+    assert credited() == {first: 7, second: 0}
+
+
+def test_two_meters_of_polars_can_be_one_here(polar: Polar) -> None:
+    """What is told of the one does not take back what was told of the other."""
+    polar.mirrored_meter()
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY), "1")
+    meter = polar.tenant.get("/v1/meters/")["items"][0]["id"]
+    other = polar.grant(FEBRUARY) | {"id": f"5555{polar.grant_id[4:]}"}
+    other["properties"] |= {"last_credited_meter_id": meter, "last_credited_units": 30}
+    for id in ("2", "3"):
+        polar.deliver("benefit_grant.created", other, id)
+        assert numbers(polar) == [(130, 0, 130)]
 
 
 def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from meters.catalogue import Catalogue
-from meters.mirror import Wanted
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change
+from meters.mirror import DeliveryApplied, Linked, Wanted
 from meters.polar import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 Json = dict[str, Any]
 CUSTOMER = "0e1d7f2a-6f63-4c6c-8a53-111111111111"
+AGAIN = "0e1d7f2a-6f63-4c6c-8a53-222222222222"
 
 
 def customer(day: int = 0, **fields: Any) -> Json:
@@ -38,12 +39,12 @@ def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g",
             "previous_properties": credited(day if revoked is not None else before)}  # fmt: skip
 
 
-def period(day: int, status: str = "active", ended: int | None = None) -> Json:
+def period(day: int, status: str = "active", ended: int | None = None, **fields: Any) -> Json:
     """A subscription with a price for the meter, in the period that began on a day."""
     return {"id": "s", "created_at": T0.isoformat(), "modified_at": (T0 + (ended or day) * DAY).isoformat(),
             "status": status, "customer_id": CUSTOMER, "product_id": "p", "customer": customer(),
             "current_period_start": (T0 + day * DAY).isoformat(), "prices": [{"id": "x", "meter_id": "m"}],
-            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat()}  # fmt: skip
+            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat(), **fields}  # fmt: skip
 
 
 STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool, int | None]]]] = {
@@ -71,6 +72,19 @@ STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool
         [30],
         [(0, False, None), (0, False, None), (30, True, None), (31, True, None)],
     ),
+    "a product with a price that comes in mid-cycle cuts from the next period on": (
+        [("subscription.created", period(0, prices=[])), ("benefit_grant.created", grant(1)),
+         ("subscription.updated", period(0, modified_at=(T0 + 9 * DAY).isoformat())),
+         ("subscription.cycled", period(30))],
+        [30],
+        [(1, False, None)],
+    ),
+    "a product without a price that comes in mid-cycle leaves the cut": (
+        [("subscription.created", period(0)), ("benefit_grant.created", grant(1)),
+         ("subscription.updated", period(0, prices=[], modified_at=(T0 + 9 * DAY).isoformat()))],
+        [0],
+        [(1, False, None)],
+    ),
     "news that never came are told by the next": (
         [("benefit_grant.cycled", grant(30, before=0)), ("subscription.revoked", period(0, "canceled", 45))],
         [0, 30, 45],
@@ -79,13 +93,18 @@ STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool
 }  # fmt: skip
 
 
-def told(deliveries: list[tuple[str, Json]]) -> Catalogue:
-    """A catalogue after the deliveries, each of them twice."""
-    catalogue = Catalogue()
-    for number, (kind, data) in enumerate([*deliveries, *deliveries]):
-        news = read(catalogue, "org", delivery_id=f"{number}", kind=kind, data=data, now=T0 + 99 * DAY)
-        assert isinstance(news, News)
-        for change in news.changes:
+def said(catalogue: Catalogue, kind: str, data: Json) -> News:
+    """What a delivery makes."""
+    news = read(catalogue, "org", delivery_id="any", kind=kind, data=data, now=T0 + 99 * DAY)
+    assert news is not None
+    return news
+
+
+def told(deliveries: list[tuple[str, Json]], *before: Change) -> Catalogue:
+    """A catalogue after some decisions and the deliveries, each of these twice."""
+    catalogue = Catalogue(before)
+    for kind, data in [*deliveries, *deliveries]:
+        for change in said(catalogue, kind, data).changes:
             catalogue.apply(change)
     return catalogue
 
@@ -123,6 +142,84 @@ def test_a_deleted_customer_stays_deleted() -> None:
     news = [("customer.created", customer()), ("customer.updated", customer(3)), ("customer.deleted", customer(5))]
     for order in itertools.permutations(news):
         assert told(list(order)).customer("org", CUSTOMER) is None
+
+
+def again(kind: str, day: int, **fields: Any) -> tuple[str, Json]:
+    """News of a customer that was made at Polar after the first one was deleted there, with the same external id."""
+    return f"customer.{kind}", customer(day, id=AGAIN, created_at=(T0 + 5 * DAY).isoformat(), name="again", **fields)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_who_gets_an_external_id_late_is_the_customer_here_who_has_it(embedded: bool) -> None:
+    """In every order: grants and periods that were told before go along, and so does what they call for."""
+    here = Customer(id="here", organization_id="org", external_id="c-here", created_at=T0)
+    late = {"customer": customer(1)} if embedded else {"customer": None}
+    news = [
+        ("customer.created", customer(external_id=None)),
+        ("customer.updated", customer(1)),
+        ("benefit_grant.created", grant(2) | late),
+        ("subscription.created", period(3) | late),
+    ]
+    for order in itertools.permutations(news):
+        catalogue = told(list(order), CustomerCreated(here))
+        assert days(catalogue.mirror.wanted("here", "m")) == ([3], [(2, False, None)])
+        assert days(catalogue.mirror.wanted(CUSTOMER, "m")) == ([], [])
+        assert [one.id for one in catalogue.benefits.grants_of("here")] == ["g"]
+        assert [one.id for one in catalogue.benefits.subscriptions_of("here")] == ["s"]
+        assert not catalogue.benefits.grants_of(CUSTOMER) + catalogue.benefits.subscriptions_of(CUSTOMER)
+        found = catalogue.customer_by_email("org", "c@x.org")
+        assert found is not None
+        assert found.id == "here"
+
+
+def test_records_from_before_polars_customers_were_named_are_read() -> None:
+    """They say of customers here what they were credited, and go along with one who turns out to be another."""
+    old = (
+        b'{"type":"polar.delivered","organization_id":"org","delivery_id":"1","kind":"k","at":"2026-01-01T00:00:00Z",'
+        b'"facts":[{"fact":"linked","polar_id":"P","customer_id":"P"},'
+        b'{"fact":"began","customer_id":"P","meter_id":"m","at":"2026-01-03T00:00:00Z"},'
+        b'{"fact":"credited","customer_id":"P","meter_id":"m","grant_id":"g","at":"2026-01-04T00:00:00Z","units":100,'
+        b'"rollover":false,"told":"2026-01-04T00:00:00Z"}]}'
+    )
+    before = decode_change(old)
+    linked = DeliveryApplied(organization_id="org", delivery_id="2", kind="k", at=T0, facts=[Linked("P", "here")])
+    assert isinstance(before, DeliveryApplied)
+    catalogue = Catalogue([before])
+    assert days(catalogue.mirror.wanted("P", "m")) == ([2], [(3, False, None)])
+    catalogue.apply(linked)
+    assert days(catalogue.mirror.wanted("here", "m")) == ([2], [(3, False, None)])
+    assert days(catalogue.mirror.wanted("P", "m")) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["c-here", None])
+def test_a_late_deletion_is_that_of_the_customer_who_was_deleted(name: str | None) -> None:
+    """Whoever was made again under the external id stays, with what was granted since."""
+    kind, made = again("created", 6)
+    news = [
+        ("customer.created", customer()),
+        ("customer.deleted", customer(5, external_id=name)),
+        (kind, made),
+        ("benefit_grant.created", grant(7) | {"customer_id": AGAIN, "customer": made}),
+    ]
+    for order in itertools.permutations(news):
+        catalogue = told(list(order))
+        living = catalogue.customer_by_external_id("org", "c-here")
+        assert living is not None
+        assert living.name == "again"
+        assert days(catalogue.mirror.wanted(living.id, "m")) == ([], [(7, False, None)])
+        assert [one.id for one in catalogue.benefits.grants_of(living.id)] == ["g"]
+        kind, gone = again("deleted", 8)
+        for change in said(catalogue, kind, gone).changes:
+            catalogue.apply(change)
+        assert not [one for one in catalogue.customers.values() if one.deleted_at is None]
+
+
+def test_a_deletion_of_a_stranger_deletes_nobody() -> None:
+    """A customer of Polar's who was never heard of is not the one here who has the external id by now."""
+    here = Customer(id="here", organization_id="org", external_id="c-here", created_at=T0)
+    catalogue = Catalogue([CustomerCreated(here)])
+    news = said(catalogue, "customer.deleted", customer(5))
+    assert [type(change) for change in news.changes] == [DeliveryApplied]
 
 
 @pytest.mark.parametrize("data", [

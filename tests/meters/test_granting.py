@@ -1,0 +1,30 @@
+"""What a grant takes back when it ends."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from msgspec.structs import replace
+
+from meters.benefits import Benefit, Grant, GrantSet
+from meters.catalogue import decode_change, encode_change
+from meters.credit import CreditGranted
+from meters.granting import granted, revoked
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+BENEFIT = Benefit(
+    id="b", organization_id="org", description="Tokens", meter_id="m", units=100, rollover=True, created_at=T0
+)
+GRANT = Grant(id="g", organization_id="org", benefit_id="b", customer_id="c", created_at=T0, granted_at=T0)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_grant_knows_what_kind_of_units_it_gave(is_old: bool) -> None:
+    """An edited benefit changes nothing of it; a record from before it was kept goes by the benefit."""
+    line = encode_change(GrantSet(granted(GRANT, BENEFIT, T0).grant))
+    if is_old:
+        line = line.replace(b',"last_credited_rollover":true', b"")
+    told = decode_change(line)
+    assert isinstance(told, GrantSet)
+    (back,) = revoked(told.grant, replace(BENEFIT, rollover=False), T0 + timedelta(days=1)).movements
+    assert isinstance(back, CreditGranted)
+    assert back.rollover is not is_old
