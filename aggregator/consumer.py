@@ -4,7 +4,8 @@ An engine that ends is not mended. The owner closes it, opens the store again, w
 starts the next one there; between two engines reads answer "unavailable" and nothing is lost, because the log keeps
 what was acknowledged. A full disk is such a state between two engines, for as long as it is full. Three endings are
 final: another writer took over, the log lost a position, or the store file cannot be used. Then the process must stop
-and say so; guessing would make a wrong bill.
+and say so; guessing would make a wrong bill. Where a reader does not let go of an engine's store, the process must stop
+too, and a new one goes on.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import structlog
 from aggregator.continuity import break_in
 from aggregator.engine import Committed, Engine
 from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
-from aggregator.store.store import Replaced, Store, prepare_partitions
+from aggregator.store.store import Replaced, StillRead, Store, prepare_partitions
 from aggregator.telemetry import Telemetry
 from aggregator.view import Consumption, Snapshot, Total, Unavailable
 from meters.catalogue import Catalogue, Change, encode_change
@@ -116,9 +117,10 @@ class Aggregator:
             self._judge(engine.failure)
 
     def _judge(self, failure: Exception) -> None:
-        self.failure = failure
+        if isinstance(failure, FINAL) or not self._stop.is_set():  # else it says already why this has to stop
+            self.failure = failure
         self.telemetry.restarts.inc()
-        final = isinstance(failure, FINAL)
+        final = isinstance(failure, (*FINAL, StillRead))
         what = "aggregator_stopped" if final else "engine_ended"
         logger.error(what, reason=str(failure), kind=type(failure).__name__)
         _forget_frames(failure)

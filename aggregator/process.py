@@ -7,6 +7,7 @@ from memory in the low milliseconds while the reader decodes at full speed.
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -25,12 +26,14 @@ from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
 from aggregator.sender import Sender
 from aggregator.store.opening import MODEST, Settings
+from aggregator.store.store import StillRead
 from aggregator.view import Unavailable
 from meters.log import Log
 
 SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above the noise of a loaded machine
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before
 HOUSEKEEPING_S = 60.0  # retention is a matter of days
+START_AGAIN = 75  # the exit code where another process can go on at once, as sysexits.h counts it
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
 
@@ -53,7 +56,10 @@ class Process(NamedTuple):
 
 
 def run(log: Log, process: Process) -> None:
-    """Serve until SIGTERM or SIGINT. Raises what ended the aggregator for good, for the command line to explain."""
+    """Serve until SIGTERM or SIGINT. Raises what ended the aggregator for good, for the command line to explain.
+
+    Leaves with START_AGAIN where only another process can go on; whoever supervises this one starts it.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     aggregator = Aggregator(log, process.store, process.settings)
     if process.forwarding is not None:
@@ -103,4 +109,6 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:
     while not aggregator.ended.is_set():  # noqa: ASYNC110 (set by a thread, which knows no loop)
         await asyncio.sleep(_WATCH_S)
+    if isinstance(aggregator.failure, StillRead):
+        os._exit(START_AGAIN)  # a server that ends waits for its readers; nothing needs it, as after a kill
     server.should_exit = True

@@ -62,6 +62,10 @@ class Replaced(Exception):
     """Another writer took over, or the positions are not the expected ones: stop, do not retry."""
 
 
+class StillRead(Exception):
+    """A reader did not let go, so this process would be given the same instance again: only another one begins anew."""
+
+
 class Round(NamedTuple):
     """Everything one transaction writes: a batch, what the step made of it, and control records beside it."""
 
@@ -117,7 +121,7 @@ class Store:
         """Let go of the file, as soon as nobody reads any more; queries that run are interrupted.
 
         DuckDB keeps an instance while anyone holds a part of it, and hands it to whoever opens the file next. So
-        waiting is what makes sure that the next one starts from the file.
+        waiting is what makes sure that the next one starts from the file. Raises StillRead when it was in vain.
         """
         deadline = time.monotonic() + _READERS_PATIENCE_S
         try:
@@ -127,6 +131,8 @@ class Store:
                     for reader in self._readers:
                         reader.interrupt()
                     self._readers_changed.wait(_INTERRUPT_AGAIN_S)
+                if self._readers:
+                    raise StillRead(f"{len(self._readers)} readers of the store did not end when it was closed")
         finally:
             self._connection.close()
 

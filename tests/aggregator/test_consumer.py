@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -13,8 +15,11 @@ import duckdb
 import msgspec
 
 from aggregator.consumer import Aggregator
-from aggregator.store.store import Store
+from aggregator.process import START_AGAIN
+from aggregator.store import store as store_module
+from aggregator.store.store import Doubt, StillRead, Store
 from aggregator.view import Unavailable
+from deploy.giving_up import FAILED, USAGE
 from ingest.log import open_log
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
@@ -112,6 +117,72 @@ def test_an_engine_that_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     aggregator.stop()
     log.close()
     assert Store.commit is commit
+
+
+def test_a_reader_that_does_not_let_go_ends_the_process_for_another_one(tmp_path: Path) -> None:
+    """DuckDB would give the next engine the instance of the last one, so none follows in here, and no final error."""
+    log = open_log("memory:")
+    append(log, "a")
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    eventually(lambda: is_present(aggregator, log))
+    with (
+        patch.object(store_module, "_READERS_PATIENCE_S", 0.1),
+        patch.object(Store, "commit", side_effect=Doubt("no")),
+        aggregator.read(),
+    ):
+        append(log, "b")
+        has_ended = aggregator.ended.wait(10)
+    assert has_ended
+    assert isinstance(aggregator.failure, StillRead)
+    aggregator.stop()
+    again = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    again.start()
+    eventually(lambda: is_present(again, log))
+    again.stop()
+    log.close()
+
+
+def test_such_a_process_leaves_with_a_code_that_starts_it_again(tmp_path: Path) -> None:
+    """Though the reader still runs, and a request with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HELD, str(tmp_path)], timeout=60, check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == START_AGAIN, done.stderr
+    assert START_AGAIN not in (FAILED, USAGE)  # by which a supervisor knows that a restart is no use
+
+
+_HELD = """
+import sys, threading, time
+from pathlib import Path
+from aggregator import process
+from aggregator.consumer import Aggregator
+from aggregator.store import store
+from ingest.log import open_log
+from tests.aggregator.test_consumer import append
+
+store._READERS_PATIENCE_S = 0.1
+place, start, log = Path(sys.argv[1]), Aggregator.start, open_log("memory:")
+
+def doubt(*_):
+    raise store.Doubt("no")
+
+def hold(aggregator):
+    with aggregator.read():
+        store.Store.commit = doubt
+        append(log, "b")
+        time.sleep(600)
+
+def start_and_hold(aggregator):
+    start(aggregator)
+    while not aggregator._engine.informed:
+        time.sleep(0.01)
+    threading.Thread(target=hold, args=(aggregator,)).start()
+
+Aggregator.start = start_and_hold
+process.run(log, process.Process(place / "store.duckdb", socket=place / "socket"))
+"""
 
 
 def test_a_store_closes_while_readers_come_and_go(tmp_path: Path) -> None:
