@@ -60,7 +60,7 @@ _THRESHOLD: Schema = {
     "customer_id": nullable(ID),
 }
 _SECRET: Schema = {"type": "string", "minLength": SECRET_LENGTH_MIN, "maxLength": SECRET_LENGTH_MAX}
-_WHOSE: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
+_WHOSE: Schema = {"customer_id": nullable(ID), "external_customer_id": nullable(TEXT)}
 
 SCHEMAS: Schema = {
     "CustomerState": {

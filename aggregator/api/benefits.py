@@ -45,7 +45,7 @@ Units = Annotated[int, msgspec.Meta(gt=0, le=UNITS_MAX)]
 class Properties(msgspec.Struct):
     """What a ``meter_credit`` benefit gives."""
 
-    meter_id: str
+    meter_id: UUID
     units: Units
     rollover: bool
 
@@ -71,7 +71,7 @@ class BenefitUpdate(msgspec.Struct):
 class GrantCreate(msgspec.Struct):
     """Whom to grant it to: one of the two names."""
 
-    customer_id: str | None = None
+    customer_id: UUID | None = None
     external_customer_id: str | None = None
 
 
@@ -157,7 +157,7 @@ def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> N
     if body.metadata is not None and isinstance(found := parse_metadata(body.metadata, ("body", "metadata")), list):
         raise Malformed(found)
     if body.properties is not None:
-        meter_id = body.properties.meter_id
+        meter_id = str(body.properties.meter_id)
         if desk.catalogue.meter(token.organization_id, meter_id) is None:
             raise Refused("value_error", ("body", "properties", "meter_id"), "Meter does not exist.", meter_id)
 
@@ -175,7 +175,7 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
         _checked(desk, token, body)
         benefit = Benefit(
             id=desk.new_id(), organization_id=token.organization_id, description=body.description,
-            meter_id=body.properties.meter_id, units=body.properties.units, rollover=body.properties.rollover,
+            meter_id=str(body.properties.meter_id), units=body.properties.units, rollover=body.properties.rollover,
             metadata=body.metadata, created_at=desk.now(),
         )  # fmt: skip
         await desk.decide(BenefitSet(benefit))
@@ -217,7 +217,8 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
         changes: dict[str, Any] = {"modified_at": desk.now()}
         changes |= {} if body.description is None else {"description": body.description}
         changes |= {} if body.metadata is None else {"metadata": body.metadata}
-        changes |= {} if body.properties is None else msgspec.structs.asdict(body.properties)
+        if body.properties is not None:
+            changes |= msgspec.structs.asdict(body.properties) | {"meter_id": str(body.properties.meter_id)}
         benefit = replace(benefit, **changes)
         await desk.decide(BenefitSet(benefit))
     return answer(benefit_shape(benefit), desk.view.as_of)

@@ -58,7 +58,8 @@ def _complaint(text: str, body: Any) -> Malformed:
     loc: list[str | int] = [int(place) if place.isdigit() else name or place for name, place in _STEP.findall(path)]
     if reason.startswith("Object missing required field") and (name := _NAME.search(reason)):
         return Malformed([detail("missing", ("body", *loc, name[1]), "Field required", _at(body, loc))])
-    return Malformed([detail("value_error", ("body", *loc), reason, _at(body, loc))])
+    kind = "uuid_parsing" if reason == "Invalid UUID" else "value_error"
+    return Malformed([detail(kind, ("body", *loc), reason, _at(body, loc))])
 
 
 def _at(value: Any, loc: list[str | int]) -> Any:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
@@ -120,13 +120,16 @@ def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, 
 async def list_customers(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+    organization_id: Ids = None,
 ) -> Response:  # fmt: skip
     """The organization's customers, newest first."""
     chosen = order(sorting, ("created_at", "email", "name"), "-created_at")
     found = [
         customer
         for customer in customers_mentioned(desk.catalogue, token.organization_id, query or "")
-        if (email is None or (customer.email or "").lower() == email.lower()) and has_texts(customer.metadata, metadata)
+        if includes(organization_id, token)
+        and (email is None or (customer.email or "").lower() == email.lower())
+        and has_texts(customer.metadata, metadata)
     ]
     found.sort(key=lambda customer: (getattr(customer, chosen.by) or "", customer.id), reverse=not chosen.ascending)
     shapes = [customer_shape(customer) for customer in cut(found, page)]

@@ -32,7 +32,7 @@ Writer = Annotated[Token, Depends(allow(writing("customers")))]
 class ResetCreate(msgspec.Struct):
     """Which meters begin anew (all of them where none is named), and from when on (now)."""
 
-    meter_ids: list[str] | None = None
+    meter_ids: list[UUID] | None = None
     at: datetime | None = None
 
 
@@ -64,10 +64,11 @@ def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:
     meters = {meter.id: meter for meter in desk.catalogue.meters_of(token.organization_id)}
     if asked.meter_ids is None:
         return [meter for meter in meters.values() if meter.archived_at is None]
-    for id in asked.meter_ids:
+    ids = list(dict.fromkeys(map(str, asked.meter_ids)))
+    for id in ids:
         if id not in meters:
             raise Refused("meter_id", ("body", "meter_ids"), "Meter not found.", id)
-    return [meters[id] for id in dict.fromkeys(asked.meter_ids)]
+    return [meters[id] for id in ids]
 
 
 def _is_made(desk: Desk, change: MeterReset, meter_id: str) -> bool:

@@ -2,6 +2,7 @@
 
 import secrets
 from typing import Annotated, Any
+from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
@@ -26,7 +27,7 @@ NAMES = ("customer_id", "external_customer_id", "customer_external_id")
 class SessionCreate(msgspec.Struct):
     """Whose session. ``customer_external_id`` is another word for ``external_customer_id``, as with Polar."""
 
-    customer_id: str | None = None
+    customer_id: UUID | None = None
     external_customer_id: str | None = None
     customer_external_id: str | None = None
     return_url: Annotated[str, msgspec.Meta(max_length=URL_LENGTH_MAX)] | None = None
@@ -39,12 +40,12 @@ def named_customer(desk: Desk, token: Token, body: Any) -> Customer:
         raise Malformed([detail("missing", ("body", "customer_id"), "Field required")])
     catalogue = desk.catalogue
     found = (
-        catalogue.customer(token.organization_id, given)
+        catalogue.customer(token.organization_id, str(given))
         if name == "customer_id"
         else catalogue.customer_by_external_id(token.organization_id, given)
     )
     if found is None:
-        raise Refused("value_error", ("body", name), "Customer does not exist.", given)
+        raise Refused("value_error", ("body", name), "Customer does not exist.", str(given))
     return found
 
 

@@ -37,11 +37,11 @@ SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
 class ThresholdCreate(msgspec.Struct):
     """What a new threshold is made of."""
 
-    meter_id: str
+    meter_id: UUID
     measure: Literal["usage", "balance"]
     value: Decimal
     unit: Literal["units", "percent"] = "units"
-    customer_id: str | None = None
+    customer_id: UUID | None = None
 
 
 class SourceCreate(msgspec.Struct):
@@ -70,11 +70,12 @@ def source_shape(source: Source) -> dict[str, Any]:
 async def create_threshold(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Watch a line: ``usage`` from below or ``balance`` from above, in units or in percent of the credits."""
     body = await body_as(ThresholdCreate, request)
+    meter_id, customer_id = str(body.meter_id), str(body.customer_id) if body.customer_id else None
     async with desk.deciding:
         _check(desk, token, body)
         threshold = Threshold(
-            id=desk.new_id(), organization_id=token.organization_id, meter_id=body.meter_id, measure=body.measure,
-            unit=body.unit, value=body.value, customer_id=body.customer_id, created_at=desk.now(),
+            id=desk.new_id(), organization_id=token.organization_id, meter_id=meter_id, measure=body.measure,
+            unit=body.unit, value=body.value, customer_id=customer_id, created_at=desk.now(),
         )  # fmt: skip
         await desk.decide(ThresholdSet(threshold))
     return answer(threshold_shape(threshold), desk.view.as_of, 201)
@@ -84,10 +85,10 @@ def _check(desk: Desk, token: Token, body: ThresholdCreate) -> None:
     if not body.value.is_finite() or parse_amount(str(body.value)) != body.value:
         message = f"Input should be a number of at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals"
         raise Refused("value_error", ("body", "value"), message)
-    if desk.catalogue.meter(token.organization_id, body.meter_id) is None:
-        raise Refused("value_error", ("body", "meter_id"), "Meter does not exist.", body.meter_id)
-    if body.customer_id is not None and not desk.catalogue.customer(token.organization_id, body.customer_id):
-        raise Refused("value_error", ("body", "customer_id"), "Customer does not exist.", body.customer_id)
+    if desk.catalogue.meter(token.organization_id, str(body.meter_id)) is None:
+        raise Refused("value_error", ("body", "meter_id"), "Meter does not exist.", str(body.meter_id))
+    if body.customer_id is not None and not desk.catalogue.customer(token.organization_id, str(body.customer_id)):
+        raise Refused("value_error", ("body", "customer_id"), "Customer does not exist.", str(body.customer_id))
     if len(desk.catalogue.webhooks.thresholds_of(token.organization_id)) >= THRESHOLDS_MAX:
         raise Refused("value_error", ("body",), f"An organization has at most {THRESHOLDS_MAX} thresholds.")
 

@@ -43,6 +43,29 @@ def test_lists_of_customers(tenant: Tenant) -> None:
     assert found(email="cid@example.com") == ["Cid"]
     assert sorted(found(**{"metadata[plan]": "pro"})) == ["Bob", "Cid"]
     assert tenant.get("/v1/customers/", limit=2)["pagination"] == {"total_count": 3, "max_page": 2}
+    assert len(found(organization_id=tenant.id)) == 3
+    assert found(organization_id=NOWHERE) == []
+
+
+def test_ids_in_bodies_mind_no_case(tenant: Tenant) -> None:
+    """As in paths; what is no id at all is told as such."""
+    customer, meter = tenant.customer(), tenant.meter()
+
+    def bodies(customer: str, meter: str) -> list[tuple[str, dict[str, Any]]]:
+        properties = {"meter_id": meter, "units": 5, "rollover": False}
+        return [
+            ("/v1/customer-sessions/", {"customer_id": customer}),
+            ("/v1/benefits/", {"type": "meter_credit", "description": "five", "properties": properties}),
+            ("/v1/webhooks/thresholds", {"meter_id": meter, "measure": "usage", "value": 1, "customer_id": customer}),
+            (f"/v1/customers/{tenant.customer()}/resets", {"meter_ids": [meter]}),
+        ]
+
+    for path, body in bodies(customer.upper(), meter.upper()):
+        assert tenant.ask("POST", path, json=body).status_code == 201, path
+    assert tenant.get("/v1/benefits/")["items"][0]["properties"]["meter_id"] == meter
+    for path, body in bodies("ann", "tokens"):
+        status, _, ((kind, _), *_) = tenant.refusal("POST", path, json=body)
+        assert (status, kind) == (422, "uuid_parsing"), path
 
 
 def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
