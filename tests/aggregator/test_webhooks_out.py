@@ -204,6 +204,25 @@ def test_an_endpoint_that_is_gone_is_disabled(tenant: Tenant) -> None:
     live(tenant, story)
 
 
+def test_an_endpoint_that_is_away_is_disabled_though_a_customer_moves_all_the_time(tenant: Tenant) -> None:
+    """Each state takes the last one's place, and its attempts: they run out, and ten that failed are enough."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        await told.meter()
+        told.receiver.answers = [500] * 100
+        await told.customer()
+        for number in range(20):
+            await told.arrived(number + 1, passing=MOMENT)
+            await told.use(f"use-{number}")
+        endpoints = tenant.server.aggregator.catalogue.webhooks.endpoints
+        await until(lambda: endpoints[told.endpoint_id].disabled_at is not None)
+        assert endpoints[told.endpoint_id].disabled_reason == "10 messages in a row could not be delivered"
+        found = await told.ask("GET", "/v1/webhooks/deliveries?limit=100")
+        assert [one["attempt"] for one in reversed(found["items"])] == [1, 2] * 10
+
+    live(tenant, story, pace=HURRY._replace(attempts_max=2))
+
+
 def test_a_rotated_secret_signs_beside_the_new_one_for_a_day(tenant: Tenant) -> None:
     """Then the new one alone. No answer but those two shows a secret."""
     async def story(told: Told) -> None:
