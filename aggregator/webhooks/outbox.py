@@ -231,14 +231,24 @@ def forget(connection: Connection, now: datetime) -> None:
     connection.execute("DELETE FROM webhook_attempts WHERE started_at < ?", [now - KEPT])
 
 
-def deliver_again(connection: Connection, organization_id: str, message_id: str, now: datetime) -> int:
-    """Make a message due now, whatever became of it; how many endpoints will hear it."""
+def deliver_again(
+    connection: Connection, organization_id: str, message_id: str, endpoint_ids: Sequence[str], now: datetime
+) -> int:
+    """Make a message due now at those of these endpoints that it was for, whatever became of it; how many they are."""
     found = connection.execute(
         """UPDATE webhook_messages SET status = 'pending', attempts = 0, due_at = ?, settled_at = NULL
-           WHERE organization_id = ? AND id = ?""",
-        [now, organization_id, message_id],
+           WHERE organization_id = ? AND id = ? AND list_contains(?::VARCHAR[], endpoint_id)""",
+        [now, organization_id, message_id, list(endpoint_ids)],
     ).fetchone()
     return found[0] if found else 0
+
+
+def knows(connection: Connection, organization_id: str, message_id: str) -> bool:
+    """Whether the organization has such a message."""
+    row = connection.execute(
+        "SELECT 1 FROM webhook_messages WHERE organization_id = ? AND id = ? LIMIT 1", [organization_id, message_id]
+    ).fetchone()
+    return row is not None
 
 
 def deliveries(

@@ -182,6 +182,28 @@ def test_what_failed_for_good_can_be_told_again(tenant: Tenant) -> None:
     assert stranger.ask("POST", f"/v1/webhooks/events/{message}/redeliver").status_code == 404
 
 
+@pytest.mark.parametrize("ended", ["DELETE", "PATCH"])
+def test_nothing_is_told_again_to_who_cannot_hear(tenant: Tenant, ended: str) -> None:
+    """Where every endpoint is deleted or disabled that is said, and what was delivered stays delivered."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        await told.customer()
+        (first,) = await told.arrived(1)
+        await told.settled()
+        off = None if ended == "DELETE" else {"enabled": False}
+        await told.ask(ended, f"/v1/webhooks/endpoints/{told.endpoint_id}", off)
+        path = f"/v1/webhooks/events/{first.headers['webhook-id']}/redeliver"
+        with pytest.raises(AssertionError, match="Every endpoint that it was for is deleted or disabled"):
+            await told.ask("POST", path)
+        (shown,) = (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]
+        assert shown["webhook_event"]["status"] == "delivered"
+
+    live(tenant, story)
+    message = tenant.get("/v1/webhooks/deliveries")["items"][0]["webhook_event"]["id"]
+    answer = tenant.ask("POST", f"/v1/webhooks/events/{message}/redeliver")
+    assert (answer.status_code, answer.json()["error"], "Retry-After" in answer.headers) == (409, "Conflict", False)
+
+
 def test_an_endpoint_that_is_gone_is_disabled(tenant: Tenant) -> None:
     """410 ends it at once; enabled again, it hears what comes from then on."""
     async def story(told: Told) -> None:
