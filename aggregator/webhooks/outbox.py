@@ -126,9 +126,11 @@ def take_causes(connection: Connection) -> list[Cause]:
 def put_messages(connection: Connection, messages: Sequence[Message], through: int) -> None:
     """Write what was made of every cause up to ``through``, and let go of those. Newer states supersede older ones.
 
+    A state that says what the endpoint was told last is not told again: not everything that comes in changes something.
     A state that takes the place of one which could not be delivered so far has its attempts behind it and waits as
     long: else an endpoint that is away would be asked without a pause, and for ever, about a customer who moves often.
     """
+    messages = _news(connection, messages)
     if messages:
         with _as_table(connection, messages, _MESSAGES):
             connection.execute(
@@ -148,6 +150,30 @@ def put_messages(connection: Connection, messages: Sequence[Message], through: i
                    AND webhook_messages.customer_id = given.customer_id AND webhook_messages.id <> given.id"""
             )
     connection.execute("DELETE FROM webhook_causes WHERE number <= ?", [through])
+
+
+def _news(connection: Connection, messages: Sequence[Message]) -> Sequence[Message]:
+    """Those that are no state of a customer, or another one than was written last for that endpoint.
+
+    One that failed for good was not heard, so it is worth telling once more. Times of telling are no part of a state:
+    bodies are compared from their data on, which stands last in them.
+    """
+    if not messages:
+        return messages
+    with _as_table(connection, messages, _MESSAGES):
+        rows = connection.execute(
+            """WITH last AS (
+                   SELECT said.endpoint_id, said.customer_id, max_by(said.rowid, said.created_at) AS place
+                   FROM webhook_messages said SEMI JOIN given USING (endpoint_id, customer_id, type)
+                   WHERE said.type = 'customer.state_changed' GROUP BY ALL)
+               SELECT given.id, given.endpoint_id FROM given JOIN last USING (endpoint_id, customer_id)
+               JOIN webhook_messages said ON said.rowid = last.place
+               WHERE given.type = 'customer.state_changed' AND said.status IN ('pending', 'delivered')
+               AND substr(said.body, strpos(said.body, '"data":'))
+                   = substr(given.body, strpos(given.body, '"data":'))"""
+        ).fetchall()
+    known = set(rows)
+    return [message for message in messages if (message.id, message.endpoint_id) not in known]
 
 
 @contextlib.contextmanager

@@ -67,3 +67,25 @@ def test_what_comes_of_a_message_under_way_counts_for_the_one_in_its_place(
     outbox.mark(connection, [tried], [])
     assert statuses(connection) == {"a": became, "b": "pending"}
     assert waits(connection) == [("b", attempts, due_at)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "balance", "is_told"),
+    [("delivered", 0, False), ("pending", 0, False), ("failed", 0, True), ("delivered", 1, True)],
+)
+def test_what_an_endpoint_was_told_last_is_not_told_again(
+    connection: duckdb.DuckDBPyConnection, outcome: Status, balance: int, is_told: bool
+) -> None:
+    """Only if it was not heard, or says something else; another customer's state is no matter."""
+    outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], 0)
+    outbox.mark(connection, [state("a")._replace(status=outcome)], [])
+    outbox.put_messages(connection, [state("c", balance, SOON)], 0)
+    assert ("c" in statuses(connection)) is is_told
+
+
+def test_a_state_that_comes_back_is_told(connection: duckdb.DuckDBPyConnection) -> None:
+    """What was told last counts, and not what was told before."""
+    for id, balance in (("a", 0), ("b", 1), ("c", 0), ("d", 0)):
+        seconds = len(statuses(connection))
+        outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], 0)
+    assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending"}

@@ -143,6 +143,21 @@ def test_many_movements_are_one_message(tenant: Tenant) -> None:
         assert connection.execute("SELECT count(*) FROM webhook_causes").fetchone() == (0,)
 
 
+def test_usage_that_changes_nothing_is_not_told(tenant: Tenant) -> None:
+    """An event that no meter counts leaves the state as it was told."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        customer = await told.customer()
+        await told.arrived(1)
+        await told.use("counted by nobody")
+        await told.settled()
+        await told.ask("PATCH", f"/v1/customers/{customer}", {"name": "Ann"})
+        await told.settled()
+        assert [delivery.event["data"]["name"] for delivery in told.receiver.deliveries] == [None, "Ann"]
+
+    live(tenant, story)
+
+
 def test_a_failure_is_tried_again_with_the_same_words(tenant: Tenant) -> None:
     """500, a redirect and silence are failures; the message keeps its id and its bytes; the log has every attempt."""
     async def story(told: Told) -> None:
