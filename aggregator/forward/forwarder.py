@@ -222,6 +222,14 @@ class Forwarder:
         )
         return True
 
+    def _remembered(self) -> Item | None:
+        """What Polar took last before this process began, as far as that was written down."""
+        known = self._state.flags().get("taken_last")
+        if known is None:
+            return None
+        id, body = known["external_id"], known["body"].encode()
+        return Item(lane=RAW, external_id=id, who="", timestamp_us=0, ingested_us=0, body=body)
+
     def _send(self, work: Slice) -> None:
         if self._circuit.state(self._clock.now_us()) != "closed":
             work = self._first_of(probing(work))
@@ -251,12 +259,13 @@ class Forwarder:
 
     def _vouch(self) -> None:
         """Where nothing else is there to show whether Polar takes events: send again what it took last, a duplicate."""
-        if self._last is None or not self._suspects.is_open:
+        last = (self._last or self._remembered()) if self._suspects.is_open else None
+        if last is None:
             return
-        match self._ask(Slice(RAW, [self._last])):
+        match self._ask(Slice(RAW, [last])):
             case Accepted():
                 self._circuit.succeeded()
-                self._suspects.accepted([self._last.external_id])
+                self._suspects.accepted([last.external_id])
             case Stop(reason):
                 self._stop(reason)
             case _:
@@ -339,6 +348,8 @@ class Forwarder:
     def _set_aside(self, work: Slice, item: Item, until_us: int) -> None:
         """Park the only event of a slice, and what follows of its customer."""
         item.due_us = until_us
+        if self._last is not None:  # a restart must not leave the event without anything that speaks for Polar
+            self._state.set(taken_last={"external_id": self._last.external_id, "body": self._last.body.decode()})
         self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
         if item.lane == ROLLUP:
             return

@@ -1,9 +1,9 @@
 """What to send next, and what an answer means. Pure: no clock, no files, no network.
 
 A *slice* is a run of items in the order in which they came; its items are sent, parked (their time is not yet past) or
-condemned (Polar does not take this very one: it says so, or breaks at it). A slice is done as a whole and then marked in one
-transaction, so at every moment what was taken is exactly what was accepted, parked or condemned. A slice that Polar
-refuses is cut, in order, until what it refuses stands alone; what is in front of it has been marked by then.
+condemned (Polar does not take this very one: it says so, or breaks at it). A slice is done as a whole and then marked
+in one transaction, so at every moment what was taken is exactly what was accepted, parked or condemned. A slice that
+Polar refuses is cut, in order, until what it refuses stands alone; what is in front of it has been marked by then.
 """
 
 from collections.abc import Collection, Sequence

@@ -176,6 +176,20 @@ def test_an_event_that_breaks_polar_does_not_hold_up_the_rest(room: Room, custom
         assert running.books() == {"taken": 40, "accepted": 40, "dead": 0}
 
 
+def test_an_event_that_breaks_polar_is_found_across_restarts(room: Room) -> None:
+    """Though everything that is left is its customer's and waits behind it."""
+    sent = events(room.name, 20, customers=1)
+    sent[10]["external_id"] = f"{BREAKING}-{room.name}"
+    room.send(sent)
+    clocks = Clocks(600.0)
+    for reached in (lambda running: running.state.waiting()[0] == 10, lambda running: running.done(20)):
+        with room.forwarder(clocks) as running:
+            running.until(lambda running=running, reached=reached: reached(running))  # type: ignore[misc]
+    with room.forwarder(clocks) as running:
+        assert running.books() == {"taken": 20, "accepted": 19, "dead": 1}
+    assert ids(room.there()) == ids(sent[:10] + sent[11:])
+
+
 def test_an_outage_condemns_nothing(room: Room) -> None:
     """However long Polar answers everything with 5xx and whatever it is asked: then all arrives, in order."""
     room.send(events(room.name, 60, customers=3))
