@@ -48,7 +48,11 @@ class Refused(Exception):
 
 
 class Conflict(Exception):
-    """The same is being done already; what comes of it can be asked for in a moment."""
+    """It cannot be done as things are. ``is_passing``: they are others in a moment, as when it is being done."""
+
+    def __init__(self, message: str, *, is_passing: bool = True) -> None:
+        super().__init__(message)
+        self.is_passing = is_passing
 
 
 class BodyTooLarge(Exception):
@@ -101,7 +105,8 @@ async def _refused(_: Request, error: Refused) -> Response:
 
 
 async def _conflict(_: Request, error: Conflict) -> Response:
-    return json_response(409, {"error": "Conflict", "detail": str(error)}, {"Retry-After": str(RETRY_AFTER_S)})
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.is_passing else None
+    return json_response(409, {"error": "Conflict", "detail": str(error)}, headers)
 
 
 async def _too_large(_: Request, __: Exception) -> Response:

@@ -7,7 +7,7 @@ from uuid import UUID
 from fastapi import APIRouter, Response
 
 from aggregator.api.desk import AtDesk, Desk, answer
-from aggregator.api.errors import NotFound
+from aggregator.api.errors import Conflict, NotFound
 from aggregator.api.paging import WhichPage, listed
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.webhook_endpoints import Reader, Writer
@@ -57,13 +57,18 @@ def _shape(row: dict[str, Any]) -> dict[str, Any]:
 
 @router.post("/v1/webhooks/events/{id}/redeliver", status_code=202, responses=gives(ref("WebhookRedelivery"), 202))
 async def redeliver_webhook_event(desk: AtDesk, token: Writer, id: str) -> Response:
-    """Tell it again, word for word under the same ``webhook-id``, to every endpoint that it was for."""
+    """Tell it again, word for word under the same ``webhook-id``, to every enabled endpoint that it was for."""
     count = await asyncio.to_thread(_again, desk, token, id)
-    if not count:
-        raise NotFound
     return answer({"id": id, "endpoints": count}, desk.view.as_of, 202)
 
 
 def _again(desk: Desk, token: Token, id: str) -> int:
+    endpoints = desk.catalogue.webhooks.endpoints_of(token.organization_id)
+    enabled = [endpoint.id for endpoint in endpoints if endpoint.disabled_at is None]
     with desk.view.outbox() as connection:
-        return outbox.deliver_again(connection, token.organization_id, id, naive(desk.now()))
+        count = outbox.deliver_again(connection, token.organization_id, id, enabled, naive(desk.now()))
+        if not count and not outbox.knows(connection, token.organization_id, id):
+            raise NotFound
+    if not count:
+        raise Conflict("Every endpoint that it was for is deleted or disabled.", is_passing=False)
+    return count

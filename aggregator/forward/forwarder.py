@@ -21,9 +21,12 @@ from aggregator.forward.planner import (
     SKEW_MAX_US,
     Accepted,
     Bad,
+    Item,
     Later,
     Slice,
     Stop,
+    Verdict,
+    apart,
     halves,
     isolate,
     judge,
@@ -34,6 +37,7 @@ from aggregator.forward.planner import (
 from aggregator.forward.polar_event import item_of, rollup_item
 from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
+from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
 from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
 
 BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
@@ -79,6 +83,8 @@ class Forwarder:
         self._source, self._upstream, self._state, self._wishes = source, upstream, state, wishes
         self._clock, self._draw = upstream.window.clock, draw
         self._circuit = Circuit()
+        self._suspects = Suspects()
+        self._last: Item | None = None  # what Polar took last
         self._slices: list[Slice] = []  # a stack: the next one to send is the last
         self._page: Slice | None = None  # what was read and is not yet cut into slices
         self._events_max = wishes.batch_events
@@ -111,6 +117,7 @@ class Forwarder:
                 raise
             return LOOK_S
         if work is None:
+            self._vouch()
             return IDLE_S
         self._send(work)
         return self._spacing_s()
@@ -141,7 +148,8 @@ class Forwarder:
             return self._slices.pop()
         waited = self._state.due(now_us, self._events_max)
         if waited:
-            return Slice(WAITING, waited[: take(waited, self._events_max, self._wishes.batch_bytes)])
+            whole = Slice(WAITING, waited[: take(waited, self._events_max, self._wishes.batch_bytes)])
+            return self._first_of(apart(whole, self._suspects.struck))
         if self._wishes.meters and self._roll(now_us):
             return self._next(now_us)
         if self._page is None:
@@ -214,6 +222,14 @@ class Forwarder:
         )
         return True
 
+    def _remembered(self) -> Item | None:
+        """What Polar took last before this process began, as far as that was written down."""
+        known = self._state.flags().get("taken_last")
+        if known is None:
+            return None
+        id, body = known["external_id"], known["body"].encode()
+        return Item(lane=RAW, external_id=id, who="", timestamp_us=0, ingested_us=0, body=body)
+
     def _send(self, work: Slice) -> None:
         if self._circuit.state(self._clock.now_us()) != "closed":
             work = self._first_of(probing(work))
@@ -221,12 +237,7 @@ class Forwarder:
         if not sent:
             self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
             return
-        try:
-            verdict = judge(self._upstream.ingest(work.body()), len(sent))
-        except NoAnswer as lost:
-            verdict = Later(str(lost), is_slow=lost.is_timeout)
-        self._state.count("", requests=1)
-        match verdict:
+        match verdict := self._ask(work):
             case Accepted():
                 self._accepted(work, verdict)
             case Bad():
@@ -238,6 +249,29 @@ class Forwarder:
                 self._slices.append(work)
                 self._stop(reason)
 
+    def _ask(self, work: Slice) -> Verdict:
+        try:
+            verdict = judge(self._upstream.ingest(work.body()), len(work.sent))
+        except NoAnswer as lost:
+            verdict = Later(str(lost), is_slow=lost.is_timeout)
+        self._state.count("", requests=1)
+        return verdict
+
+    def _vouch(self) -> None:
+        """Where nothing else is there to show whether Polar takes events: send again what it took last, a duplicate."""
+        last = (self._last or self._remembered()) if self._suspects.is_open else None
+        if last is None:
+            return
+        match self._ask(Slice(RAW, [last])):
+            case Accepted():
+                self._circuit.succeeded()
+                self._suspects.accepted([last.external_id])
+            case Stop(reason):
+                self._stop(reason)
+            case _:
+                self._circuit.failed(self._clock.now_us(), None, self._draw())
+                self._suspects.others_failed()
+
     def _first_of(self, parts: list[Slice]) -> Slice:
         """The first of these, with the rest behind it on the stack."""
         self._slices += reversed(parts[1:])
@@ -248,6 +282,8 @@ class Forwarder:
         self._circuit.succeeded()
         answer = verdict._asdict()
         self._state.mark(work.lane, work.items, work.position, now_us, **answer)
+        self._suspects.accepted([item.external_id for item in work.sent])
+        self._last = work.sent[-1]
         self._sent.append((now_us, len(work.sent)))
         self._events_max = min(self._wishes.batch_events, self._events_max + self._events_max // 10 + 1)
 
@@ -280,14 +316,48 @@ class Forwarder:
     def _postpone(self, work: Slice, later: Later) -> None:
         now_us = self._clock.now_us()
         self._state.count("", postponed=1)
+        self._suspects.others_failed()
+        pause_s = self._circuit.failed(now_us, retry_after_s(later.after_s, now_us), self._draw())
         parts, sent = [work], len(work.sent)
         if later.is_slow and sent > BATCH_EVENTS_MIN:
             parts = halves(work)
             self._events_max = max(BATCH_EVENTS_MIN, min(self._events_max, sent) // 2)
+        elif later.fault:
+            parts = self._narrow(work, later.fault, now_us)
         self._slices += reversed(parts)
-        pause_s = self._circuit.failed(now_us, retry_after_s(later.after_s, now_us), self._draw())
         self._state.set(last_failure=later.reason, last_failure_us=now_us)
         logger.warning("forwarding_postponed", reason=later.reason, pause_s=round(pause_s, 2))
+
+    def _narrow(self, work: Slice, fault: str, now_us: int) -> list[Slice]:
+        """What to do instead of a slice that gets a server's error: the same a few times, then halves of it.
+
+        Its only event is set aside while the others go on, and condemned when it failed alone too often.
+        """
+        first = work.sent[0]
+        if self._circuit.failures < FAULTS_UNTIL_CUT and first.external_id not in self._suspects.struck:
+            return [work]
+        if len(work.sent) > 1:
+            return halves(work)
+        if not self._suspects.failed(first.external_id):
+            self._set_aside(work, first, now_us + PAUSE_US)
+            return []
+        first.condemned = fault
+        logger.warning("event_refused", external_id=first.external_id, words=fault)
+        return [work]
+
+    def _set_aside(self, work: Slice, item: Item, until_us: int) -> None:
+        """Park the only event of a slice, and what follows of its customer."""
+        item.due_us = until_us
+        if self._last is not None:  # a restart must not leave the event without anything that speaks for Polar
+            self._state.set(taken_last={"external_id": self._last.external_id, "body": self._last.body.decode()})
+        self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
+        if item.lane == ROLLUP:
+            return
+        self._state.hold(item.who, until_us)
+        for behind in (*self._slices, *([self._page] if self._page else [])):
+            for later in behind.items:
+                if later.is_sent and later.who == item.who and later.lane != ROLLUP:
+                    later.due_us = until_us
 
     def _stop(self, reason: str) -> None:
         self._stopped_us = self._clock.now_us()

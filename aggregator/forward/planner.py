@@ -1,12 +1,12 @@
 """What to send next, and what an answer means. Pure: no clock, no files, no network.
 
 A *slice* is a run of items in the order in which they came; its items are sent, parked (their time is not yet past) or
-condemned (Polar said of this very one that it does not take it). A slice is done as a whole and then marked in one
-transaction, so at every moment what was taken is exactly what was accepted, parked or condemned. A slice that Polar
-refuses is cut, in order, until what it refuses stands alone; what is in front of it has been marked by then.
+condemned (Polar does not take this very one: it says so, or breaks at it). A slice is done as a whole and then marked
+in one transaction, so at every moment what was taken is exactly what was accepted, parked or condemned. A slice that
+Polar refuses is cut, in order, until what it refuses stands alone; what is in front of it has been marked by then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -85,11 +85,12 @@ class Bad(NamedTuple):
 
 
 class Later(NamedTuple):
-    """It may work another time; ``after_s`` is Polar's own wish."""
+    """It may work another time; ``after_s`` is Polar's own wish. ``fault`` is what it says with a server's error."""
 
     reason: str
     after_s: str | None = None
     is_slow: bool = False
+    fault: str = ""
 
 
 class Stop(NamedTuple):
@@ -115,7 +116,8 @@ def judge(answer: Answer, count: int) -> Verdict:
         )
     if is_passing(status):
         wish = answer.headers.get("retry-after")
-        return Later(f"status {status}", wish, is_slow=status in (408, 504))
+        fault = f"status {status}: {answer.words()}"[:WORDS_MAX] if status >= 500 else ""
+        return Later(f"status {status}", wish, is_slow=status in (408, 504), fault=fault)
     return Stop(
         f"the server answers {status} to /v1/events/ingest: {answer.words()}. Is METERSTREAM_POLAR_SERVER right? "
         "Then start again or `meterstream forward resume`"
@@ -170,8 +172,17 @@ def isolate(refused: Slice, bad: Bad) -> list[Slice]:
         for place, words in accused.items():
             refused.items[place].condemned = words[:WORDS_MAX]
         return [refused]
-    bounds = {bound for place in accused for bound in (place, place + 1) if bound < len(refused.items)}
-    return refused.cut(*sorted(bounds - {0}))
+    return _alone(refused, accused)
+
+
+def apart(whole: Slice, external_ids: Collection[str]) -> list[Slice]:
+    """The slice with each of these events alone, in order."""
+    return _alone(whole, [place for place, item in enumerate(whole.items) if item.external_id in external_ids])
+
+
+def _alone(whole: Slice, places: Collection[int]) -> list[Slice]:
+    bounds = {bound for place in places for bound in (place, place + 1) if bound < len(whole.items)}
+    return whole.cut(*sorted(bounds - {0}))
 
 
 def park(items: Sequence[Item], now_us: int, skew_us: int, waiting: dict[str, int]) -> None:

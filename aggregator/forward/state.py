@@ -156,6 +156,13 @@ class State:
             else:
                 self._wait(item, item.due_us)
 
+    def hold(self, who: str, until_us: int) -> None:
+        """Nothing of a customer's that waits is due before then; rollups have no order and are not held."""
+        with self._transaction():
+            self._file.execute(
+                "UPDATE waiting SET due_us = MAX(due_us, ?) WHERE who = ? AND lane <> 'rollup'", [until_us, who]
+            )
+
     def _wait(self, item: Item, due_us: int) -> None:
         row = [item.lane, item.external_id, item.who, item.timestamp_us, item.ingested_us, due_us, item.body]
         self._file.execute("INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", row)

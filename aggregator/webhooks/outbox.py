@@ -86,6 +86,15 @@ def _schema(names: Sequence[str]) -> pa.Schema:
     return pa.schema([(name, kinds.get(name, pa.string())) for name in names])
 
 
+_COUNT_ON = """
+    UPDATE webhook_messages SET attempts = tried.attempts, due_at = tried.due_at FROM (
+        SELECT given.endpoint_id, given.customer_id, given.type, given.due_at,
+               CASE given.status WHEN 'pending' THEN given.attempts ELSE 0 END AS attempts
+        FROM given JOIN webhook_messages was ON was.id = given.id AND was.endpoint_id = given.endpoint_id
+        WHERE was.status = 'superseded'
+    ) tried
+    WHERE webhook_messages.status = 'pending' AND webhook_messages.type = tried.type
+    AND webhook_messages.endpoint_id = tried.endpoint_id AND webhook_messages.customer_id = tried.customer_id"""
 _MESSAGES, _ATTEMPTS = _schema(Message._fields), _schema(Attempt._fields)
 Connection = duckdb.DuckDBPyConnection
 
@@ -115,17 +124,56 @@ def take_causes(connection: Connection) -> list[Cause]:
 
 
 def put_messages(connection: Connection, messages: Sequence[Message], through: int) -> None:
-    """Write what was made of every cause up to ``through``, and let go of those. Newer states supersede older ones."""
+    """Write what was made of every cause up to ``through``, and let go of those. Newer states supersede older ones.
+
+    A state that says what the endpoint was told last is not told again: not everything that comes in changes something.
+    A state that takes the place of one which could not be delivered so far has its attempts behind it and waits as
+    long: else an endpoint that is away would be asked without a pause, and for ever, about a customer who moves often.
+    """
+    messages = _news(connection, messages)
     if messages:
         with _as_table(connection, messages, _MESSAGES):
+            connection.execute(
+                """INSERT INTO webhook_messages
+                   SELECT given.* REPLACE (
+                       coalesce(older.attempts, given.attempts) AS attempts,
+                       coalesce(older.due_at, given.due_at) AS due_at)
+                   FROM given LEFT JOIN (
+                       SELECT endpoint_id, customer_id, type, max(attempts) AS attempts, max(due_at) AS due_at
+                       FROM webhook_messages WHERE status = 'pending' AND type = 'customer.state_changed' GROUP BY ALL
+                   ) older USING (endpoint_id, customer_id, type)"""
+            )
             connection.execute(
                 """UPDATE webhook_messages SET status = 'superseded', settled_at = given.created_at FROM given
                    WHERE webhook_messages.status = 'pending' AND given.type = 'customer.state_changed'
                    AND webhook_messages.type = given.type AND webhook_messages.endpoint_id = given.endpoint_id
-                   AND webhook_messages.customer_id = given.customer_id"""
+                   AND webhook_messages.customer_id = given.customer_id AND webhook_messages.id <> given.id"""
             )
-            connection.execute("INSERT INTO webhook_messages SELECT * FROM given")
     connection.execute("DELETE FROM webhook_causes WHERE number <= ?", [through])
+
+
+def _news(connection: Connection, messages: Sequence[Message]) -> Sequence[Message]:
+    """Those that are no state of a customer, or another one than was written last for that endpoint.
+
+    One that failed for good was not heard, so it is worth telling once more. Times of telling are no part of a state:
+    bodies are compared from their data on, which stands last in them.
+    """
+    if not messages:
+        return messages
+    with _as_table(connection, messages, _MESSAGES):
+        rows = connection.execute(
+            """WITH last AS (
+                   SELECT said.endpoint_id, said.customer_id, max_by(said.rowid, said.created_at) AS place
+                   FROM webhook_messages said SEMI JOIN given USING (endpoint_id, customer_id, type)
+                   WHERE said.type = 'customer.state_changed' GROUP BY ALL)
+               SELECT given.id, given.endpoint_id FROM given JOIN last USING (endpoint_id, customer_id)
+               JOIN webhook_messages said ON said.rowid = last.place
+               WHERE given.type = 'customer.state_changed' AND said.status IN ('pending', 'delivered')
+               AND substr(said.body, strpos(said.body, '"data":'))
+                   = substr(given.body, strpos(given.body, '"data":'))"""
+        ).fetchall()
+    known = set(rows)
+    return [message for message in messages if (message.id, message.endpoint_id) not in known]
 
 
 @contextlib.contextmanager
@@ -168,15 +216,17 @@ def waiting(connection: Connection, now: datetime) -> list[str]:
 def mark(connection: Connection, messages: Sequence[Message], attempts: Sequence[Attempt]) -> None:
     """Write down what became of messages, and the attempts that were made.
 
-    A message that was superseded meanwhile stays so, unless it was delivered after all.
+    A message that was superseded while it was being sent stays so, unless it was delivered after all or failed for
+    good; what came of it counts for the one in its place, too.
     """
     if messages:
         with _as_table(connection, messages, _MESSAGES):
+            connection.execute(_COUNT_ON)
             connection.execute(
                 """UPDATE webhook_messages SET status = given.status, attempts = given.attempts, due_at = given.due_at,
                    settled_at = given.settled_at FROM given
                    WHERE webhook_messages.id = given.id AND webhook_messages.endpoint_id = given.endpoint_id
-                   AND (webhook_messages.status = 'pending' OR given.status = 'delivered')"""
+                   AND (webhook_messages.status = 'pending' OR given.status IN ('delivered', 'failed'))"""
             )
     if attempts:
         with _as_table(connection, attempts, _ATTEMPTS):
@@ -207,14 +257,24 @@ def forget(connection: Connection, now: datetime) -> None:
     connection.execute("DELETE FROM webhook_attempts WHERE started_at < ?", [now - KEPT])
 
 
-def deliver_again(connection: Connection, organization_id: str, message_id: str, now: datetime) -> int:
-    """Make a message due now, whatever became of it; how many endpoints will hear it."""
+def deliver_again(
+    connection: Connection, organization_id: str, message_id: str, endpoint_ids: Sequence[str], now: datetime
+) -> int:
+    """Make a message due now at those of these endpoints that it was for, whatever became of it; how many they are."""
     found = connection.execute(
         """UPDATE webhook_messages SET status = 'pending', attempts = 0, due_at = ?, settled_at = NULL
-           WHERE organization_id = ? AND id = ?""",
-        [now, organization_id, message_id],
+           WHERE organization_id = ? AND id = ? AND list_contains(?::VARCHAR[], endpoint_id)""",
+        [now, organization_id, message_id, list(endpoint_ids)],
     ).fetchone()
     return found[0] if found else 0
+
+
+def knows(connection: Connection, organization_id: str, message_id: str) -> bool:
+    """Whether the organization has such a message."""
+    row = connection.execute(
+        "SELECT 1 FROM webhook_messages WHERE organization_id = ? AND id = ? LIMIT 1", [organization_id, message_id]
+    ).fetchone()
+    return row is not None
 
 
 def deliveries(

@@ -144,6 +144,21 @@ def test_many_movements_are_one_message(tenant: Tenant) -> None:
         assert connection.execute("SELECT count(*) FROM webhook_causes").fetchone() == (0,)
 
 
+def test_usage_that_changes_nothing_is_not_told(tenant: Tenant) -> None:
+    """An event that no meter counts leaves the state as it was told."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        customer = await told.customer()
+        await told.arrived(1)
+        await told.use("counted by nobody")
+        await told.settled()
+        await told.ask("PATCH", f"/v1/customers/{customer}", {"name": "Ann"})
+        await told.settled()
+        assert [delivery.event["data"]["name"] for delivery in told.receiver.deliveries] == [None, "Ann"]
+
+    live(tenant, story)
+
+
 def test_a_failure_is_tried_again_with_the_same_words(tenant: Tenant) -> None:
     """500, a redirect and silence are failures; the message keeps its id and its bytes; the log has every attempt."""
     async def story(told: Told) -> None:
@@ -183,6 +198,28 @@ def test_what_failed_for_good_can_be_told_again(tenant: Tenant) -> None:
     assert stranger.ask("POST", f"/v1/webhooks/events/{message}/redeliver").status_code == 404
 
 
+@pytest.mark.parametrize("ended", ["DELETE", "PATCH"])
+def test_nothing_is_told_again_to_who_cannot_hear(tenant: Tenant, ended: str) -> None:
+    """Where every endpoint is deleted or disabled that is said, and what was delivered stays delivered."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        await told.customer()
+        (first,) = await told.arrived(1)
+        await told.settled()
+        off = None if ended == "DELETE" else {"enabled": False}
+        await told.ask(ended, f"/v1/webhooks/endpoints/{told.endpoint_id}", off)
+        path = f"/v1/webhooks/events/{first.headers['webhook-id']}/redeliver"
+        with pytest.raises(AssertionError, match="Every endpoint that it was for is deleted or disabled"):
+            await told.ask("POST", path)
+        (shown,) = (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]
+        assert shown["webhook_event"]["status"] == "delivered"
+
+    live(tenant, story)
+    message = tenant.get("/v1/webhooks/deliveries")["items"][0]["webhook_event"]["id"]
+    answer = tenant.ask("POST", f"/v1/webhooks/events/{message}/redeliver")
+    assert (answer.status_code, answer.json()["error"], "Retry-After" in answer.headers) == (409, "Conflict", False)
+
+
 def test_an_endpoint_that_is_gone_is_disabled(tenant: Tenant) -> None:
     """410 ends it at once; enabled again, it hears what comes from then on."""
     async def story(told: Told) -> None:
@@ -203,6 +240,25 @@ def test_an_endpoint_that_is_gone_is_disabled(tenant: Tenant) -> None:
         assert told.receiver.deliveries[-1].event["data"]["external_id"] == "eve"
 
     live(tenant, story)
+
+
+def test_an_endpoint_that_is_away_is_disabled_though_a_customer_moves_all_the_time(tenant: Tenant) -> None:
+    """Each state takes the last one's place, and its attempts: they run out, and ten that failed are enough."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        await told.meter()
+        told.receiver.answers = [500] * 100
+        await told.customer()
+        for number in range(20):
+            await told.arrived(number + 1, passing=MOMENT)
+            await told.use(f"use-{number}")
+        endpoints = tenant.server.aggregator.catalogue.webhooks.endpoints
+        await until(lambda: endpoints[told.endpoint_id].disabled_at is not None)
+        assert endpoints[told.endpoint_id].disabled_reason == "10 messages in a row could not be delivered"
+        found = await told.ask("GET", "/v1/webhooks/deliveries?limit=100")
+        assert [one["attempt"] for one in reversed(found["items"])] == [1, 2] * 10
+
+    live(tenant, story, pace=HURRY._replace(attempts_max=2))
 
 
 def test_a_rotated_secret_signs_beside_the_new_one_for_a_day(tenant: Tenant) -> None:

@@ -19,6 +19,7 @@ from tests.deploy.installation import Installation
 
 FAULTS = ("429", "500 after commit", "503 before", "slow", "cut", "garbled")
 POISON = "poison"  # events whose id begins so are refused
+BREAKING = "breaking"  # and such are answered with 500
 
 
 class Polar:
@@ -29,6 +30,7 @@ class Polar:
         self.fault: Callable[[], str | None] = lambda: None
         self.names_the_accused = True
         self.is_denied = False
+        self.is_mended = False  # whether it takes events that broke it
         self.knows_everybody = False  # the customers of poisoned events too
         self.behind_s = 0.0  # how far the upstream's clock is behind
         self.is_strict = False  # whether it refuses the future, as Polar does
@@ -88,6 +90,8 @@ class Polar:
         if fault == "503 before":
             return 503, {}, b"upstream connect error", None
         events = json.loads(body)["events"]
+        if not self.is_mended and any(event["external_id"].startswith(BREAKING) for event in events):
+            return 500, {}, b"Internal Server Error", None
         refused = self._refused(events)
         if refused:
             return 422, {}, json.dumps({"error": "RequestValidationError", "detail": refused}).encode(), None

@@ -10,7 +10,7 @@ import pytest
 
 from aggregator.forward.source import Selection
 from tests.deploy.installation import Installation
-from tests.forward.polar import FAULTS, POISON, Polar, send, stored
+from tests.forward.polar import BREAKING, FAULTS, POISON, Polar, send, stored
 from tests.forward.running import Clocks, Running
 
 SEED = 20261121
@@ -155,6 +155,53 @@ def test_poison_does_not_hold_up_the_rest(room: Room, clocks: Clocks, is_named: 
     assert len(room.there()) == 60
     if is_named:
         assert len(room.polar.arrivals_us) <= 4
+
+
+@pytest.mark.parametrize(("customers", "place"), [(10, 0), (1, 20)])
+def test_an_event_that_breaks_polar_does_not_hold_up_the_rest(room: Room, customers: int, place: int) -> None:
+    """500 for whatever it is in: it ends as a dead letter with Polar's words, even where all are of its customer."""
+    sent = events(room.name, 40, customers)
+    sent[place]["external_id"] = f"{BREAKING}-{room.name}"
+    room.send(sent)
+    clocks = Clocks(600.0)
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(40))
+        assert running.books() == {"taken": 40, "accepted": 39, "dead": 1}
+        (letter,) = running.state.dead()
+        assert (letter.external_id, letter.words) == (sent[place]["external_id"], "status 500: Internal Server Error")
+        assert by_customer(room.there()) == by_customer(sent[:place] + sent[place + 1 :])
+        room.polar.is_mended = True
+        running.state.ask_replay("2000-01-01T00:00:00Z", "2100-01-01T00:00:00Z", clocks.now_us())
+        running.until(lambda: not running.state.replays())
+        assert running.books() == {"taken": 40, "accepted": 40, "dead": 0}
+
+
+def test_an_event_that_breaks_polar_is_found_across_restarts(room: Room) -> None:
+    """Though everything that is left is its customer's and waits behind it."""
+    sent = events(room.name, 20, customers=1)
+    sent[10]["external_id"] = f"{BREAKING}-{room.name}"
+    room.send(sent)
+    clocks = Clocks(600.0)
+    for reached in (lambda running: running.state.waiting()[0] == 10, lambda running: running.done(20)):
+        with room.forwarder(clocks) as running:
+            running.until(lambda running=running, reached=reached: reached(running))  # type: ignore[misc]
+    with room.forwarder(clocks) as running:
+        assert running.books() == {"taken": 20, "accepted": 19, "dead": 1}
+    assert ids(room.there()) == ids(sent[:10] + sent[11:])
+
+
+def test_an_outage_condemns_nothing(room: Room) -> None:
+    """However long Polar answers everything with 5xx and whatever it is asked: then all arrives, in order."""
+    room.send(events(room.name, 60, customers=3))
+    failures = iter(["503 before"] * 30)
+    room.polar.fault = lambda: next(failures, None)
+    with room.forwarder(Clocks(1_200.0), batch_events=20) as running:
+        running.until(lambda: running.done(60))
+        assert running.books() == {"taken": 60, "accepted": 60, "dead": 0}
+    there = room.there()
+    assert room.polar.faults == {"503 before": 30}
+    assert sorted(ids(there)) == sorted(ids(room.here()))
+    assert by_customer(there) == by_customer(room.here())
 
 
 def test_a_refused_token_stops_until_it_is_mended(room: Room, clocks: Clocks) -> None:

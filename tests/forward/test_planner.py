@@ -116,8 +116,8 @@ DETAIL = {"detail": [
         (200, {}, {"inserted": 2, "duplicates": 1}, Later("an answer for 3 of 5 events")),
         (200, {}, [], Later("an answer that cannot be read")),
         (429, {"retry-after": "7"}, None, Later("status 429", "7")),
-        (500, {}, None, Later("status 500")),
-        (504, {}, None, Later("status 504", is_slow=True)),
+        (500, {}, {"detail": "Oops"}, Later("status 500", fault="status 500: Oops")),
+        (504, {}, None, Later("status 504", is_slow=True, fault="status 504: status 504")),
         (413, {}, {"error": "RequestBodyTooLarge", "detail": "too large"}, Bad("too large", {}, False)),
     ],
 )

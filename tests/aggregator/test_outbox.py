@@ -1,0 +1,91 @@
+"""What is told to endpoints, as it stands in the store: what takes the place of what, and what is left to be sent."""
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+import duckdb
+import pytest
+
+from aggregator.store import schema
+from aggregator.webhooks import outbox
+from aggregator.webhooks.outbox import Message, Status
+
+NOON = datetime(2026, 3, 1, 12)  # noqa: DTZ001 (as the store writes times)
+SOON = NOON + timedelta(seconds=2)
+
+
+@pytest.fixture
+def connection() -> Iterator[duckdb.DuckDBPyConnection]:
+    """A store of its own, empty."""
+    with duckdb.connect() as made:
+        made.execute(schema.TABLES)
+        yield made
+
+
+def state(id: str, balance: int = 0, at: datetime = NOON, customer: str = "ann") -> Message:
+    """A customer's state as it is told to the only endpoint."""
+    stamp = f'"timestamp":"{at.isoformat()}Z"'
+    body = f'{{"type":"customer.state_changed",{stamp},"data":{{"balance":{balance}}}}}'
+    return Message(
+        id=id, endpoint_id="hook", organization_id="ours", type="customer.state_changed", customer_id=customer,
+        body=body, caused_at=at, created_at=at, due_at=at,
+    )  # fmt: skip
+
+
+def statuses(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """What became of every message."""
+    return dict(connection.execute("SELECT id, status FROM webhook_messages").fetchall())
+
+
+def waits(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, int, datetime]]:
+    """What is left to be sent: the message, the attempts behind it, and when it is due."""
+    return [(one.id, one.attempts, one.due_at) for one in outbox.pending(connection, "hook")]
+
+
+def test_a_newer_state_waits_as_the_one_whose_place_it_takes(connection: duckdb.DuckDBPyConnection) -> None:
+    """Its attempts are counted on, whoever else is told in between; another customer's begin at none."""
+    later = NOON + timedelta(seconds=1)
+    outbox.put_messages(connection, [state("a")], 0)
+    outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [])
+    outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], 0)
+    assert statuses(connection) == {"a": "superseded", "b": "pending", "c": "pending"}
+    assert waits(connection) == [("b", 3, SOON), ("c", 0, later)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "became", "attempts", "due_at"),
+    [("pending", "superseded", 4, SOON), ("failed", "failed", 0, NOON), ("delivered", "delivered", 0, NOON)],
+)
+def test_what_comes_of_a_message_under_way_counts_for_the_one_in_its_place(
+    connection: duckdb.DuckDBPyConnection, outcome: Status, became: str, attempts: int, due_at: datetime
+) -> None:
+    """A failure is one more attempt of both; after the last one, and after a delivery, counting begins again."""
+    first = state("a")._replace(attempts=3)
+    outbox.put_messages(connection, [first], 0)
+    outbox.put_messages(connection, [state("b", 1)], 0)  # while the first is being sent
+    tried = first._replace(attempts=4, status=outcome, due_at=SOON if outcome == "pending" else first.due_at)
+    outbox.mark(connection, [tried], [])
+    assert statuses(connection) == {"a": became, "b": "pending"}
+    assert waits(connection) == [("b", attempts, due_at)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "balance", "is_told"),
+    [("delivered", 0, False), ("pending", 0, False), ("failed", 0, True), ("delivered", 1, True)],
+)
+def test_what_an_endpoint_was_told_last_is_not_told_again(
+    connection: duckdb.DuckDBPyConnection, outcome: Status, balance: int, is_told: bool
+) -> None:
+    """Only if it was not heard, or says something else; another customer's state is no matter."""
+    outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], 0)
+    outbox.mark(connection, [state("a")._replace(status=outcome)], [])
+    outbox.put_messages(connection, [state("c", balance, SOON)], 0)
+    assert ("c" in statuses(connection)) is is_told
+
+
+def test_a_state_that_comes_back_is_told(connection: duckdb.DuckDBPyConnection) -> None:
+    """What was told last counts, and not what was told before."""
+    for id, balance in (("a", 0), ("b", 1), ("c", 0), ("d", 0)):
+        seconds = len(statuses(connection))
+        outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], 0)
+    assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending"}
