@@ -22,18 +22,26 @@ EVENT_COLUMNS = ("timestamp", "name", "external_customer_id", "customer_id", "me
 DEAD_COLUMNS = ("id", "ingested_at", "reason", "detail", "raw")
 PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
 
+Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before once more, unless it names its id.")]
+
 
 @app.command(epilog=EPILOG)
 def send(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+    anew: Anew = False,
 ) -> None:
-    """Send events, one JSON object a line, as they are. One without external_id gets one, kept over repetitions."""
+    """Send events, one JSON object a line, as they are. Sending a file again, or one that has grown, is harmless.
+
+    A line without external_id gets one from what it says, and from how often the same was said before it in this file.
+    So equal lines of one file are different events, and the same line sent again, from any file or from standard
+    input, is the same event. What is meant as another one needs an external_id, a timestamp, or --anew.
+    """
     from deploy.event_files import read_ndjson
 
     with _opened(file) as source:
-        _deliver(session(context), read_ndjson(source), batch, total=None)
+        _deliver(session(context), read_ndjson(source, _apart(anew)), batch, total=None)
 
 
 @app.command(epilog=EPILOG, name="import")
@@ -43,13 +51,27 @@ def import_csv(
     map: Annotated[list[str], typer.Option(help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens.")] = [],  # noqa: B006 (typer copies it)
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+    anew: Anew = False,
 ) -> None:
-    """Import a CSV file. Importing the same file again counts nothing twice: ids come from its content and lines."""
+    """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
+
+    A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
+    customer, and from how often the same row stood before it in this file. So equal rows of one file are different
+    events, and the same row of another file is the same event; if it is meant as another one, tell the files apart
+    (such as --set metadata.month=may), or give --anew.
+    """
     from deploy.event_files import CsvFile, parse_mapping
 
-    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"))
+    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew))
     source.check()
-    _deliver(session(context), source.lines(), batch, total=source.rows())
+    try:
+        _deliver(session(context), source.lines(), batch, total=source.rows())
+    finally:
+        if source.texts.count:
+            note(
+                f"warning: cells that look like numbers and were taken as text, which no meter adds up: "
+                f"{source.texts.count}, first in {source.texts.first}. Write 1234.5, without comma, and no + or 0 in front"
+            )
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -94,7 +116,7 @@ def replay(
     with here.api() as api:
         letter = api.get(f"/v1/dead-letters/{id}")
         if not drop:
-            event = _event(_content(file) if file else letter["raw"].encode(), str(file or id))
+            event = _event(_content(file) if file else letter["raw"].encode(), str(file or id), id)
             delivery = deliver(api, [event])
             if delivery.problems:
                 raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
@@ -106,12 +128,21 @@ def _content(file: Path) -> bytes:
         return source.read()
 
 
-def _event(content: bytes, source: str) -> "Line":
-    """The one event of a file or of a dead letter. Raises GiveUp."""
+def _apart(anew: bool) -> str:
+    from deploy.stable_ids import never_again
+
+    return never_again() if anew else ""
+
+
+def _event(content: bytes, source: str, letter_id: str) -> "Line":
+    """The one event of a file or of a dead letter, whose id keeps it apart from letters that say the same.
+
+    Raises GiveUp.
+    """
     from deploy.event_files import read_ndjson
     from deploy.sending import Line
 
-    found = list(read_ndjson(io.BytesIO(content)))
+    found = list(read_ndjson(io.BytesIO(content), apart=letter_id))
     if len(found) != 1 or not isinstance(found[0], Line):
         raise GiveUp(f"{source} should hold one event, a JSON object on one line", USAGE)
     return found[0]

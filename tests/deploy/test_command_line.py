@@ -142,16 +142,33 @@ def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: I
 
 
 def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path) -> None:
-    """The first import inserts every row; the second finds every one of them a duplicate."""
+    """The first import inserts every row; the second finds all of them there, but for a row that came with it."""
     path = tmp_path / "usage.csv"
     path.write_text("user,total\n" + "".join(f"u{number},{number}\n" for number in range(1000)))
     columns = "external_customer_id=user,metadata.n=total"
     command = ("events", "import", str(path), "--map", columns, "--set", "name=csv")
 
-    first, second = counted.answer(*command), counted.answer(*command)
+    first = counted.answer(*command)
+    with path.open("a") as file:
+        file.write('one more,"1,5"\n')
+    second = counted.run(*command, "--output", "json")
 
     assert (first["inserted"], first["duplicates"]) == (1000, 0)
-    assert (second["inserted"], second["duplicates"]) == (0, 1000)
+    assert (json.loads(second.stdout)["inserted"], json.loads(second.stdout)["duplicates"]) == (1, 1000)
+    assert "taken as text, which no meter adds up: 1, first in" in second.stderr
+    assert "line 1002, total: '1,5'" in second.stderr
+
+
+def test_lines_sent_twice_are_counted_once(counted: Installation) -> None:
+    """Equal lines without ids are two events, and still two after they were sent again; --anew makes them others."""
+    lines = '{"name":"twice","external_customer_id":"ada"}\n' * 2
+    send = ("events", "send", "-")
+
+    answers = [counted.answer(*send, *more, text=lines) for more in ([], [], ["--anew"])]
+
+    assert [(answer["inserted"], answer["duplicates"]) for answer in answers] == [(2, 0), (0, 2), (2, 0)]
+    eventually(lambda: len(counted.answer("events", "list", "--name", "twice")) == 4)
+    assert not counted.answer("events", "dead")
 
 
 def test_a_preview_counts_without_creating(counted: Installation) -> None:
