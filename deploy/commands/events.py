@@ -70,7 +70,7 @@ def import_csv(
         if source.texts.count:
             note(
                 f"warning: cells that look like numbers and were taken as text, which no meter adds up: "
-                f"{source.texts.count}, first in {source.texts.first}. Write 1234.5, without comma, and no + or 0 in front"
+                f"{source.texts.count}, first in {source.texts.first}. Write 1234.5: no comma, + or 0 in front"
             )
 
 

@@ -87,7 +87,7 @@ def test_a_killed_child_comes_back_and_nothing_is_lost(installation: Installatio
     before = installation.children()[victim]
 
     os.kill(before, signal.SIGKILL)
-    sent = installation.answer("events", "send", "-", text=EVENT * 10)
+    sent = installation.answer("events", "send", "-", "--anew", text=EVENT * 10)
 
     assert sent["inserted"] == 10
     eventually(lambda: installation.children().get(victim, before) != before)
@@ -144,7 +144,10 @@ def test_a_rebuild_beside_a_server_is_refused(running: Installation) -> None:
     assert refused.returncode == 1
     assert "cannot rebuild the store: another server" in refused.stderr
     assert "stop it first" in refused.stderr
-    assert "a server runs here" in running.run("doctor").stdout
+    seen = running.run("doctor")
+    assert "a server runs here" in seen.stdout
+    assert "the store was not looked at" in seen.stderr
+    assert "Nothing is wrong." not in seen.stderr
 
 
 def test_a_token_that_nobody_knows_is_doubted(installation: Installation) -> None:
