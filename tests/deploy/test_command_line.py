@@ -46,6 +46,11 @@ def counted(running: Installation) -> Installation:
         (["tokens", "list", "--data", "missing"], 1, "there is no Meterstream data in missing"),
         (["rebuild", "--data", "missing"], 1, "there is no Meterstream data in missing"),
         (["meters", "create", "--name", "abc", "--token", "t"], 2, "give one of --count, --sum"),
+        (["meters", "create", "--name", "abc", "--sum", "a", "--count", "--token", "t"], 2, "not --sum and --count"),
+        (["meters", "create", "--name", "abc", "--count", "--unit", "custom", "--token", "t"], 2, "needs a --label"),
+        (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
+        (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
+        (["tokens", "create", "--scope", "x"], 2, "audit:read"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
@@ -118,6 +123,57 @@ def test_lists_have_every_form(counted: Installation) -> None:
     assert rows[0]["id"] == meter["id"]
     assert json.loads(rows[0]["aggregation"]) == {"func": "sum", "property": "tokens"}
     assert "tokens" in counted.run("meters", "list").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (("meters", "create", "--name", "t3", "--count"), "--name: String should have at least 3"),
+        (("meters", "create", "--name", "abc", "--count", "--unit", "x"), "--unit: Input should be 'scalar'"),
+        (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
+        (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
+        (("tokens", "revoke", "abc"), "there is no token abc"),
+    ],
+)
+def test_what_the_server_refuses_of_a_command_is_wrong_usage(
+    counted: Installation, line: tuple[str, ...], complaint: str
+) -> None:
+    """The option is named, or where the ids are to be found."""
+    done = counted.run(*line)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_of_two_meters_of_one_name_the_one_that_is_not_archived_is_meant(counted: Installation) -> None:
+    """The second one is made with a warning; the ids are named until one of them is archived."""
+    create = ("meters", "create", "--name", "twin", "--count")
+    first, second = counted.answer(*create), counted.run(*create, "--output", "json")
+
+    assert f"a meter called 'twin' was there already ({first['id']})" in second.stderr
+    ambiguous = counted.run("usage", "twin")
+    assert ambiguous.returncode == 2
+    assert first["id"] in ambiguous.stderr
+    assert json.loads(second.stdout)["id"] in ambiguous.stderr
+
+    counted.patch(f"/v1/meters/{first['id']}", {"is_archived": True})
+    eventually(lambda: counted.run("usage", "twin").returncode == 0)
+
+
+def test_a_plan_leaves_nothing_behind_and_a_replay_needs_something_forwarded(counted: Installation) -> None:
+    """Where nothing is forwarded, a plan makes no file and no token that is still good; a replay is refused."""
+    counted.answer("forward", "plan")
+    replay = counted.run("forward", "replay", "--since", "2026-03-01", "--until", "2026-03-02")
+
+    assert not list(counted.data.glob("forward*"))
+    assert [token["name"] for token in counted.answer("tokens", "list") if not token["revoked_at"]] == ["first"]
+    assert replay.returncode == 1
+    assert "nothing was forwarded" in replay.stderr
+
+
+def test_the_version_comes_as_json() -> None:
+    """For a program that wants to know."""
+    assert list(json.loads(meterstream("version", "--output", "json").stdout)) == ["version"]
 
 
 def test_an_unknown_meter_names_the_nearest(counted: Installation) -> None:
