@@ -97,10 +97,11 @@ def ask_replay(data: DataDirectory, since: str, until: str) -> int:
     if start >= end:
         raise GiveUp("--until must be later than --since", USAGE)
     with opened(data) as state:
-        if "seen_us" not in state.flags():
-            raise nothing_forwarded(data)
-        if not state.flags().get("is_raw", True):
+        flags = state.flags()
+        if not flags.get("is_raw", True):
             raise GiveUp("only sums are forwarded from here; Polar would count the events themselves beside them")
+        if "seen_us" not in flags:
+            raise nothing_forwarded(data)
         return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
 
 

@@ -45,8 +45,8 @@ An event names its customer, by `external_customer_id` or `customer_id`. Give it
 harmless. Without a `timestamp` it is of the time at which it arrives. `Log-Position` in the answer says where it is.
 
 With `Prefer: handling=lenient` the good events of a request are kept and `rejected` names the others; otherwise one
-that is refused refuses all. With `Prefer: return=representation` the answer says of each event what became of it. A body
-may be compressed (`Content-Encoding: gzip` or `zstd`)."""
+that is refused refuses all. With `Prefer: return=representation` the answer says of each event what became of it. A
+body may be compressed (`Content-Encoding: gzip` or `zstd`)."""
 
 
 def _answered(description: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
