@@ -32,7 +32,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 run: setup  ## start Meterstream on 127.0.0.1:8000, data in ./data
 	@exec $(BIN)/meterstream serve $(ARGS)
 
-demo: setup  ## meter a real LLM trace end to end and check every total against a plain recount
+demo: setup  ## meter an LLM trace (TRACE=file; generated where no real one is) end to end and check every total against a recount
 	@$(BIN)/meterstream demo $(if $(TRACE),--trace "$(TRACE)") $(if $(DEMO_ROWS),--rows $(DEMO_ROWS)) $(ARGS)
 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven

@@ -1,7 +1,8 @@
 """The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,51 @@ from deploy.output import as_json
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
 DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
+
+
+class Refused(GiveUp):
+    """The server refuses what it was sent, and says of which field."""
+
+    def __init__(self, complaints: Sequence[tuple[str, str]], otherwise: str) -> None:
+        """A complaint is a field, dotted and perhaps empty, and what is wrong with it; ``otherwise`` is for none."""
+        self._complaints = complaints
+        self._otherwise = otherwise
+        super().__init__(self._told({}))
+
+    def by_option(self, options: Mapping[str, str]) -> GiveUp:
+        """The same as wrong usage of the options with which the fields were given."""
+        return GiveUp(self._told(options), USAGE)
+
+    def _told(self, options: Mapping[str, str]) -> str:
+        lines = [
+            ": ".join(filter(None, (options.get(field, options.get(field.partition(".")[0], field)), message)))
+            for field, message in self._complaints
+        ]
+        hidden = len(lines) - DETAILS_SHOWN_MAX
+        shown = lines[:DETAILS_SHOWN_MAX] + ([f"and {hidden} more"] if hidden > 0 else [])
+        return "; ".join(shown) or self._otherwise
+
+
+class Missing(GiveUp):
+    """The server has nothing at this path."""
+
+
+@contextmanager
+def blaming(options: Mapping[str, str]) -> Iterator[None]:
+    """Name the option for every field that the server refuses: what is wrong is the command, and not the world."""
+    try:
+        yield
+    except Refused as refusal:
+        raise refusal.by_option(options) from None
+
+
+@contextmanager
+def looking_for(message: str) -> Iterator[None]:
+    """Say this where the server has nothing of the id that was given."""
+    try:
+        yield
+    except Missing:
+        raise GiveUp(message, USAGE) from None
 
 
 class Api:
@@ -98,9 +144,9 @@ def refused(response: httpx.Response) -> GiveUp:
         case 403:
             return GiveUp(f"this token may not do that: {_first_line(response)}; `meterstream tokens create` makes one")
         case 404:
-            return GiveUp(f"not found: {response.request.url.path}")
+            return Missing(f"not found: {response.request.url.path}")
         case 422:
-            return GiveUp("; ".join(_details(response)) or _first_line(response))
+            return Refused(_complaints(response), _first_line(response))
         case 429 | 503:
             wait = response.headers.get("Retry-After", "a few")
             return GiveUp(f"the server is busy or still starting; try again in {wait} s")
@@ -108,15 +154,13 @@ def refused(response: httpx.Response) -> GiveUp:
             return GiveUp(f"the server answered {status}: {_first_line(response)}")
 
 
-def _details(response: httpx.Response) -> list[str]:
-    """The refusals of a 422, each as ``where: what``."""
+def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
+    """The refusals of a 422: the field, and what is wrong with it."""
     try:
         entries = response.json()["detail"]
-        lines = [": ".join(filter(None, (".".join(map(str, entry["loc"][1:])), entry["msg"]))) for entry in entries]
+        return [(".".join(map(str, entry["loc"][1:])), entry["msg"]) for entry in entries]
     except (ValueError, KeyError, TypeError):
         return []
-    hidden = len(lines) - DETAILS_SHOWN_MAX
-    return lines[:DETAILS_SHOWN_MAX] + ([f"and {hidden} more"] if hidden > 0 else [])
 
 
 def _first_line(response: httpx.Response) -> str:

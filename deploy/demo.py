@@ -1,4 +1,4 @@
-"""``meterstream demo``: a real trace through the real pipeline, every printed total checked against a plain recount.
+"""``meterstream demo``: a trace through the real pipeline, every printed total checked against a plain recount.
 
 Starts a server on a free port with an empty data directory, creates three meters, sends the trace over HTTP in small
 bodies as services would, and asks for usage. It prints nothing about usage that it did not compare.

@@ -22,11 +22,12 @@ RESTORE_LOG = "restore log.sqlite from a backup; nothing else can replace it"
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One look. ``heal`` says what to do, and is empty where nothing is wrong."""
+    """One look. ``heal`` says what to do, and is empty where nothing is wrong; ``is_blind`` where nothing was seen."""
 
     part: str
     found: str
     heal: str = ""
+    is_blind: bool = False
 
 
 def examine(data: DataDirectory) -> Iterator[Finding]:
@@ -68,7 +69,7 @@ def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
         with data.hold("look into the store"):
             yield from _open_store(data, log)
     except GiveUp:
-        yield Finding("store", "a server runs here and has the store open; stop it to look inside")
+        yield Finding("store", "a server runs here and has the store open; stop it to look inside", is_blind=True)
 
 
 def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:

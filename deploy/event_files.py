@@ -1,23 +1,22 @@
 """Files of usage as events: NDJSON passed on byte by byte, CSV by a mapping of columns.
 
-Every event leaves here with an external_id. One that an NDJSON file lacks is drawn once, so that a repetition within
-the command is harmless; one of a CSV file is made from the content of the whole file and the number of the line, so
-that importing the same file again changes nothing.
+Every event leaves here with an external_id. One that a line lacks is made from what the line says and the number of
+its occurrence in the file (deploy/stable_ids.py), so that sending a file again, or one that has grown, counts nothing
+twice.
 """
 
 import csv
-import hashlib
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
 from deploy.giving_up import USAGE, GiveUp
 from deploy.sending import Line, Problem
+from deploy.stable_ids import StableIds
 
 FIELDS = (
     "name", "timestamp", "external_customer_id", "customer_id", "external_id", "parent_id", "member_id",
@@ -25,11 +24,21 @@ FIELDS = (
 )
 METADATA = "metadata."
 RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
-JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+LIKE_A_NUMBER = re.compile(
+    r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
+)
+"""What a person may have meant as a number: thousands set apart, a decimal comma, a plus, zeros in front."""
 
 
-def read_ndjson(file: IO[bytes]) -> Iterator[Line | Problem]:
-    """An event a line, empty lines skipped."""
+def read_ndjson(file: IO[bytes], apart: str = "") -> Iterator[Line | Problem]:
+    """An event a line, empty lines skipped; ``apart`` is that of StableIds."""
+    with StableIds(apart) as ids:
+        yield from _read_ndjson(file, ids)
+
+
+def _read_ndjson(file: IO[bytes], ids: StableIds) -> Iterator[Line | Problem]:
     decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
     for number, raw in enumerate(file, 1):
         line = raw.strip()
@@ -42,7 +51,7 @@ def read_ndjson(file: IO[bytes]) -> Iterator[Line | Problem]:
             continue
         if bytes(event.get("external_id", b"null")) == b"null":
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
-            line = line[:-1] + comma + b'"external_id":"' + str(uuid.uuid4()).encode() + b'"}'
+            line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)
 
 
@@ -61,12 +70,26 @@ def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
     return mapping
 
 
+class Texts(msgspec.Struct):
+    """Cells that look like numbers and are none for JSON, so that no meter adds them up."""
+
+    count: int = 0
+    first: str = ""
+
+    def note(self, line: int, column: str, cell: str) -> None:
+        """Count one, and remember where the first one stands."""
+        self.count += 1
+        self.first = self.first or f"line {line}, {column}: {cell!r}"
+
+
 class CsvFile(msgspec.Struct, frozen=True):
     """A CSV file with a header line, and how its columns become events."""
 
     path: Path
     columns: dict[str, str]  # event field -> column
     constants: dict[str, str]  # event field -> the same value for every line
+    apart: str = ""  # that of StableIds
+    texts: Texts = msgspec.field(default_factory=Texts)  # of the lines that were given so far
 
     def check(self) -> None:
         """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent."""
@@ -79,32 +102,38 @@ class CsvFile(msgspec.Struct, frozen=True):
         with self._open() as file:
             reader = csv.reader(file, strict=True)
             try:
-                header = next(reader, [])
-                for _ in reader:  # to the end: once rows were sent, a mended file would be another one
+                header = next(reader, None)
+                for _ in reader:  # to the end: a quote that nobody closes makes one row of many
                     continue
             except (csv.Error, UnicodeDecodeError) as error:
                 place = f"{self.path}, line {reader.line_num}"
                 raise GiveUp(f"{place} cannot be read: {error}; nothing was sent", USAGE) from None
+        if header is None:
+            raise GiveUp(f"{self.path} is empty; it should begin with a line that names its columns", USAGE)
         missing = sorted(set(self.columns.values()) - set(header))
         if missing:
             raise GiveUp(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(header)}", USAGE)
 
     def lines(self) -> Iterator[Line | Problem]:
         """An event for every row, with the number of the file's line on which the row ends."""
-        with self._open() as file:
-            digest = self.digest()
+        with self._open() as file, StableIds(self.apart) as ids:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 number = reader.line_num
+                external_id = ids.next(self._identity(row))
                 try:
-                    yield Line(number, msgspec.json.encode(self._event(row, f"{digest}:{number}")))
+                    yield Line(number, msgspec.json.encode(self._event(row, external_id, number)))
                 except ValueError as error:
                     yield Problem(number, str(error))
 
-    def digest(self) -> str:
-        """A name for exactly this content."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    def _identity(self, row: Mapping[str, Any]) -> bytes:
+        """What makes a row the same event: its cells in any order of columns, what is set, whom and what it names.
+
+        Not how metadata is mapped: another reading of a row that was counted already is a conflict, and not more usage.
+        """
+        cells = sorted((column or "", cell) for column, cell in row.items() if cell)
+        roles = [(field, self.columns[field]) for field in IDENTITY if field in self.columns]
+        return msgspec.json.encode([cells, sorted(self.constants.items()), roles])
 
     def rows(self) -> int:
         """About how many rows there are, for a progress bar (a quoted newline counts as one more)."""
@@ -117,7 +146,7 @@ class CsvFile(msgspec.Struct, frozen=True):
         except OSError as error:
             raise GiveUp(f"cannot read {self.path}: {error.strerror}", USAGE) from None
 
-    def _event(self, row: Mapping[str, str | None], external_id: str) -> dict[str, object]:
+    def _event(self, row: Mapping[str, str | None], external_id: str, line: int) -> dict[str, object]:
         event: dict[str, object] = {"external_id": external_id}
         metadata: dict[str, object] = {}
         texts = {field: row.get(column) or "" for field, column in self.columns.items()} | self.constants
@@ -125,7 +154,10 @@ class CsvFile(msgspec.Struct, frozen=True):
             if value == "":
                 continue
             if field.startswith(METADATA):
-                _place(metadata, field.removeprefix(METADATA), _value(value))
+                read = _value(value)
+                _place(metadata, field.removeprefix(METADATA), read)
+                if isinstance(read, str) and LIKE_A_NUMBER.fullmatch(read.strip()):
+                    self.texts.note(line, self.columns.get(field, field), value)
             else:
                 event[field] = _instant(value) if field == "timestamp" else value
         return event | {"metadata": metadata} if metadata else event
@@ -146,7 +178,8 @@ def _value(text: str) -> object:
     """A cell as JSON would write it: a number keeps its digits, true and false are booleans, the rest is text."""
     if text in ("true", "false"):
         return text == "true"
-    return msgspec.Raw(text.encode()) if JSON_NUMBER.fullmatch(text) else text
+    number = text.strip()
+    return msgspec.Raw(number.encode()) if JSON_NUMBER.fullmatch(number) else text
 
 
 def _instant(text: str) -> str:

@@ -24,6 +24,7 @@ from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
+from deploy.naming import ids, meters_called
 from deploy.settings import Settings
 from meters.catalogue import TokenCreated
 
@@ -143,8 +144,10 @@ def selection_of(settings: Settings, meters: Sequence[dict[str, Any]]) -> Select
 
 
 def _meter(meters: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
-    found = [meter for meter in meters if wanted in (meter["id"], meter["name"])]
-    if len(found) != 1:
+    found = meters_called(meters, wanted)
+    if len(found) > 1:
+        raise GiveUp(f"there is more than one meter {wanted!r}; give the id of one: {ids(found)}")
+    if not found:
         names = ", ".join(sorted(str(meter["name"]) for meter in meters)) or "none"
-        raise GiveUp(f"there is {'no' if not found else 'more than one'} meter {wanted!r}; there are: {names}")
+        raise GiveUp(f"there is no meter {wanted!r}; there are: {names}")
     return found[0]

@@ -21,11 +21,16 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+def nothing_forwarded(data: DataDirectory) -> GiveUp:
+    """What to say where no forwarder ever ran."""
+    return GiveUp(f"nothing was forwarded from {data.path} yet; set METERSTREAM_POLAR_TOKEN and `meterstream serve`")
+
+
 @contextlib.contextmanager
 def opened(data: DataDirectory) -> Iterator[State]:
     """The forwarder's state. Raises GiveUp when nothing was ever forwarded from here."""
     if not data.forwarding.exists():
-        raise GiveUp(f"nothing was forwarded from {data.path} yet; set METERSTREAM_POLAR_TOKEN and `meterstream serve`")
+        raise nothing_forwarded(data)
     state = State(data.forwarding)
     try:
         yield state
@@ -92,8 +97,11 @@ def ask_replay(data: DataDirectory, since: str, until: str) -> int:
     if start >= end:
         raise GiveUp("--until must be later than --since", USAGE)
     with opened(data) as state:
-        if not state.flags().get("is_raw", True):
+        flags = state.flags()
+        if not flags.get("is_raw", True):
             raise GiveUp("only sums are forwarded from here; Polar would count the events themselves beside them")
+        if "seen_us" not in flags:
+            raise nothing_forwarded(data)
         return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
 
 

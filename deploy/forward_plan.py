@@ -4,18 +4,23 @@ Judged by the last day: its events, their size, its busiest minute. A limit coun
 events a request carries: the setting's number of them, or fewer where they are large.
 """
 
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aggregator.forward.source import Away
 from aggregator.forward.state import State
 from aggregator.forward.upstream import BODY_BYTES_MAX
-from deploy.data import data_directory
+from deploy.control import open_control, revoked
+from deploy.data import DataDirectory, data_directory
 from deploy.forward import SUMMABLE, open_source, wishes_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
+from meters.access import digest
 
 DAY = timedelta(days=1)
 MINUTES = 24 * 60
@@ -29,7 +34,7 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     data.require()
     try:
         with ExitStack() as stack:
-            state = stack.enter_context(closing(State(data.forwarding)))
+            state = stack.enter_context(_state(data))
             source = stack.enter_context(closing(open_source(settings, data, state)))
             wishes = wishes_of(settings, source)
             meters = [m for m in source.meters() if m["aggregation"]["func"] in SUMMABLE and not m["archived_at"]]
@@ -41,6 +46,27 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     raw = _row("raw", traffic["events"], traffic["metadata_bytes"], traffic["busiest_minute"], settings)
     rows = [_rollup_row(meter, rolled[meter["id"]], settings) for meter in meters]
     return [raw | {"about": _about(raw, traffic["events"])}, *rows]
+
+
+@contextmanager
+def _state(data: DataDirectory) -> Iterator[State]:
+    """The forwarder's state; where nothing is forwarded one for this look alone, whose token is taken back."""
+    if data.forwarding.exists():
+        with closing(State(data.forwarding)) as state:
+            yield state
+        return
+    with TemporaryDirectory(prefix="meterstream-plan-") as place, closing(State(Path(place) / "state")) as state:
+        try:
+            yield state
+        finally:
+            _take_back(data, state.flags().get("feed_token"))
+
+
+def _take_back(data: DataDirectory, made: dict[str, Any] | None) -> None:
+    if made is None:
+        return
+    with open_control(data) as control:
+        control.decide([revoked(control.catalogue.tokens[digest(made["secret"])])])
 
 
 def _row(way: str, events: int, size: int, busiest_minute: int, settings: Settings) -> dict[str, Any]:

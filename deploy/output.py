@@ -6,6 +6,7 @@ Quantities arrive and leave as exact decimals; no number passes through a float 
 """
 
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from typing import Any
 import msgspec
 
 CHART_WIDTH_MAX = 100  # columns of a table with bars: wider ones say no more
+UNLIMITED = 10_000  # columns of what is no terminal; whoever reads there cuts for himself
+READABLE = 8  # columns in which a text can still be read when it is folded
+BORDER = 3  # columns that a table needs between two of its own
+FRACTION = re.compile(r"(?<=T\d\d:\d\d:\d\d)\.\d+")
 
 
 class Output(StrEnum):
@@ -82,19 +87,48 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
     from rich.console import Console
     from rich.table import Table
 
+    cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
     console = Console(highlight=False, markup=False)
+    console.width = _width(columns, cells, console.width)
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
         numeric = all(isinstance(row.get(column), int | Decimal | None) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=_is_whole(column))
     largest = max((Decimal(row[chart] or 0) for row in rows), default=Decimal(0)) if chart else Decimal(0)
     if chart:
         table.add_column("", ratio=1)
         table.width = min(console.width, CHART_WIDTH_MAX)
-    for row in rows:
+    for row, shown in zip(rows, cells, strict=True):
         bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0))] if chart else []
-        table.add_row(*(text(row.get(column)) for column in columns), *bar)
+        table.add_row(*shown, *bar)
     console.print(table)
+
+
+def _is_whole(column: str) -> bool:
+    """Whether the column holds what people copy or read at a glance: ids and times."""
+    return column == "id" or column.endswith("_id") or _is_time(column)
+
+
+def _is_time(column: str) -> bool:
+    return column in ("at", "timestamp") or column.endswith("_at")
+
+
+def _cell(column: str, value: object) -> str:
+    """A value as a table shows it: times to the second."""
+    return FRACTION.sub("", text(value)) if _is_time(column) else text(value)
+
+
+def _width(columns: Sequence[str], cells: Sequence[Sequence[str]], terminal: int) -> int:
+    """How wide a table may be: as the terminal, unless ids and times would be cut to pieces there."""
+    if not sys.stdout.isatty():
+        return UNLIMITED
+    from rich.cells import cell_len
+
+    needed = 1
+    for place, column in enumerate(columns):
+        longest = max([cell_len(column), *(cell_len(row[place]) for row in cells)])
+        needed += BORDER + (longest if _is_whole(column) else min(longest, READABLE))
+    return max(terminal, needed)
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """The API described to people: a page made from the OpenAPI document, without scripts and without the internet."""
 
 import hashlib
+import re
 from base64 import b64encode
+from collections.abc import Iterator
 from functools import cache
 from html import escape
 from typing import Any
 
 from fastapi import FastAPI, Response
 
-from aggregator.api import benefit_schemas
+from aggregator.api import benefit_schemas, ingest_document
 from aggregator.api.schemas import SCHEMAS
 
 _STYLE = """
@@ -59,10 +61,11 @@ def install_pages(app: FastAPI) -> None:
 
 
 def _completed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the schemas of bodies and the kind of credential."""
+    """The document with the schemas of bodies, the gateway's route, and the kind of credential."""
     components = document.setdefault("components", {})
     made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
-    components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS
+    components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS | ingest_document.SCHEMAS
+    document["paths"] = {ingest_document.PATH: {"post": ingest_document.OPERATION}, **document["paths"]}
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
     return document
@@ -72,10 +75,11 @@ def _page(document: dict[str, Any]) -> str:
     """The whole page."""
     title = escape(document["info"]["title"])
     about = "".join(f"<p>{_prose(part)}</p>" for part in document["info"]["description"].split("\n\n"))
+    schemas = document["components"]["schemas"]
     sections: dict[str, list[str]] = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            sections.setdefault(operation["tags"][0], []).append(_operation(method, path, operation))
+            sections.setdefault(operation["tags"][0], []).append(_operation(method, path, operation, schemas))
     body = "".join(f"<h2>{escape(name)}</h2>{''.join(parts)}" for name, parts in sections.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -85,35 +89,79 @@ def _page(document: dict[str, Any]) -> str:
 
 
 def _prose(text: str) -> str:
-    """Paragraph text; what stands between backticks is code."""
-    parts = escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))
+    """Paragraph text; what stands between backticks, one or two, is code."""
+    return re.sub(r"(`{1,2})(.+?)\1", r"<code>\2</code>", escape(text))
 
 
-def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
-    rows = "".join(_parameter(parameter) for parameter in operation.get("parameters", ()))
+def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
+    rows = "".join(_parameter(parameter, schemas) for parameter in operation.get("parameters", ()))
+    rows += "".join(_field(*field, schemas) for field in _fields(_body(operation), schemas))
+    about = "".join(f"<p>{_prose(part)}</p>" for part in operation.get("description", "").split("\n\n"))
     return (
         f'<details><summary><code><span class="method">{method.upper()}</span>{escape(path)}</code> '
-        f'<span class="muted">{escape(operation["summary"])}</span></summary>'
-        f"<p>{_prose(operation.get('description', ''))}</p><table>{rows}</table></details>"
+        f'<span class="muted">{escape(operation["summary"])}</span></summary>{about}<table>{rows}</table></details>'
     )
 
 
-def _parameter(parameter: dict[str, Any]) -> str:
-    required = "required" if parameter.get("required") else ""
-    about = parameter.get("description") or _kind(parameter["schema"])
-    return (
-        f"<tr><td><code>{escape(parameter['name'])}</code><td class=muted>{escape(parameter['in'])} {required}"
-        f"<td>{escape(about)}</tr>"
-    )
+def _body(operation: dict[str, Any]) -> dict[str, Any]:
+    """The schema of what is sent; empty where nothing is."""
+    content = operation.get("requestBody", {}).get("content", {})
+    schemas: list[dict[str, Any]] = [each["schema"] for each in content.values()]
+    return schemas[0] if schemas else {}
 
 
-def _kind(schema: dict[str, Any]) -> str:
+def _parameter(parameter: dict[str, Any], schemas: dict[str, Any]) -> str:
+    about = parameter.get("description") or _kind(parameter["schema"], schemas)
+    return _row(parameter["name"], parameter["in"], parameter.get("required", False), about)
+
+
+def _field(name: str, schema: dict[str, Any], required: bool, schemas: dict[str, Any]) -> str:
+    return _row(name, "body", required, schema.get("description") or _kind(schema, schemas))
+
+
+def _row(name: str, place: str, required: bool, about: str) -> str:
+    must = "required" if required else ""
+    return f"<tr><td><code>{escape(name)}</code><td class=muted>{place} {must}<td>{escape(about)}</tr>"
+
+
+def _fields(
+    schema: dict[str, Any], schemas: dict[str, Any], prefix: str = "", above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """The fields of a body with the names under which they are found in it: ``filter.clauses[].property``.
+
+    One that holds its own kind again, as a filter does, is not followed a second time.
+    """
+    name = schema.get("$ref", "")
+    if name in above:
+        return
+    inside = (*above, name) if name else above
+    schema = _resolved(schema, schemas)
+    for part in (part for word in ("anyOf", "oneOf") for part in schema.get(word, ())):
+        yield from _fields(part, schemas, prefix, inside)
+    if "items" in schema:
+        yield from _fields(schema["items"], schemas, f"{prefix}[]", inside)
+    for field, below in schema.get("properties", {}).items():
+        path = f"{prefix}.{field}" if prefix else field
+        yield path, below, field in schema.get("required", ())
+        yield from _fields(below, schemas, path, inside)
+
+
+def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """What a reference stands for; anything else is itself."""
+    found: dict[str, Any] = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    return found
+
+
+def _kind(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     """A schema in a few words."""
-    if "anyOf" in schema:
-        return " or ".join(_kind(part) for part in schema["anyOf"] if part.get("type") != "null")
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
+    schema = _resolved(schema, schemas)
+    parts = schema.get("anyOf") or schema.get("oneOf")
+    if parts:
+        kinds = [_kind(part, schemas) for part in parts if part.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kind for kind in kinds if kind))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum") or [schema["const"]]))
     if schema.get("type") == "array":
-        return f"{_kind(schema.get('items', {}))}, repeatable"
-    return str(schema.get("format") or schema.get("type") or "")
+        return f"{_kind(schema.get('items', {}), schemas)}, repeatable"
+    kind = schema.get("format") or schema.get("type") or ""
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)

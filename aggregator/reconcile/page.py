@@ -85,9 +85,10 @@ def _verdict(report: Report) -> str:
     if report.is_equal and report.has_failed:
         return "<div class='verdict bad'><strong>Not everything could be compared.</strong>What was, agrees.</div>"
     if report.is_equal:
-        also = f" {explained} small differences are explained below and need no action." if explained else ""
+        also = "".join(f" Not compared: {escape(c.sides)} ({escape(c.skipped)})." for c in report.checks if c.skipped)
+        also += f" {explained} small differences are explained below and need no action." if explained else ""
         return (
-            "<div class='verdict good'><strong>Everything agrees.</strong>"
+            f"<div class='verdict good'><strong>{escape(report.verdict)}.</strong>"
             f"{_count(sum(c.compared for check in ran for c in check.counted))} comparisons, no difference.{also}</div>"
         )
     count = sum(check.differences_count for check in ran) - explained

@@ -174,6 +174,19 @@ class Report(msgspec.Struct, kw_only=True):
         return any(check.has_failed for check in self.checks)
 
     @property
+    def verdict(self) -> str:
+        """The outcome in a sentence without its full stop, which claims nothing of what was not compared."""
+        left_out = [check for check in self.checks if check.skipped]
+        if len(left_out) == len(self.checks):
+            return "Nothing was compared"
+        if not self.is_equal:
+            return "There are differences"
+        if not left_out:
+            return "Everything agrees"
+        names = " and ".join("Polar" if check.name == "upstream" else f"the {check.name}" for check in left_out)
+        return f"Everything that was compared agrees; {names} was not compared"
+
+    @property
     def cents(self) -> Decimal:
         """Money at stake, without signs, as far as prices are known."""
         return sum((abs(difference.cents) for difference in self.differences if difference.cents), Decimal(0))

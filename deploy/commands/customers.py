@@ -41,9 +41,11 @@ def create(
     name: Annotated[str | None, typer.Option(help="For display.")] = None,
 ) -> None:
     """Make a customer. Usage that named the external id before belongs to it from now on."""
+    from deploy.client import blaming
+
     here = session(context)
     body = {"email": email, "external_id": external_id, "name": name}
-    with here.api() as api:
+    with here.api() as api, blaming({"email": "--email", "external_id": "--external-id", "name": "--name"}):
         show_one(api.post(PATH, {key: value for key, value in body.items() if value is not None}), here.output)
 
 
@@ -66,6 +68,7 @@ def ledger(
     entry: Annotated[str | None, typer.Option(help="A movement's id: show the events behind it instead.")] = None,
 ) -> None:
     """The account as a statement, oldest movement first: what came, what went, and what was left each time."""
+    from deploy.client import looking_for
     from deploy.commands.events import EVENT_COLUMNS
     from deploy.commands.meters import find_meter
 
@@ -73,7 +76,8 @@ def ledger(
     with here.api() as api:
         one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
         if entry is not None:
-            behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
+            with looking_for(f"there is no movement {entry}; the same command without --entry shows the ids"):
+                behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
             show(behind, EVENT_COLUMNS, here.output)
             return
         page = api.get(f"/v1/customer-meters/{one['id']}/ledger", limit=limit)

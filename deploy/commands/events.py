@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -20,7 +21,10 @@ app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and 
 
 EVENT_COLUMNS = ("timestamp", "name", "external_customer_id", "customer_id", "metadata")
 DEAD_COLUMNS = ("id", "ingested_at", "reason", "detail", "raw")
+STDIN = Path("-")
 PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
+
+Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before once more, unless it names its id.")]
 
 
 @app.command(epilog=EPILOG)
@@ -28,12 +32,19 @@ def send(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+    anew: Anew = False,
 ) -> None:
-    """Send events, one JSON object a line, as they are. One without external_id gets one, kept over repetitions."""
+    """Send events, one JSON object a line, as they are. Sending a file again, or one that has grown, is harmless.
+
+    A line of a file without external_id gets one from what it says, and from how often the same was said before it in
+    this file. So equal lines of one file are different events, and the same line sent again, from any file, is the same
+    event. What is meant as another one needs an external_id, a timestamp, or --anew. What comes from standard input
+    happens now, so there every line without external_id is an event of its own.
+    """
     from deploy.event_files import read_ndjson
 
     with _opened(file) as source:
-        _deliver(session(context), read_ndjson(source), batch, total=None)
+        _deliver(session(context), read_ndjson(source, _apart(anew or file == STDIN)), batch, total=None)
 
 
 @app.command(epilog=EPILOG, name="import")
@@ -43,13 +54,27 @@ def import_csv(
     map: Annotated[list[str], typer.Option(help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens.")] = [],  # noqa: B006 (typer copies it)
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
+    anew: Anew = False,
 ) -> None:
-    """Import a CSV file. Importing the same file again counts nothing twice: ids come from its content and lines."""
+    """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
+
+    A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
+    customer, and from how often the same row stood before it in this file. So equal rows of one file are different
+    events, and the same row of another file is the same event; if it is meant as another one, tell the files apart
+    (such as --set metadata.month=may), or give --anew.
+    """
     from deploy.event_files import CsvFile, parse_mapping
 
-    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"))
+    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew))
     source.check()
-    _deliver(session(context), source.lines(), batch, total=source.rows())
+    try:
+        _deliver(session(context), source.lines(), batch, total=source.rows())
+    finally:
+        if source.texts.count:
+            note(
+                f"warning: cells that look like numbers and were taken as text, which no meter adds up: "
+                f"{source.texts.count}, first in {source.texts.first}. Write 1234.5: no comma, + or 0 in front"
+            )
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -86,19 +111,21 @@ def replay(
     drop: Annotated[bool, typer.Option("--drop", help="Send nothing: it is not worth it.")] = False,
 ) -> None:
     """Send a dead letter again, mended if a file is given, and take it off the list once it is in."""
+    from deploy.client import looking_for
     from deploy.sending import deliver
 
     here = session(context)
     if file and drop:
         raise GiveUp("--file and --drop exclude each other", USAGE)
     with here.api() as api:
-        letter = api.get(f"/v1/dead-letters/{id}")
+        with looking_for(f"there is no dead letter {id}; `meterstream events dead` shows the ids"):
+            letter = api.get(f"/v1/dead-letters/{quote(id, safe='')}")
         if not drop:
-            event = _event(_content(file) if file else letter["raw"].encode(), str(file or id))
+            event = _event(_content(file) if file else letter["raw"].encode(), str(file or id), id)
             delivery = deliver(api, [event])
             if delivery.problems:
                 raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
-        show_one(api.post(f"/v1/dead-letters/{id}/replay", {}), here.output)
+        show_one(api.post(f"/v1/dead-letters/{quote(id, safe='')}/replay", {}), here.output)
 
 
 def _content(file: Path) -> bytes:
@@ -106,12 +133,21 @@ def _content(file: Path) -> bytes:
         return source.read()
 
 
-def _event(content: bytes, source: str) -> "Line":
-    """The one event of a file or of a dead letter. Raises GiveUp."""
+def _apart(anew: bool) -> str:
+    from deploy.stable_ids import never_again
+
+    return never_again() if anew else ""
+
+
+def _event(content: bytes, source: str, letter_id: str) -> "Line":
+    """The one event of a file or of a dead letter, whose id keeps it apart from letters that say the same.
+
+    Raises GiveUp.
+    """
     from deploy.event_files import read_ndjson
     from deploy.sending import Line
 
-    found = list(read_ndjson(io.BytesIO(content)))
+    found = list(read_ndjson(io.BytesIO(content), apart=letter_id))
     if len(found) != 1 or not isinstance(found[0], Line):
         raise GiveUp(f"{source} should hold one event, a JSON object on one line", USAGE)
     return found[0]
@@ -119,7 +155,7 @@ def _event(content: bytes, source: str) -> "Line":
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    if str(file) == "-":
+    if file == STDIN:
         yield sys.stdin.buffer
         return
     try:

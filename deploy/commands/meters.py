@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
-from deploy.output import as_json, note, show, show_one
+from deploy.naming import ids, meters_called
+from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
 
 if TYPE_CHECKING:
@@ -17,9 +18,25 @@ COLUMNS = ("name", "id", "aggregation", "filter", "unit", "archived_at")
 PATH = "/v1/meters/"
 
 Filter = Annotated[str | None, typer.Option("--filter", help="The filter as JSON.")]
-Where = Annotated[list[str] | None, typer.Option("--where", help="A clause, such as model=gpt-4; repeatable.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="CLAUSE",
+        help="What an event must say, such as model=gpt-4; repeatable, and all must hold. Compare with = != > >= < <=, "
+        "~ (contains) and !~ (does not). A number, true and false are read as such, unless in quotes: 'zip=\"00123\"'.",
+    ),
+]
 Count = Annotated[bool, typer.Option("--count", help="Count events.")]
-Property = Annotated[str | None, typer.Option(metavar="PROPERTY")]
+Sum = Annotated[str | None, typer.Option(metavar="PROPERTY", help="Add up a number of the metadata.")]
+Avg = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The mean of a number of the metadata.")]
+Min = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The smallest.")]
+Max = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The largest.")]
+Unique = Annotated[str | None, typer.Option(metavar="PROPERTY", help="Count how many different values there are.")]
+
+OPTIONS = {
+    "name": "--name", "unit": "--unit", "custom_label": "--label", "filter": "--filter or --where",
+    "aggregation": "the function's property",
+}  # fmt: skip
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -37,19 +54,32 @@ def create(
     filter: Filter = None,
     where: Where = None,
     count: Count = False,
-    sum: Property = None,
-    avg: Property = None,
-    min: Property = None,
-    max: Property = None,
-    unique: Property = None,
+    sum: Sum = None,
+    avg: Avg = None,
+    min: Min = None,
+    max: Max = None,
+    unique: Unique = None,
     unit: Annotated[str, typer.Option(help="scalar, token or custom; for display.")] = "scalar",
+    label: Annotated[str | None, typer.Option(help="What a custom unit is called.")] = None,
 ) -> None:
-    """Create a meter. It counts every stored event that matches, from the first one on."""
+    """Create a meter: one of --count, --sum, --avg, --min, --max and --unique, over the events that match.
+
+    It counts every stored event, from the first one on.
+    """
+    from deploy.client import blaming
+
     here = session(context)
+    if unit == "custom" and not label:
+        raise GiveUp("--unit custom needs a --label, which says what the unit is called", USAGE)
     functions = {"sum": sum, "avg": avg, "min": min, "max": max, "unique": unique}
-    definition = {"name": name, "unit": unit, **_definition(filter, where, count, functions)}
+    definition = {"name": name, "unit": unit, "custom_label": label, **_definition(filter, where, count, functions)}
     with here.api() as api:
-        show_one(api.post(PATH, definition), here.output)
+        twins = [meter for meter in api.pages(PATH) if meter["name"] == name and not meter["archived_at"]]
+        with blaming(OPTIONS):
+            made = api.post(PATH, definition)
+    show_one(made, here.output)
+    if twins:
+        note(f"warning: a meter called {name!r} was there already ({ids(twins)}); from now on commands need an id")
 
 
 @app.command(epilog=EPILOG)
@@ -58,16 +88,18 @@ def preview(
     filter: Filter = None,
     where: Where = None,
     count: Count = False,
-    sum: Property = None,
-    avg: Property = None,
-    min: Property = None,
-    max: Property = None,
-    unique: Property = None,
+    sum: Sum = None,
+    avg: Avg = None,
+    min: Min = None,
+    max: Max = None,
+    unique: Unique = None,
 ) -> None:
     """What a meter would say, without creating it."""
+    from deploy.client import blaming
+
     here = session(context)
     functions = {"sum": sum, "avg": avg, "min": min, "max": max, "unique": unique}
-    with here.api() as api:
+    with here.api() as api, blaming(OPTIONS):
         show_one(api.post(f"{PATH}preview", _definition(filter, where, count, functions)), here.output)
 
 
@@ -86,15 +118,15 @@ def backfill(context: typer.Context, meter: Annotated[str, typer.Argument(help="
 
 
 def find_meter(api: "Api", wanted: str) -> dict[str, Any]:
-    """The meter of this id or name. Raises GiveUp with the names there are."""
+    """The meter of this id or name; an archived one only where no other is called so. Raises GiveUp."""
     import difflib
 
     meters = list(api.pages(PATH))
-    found = [meter for meter in meters if wanted in (meter["id"], meter["name"])]
+    found = meters_called(meters, wanted)
     if len(found) == 1:
         return found[0]
     if found:
-        raise GiveUp(f"{len(found)} meters are called {wanted!r}; give the id of one", USAGE)
+        raise GiveUp(f"{len(found)} meters are called {wanted!r}; give the id of one: {ids(found)}", USAGE)
     names = [meter["name"] for meter in meters]
     close = difflib.get_close_matches(wanted, names, n=1)
     known = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(names)) or 'none'}"
@@ -109,5 +141,6 @@ def _definition(
     chosen = [{"func": name, "property": property} for name, property in functions.items() if property is not None]
     chosen += [{"func": "count"}] if count else []
     if len(chosen) != 1:
-        raise GiveUp(f"give one of --count, --{', --'.join(functions)}; not {as_json(chosen)}", USAGE)
+        given = " and ".join(f"--{one['func']}" for one in chosen) or "none"
+        raise GiveUp(f"give one of --count, --{', --'.join(functions)}, and not {given}", USAGE)
     return {"aggregation": chosen[0], "filter": parse_filter(filter, where or [])}

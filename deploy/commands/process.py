@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.output import Output, show_one
 from deploy.session import session
 from deploy.start import begin
 
@@ -43,14 +44,22 @@ def demo(
     trace: Annotated[Path | None, typer.Option(help="A CSV file: TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")] = None,
 ) -> None:
-    """Meter a real LLM trace end to end and check every total against a plain recount; exit code 3 if one differs."""
+    """Meter an LLM trace end to end and check every total against a plain recount; exit code 3 if one differs.
+
+    The trace is --trace; without it a copy of the real one, if there is any here, and else one that is generated.
+    """
     from deploy.demo import run
 
     run(trace, rows)
 
 
-def version() -> None:
+def version(context: typer.Context) -> None:
     """The version."""
     from importlib.metadata import version as installed
 
-    typer.echo(f"meterstream {installed('meterstream')}")
+    here = session(context)
+    number = installed("meterstream")
+    if here.output is Output.table:
+        typer.echo(f"meterstream {number}")
+    else:
+        show_one({"version": number}, here.output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.giving_up import DONE, FAILED, MISMATCH, GiveUp
+from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.instant import parse_instant
 from deploy.output import Output, note, show, show_table
 from deploy.session import session
@@ -45,7 +45,7 @@ def reconcile(
     """Compare the log with the store, the store with itself, balances with entries, and all of it with Polar.
 
     Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do. 1: something could
-    not be compared.
+    not be compared. Polar is left out, and the verdict says so, where METERSTREAM_POLAR_TOKEN is not set.
     """
     from aggregator.reconcile.page import page
     from aggregator.reconcile.report import report_json
@@ -56,6 +56,8 @@ def reconcile(
     here = session(context, page=True)
     configure_logs("reconcile", "critical")  # what goes wrong is said once, by the command
     wanted = [one.value for one in check or [Which.all]]
+    if Which.upstream in (check or []) and not here.settings.polar_token:
+        raise GiveUp("--check upstream compares with Polar: set METERSTREAM_POLAR_TOKEN; nothing was compared", USAGE)
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
     task = Task(
         checks=checks,
@@ -100,9 +102,7 @@ def _print(found: "Report", output: Output) -> None:
             note(f"{check.name}: {remark}")
     for action in [*found.plan, *found.done]:
         print(action.what)
-    verdict = "Everything that was compared agrees" if found.has_failed else "Everything agrees"
-    verdict = verdict if found.is_equal else "There are differences"
-    print(f"{verdict}, as of log position {found.as_of}." if found.as_of else f"{verdict}.")
+    print(f"{found.verdict}, as of log position {found.as_of}." if found.as_of else f"{found.verdict}.")
 
 
 def _harmless(text: str) -> str:

@@ -8,6 +8,8 @@ from deploy.giving_up import FAILED, GiveUp
 from deploy.output import note, progress_bar, show, show_one
 from deploy.session import session
 
+BESIDE_A_SERVER = "stop the server for that, or compare beside it with `meterstream reconcile`"
+
 
 def rebuild(context: typer.Context) -> None:
     """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
@@ -50,4 +52,8 @@ def doctor(context: typer.Context) -> None:
     wrong = sum(bool(finding.heal) for finding in findings)
     if wrong:
         raise GiveUp(f"{wrong} of {len(findings)} looks found something wrong; the last column says what to do", FAILED)
+    unseen = [finding.part for finding in findings if finding.is_blind]
+    if unseen:
+        note(f"Nothing is wrong with the rest; the {' and the '.join(unseen)} was not looked at: {BESIDE_A_SERVER}.")
+        return
     note("Nothing is wrong.")

@@ -9,10 +9,15 @@ import typer
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
+from meters.access import AUDIT, SCOPES
 
 app = typer.Typer(no_args_is_help=True, help="Access tokens of the organizations (works on --data).")
 
 COLUMNS = ("id", "organization", "name", "scopes", "created_at", "expires_at", "revoked_at")
+SCOPE_HELP = (
+    f"What it may do; repeatable; by default everything but {AUDIT}, which reconciling from elsewhere needs: "
+    f"{', '.join(SCOPES)}, {AUDIT}."
+)
 Organization = Annotated[str | None, typer.Option(help="Its id or name; not needed where there is only one.")]
 
 
@@ -21,17 +26,16 @@ def create(
     context: typer.Context,
     name: Annotated[str, typer.Option(help="What the token is for.")] = "command line",
     organization: Organization = None,
-    scope: Annotated[list[str] | None, typer.Option(help="What it may do; repeatable; everything by default.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help=SCOPE_HELP)] = None,
     days: Annotated[int | None, typer.Option(min=1, help="How long it is good; for ever by default.")] = None,
 ) -> None:
     """Create a token and show its secret, this once."""
     from deploy.control import new_secret, new_token, open_control, shown
-    from meters.access import AUDIT, SCOPES
     from meters.catalogue import TokenCreated
 
     unknown = set(scope or ()) - {*SCOPES, AUDIT}
     if unknown:
-        raise GiveUp(f"there is no scope {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}", USAGE)
+        raise GiveUp(f"there is no scope {', '.join(sorted(unknown))}; there are {', '.join((*SCOPES, AUDIT))}", USAGE)
     here = session(context)
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     secret = new_secret()
@@ -65,7 +69,7 @@ def revoke(context: typer.Context, id: Annotated[str, typer.Argument(help="The t
     with open_control(here.data) as control:
         found = [token for token in control.catalogue.tokens.values() if token.id == id]
         if not found:
-            raise GiveUp(f"there is no token {id}; `meterstream tokens list` shows the ids")
+            raise GiveUp(f"there is no token {id}; `meterstream tokens list` shows the ids", USAGE)
         if found[0].revoked_at is None:
             control.decide([revoked(found[0])])
         row = shown(control.catalogue.tokens[found[0].sha256], control.catalogue)

@@ -42,6 +42,8 @@ def usage(
         raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
     until = parse_instant(end, "--end") if end else datetime.now(UTC)
     since = parse_instant(start, "--start") if start else _beginning(until, interval, timezone)
+    if since > until:
+        raise GiveUp("--end must be later than --start", USAGE)
     with here.api() as api:
         found = find_meter(api, meter)
         response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={

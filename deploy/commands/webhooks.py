@@ -2,10 +2,12 @@
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
+from deploy.naming import ids
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
 
@@ -29,9 +31,15 @@ def create(
     name: Annotated[str | None, typer.Option(help="For display.")] = None,
 ) -> None:
     """Tell an address what changes. The secret that signs is printed once."""
+    from deploy.client import blaming
+    from meters.webhooks import EVENT_TYPES
+
+    unknown = [type for type in event or () if type not in EVENT_TYPES]
+    if unknown:
+        raise GiveUp(f"--event: nothing is called {', '.join(unknown)}; there are {', '.join(EVENT_TYPES)}", USAGE)
     here = session(context)
     body = {"url": url, "name": name} | ({"events": event} if event else {})
-    with here.api() as api:
+    with here.api() as api, blaming({"url": "URL", "events": "--event", "name": "--name"}):
         show_one(api.post(ENDPOINTS, body), here.output)
 
 
@@ -80,9 +88,12 @@ def deliveries(
 @app.command(epilog=EPILOG)
 def redeliver(context: typer.Context, event: Annotated[str, typer.Argument(help="An event_id of deliveries.")]) -> None:
     """Send something again, word for word and under the same id."""
+    from deploy.client import blaming, looking_for
+
+    unknown = f"nothing was sent under the id {event}; `meterstream webhooks deliveries` shows them as event_id"
     here = session(context)
-    with here.api() as api:
-        show_one(api.post(f"/v1/webhooks/events/{event}/redeliver", {}), here.output)
+    with here.api() as api, looking_for(unknown), blaming({"id": "EVENT"}):
+        show_one(api.post(f"/v1/webhooks/events/{quote(event, safe='')}/redeliver", {}), here.output)
 
 
 @app.command(epilog=EPILOG)
@@ -99,18 +110,24 @@ def listen(
         show_one(api.post("/v1/webhooks/sources", {"secret": secret, "name": name}), here.output)
 
 
-def find_endpoint(api: "Api", wanted: str) -> str:
-    """The id of the endpoint with this id or URL. Raises GiveUp."""
-    found = [one["id"] for one in api.pages(ENDPOINTS) if wanted in (one["id"], one["url"])]
-    if len(found) != 1:
-        raise GiveUp(f"{len(found)} endpoints are called {wanted!r}; see `meterstream webhooks list`", USAGE)
-    return str(found[0])
+def find_endpoint(api: "Api", wanted: str, enabled: bool = True) -> str:
+    """The id of the endpoint with this id or URL; of several those are preferred that are (not) enabled.
+
+    Raises GiveUp.
+    """
+    found = [one for one in api.pages(ENDPOINTS) if wanted in (one["id"], one["url"])]
+    found = [one for one in found if one["enabled"] is enabled] or found
+    if not found:
+        raise GiveUp(f"there is no endpoint {wanted!r}; `meterstream webhooks list` shows them", USAGE)
+    if len(found) > 1:
+        raise GiveUp(f"{len(found)} endpoints have the URL {wanted!r}; give the id of one: {ids(found)}", USAGE)
+    return str(found[0]["id"])
 
 
 def _switch(context: typer.Context, endpoint: str, enabled: bool) -> None:
     here = session(context)
     with here.api() as api:
-        path = f"{ENDPOINTS}/{find_endpoint(api, endpoint)}"
+        path = f"{ENDPOINTS}/{find_endpoint(api, endpoint, enabled=not enabled)}"
         show_one(_changed(api, "PATCH", path, {"enabled": enabled}), here.output)
 
 

@@ -10,7 +10,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from aggregator.api import create_app
+from aggregator.api import create_app, ingest_document
+from aggregator.api.document import _page, _prose
 from tests.aggregator.serving import Server, Tenant
 
 DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them
@@ -19,7 +20,7 @@ OPERATIONS = {
     f"{method.upper()} {path}": SCHEMA[path][method]
     for path, methods in DOCUMENT["paths"].items()
     for method in methods
-    if path.startswith("/v1")
+    if path.startswith("/v1") and path != ingest_document.PATH  # which the gateway answers
 }
 PORTAL = [(name, "customer") for name in OPERATIONS if "customer-portal" in name]
 """What a customer's token opens; that it opens nothing else is in test_isolation."""
@@ -90,3 +91,20 @@ def test_the_document_names_every_schema_that_it_uses() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     used = {part.split("'")[0] for part in text.split("#/components/schemas/")[1:]}
     assert used == set(schemas)
+
+
+def test_the_page_says_what_is_sent() -> None:
+    """It has the route of ingestion, the fields of bodies and the texts that they take, and types of references."""
+    page = _page(DOCUMENT)
+
+    assert "/v1/events/ingest" in page
+    assert "<code>events[].external_customer_id</code>" in page
+    assert "<code>filter.clauses[].operator</code><td class=muted>body required<td>eq, ne, gt" in page
+    assert "<code>interval</code><td class=muted>query required<td>hour, day" in page
+    assert "<code></code>" not in page
+
+
+@pytest.mark.parametrize("text", ["a `b` c", "a ``b`` c"])
+def test_what_stands_in_backticks_is_code(text: str) -> None:
+    """In one of them or in two."""
+    assert _prose(text) == "a <code>b</code> c"

@@ -115,6 +115,11 @@ class Installation:
         """A plain request with the token."""
         return self._http.get(self.url + path, params=params, headers={"Authorization": f"Bearer {self.token}"})
 
+    def patch(self, path: str, body: object) -> None:
+        """A change that no command makes."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        self._http.patch(self.url + path, json=body, headers=headers).raise_for_status()
+
     @property
     def log(self) -> str:
         """What the server wrote to stderr."""

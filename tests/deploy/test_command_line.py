@@ -46,6 +46,11 @@ def counted(running: Installation) -> Installation:
         (["tokens", "list", "--data", "missing"], 1, "there is no Meterstream data in missing"),
         (["rebuild", "--data", "missing"], 1, "there is no Meterstream data in missing"),
         (["meters", "create", "--name", "abc", "--token", "t"], 2, "give one of --count, --sum"),
+        (["meters", "create", "--name", "abc", "--sum", "a", "--count", "--token", "t"], 2, "not --sum and --count"),
+        (["meters", "create", "--name", "abc", "--count", "--unit", "custom", "--token", "t"], 2, "needs a --label"),
+        (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
+        (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
+        (["tokens", "create", "--scope", "x"], 2, "audit:read"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
@@ -120,6 +125,57 @@ def test_lists_have_every_form(counted: Installation) -> None:
     assert "tokens" in counted.run("meters", "list").stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (("meters", "create", "--name", "t3", "--count"), "--name: String should have at least 3"),
+        (("meters", "create", "--name", "abc", "--count", "--unit", "x"), "--unit: Input should be 'scalar'"),
+        (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
+        (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
+        (("tokens", "revoke", "abc"), "there is no token abc"),
+    ],
+)
+def test_what_the_server_refuses_of_a_command_is_wrong_usage(
+    counted: Installation, line: tuple[str, ...], complaint: str
+) -> None:
+    """The option is named, or where the ids are to be found."""
+    done = counted.run(*line)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_of_two_meters_of_one_name_the_one_that_is_not_archived_is_meant(counted: Installation) -> None:
+    """The second one is made with a warning; the ids are named until one of them is archived."""
+    create = ("meters", "create", "--name", "twin", "--count")
+    first, second = counted.answer(*create), counted.run(*create, "--output", "json")
+
+    assert f"a meter called 'twin' was there already ({first['id']})" in second.stderr
+    ambiguous = counted.run("usage", "twin")
+    assert ambiguous.returncode == 2
+    assert first["id"] in ambiguous.stderr
+    assert json.loads(second.stdout)["id"] in ambiguous.stderr
+
+    counted.patch(f"/v1/meters/{first['id']}", {"is_archived": True})
+    eventually(lambda: counted.run("usage", "twin").returncode == 0)
+
+
+def test_a_plan_leaves_nothing_behind_and_a_replay_needs_something_forwarded(counted: Installation) -> None:
+    """Where nothing is forwarded, a plan makes no file and no token that is still good; a replay is refused."""
+    counted.answer("forward", "plan")
+    replay = counted.run("forward", "replay", "--since", "2026-03-01", "--until", "2026-03-02")
+
+    assert not list(counted.data.glob("forward*"))
+    assert [token["name"] for token in counted.answer("tokens", "list") if not token["revoked_at"]] == ["first"]
+    assert replay.returncode == 1
+    assert "nothing was forwarded" in replay.stderr
+
+
+def test_the_version_comes_as_json() -> None:
+    """For a program that wants to know."""
+    assert list(json.loads(meterstream("version", "--output", "json").stdout)) == ["version"]
+
+
 def test_an_unknown_meter_names_the_nearest(counted: Installation) -> None:
     """A misspelled meter is wrong usage, with the name that was probably meant."""
     done = counted.run("usage", "tokenz")
@@ -142,16 +198,35 @@ def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: I
 
 
 def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path) -> None:
-    """The first import inserts every row; the second finds every one of them a duplicate."""
+    """The first import inserts every row; the second finds all of them there, but for a row that came with it."""
     path = tmp_path / "usage.csv"
     path.write_text("user,total\n" + "".join(f"u{number},{number}\n" for number in range(1000)))
     columns = "external_customer_id=user,metadata.n=total"
     command = ("events", "import", str(path), "--map", columns, "--set", "name=csv")
 
-    first, second = counted.answer(*command), counted.answer(*command)
+    first = counted.answer(*command)
+    with path.open("a") as file:
+        file.write('one more,"1,5"\n')
+    second = counted.run(*command, "--output", "json")
 
     assert (first["inserted"], first["duplicates"]) == (1000, 0)
-    assert (second["inserted"], second["duplicates"]) == (0, 1000)
+    assert (json.loads(second.stdout)["inserted"], json.loads(second.stdout)["duplicates"]) == (1, 1000)
+    assert "taken as text, which no meter adds up: 1, first in" in second.stderr
+    assert "line 1002, total: '1,5'" in second.stderr
+
+
+def test_a_file_sent_twice_is_counted_once(counted: Installation, tmp_path: Path) -> None:
+    """Equal lines without ids are two events, and still two when the file is sent again; a pipe's are new each time."""
+    lines = '{"name":"twice","external_customer_id":"ada"}\n' * 2
+    (path := tmp_path / "usage.ndjson").write_text(lines)
+
+    answers = [counted.answer("events", "send", str(path), *more) for more in ([], [], ["--anew"])]
+    answers += [counted.answer("events", "send", "-", text=lines) for _ in range(2)]
+
+    found = [(answer["inserted"], answer["duplicates"]) for answer in answers]
+    assert found == [(2, 0), (0, 2), (2, 0), (2, 0), (2, 0)]
+    eventually(lambda: len(counted.answer("events", "list", "--name", "twice")) == 8)
+    assert not counted.answer("events", "dead")
 
 
 def test_a_preview_counts_without_creating(counted: Installation) -> None:

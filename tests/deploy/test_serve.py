@@ -144,7 +144,10 @@ def test_a_rebuild_beside_a_server_is_refused(running: Installation) -> None:
     assert refused.returncode == 1
     assert "cannot rebuild the store: another server" in refused.stderr
     assert "stop it first" in refused.stderr
-    assert "a server runs here" in running.run("doctor").stdout
+    seen = running.run("doctor")
+    assert "a server runs here" in seen.stdout
+    assert "the store was not looked at" in seen.stderr
+    assert "Nothing is wrong." not in seen.stderr
 
 
 def test_a_token_that_nobody_knows_is_doubted(installation: Installation) -> None:

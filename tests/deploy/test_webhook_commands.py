@@ -91,8 +91,8 @@ def test_what_changed_is_told_even_if_the_server_dies(
 def test_a_private_target_is_refused_and_polar_is_heard_through_the_gateway(running: Installation) -> None:
     """Nothing is sent to its own network; a source's secret is read from standard input, and its news come in."""
     refused = running.run("webhooks", "create", "https://127.0.0.1:9/")
-    assert refused.returncode == 1
-    assert "not public" in refused.stderr
+    assert refused.returncode == 2
+    assert "URL: The URL leads to an address that is not public" in refused.stderr
     secret = "whsec_of_some_polar_organization"
     made = running.answer("webhooks", "listen", "--name", "polar", text=f"{secret}\n")
     assert made["name"] == "polar"

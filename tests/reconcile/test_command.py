@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from aggregator.reconcile.page import page
 from aggregator.reconcile.report import Cause, Repair
 from tests.deploy.installation import meterstream
 from tests.reconcile.planting import Left
@@ -13,14 +14,14 @@ ROOT = "(SELECT seq FROM events WHERE external_id = 'root' LIMIT 1)"
 def test_different_is_3_until_it_is_repaired(left: Left, tmp_path: Path) -> None:
     """A difference is told with its cause; a repair makes the store again, says so, and a second one finds nothing."""
     left.spoil(f"DELETE FROM events WHERE seq = {ROOT}")
-    where, page = ("--data", str(left.data.path), "--check", "log", "--check", "store"), tmp_path / "report.html"
+    where, shown = ("--data", str(left.data.path), "--check", "log", "--check", "store"), tmp_path / "report.html"
 
-    different = meterstream("reconcile", *where, "--report", str(page))
+    different = meterstream("reconcile", *where, "--report", str(shown))
     planned, repaired, again = (left.prove(repair) for repair in ("plan", "apply", "apply"))
 
     assert different.returncode == 3, different.stderr
     assert "lost: event root" in different.stdout
-    assert "lost" in page.read_text()
+    assert "lost" in shown.read_text()
     assert not planned.is_equal
     assert "made again from the log" in planned.plan[0].what
     assert repaired.is_equal
@@ -58,3 +59,14 @@ def test_without_a_polar_organization_nothing_is_missed(left: Left) -> None:
 
     assert report.is_equal
     assert [check.skipped for check in report.checks] == ["", "", "", "METERSTREAM_POLAR_TOKEN is not set"]
+    assert report.verdict == "Everything that was compared agrees; Polar was not compared"
+    assert f"{report.verdict}." in page(report)
+    assert "Polar&#x27;s (METERSTREAM_POLAR_TOKEN is not set)" in page(report)
+
+
+def test_a_comparison_that_was_asked_for_by_name_is_not_left_out(left: Left) -> None:
+    """Without a Polar organization `--check upstream` is wrong usage, and nothing is said to agree."""
+    done = meterstream("reconcile", "--data", str(left.data.path), "--check", "upstream")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "set METERSTREAM_POLAR_TOKEN; nothing was compared" in done.stderr
