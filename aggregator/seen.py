@@ -10,6 +10,7 @@ The index is a view: it is rebuilt from the store when the aggregator starts, an
 8 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
 """
 
+import heapq
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -105,11 +106,18 @@ def _mergeable(runs: tuple[Run, ...]) -> int:
 
 
 def _merged(runs: tuple[Run, ...], directory: Path | None) -> Run:
-    """Sorted runs as one, from the newest and smallest on."""
-    merged = runs[-1]
-    for run in reversed(runs[:-1]):
-        merged = run.merged(merged, directory)
-    return merged
+    """Sorted runs as one, always the two smallest first.
+
+    While a large merge goes on, small runs pile up behind it. One into the other they would be copied as many times as
+    there are of them; that takes longer than the next ones take to come, and every lookup searches each of them.
+    """
+    waiting = [(len(run.hi), number, run) for number, run in enumerate(runs)]
+    heapq.heapify(waiting)
+    while len(waiting) > 1:
+        rows, number, small = heapq.heappop(waiting)
+        more, _, large = waiting[0]
+        heapq.heapreplace(waiting, (rows + more, number, large.merged(small, directory)))
+    return waiting[0][2]
 
 
 class Repeats(NamedTuple):

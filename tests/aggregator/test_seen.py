@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import run
+from aggregator import run, seen
 from aggregator.seen import Keys, Seen, repeats
 
 few = st.integers(0, 3)  # a small range makes halves collide all the time
@@ -85,6 +85,22 @@ def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: in
 
         assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
         assert asked.content[found].tolist() == content[found].tolist()
+
+
+def test_runs_that_pile_up_are_copied_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a long merge hundreds may wait, and each lookup searches them all, so they have to be one soon."""
+    copied, merged = [], run.Run.merged
+
+    def counting(older: run.Run, newer: run.Run, directory: Path | None) -> run.Run:
+        copied.append(len(older.hi) + len(newer.hi))
+        return merged(older, newer, directory)
+
+    monkeypatch.setattr(run.Run, "merged", counting)
+    count, rows = 256, 4
+    pile = [keys([(number * rows + row, 0) for row in range(rows)]) for number in range(count)]
+    one = seen._merged(tuple(run.Run.of(*each, None) for each in pile), None)
+    assert one.hi.tolist() == list(range(count * rows))
+    assert sum(copied) == count * rows * 8  # the binary logarithm of 256
 
 
 def test_without_room_for_a_file_the_index_is_in_memory(tmp_path: Path) -> None:
