@@ -4,6 +4,7 @@ Judged by the last day: its events, their size, its busiest minute. A limit coun
 events a request carries: the setting's number of them, or fewer where they are large.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from aggregator.forward.source import Away
+from aggregator.forward.source import Away, Source
 from aggregator.forward.state import State
 from aggregator.forward.upstream import BODY_BYTES_MAX
 from deploy.control import open_control, revoked
@@ -25,6 +26,8 @@ from meters.access import digest
 DAY = timedelta(days=1)
 MINUTES = 24 * 60
 ENVELOPE_BYTES = 160  # names of fields, a timestamp and a customer beside the metadata
+TOKEN_S_MAX = 10.0  # until the aggregator knows a new token, nearly always within a second
+AGAIN_S = 0.05
 SAFETY = 0.8  # of the limit: the rest is for repetitions, replays and the nightly comparison
 
 
@@ -36,8 +39,9 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
         with ExitStack() as stack:
             state = stack.enter_context(_state(data))
             source = stack.enter_context(closing(open_source(settings, data, state)))
+            every = _meters(source)
             wishes = wishes_of(settings, source)
-            meters = [m for m in source.meters() if m["aggregation"]["func"] in SUMMABLE and not m["archived_at"]]
+            meters = [m for m in every if m["aggregation"]["func"] in SUMMABLE and not m["archived_at"]]
             since, ids = datetime.now(UTC) - DAY, [meter["id"] for meter in meters]
             traffic = source.traffic(since, wishes.selection, ids, wishes.window_s)
     except Away as away:
@@ -46,6 +50,18 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     raw = _row("raw", traffic["events"], traffic["metadata_bytes"], traffic["busiest_minute"], settings)
     rows = [_rollup_row(meter, rolled[meter["id"]], settings) for meter in meters]
     return [raw | {"about": _about(raw, traffic["events"])}, *rows]
+
+
+def _meters(source: Source) -> list[dict[str, Any]]:
+    """The organization's meters, as soon as a token that was made just now is known. Raises Away."""
+    until_s = time.monotonic() + TOKEN_S_MAX
+    while True:
+        try:
+            return source.meters()
+        except Away as away:
+            if not away.is_denied or time.monotonic() > until_s:
+                raise
+            time.sleep(AGAIN_S)
 
 
 @contextmanager
