@@ -11,7 +11,7 @@ import httpx
 from meters.partition_key import partition_key, partition_of
 from tests.deploy.installation import PATIENCE_S, meterstream
 from tests.faults.kafka_installation import Process
-from tests.kafka.cluster import free_port
+from tests.ports import take_port
 from tests.waiting import eventually
 
 PARTITIONS = 4
@@ -34,7 +34,7 @@ class Apart:
         self.organization_id = organization["id"]
         self.token = self.new_token()
         where = ["--log", log_url, "--port"]
-        api_port, ports = free_port(), (free_port(), free_port())
+        api_port, ports = take_port(), (take_port(), take_port())
         self.aggregator = Process("aggregator", ["aggregate", *where, str(api_port), "--data", str(folder)], folder)
         upstream = ["--upstream", f"http://127.0.0.1:{api_port}"]
         self.gateways = [

@@ -30,9 +30,10 @@ from tests.deploy.installation import PATIENCE_S, Installation, meterstream
 from tests.deploy.programs import program
 from tests.deploy.test_readme import README
 from tests.faults.kafka_installation import Process
-from tests.kafka.cluster import Cluster, free_port
+from tests.kafka.cluster import Cluster
 from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
+from tests.ports import take_port
 from tests.waiting import eventually
 
 _numbers = itertools.count()
@@ -113,7 +114,7 @@ def test_a_wrong_url_is_one_line(url: str, complaint: str) -> None:
 
 def test_a_gateway_waits_for_its_topics_and_says_so(apart: Apart, log_url: str) -> None:
     """Started before its topics exist, it lives, says in /readyz what it waits for, and serves when they are there."""
-    port = free_port()
+    port = take_port()
     gateway = Process("early", ["gateway", "--log", log_url, "--port", str(port)], apart.folder)
     url = f"http://127.0.0.1:{port}"
     gateway.start()
@@ -133,7 +134,7 @@ def test_a_gateway_waits_for_its_topics_and_says_so(apart: Apart, log_url: str) 
 
 def test_brokers_that_do_not_answer_are_named(tmp_path: Path) -> None:
     """A gateway without brokers lives too, and says where it looks for them."""
-    port, nobody = free_port(), free_port()
+    port, nobody = take_port(), take_port()
     gateway = Process("lonely", ["gateway", "--log", f"kafka://127.0.0.1:{nobody}", "--port", str(port)], tmp_path)
     gateway.start()
 
@@ -273,7 +274,7 @@ def test_the_producers_of_the_readme_count(apart: Apart, tmp_path: Path) -> None
 def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) -> None:
     """It ends with one line and leaves the first one alone."""
     data = str(apart.folder)
-    second = meterstream("aggregate", "--log", apart.log_url, "--port", str(free_port()), "--data", data)
+    second = meterstream("aggregate", "--log", apart.log_url, "--port", str(take_port()), "--data", data)
 
     assert second.returncode == 1
     assert "another server" in second.stderr

@@ -13,7 +13,7 @@ import pytest
 from ingest.gateway import VERSION_DEFAULT, VERSIONS
 from tests.deploy.installation import Installation
 from tests.deploy.programs import program
-from tests.kafka.cluster import free_port
+from tests.ports import take_port
 from tests.waiting import eventually
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
@@ -37,7 +37,7 @@ EVENT = {"name": "call", "external_customer_id": "proxied", "metadata": {"n": 1}
 @contextlib.contextmanager
 def proxy(directory: Path, gateways: list[str], aggregator: str) -> Iterator[str]:
     """nginx with the shipped configuration in front of these servers; its address."""
-    port, text = free_port(), SHIPPED.read_text()
+    port, text = take_port(), SHIPPED.read_text()
     for shipped, here in (
         (GATEWAY, " ".join(f"server {gateway} max_fails=2 fail_timeout=5s;" for gateway in gateways)),
         (AGGREGATOR, f"server {aggregator} max_fails=0;"),
@@ -67,7 +67,7 @@ def _listens(port: int) -> bool:
 def through(running: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a proxy whose first gateway is down; reads go to the aggregator's own socket."""
     directory = tmp_path_factory.mktemp("proxy")
-    gateways = [f"127.0.0.1:{free_port()}", running.url.removeprefix("http://")]
+    gateways = [f"127.0.0.1:{take_port()}", running.url.removeprefix("http://")]
     headers = {"authorization": f"Bearer {running.token}"}
     with (
         proxy(directory, gateways, f"unix:{os.path.realpath(running.data)}/api.sock") as url,
@@ -157,7 +157,7 @@ def test_what_speaks_of_one_process_is_not_public(through: httpx.Client, path: s
 @pytest.mark.parametrize("path", ["/v1/events/ingest", "/v1/meters/"])
 def test_nobody_behind_the_proxy_is_a_reason_to_come_back(tmp_path: Path, path: str) -> None:
     """When no server can be reached the answer is 503 with Retry-After, as JSON."""
-    with proxy(tmp_path, [f"127.0.0.1:{free_port()}"], f"127.0.0.1:{free_port()}") as url:
+    with proxy(tmp_path, [f"127.0.0.1:{take_port()}"], f"127.0.0.1:{take_port()}") as url:
         answer = httpx.post(url + path, json={"events": []}, timeout=60)
 
     assert answer.status_code == 503

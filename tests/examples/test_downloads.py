@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from tests.deploy.installation import Installation
+from tests.ports import take_port
 from tests.waiting import eventually
 
 CHUNK_BYTES = 1000
@@ -43,9 +43,7 @@ def named(installation: Installation, name: str, expected: int) -> list[dict[str
 
 def test_reports_and_their_bytes_are_metered(installation: Installation, tmp_path: Path) -> None:
     """One event a report, one a response with its bytes, and nothing for who is not signed in."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = take_port()
     surroundings = {**os.environ, "DOWNLOADS_URL": installation.url, "DOWNLOADS_TOKEN": installation.token,
                     "DOWNLOADS_SPOOL": str(tmp_path / "spool")}  # fmt: skip
     command = [sys.executable, "-m", "uvicorn", "tests.examples.downloads:app", "--port", str(port)]

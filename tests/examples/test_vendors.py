@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.deploy.installation import Installation
+from tests.ports import take_port
 from tests.sdk.interpreters import environment
 from tests.strategies.replay import Replay, stream, whole
 from tests.strategies.small_s3 import SmallS3
@@ -69,9 +70,7 @@ def events(installation: Installation, name: str, expected: int) -> list[dict[st
 @TIME_LIMIT
 def test_a_chat_application_meters_its_customers(installation: Installation, tmp_path: Path) -> None:
     """A whole answer, a streamed one, and one whose reader leaves: each is an event, with its cost."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = take_port()
     with Replay() as openai:
         openai.will("/v1/chat/completions", whole(COMPLETION),
                     stream([*map(chunk, WORDS), chunk(None, USAGE)], last="[DONE]"),

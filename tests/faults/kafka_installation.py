@@ -23,9 +23,10 @@ from meters.log import USAGE_CONTROL, Entry, Log, TryAgain, format_position, par
 from tests.aggregator.records import ORGANIZATION, decisions, organization
 from tests.faults.evidence import Counted, Tables, assert_store_tells, count, ends_of, export, positions
 from tests.faults.sender import Outcome, Sender
-from tests.kafka.cluster import Cluster, free_port, pause
+from tests.kafka.cluster import Cluster, pause
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
+from tests.ports import take_port
 from tests.waiting import eventually
 
 TOKEN = "polar_oat_kafka_fault_test_0123456789"
@@ -130,7 +131,7 @@ class KafkaInstallation:
         )
         eventually(lambda: self._decided(decisions([organization(), TokenCreated(token)])), look_again_s=LOOK_AGAIN_S)
         self._url_of_processes = f"kafka://{servers or cluster.bootstrap}/{self.prefix}{options}"
-        self.port, self.api_port = free_port(), free_port()
+        self.port, self.api_port = take_port(), take_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.store = folder / "aggregator" / "store.duckdb"
         self.gateway = self.another_gateway(self.port, "gateway")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.deploy.installation import alive
-from tests.kafka.cluster import free_port
+from tests.ports import take_port
 from tests.waiting import eventually
 
 TOKEN = "polar_oat_fault_test_0123456789"
@@ -26,7 +26,7 @@ class Server:
     ) -> None:
         self.data, self._output = data, output
         self._options, self._environment = options, environment
-        self.port = free_port()
+        self.port = take_port()
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=60
         )

@@ -17,7 +17,8 @@ from tests.faults.cutting import CuttingProxy
 from tests.faults.evidence import SEED, export
 from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 from tests.faults.sender import Sender
-from tests.kafka.cluster import Cluster, Node, free_port
+from tests.kafka.cluster import Cluster, Node
+from tests.ports import take_port
 from tests.waiting import eventually, until
 
 PAUSE_S = 0.05  # of a sender's connection
@@ -76,7 +77,7 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
 @pytest.mark.timeout(180)
 def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """What was done and not answered is done again, by the sender or by the gateway's client: it counts once."""
-    front, behind = free_port(), free_port()
+    front, behind = take_port(), take_port()
     address = {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{behind}"}
     choose = random.Random(SEED)
     with (
@@ -157,7 +158,7 @@ def test_a_stopped_aggregator_cannot_be_joined(
 ) -> None:
     """Beside one that is only stopped, a second one on the same data refuses; the first goes on where it was."""
     installation, client = KafkaInstallation(kafka, tmp_path), sender()
-    second = installation.another_aggregator("second", free_port(), installation.store.parent)
+    second = installation.another_aggregator("second", take_port(), installation.store.parent)
     with contextlib.closing(installation):
         installation.start()
         installation.aggregator.pause()
@@ -188,7 +189,7 @@ def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, record_property: Cal
             data.rename(tmp_path / "unplugged")  # the disk that only the zombie still has
             shutil.copytree(tmp_path / "unplugged", data, ignore=shutil.ignore_patterns("*.lock", "*.sock"))
             stale = export_copy(tmp_path / "unplugged", tmp_path / "copy")
-            installation.api_port = free_port()
+            installation.api_port = take_port()
             installation.aggregator = installation.another_aggregator("successor", installation.api_port, data)
             installation.aggregator.start()
             eventually(installation.reads)

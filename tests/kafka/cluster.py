@@ -1,17 +1,15 @@
 """One to three real Kafka brokers on loopback, to be started, killed, paused and started again on the same data.
 
 A node is broker and KRaft controller in one Java process. The settings make it small and quick to notice a death;
-they change nothing about what it promises to a client. Ports lie below the range that the system gives to outgoing
-connections, so a node that is started again finds its own port free.
+they change nothing about what it promises to a client. A node's ports are held for it (``tests/ports.py``), so one that
+is started again finds them free.
 """
 
 import base64
 import contextlib
 import fcntl
 import os
-import random
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,10 +21,10 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from tests.kafka.jars import jars
+from tests.ports import take_port
 
 READY_S_MAX = 90.0  # a start takes about 3 s alone on a machine, several times as long on a busy one
 STOP_S_MAX = 30.0
-PORTS = range(10_000, 32_000)
 JAVA = (
     "java", "-Xms96m", "-Xmx320m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -70,7 +68,7 @@ class Node:
 
     def __init__(self, number: int, folder: Path, libraries: Path, java: Sequence[str]) -> None:
         self.number, self.folder = number, folder
-        self.port, self.controller_port = free_port(), free_port()
+        self.port, self.controller_port = take_port(), take_port()
         self._java = [*java, "-cp", f"{libraries}/*"]
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
@@ -278,17 +276,3 @@ def _state(stat: Path) -> str:
         return stat.read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
         return "T"
-
-
-_handed_out: set[int] = set()
-
-
-def free_port() -> int:
-    """A port that nobody listens on, outside the range for outgoing connections, and never the same one twice."""
-    while True:
-        port = random.choice(PORTS)
-        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if port not in _handed_out:
-                _handed_out.add(port)
-                return port

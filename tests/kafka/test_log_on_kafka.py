@@ -26,7 +26,8 @@ from ingest.log.kafka_topics import Topics
 from ingest.log.limits import Limits
 from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, Running, line, rows
-from tests.kafka.cluster import Cluster, free_port
+from tests.kafka.cluster import Cluster
+from tests.ports import take_port
 
 PLENTY = 1 << 30
 QUESTIONS = 5
@@ -187,7 +188,7 @@ def test_a_long_outage_costs_no_threads() -> None:
     Other tests' clients live in this process too and may start or end a thread meanwhile: what is left behind would be
     one thread for each question at least.
     """
-    topics = Topics(parse_address(f"kafka://127.0.0.1:{free_port()}/nobody", {}), Limits())
+    topics = Topics(parse_address(f"kafka://127.0.0.1:{take_port()}/nobody", {}), Limits())
 
     def ask() -> int:
         with pytest.raises(TryAgain):

@@ -22,9 +22,10 @@ from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Unreachable, Wanted, make_topics
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
-from tests.kafka.cluster import free_port, running
+from tests.kafka.cluster import running
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
+from tests.ports import take_port
 from tests.waiting import eventually
 
 STORE_PASSWORD = "changeit"
@@ -78,7 +79,7 @@ def make_certificate(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """The broker, its topics, and users of both mechanisms for gateway and aggregator."""
-    folder, port = tmp_path_factory.mktemp("guarded"), free_port()
+    folder, port = tmp_path_factory.mktemp("guarded"), take_port()
     module = "org.apache.kafka.common.security"
     users = " ".join(f'user_{user}="{PASSWORDS["PLAIN"]}"' for user in ("gateway", "aggregator", "stranger"))
     settings = {
