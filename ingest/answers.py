@@ -15,7 +15,7 @@ ANY_ORIGIN: Headers = (
 )
 """What a browser has to be told before a page of another site may read an answer. A token opens the API, and no cookie
 does, so a page can do no more than whoever gave it the token."""
-_PREFLIGHT_S = 600  # how long a browser may remember what it was told; Starlette's own time, which is Polar's
+_PREFLIGHT_S = 600  # how long a browser may remember what it was told; ten minutes, Starlette's default
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -94,7 +94,8 @@ def no_answer() -> Answer:
 def preflight() -> Answer:
     """To a browser that asks whether a page may send a request: any, with any of these headers."""
     headers = b"Authorization, Content-Type, Polar-Version, Prefer, Log-Position, Idempotency-Key"
-    return Answer(204, b"", (
+    return Answer(200, b"OK", (
+        (b"content-type", b"text/plain; charset=utf-8"),
         (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, PATCH, DELETE"),
         (b"access-control-allow-headers", headers),
         (b"access-control-max-age", b"%d" % _PREFLIGHT_S),

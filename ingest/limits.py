@@ -48,8 +48,8 @@ DETAILS_MAX = 100
 """Entries of a 422's detail list. The whole request is refused in any case, and nobody reads more."""
 
 CAREFUL_EVENTS_MAX = 50_000
-"""Unusual events of one request, each read on its own in some 20 us: a second of one core. A request of plain events
-has no limit but its bytes."""
+"""Unusual events of one request, each read on its own in some 30 us: a second and a half of one core. A request
+of plain events has no limit but its bytes."""
 
 HURRIED_EVENTS_MAX = 200
 """Unusual events of a small body: more are read in a thread like a large body, since these take some 4 ms."""

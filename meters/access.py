@@ -73,7 +73,7 @@ def authorize(header: str | None, scopes: frozenset[str], catalogue: Catalogue, 
     secret = _presented(header)
     if secret is None:
         return _UNAUTHORIZED
-    token = good_token(header, catalogue, now)
+    token = _good(secret, catalogue, now)
     if token is None:
         return _UNAUTHORIZED if _session(secret, catalogue, now) else _refused(401, "invalid_token", _INVALID, "")
     if scopes.isdisjoint(token.scopes):
@@ -88,14 +88,18 @@ def authorize_customer(header: str | None, catalogue: Catalogue, now: datetime) 
         return _UNAUTHORIZED
     session = _session(secret, catalogue, now)
     if session is None:
-        return _UNAUTHORIZED if good_token(header, catalogue, now) else _refused(401, "invalid_token", _INVALID, "")
+        return _UNAUTHORIZED if _good(secret, catalogue, now) else _refused(401, "invalid_token", _INVALID, "")
     return session
 
 
 def good_token(header: str | None, catalogue: Catalogue, now: datetime) -> Token | None:
     """The organization's token in an ``Authorization`` header, where it is good now, whatever it may do."""
     secret = _presented(header)
-    token = _find(secret, catalogue) if secret else None
+    return _good(secret, catalogue, now) if secret else None
+
+
+def _good(secret: str, catalogue: Catalogue, now: datetime) -> Token | None:
+    token = _find(secret, catalogue)
     return token if token and is_good(token, now) else None
 
 

@@ -84,9 +84,9 @@ class State:
         self._file.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
         with self._lock:
-            self._file.execute("BEGIN IMMEDIATE")
+            self._file.execute(begin)
             try:
                 yield
             except BaseException:
@@ -94,15 +94,9 @@ class State:
                 raise
             self._file.execute("COMMIT")
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is read inside is of one moment."""
-        with self._lock:
-            self._file.execute("BEGIN")
-            try:
-                yield
-            finally:
-                self._file.execute("ROLLBACK")
+        return self._transaction("BEGIN")
 
     def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:

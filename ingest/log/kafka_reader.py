@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -22,7 +21,7 @@ from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
 from ingest.log.limits import MEBIBYTE, Limits
-from ingest.log.places import take_in_order
+from ingest.log.places import LATEST_US, take_in_order
 from meters.log import PositionLost, Record, TryAgain
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
@@ -36,11 +35,6 @@ FETCH_S_MAX = 5.0
 
 LAGGARD_ROUNDS = 4
 """Reads' worth of bytes held for a partition that does not answer, before the others are read without it."""
-
-LATEST_MS = int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1
-"""A record's time is its producer's word. One that sends microseconds as milliseconds names the year 55839, which no
-calendar has; it is read as the last moment that ranges of quantities reach, and always as the same one, because a
-record is known again by its time."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -184,7 +178,7 @@ class Reader:
             self._buffers[partition].append(Record(partition, offset - 1, time.time_ns() // 1000, b""))
 
     def _record(self, message: Message, partition: int, offset: int) -> Record:
-        timestamp_us = min(max(message.timestamp()[1], 0), LATEST_MS) * 1000
+        timestamp_us = min(max(message.timestamp()[1], 0) * 1000, LATEST_US)
         organization, admitted, distinct_keys = self._organization, False, False
         headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
         for name, value in headers:

@@ -3,12 +3,18 @@
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from ingest.log.limits import Limits
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused
 
 # One partition keeps every order there is; more of them help readers only when there are several readers.
 PARTITIONS: Mapping[str, int] = {USAGE_EVENTS: 1, USAGE_CONTROL: 1}
+
+LATEST_US = (int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1) * 1000
+"""A record's time is its producer's word. One that sends microseconds as milliseconds names the year 55839, which no
+calendar has; it is read as the last millisecond that ranges of quantities reach, and always as the same one, because a
+record is known again by its time."""
 
 
 class Places:
@@ -53,7 +59,7 @@ def take_in_order(
     in the order in which the first one did. A partition's own order comes first. Where a partition that has more runs
     out, the taking ends: what comes next there may be older than what waits elsewhere.
     """
-    heads = [(records[0].timestamp_us, partition) for partition, records in waiting.items() if records]
+    heads = [(_turn_us(records[0]), partition) for partition, records in waiting.items() if records]
     heapq.heapify(heads)
     taken: list[Record] = []
     while heads:
@@ -64,9 +70,14 @@ def take_in_order(
         taken.append(records.popleft())
         bytes_max -= len(taken[-1].value)
         if records:
-            heapq.heapreplace(heads, (records[0].timestamp_us, partition))
+            heapq.heapreplace(heads, (_turn_us(records[0]), partition))
         elif has_more(partition):
             break
         else:
             heapq.heappop(heads)
     return taken
+
+
+def _turn_us(record: Record) -> int:
+    """A record whose time means nothing is next at once: waiting for its time, it would hold up its partition."""
+    return record.timestamp_us if record.timestamp_us < LATEST_US else 0
