@@ -33,8 +33,9 @@ FETCH_WAIT_MS = 30
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived."""
 
-LAGGARD_ROUNDS = 4
-"""Reads' worth of bytes held for a partition that does not answer, before the others are read without it."""
+HELD_BYTES_MAX = 32 * MEBIBYTE
+"""Bytes held for a partition that does not answer, before the others are read without it: the aggregator reads 8 MiB at
+once, and a partition of a slower broker may be some such rounds behind."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -141,7 +142,7 @@ class Reader:
         if self._buffered_bytes < bytes_max:
             return self._complete()
         known = all(records or not self._has_more(partition) for partition, records in self._buffers.items())
-        return known or self._buffered_bytes > LAGGARD_ROUNDS * bytes_max
+        return known or self._buffered_bytes > HELD_BYTES_MAX
 
     def _fetch(self, enough: Callable[[], bool], deadline_s: float) -> None:
         """Take what arrives, until it is enough or the time is over."""
