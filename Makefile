@@ -14,7 +14,7 @@ DEMO_ROWS ?=
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
 
-.PHONY: help setup run demo kafka test broker-faults explorers faults soak lint bench clean
+.PHONY: help setup run demo kafka test broker-faults explorers clients faults soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,22 +38,26 @@ demo: setup  ## meter an LLM trace (TRACE=file; generated where no real one is) 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
-# What takes minutes by itself has a target of its own: whole Kafka installations, and the search through every state that
-# a failed write, a death or a loss of power may leave.
+# What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
+# failed write, a death or a loss of power may leave, and clients that need an environment of their own.
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_security.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
 	tests/faults/test_torn_store.py
+CLIENTS := tests/sdk tests/strategies/test_vendors.py tests/examples tests/faults/test_client.py
 
-test: setup  ## every test but those of the next two (ARGS="-k tidy" for some)
+test: setup  ## every test but those of the next three (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		$(BROKER_FAULTS:%=--ignore=%) $(EXPLORERS:%=--ignore=%) $(ARGS)
+		$(patsubst %,--ignore=%,$(BROKER_FAULTS) $(EXPLORERS) $(CLIENTS)) $(ARGS)
 
 broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
 
 explorers: setup  ## errors and deaths at every point of a write, power losses, torn and damaged files; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(EXPLORERS) $(ARGS)
+
+clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(CLIENTS) $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
