@@ -40,6 +40,13 @@ app = typer.Typer(
 )
 
 
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.obj = Session(context.obj, Output.table)
+        process.version(context)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
@@ -48,6 +55,9 @@ def options(
     data: Annotated[str | None, typer.Option(help="The directory of the store, and of a log that is a file.")] = None,
     log: Annotated[str | None, typer.Option(help="kafka://HOST:PORT; without it, a file in the data.")] = None,
     output: Annotated[Output, typer.Option(help="How to show the answer.")] = Output.table,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     """What every command takes."""
     settings: Settings = context.obj

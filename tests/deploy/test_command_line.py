@@ -174,6 +174,7 @@ def test_a_plan_leaves_nothing_behind_and_a_replay_needs_something_forwarded(cou
 def test_the_version_comes_as_json() -> None:
     """For a program that wants to know."""
     assert list(json.loads(meterstream("version", "--output", "json").stdout)) == ["version"]
+    assert meterstream("--version").stdout == meterstream("version").stdout
 
 
 def test_an_unknown_meter_names_the_nearest(counted: Installation) -> None:
