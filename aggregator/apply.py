@@ -24,7 +24,7 @@ from aggregator.directory import Directory, Organization
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
 from meters.event import Event, check_line
-from meters.log import Record
+from meters.log import LATEST_US, Record
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
 from meters.uuid_text import parse_uuid4
@@ -197,11 +197,14 @@ def decode(records: Sequence[Record], directory: Directory) -> Batch:
     positions: dict[int, int] = {}
     for record in records:
         positions[record.partition] = record.offset + 1
+        if record.timestamp_us >= LATEST_US:
+            _bury(record, Reason.RECORD_TIME.at(0), reading)
+            continue
         organization = record.organization_id
         if organization is not None and organization not in directory.organizations:
             named = parse_uuid4(organization)
             if not isinstance(named, str):
-                _bury(record, reading)
+                _bury(record, Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=organization), reading)
                 continue
             record = msgspec.structs.replace(record, organization_id=named)
         if not _fast(record, reading):
@@ -241,9 +244,8 @@ def _careful(record: Record, reading: _Reading) -> None:
             reading.dead.append(_dead_letter(record, number, raw, checked))
 
 
-def _bury(record: Record, reading: _Reading) -> None:
-    """Every line of a record whose organization is none: only a producer that skips the gateway gets here."""
-    refusal = Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=record.organization_id)
+def _bury(record: Record, refusal: Refusal, reading: _Reading) -> None:
+    """Every line of a record whose organization or time is none: only a producer that skips the gateway gets here."""
     for number, raw in enumerate(record.value.split(b"\n")):
         if raw.strip():
             reading.dead.append(_dead_letter(record, number, raw, refusal))

@@ -131,7 +131,8 @@ class CsvFile(msgspec.Struct, frozen=True):
 
         Not how metadata is mapped: another reading of a row that was counted already is a conflict, and not more usage.
         """
-        cells = sorted((column or "", cell) for column, cell in row.items() if cell)
+        named = [(column or "", cell) for column, cell in row.items() if cell]
+        cells = sorted(named, key=lambda pair: (pair[0], str(pair[1])))  # what is beyond the last column is a list
         roles = [(field, self.columns[field]) for field in IDENTITY if field in self.columns]
         return msgspec.json.encode([cells, sorted(self.constants.items()), roles])
 

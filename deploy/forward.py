@@ -26,6 +26,7 @@ from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
 from deploy.naming import ids, meters_called
 from deploy.settings import Settings
+from meters.access import digest
 from meters.catalogue import TokenCreated
 
 TRY_AGAIN_S = 2.0  # after what a person or a starting server will mend
@@ -48,12 +49,20 @@ def run(settings: Settings, lifeline: int | None) -> None:
     data.require()
     with _alone(data, patient=lifeline is not None), contextlib.closing(State(data.forwarding)) as state:
         state.set(stopped=None, last_failure=None, last_failure_us=None)
+        know_destination(state, settings)
         window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
         timeout_s = settings.polar_timeout_seconds
         with Upstream(settings.polar_server, settings.polar_token, window, timeout_s=timeout_s) as upstream:
             while True:
                 _try(settings, data, state, upstream, is_child=lifeline is not None)
                 time.sleep(TRY_AGAIN_S)
+
+
+def know_destination(state: State, settings: Settings) -> None:
+    """What one organization of Polar's took says nothing of another one, and is never sent there."""
+    destination = digest(f"{settings.polar_server} {settings.polar_token}")
+    if state.flags().get("destination") != destination:
+        state.set(destination=destination, taken_last=None)
 
 
 def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream, *, is_child: bool) -> None:

@@ -15,6 +15,7 @@ Times are microseconds since 1970 UTC, and a record's time is the time of its in
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
@@ -69,6 +70,12 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     organization_id: str | None = None
     admitted: bool = False
     distinct_keys: bool = False
+
+
+LATEST_US = (int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1) * 1000
+"""The last millisecond that ranges of quantities reach. A record's time is its producer's word: one that sends
+microseconds as milliseconds names the year 55839, which no calendar has. Such a record has this time, always the same,
+because a record is known again by its time; its lines are dead letters."""
 
 
 class TryAgain(Exception):

@@ -4,6 +4,7 @@ What is wanted follows from all facts together (``meters.mirror``). What the led
 decided, and what turned out otherwise is withdrawn. Settling twice is settling once.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -126,9 +127,10 @@ def _kept_until(account: Account, credits: Sequence[CreditGranted], cuts: Sequen
     """The time before which the account holds what is wanted already; None where it does so altogether."""
     have = {credit.id: credit.at for credit in account.credits if _is_ours(credit) and credit.cause != "rollover"}
     should = {credit.id: credit.at for credit in credits}
-    made = {reset.at for reset in account.resets if _is_ours(reset)}
+    made = Counter(reset.at for reset in account.resets if _is_ours(reset))
+    twice = [at for at, times in made.items() if times > 1]  # two deliveries at once may have reckoned apart
     differing = [(have | should)[id] for id in have.keys() ^ should.keys()]
-    return min([*differing, *(made ^ set(cuts))], default=None)
+    return min([*differing, *twice, *(made.keys() ^ set(cuts))], default=None)
 
 
 async def _resets(

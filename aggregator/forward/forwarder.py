@@ -263,7 +263,7 @@ class Forwarder:
         if last is None:
             return
         match self._ask(Slice(RAW, [last])):
-            case Accepted():
+            case Accepted() | Bad():  # a refusal by name, too, is an answer that only a Polar at work gives
                 self._circuit.succeeded()
                 self._suspects.accepted([last.external_id])
             case Stop(reason):

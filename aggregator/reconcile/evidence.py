@@ -18,6 +18,7 @@ from meters.aggregation import amount_of, is_summable
 from meters.event import Event, check_line, event_id, identity
 from meters.facts import Facts, facts
 from meters.filter import matches
+from meters.log import LATEST_US
 from meters.meter import Meter
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
@@ -48,6 +49,8 @@ class Reading(msgspec.Struct, frozen=True):
 
 def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> Reading | Refusal:
     """A line of the log. ``place`` is its identity when the sender gave none."""
+    if ingested_us >= LATEST_US:
+        return Reason.RECORD_TIME.at(0)
     if tenant is not None:
         named = parse_uuid4(tenant)
         if not isinstance(named, str):  # a producer that skips the gateway, or a damaged disk

@@ -43,8 +43,9 @@ def send(
     """
     from deploy.event_files import read_ndjson
 
+    is_new = anew or file == STDIN
     with _opened(file) as source:
-        _deliver(session(context), read_ndjson(source, _apart(anew or file == STDIN)), batch, total=None)
+        _deliver(session(context), read_ndjson(source, _apart(is_new)), batch, total=None, is_new=is_new)
 
 
 @app.command(epilog=EPILOG, name="import")
@@ -68,7 +69,7 @@ def import_csv(
     source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew))
     source.check()
     try:
-        _deliver(session(context), source.lines(), batch, total=source.rows())
+        _deliver(session(context), source.lines(), batch, total=source.rows(), is_new=anew)
     finally:
         if source.texts.count:
             note(
@@ -166,8 +167,11 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
         yield source
 
 
-def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None) -> None:
-    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken."""
+def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None, *, is_new: bool) -> None:
+    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken.
+
+    A line's id counts the equal ones before it, so a mended line is itself only among the others of its file.
+    """
     from deploy.sending import Line, Problem, deliver
 
     unreadable: list[Problem] = []
@@ -190,5 +194,6 @@ def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None
         more = len(problems) - PROBLEMS_SHOWN_MAX
         raise GiveUp(
             f"{len(problems)} lines were not taken{f' ({more} more than shown)' if more > 0 else ''}; "
-            "the others are safe, and mended lines can be sent by themselves", FAILED,
+            f"the others are safe; mend these, and send {'them by themselves' if is_new else 'the whole file again'}",
+            FAILED,
         )

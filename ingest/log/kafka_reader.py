@@ -21,8 +21,8 @@ from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
 from ingest.log.limits import MEBIBYTE, Limits
-from ingest.log.places import LATEST_US, take_in_order
-from meters.log import PositionLost, Record, TryAgain
+from ingest.log.places import take_in_order
+from meters.log import LATEST_US, PositionLost, Record, TryAgain
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
 """Bytes fetched ahead of the reader: about two rounds of the aggregator. A larger record comes alone."""

@@ -3,18 +3,12 @@
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 
 from ingest.log.limits import Limits
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused
+from meters.log import LATEST_US, USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused
 
 # One partition keeps every order there is; more of them help readers only when there are several readers.
 PARTITIONS: Mapping[str, int] = {USAGE_EVENTS: 1, USAGE_CONTROL: 1}
-
-LATEST_US = (int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1) * 1000
-"""A record's time is its producer's word. One that sends microseconds as milliseconds names the year 55839, which no
-calendar has; it is read as the last millisecond that ranges of quantities reach, and always as the same one, because a
-record is known again by its time."""
 
 
 class Places:

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
 
+from meters.credit import MeterReset
 from meters.signatures import keys
 from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
 from tests.aggregator.serving import Server, Tenant
@@ -223,6 +225,23 @@ def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     renewed = polar.grant(now + timedelta(seconds=1), units=50)
     polar.deliver("benefit_grant.cycled", renewed, "2")
     assert numbers(polar) == [(120, 0, 120)]
+
+
+def test_a_cut_that_was_reckoned_twice_is_mended_by_the_next_news(server: Server, polar: Polar) -> None:
+    """As by two deliveries at once, of which one had heard less: what it carried over goes."""
+    meter = polar.mirrored_meter()
+    for id, (kind, news) in enumerate(credits_only(polar)):
+        polar.deliver(kind, news, str(id))
+    before = numbers(polar)
+    customer = polar.tenant.get("/v1/customers/external/ann")["id"]
+    stale = MeterReset(
+        id="polar:stale", organization_id=polar.tenant.id, customer_id=customer, meter_ids=[meter], at=MARCH + PAID,
+        rollover={meter: Decimal(60)},
+    )
+    server.decide(stale)
+    assert numbers(polar) != before
+    polar.deliver("customer.updated", polar.customer(MARCH, name="Anna"), "more")
+    assert numbers(polar) == before
 
 
 def credits_only(polar: Polar) -> list[Delivery]:

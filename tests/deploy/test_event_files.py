@@ -109,6 +109,12 @@ def test_a_file_that_grew_or_was_mended_repeats_what_was_there(tmp_path: Path) -
     assert not {second[0], *second[3:]} & set(first)
 
 
+def test_cells_beyond_the_last_column_are_no_hindrance(tmp_path: Path) -> None:
+    """Beside a column without a name, too, as tables have that were written with their index."""
+    file = csv_file(tmp_path, ",user,at,total\n0,ada,1,1,extra,more\n1,ada,1,1,\n")
+    assert len(set(ids(file.lines()))) == 2
+
+
 def test_what_is_set_makes_other_events_and_how_metadata_is_read_does_not(tmp_path: Path) -> None:
     """--set and the column of the customer say what a row is; a mapping of metadata and a new column do not."""
     path = csv_file(tmp_path).path

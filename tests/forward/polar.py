@@ -31,6 +31,7 @@ class Polar:
         self.names_the_accused = True
         self.is_denied = False
         self.is_mended = False  # whether it takes events that broke it
+        self.refuses_repetitions = False  # as where a customer was deleted since
         self.knows_everybody = False  # the customers of poisoned events too
         self.behind_s = 0.0  # how far the upstream's clock is behind
         self.is_strict = False  # whether it refuses the future, as Polar does
@@ -119,7 +120,8 @@ class Polar:
         found = []
         for index, event in enumerate(events):
             loc = ["body", "events", index] if self.names_the_accused else ["body"]
-            if event["external_id"].startswith(POISON) and not self.knows_everybody:
+            is_gone = self.refuses_repetitions and event["external_id"] in self.committed
+            if is_gone or (event["external_id"].startswith(POISON) and not self.knows_everybody):
                 message = "Customer not found."
                 found.append({"type": "customer_id", "loc": [*loc, "customer_id"], "msg": message, "input": None})
             elif self.is_strict and datetime.fromisoformat(event["timestamp"]) > now:

@@ -176,6 +176,17 @@ def test_an_event_that_breaks_polar_does_not_hold_up_the_rest(room: Room, custom
         assert running.books() == {"taken": 40, "accepted": 40, "dead": 0}
 
 
+def test_a_refusal_by_name_shows_that_polar_is_there(room: Room) -> None:
+    """What it took last speaks for it, even if it would not take that again: the event that breaks it is found."""
+    sent = events(room.name, 20, customers=1)
+    sent[10]["external_id"] = f"{BREAKING}-{room.name}"
+    room.send(sent)
+    room.polar.refuses_repetitions = True
+    with room.forwarder(Clocks(600.0)) as running:
+        running.until(lambda: running.done(20))
+        assert running.books() == {"taken": 20, "accepted": 19, "dead": 1}
+
+
 def test_an_event_that_breaks_polar_is_found_across_restarts(room: Room) -> None:
     """Though everything that is left is its customer's and waits behind it."""
     sent = events(room.name, 20, customers=1)

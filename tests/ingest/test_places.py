@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.log.places import LATEST_US, take_in_order
-from meters.log import Record
+from ingest.log.places import take_in_order
+from meters.log import LATEST_US, Record
 
 PLENTY = 1_000_000
 

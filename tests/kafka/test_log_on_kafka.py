@@ -18,6 +18,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
+from aggregator.reconcile.stretches import Stretches
 from ingest.log import open_log
 from ingest.log.kafka_address import Address, parse_address
 from ingest.log.kafka_init import Wanted, make_topics
@@ -92,6 +93,20 @@ def test_holes_stop_a_reader_unless_they_are_expected(address: Address, kafka: C
         assert [r.value for r in tolerant.read(USAGE_EVENTS, {0: offset}, bytes_max=PLENTY)] == [b"third"]
 
 
+def test_a_part_that_ends_with_a_marker_is_read_to_its_end(address: Address, kafka: Cluster) -> None:
+    """By reconciliation, after more was written behind it: the marker is nothing that could still come."""
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": address.prefix, "log_level": 0})
+    producer.init_transactions(30)
+    for value in (b"first", b"second"):
+        producer.begin_transaction()
+        producer.produce(address.topic(USAGE_EVENTS), value, partition=0)
+        producer.commit_transaction(30)
+
+    with opened(address, "?holes=allowed") as log, contextlib.closing(Stretches(log)) as stretches:
+        found = [record.value for records, _ in stretches.read(0, 0, 2, lambda _: True) for record in records]
+    assert [value for value in found if value] == [b"first"]
+
+
 def ends_soon(log: Log) -> dict[int, int]:
     """The ends of a topic whose new partitions may not have a leader yet."""
     while True:
@@ -140,7 +155,7 @@ def believe_any_clock(kafka: Cluster, topic: str) -> None:
 
 
 def test_times_that_no_calendar_has_hold_up_nothing(address: Address, kafka: Cluster, tmp_path: Path) -> None:
-    """A producer may send microseconds for milliseconds, or anything: its events count, and so does what follows."""
+    """A producer may send microseconds for milliseconds: its events are dead letters, and what follows counts."""
     topic = address.topic(USAGE_EVENTS)
     believe_any_clock(kafka, topic)
     producer = Producer({"bootstrap.servers": kafka.bootstrap})
@@ -156,7 +171,8 @@ def test_times_that_no_calendar_has_hold_up_nothing(address: Address, kafka: Clu
             with Running(log, tmp_path / "store.duckdb") as running:
                 store = running.catch_up().store
                 stored = rows(store, "SELECT year(timestamp), count(*) FROM events GROUP BY ALL ORDER BY ALL")
-                assert stored == [(2026, 2), (8999, 4)]
+                assert stored == [(2026, 2)]
+                assert rows(store, "SELECT reason, count(*) FROM dead_letters GROUP BY ALL") == [("record_time", 4)]
 
 
 def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka: Cluster) -> None:

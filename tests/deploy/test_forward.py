@@ -1,0 +1,22 @@
+"""What the forwarder's process knows of where it sends to."""
+
+import contextlib
+from pathlib import Path
+
+from aggregator.forward.state import State
+from deploy.forward import know_destination
+from deploy.settings import Secret, Settings
+
+
+def test_what_one_organization_took_is_never_sent_to_another(tmp_path: Path) -> None:
+    """A token or a server that changed makes what was taken last mean nothing; a new start does not."""
+    first = Settings(polar_token=Secret("one"))
+    others = [Settings(polar_token=Secret("two")), Settings(polar_token=Secret("one"), polar_server="sandbox")]
+    with contextlib.closing(State(tmp_path / "forward.sqlite")) as state:
+        for other in others:
+            know_destination(state, first)
+            state.set(taken_last={"external_id": "a", "body": "{}"})
+            know_destination(state, first)
+            assert "taken_last" in state.flags()
+            know_destination(state, other)
+            assert "taken_last" not in state.flags()
