@@ -22,13 +22,17 @@ from ingest.log.kafka_topics import Topics, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
 from ingest.log.limits import MEBIBYTE, Limits
 from ingest.log.places import take_in_order
-from meters.log import LATEST_US, PositionLost, Record, TryAgain
+from meters.log import LATEST_US, USAGE_EVENTS, PositionLost, Record, TryAgain
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
 """Bytes fetched ahead of the reader: about two rounds of the aggregator. A larger record comes alone."""
 
-FETCH_WAIT_MS = 30
-"""How long brokers hold a fetch that finds nothing, and so how long a change of positions may have to wait."""
+EVENTS_FETCH = {"fetch.min.bytes": MEBIBYTE, "fetch.wait.max.ms": 30}
+"""Usage gathers at the brokers for so long: a fetch for every few records would keep them, and the reader, busier than
+the records do. A change of positions may have to wait as long."""
+
+CONTROL_FETCH = {"fetch.wait.max.ms": 200}
+"""Decisions are rare, and each is handed on at once; between two of them brokers are asked five times a second."""
 
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived."""
@@ -54,7 +58,7 @@ class Reader:
         self._retry_after_s = limits.retry_after_s
         self._organization = address.options.organization or None
         self._holes = address.options.holes == "allowed"
-        self._settings = _settings(address, limits)
+        self._settings = _settings(stream, address, limits)
         self._consumer: Consumer | None = None
         self._known: tuple[str, int] | None = None  # topic id and number of partitions
         self._checked_s = 0.0
@@ -208,7 +212,7 @@ class Reader:
         return PositionLost(f"{self._topic} has no record {position} in partition {partition}: {why}")
 
 
-def _settings(address: Address, limits: Limits) -> dict[str, Any]:
+def _settings(stream: str, address: Address, limits: Limits) -> dict[str, Any]:
     fetch_bytes = max(MEBIBYTE, min(FETCHED_BYTES_MAX // 4, limits.value_bytes_max))
     return {
         **quiet(address.client()),
@@ -219,7 +223,7 @@ def _settings(address: Address, limits: Limits) -> dict[str, Any]:
         "enable.partition.eof": True,
         "allow.auto.create.topics": False,
         "isolation.level": "read_committed",
-        "fetch.wait.max.ms": FETCH_WAIT_MS,
+        **(EVENTS_FETCH if stream == USAGE_EVENTS else CONTROL_FETCH),
         "fetch.queue.backoff.ms": 5,
         "fetch.error.backoff.ms": 100,
         "fetch.message.max.bytes": fetch_bytes,
