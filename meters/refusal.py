@@ -38,17 +38,17 @@ def _at_most_digits(digits: int) -> str:
 class Reason(Enum):
     """Why an event is refused. The list is closed, and in the order in which the reasons are looked for.
 
-    The reasons up to RECORD_TIME concern the line as a whole: the first that holds is the only one reported.
+    The reasons up to LONE_SURROGATE concern the line as a whole: the first that holds is the only one reported.
     The rest concern a field each; every field reports the first that holds of it. Those from ORGANIZATION_TOKEN on
     are for whoever knows the organization's tokens and customers to find.
     """
 
+    RECORD_TIME = ("record_time", "The record's time in the log is in no calendar: its producer's clock is wrong")
     MALFORMED = ("json_invalid", "JSON decode error")
     NOT_AN_OBJECT = ("model_attributes_type", "Input should be a valid dictionary or object")
     TOO_DEEP = ("value_error", f"Value error, nesting is limited to {DEPTH_MAX} levels")
     NUL_CHARACTER = ("value_error", "Value error, text must not contain the character U+0000")
     LONE_SURROGATE = ("string_unicode", "Input should be valid unicode: it has half of a surrogate pair")
-    RECORD_TIME = ("record_time", "The record's time in the log is in no calendar: its producer's clock is wrong")
 
     MISSING = ("missing", "Field required")
     STRING_TYPE = ("string_type", "Input should be a valid string")
