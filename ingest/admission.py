@@ -1,7 +1,7 @@
 """From a body's bytes to lines for the log, or refusals. No I/O, no clock.
 
-What is plain beyond doubt (``ingest.plain``) is admitted as it stands. Every other event is read with care by
-``meters.event``, which alone decides, and has Polar's words for a refusal.
+What is plain beyond doubt (``ingest.shape``, ``ingest.plain``) is admitted as it stands. Every other event is read with
+care by ``meters.event``, which alone decides, and has Polar's words for a refusal.
 
 The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
 because a line is an event; and an event without an external id gets one as its last key, because an event is counted
@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Raw, Struct
 
 from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, HURRIED_EVENTS_MAX, HURRIED_VALUES_MAX, VALUES_MAX
-from ingest.plain import Plain, find_suspects, read_plain
+from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
+from ingest.shape import Shapes
 from meters.catalogue import Catalogue
 from meters.event import CLOCK_SKEW, check_event
 from meters.references import reference_refusals
@@ -34,13 +35,15 @@ ECHO_BYTES_MAX = 16 * 1024
 class Sender(Struct, frozen=True):
     """Who sends, what is known just now, and how to name an event that has no name of its own.
 
-    ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape.
+    ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
+    ``shapes`` remembers what keys events have, so that they are read faster.
     """
 
     organization_id: str
     catalogue: Catalogue
     new_ids: Callable[[int], Sequence[str]]
     clock_skew: timedelta = CLOCK_SKEW
+    shapes: Shapes | None = None
 
 
 class Admitted(Struct, frozen=True):
@@ -97,6 +100,10 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
+    latest = now + sender.clock_skew
+    shaped = _shaped(body, sender, latest)
+    if shaped is not None:
+        return shaped
     plains = read_plain(body)
     if plains is None and hurry and body.count(b",") > HURRIED_VALUES_MAX:
         return None
@@ -106,7 +113,6 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
         lines = _decode_envelope(body).events
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
-    latest = now + sender.clock_skew
     ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
     if hurry and len(suspects) > HURRIED_EVENTS_MAX:
         return None
@@ -123,6 +129,16 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
         kept = range(len(lines))
     found = _admitted(lines, ids, kept, refusals, sender, b"\n" in body)
     return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
+
+
+def _shaped(body: bytes, sender: Sender, latest: datetime) -> Admitted | None:
+    """All events of the body, where they are beyond doubt because their keys are known; None to look closer."""
+    found = sender.shapes.read(body) if sender.shapes is not None else None
+    if found is None or (found.times and (max(found.times) > latest or min(found.times) < YEAR_TWO)):
+        return None
+    lines = _decode_envelope(body).events
+    admitted = _admitted(lines, found.external_ids, range(len(lines)), [], sender, b"\n" in body)
+    return msgspec.structs.replace(admitted, distinct_keys=True, plains=found.events)
 
 
 def _with_care(
@@ -157,8 +173,8 @@ def _admitted(
     final: list[Raw | bytes] = list(lines)
     if newlines:
         final = [bytes(line).replace(b"\n", b" ") for line in final]
-    nameless = [place for place, external_id in enumerate(ids) if external_id is None]
     named = list(ids)
+    nameless = [place for place, external_id in enumerate(ids) if external_id is None] if None in ids else []
     for place, external_id in zip(nameless, sender.new_ids(len(nameless)) if nameless else (), strict=True):
         named[place] = external_id
         final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())

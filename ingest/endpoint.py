@@ -32,6 +32,7 @@ from ingest.limits import (
     RequestQuota,
 )
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
@@ -103,6 +104,7 @@ class IngestEndpoint:
         self._quota = RequestQuota(settings.requests_per_minute)
         self._recent = RecentIdentities()
         self._spread = Spread()
+        self._shapes = Shapes()
         self._turns = Turns()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
@@ -194,7 +196,7 @@ class IngestEndpoint:
     async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> Admitted | Refused:
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
-        sender = Sender(token.organization_id, self._tail.catalogue, new_ids)
+        sender = Sender(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
             found = admit_quickly(body, sender, now, lenient=preferences.lenient)

@@ -21,20 +21,23 @@ from meters.catalogue import Catalogue
 from meters.refusal import NAME_LENGTH_MAX, STRING_LENGTH_MAX
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # stands for "not given": never in the future
-_YEAR_TWO = datetime(2, 1, 1, tzinfo=UTC)
+YEAR_TWO = datetime(2, 1, 1, tzinfo=UTC)
 NOT_PLAIN = -(2**32)  # instead of a number of keys; no body has so many
 
+Name = Annotated[str, Meta(max_length=NAME_LENGTH_MAX)]
+Time = Annotated[datetime, Meta(tz=True)]
 Text = Annotated[str, Meta(min_length=1, max_length=STRING_LENGTH_MAX)]
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, Meta(gt=-1e26, lt=1e26)]  # every number of 27 digits is read as 1e26 or more
 Cents = Annotated[int, Meta(gt=-100_000, lt=100_000)] | Annotated[float, Meta(gt=-1e5, lt=1e5)]
+Currency = Literal["usd"]
 
 
 class Nested(Struct, gc=False, forbid_unknown_fields=True):
     """A plain ``_cost`` or ``_llm``: numbers and not text, and no key that is not known."""
 
     amount: Cents | UnsetType = UNSET
-    currency: Literal["usd"] | UnsetType = UNSET
+    currency: Currency | UnsetType = UNSET
     vendor: str | UnsetType = UNSET
     model: str | UnsetType = UNSET
     input_tokens: Integer | UnsetType = UNSET
@@ -46,9 +49,9 @@ class Nested(Struct, gc=False, forbid_unknown_fields=True):
 class Plain(Struct, gc=False):
     """An event of an organization's token, without anything unusual."""
 
-    name: Annotated[str, Meta(max_length=NAME_LENGTH_MAX)]
+    name: Name
     external_customer_id: str | None = None
-    timestamp: Annotated[datetime, Meta(tz=True)] = _EPOCH
+    timestamp: Time = _EPOCH
     external_id: str | None = None
     metadata: dict[str, Text | Integer | Number | bool | Nested] | UnsetType = UNSET
     customer_id: str | None = None
@@ -77,7 +80,7 @@ _decode_plain = msgspec.json.Decoder(Plain).decode
 _decode_metadata = msgspec.json.Decoder(_WithMetadata).decode
 
 # Escapes that can hide something: ASCII (a NUL, or letters of a reserved key) and halves of surrogate pairs.
-_HIDING = re.compile(rb"\\u(?:00[0-7]|[dD][89a-fA-F])")
+HIDING = re.compile(rb"\\u(?:00[0-7]|[dD][89a-fA-F])")
 
 
 class Finding(NamedTuple):
@@ -132,10 +135,10 @@ def _find(
 ) -> Finding:
     suspects = set(_unknown_customers(plains, organization_id, catalogue))
     times = [event.timestamp for event in plains]
-    if times and (max(times) > latest or min(times) < _YEAR_TWO):  # with its offset, year 1 may have begun before time
-        suspects.update(index for index, time in enumerate(times) if time > latest or time < _YEAR_TWO)
-    if b"\\" in body and _HIDING.search(body):
-        suspects.update(index for index, line in enumerate(lines) if _HIDING.search(line))
+    if times and (max(times) > latest or min(times) < YEAR_TWO):  # with its offset, year 1 may have begun before time
+        suspects.update(index for index, time in enumerate(times) if time > latest or time < YEAR_TWO)
+    if b"\\" in body and HIDING.search(body):
+        suspects.update(index for index, line in enumerate(lines) if HIDING.search(line))
     metadata = [event.metadata for event in plains if event.metadata is not UNSET]
     costs = [held["_cost"] for held in metadata if "_cost" in held]
     llms = [held["_llm"] for held in metadata if "_llm" in held]

@@ -6,6 +6,7 @@ not see each other. Nothing is decided here: every event goes to the log whateve
 knows every identity there ever was, counts each once.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -26,12 +27,16 @@ class Verdict(StrEnum):
 
 
 class Fingerprints:
-    """Events as two numbers each: who it is, and what it says."""
+    """Events of an organization as two numbers each: who it is, and what it says."""
 
     def __init__(self, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> None:
-        tenant = hash(organization_id)
-        self.keys = [tenant ^ known for known in map(hash, external_ids)]
+        self.organization_id = organization_id
+        self.keys = list(map(hash, external_ids))
+        self.different = set(self.keys)
         self.contents = list(map(xxh3_64_intdigest, lines))
+
+
+Contents = dict[int, int]  # by identity
 
 
 class RecentIdentities:
@@ -39,19 +44,19 @@ class RecentIdentities:
 
     def __init__(self, generation_max: int = GENERATION_MAX) -> None:
         self._generation_max = generation_max
-        self._young: dict[int, int] = {}
-        self._old: dict[int, int] = {}
+        self._young: defaultdict[str, Contents] = defaultdict(dict)  # by organization
+        self._old: dict[str, Contents] = {}
+        self._young_count = 0
 
     def judge(self, events: Fingerprints) -> list[Verdict] | None:
         """A verdict for each event in order; None where every one of them is new, as nearly always."""
-        keys = set(events.keys)
-        if len(keys) == len(events.keys) and self._young.keys().isdisjoint(keys) and self._old.keys().isdisjoint(keys):
+        old, young = self._old.get(events.organization_id, {}), self._young.get(events.organization_id, {})
+        if _all_new(events, young) and old.keys().isdisjoint(events.different):
             return None
         verdicts = []
-        first: dict[int, int] = {}
+        first: Contents = {}
         for key, content in zip(events.keys, events.contents, strict=True):
-            known = self._content(key)
-            before = first.get(key) if known is None else known
+            before = old.get(key, young.get(key, first.get(key)))
             first.setdefault(key, content)
             if before is None:
                 verdicts.append(Verdict.ACCEPTED)
@@ -61,11 +66,18 @@ class RecentIdentities:
 
     def remember(self, events: Fingerprints) -> None:
         """Take in events whose append is durable. The first content of an identity stays."""
-        if len(self._young) + len(events.keys) > self._generation_max:
-            self._old, self._young = self._young, {}
-        for key, content in zip(events.keys, events.contents, strict=True):
-            self._young.setdefault(key, content)
+        if self._young_count + len(events.keys) > self._generation_max:
+            self._old, self._young, self._young_count = self._young, defaultdict(dict), 0
+        young = self._young[events.organization_id]
+        self._young_count -= len(young)
+        pairs = zip(events.keys, events.contents, strict=True)
+        if _all_new(events, young):
+            young.update(pairs)
+        else:
+            for key, content in pairs:
+                young.setdefault(key, content)
+        self._young_count += len(young)
 
-    def _content(self, key: int) -> int | None:
-        found = self._old.get(key)
-        return self._young.get(key) if found is None else found
+
+def _all_new(events: Fingerprints, known: Contents) -> bool:
+    return len(events.different) == len(events.keys) and known.keys().isdisjoint(events.different)

@@ -202,6 +202,16 @@ def test_an_id_belongs_to_its_organization() -> None:
     assert recent.judge(Fingerprints("one", ["id"], [b"{}"])) == [Verdict.DUPLICATE]
 
 
+def test_the_first_content_of_an_identity_stays() -> None:
+    """Of two requests under way at once, the one whose append returned first is what later ones are compared with."""
+    recent, first, second = RecentIdentities(), *(Fingerprints("o", ["id"], [text]) for text in (b"1", b"2"))
+    assert recent.judge(first) is recent.judge(second) is None
+    recent.remember(first)
+    recent.remember(second)
+    assert recent.judge(first) == [Verdict.DUPLICATE]
+    assert recent.judge(second) == [Verdict.CONFLICT]
+
+
 def test_the_memory_of_identities_is_limited_and_keeps_the_younger_ones() -> None:
     """At least one generation is remembered, never more than two."""
     recent = RecentIdentities(generation_max=10)
