@@ -48,8 +48,9 @@ logger = structlog.get_logger("aggregator")
 
 
 class Counting(NamedTuple):
-    """A meter's totals, and whether its history is in them yet."""
+    """A meter's totals, and whether its history is in them yet. ``meter`` is as it was when counting began."""
 
+    meter: Meter
     totals: MeterWindows
     quarters: MeterQuarters | None  # None for distinct values, which cannot be added up
     complete: threading.Event
@@ -93,8 +94,11 @@ class RunningTotals:
         """Follow a change of the catalogue: a meter that is new, or means something else now, is counted anew."""
         if not isinstance(change, MeterCreated | MeterUpdated):
             return
-        meter = change.meter
-        self._plans.clear()
+        meter, counting = change.meter, self._meters.get(change.meter.id)
+        if counting is not None and _means_the_same(counting.meter, meter):
+            return
+        if meter.organization_id in self._directory.organizations:
+            self._plans.pop(self._directory.organizations[meter.organization_id].number, None)
         self._meters.pop(meter.id, None)
         self._count_history([meter], before_seq)
 
@@ -180,7 +184,7 @@ class RunningTotals:
         begins[list(late)] = list(late.values())
         subjects = result.column("subject").to_numpy()
         result = result.filter(pa.array(_microseconds(result, "ingested_at") >= begins[subjects]))
-        inside = Counting(MeterWindows(meter.aggregation.func), None, threading.Event())
+        inside = Counting(meter, MeterWindows(meter.aggregation.func), None, threading.Event())
         _scatter({meter.id: inside}, compiled, result, self._calendar(meter.organization_id))
         return inside.totals
 
@@ -200,7 +204,7 @@ class RunningTotals:
             windows.cut(self._begins(meter))
             func = meter.aggregation.func
             quarters = None if func == "unique" else MeterQuarters(func, self._calendar(meter.organization_id))
-            self._meters[meter.id] = Counting(windows, quarters, threading.Event())
+            self._meters[meter.id] = Counting(meter, windows, quarters, threading.Event())
         counted = {meter.id: self._meters[meter.id] for meter in meters}
         if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
             for counting in counted.values():
@@ -228,6 +232,11 @@ class RunningTotals:
                 counting.complete.set()
         except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
             logger.error("history_not_counted", reason=str(error))
+
+
+def _means_the_same(before: Meter, after: Meter) -> bool:
+    """Whether a change leaves what is counted: another name, say, or a label, or that the meter is archived."""
+    return (before.filter, before.aggregation) == (after.filter, after.aggregation)
 
 
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, calendar: Calendar) -> None:

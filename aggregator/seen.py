@@ -3,11 +3,12 @@
 An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
 the event's bytes in sorted runs (``run``). A lookup searches each run for the high half and
 confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
-small run; runs of similar size are merged in the background, so there are few of them (their number grows with the
-logarithm of what is stored) and nobody waits for a merge.
+small run. Runs of similar size are merged, so there are few of them: short ones at once, which takes a millisecond,
+long ones in the background, while short ones go on to be merged behind them. A merge needs memory for its result
+beside what it merges, so no run gets longer than a quarter of all.
 
 The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
-8 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
+8 to 9 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
 """
 
 import heapq
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from aggregator.run import Run, Words
 
 RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
+AT_ONCE_ROWS_MAX = 200_000  # rows of a merge for which a round may wait: 2 ms
+LONGEST_ROWS_MIN = 16_000_000  # a run may always get as long as this: 130 MB, merged in a second or two
+LONGEST_PART = 4  # and as long as this part of all identities: a billion of them are eight long runs, not sixty
 
 
 class Keys(NamedTuple):
@@ -43,6 +47,7 @@ class Seen:
         self._directory = directory
         self._runs: tuple[Run, ...] = ()
         self._merging: threading.Thread | None = None
+        self._held = 0  # so many of the oldest runs are in the hands of the thread that merges
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -54,7 +59,7 @@ class Seen:
             return
         run = Run.of(*keys, self._directory)
         with self._lock:
-            self._runs = (*self._runs, run)
+            self._runs = (*self._runs[: self._held], *_tidied((*self._runs[self._held :], run)))
         self._merge_in_background()
 
     def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
@@ -80,14 +85,16 @@ class Seen:
 
     def _merge(self) -> None:
         while True:
-            runs = self._runs
-            count = _mergeable(runs)
+            with self._lock:
+                runs, count = self._runs, _mergeable(self._runs)
+                self._held = len(runs) if count >= 2 else 0
             if count < 2:
                 return
             merged = _merged(runs[-count:], self._directory)
             with self._lock:
                 # runs added meanwhile stand behind the ones just merged
                 self._runs = (*runs[:-count], merged, *self._runs[len(runs) :])
+                self._held = 0
 
     def settle(self) -> None:
         """Wait for merges under way; for tests and measurements."""
@@ -96,13 +103,22 @@ class Seen:
 
 
 def _mergeable(runs: tuple[Run, ...]) -> int:
-    """How many of the newest runs to merge: all that are not small beside what is newer than them."""
+    """How many of the newest runs to merge: all that are not small beside what is newer, unless it gets too long."""
+    longest = max(LONGEST_ROWS_MIN, sum(len(run.hi) for run in runs) // LONGEST_PART)
     count, rows = 0, 0
     for run in reversed(runs):
-        if count >= 1 and len(run.hi) > RUN_GROWTH * rows:
+        if count >= 1 and (len(run.hi) > RUN_GROWTH * rows or len(run.hi) + rows > longest):
             break
         count, rows = count + 1, rows + len(run.hi)
     return count
+
+
+def _tidied(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """The runs with the newest ones merged, as long as that takes no time to speak of."""
+    count = _mergeable(runs)
+    while count > 1 and sum(len(run.hi) for run in runs[-count:]) > AT_ONCE_ROWS_MAX:
+        count -= 1
+    return runs if count < 2 else (*runs[:-count], _merged(runs[-count:], None))
 
 
 def _merged(runs: tuple[Run, ...], directory: Path | None) -> Run:

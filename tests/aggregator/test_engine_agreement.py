@@ -27,6 +27,7 @@ from aggregator.store.sql import Measured, condition, considered, measures, stat
 from aggregator.store.stage import Parameters, Stage
 from ingest.log import open_log
 from meters.aggregation import considers, evaluate, exact_sum
+from meters.catalogue import MeterUpdated
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
 from meters.filter import Clause, Filter, Operator, matches
@@ -277,4 +278,25 @@ def test_a_meter_made_in_the_same_round_as_events_counts_them_once(tmp_path: Pat
     asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"), line("b"))]))
     with Running(log, tmp_path / "store.duckdb") as running:
         assert total_of(running.catch_up(), meter("m"), "ann") == 2
+    log.close()
+
+
+def test_a_change_that_leaves_what_is_counted_reads_no_history(tmp_path: Path) -> None:
+    """A meter's name, labels and archiving touch no total; another filter is counted from the beginning."""
+    log, counted = open_log("memory:"), meter("m")
+    asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(counted, meter("other"))])))
+    asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"), line("b", name="another"))]))
+    with Running(log, tmp_path / "store.duckdb") as running:
+        before = dict(running.catch_up().totals._meters)
+        renamed = msgspec.structs.replace(counted, name="Renamed", metadata={"plan": "pro"}, archived_at=NOW)
+        asyncio.run(log.append(USAGE_CONTROL, decisions([MeterUpdated(renamed)])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(line("c"))]))
+        engine = running.catch_up()
+        assert engine.totals._meters["m"] is before["m"]
+        assert total_of(engine, renamed, "ann") == 3
+        narrowed = msgspec.structs.replace(renamed, filter=Filter("and", [Clause("name", Operator.EQ, "another")]))
+        asyncio.run(log.append(USAGE_CONTROL, decisions([MeterUpdated(narrowed)])))
+        engine = running.catch_up()
+        assert engine.totals._meters["other"] is before["other"]
+        assert total_of(engine, narrowed, "ann") == 1
     log.close()

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from aggregator.seen import Keys, Seen, repeats
 
 few = st.integers(0, 3)  # a small range makes halves collide all the time
 batches = st.lists(st.lists(st.tuples(few, few), max_size=12), max_size=12)
+HIGH = [0, 1, 2**63, 2**64 - 1]  # what 0 to 3 stand for there: high halves with the same leading bits and with others
 
 
 def keys(identities: list[tuple[int, int]]) -> Keys:
@@ -27,10 +29,12 @@ def keys(identities: list[tuple[int, int]]) -> Keys:
 
 @contextmanager
 def files_from(rows: int) -> Iterator[None]:
-    """Runs of so many rows and more keep what confirms a find in a file, which is written in small pieces."""
+    """Runs of so many rows have an index, and what confirms a find in a file; both are made in small pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "FILE_ROWS_MIN", rows)
         patch.setattr(run, "PIECE_ROWS", 3)
+        patch.setattr(run, "INDEXED_ROWS_MIN", rows)
+        patch.setattr(seen, "AT_ONCE_ROWS_MAX", 4)  # the others are merged in the background
         yield
 
 
@@ -52,10 +56,10 @@ def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]
     """Adds, and asks for everything there may be, after each batch."""
     model = set[tuple[int, int]]()
     for batch in batches:
-        new = sorted(set(batch) - model)
+        new = sorted({(HIGH[hi], lo) for hi, lo in batch} - model)
         seen.add(keys(new))
         model |= set(new)
-        everything = [(hi, lo) for hi in range(4) for lo in range(4)]
+        everything = [(hi, lo) for hi in HIGH for lo in range(4)]
         asked = keys(everything)
         found, content = seen.find(asked.hi, asked.lo)
 
@@ -101,6 +105,40 @@ def test_runs_that_pile_up_are_copied_a_few_times_each(monkeypatch: pytest.Monke
     one = seen._merged(tuple(run.Run.of(*each, None) for each in pile), None)
     assert one.hi.tolist() == list(range(count * rows))
     assert sum(copied) == count * rows * 8  # the binary logarithm of 256
+
+
+def test_few_runs_stand_behind_a_long_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While millions are merged, which takes seconds, rounds go on, and each of them searches every run."""
+    going_on, merge_all = threading.Event(), seen._merged
+
+    def slowly(runs: tuple[run.Run, ...], directory: Path | None) -> run.Run:
+        if threading.current_thread().name == "seen-merge":
+            assert going_on.wait(60)
+        return merge_all(runs, directory)
+
+    monkeypatch.setattr(seen, "_merged", slowly)
+    monkeypatch.setattr(seen, "AT_ONCE_ROWS_MAX", 400)
+    index = Seen()
+    for first in range(0, 8_000, 20):
+        index.add(keys([(row, row) for row in range(first, first + 20)]))
+    runs = len(index._runs)
+    going_on.set()
+    index.settle()
+    assert runs < 8_000 / 400 * 2  # and not the 400 that were added
+    assert len(index._runs) < 10
+    found, _ = index.find(*keys([(row, row) for row in range(9_000)])[:2])
+    assert found.tolist() == [row < 8_000 for row in range(9_000)]
+
+
+def test_no_run_is_merged_into_one_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a merge holds in memory besides is a part of the whole: none makes more than a quarter of all identities."""
+    monkeypatch.setattr(seen, "LONGEST_ROWS_MIN", 100)
+    index = Seen()
+    for first in range(0, 2_000, 10):
+        index.add(keys([(row, row) for row in range(first, first + 10)]))
+        index.settle()
+        assert max(len(each.hi) for each in index._runs) <= max(100, (first + 10) // seen.LONGEST_PART)
+    assert len(index._runs) < 20
 
 
 def test_without_room_for_a_file_the_index_is_in_memory(tmp_path: Path) -> None:
