@@ -229,6 +229,10 @@ class _Reading:
         return self.customer_id
 
     def grant(self, told: _Grant) -> None:
+        """What the grant credited; an end took it back if the properties now say negative units, and if not, not.
+
+        Where they say no units, as in payloads of others than Polar, an end takes back what was credited last.
+        """
         if told.benefit.type != METER_CREDIT:
             return
         customer_id = self._whose(told.customer, told.customer_id)
@@ -241,7 +245,8 @@ class _Reading:
                     _at(told.modified_at or told.created_at), told.customer_id,
                 ))  # fmt: skip
         if told.is_revoked and told.revoked_at is not None:
-            self.facts.append(Revoked(told.id, _at(told.revoked_at)))
+            says_units = told.properties is not None and bool(told.properties.last_credited_units)
+            self.facts.append(Revoked(told.id, _at(told.revoked_at), takes=not says_units))
         self._benefit(told.benefit, given)
         self._held(told, customer_id)
 
