@@ -161,14 +161,12 @@ class _Reading:
             return
         if known is not None and self._is_older(told, known):
             return
-        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id or "")
-        is_free = holder is None or holder.id == self.customer_id
         fields: dict[str, Any] = {
             "email": told.email,
             "name": told.name,
             "metadata": told.metadata,
             "modified_at": _utc(told.modified_at),
-            "external_id": told.external_id if is_free else (known.external_id if known else None),
+            "external_id": self._external_id(told, known),
         }
         if known is not None:
             self.changes.append(CustomerUpdated(replace(known, **fields)))
@@ -178,6 +176,14 @@ class _Reading:
                 id=told.id, organization_id=self.organization_id, created_at=_utc(told.created_at) or self.now, **fields
             )  # fmt: skip
             self.changes.append(CustomerCreated(made))
+
+    def _external_id(self, told: _Customer, known: Customer | None) -> str | None:
+        """Polar's, if it has one that is nobody else's here; otherwise the known one, which once given stays."""
+        stays = known.external_id if known else None
+        if told.external_id is None:
+            return stays
+        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+        return told.external_id if holder is None or holder.id == self.customer_id else stays
 
     def _is_older(self, told: _Customer, known: Customer) -> bool:
         """Whether another of Polar's customers that are this one here was told of in a newer state."""

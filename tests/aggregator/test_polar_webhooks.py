@@ -270,6 +270,17 @@ def test_an_upgrade_leaves_the_usage_and_gives_the_new_units(
     assert numbers(polar) == [(1000, 80, 920)]
 
 
+def test_an_external_id_given_here_outlasts_news_that_know_of_none(polar: Polar) -> None:
+    """The customer's usage stays the customer's."""
+    polar.mirrored_meter()
+    polar.deliver("customer.created", polar.customer(external_id=None), "1")
+    polar.tenant.patch(f"/v1/customers/{polar.customer_id}", {"external_id": "ann"})
+    used(polar, 8)
+    polar.deliver("customer.updated", polar.customer(FEBRUARY, external_id=None, name="Anna"), "2")
+    assert (state(polar)["id"], state(polar)["name"]) == (polar.customer_id, "Anna")
+    assert numbers(polar) == [(0, 8, -8)]
+
+
 def test_a_cut_that_was_reckoned_twice_is_mended_by_the_next_news(server: Server, polar: Polar) -> None:
     """As by two deliveries at once, of which one had heard less: what it carried over goes."""
     meter = polar.mirrored_meter()

@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated, decode_change
 from meters.mirror import Credited, DeliveryApplied, Fact, Linked, Revoked, Wanted
 from meters.polar import News, Unreadable, read
 
@@ -217,6 +218,17 @@ def test_an_end_that_older_records_tell_beside_the_taking_back_takes_nothing_mor
     for change in said(kept, "benefit_grant.updated", ended(grant(0), 10, kept=True)).changes:
         kept.apply(change)
     assert days(kept.mirror.wanted(CUSTOMER, "m")) == ([], [(0, False, None)])
+
+
+def test_an_external_id_that_was_given_here_stays() -> None:
+    """Polar knows of none, in its newest news too: whose usage it is does not depend on that."""
+    catalogue = told([("customer.created", customer(external_id=None))])
+    catalogue.apply(CustomerUpdated(replace(catalogue.customers[CUSTOMER], external_id="ada")))
+    for change in said(catalogue, "customer.updated", customer(3, external_id=None, name="Ada")).changes:
+        catalogue.apply(change)
+    found = catalogue.customer_by_external_id("org", "ada")
+    assert found is not None
+    assert (found.id, found.name) == (CUSTOMER, "Ada")
 
 
 @pytest.mark.parametrize("name", STORIES | ENDS)
