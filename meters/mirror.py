@@ -41,10 +41,11 @@ class Began(msgspec.Struct, frozen=True, tag_field="fact", tag="began"):
 
 
 class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
-    """A grant credited units. ``told`` is the state of the grant that says so: the first one after it is right.
+    """A grant credited units, or took back where they are negative what it had credited last.
 
-    Later ones speak of what the benefit has become meanwhile. ``customer_id`` is who had it here when it was heard, and
-    ``polar_customer_id`` who has it at Polar, which older records do not say.
+    ``told`` is the state of the grant that says so: the first one after it is right. Later ones speak of what the
+    benefit has become meanwhile. ``customer_id`` is who had it here when it was heard, and ``polar_customer_id`` who
+    has it at Polar, which older records do not say.
     """
 
     customer_id: str
@@ -58,10 +59,15 @@ class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
 
 
 class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
-    """A grant was taken back, with what it credited last."""
+    """A grant ended. ``takes``: with what it credited last, if that is there still.
+
+    Otherwise its units stay, or a ``Credited`` says that they went. Older records say of every end that it takes; where
+    one end is told of both ways it does not.
+    """
 
     grant_id: str
     at: datetime
+    takes: bool = True
 
 
 class Period(msgspec.Struct, frozen=True):
@@ -115,7 +121,7 @@ class Story(msgspec.Struct):
 
 
 class Given(NamedTuple):
-    """Units that should be in the ledger. ``revoked`` is when they were taken back again."""
+    """Units that should be in the ledger. ``revoked`` is when they went again, where no units of their own say so."""
 
     fact: Credited
     is_cycle: bool
@@ -142,7 +148,7 @@ class Mirror:
         self._names: dict[str, tuple[Place, ...]] = {}  # Polar's ids that were ever linked to one here
         self._stories: dict[Place, dict[str, Story]] = {}  # by customer and Polar's meter
         self._periods: dict[Place, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
-        self._revoked: dict[str, set[datetime]] = {}  # by grant
+        self._revoked: dict[str, dict[datetime, bool]] = {}  # by grant: when it ended, and whether that takes
 
     def apply(self, change: object) -> None:
         """Take in one change; others than the above are somebody else's."""
@@ -167,8 +173,9 @@ class Mirror:
             case Credited(customer_id, meter_id):
                 whose = fact.polar_customer_id
                 self._story(("", customer_id) if whose is None else (organization_id, whose), meter_id).credit(fact)
-            case Revoked(grant_id, at):
-                self._revoked.setdefault(grant_id, set()).add(at)
+            case Revoked(grant_id, at, takes):
+                ends = self._revoked.setdefault(grant_id, {})
+                ends[at] = takes and ends.get(at, True)
 
     def _link(self, place: Place, customer_id: str) -> None:
         self._links[place] = (*(id for id in self._links.get(place, ()) if id != customer_id), customer_id)
@@ -249,24 +256,31 @@ class Mirror:
         last: dict[str, int] = {}  # by grant: what it credited last, as a place in ``given``
         for fact in sorted(story.credited.values(), key=lambda fact: (fact.at, fact.grant_id)):
             place = last.get(fact.grant_id)
-            before = None if place is None else given[place]
-            revoked = None if before is None else self._revoked_within(fact.grant_id, before.fact.at, fact.at)
+            before = None if place is None else given[place].fact
+            is_cycle = before is not None and self._is_renewed(before, fact)
             if place is not None and before is not None:
-                given[place] = before._replace(revoked=revoked)
-            is_cycle = before is not None and revoked is None
-            if before is not None and is_cycle and not any(before.fact.at < cut <= fact.at for cut in cuts):
-                cuts.add(fact.at)
+                given[place] = given[place]._replace(revoked=self._taken_back(before, fact.at))
+                if is_cycle and not any(before.at < cut <= fact.at for cut in cuts):
+                    cuts.add(fact.at)
             last[fact.grant_id] = len(given)
             given.append(Given(fact, is_cycle, None))
-        for grant_id, place in last.items():
-            revoked = self._revoked_within(grant_id, given[place].fact.at, None)
-            given[place] = given[place]._replace(revoked=revoked)
+        for place in last.values():
+            given[place] = given[place]._replace(revoked=self._taken_back(given[place].fact, None))
         return Wanted(given, sorted(cuts))
 
-    def _revoked_within(self, grant_id: str, since: datetime, until: datetime | None) -> datetime | None:
-        """When the grant was first taken back from one credit to before the next."""
-        times = self._revoked.get(grant_id, ())
-        return min((at for at in times if at >= since and (until is None or at < until)), default=None)
+    def _is_renewed(self, before: Credited, fact: Credited) -> bool:
+        """Whether the credit renews the one before it: nothing was taken back, and the grant did not end between."""
+        return before.units > 0 and fact.units > 0 and self._ended(before, fact.at) is None
+
+    def _taken_back(self, fact: Credited, until: datetime | None) -> datetime | None:
+        """When the grant's end took the credit back; what takes back itself stays."""
+        at, takes = self._ended(fact, until) or (None, False)
+        return at if takes and fact.units > 0 else None
+
+    def _ended(self, fact: Credited, until: datetime | None) -> tuple[datetime, bool] | None:
+        """When the grant first ended from one credit to before the next, and whether that takes the credit back."""
+        ends = list(self._revoked.get(fact.grant_id, {}).items())
+        return min((end for end in ends if end[0] >= fact.at and (until is None or end[0] < until)), default=None)
 
 
 def _first_told(fact: Credited) -> tuple[datetime, int, bool]:

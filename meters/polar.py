@@ -161,14 +161,12 @@ class _Reading:
             return
         if known is not None and self._is_older(told, known):
             return
-        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id or "")
-        is_free = holder is None or holder.id == self.customer_id
         fields: dict[str, Any] = {
             "email": told.email,
             "name": told.name,
             "metadata": told.metadata,
             "modified_at": _utc(told.modified_at),
-            "external_id": told.external_id if is_free else (known.external_id if known else None),
+            "external_id": self._external_id(told, known),
         }
         if known is not None:
             self.changes.append(CustomerUpdated(replace(known, **fields)))
@@ -178,6 +176,14 @@ class _Reading:
                 id=told.id, organization_id=self.organization_id, created_at=_utc(told.created_at) or self.now, **fields
             )  # fmt: skip
             self.changes.append(CustomerCreated(made))
+
+    def _external_id(self, told: _Customer, known: Customer | None) -> str | None:
+        """Polar's, if it has one that is nobody else's here; otherwise the known one, which once given stays."""
+        stays = known.external_id if known else None
+        if told.external_id is None:
+            return stays
+        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+        return told.external_id if holder is None or holder.id == self.customer_id else stays
 
     def _is_older(self, told: _Customer, known: Customer) -> bool:
         """Whether another of Polar's customers that are this one here was told of in a newer state."""
@@ -229,6 +235,10 @@ class _Reading:
         return self.customer_id
 
     def grant(self, told: _Grant) -> None:
+        """What the grant credited; an end took it back if the properties now say negative units, and if not, not.
+
+        Where they say no units, as in payloads of others than Polar, an end takes back what was credited last.
+        """
         if told.benefit.type != METER_CREDIT:
             return
         customer_id = self._whose(told.customer, told.customer_id)
@@ -241,7 +251,8 @@ class _Reading:
                     _at(told.modified_at or told.created_at), told.customer_id,
                 ))  # fmt: skip
         if told.is_revoked and told.revoked_at is not None:
-            self.facts.append(Revoked(told.id, _at(told.revoked_at)))
+            says_units = told.properties is not None and bool(told.properties.last_credited_units)
+            self.facts.append(Revoked(told.id, _at(told.revoked_at), takes=not says_units))
         self._benefit(told.benefit, given)
         self._held(told, customer_id)
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from aggregator.api.balances import consumed_between
 from aggregator.api.desk import Desk
 from meters.catalogue import Customer, CustomerDeleted
-from meters.credit import CreditGranted, MeterReset, MovementWithdrawn
+from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
 from meters.ledger import ZERO, Account, Credit, Reset, rollover_units
 from meters.meter import Meter
 from meters.mirror import Given, Wanted
@@ -111,11 +111,11 @@ async def _movements(
 
 def _credits(customer: Customer, meter: Meter, given: Given) -> list[CreditGranted]:
     fact = given.fact
+    cause: Cause = "revoke" if fact.units < 0 else "cycle" if given.is_cycle else "grant"
     name = f"{OURS}{fact.grant_id}:{_text(fact.at)}:{fact.units}{'r' if fact.rollover else ''}"
     credit = CreditGranted(
         id=name, organization_id=customer.organization_id, customer_id=customer.id, meter_id=meter.id, at=fact.at,
-        units=Decimal(fact.units), rollover=fact.rollover, cause="cycle" if given.is_cycle else "grant",
-        reference=fact.grant_id,
+        units=Decimal(fact.units), rollover=fact.rollover, cause=cause, reference=fact.grant_id,
     )  # fmt: skip
     if given.revoked is None:
         return [credit]

@@ -13,6 +13,7 @@ from tests.aggregator.serving import Tenant
 Json = dict[str, Any]
 Delivery = tuple[str, Json]
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
+INSTANT = timedelta(milliseconds=3)
 _numbers = count(1)
 
 
@@ -70,9 +71,18 @@ class Polar:
                 "customer_id": self.customer_id, "customer": self.customer(), "benefit_id": self.benefit_id,
                 "subscription_id": self.subscription_id, "benefit": benefit, "properties": properties}  # fmt: skip
 
-    def revoked(self, grant: Json, at: datetime) -> Json:
-        """The grant after it was taken back."""
-        return grant | {"is_granted": False, "is_revoked": True, "revoked_at": text(at), "modified_at": text(at)}
+    def revoked(self, grant: Json, at: datetime, *, kept: bool = False) -> Json:
+        """The grant after it ended. Its units were taken back just before, or kept where the benefit is held twice."""
+        before = grant["properties"]
+        taken = {"last_credited_units": -before["last_credited_units"], "last_credited_at": text(at - INSTANT)}
+        return grant | {"is_granted": False, "is_revoked": True, "revoked_at": text(at),
+                        "modified_at": text(at + INSTANT), "previous_properties": before,
+                        "properties": before if kept else before | taken}  # fmt: skip
+
+    def another(self, grant: Json, *, of: str | None = None) -> Json:
+        """A second grant beside one, of the same benefit or ``of`` another one."""
+        benefit = grant["benefit"] | ({} if of is None else {"id": of})
+        return grant | {"id": f"5555{grant['id'][4:]}", "benefit_id": benefit["id"], "benefit": benefit}
 
     def subscription(self, start: datetime, **fields: Any) -> Json:
         """The subscription, with a price for the meter, in the month that begins at a time."""

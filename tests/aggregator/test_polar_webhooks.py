@@ -10,6 +10,7 @@ import pytest
 from meters.credit import MeterReset
 from meters.signatures import keys
 from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
+from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
 
 JANUARY = BEGINNING
@@ -227,6 +228,59 @@ def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     assert numbers(polar) == [(120, 0, 120)]
 
 
+def used(polar: Polar, times: int) -> None:
+    """The customer uses so many units, now."""
+    polar.tenant.send(*(line(f"use-{number}", external_customer_id="ann") for number in range(times)))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 1), (0, 1, 0, 1)])
+def test_a_revoked_grant_gives_its_units_back_and_leaves_the_usage(polar: Polar, order: tuple[int, ...]) -> None:
+    """Credits of 100, usage of 80, taken back: 80 are owed, in whatever order that is told, and told again too."""
+    polar.mirrored_meter()
+    used(polar, 80)
+    now = polar.tenant.server.now
+    granted = polar.grant(now - timedelta(days=40))
+    ended = polar.revoked(granted, now + timedelta(seconds=1))
+    news = [("benefit_grant.created", granted), ("benefit_grant.revoked", ended)]
+    for id, place in enumerate(order):
+        polar.deliver(*news[place], str(id))
+    assert numbers(polar) == [(0, 80, -80)]
+    (meter,) = state(polar)["active_meters"]
+    rows = polar.tenant.get(f"/v1/customer-meters/{meter['id']}/ledger")["items"]
+    assert [(row["cause"], float(row["units"])) for row in rows] == [("revoke", -100), ("usage", -80), ("grant", 100)]
+
+
+@pytest.mark.parametrize("given_first", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_an_upgrade_leaves_the_usage_and_gives_the_new_units(
+    polar: Polar, order: tuple[int, ...], given_first: bool
+) -> None:
+    """Credits of 100, usage of 80, then 1000 in the place of the 100: 920 are left, as at Polar."""
+    polar.mirrored_meter()
+    used(polar, 80)
+    now = polar.tenant.server.now
+    small, larger = polar.grant(now - timedelta(days=40)), polar.grant(now + timedelta(seconds=2), units=1000)
+    news = [
+        ("benefit_grant.created", small),
+        ("benefit_grant.revoked", polar.revoked(small, now + timedelta(seconds=3 if given_first else 1))),
+        ("benefit_grant.created", polar.another(larger, of=f"6666{polar.benefit_id[4:]}")),
+    ]
+    for place in order:
+        polar.deliver(*news[place], f"{place}")
+    assert numbers(polar) == [(1000, 80, 920)]
+
+
+def test_an_external_id_given_here_outlasts_news_that_know_of_none(polar: Polar) -> None:
+    """The customer's usage stays the customer's."""
+    polar.mirrored_meter()
+    polar.deliver("customer.created", polar.customer(external_id=None), "1")
+    polar.tenant.patch(f"/v1/customers/{polar.customer_id}", {"external_id": "ann"})
+    used(polar, 8)
+    polar.deliver("customer.updated", polar.customer(FEBRUARY, external_id=None, name="Anna"), "2")
+    assert (state(polar)["id"], state(polar)["name"]) == (polar.customer_id, "Anna")
+    assert numbers(polar) == [(0, 8, -8)]
+
+
 def test_a_cut_that_was_reckoned_twice_is_mended_by_the_next_news(server: Server, polar: Polar) -> None:
     """As by two deliveries at once, of which one had heard less: what it carried over goes."""
     meter = polar.mirrored_meter()
@@ -274,7 +328,33 @@ def given_again(polar: Polar) -> list[Delivery]:
     ]
 
 
-@pytest.mark.parametrize(("story", "credited"), [(credits_only, 170), (subscribed, 200), (given_again, 30)])
+def held_twice(polar: Polar) -> list[Delivery]:
+    """Two grants of a benefit: the units of the one that ends first stay, and it is given again."""
+    first = polar.grant(JANUARY)
+    return [
+        ("benefit_grant.created", first),
+        ("benefit_grant.created", polar.another(polar.grant(JANUARY + PAID))),
+        ("benefit_grant.revoked", polar.revoked(first, FEBRUARY, kept=True)),
+        ("benefit_grant.created", polar.grant(MARCH) | {"previous_properties": first["properties"]}),
+    ]
+
+
+def canceled(polar: Polar) -> list[Delivery]:
+    """A price for the meter and a benefit, both of which end; the grant's renewal is heard after or before."""
+    granted, renewed = polar.grant(JANUARY + PAID), polar.grant(FEBRUARY + PAID)
+    over = polar.subscription(FEBRUARY, status="canceled", ended_at=text(MARCH), modified_at=text(MARCH))
+    return [
+        ("benefit_grant.created", granted),
+        ("benefit_grant.cycled", renewed | {"previous_properties": granted["properties"]}),
+        ("benefit_grant.revoked", polar.revoked(renewed, MARCH + PAID)),
+        ("subscription.revoked", over),
+    ]
+
+
+STORIES = [(credits_only, 170), (subscribed, 200), (given_again, 30), (held_twice, 300), (canceled, 0)]
+
+
+@pytest.mark.parametrize(("story", "credited"), STORIES)
 def test_any_order_ends_in_the_same_state(
     server: Server, story: Callable[[Polar], list[Delivery]], credited: int
 ) -> None:

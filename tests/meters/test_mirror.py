@@ -5,9 +5,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change
-from meters.mirror import DeliveryApplied, Linked, Wanted
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated, decode_change
+from meters.mirror import Credited, DeliveryApplied, Fact, Linked, Revoked, Wanted
 from meters.polar import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -37,6 +38,15 @@ def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g",
                         "properties": {"meter_id": "m", "units": units, "rollover": False}},
             "properties": {} if revoked is not None else credited(day),
             "previous_properties": credited(day if revoked is not None else before)}  # fmt: skip
+
+
+def ended(at: Json, day: int, *, kept: bool = False) -> Json:
+    """A grant as Polar tells of its end on a day: what was credited, and the taking back or, if ``kept``, the same."""
+    before, end = at["properties"], T0 + day * DAY
+    back = {"last_credited_units": -before["last_credited_units"], "last_credited_at": end.isoformat()}
+    later = (end + DAY / 2).isoformat()  # the end comes after its taking back, and the change after both
+    return at | {"is_revoked": True, "revoked_at": later, "modified_at": later, "previous_properties": before,
+                 "properties": before if kept else before | back}  # fmt: skip
 
 
 def period(day: int, status: str = "active", ended: int | None = None, **fields: Any) -> Json:
@@ -93,6 +103,59 @@ STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool
 }  # fmt: skip
 
 
+ENDS: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, int, bool]]]] = {
+    # the deliveries; the days of the cuts; for each movement its day, its units, and whether it renews
+    "the taking back is told of with its units": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.revoked", ended(grant(0), 10))],
+        [],
+        [(0, 100, False), (10, -100, False)],
+    ),
+    "told of by its end alone": (
+        [("benefit_grant.revoked", ended(grant(0), 10))],
+        [],
+        [(0, 100, False), (10, -100, False)],
+    ),
+    "renewed, ended, and given again": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.cycled", grant(5)),
+         ("benefit_grant.revoked", ended(grant(5), 10)),
+         ("benefit_grant.created", grant(20) | {"previous_properties": ended(grant(5), 10)["properties"]})],
+        [5],
+        [(0, 100, False), (5, 100, True), (10, -100, False), (20, 100, False)],
+    ),
+    "an upgrade, taken back first": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.revoked", ended(grant(0), 10)),
+         ("benefit_grant.created", grant(11, 1000, id="h")), ("benefit_grant.cycled", grant(30, 1000, id="h"))],
+        [30],
+        [(0, 100, False), (10, -100, False), (11, 1000, False), (30, 1000, True)],
+    ),
+    "an upgrade, given first": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.revoked", ended(grant(0), 10)),
+         ("benefit_grant.created", grant(9, 1000, id="h"))],
+        [],
+        [(0, 100, False), (9, 1000, False), (10, -100, False)],
+    ),
+    "of two grants of a benefit the first to end keeps its units, and begins nothing anew when given again": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.created", grant(1, id="h")),
+         ("benefit_grant.revoked", ended(grant(0), 10, kept=True)), ("benefit_grant.created", grant(20))],
+        [],
+        [(0, 100, False), (1, 100, False), (20, 100, False)],
+    ),
+    "of two grants of a benefit the last to end gives its units back": (
+        [("benefit_grant.created", grant(0)), ("benefit_grant.created", grant(1, id="h")),
+         ("benefit_grant.revoked", ended(grant(0), 10, kept=True)),
+         ("benefit_grant.revoked", ended(grant(1, id="h"), 20))],
+        [],
+        [(0, 100, False), (1, 100, False), (20, -100, False)],
+    ),
+    "a subscription ends with its grant": (
+        [("subscription.created", period(0)), ("benefit_grant.created", grant(1)),
+         ("subscription.revoked", period(0, "canceled", 10)), ("benefit_grant.revoked", ended(grant(1), 11))],
+        [0, 10],
+        [(1, 100, False), (11, -100, False)],
+    ),
+}  # fmt: skip
+
+
 def said(catalogue: Catalogue, kind: str, data: Json) -> News:
     """What a delivery makes."""
     news = read(catalogue, "org", delivery_id="any", kind=kind, data=data, now=T0 + 99 * DAY)
@@ -127,10 +190,51 @@ def test_every_order_calls_for_the_same(name: str) -> None:
         assert days(catalogue.mirror.wanted(CUSTOMER, "m")) == (cuts, given)
 
 
-@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("name", ENDS)
+def test_every_order_takes_back_what_polar_took_back(name: str) -> None:
+    """Units go once, with the sign that Polar gives them; an end is no renewal, and cuts nothing."""
+    deliveries, cuts, movements = ENDS[name]
+    for order in itertools.permutations(deliveries):
+        wanted = told(list(order)).mirror.wanted(CUSTOMER, "m")
+        assert days(wanted)[0] == cuts
+        assert [((one.fact.at - T0) // DAY, one.fact.units, one.is_cycle) for one in wanted.given] == movements
+        assert not [one.revoked for one in wanted.given if one.revoked is not None]
+
+
+def test_an_end_that_older_records_tell_beside_the_taking_back_takes_nothing_more() -> None:
+    """They say of every end that it took units back; told again, one that took none is known as such."""
+    def records(*facts: Fact) -> Catalogue:
+        known = [Linked(CUSTOMER, CUSTOMER), *facts]
+        return Catalogue([DeliveryApplied(organization_id="org", delivery_id="1", kind="k", at=T0, facts=known)])
+
+    def credited(day: int, units: int) -> Credited:
+        return Credited(CUSTOMER, "m", "g", T0 + day * DAY, units, False, T0 + day * DAY, CUSTOMER)
+
+    end = Revoked("g", T0 + 10.5 * DAY)
+    back = records(credited(0, 100), credited(10, -100), end).mirror.wanted(CUSTOMER, "m")
+    assert days(back) == ([], [(0, False, None), (10, False, None)])
+    kept = records(credited(0, 100), end)
+    assert days(kept.mirror.wanted(CUSTOMER, "m")) == ([], [(0, False, 10)])
+    for change in said(kept, "benefit_grant.updated", ended(grant(0), 10, kept=True)).changes:
+        kept.apply(change)
+    assert days(kept.mirror.wanted(CUSTOMER, "m")) == ([], [(0, False, None)])
+
+
+def test_an_external_id_that_was_given_here_stays() -> None:
+    """Polar knows of none, in its newest news too: whose usage it is does not depend on that."""
+    catalogue = told([("customer.created", customer(external_id=None))])
+    catalogue.apply(CustomerUpdated(replace(catalogue.customers[CUSTOMER], external_id="ada")))
+    for change in said(catalogue, "customer.updated", customer(3, external_id=None, name="Ada")).changes:
+        catalogue.apply(change)
+    found = catalogue.customer_by_external_id("org", "ada")
+    assert found is not None
+    assert (found.id, found.name) == (CUSTOMER, "Ada")
+
+
+@pytest.mark.parametrize("name", STORIES | ENDS)
 def test_every_order_leaves_the_same_things(name: str) -> None:
     """Customers, grants, benefits and subscriptions are those of their newest news."""
-    found = [told(list(order)) for order in itertools.permutations(STORIES[name][0])]
+    found = [told(list(order)) for order in itertools.permutations((STORIES | ENDS)[name][0])]
     for catalogue in found:
         assert catalogue.customers == found[0].customers
         for kind in ("benefits", "grants", "subscriptions"):
