@@ -3,9 +3,9 @@
 An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
 the event's bytes in sorted runs (``run``). A lookup searches each run for the high half and
 confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
-small run. Runs of similar size are merged, so there are few of them: short ones at once, which takes a millisecond,
-long ones in the background, while short ones go on to be merged behind them. A merge needs memory for its result
-beside what it merges, so no run gets longer than a quarter of all.
+small run; runs of similar size are merged in the background, so there are few of them. A merge of long ones takes
+seconds, in which short ones would pile up behind it; those are merged as they come, which takes a millisecond. A merge
+needs memory for its result beside what it merges, so no run gets longer than a quarter of all.
 
 The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
 8 to 9 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
@@ -59,7 +59,8 @@ class Seen:
             return
         run = Run.of(*keys, self._directory)
         with self._lock:
-            self._runs = (*self._runs[: self._held], *_tidied((*self._runs[self._held :], run)))
+            behind = (*self._runs[self._held :], run)
+            self._runs = (*self._runs[: self._held], *(_tidied(behind) if self._held else behind))
         self._merge_in_background()
 
     def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
