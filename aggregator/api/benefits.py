@@ -228,13 +228,14 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
 async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Give it to nobody any more, and take back what those who have it were credited last.
 
-    A benefit of Polar's is deleted there.
+    A benefit of Polar's is deleted there. The benefit itself goes last: where this ends half way, a retry goes on.
     """
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
-        steps = [revoked(one, benefit, now) for one in desk.catalogue.benefits.grants_by(benefit.id)]
-        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)), *(one for step in steps for one in _all(step)))
+        grants = desk.catalogue.benefits.grants_by(benefit.id)
+        await desk.decide_each(_all(revoked(grant, benefit, now)) for grant in grants)
+        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
     return Response(status_code=204)
 
 
