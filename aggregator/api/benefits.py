@@ -28,7 +28,7 @@ from meters.access import reading, writing
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, MeterReset
-from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
+from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
 from meters.resource import parse_metadata
 
 router = APIRouter(tags=["benefits"])
@@ -280,8 +280,8 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         grants = desk.catalogue.benefits.grants_of(customer.id)
         known = next((one for one in grants if one.benefit_id == benefit.id), None)
         grant = known or Grant(
-            id=desk.new_id(), organization_id=token.organization_id, benefit_id=benefit.id, customer_id=customer.id,
-            created_at=now, granted_at=now,
+            id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
+            customer_id=customer.id, created_at=now, granted_at=now,
         )  # fmt: skip
         if known is None or known.revoked_at is not None:
             step = granted(grant, benefit, now)

@@ -247,6 +247,19 @@ def test_credits_that_make_no_sense_are_refused(known: Tenant, body: Any, compla
     assert (status, found) == (422, complaints)
 
 
+def test_a_credit_is_taken_back_once(tenant: Tenant) -> None:
+    """Also when nobody here heard of it before it was asked for again."""
+    meter, customer = tenant.meter(), tenant.customer()
+    path = f"/v1/customers/{customer}/credits"
+    made = tenant.post(path, {"meter_id": meter, "units": 5})
+    tenant.post(path, {"meter_id": meter, "units": 9})
+    with tenant.server.unheard():
+        assert tenant.ask("DELETE", f"{path}/{made['id']}").status_code == 503
+        tenant.server.now += timedelta(minutes=1)
+        assert tenant.ask("DELETE", f"{path}/{made['id']}").status_code == 200
+    assert sorted(credit["units"] for credit in tenant.get(path)["items"]) == [-5, 5, 9]
+
+
 def test_what_went_with_a_reset_cannot_be_taken_back(tenant: Tenant) -> None:
     """Taking it back now would take units of the new window."""
     meter, customer = tenant.meter(), tenant.customer()

@@ -99,6 +99,26 @@ def test_granting_and_revoking_again_change_nothing(tenant: Tenant) -> None:
     assert credits(tenant, customer) == [("grant", 100), ("revoke", -100), ("grant", 100)]
 
 
+def test_a_grant_that_nobody_here_heard_of_is_made_once(tenant: Tenant) -> None:
+    """Each step is durable and its sender is told to try again, which finds nothing of it yet: the same ids follow."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    path, body = f"/v1/benefits/{id}/grants", {"customer_id": customer}
+    for times in (1, 2):
+        with tenant.server.unheard():
+            assert tenant.ask("POST", path, json=body).status_code == 503
+            tenant.server.now += timedelta(minutes=1)
+            grant = tenant.post(path, body)
+        assert [one["id"] for one in tenant.get(path)["items"]] == [grant["id"]]
+        assert credits(tenant, customer) == [*[("grant", 100), ("revoke", -100)] * (times - 1), ("grant", 100)]
+        tenant.server.now += DAY
+        with tenant.server.unheard():
+            assert tenant.ask("POST", f"/v1/benefit-grants/{grant['id']}/revoke").status_code == 503
+            tenant.server.now += timedelta(minutes=1)
+            assert tenant.post(f"/v1/benefit-grants/{grant['id']}/revoke", {})["is_revoked"]
+        assert credits(tenant, customer) == [("grant", 100), ("revoke", -100)] * times
+        tenant.server.now += DAY
+
+
 def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
     """A retry, and a cycle before the last one, change nothing; what has not begun is not credited."""
     id, customer = benefit(tenant, tenant.meter()), tenant.customer()
