@@ -247,6 +247,23 @@ def test_credits_that_make_no_sense_are_refused(known: Tenant, body: Any, compla
     assert (status, found) == (422, complaints)
 
 
+def test_a_request_with_a_key_names_the_credit_that_counts(tenant: Tenant) -> None:
+    """Also when nobody here heard of the first one before the second was decided; another body is refused even then."""
+    meter, customer = tenant.meter(), tenant.customer()
+    path, headers = f"/v1/customers/{customer}/credits", {"Idempotency-Key": uuid4().hex}
+    with tenant.server.unheard():
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 5}).status_code == 503
+        again = tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 5})
+    assert again.status_code == 201
+    assert [credit["id"] for credit in tenant.get(path)["items"]] == [again.json()["id"]]
+    assert tenant.ask("DELETE", f"{path}/{again.json()['id']}").status_code == 200
+    headers = {"Idempotency-Key": uuid4().hex}
+    with tenant.server.unheard():
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 7}).status_code == 503
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 8}).status_code == 422
+    assert sorted(credit["units"] for credit in tenant.get(path)["items"]) == [-5, 5, 7]
+
+
 def test_a_credit_is_taken_back_once(tenant: Tenant) -> None:
     """Also when nobody here heard of it before it was asked for again."""
     meter, customer = tenant.meter(), tenant.customer()
