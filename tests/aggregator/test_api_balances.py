@@ -288,6 +288,24 @@ def test_what_went_with_a_reset_cannot_be_taken_back(tenant: Tenant) -> None:
     assert tenant.ask("DELETE", f"/v1/customers/{customer}/credits/nothing").status_code == 404
 
 
+def test_a_reset_that_is_repeated_is_answered_as_the_first_time(tenant: Tenant) -> None:
+    """What it carried over is part of the decision, also after later resets; a meter named besides begins anew too."""
+    tokens, calls, customer = tenant.meter(), tenant.meter(), tenant.customer()
+    for meter, units in ((tokens, 30), (calls, 20)):
+        tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": units, "rollover": True})
+    tenant.server.now += timedelta(days=1)
+    path, body = f"/v1/customers/{customer}/resets", {"meter_ids": [tokens], "at": tenant.server.now.isoformat()}
+    tenant.server.now += timedelta(days=1)
+    first = tenant.post(path, body)
+    assert first["rollover"] == {tokens: 30}
+    assert tenant.post(path, body) == first
+    assert tenant.post(path, body | {"meter_ids": [tokens, calls]})["rollover"] == {tokens: 30, calls: 20}
+    tenant.post(path, {})
+    assert tenant.post(path, body) == first
+    units = [one["units"] for one in tenant.get(f"/v1/customers/{customer}/credits", limit=100)["items"]]
+    assert sorted(units) == [20, 20, 20, 30, 30, 30]
+
+
 def test_a_reset_in_the_future_is_refused(tenant: Tenant) -> None:
     """And so is one without a time zone, and one of somebody else's meter."""
     path = f"/v1/customers/{tenant.customer()}/resets"
