@@ -26,7 +26,7 @@ from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
 from aggregator.store.store import Replaced, StillRead, Store, prepare_partitions
 from aggregator.telemetry import Telemetry
 from aggregator.view import Consumption, Snapshot, Total, Unavailable
-from meters.catalogue import Catalogue, Change, encode_change
+from meters.catalogue import Catalogue, Change, encode_changes
 from meters.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
@@ -203,10 +203,10 @@ class Aggregator:
         return self._now.totals.sums(meter_id)
 
     async def decide(self, *changes: Change) -> None:
-        """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
-        entries = [Entry(encode_change(change), admitted=True) for change in changes]
-        offsets = await self._log.append(USAGE_CONTROL, entries)
-        if not await self._wait(lambda: self._now.control_position > max(offsets), DECISION_TIMEOUT_S):
+        """Write changes to the control stream as one record, and return when they are true everywhere in here."""
+        entry = Entry(encode_changes(changes), admitted=True)
+        (offset,) = await self._log.append(USAGE_CONTROL, [entry])
+        if not await self._wait(lambda: self._now.control_position > offset, DECISION_TIMEOUT_S):
             raise Unavailable("the decision is durable but not yet applied", RESTART_DELAY_S)
 
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:

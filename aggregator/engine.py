@@ -24,7 +24,7 @@ from aggregator.seen import Seen
 from aggregator.step import Changes, join, judge, nothing, step
 from aggregator.store.store import Round, Store
 from aggregator.webhooks.causes import causes
-from meters.catalogue import Catalogue, Change, decode_change
+from meters.catalogue import Catalogue, Change, decode_changes
 from meters.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
@@ -66,10 +66,9 @@ class Engine:
         self.directory = store.directory()
         self._seen: Seen = store.seen()
         self.catalogue, self.ledger = Catalogue(), Ledger()
-        for change in map(decode_change, store.control()):
-            if change is not None:
-                self.catalogue.apply(change)
-                self.ledger.apply(change)
+        for change in (change for value in store.control() for change in decode_changes(value)):
+            self.catalogue.apply(change)
+            self.ledger.apply(change)
         self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
         self.totals = RunningTotals(store, self.directory, self.catalogue, self._boundaries.begins)
         self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
@@ -158,7 +157,7 @@ class Engine:
         batch = reading.batch
         changes = self._decide(batch) if batch.chunks else nothing(batch)
         decisions = [(record.offset, record.value) for record in reading.control]
-        decided = [(record, decode_change(record.value)) for record in reading.control]
+        decided = [(record, change) for record in reading.control for change in decode_changes(record.value)]
         caused = causes(changes.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
@@ -167,8 +166,7 @@ class Engine:
         commit_s = time.perf_counter() - began
         self._seen.add(changes.keys)
         for _, change in decided:
-            if change is not None:
-                self._apply(change, first_seq)
+            self._apply(change, first_seq)
         self._boundaries.number(batch.subjects)
         self.totals.add(rows)
         self._boundaries.cut(self.totals)

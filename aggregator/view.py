@@ -73,7 +73,10 @@ class View(Protocol):
         ...
 
     async def decide(self, *changes: Change) -> None:
-        """Write decisions to the control stream, all or none, and return when they are true everywhere in here."""
+        """Write changes to the control stream, all or none, and return when they are true everywhere in here.
+
+        They are one record. Raises TryAgain, Unavailable, and Refused where it is larger than the log takes.
+        """
         ...
 
     @property

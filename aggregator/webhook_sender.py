@@ -126,7 +126,7 @@ class Sender:
             telling: Telling = await messages_of(self._desk, causes, self._now())
             if telling.decisions:  # told by causes of their own
                 async with self._desk.deciding:
-                    await self._desk.decide(*telling.decisions)
+                    await self._desk.decide_each([decision] for decision in telling.decisions)
             await self._write(lambda connection: outbox.put_messages(connection, telling.messages, causes[-1].number))
         if len(causes) < outbox.CAUSES_AT_ONCE:
             await self._settle(heard)
@@ -160,7 +160,7 @@ class Sender:
             if done and endpoint.deleted_at is None and _is_further(done[-1], webhooks.heard(endpoint)):
                 settled.append(EndpointSettled(endpoint.id, done[-1]))
         if settled:
-            await self._desk.decide(*settled)
+            await self._desk.decide_each([one] for one in settled)
         enabled = {id for id, endpoint in list(webhooks.endpoints.items()) if endpoint.disabled_at is None}
         self._unsettled = not enabled.isdisjoint(oldest)
 

@@ -27,7 +27,7 @@ from benchmarks.report import Report
 from benchmarks.server import TOKEN, Reader, Server
 from deploy.data import DataDirectory
 from meters import exact_json
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_change, encode_change
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_changes, encode_change
 from meters.credit import CreditGranted
 from meters.ledger import customer_meter_id
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
@@ -54,7 +54,7 @@ def customer_id(number: int) -> str:
 async def fill(log: Log, customers: int, meter_id: str) -> None:
     """Customers, a credit of one meter for each, and one event for each."""
     records = log.read(USAGE_CONTROL, log.starts(USAGE_CONTROL), bytes_max=1 << 24)
-    catalogue = Catalogue(change for record in records if (change := decode_change(record.value)) is not None)
+    catalogue = Catalogue(change for record in records for change in decode_changes(record.value))
     (organization_id,) = catalogue.organizations
     now = datetime.now(UTC)
     changes: list[Change] = []

@@ -29,7 +29,7 @@ from benchmarks.report import Report
 from benchmarks.server import START_TIMEOUT_S, Server
 from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
-from meters.catalogue import OrganizationCreated, decode_change
+from meters.catalogue import OrganizationCreated, decode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
 
 Answer = TypeVar("Answer")
@@ -67,7 +67,7 @@ class History:
         self._server.stop()
         log = DataDirectory(self._server.data).open_log()
         records = log.read(USAGE_CONTROL, log.starts(USAGE_CONTROL), bytes_max=1 << 20)
-        changes = [decode_change(record.value) for record in records]
+        changes = [change for record in records for change in decode_changes(record.value)]
         (organization,) = [change.organization for change in changes if isinstance(change, OrganizationCreated)]
         written = entries(
             self._bodies, max(0, size - self.events), self.backlog, days=DAYS, organization_id=organization.id

@@ -26,8 +26,8 @@ from meters.catalogue import (
     Token,
     TokenCreated,
     TokenRevoked,
-    decode_change,
-    encode_change,
+    decode_changes,
+    encode_changes,
 )
 from meters.log import USAGE_CONTROL, Entry, Log, PositionLost, TryAgain
 
@@ -49,9 +49,9 @@ class Control:
 
     def decide(self, changes: Sequence[Change]) -> None:
         """Make decisions durable, all or none. Raises GiveUp when the log cannot take them now."""
-        entries = [Entry(encode_change(change), admitted=True) for change in changes]
+        entry = Entry(encode_changes(changes), admitted=True)
         try:
-            asyncio.run(self._log.append(USAGE_CONTROL, entries))
+            asyncio.run(self._log.append(USAGE_CONTROL, [entry]))
         except TryAgain as error:
             raise GiveUp(f"the log cannot take this now ({error}); try again") from None
         for change in changes:
@@ -150,7 +150,4 @@ def _changes(log: Log) -> Iterator[Change]:
     while records := log.read(USAGE_CONTROL, positions, bytes_max=READ_BYTES):
         for record in records:
             positions[record.partition] = record.offset + 1
-            for line in record.value.split(b"\n"):
-                change = decode_change(line)
-                if change is not None:
-                    yield change
+            yield from decode_changes(record.value)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 
-from meters.catalogue import Catalogue, decode_change
+from meters.catalogue import Catalogue, decode_changes
 from meters.log import USAGE_CONTROL, Log, PositionLost, TryAgain, format_position
 
 READ_BYTES_MAX = 4 * 1024 * 1024
@@ -107,7 +107,5 @@ class CatalogueTail:
         return all(self.position[partition] >= end for partition, end in ends.items())
 
     def _apply(self, value: bytes) -> None:
-        for line in value.split(b"\n"):
-            change = decode_change(line)
-            if change is not None:
-                self.catalogue.apply(change)
+        for change in decode_changes(value):
+            self.catalogue.apply(change)

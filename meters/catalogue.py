@@ -1,9 +1,10 @@
 """What operators decided: organizations, tokens, customers and meters.
 
-A decision is a change, one JSON line in ``usage.control``; the catalogue is the fold of all of them. A change carries
-the whole new state of the one thing it is about, so applying it twice is applying it once, and a reader that starts
-in the middle of a repetition ends in the same state. A reader passes over changes of a type it does not know: an old
-process survives a newer one's decisions.
+A change is one JSON line in ``usage.control``; what is decided together is one record of several lines, so that all of
+it is there or nothing. The catalogue is the fold of all changes. A change carries the whole new state of the one thing
+it is about, so applying it twice is applying it once, and a reader that starts in the middle of a repetition ends in
+the same state. A reader passes over changes of a type it does not know: an old process survives a newer one's
+decisions.
 """
 
 from collections.abc import Iterable
@@ -155,6 +156,16 @@ _TYPE = msgspec.json.Decoder(_Typed)
 def encode_change(change: Change) -> bytes:
     """One line of JSON, without the newline."""
     return exact_json.encode(change)
+
+
+def encode_changes(changes: Iterable[Change]) -> bytes:
+    """A record's value: a line for each, all of them decided or none."""
+    return b"\n".join(map(encode_change, changes))
+
+
+def decode_changes(value: bytes) -> list[Change]:
+    """The changes of a record, in their order, without those that this version does not know. Raises ValueError."""
+    return [change for line in value.split(b"\n") if (change := decode_change(line)) is not None]
 
 
 def decode_change(line: bytes) -> Change | None:

@@ -25,8 +25,8 @@ class CreditGranted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type",
     """A customer has ``units`` more of a meter, or fewer where they are negative.
 
     ``rollover``: what is left of them at a cut goes into the next window. ``reference`` names what this came from: a
-    grant of a benefit, or the credit that is taken back. ``key`` is the request's Idempotency-Key and ``content``
-    the digest of its body.
+    grant of a benefit, or the credit that is taken back; ``id`` is made of it then. ``key`` is the request's
+    Idempotency-Key and ``content`` the digest of its body.
     """
 
     id: str

@@ -1,12 +1,15 @@
 """What granting, renewing and taking back a benefit does to the ledger (the table of section 6 of Polar's contract).
 
-Ids of credits and resets are made of the grant and the time they hold from, so deciding the same step twice decides it
-once.
+Ids are made of what makes a step the one that it is: the grant of the benefit and the customer, its first credit of
+nothing else, a renewal's of its time, the credit of a grant that is given again of when it was taken back, and what is
+taken back of when that was credited. So deciding the same step twice decides it once, also by someone who has not heard
+of the first time.
 """
 
 from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
+from uuid import UUID, uuid5
 
 from msgspec.structs import replace
 
@@ -22,15 +25,20 @@ class Step(NamedTuple):
     movements: list[CreditGranted | MeterReset]
 
 
-def movement_id(grant_id: str, at: datetime, what: str) -> str:
-    """The id of a movement: one of a kind for a grant and an instant."""
-    return f"{grant_id}:{at.isoformat(timespec='microseconds')}:{what}"
+def grant_id(benefit_id: str, customer_id: str) -> str:
+    """The id of the grant of a benefit to a customer: there is one, that may be taken back and given again."""
+    return str(uuid5(UUID(benefit_id), customer_id))
+
+
+def movement_id(grant_id: str, at: datetime | None, what: str) -> str:
+    """The id of a movement: one of a kind for a grant and an instant, or for the beginning, before every instant."""
+    return f"{grant_id}:{at.isoformat(timespec='microseconds') if at else '0'}:{what}"
 
 
 def granted(grant: Grant, benefit: Benefit, at: datetime) -> Step:
     """The first credit of a grant, or of one that was revoked and is given again."""
     held = replace(grant, granted_at=at, revoked_at=None, modified_at=None if grant.created_at == at else at)
-    return _credited(held, benefit, at, "grant", [])
+    return _credited(held, benefit, at, "grant", [], movement_id(grant.id, grant.revoked_at, "grant"))
 
 
 def needs_reset(grant: Grant, account: Account | None) -> bool:
@@ -41,14 +49,15 @@ def needs_reset(grant: Grant, account: Account | None) -> bool:
 
 def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None) -> Step:
     """The renewal of a grant at ``at``, after the reset that it needs."""
-    return _credited(replace(grant, modified_at=at), benefit, at, "cycle", [reset] if reset else [])
+    id = movement_id(grant.id, at, "cycle")
+    return _credited(replace(grant, modified_at=at), benefit, at, "cycle", [reset] if reset else [], id)
 
 
 def _credited(
-    grant: Grant, benefit: Benefit, at: datetime, cause: Cause, before: list[MeterReset]
+    grant: Grant, benefit: Benefit, at: datetime, cause: Cause, before: list[MeterReset], id: str
 ) -> Step:
     credit = CreditGranted(
-        id=movement_id(grant.id, at, cause), organization_id=grant.organization_id, customer_id=grant.customer_id,
+        id=id, organization_id=grant.organization_id, customer_id=grant.customer_id,
         meter_id=benefit.meter_id, units=Decimal(benefit.units), at=at, rollover=benefit.rollover, cause=cause,
         reference=grant.id,
     )  # fmt: skip
@@ -69,8 +78,8 @@ def revoked(grant: Grant, benefit: Benefit, at: datetime) -> Step:
         return Step(held, [])
     rollover = benefit.rollover if grant.last_credited_rollover is None else grant.last_credited_rollover
     back = CreditGranted(
-        id=movement_id(grant.id, at, "revoke"), organization_id=grant.organization_id, customer_id=grant.customer_id,
-        meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units), at=at,
-        rollover=rollover, cause="revoke", reference=grant.id,
+        id=movement_id(grant.id, grant.last_credited_at, "revoke"), organization_id=grant.organization_id,
+        customer_id=grant.customer_id, meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units),
+        at=at, rollover=rollover, cause="revoke", reference=grant.id,
     )  # fmt: skip
     return Step(held, [back])

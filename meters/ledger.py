@@ -5,7 +5,9 @@ their times and the sum never falls below zero; usage counts by when it arrived,
 The balance is what was credited less what was used; it may be below zero, and usage may be negative.
 
 The ledger holds credits and resets alone. It is the same whatever the order in which it is told of them, and telling
-it twice changes nothing: everything is ordered by (time, id).
+it twice changes nothing: everything is ordered by (time, id). The id of a credit that came from something (a grant, or
+the credit that is taken back) is made of what it came from: where it was decided at two times, because nobody could
+tell that it was decided, the earlier one stands.
 """
 
 from bisect import bisect_left
@@ -122,10 +124,24 @@ class Ledger:
             first = self._keys.setdefault((change.organization_id, change.key), change)
             if first.id != change.id:
                 return  # decided twice, because nobody could tell that it was decided
+        if change.reference is not None and self._is_told(change):
+            return
         units = self._units.setdefault(change.units, change.units)
         self._put(change.customer_id, change.meter_id, credit=Credit(
             change.at, change.id, units, change.rollover, change.cause, change.reference
         ))  # fmt: skip
+
+    def _is_told(self, change: CreditGranted) -> bool:
+        """Whether it is known from as early a time. What is known from a later one was the repetition, and goes."""
+        known = self.account(change.customer_id, change.meter_id)
+        told = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
+        if told is None or told.at <= change.at:
+            return told is not None
+        self._withdraw(MovementWithdrawn(
+            id=change.id, organization_id=change.organization_id, customer_id=change.customer_id,
+            meter_id=change.meter_id,
+        ))  # fmt: skip
+        return False
 
     def _cut(self, change: MeterReset) -> None:
         self._reset.update(change.meter_ids)

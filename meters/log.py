@@ -102,7 +102,10 @@ class Log(Protocol):
     """
 
     async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
-        """Make the entries durable, all or none per partition, and return each one's offset, in order.
+        """Make the entries durable and return each one's offset, in order.
+
+        A record is there whole or not at all. Of several entries some may be there where this raises: what has to hold
+        together is one entry.
 
         Raises TryAgain when the log is full, slow or closing; Refused for what can never be taken.
         """

@@ -28,7 +28,7 @@ from meters.access import reading, writing
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, MeterReset
-from meters.granting import Step, cycled, granted, movement_id, needs_reset, revoked
+from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
 from meters.resource import parse_metadata
 
 router = APIRouter(tags=["benefits"])
@@ -228,13 +228,14 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
 async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Give it to nobody any more, and take back what those who have it were credited last.
 
-    A benefit of Polar's is deleted there.
+    A benefit of Polar's is deleted there. The benefit itself goes last: where this ends half way, a retry goes on.
     """
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
-        steps = [revoked(one, benefit, now) for one in desk.catalogue.benefits.grants_by(benefit.id)]
-        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)), *(one for step in steps for one in _all(step)))
+        grants = desk.catalogue.benefits.grants_by(benefit.id)
+        await desk.decide_each(_all(revoked(grant, benefit, now)) for grant in grants)
+        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
     return Response(status_code=204)
 
 
@@ -279,8 +280,8 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         grants = desk.catalogue.benefits.grants_of(customer.id)
         known = next((one for one in grants if one.benefit_id == benefit.id), None)
         grant = known or Grant(
-            id=desk.new_id(), organization_id=token.organization_id, benefit_id=benefit.id, customer_id=customer.id,
-            created_at=now, granted_at=now,
+            id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
+            customer_id=customer.id, created_at=now, granted_at=now,
         )  # fmt: skip
         if known is None or known.revoked_at is not None:
             step = granted(grant, benefit, now)

@@ -50,13 +50,14 @@ async def give_credits(
     with _only(desk, token, idempotency_key):
         async with desk.deciding:
             known = _decided(desk, token, idempotency_key, content)
-            change = known or CreditGranted(
+            credit = known or CreditGranted(
                 id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, meter_id=meter_id,
                 units=Decimal(units), rollover=rollover, at=desk.now(), key=idempotency_key, content=content,
             )  # fmt: skip
             if known is None:
-                await desk.decide(change)
-    return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of, 201)
+                await desk.decide(credit)
+                credit = _decided(desk, token, idempotency_key, content) or credit  # one not heard of before may count
+    return answer(credit_shape(credit, customer.id, meter_id), desk.view.as_of, 201)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Beginning a customer's meters anew, by hand: the end of a period for whoever has no benefits that are renewed.
 
 The units that are carried over are worked out here, once, from all that arrived before the cut; they are part of the
-decision. A cut that names its time happens once, however often it is asked for.
+decision. A cut that names its time happens once, however often it is asked for, and is answered as the first time.
 """
 
 from datetime import datetime
@@ -49,13 +49,15 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     async with desk.deciding:
         customer = customer_by_id(desk, token, id)
         at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
-        units = {meter.id: await carried(desk, customer, meter, at) for meter in _meters(desk, token, asked)}
+        name = f"{customer.id}:{at.isoformat(timespec='microseconds')}"
+        meters = _meters(desk, token, asked)
+        made = {meter.id: kept for meter in meters if (kept := _made(desk, name, customer, meter.id)) is not None}
+        units = made | {meter.id: await carried(desk, customer, meter, at) for meter in meters if meter.id not in made}
         change = MeterReset(
-            id=f"{customer.id}:{at.isoformat(timespec='microseconds')}", organization_id=token.organization_id,
-            customer_id=customer.id, meter_ids=list(units), at=at,
-            rollover={meter_id: kept for meter_id, kept in units.items() if kept > 0},
+            id=name, organization_id=token.organization_id, customer_id=customer.id, at=at,
+            meter_ids=[meter.id for meter in meters], rollover={of: kept for of, kept in units.items() if kept > 0},
         )  # fmt: skip
-        if units and not all(_is_made(desk, change, meter_id) for meter_id in units):
+        if len(made) < len(meters):
             await desk.decide(change)
     return answer(reset_shape(change), desk.view.as_of, 201)
 
@@ -71,9 +73,12 @@ def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:
     return [meters[id] for id in ids]
 
 
-def _is_made(desk: Desk, change: MeterReset, meter_id: str) -> bool:
-    account = desk.view.ledger.account(change.customer_id, meter_id)
-    return account is not None and any(reset.id == change.id for reset in account.resets)
+def _made(desk: Desk, reset_id: str, customer: Customer, meter_id: str) -> Decimal | None:
+    """What the cut of this id carried over; None where it is not made."""
+    account = desk.view.ledger.account(customer.id, meter_id)
+    if account is None or not any(reset.id == reset_id for reset in account.resets):
+        return None
+    return next((credit.units for credit in account.credits if credit.id == reset_id), ZERO)
 
 
 async def carried(desk: Desk, customer: Customer, meter: Meter, at: datetime) -> Decimal:

@@ -5,7 +5,7 @@ at a time and only so many wait. Decisions are taken one after the other, each a
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -15,6 +15,7 @@ from fastapi import Depends, Request, Response
 from aggregator.api.errors import BodyTooLarge, Busy, Forbidden, Malformed, json_response
 from aggregator.api.limits import (
     BODY_BYTES_MAX,
+    CHANGES_AT_ONCE,
     INTERRUPT_AGAIN_S,
     QUERIES_AT_ONCE,
     QUERIES_WAITING_MAX,
@@ -102,6 +103,17 @@ class Desk:
     async def decide(self, *changes: Change) -> None:
         """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue."""
         await self.view.decide(*changes)
+
+    async def decide_each(self, decisions: Iterable[Sequence[Change]]) -> None:
+        """Make many decisions true, each of them all or none. What fails leaves those before it: ask for the rest."""
+        together: list[Change] = []
+        for changes in decisions:
+            if together and len(together) + len(changes) > CHANGES_AT_ONCE:
+                await self.decide(*together)
+                together = []
+            together += changes
+        if together:
+            await self.decide(*together)
 
     def subjects(
         self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None

@@ -16,6 +16,7 @@ from aggregator.view import Unavailable
 from meters import exact_json
 from meters.access import Denied
 from meters.detail import Detail, detail
+from meters.log import Refused as RefusedByLog
 from meters.log import TryAgain
 
 
@@ -113,6 +114,11 @@ async def _too_large(_: Request, __: Exception) -> Response:
     return json_response(413, {"error": "RequestBodyTooLarge", "detail": "The request body is too large."})
 
 
+async def _too_large_a_decision(_: Request, __: Exception) -> Response:
+    message = "What this would change is more than the log takes as one record. Nothing was changed."
+    return json_response(413, {"error": "DecisionTooLarge", "detail": message})
+
+
 def _later(error: str, message: str, after_s: float) -> Response:
     headers = {"Retry-After": str(max(1, round(after_s)))}
     return json_response(503, {"error": error, "detail": message}, headers)
@@ -144,6 +150,7 @@ _ANSWERS: dict[type[Exception], Any] = {
     Refused: _refused,
     Conflict: _conflict,
     BodyTooLarge: _too_large,
+    RefusedByLog: _too_large_a_decision,
     Busy: _busy,
     Unavailable: _unavailable,
     TryAgain: _unavailable,

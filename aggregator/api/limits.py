@@ -24,6 +24,10 @@ INTERRUPT_AGAIN_S = 0.02
 WAIT_S_MAX = 30.0
 """The longest that ``Prefer: wait`` is honored; clients of Polar give up after 5 to 30 seconds."""
 
+CHANGES_AT_ONCE = 500
+"""Of decisions that stand each for itself, so many changes are one record: of a few hundred bytes each, far below what
+the log takes."""
+
 RETRY_AFTER_S = 1
 """When to come back after 503: the line has moved, or the view has restarted, in about a second."""
 

@@ -13,15 +13,16 @@ from typing import NamedTuple
 import msgspec
 
 from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
-from aggregator.reconcile.worth import Worth
+from aggregator.reconcile.worth import Quantities, Worth, add, between
 from meters.amount import EXACT, amount_text
-from meters.catalogue import Catalogue, Change, decode_change
+from meters.catalogue import Catalogue, decode_changes
 from meters.credit import CreditGranted
 from meters.ledger import Account, Ledger
 from meters.meter import Meter
 from meters.statement import statement
 
 ZERO = Decimal(0)
+NAMED_MAX = 3  # credits of one decision that are named where it differs
 Decisions = Sequence[tuple[int, bytes]]
 
 
@@ -62,8 +63,8 @@ def check_ledger(books: Books, worth: Worth) -> Check:
     check = Check(name="ledger", sides="balances and the credits, resets and usage they are made of")
     _decisions(check, books, worth)
     ledger = Ledger()
-    for _, line in books.decisions:
-        for change in _changes(line):
+    for _, value in books.decisions:
+        for change in decode_changes(value):
             ledger.apply(change)
     for meter in books.catalogue.meters.values():
         accounts = ledger.of_meter(meter.id)
@@ -73,11 +74,6 @@ def check_ledger(books: Books, worth: Worth) -> Check:
     if books.outbox is not None:
         _outbox(check, books.outbox)
     return check
-
-
-def _changes(line: bytes) -> Iterable[Change]:
-    decoded = (decode_change(part) for part in line.split(b"\n"))
-    return (change for change in decoded if change is not None)
 
 
 def _decisions(check: Check, books: Books, worth: Worth) -> None:
@@ -92,35 +88,59 @@ def _decisions(check: Check, books: Books, worth: Worth) -> None:
 
 
 def _decision(
-    offset: int, line: bytes | None, copy: bytes | None, catalogue: Catalogue, worth: Worth
+    offset: int, value: bytes | None, copy: bytes | None, catalogue: Catalogue, worth: Worth
 ) -> Difference:
-    cause = Cause.CHANGED if line and copy else Cause.LOST if line else Cause.UNFOUNDED
-    ours, theirs = _credit(line), _credit(copy)
-    credit, quantities = ours or theirs, {}
-    where, organization_id = f"decision {offset}", ""
-    if credit is not None:
-        meter = catalogue.meters.get(credit.meter_id)
-        name, organization_id = meter.name if meter else credit.meter_id, credit.organization_id
-        who = catalogue.customers.get(credit.customer_id)
-        where = f"{name}, customer {(who and who.external_id) or credit.customer_id}, credit {credit.id}"
-        gap = EXACT.subtract(theirs.units if theirs else ZERO, ours.units if ours else ZERO)
-        quantities = {name: gap} if gap else {}
-    said = "; ".join(
-        f"the {side} {'says ' + text.decode('utf-8', 'replace') if text else 'has none'}"
-        for side, text in (("log", line), ("store", copy))
-    )
+    cause = Cause.CHANGED if value and copy else Cause.LOST if value else Cause.UNFOUNDED
+    ours, theirs = _credits(value), _credits(copy)
+    credits = [credit for id, credit in (theirs | ours).items() if ours.get(id) != theirs.get(id)]
+    quantities = between(_units(catalogue, theirs.values()), _units(catalogue, ours.values()))
+    organization_id = credits[0].organization_id if credits else ""
     return Difference(
-        check="ledger", cause=cause, where=where, what=said, repair=Repair.REBUILD, quantities=quantities,
-        cents=worth.cents(organization_id, quantities),
+        check="ledger", cause=cause, where=_named(catalogue, credits) or f"decision {offset}", what=_said(value, copy),
+        repair=Repair.REBUILD, quantities=quantities, cents=worth.cents(organization_id, quantities),
     )  # fmt: skip
 
 
-def _credit(line: bytes | None) -> CreditGranted | None:
+def _credits(value: bytes | None) -> dict[str, CreditGranted]:
+    """The credits of a decision by id; none of what cannot be read."""
     try:
-        found = list(_changes(line or b"")) if line else []
+        changes = decode_changes(value or b"")
     except (ValueError, msgspec.MsgspecError):
-        return None
-    return found[0] if found and isinstance(found[0], CreditGranted) else None
+        return {}
+    return {change.id: change for change in changes if isinstance(change, CreditGranted)}
+
+
+def _units(catalogue: Catalogue, credits: Iterable[CreditGranted]) -> Quantities:
+    units: Quantities = {}
+    for credit in credits:
+        add(units, {_meter_name(catalogue, credit): credit.units})
+    return units
+
+
+def _meter_name(catalogue: Catalogue, credit: CreditGranted) -> str:
+    meter = catalogue.meters.get(credit.meter_id)
+    return meter.name if meter else credit.meter_id
+
+
+def _named(catalogue: Catalogue, credits: Sequence[CreditGranted]) -> str:
+    names = []
+    for credit in credits[:NAMED_MAX]:
+        who = catalogue.customers.get(credit.customer_id)
+        customer = (who and who.external_id) or credit.customer_id
+        names.append(f"{_meter_name(catalogue, credit)}, customer {customer}, credit {credit.id}")
+    more = len(credits) - len(names)
+    return "; ".join([*names, f"and {more} more"] if more else names)
+
+
+def _said(value: bytes | None, copy: bytes | None) -> str:
+    """What each side says: the lines that the other one has not, or all of them where only their order differs."""
+    said = []
+    for side, text, other in (("log", value, copy), ("store", copy, value)):
+        others = set((other or b"").split(b"\n"))
+        lines = [line for line in (text or b"").split(b"\n") if line not in others]
+        words = b" ".join(lines or [text or b""]).decode("utf-8", "replace")
+        said.append(f"the {side} {'says ' + words if text else 'has none'}")
+    return "; ".join(said)
 
 
 def _entries(check: Check, meter: Meter, accounts: Mapping[str, Account]) -> None:

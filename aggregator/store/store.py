@@ -32,7 +32,7 @@ from aggregator.step import Changes, Identity, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
-from meters.catalogue import DeadLetterReplayed, decode_change
+from meters.catalogue import DeadLetterReplayed, decode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
 
 _READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
@@ -71,7 +71,7 @@ class Round(NamedTuple):
 
     batch: Batch
     changes: Changes
-    control: Sequence[tuple[int, bytes]]  # (offset, change as JSON)
+    control: Sequence[tuple[int, bytes]]  # (offset, changes as JSON, a line each)
     events_from: Mapping[int, int]
     control_from: int
     causes: pa.Table | None = None  # of webhooks (``aggregator.webhooks.causes``)
@@ -100,8 +100,7 @@ class Store:
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM webhook_causes").fetchone()
         self._next_cause: int = row[0] if row else 0
         self._replayed: dict[Place, datetime] = {}
-        for value in self.control():
-            self._note_replayed(value)
+        self._note_replayed(self.control())
 
     @classmethod
     def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
@@ -272,23 +271,21 @@ class Store:
             raise Replaced(f"another writer was here: the store is not where this one left it ({expected})")
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:
-        for value in values:
-            place = self._note_replayed(value)
-            if place:
-                self._connection.execute(
-                    """UPDATE dead_letters SET replayed_at = ?
-                       WHERE log_partition = ? AND log_offset = ? AND line = ? AND replayed_at IS NULL""",
-                    [self._replayed[place], *place],
-                )
+        for place in self._note_replayed(values):
+            self._connection.execute(
+                """UPDATE dead_letters SET replayed_at = ?
+                   WHERE log_partition = ? AND log_offset = ? AND line = ? AND replayed_at IS NULL""",
+                [self._replayed[place], *place],
+            )
 
-    def _note_replayed(self, value: bytes) -> Place | None:
-        """Remember which dead letter a decision settles: it may be read before the letter, when a store is rebuilt."""
-        change = decode_change(value) if _REPLAYED in value else None
-        if not isinstance(change, DeadLetterReplayed):
-            return None
-        place = change.log_partition, change.log_offset, change.line
-        self._replayed.setdefault(place, change.replayed_at.replace(tzinfo=None))
-        return place
+    def _note_replayed(self, values: Sequence[bytes]) -> list[Place]:
+        """Remember the dead letters that records settle: they may be read before those, when a store is rebuilt."""
+        changes = (change for value in values if _REPLAYED in value for change in decode_changes(value))
+        settled = [change for change in changes if isinstance(change, DeadLetterReplayed)]
+        places = [(change.log_partition, change.log_offset, change.line) for change in settled]
+        for place, change in zip(places, settled, strict=True):
+            self._replayed.setdefault(place, change.replayed_at.replace(tzinfo=None))
+        return places
 
     def _bury(self, dead: Sequence[DeadLetter]) -> None:
         if dead:

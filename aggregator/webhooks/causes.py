@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         "caused_at": pa.timestamp("us"),
     }
 )
-Decided = tuple[Record, Change | None]
+Decided = tuple[Record, Change]
 
 
 def causes(rows: pa.Table, decided: Iterable[Decided], catalogue: Catalogue, directory: Directory) -> pa.Table | None:
@@ -91,7 +91,7 @@ def _by_decision(
     return pa.table(arrays, schema=SCHEMA)
 
 
-def _customer(change: Change | None) -> str | None:
+def _customer(change: Change) -> str | None:
     match change:
         case CustomerCreated(customer) | CustomerUpdated(customer):
             return customer.id

@@ -11,7 +11,7 @@ from typing import Any
 from aggregator.engine import Committed, Engine
 from aggregator.store.opening import Settings
 from aggregator.store.store import Store, prepare_partitions
-from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
+from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change, encode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 from meters.meter import Meter, new_meter
 
@@ -47,6 +47,11 @@ def entry(*lines: bytes, organization_id: str | None = ORGANIZATION, admitted: b
 def decisions(changes: Iterable[Change]) -> list[Entry]:
     """Control records."""
     return [Entry(encode_change(change), admitted=True) for change in changes]
+
+
+def together(changes: Sequence[Change]) -> Entry:
+    """One control record of them all."""
+    return Entry(encode_changes(changes), admitted=True)
 
 
 def organization(organization_id: str = ORGANIZATION) -> Change:

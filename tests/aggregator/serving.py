@@ -9,12 +9,14 @@ from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 from uuid import uuid4
 
 import httpx
 
 from aggregator.api import Rules, create_app
 from aggregator.consumer import Aggregator
+from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.access import SCOPES, digest
 from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated
@@ -81,6 +83,21 @@ class Server:
         """Decisions of the operator, in force when this returns."""
         for change in changes:
             self.run(self.aggregator.decide(change))
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """The next decision is durable, and nobody here hears of it before the one after it is made."""
+        decide, unheard = self.aggregator.decide, list[tuple[Change, ...]]()
+
+        async def late(*changes: Change) -> None:
+            if not unheard:
+                unheard.append(changes)
+                raise Unavailable("the decision is durable but not yet applied")
+            for decided in (unheard[0], changes):
+                await decide(*decided)
+
+        with patch.object(self.aggregator, "decide", late):
+            yield
 
     def tenant(self) -> "Tenant":
         """A new organization with a token that may do everything."""

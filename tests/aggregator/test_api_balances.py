@@ -247,6 +247,36 @@ def test_credits_that_make_no_sense_are_refused(known: Tenant, body: Any, compla
     assert (status, found) == (422, complaints)
 
 
+def test_a_request_with_a_key_names_the_credit_that_counts(tenant: Tenant) -> None:
+    """Also when nobody here heard of the first one before the second was decided; another body is refused even then."""
+    meter, customer = tenant.meter(), tenant.customer()
+    path, headers = f"/v1/customers/{customer}/credits", {"Idempotency-Key": uuid4().hex}
+    with tenant.server.unheard():
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 5}).status_code == 503
+        again = tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 5})
+    assert again.status_code == 201
+    assert [credit["id"] for credit in tenant.get(path)["items"]] == [again.json()["id"]]
+    assert tenant.ask("DELETE", f"{path}/{again.json()['id']}").status_code == 200
+    headers = {"Idempotency-Key": uuid4().hex}
+    with tenant.server.unheard():
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 7}).status_code == 503
+        assert tenant.ask("POST", path, headers=headers, json={"meter_id": meter, "units": 8}).status_code == 422
+    assert sorted(credit["units"] for credit in tenant.get(path)["items"]) == [-5, 5, 7]
+
+
+def test_a_credit_is_taken_back_once(tenant: Tenant) -> None:
+    """Also when nobody here heard of it before it was asked for again."""
+    meter, customer = tenant.meter(), tenant.customer()
+    path = f"/v1/customers/{customer}/credits"
+    made = tenant.post(path, {"meter_id": meter, "units": 5})
+    tenant.post(path, {"meter_id": meter, "units": 9})
+    with tenant.server.unheard():
+        assert tenant.ask("DELETE", f"{path}/{made['id']}").status_code == 503
+        tenant.server.now += timedelta(minutes=1)
+        assert tenant.ask("DELETE", f"{path}/{made['id']}").status_code == 200
+    assert sorted(credit["units"] for credit in tenant.get(path)["items"]) == [-5, 5, 9]
+
+
 def test_what_went_with_a_reset_cannot_be_taken_back(tenant: Tenant) -> None:
     """Taking it back now would take units of the new window."""
     meter, customer = tenant.meter(), tenant.customer()
@@ -256,6 +286,24 @@ def test_what_went_with_a_reset_cannot_be_taken_back(tenant: Tenant) -> None:
     path = f"/v1/customers/{customer}/credits/{made['id']}"
     assert tenant.refusal("DELETE", path)[2] == [("value_error", ["path", "credit_id"])]
     assert tenant.ask("DELETE", f"/v1/customers/{customer}/credits/nothing").status_code == 404
+
+
+def test_a_reset_that_is_repeated_is_answered_as_the_first_time(tenant: Tenant) -> None:
+    """What it carried over is part of the decision, also after later resets; a meter named besides begins anew too."""
+    tokens, calls, customer = tenant.meter(), tenant.meter(), tenant.customer()
+    for meter, units in ((tokens, 30), (calls, 20)):
+        tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": units, "rollover": True})
+    tenant.server.now += timedelta(days=1)
+    path, body = f"/v1/customers/{customer}/resets", {"meter_ids": [tokens], "at": tenant.server.now.isoformat()}
+    tenant.server.now += timedelta(days=1)
+    first = tenant.post(path, body)
+    assert first["rollover"] == {tokens: 30}
+    assert tenant.post(path, body) == first
+    assert tenant.post(path, body | {"meter_ids": [tokens, calls]})["rollover"] == {tokens: 30, calls: 20}
+    tenant.post(path, {})
+    assert tenant.post(path, body) == first
+    units = [one["units"] for one in tenant.get(f"/v1/customers/{customer}/credits", limit=100)["items"]]
+    assert sorted(units) == [20, 20, 20, 30, 30, 30]
 
 
 def test_a_reset_in_the_future_is_refused(tenant: Tenant) -> None:

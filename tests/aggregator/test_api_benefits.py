@@ -1,10 +1,15 @@
 """Benefits and grants over HTTP: every step once, however often it is asked for."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta, timezone
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from aggregator.api import desk
+from meters.log import Entry, Refused, TryAgain
 from tests.aggregator.serving import Json, Tenant
 
 DAY = timedelta(days=1)
@@ -24,6 +29,21 @@ def credits(tenant: Tenant, customer: str) -> list[tuple[str, int]]:
     return [(one["cause"], one["units"]) for one in reversed(items)]
 
 
+@contextmanager
+def failing(tenant: Tenant, after: int, error: Exception) -> Iterator[None]:
+    """The log takes so many more records, and then none."""
+    append, left = tenant.server.log.append, [None] * after
+
+    async def fail(stream: str, entries: Sequence[Entry]) -> list[int]:
+        if not left:
+            raise error
+        left.pop()
+        return await append(stream, entries)
+
+    with patch.object(tenant.server.log, "append", fail):
+        yield
+
+
 def test_a_benefit_is_made_found_changed_and_ended(tenant: Tenant) -> None:
     """What is shown is what was said; an end takes the units back from who has it."""
     meter = tenant.meter()
@@ -40,6 +60,29 @@ def test_a_benefit_is_made_found_changed_and_ended(tenant: Tenant) -> None:
     assert tenant.ask("GET", f"/v1/benefits/{id}").status_code == 404
 
 
+def test_the_end_of_a_benefit_that_stops_half_way_goes_on(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has it loses it in parts of a bounded size; the benefit goes last, so that a retry finds the rest."""
+    monkeypatch.setattr(desk, "CHANGES_AT_ONCE", 4)
+    id, customers = benefit(tenant, tenant.meter()), [tenant.customer() for _ in range(5)]
+    for customer in customers:
+        tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})
+    with failing(tenant, 1, TryAgain("the log is away")):
+        assert tenant.ask("DELETE", f"/v1/benefits/{id}").status_code == 503
+    assert len(tenant.get(f"/v1/benefits/{id}/grants", is_granted=False)["items"]) == 2
+    assert tenant.ask("DELETE", f"/v1/benefits/{id}").status_code == 204
+    assert {tuple(credits(tenant, customer)) for customer in customers} == {(("grant", 100), ("revoke", -100))}
+    assert tenant.ask("GET", f"/v1/benefits/{id}").status_code == 404
+
+
+def test_a_decision_that_is_too_large_for_the_log_is_refused(tenant: Tenant) -> None:
+    """Nothing of it is true, and no retry would help."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    with failing(tenant, 0, Refused("a value of 99 bytes is over 9")):
+        answer = tenant.ask("POST", f"/v1/benefits/{id}/grants", json={"customer_id": customer})
+    assert (answer.status_code, answer.json()["error"]) == (413, "DecisionTooLarge")
+    assert credits(tenant, customer) == []
+
+
 def test_granting_and_revoking_again_change_nothing(tenant: Tenant) -> None:
     """A retry gets the grant as it is; who lost it may be given it again."""
     id, customer = benefit(tenant, tenant.meter()), tenant.customer(external_id="ann")
@@ -54,6 +97,26 @@ def test_granting_and_revoking_again_change_nothing(tenant: Tenant) -> None:
     tenant.server.now += DAY
     assert tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"] == grant["id"]
     assert credits(tenant, customer) == [("grant", 100), ("revoke", -100), ("grant", 100)]
+
+
+def test_a_grant_that_nobody_here_heard_of_is_made_once(tenant: Tenant) -> None:
+    """Each step is durable and its sender is told to try again, which finds nothing of it yet: the same ids follow."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    path, body = f"/v1/benefits/{id}/grants", {"customer_id": customer}
+    for times in (1, 2):
+        with tenant.server.unheard():
+            assert tenant.ask("POST", path, json=body).status_code == 503
+            tenant.server.now += timedelta(minutes=1)
+            grant = tenant.post(path, body)
+        assert [one["id"] for one in tenant.get(path)["items"]] == [grant["id"]]
+        assert credits(tenant, customer) == [*[("grant", 100), ("revoke", -100)] * (times - 1), ("grant", 100)]
+        tenant.server.now += DAY
+        with tenant.server.unheard():
+            assert tenant.ask("POST", f"/v1/benefit-grants/{grant['id']}/revoke").status_code == 503
+            tenant.server.now += timedelta(minutes=1)
+            assert tenant.post(f"/v1/benefit-grants/{grant['id']}/revoke", {})["is_revoked"]
+        assert credits(tenant, customer) == [("grant", 100), ("revoke", -100)] * times
+        tenant.server.now += DAY
 
 
 def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:

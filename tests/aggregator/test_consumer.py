@@ -25,9 +25,10 @@ from deploy.giving_up import FAILED, USAGE
 from ingest.log import open_log
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
-from meters.catalogue import Change
+from meters.catalogue import Change, DeadLetterReplayed
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 from tests.aggregator.records import (
+    NOW,
     ORGANIZATION,
     SMALL,
     Running,
@@ -128,6 +129,25 @@ def test_decisions_with_holes_between_them_are_followed(tmp_path: Path) -> None:
             assert set(running.engine.catalogue.meters) == {"m1", "a0", "b0", *(["a1", "b1"] * life)}
             offsets = [offset for (offset,) in rows(store, "SELECT log_offset FROM control ORDER BY ALL")]
             assert offsets == [0, 2, 4, 6, 8, 10][: 4 + 2 * life]
+    log.close()
+
+
+def test_what_is_decided_together_is_one_record(tmp_path: Path) -> None:
+    """All of it or nothing is durable; memory, the store, its next life and a new store have every part of it."""
+    log = open_log("memory:")
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    asyncio.run(aggregator.decide(organization(), *created(meter("m1")), DeadLetterReplayed(0, 0, 0, NOW)))
+    assert set(aggregator.catalogue.meters) == {"m1"}
+    assert log.ends(USAGE_CONTROL) == {0: 1}
+    aggregator.stop()
+    asyncio.run(log.append(USAGE_EVENTS, [entry(b"no event", admitted=False)]))
+    for name in ("store.duckdb", "again.duckdb"):
+        with Running(log, tmp_path / name) as running:
+            engine = running.catch_up()
+            assert (set(engine.catalogue.organizations), set(engine.catalogue.meters)) == ({ORGANIZATION}, {"m1"})
+            assert rows(engine.store, "SELECT log_offset FROM control") == [(0,)]
+            assert rows(engine.store, "SELECT count(*) FROM dead_letters WHERE replayed_at IS NOT NULL") == [(1,)]
     log.close()
 
 

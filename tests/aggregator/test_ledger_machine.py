@@ -15,6 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
+from msgspec.structs import replace
 
 from aggregator.store.queries import arrivals
 from aggregator.store.queries.scope import Scope
@@ -168,15 +169,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.check()
         return made
 
-    @rule(given=consumes(grants))
-    def revoke(self, given: CreditGranted) -> None:
-        """Units are taken back."""
+    @rule(given=consumes(grants), again=st.integers(0, 2), backward=st.booleans())
+    def revoke(self, given: CreditGranted, again: int, backward: bool) -> None:
+        """Units are taken back, and perhaps once more, by whoever did not hear that they were."""
         self._next("")
         made = CreditGranted(
             id=f"{given.id}-revoked", organization_id=ORGANIZATION, customer_id=given.customer_id,
             meter_id=given.meter_id, units=-given.units, at=self.now, cause="revoke", reference=given.id,
         )  # fmt: skip
-        self._decide(made)
+        news = [made, *(replace(made, at=made.at + timedelta(minutes=number + 1)) for number in range(again))]
+        self._decide(*(reversed(news) if backward else news))
         self.auditor.credits[made.id] = made
         self.check()
 

@@ -24,7 +24,9 @@ from meters.catalogue import (
     TokenCreated,
     TokenRevoked,
     decode_change,
+    decode_changes,
     encode_change,
+    encode_changes,
     meter_from_json,
     meter_json,
 )
@@ -79,6 +81,16 @@ def test_a_change_survives_its_line(change: Change) -> None:
     again = decode_change(line)
     assert again == change
     assert encode_change(again) == line
+
+
+def test_what_is_decided_together_is_read_line_by_line() -> None:
+    """In its order; types that are not known, and the marker of a transaction, decide nothing."""
+    value = encode_changes(CHANGES)
+    assert value.split(b"\n") == list(map(encode_change, CHANGES))
+    assert decode_changes(value) == list(CHANGES)
+    assert decode_changes(encode_change(CHANGES[0])) == [CHANGES[0]]
+    assert decode_changes(b'{"type":"moon.eclipsed"}\n' + encode_change(CHANGES[0])) == [CHANGES[0]]
+    assert decode_changes(b"") == []
 
 
 def test_changes_are_read_by_people_and_other_programs() -> None:

@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from meters.catalogue import decode_change, encode_change
 from meters.credit import CreditGranted, MeterReset
@@ -121,6 +122,18 @@ def test_a_key_is_decided_once() -> None:
     """When nobody could tell whether a request was decided, and it was decided again, the first one counts."""
     account = told(credit(10, 1, id="a", key="k"), credit(10, 2, id="b", key="k"))
     assert [held.id for held in account.credits] == ["a"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=6), st.integers(0, 9))
+def test_what_came_from_something_is_told_once_at_its_earliest(
+    times: list[tuple[int, bool]], cut: int
+) -> None:
+    """Its id is made of what it came from: decided again at other times, in whatever order, the earliest stands."""
+    others = [credit(100, 0), credit(50, 5), reset(cut)]
+    tellings = [replace(credit(-30, at, id="back"), reference="credit 50 5 False") for at, _ in times]
+    mixed = [tellings[0], *others, *tellings[1:]] if times[0][1] else [*others, *tellings]
+    earliest = min(tellings, key=lambda one: one.at)
+    assert told(*mixed) == told(*others, earliest)
 
 
 def test_amounts_keep_their_digits() -> None:

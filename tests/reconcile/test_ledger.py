@@ -25,7 +25,7 @@ from meters.catalogue import Customer, CustomerCreated
 from meters.credit import CreditGranted
 from meters.log import USAGE_CONTROL
 from meters.meter import Meter
-from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, meter, organization
+from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, meter, organization, together
 from tests.deploy.installation import Installation
 from tests.reconcile.planting import Left
 from tests.reconcile.two_sides import TwoSides, numbered
@@ -76,6 +76,25 @@ def test_a_missing_credit_is_lost(left: Left) -> None:
 
     assert difference.cause is Cause.LOST
     assert difference.quantities == {"meter m": Decimal(-100)}
+
+
+def test_every_credit_of_one_decision_is_named(left: Left) -> None:
+    """What was decided together is lost together: the difference has the units of all of it, and whose they are."""
+    entries = [together([credited("c3", 7), credited("c4", 5)]), *decisions([credited("c5", 1)])]
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, entries))
+    left.count()
+    assert left.check("ledger").differences == []
+    left.spoil("""UPDATE control SET value = replace(value, '"units":5,', '"units":6,') WHERE log_offset = 5""")
+    (changed,) = left.check("ledger").differences
+    assert (changed.cause, changed.quantities) == (Cause.CHANGED, {"meter m": Decimal(1)})
+    assert changed.where == "meter m, customer ann, credit c4"
+
+    left.spoil("DELETE FROM control WHERE log_offset = 5")
+    (lost,) = left.check("ledger").differences
+
+    assert (lost.cause, lost.quantities) == (Cause.LOST, {"meter m": Decimal(-12)})
+    assert lost.where == "meter m, customer ann, credit c3; meter m, customer ann, credit c4"
 
 
 def test_balances_of_a_running_server_follow_from_their_entries(
