@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ FIELDS = (
 METADATA = "metadata."
 RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
 IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
+TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
 JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 LIKE_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
@@ -186,9 +188,27 @@ def _value(text: str) -> object:
 def _instant(text: str) -> str:
     """A time with its offset; without one it is UTC. A number is seconds or milliseconds, as the server reads it."""
     if JSON_NUMBER.fullmatch(text):
-        return text
+        return _written_out(text)
     try:
         instant = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(f"timestamp: {text!r} is no ISO 8601 time") from None
     return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).isoformat()
+
+
+def _written_out(number: str) -> str:
+    """The number without an exponent, which a time has nowhere in text.
+
+    Raises ValueError where the exponent stands for digits that are not there: a spreadsheet writes 1.76723E+09, which
+    may be more than an hour from what its cell held.
+    """
+    if "e" not in number.lower():
+        return number
+    try:
+        value = Decimal(number)
+    except ArithmeticError:  # an exponent beyond all
+        value = Decimal("NaN")
+    decimals = -value.as_tuple().exponent if value.is_finite() else -1  # type: ignore[operator]  # a number's is one
+    if not 0 <= decimals <= TIME_DECIMALS_MAX:
+        raise ValueError(f"timestamp: {number!r} does not say every digit of its seconds; write it without an exponent")
+    return f"{value:f}"

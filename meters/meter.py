@@ -4,7 +4,9 @@ A meter belongs to an organization and is never deleted, only archived. Its unit
 What it counts may change only while nothing was billed by it, since that would rewrite an invoice.
 """
 
+import re
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -20,6 +22,18 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 NAME_LENGTH_MIN = 3
 """Characters of a meter's name (Polar's limit)."""
+
+INTEGER_LENGTH_MAX = 4300
+"""Characters of an integer in text (Polar's limit, and Python's)."""
+
+_FRACTION_MAX = 2**63  # a number with a point or an exponent, as Polar takes it: 1e400000 would fill the memory
+_INTEGER = re.compile(r"([+-]?\d+(?:_\d+)*)(?:\.0+)?", re.ASCII)
+_NO_INTEGER = {
+    "int_type": "Input should be a valid integer",
+    "int_from_float": "Input should be a valid integer, got a number with a fractional part",
+    "int_parsing": "Input should be a valid integer, unable to parse string as an integer",
+    "int_parsing_size": "Unable to parse input string as an integer, exceeded maximum size",
+}
 
 Loc = tuple[str | int, ...]
 Fields = dict[str, Any]
@@ -130,9 +144,28 @@ def _parse_label(value: object, loc: Loc) -> str | list[Detail] | None:
 def _parse_multiplier(value: object, loc: Loc) -> int | list[Detail] | None:
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        return [detail("int_type", loc, "Input should be a valid integer", value)]
-    return value if value > 0 else [detail("greater_than", loc, "Input should be greater than 0", value)]
+    number = _integer(value)
+    if isinstance(number, str):
+        return [detail(number, loc, _NO_INTEGER[number], value)]
+    return number if number > 0 else [detail("greater_than", loc, "Input should be greater than 0", value)]
+
+
+def _integer(value: object) -> int | str:
+    """An integer, as such, as 5.0 or in text, as Polar takes it; else which of _NO_INTEGER the value is."""
+    if isinstance(value, str):
+        return _integer_in(value.strip())
+    if isinstance(value, Decimal):
+        if value != value.to_integral_value():
+            return "int_from_float"
+        return int(value) if -_FRACTION_MAX < value < _FRACTION_MAX else "int_parsing_size"
+    return value if isinstance(value, int) and not isinstance(value, bool) else "int_type"
+
+
+def _integer_in(text: str) -> int | str:
+    if len(text) > INTEGER_LENGTH_MAX:
+        return "int_parsing_size"
+    found = _INTEGER.fullmatch(text)
+    return int(found[1]) if found else "int_parsing"
 
 
 _PARSERS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from calendar import monthrange
 from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, available_timezones
 
 
 class Interval(StrEnum):
@@ -46,15 +46,22 @@ _ZERO = timedelta()
 _HOUR = timedelta(hours=1)
 _DAY = timedelta(days=1)
 _MICROSECOND = timedelta(microseconds=1)
+_NO_ZONES = {"localtime", "posixrules", "Factory"}  # the server's own clock, a copy of New York's, none chosen
+
+
+@lru_cache(maxsize=1)
+def zone_names() -> frozenset[str]:
+    """Of the system and of the package tzdata; without ``posix/`` and ``right/``, whose clock counts leap seconds.
+
+    To look costs some 20 ms, once, because every file of the system's is opened.
+    """
+    return frozenset(available_timezones() - _NO_ZONES)
 
 
 @lru_cache(maxsize=1024)
 def zone(name: str) -> ZoneInfo | None:
     """The time zone of an IANA name, which minds case; None where there is none of that name."""
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        return None
+    return ZoneInfo(name) if name in zone_names() else None
 
 
 def range_refusal(start: datetime, end: datetime, interval: Interval) -> str | None:

@@ -49,7 +49,6 @@ class Rules(NamedTuple):
     """What billing has to say about a meter; nothing bills yet, so nothing is forbidden."""
 
     is_billed: Callable[[Meter], bool] = _never
-    is_attached: Callable[[Meter], bool] = _never
 
 
 class Desk:

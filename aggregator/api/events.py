@@ -68,8 +68,20 @@ async def _scope(
 InScope = Annotated[Scope, Depends(_scope)]
 
 
+async def _no_event_types(
+    _: Reader, event_type_id: Annotated[list[str] | None, Query(include_in_schema=False)] = None
+) -> None:
+    """Raises Malformed for an event type: a list that did not mind it would show more than was asked for."""
+    if event_type_id is not None:
+        message = "There are no event types here: give the 'name' of the events"
+        raise Malformed([detail("extra_forbidden", ("query", "event_type_id"), message, event_type_id)])
+
+
+NoEventTypes = Annotated[None, Depends(_no_event_types)]
+
+
 async def _listing(
-    desk: AtDesk, token: Reader, scope: InScope, page: WhichPage, metadata: MetadataTexts,
+    desk: AtDesk, token: Reader, _: NoEventTypes, scope: InScope, page: WhichPage, metadata: MetadataTexts,
     filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
     start_timestamp: Instant | None = None, end_timestamp: Instant | None = None, name: Texts = None,
     meter_id: UUID | None = None, query: Search = None, parent_id: UUID | None = None, depth: Depth = None,

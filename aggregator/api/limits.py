@@ -1,7 +1,7 @@
 """Limits of the API, each with its reason."""
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
-"""Of a request: the largest filter that is accepted fits, with every text at its longest escaped."""
+"""Of a request: a filter of a hundred clauses fits, with every text at its longest."""
 
 PAGE_ROWS_MAX = 100
 """Items of one page; Polar's limit, and like there a larger wish is cut down silently."""

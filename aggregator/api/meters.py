@@ -98,7 +98,7 @@ def _is_attached(desk: Desk, meter: Meter) -> bool:
     """Whether anything is sold or given by this meter."""
     benefits = desk.catalogue.benefits.benefits_of(meter.organization_id)
     is_given = any(benefit.meter_id == meter.id for benefit in benefits)
-    return is_given or desk.catalogue.prices.of(meter.id) is not None or desk.rules.is_attached(meter)
+    return is_given or desk.catalogue.prices.of(meter.id) is not None
 
 
 def _complaint(details: list[Any]) -> Exception:

@@ -218,6 +218,7 @@ def test_names_of_events(tenant: Tenant) -> None:
         ({"filter": "[]"}, "RequestValidationError", ("model_attributes_type", ["query", "filter"])),
         ({"sorting": "name"}, "RequestValidationError", ("enum", ["query", "sorting"])),
         ({"source": "robot"}, "RequestValidationError", ("enum", ["query", "source"])),
+        ({"event_type_id": "any"}, "RequestValidationError", ("extra_forbidden", ["query", "event_type_id"])),
         ({"start_timestamp": "2026-01-01"}, "RequestValidationError", ("timezone_aware", ["query", "start_timestamp"])),
         (
             {"end_timestamp": "0001-01-01T00:00:00+14:00"},

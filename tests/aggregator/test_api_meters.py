@@ -1,5 +1,6 @@
 """Meters over HTTP: made, listed, changed, locked, archived."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,34 @@ def test_archiving_and_back(tenant: Tenant) -> None:
     assert tenant.patch(f"/v1/meters/{id}", {"is_archived": False})["archived_at"] is None
 
 
+def priced(tenant: Tenant, meter: str) -> str:
+    """Give the meter a price; where it is."""
+    path = f"/v1/meters/{meter}/price"
+    assert tenant.ask("PUT", path, json={"unit_amount": "1"}).is_success
+    return path
+
+
+def given(tenant: Tenant, meter: str) -> str:
+    """Make a benefit that gives units of the meter; where it is."""
+    properties = {"meter_id": meter, "units": 5, "rollover": False}
+    made = tenant.post("/v1/benefits/", {"type": "meter_credit", "description": "units", "properties": properties})
+    return f"/v1/benefits/{made['id']}"
+
+
+@pytest.mark.parametrize("attach", [priced, given])
+def test_what_is_sold_or_given_by_a_meter_keeps_it_from_the_archive(
+    tenant: Tenant, attach: Callable[[Tenant, str], str]
+) -> None:
+    """While there is a price or a benefit; after it was deleted the meter is archived, and others were at any time."""
+    meter, other = tenant.meter(), tenant.meter()
+    attached = attach(tenant, meter)
+    refusal = tenant.refusal("PATCH", f"/v1/meters/{meter}", json={"is_archived": True})
+    assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "is_archived"])])
+    assert tenant.patch(f"/v1/meters/{other}", {"is_archived": True})["archived_at"] is not None
+    assert tenant.ask("DELETE", attached).status_code == 204
+    assert tenant.patch(f"/v1/meters/{meter}", {"is_archived": True})["archived_at"] is not None
+
+
 def test_another_tenants_meter_does_not_exist(server: Server, tenant: Tenant) -> None:
     """Reading, changing and asking for quantities of a foreign meter is 404, like one that never was."""
     foreign = server.tenant().meter()
@@ -129,13 +158,11 @@ def test_another_tenants_meter_does_not_exist(server: Server, tenant: Tenant) ->
 
 
 def test_billing_locks_a_meter(tmp_path: Path) -> None:
-    """What was billed fixes filter and aggregation, whose very mention is refused; prices keep a meter in use."""
-    with serving(tmp_path, Rules(is_billed=lambda _: True, is_attached=lambda _: True)) as server:
+    """What was billed fixes filter and aggregation, whose very mention is refused; other fields can be changed."""
+    with serving(tmp_path, Rules(is_billed=lambda _: True)) as server:
         tenant = server.tenant()
         path = f"/v1/meters/{tenant.meter()}"
         for key in ("filter", "aggregation"):
             refusal = tenant.refusal("PATCH", path, json={key: None})
             assert refusal == (422, "PolarRequestValidationError", [("forbidden", ["body", key])])
-        refusal = tenant.refusal("PATCH", path, json={"is_archived": True})
-        assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "is_archived"])])
         assert tenant.patch(path, {"name": "Renamed"})["name"] == "Renamed"

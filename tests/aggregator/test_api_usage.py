@@ -96,6 +96,7 @@ def test_days_are_counted_as_each_bound_is_written(tenant: Tenant, end: str, poi
     ("asked", "complaint"),
     [
         ({"timezone": "Mars/Olympus"}, ("value_error", ["query", "timezone"])),
+        ({"timezone": "right/Europe/Berlin"}, ("value_error", ["query", "timezone"])),
         ({"interval": "minute"}, ("enum", ["query", "interval"])),
         ({"start_timestamp": "2026-02-01T00:00:00"}, ("timezone_aware", ["query", "start_timestamp"])),
         ({"customer_aggregation_function": "median"}, ("literal_error", ["query", "customer_aggregation_function"])),

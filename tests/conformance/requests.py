@@ -12,7 +12,6 @@ LLM = {"vendor": "v", "model": "m", "input_tokens": 0, "output_tokens": 0, "tota
 
 API = "through the API"
 FUNCTION = "by the function that decides"
-NEEDS_BILLING = {"active_price", "active_benefit"}  # what a meter is attached to, and nobody can make yet
 Json = Any
 
 
@@ -22,11 +21,12 @@ def way(case: Case) -> str:
     match case["when"]["op"]:
         case "is_summable":
             sayable = False
-        case "archive_meter":
-            sayable = params["attached"] not in NEEDS_BILLING
         case "update_meter":
             sayable = not params["last_billed_event"]
-        case "customer_meter" | "activation" | "rollover_units" | "benefit_steps" | "metered_price_amount":
+        case (
+            "archive_meter" | "customer_meter" | "activation" | "rollover_units" | "benefit_steps"
+            | "metered_price_amount"
+        ):  # fmt: skip
             sayable = True
         case "ingest":
             sayable = params["auth"] == "organization_token"

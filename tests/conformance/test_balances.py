@@ -159,24 +159,3 @@ def test_charges_are_polars(case: Case, server: Server) -> None:
 def test_what_is_not_here_is_named() -> None:
     """Every case of billing is either held above or has a reason why nothing here could hold it."""
     assert {case["id"] for case in cases("billing")} == {case["id"] for case in PRICED} | NOT_HERE.keys()
-
-
-def test_a_price_or_a_benefit_keeps_a_meter_from_the_archive(server: Server) -> None:
-    """The cases of archiving, with a real price and a real benefit: refused while attached, taken afterwards."""
-    by_id = {case["id"]: case for case in cases("meter_update")}
-    attached, archived = by_id["ar-active-price"], by_id["ar-archived-price"]
-    tenant = server.tenant()
-    meter = tenant.meter()
-    assert tenant.ask("PUT", f"/v1/meters/{meter}/price", json={"unit_amount": "1"}).is_success
-    refused = tenant.ask("PATCH", f"/v1/meters/{meter}", json={"is_archived": True})
-    assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, attached["then"]["loc"])
-    assert tenant.ask("DELETE", f"/v1/meters/{meter}/price").status_code == 204
-    properties = {"meter_id": meter, "units": 5, "rollover": False}
-    body = {"type": "meter_credit", "description": "units", "properties": properties}
-    benefit = tenant.post("/v1/benefits/", body)["id"]
-    given = tenant.ask("PATCH", f"/v1/meters/{meter}", json={"is_archived": True})
-    assert (given.status_code, given.json()["detail"][0]["loc"]) == (422, by_id["ar-benefit"]["then"]["loc"])
-    assert tenant.ask("DELETE", f"/v1/benefits/{benefit}").status_code == 204
-    assert tenant.ask("PATCH", f"/v1/meters/{meter}", json={"is_archived": True}).status_code == (
-        archived["then"]["status"]
-    )

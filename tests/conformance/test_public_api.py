@@ -209,9 +209,10 @@ def test_meters_change_as_far_as_polars_do(case: Case, world: World, tmp_path: P
     if way(case) == API:
         tenant = world.tenants[case["id"]]
         meter = tenant.make_meter(EVERYTHING, {"func": "count"})
+        attach(tenant, meter, case["when"]["params"].get("attached"))
         answer = tenant.ask("PATCH", f"/v1/meters/{meter}", body=change)
     else:
-        with serving(tmp_path, Rules(is_billed=lambda _: True, is_attached=lambda _: True)) as server:
+        with serving(tmp_path, Rules(is_billed=lambda _: True)) as server:
             owner = server.tenant()
             answer = owner.ask("PATCH", f"/v1/meters/{owner.meter()}", json=change)
     body = answer.json()
@@ -222,6 +223,18 @@ def test_meters_change_as_far_as_polars_do(case: Case, world: World, tmp_path: P
     agree(case, answer.status_code == then["status"] and same, answer.text)
     if answer.is_success:
         assert body["archived_at"] is not None if "is_archived" in change else change.items() <= body.items()
+
+
+def attach(tenant: Tenant, meter: str, what: str | None) -> None:
+    """Give the meter what the case says: a price, one that is gone again, a benefit, or nothing."""
+    if what in ("active_price", "archived_price"):
+        tenant.read("PUT", f"/v1/meters/{meter}/price", body={"unit_amount": "1"})
+    if what == "archived_price":
+        assert tenant.ask("DELETE", f"/v1/meters/{meter}/price").status_code == 204
+    if what == "active_benefit":
+        properties = {"meter_id": meter, "units": 5, "rollover": False}
+        body = {"type": "meter_credit", "description": "units", "properties": properties}
+        tenant.read("POST", "/v1/benefits/", body=body)
 
 
 def change_of(case: Case) -> Json:

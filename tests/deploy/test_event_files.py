@@ -12,6 +12,8 @@ from deploy.event_files import CsvFile, parse_mapping, read_ndjson
 from deploy.giving_up import USAGE, GiveUp
 from deploy.sending import Line, Problem, batches
 from deploy.stable_ids import StableIds
+from meters.exact_json import Token
+from meters.timestamp import parse_timestamp
 
 CSV = "user,at,total,note\nada,2026-03-01 10:00:00.1234567,812,\nbob,1767225600,0.10,true\ncid,never,1,00123\n"
 
@@ -94,6 +96,35 @@ def test_a_row_becomes_the_event_its_mapping_says(tmp_path: Path) -> None:
     assert b'"note":true' in second.event
     assert b'"timestamp":"1767225600"' in second.event
     assert third == Problem(4, "timestamp: 'never' is no ISO 8601 time")
+
+
+@pytest.mark.parametrize(
+    ("cell", "sent"),
+    [
+        ("1.767225600000000000e+09", "1767225600.000000000"),  # as numpy writes it
+        ("1.7672256001234E9", "1767225600.1234"),
+        ("17672256005e-1", "1767225600.5"),
+        ("1767225600.25", "1767225600.25"),
+        ("-5", "-5"),
+    ],
+)
+def test_a_time_as_a_number_is_sent_as_the_server_takes_it(tmp_path: Path, cell: str, sent: str) -> None:
+    """An exponent is worked out, since no time has one in text; the server reads what is sent."""
+    (line,) = csv_file(tmp_path, f"user,at,total\nada,{cell},1\n").lines()
+
+    assert isinstance(line, Line)
+    assert json.loads(line.event)["timestamp"] == sent
+    assert parse_timestamp(sent) == parse_timestamp(Token(cell))
+
+
+@pytest.mark.parametrize("cell", ["1.7e9", "1.76723E+09", "1e999999999999999999999", "1e-999999999", "0e5"])
+def test_a_time_whose_digits_are_lost_is_named(tmp_path: Path, cell: str) -> None:
+    """What a spreadsheet shortened could be off by hours: its line is named instead of guessed."""
+    problem, good = csv_file(tmp_path, f"user,at,total\nada,{cell},1\nbob,1767225600,1\n").lines()
+
+    message = f"timestamp: {cell!r} does not say every digit of its seconds; write it without an exponent"
+    assert problem == Problem(2, message)
+    assert isinstance(good, Line)
 
 
 def test_a_file_that_grew_or_was_mended_repeats_what_was_there(tmp_path: Path) -> None:

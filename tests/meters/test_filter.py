@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meters import exact_json
 from meters.facts import Facts, epoch_seconds, number
 from meters.filter import EVERYTHING, Clause, Filter, Operator, Scalar, holds, matches
-from meters.filter_json import CLAUSES_MAX, NESTING_MAX, filter_json, parse_filter
+from meters.filter_json import NESTING_MAX, filter_json, parse_filter
 
 WHEN = datetime(2024, 1, 10, 12, 0, 0, 500_000, tzinfo=UTC)  # 1704888000.5
 
@@ -204,12 +204,13 @@ for _ in range(NESTING_MAX):
         (clause(operator="in", value=[1, None]), "filter_value_type", ("clauses", 0, "value", 1)),
         (clause(operator="in", value=[1] * 1001), "too_long", ("clauses", 0, "value")),
         (clause(operator="exists", value=1), "bool_type", ("clauses", 0, "value")),
-        ({"conjunction": "or", "clauses": clause()["clauses"] * (CLAUSES_MAX + 1)}, "too_long", ("clauses",)),
+        ({"conjunction": "or", "clauses": clause()["clauses"] * 101}, "too_long", ("clauses",)),
         (
-            {"conjunction": "or", "clauses": [{"conjunction": "or", "clauses": clause()["clauses"] * 600}] * 2},
+            {"conjunction": "or", "clauses": [{"conjunction": "or", "clauses": clause()["clauses"] * 51}] * 2},
             "too_long",
             (),
         ),
+        ({"conjunction": "or", "clauses": [clause(operator="in", value=[1] * 501)] * 2}, "too_long", ()),
         (NESTED, "recursion_loop", ("clauses", 0) * NESTING_MAX),
     ],
 )
@@ -221,6 +222,22 @@ def test_what_is_no_filter_is_refused_at_its_place(value: Any, type: str, place:
         (type, ("body", "filter", *place))
     ]
     assert complaints[0]["msg"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"conjunction": "or", "clauses": clause()["clauses"] * 100},
+        {"conjunction": "or", "clauses": [{"conjunction": "or", "clauses": clause()["clauses"] * 50}] * 2},
+        clause(operator="in", value=[1] * 1000),
+        {"conjunction": "or", "clauses": [clause(operator="in", value=[1] * 500)] * 2},
+        NESTED["clauses"][0],
+        clause(property="x" * 1000),
+    ],
+)
+def test_a_filter_at_its_limits_is_taken(value: Any) -> None:
+    """A hundred clauses at all levels, a thousand values of ``in``, twenty levels, a thousand characters."""
+    assert isinstance(parse_filter(value), Filter)
 
 
 def test_every_mistake_is_reported() -> None:

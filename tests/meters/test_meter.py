@@ -1,11 +1,14 @@
 """How a meter is made and changed."""
 
+import json
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field, TypeAdapter, ValidationError
 
+from meters import exact_json
 from meters.aggregation import Aggregation
 from meters.filter import EVERYTHING
 from meters.meter import Meter, new_meter, updated_meter
@@ -64,6 +67,30 @@ def test_what_polar_takes_is_taken(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "sent",
+    [
+        *("1000", "1000.0", "1e3", "1.5", "9223372036854775807", "99999999999999999999", "1e17", "1e20", "0", "-3.0"),
+        *('"1000"', '"1000.00"', '" +1_000 "', '"007"', '"99999999999999999999"', '"0"', '"-3"', '"1_0.0"'),
+        *('"1.5"', '"1e3"', '"1."', '".0"', '"+ 5"', '"1__0"', '"_1"', '"0x10"', '""', '"\\u0661"', "[]", "{}"),
+        '"abc"',
+        *('"' + "9" * 4300 + '"', '"' + "9" * 4301 + '"', '"' + " " * 4301 + '5"'),
+    ],
+)
+def test_a_multiplier_is_read_as_polar_reads_it(sent: str) -> None:
+    """In its lax way, which takes 1000.0 and "1000"; what it refuses is refused in its words."""
+    ours = made(custom_multiplier=exact_json.decode(sent))
+    try:
+        theirs: Any = TypeAdapter(Annotated[int, Field(gt=0)]).validate_python(json.loads(sent))
+    except ValidationError as error:
+        (refused,) = error.errors()
+        assert isinstance(ours, list)
+        assert [(one["type"], one["msg"]) for one in ours] == [(refused["type"], refused["msg"])]
+    else:
+        assert isinstance(ours, Meter)
+        assert ours.custom_multiplier == theirs
+
+
+@pytest.mark.parametrize(
     ("fields", "type", "place"),
     [
         ({"name": ...}, "missing", ("name",)),
@@ -79,7 +106,8 @@ def test_what_polar_takes_is_taken(fields: dict[str, Any]) -> None:
         ({"custom_label": 5}, "string_type", ("custom_label",)),
         ({"custom_multiplier": 0}, "greater_than", ("custom_multiplier",)),
         ({"custom_multiplier": True}, "int_type", ("custom_multiplier",)),
-        ({"custom_multiplier": Decimal("1.5")}, "int_type", ("custom_multiplier",)),
+        ({"custom_multiplier": Decimal("1.5")}, "int_from_float", ("custom_multiplier",)),
+        ({"custom_multiplier": Decimal("1e400000000")}, "int_parsing_size", ("custom_multiplier",)),
         ({"metadata": []}, "dict_type", ("metadata",)),
         ({"metadata": {str(key): key for key in range(51)}}, "too_long", ("metadata",)),
         ({"metadata": {"": 1}}, "string_too_short", ("metadata", "", "[key]")),

@@ -1,13 +1,15 @@
 """Buckets and series, where clocks are set back and forward too."""
 
 from datetime import UTC, date, datetime, timedelta
+from importlib.resources import files
+from zoneinfo import reset_tzpath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meters.timestamp import parse_timestamp
-from meters.window import Interval, bucket, day_start, range_refusal, series, zone
+from meters.window import Interval, bucket, day_start, range_refusal, series, zone, zone_names
 
 MICROSECOND = timedelta(microseconds=1)
 
@@ -72,7 +74,7 @@ def test_the_bucket_that_holds_an_instant(instant: str, interval: str, timezone:
 @given(
     instants(1950, 2100),
     st.sampled_from(Interval),
-    st.sampled_from(ZONES) | st.timezone_keys(),
+    st.sampled_from(ZONES) | st.sampled_from(sorted(zone_names())),
 )
 def test_buckets_partition_time(instant: datetime, interval: Interval, timezone: str) -> None:
     """Every instant is in exactly one bucket, in every zone there is."""
@@ -204,12 +206,32 @@ def test_points_stand_for_buckets_of_their_own(start: datetime, steps: int, inte
     assert len(set(buckets)) == len(points) == len(set(points))
 
 
-@pytest.mark.parametrize("timezone", ["utc", "Europe/Nowhere", "", "../UTC", "/etc/passwd", "a\0b", "Europe"])
+@pytest.mark.parametrize(
+    "timezone",
+    [
+        *("utc", "Europe/Nowhere", "", "../UTC", "/etc/passwd", "a\0b", "Europe", "zone.tab"),
+        *("localtime", "posixrules", "Factory", "posix/Europe/Berlin", "right/Europe/Berlin", "right/UTC"),
+    ],
+)
 def test_what_is_no_time_zone_is_none(timezone: str) -> None:
-    """Names mind case, and no name reaches a file that is no time zone."""
+    """Names mind case; neither the server's own clock nor one that counts leap seconds is a time zone's."""
     assert zone(timezone) is None
     with pytest.raises(ValueError, match="no such time zone"):
         series(utc("2026-03-01 00:00"), utc("2026-03-02 00:00"), Interval.DAY, timezone)
+
+
+@pytest.mark.parametrize("path", [(), None], ids=["of the package", "of the system"])
+def test_zones_are_those_of_the_package_where_the_system_has_none(path: tuple[str, ...] | None) -> None:
+    """Every zone of the package is known, with files of the system and without."""
+    names = (files("tzdata") / "zones").read_text("ascii").split()
+    reset_tzpath(path)
+    zone_names.cache_clear()
+    try:
+        assert zone_names() >= {*names} - {"Factory"}
+        assert zone_names().isdisjoint({"Factory", "localtime", "posixrules"})
+    finally:
+        reset_tzpath()
+        zone_names.cache_clear()
 
 
 @pytest.mark.parametrize(
