@@ -80,6 +80,7 @@ class Aggregator:
                 if broken:
                     raise PositionLost(broken)
                 engine = Engine(self._log, store, self._observed)
+            self.telemetry.strangers.set(engine.strangers.events)
             engine.start()
         except BaseException:
             store.close()

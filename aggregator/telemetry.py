@@ -52,6 +52,11 @@ class Telemetry:
         self.dead = Counter(
             "meterstream_dead_letters", "Lines that became dead letters, conflicts included", registry=self.registry
         )
+        self.strangers = Gauge(
+            "meterstream_unknown_organization_events",
+            "Events stored under organizations that no decision made, which nobody can see",
+            registry=self.registry,
+        )
         self.commit_s = Histogram("meterstream_commit_seconds", "Time of a round's transaction", registry=self.registry)
         self.rounds = Counter("meterstream_rounds", "Rounds committed", registry=self.registry)
         self.restarts = Counter("meterstream_engine_failures", "Engines ended by a failure", registry=self.registry)
@@ -67,6 +72,7 @@ class Telemetry:
         self.lines.inc(committed.lines)
         self.stored.inc(committed.stored)
         self.dead.inc(committed.dead)
+        self.strangers.set(committed.strangers)
         self.commit_s.observe(committed.commit_s)
         for partition, offset in committed.as_of.items():
             self.position.labels(str(partition)).set(offset)

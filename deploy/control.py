@@ -99,9 +99,9 @@ def open_control(data: DataDirectory, *, create: bool = False) -> Iterator[Contr
         log.close()
 
 
-def new_organization(name: str) -> Organization:
-    """An organization that is not yet decided."""
-    return Organization(id=str(uuid.uuid4()), name=name, created_at=datetime.now(UTC))
+def new_organization(name: str, id: str | None = None) -> Organization:
+    """An organization that is not yet decided, with an id of its own where none is given."""
+    return Organization(id=id or str(uuid.uuid4()), name=name, created_at=datetime.now(UTC))
 
 
 def new_secret() -> str:

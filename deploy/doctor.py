@@ -5,8 +5,8 @@ makes the next look pointless ends the visit.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,10 +15,18 @@ from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 
+if TYPE_CHECKING:
+    from aggregator.store.store import Store
+
 RESTORE_NEWEST = (
     "restore the newest log.sqlite; only if that is the newest, meterstream rebuild counts what it still has"
 )
 RESTORE_LOG = "restore log.sqlite from a backup; nothing else can replace it"
+NAME_IT = (
+    "mend the producer that names them (`meterstream orgs list` has the ids there are); "
+    "`meterstream orgs create NAME --id ID` makes such an organization, and its events visible to its tokens"
+)
+STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -41,13 +49,14 @@ def examine(data: DataDirectory) -> Iterator[Finding]:
         yield Finding("log", f"{data.log_url or data.log} cannot be opened: {error.__cause__}", RESTORE_LOG)
         return
     try:
-        yield from _examine_log(log)
-        yield from _examine_store(data, log)
+        known = yield from _examine_log(log)
+        yield from _examine_store(data, log, known)
     finally:
         log.close()
 
 
-def _examine_log(log: Log) -> Iterator[Finding]:
+def _examine_log(log: Log) -> Generator[Finding, None, Collection[str] | None]:
+    """Returns the ids of the organizations; None where the decisions cannot be read."""
     for stream in (USAGE_EVENTS, USAGE_CONTROL):
         records = sum(log.ends(stream).values()) - sum(log.starts(stream).values())
         yield Finding(stream, f"{records} records, up to position {_text(log.ends(stream))}")
@@ -55,24 +64,25 @@ def _examine_log(log: Log) -> Iterator[Finding]:
         catalogue = Control(log).catalogue
     except (ValueError, GiveUp) as error:
         yield Finding("decisions", f"a control record is damaged: {error.__cause__ or error}", RESTORE_LOG)
-        return
+        return None
     named: dict[str, dict[str, Any]] = {
         "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
     }
     counts = ", ".join(f"{len(things)} {name}" for name, things in named.items())
     heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
     yield Finding("decisions", counts, heal)
+    return catalogue.organizations.keys()
 
 
-def _examine_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
+def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
     try:
         with data.hold("look into the store"):
-            yield from _open_store(data, log)
+            yield from _open_store(data, log, known)
     except GiveUp:
         yield Finding("store", "a server runs here and has the store open; stop it to look inside", is_blind=True)
 
 
-def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
+def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
     from aggregator.continuity import break_in
     from aggregator.store.opening import NotNow, Unopenable, explaining
     from aggregator.store.store import Store
@@ -98,6 +108,21 @@ def _open_store(data: DataDirectory, log: Log) -> Iterator[Finding]:
         yield from fits
         if not any(fit.heal for fit in fits) and (broken := break_in(log, store)):
             yield Finding("store and log", broken, RESTORE_NEWEST)
+        if known is not None:
+            yield _strangers(store, known)
+
+
+def _strangers(store: "Store", known: Collection[str]) -> Finding:
+    from aggregator.strangers import stored_under
+
+    with contextlib.closing(store.cursor()) as connection:
+        found = stored_under(connection, known)
+    if not found:
+        return Finding("organizations", "every event belongs to one that was made")
+    named = ", ".join(f"{id} ({events})" for id, events in list(found.items())[:STRANGERS_SHOWN_MAX])
+    more = f" and {len(found) - STRANGERS_SHOWN_MAX} more" if len(found) > STRANGERS_SHOWN_MAX else ""
+    what = f"{sum(found.values())} events are stored under organizations that nobody made, so that nobody can see them"
+    return Finding("organizations", f"{what}: {named}{more}", NAME_IT)
 
 
 def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:

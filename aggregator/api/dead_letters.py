@@ -2,6 +2,9 @@
 
 A mended event is sent through ``POST /v1/events/ingest`` like any other, because there is one door for events. What is
 done here is to say that the letter is taken care of, so that the list stays short.
+
+A line whose organization is not known, or is none, belongs to nobody; only a producer that skips the gateway can write
+one. The operator looks after these with the first organization's tokens: the one that ``serve`` made.
 """
 
 from typing import Annotated
@@ -27,7 +30,10 @@ DIGITS_MAX = 18  # of a part of a place: an offset is a 64-bit number
 
 @router.get("/v1/dead-letters/", responses=gives(page_of("DeadLetter")))
 async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
-    """The lines that could not be counted, newest first, with their reason and their bytes."""
+    """The lines that could not be counted, newest first, with their reason and their bytes.
+
+    Lines of no known organization are shown to the first one that was made, the operator's.
+    """
 
     def question(here: Here) -> Letters:
         return dead_letters.page(
@@ -70,7 +76,8 @@ def _find(here: Here, desk: AtDesk, token: Token, id: str) -> DeadLetter:
 
 
 def _whose(desk: AtDesk, token: Token) -> Whose:
-    return Whose(token.organization_id, len(desk.catalogue.organizations) == 1)
+    known = list(desk.catalogue.organizations)  # in the order in which they were made
+    return Whose(token.organization_id, token.organization_id == known[0], known)
 
 
 def _place(id: str) -> Place | None:

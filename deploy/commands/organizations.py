@@ -5,6 +5,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from deploy.giving_up import USAGE, GiveUp
 from deploy.output import show, show_one
 from deploy.session import EPILOG, session
 
@@ -12,16 +13,32 @@ app = typer.Typer(no_args_is_help=True, help="The organizations of this installa
 
 
 @app.command(epilog=EPILOG)
-def create(context: typer.Context, name: Annotated[str, typer.Argument(help="What to call it.")]) -> None:
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    id: Annotated[str | None, typer.Option(help="Its id, where producers name one already; a UUID.")] = None,
+) -> None:
     """Create an organization. Give it a token next: `meterstream tokens create`."""
     from deploy.control import new_organization, open_control
     from meters.catalogue import OrganizationCreated
 
     here = session(context)
+    wanted = None if id is None else _parse_id(id)
     with open_control(here.data) as control:
-        organization = new_organization(name)
+        if wanted in control.catalogue.organizations:
+            raise GiveUp(f"there is an organization {wanted} already", USAGE)
+        organization = new_organization(name, wanted)
         control.decide([OrganizationCreated(organization)])
     show_one(msgspec.to_builtins(organization), here.output)
+
+
+def _parse_id(text: str) -> str:
+    from meters.uuid_text import parse_uuid4
+
+    id = parse_uuid4(text)
+    if not isinstance(id, str):
+        raise GiveUp(f"--id {text} is no id of an organization: give a UUID of version 4", USAGE)
+    return id
 
 
 @app.command(epilog=EPILOG, name="list")

@@ -17,6 +17,7 @@ from tests.ports import take_port
 from tests.waiting import eventually
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
+REPLACED = "meterstream_aggregator;"  # in the map of reads: what the README replaces to send them through a gateway
 GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"
 AGGREGATOR = "server aggregator:8000 max_fails=0;"
 LISTEN = "listen 8080;"
@@ -32,12 +33,15 @@ http {{
 }}
 """
 EVENT = {"name": "call", "external_customer_id": "proxied", "metadata": {"n": 1}}
+PORTAL = "/v1/customer-portal/meters/"
+PAGE = {"origin": "https://shop.example.com"}
+PREFLIGHT = PAGE | {"access-control-request-method": "GET", "access-control-request-headers": "authorization"}
 
 
 @contextlib.contextmanager
-def proxy(directory: Path, gateways: list[str], aggregator: str) -> Iterator[str]:
-    """nginx with the shipped configuration in front of these servers; its address."""
-    port, text = take_port(), SHIPPED.read_text()
+def proxy(directory: Path, gateways: list[str], aggregator: str, shipped_text: str = "") -> Iterator[str]:
+    """nginx with the shipped configuration, or a changed one, in front of these servers; its address."""
+    port, text = take_port(), shipped_text or SHIPPED.read_text()
     for shipped, here in (
         (GATEWAY, " ".join(f"server {gateway} max_fails=2 fail_timeout=5s;" for gateway in gateways)),
         (AGGREGATOR, f"server {aggregator} max_fails=0;"),
@@ -122,6 +126,45 @@ def test_every_answer_names_its_version_once(through: httpx.Client, method: str,
 
     assert answer.status_code == 200
     assert answer.headers.get_list("polar-version") == [(version or VERSION_DEFAULT).decode()]
+
+
+@pytest.mark.parametrize("path", [PORTAL, "/v1/meters/", "/v1/events/ingest"])
+def test_a_browser_is_told_that_its_page_may_ask(through: httpx.Client, path: str) -> None:
+    """The question before the request, which has no token, is answered as by a gateway, whatever it is about."""
+    answer = through.request("OPTIONS", path, headers=PREFLIGHT)
+
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "Authorization" in answer.headers["access-control-allow-headers"]
+    assert answer.headers.get_list("polar-version") == [VERSION_DEFAULT.decode()]
+
+
+@pytest.mark.parametrize("version", [None, *sorted(VERSIONS)])
+def test_a_page_may_read_what_it_asked_for(through: httpx.Client, version: bytes | None) -> None:
+    """A customer's own meters, with the headers without which a browser shows a page nothing; refusals, too."""
+    versioned = PAGE | ({} if version is None else {"polar-version": version.decode()})
+    customer = through.post("/v1/customers/", json={"email": f"{version!r}@example.com"}).json()["id"]
+    session = through.post("/v1/customer-sessions/", json={"customer_id": customer}).json()["token"]
+    answer = through.get(PORTAL, headers=versioned | {"authorization": f"Bearer {session}"})
+    refused = through.get(PORTAL, headers=versioned | {"authorization": "Bearer nobody's"})
+
+    assert (answer.status_code, refused.status_code) == (200, 401)
+    for each in (answer, refused):
+        assert each.headers.get_list("access-control-allow-origin") == ["*"]
+        assert each.headers.get_list("polar-version") == [(version or VERSION_DEFAULT).decode()]
+
+
+def test_all_reads_can_be_sent_through_a_gateway(running: Installation, tmp_path: Path) -> None:
+    """As the README says, with two words of the shipped file changed: each is passed on, without another way there."""
+    assert SHIPPED.read_text().count(REPLACED) == 2
+    changed = SHIPPED.read_text().replace(REPLACED, "meterstream_gateways;")
+    headers = {"authorization": f"Bearer {running.token}"}
+    before = passed_on(running)
+    with proxy(tmp_path, [running.url.removeprefix("http://")], f"127.0.0.1:{take_port()}", changed) as url:
+        for version in ({}, {"polar-version": VERSION_DEFAULT.decode()}):
+            assert httpx.get(f"{url}/v1/meters/", headers=headers | version, timeout=30).status_code == 200
+
+    assert passed_on(running) == before + 2
 
 
 def test_an_unknown_version_is_refused_as_by_a_gateway(through: httpx.Client) -> None:

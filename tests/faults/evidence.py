@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,10 +122,10 @@ class Counted(NamedTuple):
     tallies: dict[str, int]
 
 
-def _all(log: Log) -> Iterator[Record]:
-    """Every record. One question may be answered in part, where brokers take their time."""
+def every(log: Log, since: Mapping[int, int] | None = None) -> Iterator[Record]:
+    """Every record, or from these positions on. One question may be answered in part: brokers take their time."""
     ends = ends_of(log)
-    position = dict.fromkeys(ends, 0)
+    position = dict.fromkeys(ends, 0) | dict(since or {})
     while any(position[partition] < end for partition, end in ends.items()):
         found = log.read(USAGE_EVENTS, position, bytes_max=1 << 40, wait_s=5.0)
         if not found:
@@ -145,14 +146,15 @@ def ends_of(log: Log) -> dict[int, int]:
     return found
 
 
-def count(log: Log, until: Mapping[int, int] | None = None) -> Counted:
+def count(log: Log, until: Mapping[int, int] | None = None, gone: Sequence[Record] = ()) -> Counted:
     """Read the log, one line at a time: first write wins, the same bytes again repeat it, others contradict.
 
-    ``until`` are the positions to stop at, by partition; None reads all.
+    ``until`` are the positions to stop at, by partition; None reads all. ``gone`` are records that the log had at its
+    beginning and has no more, counted as if it had them; whatever else is missing there was never read by anybody.
     """
     counted = Counted({}, set(), set(), dict.fromkeys(("stored", "duplicates", "conflicts", "dead"), 0))
     first: dict[tuple[str, str], bytes] = {}
-    for record in _all(log):
+    for record in chain(gone, every(log, log.starts(USAGE_EVENTS) if gone else None)):
         if until is not None and record.offset >= until.get(record.partition, 0):
             continue
         for number, raw in enumerate(record.value.split(b"\n")):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from meters.access import digest
 from meters.catalogue import Token, TokenCreated
-from meters.log import USAGE_CONTROL, Entry, Log, TryAgain, format_position, parse_position
+from meters.log import USAGE_CONTROL, Entry, Log, Record, TryAgain, format_position, parse_position
 from tests.aggregator.records import ORGANIZATION, decisions, organization
 from tests.faults.evidence import Counted, Tables, assert_store_tells, count, ends_of, export, positions
 from tests.faults.sender import Outcome, Sender
@@ -216,17 +216,20 @@ class KafkaInstallation:
 
         eventually(caught_up, look_again_s=LOOK_AGAIN_S)
 
-    def end(self, sender: Sender) -> tuple[Outcome, Counted, Tables]:
-        """Settle, catch up, stop everything and compare the store with the log, line by line."""
+    def end(self, sender: Sender, gone: Sequence[Record] = ()) -> tuple[Outcome, Counted, Tables]:
+        """Settle, catch up, stop everything and compare the store with the log, line by line.
+
+        ``gone`` are records that were counted before they left the log.
+        """
         asyncio.run(sender.settle(self.address))
         assert self.gateway.stop() == 0, self.gateway.output[-2000:]
         self.catch_up()
         assert self.aggregator.stop() == 0, self.aggregator.output[-2000:]
         tables = export(self.store)
         with contextlib.closing(self.open_log()) as log:
-            counted = count(log, positions(tables))  # a request that was given up may still reach the log later
+            counted = count(log, positions(tables), gone)  # a request that was given up may still reach the log later
         assert_store_tells(tables, counted)
-        stored = [row[_EXTERNAL_ID] for row in tables["events"] if row[_NAME] == "call"]
+        stored = stored_ids(tables)
         assert not sender.sent or set(stored) <= sender.sent
         return sender.outcome(stored, len(counted.dead)), counted, tables
 
@@ -235,6 +238,11 @@ class KafkaInstallation:
         self.client.close()
         for process in (self.gateway, self.aggregator):
             process.stop()
+
+
+def stored_ids(tables: Tables) -> list[str]:
+    """The ids of a sender's events in an exported store, one for each row."""
+    return [row[_EXTERNAL_ID] for row in tables["events"] if row[_NAME] == "call"]
 
 
 def recovery_s(begin: Callable[[], object], recovered: Callable[[], bool]) -> float:

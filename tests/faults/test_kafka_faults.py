@@ -8,6 +8,7 @@ import contextlib
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.faults.cutting import CuttingProxy
 from tests.faults.evidence import SEED, export
+from tests.faults.figures import told
 from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 from tests.faults.sender import Sender
 from tests.kafka.cluster import Cluster, Node
@@ -64,10 +66,8 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
             asyncio.run(client.load(installation.address, strike, refused=True))
             outcome, counted, _ = installation.end(client)
     ((told_yes, told_no),) = seen
-    record_property("figures",
-        f"kafka, SIGSTOP for {stopped_s:.0f} s: seed {SEED}, {outcome}, again in the log "
-        f"{counted.tallies['duplicates']}; 503 {told_no} times, writing {away[0]:.2f} s after SIGCONT"
-    )
+    more = f"again in the log {counted.tallies['duplicates']}, 503 {told_no} times, recovery is writing after SIGCONT"
+    record_property("figures", told(f"SIGSTOP for {stopped_s:.0f} s", outcome, away[0], more))
 
     assert told_yes == 0
     assert told_no > 0
@@ -78,6 +78,7 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
 def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """What was done and not answered is done again, by the sender or by the gateway's client: it counts once."""
     front, behind = take_port(), take_port()
+    away: list[float] = []
     address = {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{behind}"}
     choose = random.Random(SEED)
     with (
@@ -94,16 +95,19 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Cal
                     await asyncio.sleep(choose.uniform(0, CUT_EVERY_S))
                     to_broker.cut_next += 1
                     to_gateway.cut_next += 1
+                waiting, since_s = client.sent - set(client.acknowledged), time.monotonic()
+                await until(lambda: waiting <= set(client.acknowledged))
+                away.append(time.monotonic() - since_s)
                 await asyncio.sleep(UNSEEN_S)
 
             asyncio.run(client.load(f"http://127.0.0.1:{front}", strike, refused=True))
             to_broker.cut_next = to_gateway.cut_next = 0
             outcome, counted, _ = installation.end(client)
-    record_property("figures",
-        f"kafka, answers lost: seed {SEED}, {to_gateway.cut} of {to_gateway.answers} to the sender, "
-        f"{to_broker.cut} of {to_broker.answers} of the broker, {outcome}, again in the log "
-        f"{counted.tallies['duplicates']}"
+    more = (
+        f"cut {to_gateway.cut} of {to_gateway.answers} to the sender, {to_broker.cut} of {to_broker.answers} of the "
+        f"broker, again in the log {counted.tallies['duplicates']}, recovery is the yes to all that waited after them"
     )
+    record_property("figures", told("answers lost", outcome, away[0], more))
 
     assert to_gateway.cut > 0
     assert to_broker.cut > 0
@@ -144,10 +148,11 @@ def test_one_of_three_brokers_may_be_lost(
             installation.start()
             asyncio.run(client.load(installation.address, strike, refused=True))
             outcome, counted, _ = installation.end(client)
-    record_property("figures",
-        f"kafka, brokers lost: seed {SEED}, one of three {len(away)} times, a second one {len(told_yes)} times, "
-        f"{outcome}, in the log {counted.tallies['duplicates']}; writing again {max(away):.2f} s after the loss"
+    more = (
+        f"one of three {len(away)} times, a second one {len(told_yes)} times, again in the log "
+        f"{counted.tallies['duplicates']}, recovery is writing after the loss, at most"
     )
+    record_property("figures", told("brokers lost", outcome, max(away), more))
 
     assert sum(told_yes) == 0
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
@@ -165,10 +170,11 @@ def test_a_stopped_aggregator_cannot_be_joined(
         asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
         second.start()
         code = second.wait()
-        installation.aggregator.signal(signal.SIGCONT)
+        away = recovery_s(lambda: installation.aggregator.signal(signal.SIGCONT), installation.reads)
         outcome, _, _ = installation.end(client)
     complaint = second.output.strip()
-    record_property("figures", f"kafka, a second aggregator: {outcome}; it says: {complaint}")
+    more = f"recovery is reading after SIGCONT; it says: {complaint}"
+    record_property("figures", told("a second aggregator", outcome, away, more))
 
     assert code == 1
     assert "stop it first" in complaint
@@ -191,8 +197,7 @@ def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, record_property: Cal
             stale = export_copy(tmp_path / "unplugged", tmp_path / "copy")
             installation.api_port = take_port()
             installation.aggregator = installation.another_aggregator("successor", installation.api_port, data)
-            installation.aggregator.start()
-            eventually(installation.reads)
+            away = recovery_s(installation.aggregator.start, installation.reads)
             asyncio.run(client.load(installation.address, lambda: asyncio.sleep(UNSEEN_S)))
             installation.catch_up()
         finally:
@@ -200,7 +205,8 @@ def test_a_zombie_is_fenced(kafka: Cluster, tmp_path: Path, record_property: Cal
         code = zombie.wait()
         outcome, _, _ = installation.end(client)
     complaint = zombie.output.strip().splitlines()[-1]
-    record_property("figures", f"kafka, zombie: {outcome}; it says: {complaint}")
+    more = f"recovery is reading after the successor's start; it says: {complaint}"
+    record_property("figures", told("zombie", outcome, away, more))
 
     assert code == 1
     assert "another writer took over" in complaint

@@ -10,6 +10,7 @@ from statistics import median
 import pytest
 
 from tests.faults.evidence import SEED
+from tests.faults.figures import told
 from tests.faults.kafka_installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 from tests.faults.sender import Sender
 
@@ -63,6 +64,6 @@ def test_whoever_dies_nothing_acknowledged_is_lost_or_doubled(
             for _ in range(rounds):
                 asyncio.run(sender.load(installation.address, victims.strike, refused=True))
             outcome, _, _ = installation.end(sender)
-    record_property("figures", f"kafka, kill -9 of all: seed {SEED}, rounds {rounds}, {outcome}; away: {victims}")
+    record_property("figures", told("kill -9 of all", outcome, f"{victims}", f"rounds {rounds}"))
 
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)

@@ -7,6 +7,7 @@ ends the aggregator with one line that says which; the gateway goes on, because 
 import asyncio
 import contextlib
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from confluent_kafka import Producer, TopicPartition
 
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key
 from tests.aggregator.records import ORGANIZATION
 from tests.deploy.installation import meterstream
-from tests.faults.evidence import SEED, assert_store_tells, count, export, usage
-from tests.faults.kafka_installation import PARTITIONS, TOKEN, KafkaInstallation
+from tests.faults.evidence import SEED, assert_store_tells, count, every, export, usage
+from tests.faults.figures import told
+from tests.faults.kafka_installation import PARTITIONS, TOKEN, KafkaInstallation, recovery_s, stored_ids
 from tests.faults.sender import Sender
 from tests.kafka.cluster import Cluster
 from tests.waiting import eventually
@@ -44,6 +46,8 @@ POISON = {  # what a record holds, and lines of it that are no events
     "good and bad lines": (usage("mixed-1") + b"\n{broken\n" + usage("mixed-2"), 1),
     "a binary header": (usage("headed"), 0),
 }
+IN_BAD_COMPANY = {"mixed-1", "mixed-2", "headed"}
+"""Ids of good lines among these."""
 
 
 def produce(installation: KafkaInstallation, records: list[tuple[bytes | None, int | None]]) -> None:
@@ -62,6 +66,7 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
 ) -> None:
     """Whatever a plain producer sends, every line is counted or is a dead letter with a reason; the rest goes on."""
     installation = KafkaInstallation(kafka, tmp_path, options=f"?organization={ORGANIZATION}")
+    books = Sender(SEED, TOKEN)  # of the producer: what can be counted, and what the broker confirmed
     good = [usage(f"good-{number}") for number in range(GOOD)]
     records: list[tuple[bytes | None, int | None]] = []
     for number, (value, _) in enumerate(POISON.values()):
@@ -69,16 +74,22 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
     records += [(line, None) for line in good]  # some of them a second time
     with contextlib.closing(installation):
         installation.start()
+        books.sent = {f"good-{number}" for number in range(GOOD)} | IN_BAD_COMPANY
         produce(installation, records)
+        books.acknowledged = [*books.sent]
         installation.catch_up()
         letters = installation.ask("/v1/dead-letters/", limit="100").json()["items"]
-        outcome, counted, _ = installation.end(Sender(SEED, TOKEN))
-    record_property("figures", f"kafka, poison: {len(records)} records, {len(POISON)} kinds, {counted.tallies}")
+        outcome, counted, _ = installation.end(books)
+    more = f"{len(records)} records, {len(POISON)} kinds, {counted.tallies}"
+    record_property(
+        "figures", told("poison", outcome, "none, nothing stops", more, seed="none, nothing is drawn")
+    )
 
+    assert (outcome.lost, outcome.doubled) == (0, 0)
     assert outcome.dead == counted.tallies["dead"] == sum(bad for _, bad in POISON.values())
     assert len(letters) == outcome.dead
     assert all(letter["reason"] for letter in letters)
-    assert counted.tallies["stored"] == GOOD + 3  # and the good lines of bad company
+    assert counted.tallies["stored"] == outcome.stored == outcome.acked == GOOD + len(IN_BAD_COMPANY)
     assert counted.tallies["duplicates"] == len(POISON)
     assert counted.tallies["conflicts"] == 0
 
@@ -86,7 +97,10 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
 def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
     kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Records that went before they were counted are not skipped: it ends and says so, until somebody accepts it."""
+    """Records that went before they were counted are not skipped: it ends and says so, until somebody accepts it.
+
+    Then the store has what it had, and whatever could still be read, and lacks nothing else.
+    """
     installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
     with contextlib.closing(installation):
         installation.start()
@@ -94,7 +108,9 @@ def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
         installation.catch_up()
         assert installation.aggregator.stop() == 0
         before = export(installation.store)
+        gone = [record for record in read_all(installation) if record.partition == 0]
         asyncio.run(sender.load(installation.address, lambda: asyncio.sleep(0.1)))
+        unread = [record for record in read_all(installation) if record.partition == 0][len(gone) :]
         topic = f"{installation.prefix}.{USAGE_EVENTS}"
         admin = kafka.admin()
         for deleted in admin.delete_records([TopicPartition(topic, 0, -1)]).values():  # -1: all there is
@@ -106,17 +122,27 @@ def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
         assert installation.writes()
         complaint = last_line(installation.aggregator.output)
         stopped = export(installation.store)
-        way_on = meterstream("skip-lost", "--yes", "--log", installation.url, "--data", str(installation.store.parent))
-        installation.aggregator.start()
-        eventually(installation.reads)
-        installation.catch_up()
-    record_property("figures", f"kafka, retention overrun: {complaint}")
+        where = ("--log", installation.url, "--data", str(installation.store.parent))
+        way_on: list[subprocess.CompletedProcess[str]] = []
+
+        def go_on() -> None:
+            way_on.append(meterstream("skip-lost", "--yes", *where))
+            installation.aggregator.start()
+
+        away = recovery_s(go_on, installation.reads)
+        outcome, counted, _ = installation.end(sender, gone)
+    more = f"lost are what nobody had read, recovery is reading after `skip-lost` began; before, it says: {complaint}"
+    record_property("figures", told("retention overrun", outcome, away, more))
 
     assert codes == [1, 1]
     assert f"{topic} has no record" in complaint
     assert "meterstream doctor" in complaint
     assert stopped == before
-    assert way_on.returncode == 0, way_on.stderr
+    assert way_on[0].returncode == 0, way_on[0].stderr
+    readable = {id for _, id in counted.stored}
+    assert outcome.lost == len(ids_of(unread) - readable) > 0
+    assert set(sender.acknowledged) - readable == ids_of(unread) - readable
+    assert (outcome.stored, outcome.doubled, outcome.dead) == (len(readable & sender.sent), 0, 0)
 
 
 def test_another_topic_of_the_same_name_is_not_read(
@@ -141,12 +167,27 @@ def test_another_topic_of_the_same_name_is_not_read(
         installation.aggregator.start()
         again = installation.aggregator.wait()
     complaint = last_line(installation.aggregator.output)
-    record_property("figures", f"kafka, topic made again: while running: {noticed}\n  at the next start: {complaint}")
+    tables = export(installation.store)
+    outcome = sender.outcome(stored_ids(tables), len(tables["dead_letters"]))
+    more = f"while running: {noticed}\n  at the next start: {complaint}"
+    record_property("figures", told("topic made again", outcome, "none, it ends until somebody rebuilds", more))
 
     assert (running, again) == (1, 1)
     assert "was deleted and made again" in noticed
     assert "made from another usage.events stream" in complaint
-    assert_store_tells(export(installation.store), counted)
+    assert_store_tells(tables, counted)
+    assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
+
+
+def read_all(installation: KafkaInstallation) -> list[Record]:
+    """Every record that the log has now."""
+    with contextlib.closing(installation.open_log()) as log:
+        return list(every(log))
+
+
+def ids_of(records: list[Record]) -> set[str]:
+    """The ids of the events in records of a gateway."""
+    return {json.loads(line)["external_id"] for record in records for line in record.value.split(b"\n") if line}
 
 
 def last_line(output: str) -> str:

@@ -10,7 +10,8 @@ from aggregator.store.queries.events import OFFSET_MAX
 from aggregator.store.queries.scope import aware
 
 _COLUMNS = "log_partition, log_offset, line, reason, detail, raw, ingested_at, replayed_at"
-_ITS = "($alone OR organization_id = $organization)"
+_NOBODYS = "(organization_id IS NULL OR NOT list_contains($known, organization_id))"
+_ITS = f"(organization_id = $organization OR ($first AND {_NOBODYS}))"
 _OPEN = f"{_ITS} AND ($replayed OR replayed_at IS NULL)"
 _PAGE = f"SELECT {_COLUMNS} FROM dead_letters WHERE {_OPEN} ORDER BY number DESC LIMIT $limit OFFSET $offset"  # noqa: S608 - fixed text
 _COUNT = f"SELECT COUNT(*) FROM dead_letters WHERE {_OPEN}"  # noqa: S608 - fixed text
@@ -42,17 +43,18 @@ class Letters(NamedTuple):
 
 
 class Whose(NamedTuple):
-    """The organization that asks; one that is ``alone`` here sees the letters that name none, or a wrong one, too."""
+    """The organization that asks. If it is the ``first``, letters that name none of the ``known`` ones are its, too."""
 
-    organization_id: str
-    alone: bool
+    organization: str
+    first: bool
+    known: list[str]
 
 
 def page(
     connection: duckdb.DuckDBPyConnection, whose: Whose, *, replayed: bool, limit: int, offset: int
 ) -> Letters:
     """The organization's dead letters; those taken care of only if ``replayed``."""
-    which: dict[str, Any] = {"organization": whose.organization_id, "alone": whose.alone, "replayed": replayed}
+    which: dict[str, Any] = whose._asdict() | {"replayed": replayed}
     ((total,),) = connection.execute(_COUNT, which).fetchall()
     rows = connection.execute(_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
     return Letters([_letter(row) for row in rows], total)
@@ -60,8 +62,8 @@ def page(
 
 def one(connection: duckdb.DuckDBPyConnection, whose: Whose, place: Place) -> DeadLetter | None:
     """The organization's dead letter of this place."""
-    names = ("organization", "alone", "partition", "offset", "line")
-    rows = connection.execute(_ONE, dict(zip(names, (*whose, *place), strict=True))).fetchall()
+    where = dict(zip(("partition", "offset", "line"), place, strict=True))
+    rows = connection.execute(_ONE, whose._asdict() | where).fetchall()
     return _letter(rows[0]) if rows else None
 
 

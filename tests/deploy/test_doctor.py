@@ -1,0 +1,71 @@
+"""What the doctor finds in a store that is sound: events that nobody can see."""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+from deploy.data import DataDirectory
+from deploy.doctor import Finding, examine
+from deploy.rebuild import rebuild
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.aggregator.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
+from tests.deploy.installation import meterstream
+
+NOBODY = "9f0e8f6a-5f0a-4f52-9d1b-4f1d7a6c3e33"
+
+
+def written(tmp_path: Path) -> DataDirectory:
+    """A store with events of one organization that was made, and of two that were not."""
+    data = DataDirectory(tmp_path)
+    with contextlib.closing(data.open_log()) as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        records = [entry(line("a")), entry(line("a"), organization_id=NOBODY, admitted=False)]
+        records += [entry(line("a"), line("b"), organization_id=OTHER_ORGANIZATION, admitted=False)]
+        asyncio.run(log.append(USAGE_EVENTS, records))
+    assert rebuild(data)["stored"] == 4
+    return data
+
+
+def found(data: DataDirectory) -> Finding:
+    """What is said of organizations."""
+    (finding,) = (finding for finding in examine(data) if finding.part == "organizations")
+    return finding
+
+
+def test_organizations_that_nobody_made_are_named(tmp_path: Path) -> None:
+    """With how many events each has, the most first; the way on makes them visible, and then nothing is wrong."""
+    data = written(tmp_path)
+    finding = found(data)
+    assert finding.found.startswith("3 events are stored under organizations that nobody made")
+    assert finding.found.endswith(f"{OTHER_ORGANIZATION} (2), {NOBODY} (1)")
+    assert "meterstream orgs create NAME --id ID" in finding.heal
+    assert ORGANIZATION not in finding.found
+
+    for number, id in enumerate((OTHER_ORGANIZATION.upper(), NOBODY)):
+        done = meterstream("orgs", "create", f"found {number}", "--id", id, "--data", str(tmp_path), "--output", "json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["id"] == id.lower()
+    assert found(data) == Finding("organizations", "every event belongs to one that was made")
+
+
+def test_an_organization_is_made_once_and_of_an_id_that_is_one(tmp_path: Path) -> None:
+    """An id that is taken, or that no record could name, is refused with one line."""
+    written(tmp_path)
+    for id, complaint in ((ORGANIZATION, "there is an organization"), ("acme", "a UUID of version 4")):
+        done = meterstream("orgs", "create", "again", "--id", id, "--data", str(tmp_path))
+        assert done.returncode == 2
+        assert complaint in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_of_many_organizations_the_largest_are_named(tmp_path: Path) -> None:
+    """A producer that makes up an id for every event fills no screen."""
+    data = DataDirectory(tmp_path)
+    with contextlib.closing(data.open_log()) as log:
+        ids = [f"9f0e8f6a-5f0a-4f52-9d1b-{number:012d}" for number in range(25)]
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"), organization_id=id, admitted=False) for id in ids]))
+    assert rebuild(data)["stored"] == 25
+    assert found(data).found.count("(1)") == 10
+    assert found(data).found.endswith("and 15 more")
