@@ -24,7 +24,7 @@ from aggregator.running import RunningTotals
 from aggregator.seen import Seen
 from aggregator.step import Changes, join, judge, nothing, step
 from aggregator.store.store import Round, Store
-from aggregator.strangers import Strangers
+from aggregator.store.strangers import Strangers
 from aggregator.webhooks.causes import causes
 from meters.catalogue import Catalogue, Change, decode_changes
 from meters.ledger import Ledger
@@ -69,18 +69,11 @@ class Engine:
         self.directory = store.directory()
         self._seen: Seen = store.seen()
         self.catalogue, self.ledger = Catalogue(), Ledger()
-<<<<<<< HEAD
         for change in (change for value in store.control() for change in decode_changes(value)):
             self.catalogue.apply(change)
             self.ledger.apply(change)
-=======
-        for change in map(decode_change, store.control()):
-            if change is not None:
-                self.catalogue.apply(change)
-                self.ledger.apply(change)
         with contextlib.closing(store.cursor()) as connection:
             self.strangers = Strangers(connection, self.catalogue.organizations)
->>>>>>> c07788ec91946c5f61c490102d6469af578964b6
         self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
         self.totals = RunningTotals(store, self.directory, self.catalogue, self._boundaries.begins)
         self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
@@ -178,13 +171,8 @@ class Engine:
         commit_s = time.perf_counter() - began
         self._seen.add(changes.keys)
         for _, change in decided:
-<<<<<<< HEAD
             self._apply(change, first_seq)
-=======
-            if change is not None:
-                self._apply(change, first_seq)
         self.strangers.note(batch.organizations, rows)
->>>>>>> c07788ec91946c5f61c490102d6469af578964b6
         self._boundaries.number(batch.subjects)
         self.totals.add(rows)
         self._boundaries.cut(self.totals)

@@ -113,7 +113,7 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
 
 
 def _strangers(store: "Store", known: Collection[str]) -> Finding:
-    from aggregator.strangers import stored_under
+    from aggregator.store.strangers import stored_under
 
     with contextlib.closing(store.cursor()) as connection:
         found = stored_under(connection, known)
