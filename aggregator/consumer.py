@@ -210,6 +210,11 @@ class Aggregator:
         if not await self._wait(lambda: self._now.control_position > offset, DECISION_TIMEOUT_S):
             raise Unavailable("the decision is durable but not yet applied", RESTART_DELAY_S)
 
+    async def informed(self, timeout_s: float) -> bool:
+        """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
+        end = (await asyncio.to_thread(self._log.ends, USAGE_CONTROL)).get(0, 0)
+        return await self._wait(lambda: self._now.control_position >= end, timeout_s)
+
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
         """Whether the view reached the ``usage.events`` position within the time."""
         return await self._wait(

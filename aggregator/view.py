@@ -79,6 +79,10 @@ class View(Protocol):
         """
         ...
 
+    async def informed(self, timeout_s: float) -> bool:
+        """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
+        ...
+
     @property
     def control_position(self) -> int:
         """The ``usage.control`` position of the last commit."""

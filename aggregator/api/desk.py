@@ -16,19 +16,21 @@ from aggregator.api.errors import BodyTooLarge, Busy, Forbidden, Malformed, json
 from aggregator.api.limits import (
     BODY_BYTES_MAX,
     CHANGES_AT_ONCE,
+    IN_DOUBT_S,
     INTERRUPT_AGAIN_S,
     QUERIES_AT_ONCE,
     QUERIES_WAITING_MAX,
     QUERY_S_MAX,
+    RETRY_AFTER_S,
     WAIT_S_MAX,
 )
 from aggregator.store.queries.asking import Asking, Here, Reading
-from aggregator.view import View
+from aggregator.view import Unavailable, View
 from meters import exact_json
 from meters.access import Denied, authorize
 from meters.catalogue import Catalogue, Change, Token
 from meters.detail import detail
-from meters.log import format_position, parse_position
+from meters.log import TryAgain, format_position, parse_position
 from meters.meter import Meter
 
 T = TypeVar("T")
@@ -51,6 +53,33 @@ class Rules(NamedTuple):
     is_billed: Callable[[Meter], bool] = _never
 
 
+class Deciding:
+    """Decisions are taken one after the other, by whoever holds this.
+
+    Where nobody could say whether a decision is true, the next one waits until everything durable is heard of: it may
+    be the same one, asked for again.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._lock = asyncio.Lock()
+        self._in_doubt = False
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+        try:
+            if self._in_doubt and not await self._view.informed(IN_DOUBT_S):
+                raise Unavailable("a decision before this one is not applied yet", RETRY_AFTER_S)
+            self._in_doubt = False
+        except BaseException:
+            self._lock.release()
+            raise
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._in_doubt |= isinstance(error, Unavailable | TryAgain | asyncio.CancelledError)
+        self._lock.release()
+
+
 class Desk:
     """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
 
@@ -58,7 +87,7 @@ class Desk:
         self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
         self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._waiting = 0
-        self.deciding = asyncio.Lock()
+        self.deciding = Deciding(view)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
 

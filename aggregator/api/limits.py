@@ -28,6 +28,9 @@ CHANGES_AT_ONCE = 500
 """Of decisions that stand each for itself, so many changes are one record: of a few hundred bytes each, far below what
 the log takes."""
 
+IN_DOUBT_S = 10.0
+"""How long a decision waits to hear of one before it that may be durable: a restart of the engine takes less."""
+
 RETRY_AFTER_S = 1
 """When to come back after 503: the line has moved, or the view has restarted, in about a second."""
 

@@ -1,10 +1,14 @@
 """Customers and dead letters over HTTP."""
 
+import threading
 from decimal import Decimal
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from aggregator import consumer
+from aggregator.store.store import Store
 from meters import exact_json
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
@@ -118,6 +122,32 @@ def dead(tenant: Tenant) -> dict[str, Any]:
     (letter,) = tenant.get("/v1/dead-letters/")["items"]
     found: dict[str, Any] = letter
     return found
+
+
+def test_a_customer_asked_for_again_is_one_customer(server: Server, tenant: Tenant) -> None:
+    """After a 503 for a decision that is durable and not applied yet, the next one waits until it is."""
+    body, applied, informed = {"email": "ann@example.com"}, threading.Event(), server.aggregator.informed
+    commit = Store.commit
+
+    def slowly(*arguments: Any) -> Any:
+        assert applied.wait(30)
+        return commit(*arguments)
+
+    async def asked(timeout_s: float) -> bool:
+        applied.set()
+        return await informed(timeout_s)
+
+    with (
+        patch.object(Store, "commit", slowly),
+        patch.object(consumer, "DECISION_TIMEOUT_S", 0.01),
+        patch.object(server.aggregator, "informed", asked),
+    ):
+        assert tenant.ask("POST", "/v1/customers/", json=body).status_code == 503
+        again = tenant.ask("POST", "/v1/customers/", json=body)
+        applied.set()
+    assert again.status_code == 422
+    assert again.json()["detail"][0]["loc"] == ["body", "email"]
+    assert len(tenant.get("/v1/customers/")["items"]) == 1
 
 
 def test_a_dead_letter_says_what_arrived_and_why_it_does_not_count(server: Server, tenant: Tenant) -> None:
