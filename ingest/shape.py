@@ -1,4 +1,4 @@
-"""Bodies whose events all have the same keys, read as records of one shape: in half the time of ``ingest.plain``.
+"""Bodies whose events all have the same keys, read as records of one shape: 1.4 us an event instead of 2.4.
 
 A program writes its events alike. Where the keys are not known beforehand, each event becomes a dictionary, and each
 key a text of its own; where they are, C code fills the fields of a record, and the body must have a certain number of

@@ -115,7 +115,7 @@ async def _too_large(_: Request, __: Exception) -> Response:
 
 
 async def _too_large_a_decision(_: Request, __: Exception) -> Response:
-    message = "What this would change is more than the log takes as one record. Nothing was changed."
+    message = "This would change more than the log takes as one record, so nothing was changed. Ask for less at a time."
     return json_response(413, {"error": "DecisionTooLarge", "detail": message})
 
 
