@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from aggregator.run import Words
 from aggregator.seen import Keys, Seen
-from meters.event import identity
+from meters.event import halves, identity
 
 DEPTH_MAX = 100  # Polar's own cap on a walk up the chain
 Identity = tuple[int, int]
@@ -56,7 +56,7 @@ def _event_identity(text: str) -> Identity | None:
         number = UUID(text).int
     except ValueError:
         return None
-    return (number >> 64, number & ((1 << 64) - 1)) if str(UUID(text)) == text.lower() else None
+    return halves(number) if str(UUID(text)) == text.lower() else None
 
 
 def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, named: list[Child]) -> None:

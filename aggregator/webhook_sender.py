@@ -14,7 +14,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
 
 import duckdb
@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from standardwebhooks import Webhook
 
 from aggregator.api.desk import Desk
+from aggregator.store.queries.scope import naive
 from aggregator.view import Unavailable
 from aggregator.webhook_messages import Telling, messages_of
 from aggregator.webhooks import outbox, targets
@@ -54,8 +55,7 @@ class Pace(NamedTuple):
     collect_s: float = 2.0  # movements of one customer within this are one message (Polar: 1 to 5 s)
     timeout_s: float = 10.0  # for a whole delivery (Polar's)
     attempts_max: int = 10
-    backoff_s: float = 2.0  # doubled with each attempt, up to the next
-    backoff_max_s: float = 1200.0
+    backoff_s: float = 2.0  # doubled with each attempt: some 17 minutes for all of them
     settle_s: float = 60.0  # what a store made anew from the log may tell twice
 
 
@@ -99,7 +99,7 @@ class Sender:
 
     def _now(self) -> datetime:
         """As the store writes times: UTC, without saying so."""
-        return self._desk.now().astimezone(UTC).replace(tzinfo=None)
+        return naive(self._desk.now())
 
     async def _write(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
         def whole() -> T:
@@ -202,7 +202,7 @@ class Sender:
             return message._replace(attempts=number, status="delivered", settled_at=now)
         if number >= self._pace.attempts_max or attempt.status_code == GONE:
             return message._replace(attempts=number, status="failed", settled_at=now)
-        pause_s = min(self._pace.backoff_s * 2**message.attempts, self._pace.backoff_max_s)
+        pause_s = self._pace.backoff_s * 2**message.attempts
         pause_s *= random.uniform(1, 1.1)  # noqa: S311 (endpoints that failed together do not come back together)
         return message._replace(attempts=number, due_at=now + timedelta(seconds=pause_s))
 
@@ -243,7 +243,7 @@ class Sender:
         if not failed:
             return
         endpoint = self._desk.catalogue.webhooks.endpoints[endpoint_id]
-        since = (endpoint.modified_at or endpoint.created_at).astimezone(UTC).replace(tzinfo=None)
+        since = naive(endpoint.modified_at or endpoint.created_at)
         in_a_row = await self._write(
             lambda connection: outbox.failures_in_a_row(connection, endpoint_id, since, DISABLE_AFTER)
         )  # fmt: skip

@@ -18,6 +18,7 @@ import msgspec
 from deploy.giving_up import USAGE, GiveUp
 from deploy.sending import Line, Problem
 from deploy.stable_ids import StableIds
+from meters.metadata import JSON_NUMBER
 
 FIELDS = (
     "name", "timestamp", "external_customer_id", "customer_id", "external_id", "parent_id", "member_id",
@@ -27,7 +28,6 @@ METADATA = "metadata."
 RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
 IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
 TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
-JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 LIKE_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
 )

@@ -27,12 +27,12 @@ from deploy.logs import configure_logs
 from deploy.naming import ids, meters_called
 from deploy.settings import Settings
 from meters.access import digest
+from meters.aggregation import SUMMABLE
 from meters.catalogue import TokenCreated
 
 TRY_AGAIN_S = 2.0  # after what a person or a starting server will mend
 TOKEN_PATIENCE_S = 60.0  # a new token is known to a running aggregator within a second, unless it is far behind
 SCOPES = ("events:read", "meters:read")  # all that the feed needs
-SUMMABLE = ("count", "sum")  # functions whose parts can be put together again by adding
 
 logger = structlog.get_logger("deploy.forward")
 

@@ -18,10 +18,11 @@ from aggregator.forward.state import State
 from aggregator.forward.upstream import BODY_BYTES_MAX
 from deploy.control import open_control, revoked
 from deploy.data import DataDirectory, data_directory
-from deploy.forward import SUMMABLE, open_source, wishes_of
+from deploy.forward import open_source, wishes_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.access import digest
+from meters.aggregation import SUMMABLE
 
 DAY = timedelta(days=1)
 MINUTES = 24 * 60

@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kafka_password: Secret | None = None  # for the sasl_username in the log's URL
     kafka_key_password: Secret | None = None  # of the key file that the log's URL names
     upstream: Annotated[str, msgspec.Meta(pattern=r"^(https?://.+)?$")] = ""  # where a gateway finds an aggregator
-    host: str = "127.0.0.1"  # where serve and gateway listen
+    host: str = "127.0.0.1"  # where serve and gateway listen, and an aggregate over Kafka
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000  # 0 takes any free one
     url: str = "http://127.0.0.1:8000"  # where the command line finds a running server
     token: Secret | None = None  # the command line's, and the first one that serve makes
@@ -50,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     polar_timeout_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0  # for an answer of Polar's
     polar_events: str = ""  # names of the events to forward, comma separated; all by default
     polar_meter: str | None = None  # forward what this meter's filter lets through (id or name)
-    polar_filter: str | None = None  # or what this filter lets through, as JSON
+    polar_filter: str | None = None  # and this filter, as JSON
     polar_from: Literal["beginning", "now"] = "beginning"  # where forwarding begins, the first time
     polar_rollup: str = ""  # meters (ids or names, comma separated) whose usage is sent added up instead
     polar_rollup_seconds: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 60  # the window of such a sum

@@ -14,7 +14,7 @@ from deploy.giving_up import USAGE, GiveUp
 
 OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
 CLAUSE = re.compile(r"\s*(?P<property>[^=!<>~]+?)\s*(?P<operator>!=|>=|<=|!~|=|>|<|~)\s*(?P<value>.*?)\s*", re.DOTALL)
-JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?", re.ASCII)
 
 
 def parse_clause(text: str) -> dict[str, Any]:

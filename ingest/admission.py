@@ -10,7 +10,7 @@ by its identity. Of a repeated key the last one counts, so ``"external_id": null
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -42,7 +42,6 @@ class Sender(Struct, frozen=True):
     organization_id: str
     catalogue: Catalogue
     new_ids: Callable[[int], Sequence[str]]
-    clock_skew: timedelta = CLOCK_SKEW
     shapes: Shapes | None = None
 
 
@@ -100,7 +99,7 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
-    latest = now + sender.clock_skew
+    latest = now + CLOCK_SKEW
     shaped = _shaped(body, sender, latest)
     if shaped is not None:
         return shaped
@@ -151,7 +150,7 @@ def _with_care(
     schema: list[Refusal] = []
     business: list[Refusal] = []
     for index in suspects:
-        event = check_event(bytes(lines[index]), index=index, now=now, clock_skew=sender.clock_skew)
+        event = check_event(bytes(lines[index]), index=index, now=now)
         if isinstance(event, list):
             schema += event
             if len(schema) >= DETAILS_MAX and not lenient:

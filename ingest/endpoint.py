@@ -84,7 +84,7 @@ class Opened(NamedTuple):
 
 
 class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may set of the endpoint."""
+    """The endpoint's bounds. An operator sets ``requests_per_minute``."""
 
     body_bytes_max: int = BODY_BYTES_MAX
     body_deadline_s: float = BODY_DEADLINE_S

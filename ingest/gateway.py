@@ -49,7 +49,7 @@ logger = logging.getLogger("ingest.gateway")
 
 
 class GatewaySettings(EndpointSettings, frozen=True, kw_only=True):
-    """What an operator may set of the gateway."""
+    """The same, and where reads go."""
 
     upstream: str | None = None  # the query API: unix:PATH or http://HOST:PORT; None answers reads with 503
 

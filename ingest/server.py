@@ -47,7 +47,7 @@ REASONS = {
 
 
 class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
-    """What an operator may set of the whole process."""
+    """The same, and where the process listens."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes any free one

@@ -29,9 +29,13 @@ class Aggregation(msgspec.Struct, frozen=True, omit_defaults=True):
     property: str | None = None
 
 
+SUMMABLE = ("count", "sum")
+"""Functions whose values of disjoint parts may be added."""
+
+
 def is_summable(aggregation: Aggregation) -> bool:
     """Whether values of disjoint parts may be added."""
-    return aggregation.func in ("count", "sum")
+    return aggregation.func in SUMMABLE
 
 
 def unique_token(value: Any) -> tuple[str, str | bool | Decimal] | None:

@@ -61,8 +61,12 @@ def identity(organization_id: str, external_id: str) -> tuple[int, int]:
     XXH3-128 of the organization's 16 bytes and the external id in UTF-8. Two ids meet by chance once in 10^19
     pairs of a million million events; the store still compares contents, so a meeting would be seen.
     """
-    digest = xxh3_128_intdigest(_organization_bytes(organization_id) + external_id.encode())
-    return digest >> 64, digest & 0xFFFF_FFFF_FFFF_FFFF
+    return halves(xxh3_128_intdigest(_organization_bytes(organization_id) + external_id.encode()))
+
+
+def halves(number: int) -> tuple[int, int]:
+    """128 bits as two unsigned 64-bit halves, high first."""
+    return number >> 64, number & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def event_id(hi: int, lo: int) -> str:
@@ -71,23 +75,12 @@ def event_id(hi: int, lo: int) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def parse_event_id(text: str) -> tuple[int, int] | None:
-    """The identity that a public id states, or None where the text is no UUID."""
-    try:
-        number = UUID(text).int
-    except ValueError:
-        return None
-    return number >> 64, number & 0xFFFF_FFFF_FFFF_FFFF
-
-
 EXTERNAL = "EventCreateExternalCustomer"
 CUSTOMER = "EventCreateCustomer"
 """Polar's names for the two kinds of event; they stand in the place (``loc``) of a refusal."""
 
 
-def check_event(
-    line: bytes, *, index: int = 0, now: datetime, clock_skew: timedelta = CLOCK_SKEW
-) -> Event | list[Refusal]:
+def check_event(line: bytes, *, index: int = 0, now: datetime) -> Event | list[Refusal]:
     """Read one event with care: the event, or everything that is wrong with it, in Polar's words and places.
 
     ``line`` is one JSON object as it was sent. A valid external customer id makes it an event of that kind; what the
@@ -99,21 +92,19 @@ def check_event(
     refused: list[Refusal] = []
     for variant in _variants(record):
         form = _Form(record, variant, index, line)
-        event = form.event(now + clock_skew)
+        event = form.event(now + CLOCK_SKEW)
         if not form.refusals:
             return event
         refused = refused or form.refusals
     return refused
 
 
-def check_line(
-    line: bytes, *, organization_id: str | None, now: datetime, clock_skew: timedelta = CLOCK_SKEW
-) -> Event | Refusal:
+def check_line(line: bytes, *, organization_id: str | None, now: datetime) -> Event | Refusal:
     """Read one line of the log with care: the event, or the first thing that is wrong with it.
 
     ``organization_id`` is the tenant that the record names; None where each line has to name its own.
     """
-    event = check_event(line, now=now, clock_skew=clock_skew)
+    event = check_event(line, now=now)
     if isinstance(event, list):
         return event[0]
     if organization_id is None and event.organization_id is None:

@@ -81,14 +81,6 @@ class Filter(msgspec.Struct, frozen=True):
 EVERYTHING = Filter("and", [])
 
 
-def matches(filter: Filter, facts: Facts) -> bool:
-    """Whether the filter lets the event through."""
-    if not filter.clauses:
-        return True
-    results = (matches(part, facts) if isinstance(part, Filter) else holds(part, facts) for part in filter.clauses)
-    return all(results) if filter.conjunction == "and" else any(results)
-
-
 def holds(clause: Clause, facts: Facts) -> bool:
     """Whether one clause holds of an event."""
     stored = _stored(clause.property, facts)
@@ -101,6 +93,15 @@ def holds(clause: Clause, facts: Facts) -> bool:
         values = clause.value if isinstance(clause.value, list) else []
         return any(test(stored, Operator.EQ, value) for value in values)
     return not isinstance(clause.value, list) and test(stored, clause.operator, clause.value)
+
+
+def matches(filter: Filter, facts: Facts, holds: Callable[[Clause, Facts], bool] = holds) -> bool:
+    """Whether the filter lets the event through; ``holds`` says whether a clause does."""
+    if not filter.clauses:
+        return True
+    parts = filter.clauses
+    results = (matches(part, facts, holds) if isinstance(part, Filter) else holds(part, facts) for part in parts)
+    return all(results) if filter.conjunction == "and" else any(results)
 
 
 def _stored(property: str, facts: Facts) -> Any:

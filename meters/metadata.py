@@ -17,7 +17,7 @@ from meters.amount import parse_amount
 from meters.exact_json import Object, Token
 from meters.refusal import COST_INTEGER_DIGITS_MAX, STRING_LENGTH_MAX, Reason
 
-_JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 
 
 class Complaint(NamedTuple):
@@ -69,7 +69,7 @@ def _token(value: Any) -> str | None:
     """The digits of a number, or of text that holds one."""
     if isinstance(value, Token):
         return value.text
-    return value if isinstance(value, str) and _JSON_NUMBER.fullmatch(value) else None
+    return value if isinstance(value, str) and JSON_NUMBER.fullmatch(value) else None
 
 
 def _cost_amount(value: Any) -> Reason | None:

@@ -32,42 +32,31 @@ class Linked(msgspec.Struct, frozen=True, tag_field="fact", tag="linked"):
     customer_id: str
 
 
-class Began(msgspec.Struct, frozen=True, tag_field="fact", tag="began"):
-    """A period of a subscription that has a price for the meter began. Older records say so; now it is a ``Period``."""
-
-    customer_id: str
-    meter_id: str
-    at: datetime
-
-
 class Credited(msgspec.Struct, frozen=True, tag_field="fact", tag="credited"):
     """A grant credited units, or took back where they are negative what it had credited last.
 
     ``told`` is the state of the grant that says so: the first one after it is right. Later ones speak of what the
-    benefit has become meanwhile. ``customer_id`` is who had it here when it was heard, and ``polar_customer_id`` who
-    has it at Polar, which older records do not say.
+    benefit has become meanwhile.
     """
 
-    customer_id: str
+    polar_customer_id: str
     meter_id: str
     grant_id: str
     at: datetime
     units: int
     rollover: bool
     told: datetime
-    polar_customer_id: str | None = None
 
 
 class Revoked(msgspec.Struct, frozen=True, tag_field="fact", tag="revoked"):
     """A grant ended. ``takes``: with what it credited last, if that is there still.
 
-    Otherwise its units stay, or a ``Credited`` says that they went. Older records say of every end that it takes; where
-    one end is told of both ways it does not.
+    Otherwise its units stay, or a ``Credited`` says that they went. Of one end that is told both ways it does not take.
     """
 
     grant_id: str
     at: datetime
-    takes: bool = True
+    takes: bool
 
 
 class Period(msgspec.Struct, frozen=True):
@@ -84,7 +73,7 @@ class Period(msgspec.Struct, frozen=True):
     told: datetime
 
 
-Fact = Known | Linked | Began | Credited | Revoked
+Fact = Known | Linked | Credited | Revoked
 
 
 class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="polar.delivered"):
@@ -99,7 +88,7 @@ class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type
 
 
 Place = tuple[str, str]
-"""An organization with an id of Polar's; what older records say of a customer here has no organization."""
+"""An organization with an id of Polar's."""
 
 
 class Story(msgspec.Struct):
@@ -168,11 +157,9 @@ class Mirror:
                 self._versions[place] = max(version, self._versions.get(place, ""))
             case Linked(polar_id, customer_id):
                 self._link((organization_id, polar_id), customer_id)
-            case Began(customer_id, meter_id, at):
-                self._story(("", customer_id), meter_id).began.add(at)
-            case Credited(customer_id, meter_id):
-                whose = fact.polar_customer_id
-                self._story(("", customer_id) if whose is None else (organization_id, whose), meter_id).credit(fact)
+            case Credited(polar_customer_id, meter_id):
+                stories = self._stories.setdefault((organization_id, polar_customer_id), {})
+                stories.setdefault(meter_id, Story()).credit(fact)
             case Revoked(grant_id, at, takes):
                 ends = self._revoked.setdefault(grant_id, {})
                 ends[at] = takes and ends.get(at, True)
@@ -181,12 +168,6 @@ class Mirror:
         self._links[place] = (*(id for id in self._links.get(place, ()) if id != customer_id), customer_id)
         names = self._names.get(customer_id, ())
         self._names[customer_id] = names if place in names else (*names, place)
-        if place[1] != customer_id:  # what older records say of the one that was made of Polar's
-            for meter_id, story in self._stories.pop(("", place[1]), {}).items():
-                self._story(("", customer_id), meter_id).take_in(story)
-
-    def _story(self, place: Place, meter_id: str) -> Story:
-        return self._stories.setdefault(place, {}).setdefault(meter_id, Story())
 
     def heard(self, organization_id: str, delivery_id: str) -> bool:
         """Whether the delivery was taken in before."""
@@ -215,13 +196,13 @@ class Mirror:
 
     def living(self, customer_id: str) -> list[str]:
         """Polar's customers that are this one here, without those that were deleted there."""
-        return [polar_id for organization_id, polar_id in self._places(customer_id) if organization_id]
+        return [polar_id for _, polar_id in self._places(customer_id)]
 
     def _places(self, customer_id: str) -> list[Place]:
         """Where the facts of a customer here are."""
         names = self._names.get(customer_id, ())
         linked = [place for place in names if self._links[place][-1] == customer_id]
-        return [("", customer_id), *(place for place in linked if not self.is_gone(place[0], f"customer:{place[1]}"))]
+        return [place for place in linked if not self.is_gone(place[0], f"customer:{place[1]}")]
 
     def is_gone(self, organization_id: str, thing: str) -> bool:
         """Whether the thing was deleted at Polar."""
@@ -238,7 +219,7 @@ class Mirror:
     def customers(self, meter_id: str) -> list[str]:
         """The customers of whom something is known for one of Polar's meters."""
         found = [place for place in {**self._stories, **self._periods} if meter_id in self._meters(place)]
-        return [id for place in found for id in (self._links.get(place, ())[-1:] if place[0] else place[1:])]
+        return [id for place in found for id in self._links.get(place, ())[-1:]]
 
     def wanted(self, customer_id: str, *meter_ids: str) -> Wanted:
         """What follows from all that is known of a customer and those of Polar's meters that are one meter here."""

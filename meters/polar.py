@@ -246,9 +246,9 @@ class _Reading:
         for properties in (told.previous_properties, told.properties):
             if properties is not None and properties.last_credited_at is not None and properties.last_credited_units:
                 self.facts.append(Credited(
-                    customer_id, properties.last_credited_meter_id or given.meter_id, told.id,
+                    told.customer_id, properties.last_credited_meter_id or given.meter_id, told.id,
                     _at(properties.last_credited_at), properties.last_credited_units, given.rollover,
-                    _at(told.modified_at or told.created_at), told.customer_id,
+                    _at(told.modified_at or told.created_at),
                 ))  # fmt: skip
         if told.is_revoked and told.revoked_at is not None:
             says_units = told.properties is not None and bool(told.properties.last_credited_units)

@@ -34,7 +34,7 @@ from meters.access import reading
 from meters.aggregation import Aggregation
 from meters.catalogue import Token
 from meters.detail import detail
-from meters.event import SYSTEM, USER
+from meters.event import SYSTEM, USER, halves
 from meters.filter import Filter
 from meters.filter_json import parse_filter
 from meters.meter import Meter
@@ -98,7 +98,7 @@ async def _listing(
         aggregation=meter.aggregation if meter else EVERY_EVENT,
         search=query,
         searched=_mentioned(desk, token, query),
-        parent=None if parent_id is None else identity_of(parent_id),
+        parent=None if parent_id is None else halves(parent_id.int),
         depth=depth,
         ascending=order(sorting, ["timestamp"], "-timestamp").ascending,
         limit=page.limit,
@@ -133,11 +133,6 @@ def _mentioned(desk: Desk, token: Token, search: str | None) -> list[int]:
         return []
     found = customers_mentioned(desk.catalogue, token.organization_id, search)
     return desk.subjects(token, [customer.id for customer in found], None) or []
-
-
-def identity_of(id: UUID) -> Identity:
-    """The identity that an event's public id is."""
-    return id.int >> 64, id.int & 0xFFFF_FFFF_FFFF_FFFF
 
 
 @router.get("/v1/events/", responses=gives(page_of("Event")))
@@ -200,7 +195,7 @@ async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fie
     """One event, by the id that lists show."""
 
     def question(here: Here) -> _Found:
-        event = events.one(here.connection, here.organization, identity_of(id))
+        event = events.one(here.connection, here.organization, halves(id.int))
         return _with_family(here, events.Page([event] if event else [], 0, False), aggregate_fields or [])
 
     found, as_of = await desk.ask(token, question)

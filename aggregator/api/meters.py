@@ -77,7 +77,7 @@ async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.patch("/v1/meters/{id}", openapi_extra=takes("MeterUpdate"), responses=gives(ref("Meter")))
 async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Change what is named in the body. What was billed by a meter fixes its filter and aggregation."""
+    """Change what is named in the body."""
     meter_of(desk, token, id)
     body = await body_of(request)
     async with desk.deciding:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from aggregator.api.balances import consumed_between
 from aggregator.api.desk import Desk
+from aggregator.api.limits import CHANGES_AT_ONCE
 from meters.catalogue import Customer, CustomerDeleted
 from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
 from meters.ledger import ZERO, Account, Credit, Reset, rollover_units
@@ -22,9 +23,6 @@ from meters.polar import METER_KEY, meter_of
 
 OURS = "polar:"
 """How the ids of movements begin that follow from what Polar told."""
-
-CHANGES_AT_ONCE = 500
-"""Decisions written together when many customers are settled."""
 
 Movement = CreditGranted | MeterReset
 

@@ -230,10 +230,10 @@ class State:
             found.setdefault(lane, {})[name] = value
         return found
 
-    def dead(self, limit: int = 1_000, offset: int = 0) -> list[DeadLetter]:
+    def dead(self, limit: int = 1_000) -> list[DeadLetter]:
         """Dead letters, the newest first."""
-        sql = "SELECT * FROM dead ORDER BY refused_us DESC, external_id LIMIT ? OFFSET ?"
-        return [DeadLetter(*row) for row in self._rows(sql, limit, offset)]
+        sql = "SELECT * FROM dead ORDER BY refused_us DESC, external_id LIMIT ?"
+        return [DeadLetter(*row) for row in self._rows(sql, limit)]
 
     def ask_replay(self, since: str, until: str, now_us: int) -> int:
         """Have a range of time sent again; its number."""

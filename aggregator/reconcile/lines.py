@@ -93,8 +93,8 @@ _DECODE = msgspec.json.Decoder(_Metadata).decode
 class LineReader:
     """Turns records into ``Lines``. Has a DuckDB of its own, without a file."""
 
-    def __init__(self, threads: int = 1, memory_limit: str = "128MB") -> None:
-        self._connection = duckdb.connect(config={"threads": threads, "memory_limit": memory_limit})
+    def __init__(self) -> None:
+        self._connection = duckdb.connect(config={"threads": 1, "memory_limit": "128MB"})
 
     def close(self) -> None:
         """Let go of DuckDB."""

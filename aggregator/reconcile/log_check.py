@@ -53,9 +53,9 @@ class Range(NamedTuple):
 
 
 class LogCheck:
-    """One run. ``tallies`` is the store's answer of that name: how far it is, and what it says it did."""
+    """One run."""
 
-    def __init__(self, log: Log, store: StoreSide, worth: Worth, range_: Range = Range()) -> None:  # noqa: B008 (immutable)
+    def __init__(self, log: Log, store: StoreSide, worth: Worth, range_: Range) -> None:
         self._log, self._store, self._worth, self._range = log, store, worth, range_
         self.check = Check(name="log", sides="log and store")
         self._findings = Findings()

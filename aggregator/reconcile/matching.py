@@ -1,7 +1,7 @@
 """Places and fingerprints of two sides against each other, as arrays. Pure.
 
 Where both sides have the same places with the same fingerprints nothing else is looked at. Elsewhere each place falls
-into one of five heaps, and only those are read as rows.
+into one of six heaps, and only those are read as rows.
 """
 
 from typing import NamedTuple

@@ -33,10 +33,10 @@ class Foreign(Exception):
 class StoppedStore:
     """The file of a server that does not run, opened so that nothing in it can change."""
 
-    def __init__(self, path: Path, memory_limit: str = MEMORY_LIMIT, threads: int = 2) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises Foreign."""
         settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": memory_limit, "threads": threads, "temp_directory": f"{path}.reconcile.tmp"
+            "memory_limit": MEMORY_LIMIT, "threads": 2, "temp_directory": f"{path}.reconcile.tmp"
         }
         try:
             self.connection = duckdb.connect(str(path), read_only=True, config=settings)

@@ -26,12 +26,12 @@ _ORDER = {Operator.GT: gt, Operator.GTE: ge, Operator.LT: lt, Operator.LTE: le}
 
 def billing(filter: Filter, facts: Facts) -> bool:
     """Whether an invoice would count the event: true is 1, a number is never a text, other types are not ordered."""
-    return _every(filter, facts, _billing_holds)
+    return matches(filter, facts, _billing_holds)
 
 
 def analytics(filter: Filter, facts: Facts) -> bool:
     """Whether an event list would show the event: what is no string reads as "", what is no number as 0."""
-    return _every(filter, facts, _analytics_holds)
+    return matches(filter, facts, _analytics_holds)
 
 
 OTHERS: dict[str, Reading] = {"invoices": billing, "event lists": analytics}
@@ -41,14 +41,6 @@ def value(meter: Meter, events: Iterable[Facts], reading: Reading = matches) -> 
     """The meter's value over events, its filter read in the way given."""
     taken = [facts for facts in events if reading(meter.filter, facts) and considers(meter.aggregation, facts)]
     return evaluate(meter.aggregation, taken)
-
-
-def _every(filter: Filter, facts: Facts, holds: Callable[[Clause, Facts], bool]) -> bool:
-    if not filter.clauses:
-        return True
-    parts = filter.clauses
-    results = (_every(part, facts, holds) if isinstance(part, Filter) else holds(part, facts) for part in parts)
-    return all(results) if filter.conjunction == "and" else any(results)
 
 
 def _billing_holds(clause: Clause, facts: Facts) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from aggregator.forward.polar_event import ROLLUP_NAME
 from aggregator.reconcile.pairing import Seen
 from aggregator.reconcile.readings import OTHERS, value
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Check, Counted, Difference, Repair
@@ -28,7 +29,6 @@ from meters.timestamp import MICROSECOND
 
 DAYS_AT_ONCE = 366  # the longest range of days that one request may ask for
 READ_MAX = 20_000  # events that are read in the other two ways, to see what an invoice would count
-ROLLUP_NAME = "meterstream.rollup"
 _PARTS = ("credited_units", "consumed_units")
 _Series = dict[datetime, Decimal]
 

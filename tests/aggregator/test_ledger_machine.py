@@ -1,11 +1,12 @@
 """Balances against an auditor who keeps the plainest books there are.
 
 The auditor writes down every fact and adds everything up anew each time it is asked: no arrays, no SQL, no windows
-kept from before. Whatever happens, in whatever order it becomes known, through restarts and rebuilds, three numbers
-are one: the auditor's balance, the customer meter's, and the sum of the ledger's movements.
+kept from before. Whatever happens, in whatever order it becomes known, through restarts, deaths and rebuilds, three
+numbers are one: the auditor's balance, the customer meter's, and the sum of the ledger's movements.
 """
 
 import asyncio
+import signal
 from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal
 from pathlib import Path
@@ -29,6 +30,7 @@ from meters.meter import Meter
 from meters.statement import statement
 from meters.timestamp import microseconds_of
 from tests.aggregator.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
+from tests.faults.lives import AfterSo, start_life
 
 FUNCTIONS = ("count", "sum", "avg", "max", "min", "unique")
 METERS = {
@@ -38,6 +40,7 @@ METERS = {
 ANN, BOB = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
 NAMES = {ANN: "ann", BOB: "bob"}
 WIDE = Context(prec=60)
+POINTS = 250  # of a life that opens the store and stores three events and a reset
 UNITS = ["1", "2", "3.5", "-2", "0", "0.000000000001", "99999999999999999999", '"5"', "3.50"]
 
 
@@ -96,7 +99,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """One tenant, six meters; bob is not a customer yet."""
         self.directory = TemporaryDirectory()
         self.now, self.number = NOW, 0
-        self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
+        self.log_directory = Path(self.directory.name) / "log"
+        self.log = open_log(str(self.log_directory), clock_us=lambda: microseconds_of(self.now))
         self.auditor = Auditor()
         self._open("store.duckdb")
         ann = Customer(id=ANN, organization_id=ORGANIZATION, external_id="ann", created_at=NOW)
@@ -105,7 +109,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Let go of everything."""
         if hasattr(self, "directory"):
-            self.running.__exit__()
+            if self.running is not None:
+                self.running.__exit__()
             self.log.close()
             self.directory.cleanup()
 
@@ -222,20 +227,34 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.sampled_from(UNITS), min_size=1, max_size=3), minutes=st.integers(0, 9))
     def end_in_the_middle(self, tokens: list[str], minutes: int) -> None:
         """The engine ends while usage and a reset are on their way; some of it may be stored and some not."""
+        self._use_and_reset(tokens, minutes)
+        self._open(Path(self.running.path).name)
+        self.check()
+
+    @rule(tokens=st.lists(st.sampled_from(UNITS), min_size=1, max_size=3), minutes=st.integers(0, 9),
+          points=st.integers(1, POINTS))
+    def die_in_the_middle(self, tokens: list[str], minutes: int, points: int) -> None:
+        """The same, and the process that stores them dies of SIGKILL at a statement or step of it."""
+        path, self.running = Path(self.running.path), self.running.__exit__()
+        self._use_and_reset(tokens, minutes)
+        life = start_life(self.log_directory, path, AfterSo(points), path.with_name("last-words"))
+        life.join()
+        assert life.exitcode in (-signal.SIGKILL, 0)
+        self._open(path.name)
+        self.check()
+
+    def _use_and_reset(self, tokens: list[str], minutes: int) -> None:
         lines = [(self._next("use"), token) for token in tokens]
         texts = [line(id, metadata=f'{{"units": {token}}}') for id, token in lines]
         asyncio.run(self.log.append(USAGE_EVENTS, [entry(text) for text in texts]))
-        arrival = self.now
+        for id, token in lines:
+            self.auditor.usage[id] = ANN, self.now, token
         cut = MeterReset(
             id=self._next("reset"), organization_id=ORGANIZATION, customer_id=ANN, meter_ids=list(FUNCTIONS),
             at=self.now - timedelta(minutes=minutes),
         )  # fmt: skip
-        for id, token in lines:
-            self.auditor.usage[id] = ANN, arrival, token
         self._decide(cut)
         self.auditor.resets[cut.id] = cut
-        self._open(Path(self.running.path).name)
-        self.check()
 
     @rule()
     def rebuild(self) -> None:

@@ -6,8 +6,10 @@ Started by a fork server that has loaded everything already, a life costs a few 
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 from aggregator.consumer import Aggregator
 from ingest.log import open_log
@@ -20,21 +22,48 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
 
 
-def start_life(log: Path, store: Path, struck: frozenset[str], last_words: Path) -> BaseProcess:
-    """Start a life that ends at the first point after a call that was not ``struck`` yet; its name are its last words.
+Dies = Callable[[Point], bool]
+"""Whether a life ends at a point. Goes to another process, so it is made of a class that both know."""
 
-    A life that finds none catches up with the log and ends with exit code 0.
+
+class FirstNew(NamedTuple):
+    """At the first point after a call, or around a decisive statement, whose name was not ``struck`` yet."""
+
+    struck: frozenset[str]
+
+    def __call__(self, point: Point) -> bool:
+        """By its name alone."""
+        name = point[0]
+        decisive = name.startswith("after ") or name.endswith(("COMMIT", "CHECKPOINT", "close"))
+        return decisive and name not in self.struck
+
+
+class AfterSo:
+    """At the last of so ``many`` points."""
+
+    def __init__(self, many: int) -> None:
+        self._left = many
+
+    def __call__(self, point: Point) -> bool:
+        """Whatever its name."""
+        self._left -= 1
+        return self._left <= 0
+
+
+def start_life(log: Path, store: Path, dies: Dies, last_words: Path) -> BaseProcess:
+    """Start a life that ends with SIGKILL where ``dies`` says; the name of that point are its last words.
+
+    A life that does not die catches up with the log and ends with exit code 0.
     """
-    life = _FORKS.Process(target=_live, args=(log, store, struck, last_words))
+    life = _FORKS.Process(target=_live, args=(log, store, dies, last_words))
     life.start()
     return life
 
 
-def _live(log_directory: Path, store: Path, struck: frozenset[str], last_words: Path) -> None:
+def _live(log_directory: Path, store: Path, dies: Dies, last_words: Path) -> None:
     def strike(point: Point) -> None:
-        name = point[0]
-        if name not in struck and (name.startswith("after ") or name.endswith(("COMMIT", "CHECKPOINT", "close"))):
-            last_words.write_text(name)
+        if dies(point):
+            last_words.write_text(point[0])
             os.kill(os.getpid(), signal.SIGKILL)
 
     log = open_log(str(log_directory))

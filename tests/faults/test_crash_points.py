@@ -33,7 +33,7 @@ from tests.faults.evidence import (
     positions,
     write_sample,
 )
-from tests.faults.lives import start_life
+from tests.faults.lives import FirstNew, start_life
 from tests.faults.points import Point, disk_full, watch
 from tests.waiting import eventually
 
@@ -178,7 +178,7 @@ def test_every_point_may_be_the_death_of_the_process(
     path, last_words = world.directory / "killed.duckdb", world.directory / "last-words"
     struck: set[str] = set()
     while True:
-        life = start_life(world.directory, path, frozenset(struck), last_words)
+        life = start_life(world.directory, path, FirstNew(frozenset(struck)), last_words)
         life.join()
         world.assert_file_is_a_prefix(path)
         if life.exitcode != -signal.SIGKILL:

@@ -25,7 +25,7 @@ from tests.waiting import eventually, until
 
 PAUSE_S = 0.05  # of a sender's connection
 CUSTOMERS = 20  # over all partitions
-STOPPED_S = 3.0  # and 30 s with --long
+STOPPED_S = 30.0
 PATIENCE_S = 1  # of a gateway for the brokers, so that a short stop is longer
 CUTS = 12
 CUT_EVERY_S = 0.15
@@ -40,10 +40,9 @@ def sender(seed: int = SEED) -> Sender:
 
 @pytest.mark.timeout(180)
 def test_a_stopped_broker_is_a_503_and_no_loss(
-    tmp_path: Path, long: bool, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """SIGSTOP: nobody is told yes meanwhile; the gateway says 503 and is not ready; afterwards all goes on."""
-    stopped_s = 30.0 if long else STOPPED_S
     with own_brokers(tmp_path) as cluster:
         options = f"?delivery_timeout_s={PATIENCE_S}"
         installation, client, (node,) = KafkaInstallation(cluster, tmp_path, options=options), sender(), cluster.nodes
@@ -56,7 +55,7 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
             begun = set(client.under_way)
             await until(lambda: not begun & client.under_way)  # with the yes that they had already, or no
             acknowledged, refused = len(client.acknowledged), client.refused
-            await asyncio.sleep(stopped_s)
+            await asyncio.sleep(STOPPED_S)
             await until(lambda: client.refused > refused)
             seen.append((len(client.acknowledged) - acknowledged, client.refused - refused))
             away.append(await asyncio.to_thread(recovery_s, node.resume, installation.writes))
@@ -67,7 +66,7 @@ def test_a_stopped_broker_is_a_503_and_no_loss(
             outcome, counted, _ = installation.end(client)
     ((told_yes, told_no),) = seen
     more = f"again in the log {counted.tallies['duplicates']}, 503 {told_no} times, recovery is writing after SIGCONT"
-    record_property("figures", told(f"SIGSTOP for {stopped_s:.0f} s", outcome, away[0], more))
+    record_property("figures", told(f"SIGSTOP for {STOPPED_S:.0f} s", outcome, away[0], more))
 
     assert told_yes == 0
     assert told_no > 0

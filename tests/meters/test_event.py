@@ -18,8 +18,8 @@ from meters.event import (
     check_event,
     check_line,
     event_id,
+    halves,
     identity,
-    parse_event_id,
 )
 from meters.refusal import DEPTH_MAX, Reason, Refusal
 from meters.uuid_text import parse_uuid4
@@ -289,8 +289,6 @@ def test_a_fast_clock_is_forgiven_a_minute() -> None:
     assert [refusal.msg for refusal in refused(line(timestamp=beyond.isoformat()))] == [
         "Value error, Timestamp must be in the past."
     ]
-    strict = check_event(line(timestamp=edge.isoformat()), now=NOW, clock_skew=timedelta())
-    assert isinstance(strict, list)
 
 
 def test_refusals_can_be_told() -> None:
@@ -338,8 +336,7 @@ def test_the_identity_is_the_hash_of_organization_and_external_id() -> None:
     hi, lo = identity(ORGANIZATION, "req-7f3a")
     assert hi.to_bytes(8, "big") + lo.to_bytes(8, "big") == xxh3_128_digest(UUID(ORGANIZATION).bytes + b"req-7f3a")
     assert UUID(event_id(hi, lo)).int == hi << 64 | lo
-    assert parse_event_id(event_id(hi, lo)) == (hi, lo)
-    assert parse_event_id("no id") is None
+    assert halves(hi << 64 | lo) == (hi, lo)
     assert event_id(*identity(ORGANIZATION, "")) != event_id(*identity(ORGANIZATION.replace("1db", "1dc"), ""))
 
 

@@ -201,16 +201,16 @@ def test_every_order_takes_back_what_polar_took_back(name: str) -> None:
         assert not [one.revoked for one in wanted.given if one.revoked is not None]
 
 
-def test_an_end_that_older_records_tell_beside_the_taking_back_takes_nothing_more() -> None:
-    """They say of every end that it took units back; told again, one that took none is known as such."""
+def test_an_end_that_is_told_both_ways_takes_nothing_more() -> None:
+    """A payload without units says that the end took them; told again with them, it is known whether it did."""
     def records(*facts: Fact) -> Catalogue:
         known = [Linked(CUSTOMER, CUSTOMER), *facts]
         return Catalogue([DeliveryApplied(organization_id="org", delivery_id="1", kind="k", at=T0, facts=known)])
 
     def credited(day: int, units: int) -> Credited:
-        return Credited(CUSTOMER, "m", "g", T0 + day * DAY, units, False, T0 + day * DAY, CUSTOMER)
+        return Credited(CUSTOMER, "m", "g", T0 + day * DAY, units, False, T0 + day * DAY)
 
-    end = Revoked("g", T0 + 10.5 * DAY)
+    end = Revoked("g", T0 + 10.5 * DAY, takes=True)
     back = records(credited(0, 100), credited(10, -100), end).mirror.wanted(CUSTOMER, "m")
     assert days(back) == ([], [(0, False, None), (10, False, None)])
     kept = records(credited(0, 100), end)

@@ -24,13 +24,10 @@ _PRINT = """hash(
 """Of a row ``e``, its organization ``o`` and its subject ``s``. Metadata is written as DuckDB's JSON writes it."""
 
 QUESTIONS: Mapping[str, str] = {
-    "about": "SELECT version FROM about",
-    "streams": "SELECT stream, identity FROM streams",
     "tallies": """
         SELECT t.*, p.next_offset FROM tallies t JOIN positions p USING (log_partition)
         WHERE p.stream = 'usage.events' ORDER BY 1""",
     "control": "SELECT log_offset, value FROM control ORDER BY log_offset",
-    "organizations": "SELECT number, id FROM organizations ORDER BY number",
     "customers": "SELECT coalesce(max(number) + 1, 0) AS customers FROM subjects",
     "subject": "SELECT kind, text FROM subjects WHERE number = $number",
     # what the log is compared with

@@ -19,6 +19,7 @@ from aggregator.store.queries.scope import Scope, aware, counted, events_in
 from aggregator.store.sql import statement
 from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
+from meters.event import halves
 from meters.filter import EVERYTHING, Filter
 from meters.log import USAGE_EVENTS
 
@@ -176,10 +177,11 @@ def parents(connection: duckdb.DuckDBPyConnection, organization: int, ids: Seque
     """{128-bit id: external id} of those that are public ids of the organization's events."""
     if not ids:
         return {}
-    halves = {"his": [id >> 64 for id in ids], "los": [id & 0xFFFF_FFFF_FFFF_FFFF for id in ids]}
+    split = [halves(id) for id in ids]
+    parameters = {"organization": organization, "his": [hi for hi, _ in split], "los": [lo for _, lo in split]}
     sql = """SELECT id_hi, id_lo, external_id FROM events WHERE organization = $organization
              AND id_hi IN (SELECT UNNEST($his)::UBIGINT) AND id_lo IN (SELECT UNNEST($los)::UBIGINT)"""
-    rows = connection.execute(sql, {"organization": organization, **halves}).fetchall()
+    rows = connection.execute(sql, parameters).fetchall()
     return {hi << 64 | lo: external_id for hi, lo, external_id in rows}
 
 
