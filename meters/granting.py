@@ -47,10 +47,14 @@ def needs_reset(grant: Grant, account: Account | None) -> bool:
     return account is None or since is None or not any(reset.at > since for reset in account.resets)
 
 
-def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None) -> Step:
-    """The renewal of a grant at ``at``, after the reset that it needs."""
+def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None, since: datetime | None) -> Step:
+    """The renewal of a grant at ``at``, after the reset that it needs.
+
+    Where something else has begun the meter anew ``since`` then, it is that window's: before it, it would be gone.
+    """
     id = movement_id(grant.id, at, "cycle")
-    return _credited(replace(grant, modified_at=at), benefit, at, "cycle", [reset] if reset else [], id)
+    counts_at = at if reset is not None or since is None else max(at, since)
+    return _credited(replace(grant, modified_at=at), benefit, counts_at, "cycle", [reset] if reset else [], id)
 
 
 def _credited(

@@ -324,13 +324,14 @@ async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer,
     begun, meter = None, desk.catalogue.meter(grant.organization_id, benefit.meter_id)
     if meter is None:
         raise Refused("value_error", ("path", "id"), "The meter of this benefit is not known here.", benefit.meter_id)
-    if needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id)):
+    account = desk.view.ledger.account(customer.id, benefit.meter_id)
+    if needs_reset(grant, account):
         units = await carried(desk, customer, meter, at)
         begun = MeterReset(
             id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
             meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,
         )  # fmt: skip
-    return cycled(grant, benefit, at, begun)
+    return cycled(grant, benefit, at, begun, account.since if account else None)
 
 
 @router.post("/v1/benefit-grants/{id}/revoke", responses=gives(ref("BenefitGrant")))

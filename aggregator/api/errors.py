@@ -64,6 +64,10 @@ class Busy(Exception):
     """Too many questions are waiting already."""
 
 
+PASSING = (Unavailable, TryAgain, Busy, TooLong, TooLarge)
+"""The same question has an answer later."""
+
+
 def json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
     """A response of JSON whose decimals are numbers of all their digits."""
     return Response(exact_json.encode(body), status, headers, "application/json")

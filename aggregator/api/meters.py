@@ -3,11 +3,12 @@
 from typing import Annotated, Any
 from uuid import UUID
 
+import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api.customers import has_texts, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
-from aggregator.api.errors import Malformed, NotFound, Refused
+from aggregator.api.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.polar_accounts import settle_meter
@@ -16,6 +17,7 @@ from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.meter import Meter, new_meter, updated_meter
 
+logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
 Reader = Annotated[Token, Depends(allow(reading("meters")))]
 Writer = Annotated[Token, Depends(allow(writing("meters")))]
@@ -45,7 +47,10 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
         if isinstance(meter, list):
             raise Malformed(meter)
         await desk.decide(MeterCreated(meter))
-        await settle_meter(desk, meter)
+        try:
+            await settle_meter(desk, meter)
+        except PASSING:  # the meter is made; whoever were told otherwise would make another one
+            logger.warning("meter_not_settled", meter_id=meter.id, help="PATCH its metadata to credit what Polar told")
     return answer(meter_json(meter), desk.view.as_of, 201)
 
 
@@ -89,7 +94,7 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
             message = "This meter is still attached to a price or a benefit."
             raise Refused("value_error", ("body", "is_archived"), message, True)
         await desk.decide(MeterUpdated(changed))
-        if changed.metadata != meter.metadata:
+        if body.get("metadata") is not None:  # also as it was: what follows from it may not have been done
             await settle_meter(desk, changed)
     return answer(meter_json(changed), desk.view.as_of)
 

@@ -135,6 +135,24 @@ def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
     assert tenant.refusal("POST", path, json={"at": "2026-03-01T00:00:00"})[0] == 422
 
 
+@pytest.mark.parametrize("is_first_later", [True, False])
+def test_cycles_of_two_benefits_count_in_either_order(tenant: Tenant, is_first_later: bool) -> None:
+    """Whichever resets the meter, the other one's units are of the window that begins with it."""
+    meter, customer, grants = tenant.meter(), tenant.customer(), []
+    for _ in range(2):
+        body = {"customer_id": customer}
+        grants.append(tenant.post(f"/v1/benefits/{benefit(tenant, meter)}/grants", body)["id"])
+        tenant.server.now += timedelta(seconds=10)
+    begin = tenant.server.now
+    tenant.server.now += 31 * DAY
+    due = [(grant, begin + 30 * DAY + timedelta(seconds=10 * place)) for place, grant in enumerate(grants)]
+    for grant, at in reversed(due) if is_first_later else due:
+        path, body = f"/v1/benefit-grants/{grant}/cycle", {"at": at.isoformat()}
+        assert tenant.post(path, body) == tenant.post(path, body)
+    (balance,) = tenant.get("/v1/customer-meters/", customer_id=customer)["items"]
+    assert balance["credited_units"] == 200
+
+
 def test_a_cycle_is_the_same_in_every_offset(tenant: Tenant) -> None:
     """The same instant in another offset is the same movement; a time without a place in UTC is refused."""
     id, customer = benefit(tenant, tenant.meter()), tenant.customer()

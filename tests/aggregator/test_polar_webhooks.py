@@ -4,9 +4,12 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
+from aggregator.api import polar_accounts
+from aggregator.view import Unavailable
 from meters.credit import MeterReset
 from meters.signatures import keys
 from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
@@ -100,6 +103,20 @@ def test_news_of_a_meter_wait_until_it_is_known(polar: Polar) -> None:
     session = polar.tenant.post("/v1/customer-sessions/", {"external_customer_id": "ann"})["token"]
     (shown,) = polar.tenant.ask("GET", "/v1/customer-portal/meters/", secret=session).json()["items"]
     assert (shown["meter_id"], shown["balance"]) == (meter, 100)
+
+
+def test_a_meter_whose_news_could_not_be_credited_is_asked_for_again(polar: Polar) -> None:
+    """The first time the store does not answer; the same change again credits what Polar told, and a create is one."""
+    polar.deliver("subscription.created", polar.subscription(JANUARY), "0")
+    polar.deliver("benefit_grant.created", polar.grant(JANUARY + PAID, rollover=True), "1")
+    polar.deliver("subscription.cycled", polar.subscription(FEBRUARY), "2")
+    with patch.object(polar_accounts, "consumed_between", AsyncMock(side_effect=Unavailable("far behind"))):
+        meter = polar.mirrored_meter()
+        change = {"metadata": {"polar_meter_id": polar.meter_id}}
+        assert polar.tenant.ask("PATCH", f"/v1/meters/{meter}", json=change).status_code == 503
+    polar.tenant.patch(f"/v1/meters/{meter}", change)
+    assert [one["id"] for one in polar.tenant.get("/v1/meters/")["items"]] == [meter]
+    assert numbers(polar)[0][0] > 0
 
 
 def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:

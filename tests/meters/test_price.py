@@ -37,6 +37,7 @@ def test_charges(unit_amount: str, cap: int | None, consumed: str, credited: str
         {"unit_amount": "NaN"}, {"unit_amount": "100000"}, {"unit_amount": "0.0000000000001"},
         {"unit_amount": "1e-13"}, {"unit_amount": 1, "cap_amount": -1}, {"unit_amount": 1, "cap_amount": 1.5},
         {"unit_amount": 1, "cap_amount": True}, {"unit_amount": "1e999999999"}, {"unit_amount": None},
+        {"unit_amount": "1e-3000000000"},
     ],
 )  # fmt: skip
 def test_what_is_no_price_is_refused(body: Any) -> None:
