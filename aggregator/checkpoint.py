@@ -13,6 +13,7 @@ row groups that were left behind. One without rows to write merges none.
 """
 
 import threading
+import time
 
 from aggregator.store.store import Store
 
@@ -22,6 +23,7 @@ BACKLOG_ROUND_ROWS = 15_000  # a round of more has been waited for already
 AGAIN_S = 0.05  # DuckDB does not checkpoint while a transaction writes; a round takes about this long
 MERGES_MAX = 4  # in a quiet time; making five row groups of fifteen took 0.6 s, which a next round may have to wait
 IDLE_S = 5.0  # what is left over is folded in when nothing else happens
+EVERY_S = 600.0  # and this often whatever happens: what webhooks write is not told of here
 
 
 class Checkpointer:
@@ -50,21 +52,22 @@ class Checkpointer:
 
     def run(self) -> None:
         """Until ``stop``. Raises Doubt when a checkpoint failed: the instance is not to be used any more."""
-        before = 0
+        before, newest_s = 0, time.monotonic()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stopping or self._rows >= self._enough, timeout=IDLE_S)
                 if self._stopping:
                     return
                 under_load = self._rows >= self._enough
-                due = under_load or 0 < self._rows == before
+                is_quiet = not under_load and 0 < self._rows == before
+                due = under_load or is_quiet or time.monotonic() - newest_s >= EVERY_S
                 before = rows = self._rows
-                merges_max = 0 if under_load else MERGES_MAX
+                merges_max = MERGES_MAX if is_quiet else 0
             if not due:
                 continue
             done = self._store.checkpoint(merges_max)
             with self._wake:
                 if done:
-                    self._rows -= rows
+                    self._rows, newest_s = self._rows - rows, time.monotonic()
                 else:  # a round is being committed
                     self._wake.wait_for(lambda: self._stopping, timeout=AGAIN_S)

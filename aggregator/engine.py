@@ -23,7 +23,7 @@ from aggregator.checkpoint import Checkpointer
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
 from aggregator.step import Changes, join, judge, nothing, step
-from aggregator.store.store import Round, Store
+from aggregator.store.store import Doubt, Round, Store
 from aggregator.store.strangers import Strangers
 from aggregator.webhooks.causes import causes
 from meters.catalogue import Catalogue, Change, decode_changes
@@ -36,6 +36,7 @@ ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands 
 SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
 TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often
+ROUND_ROWS = 10  # what a round writes beside its rows, in rows
 _STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
 
 
@@ -155,8 +156,15 @@ class Engine:
             try:
                 reading = self._rounds.get(timeout=_STOP_POLL_S)
             except queue.Empty:
+                self._catch_up()
                 continue
             self._round(reading)
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self.store.is_dead:
+            raise Doubt("the store's instance died outside of a round")
+        self.totals.catch_up()
 
     def _round(self, reading: Reading) -> None:
         batch = reading.batch
@@ -179,7 +187,7 @@ class Engine:
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
-        self._checkpointer.wrote(rows.num_rows)
+        self._checkpointer.wrote(rows.num_rows + len(changes.dead) + ROUND_ROWS)
         ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
         self._observe(
             Committed(

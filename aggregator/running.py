@@ -9,12 +9,13 @@ sequence number at which it was made, while the rounds add what comes after. Add
 
 import contextlib
 import threading
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -33,6 +34,7 @@ from meters.meter import Meter
 
 HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
+HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _READ = ["subject", "ingested_at", "name", "timestamp", "metadata", "awkward"]  # what a statement of meters may look at
 _HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
@@ -72,6 +74,8 @@ class RunningTotals:
         self._counting_history = threading.Semaphore(HISTORIES_AT_ONCE)
         self._plans: dict[int, Plan | None] = {}
         self._threads: list[threading.Thread] = []
+        self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
+        self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -161,31 +165,42 @@ class RunningTotals:
     def cut(self, meter: Meter, cuts: Mapping[int, int]) -> None:
         """Begin the windows of customers at other times (us, or EVER), when every stored row is in the totals.
 
-        What arrived since is asked of the store, where anything did. A meter whose history is still being counted is
-        counted anew then, since nobody knows which of those rows it has.
+        What arrived since is asked of the store, where anything did. While history is still being counted nobody knows
+        which of those rows it has; such a cut waits for ``catch_up``, and until then the store is asked instead.
         """
         counting = self._meters.get(meter.id)
         if counting is None:
             return
+        cuts = self._waiting.pop(meter.id, {}) | dict(cuts)
         cuts = {subject: since for subject, since in cuts.items() if counting.totals.is_elsewhere(subject, since)}
         is_complete = counting.complete.is_set()  # looked at first: what history adds after this is looked for below
         late = {subject: since for subject, since in cuts.items() if counting.totals.has_rows(subject, since)}
         inside = self._inside(meter, late) if late and is_complete else None
         if (late and inside is None) or not counting.totals.cut(cuts, inside):
-            self._count_history([meter], self._store.next_seq)
+            self._waiting[meter.id] = cuts
+
+    def catch_up(self) -> None:
+        """Do what had to wait: cuts of meters whose history is counted by now, histories that could not be read."""
+        for meter_id in [id for id in self._waiting if self._complete(id) is not None]:
+            self.cut(self._meters[meter_id].meter, {})
+        while self._failed and self._failed[0][0] <= time.monotonic():
+            _, counted = self._failed.popleft()
+            current = [one.meter for id, one in counted.items() if self._meters.get(id) is one]
+            self._count_history(current, self._store.next_seq)
 
     def _inside(self, meter: Meter, late: Mapping[int, int]) -> MeterWindows:
         number = self._directory.organizations[meter.organization_id].number
         compiled = plan([meter], _SINCE, self._connection)
         asked = {"organization": number, "subjects": list(late), "since": min(late.values())}
-        parameters = compiled.statement.parameters | asked
-        result: Any = self._connection.execute(compiled.parsed, parameters).to_arrow_table()
         begins = np.full(max(late) + 1, EVER, np.int64)
         begins[list(late)] = list(late.values())
-        subjects = result.column("subject").to_numpy()
-        result = result.filter(pa.array(_microseconds(result, "ingested_at") >= begins[subjects]))
         inside = Counting(meter, MeterWindows(meter.aggregation.func), None, threading.Event())
-        _scatter({meter.id: inside}, compiled, result, self._calendar(meter.organization_id))
+        relation = self._connection.sql(compiled.statement.sql, params=compiled.statement.parameters | asked)
+        for batch in relation.to_arrow_reader(HISTORY_ROWS):  # together they may be more than memory, or a sum, holds
+            rows = pa.Table.from_batches([batch])
+            since = begins[rows.column("subject").to_numpy()]
+            rows = rows.filter(pa.array(_microseconds(rows, "ingested_at") >= since))
+            _scatter({meter.id: inside}, compiled, rows, self._calendar(meter.organization_id))
         return inside.totals
 
     def _calendar(self, organization_id: str) -> Calendar:
@@ -202,6 +217,7 @@ class RunningTotals:
         for meter in meters:
             windows = MeterWindows(meter.aggregation.func)
             windows.cut(self._begins(meter))
+            self._waiting.pop(meter.id, None)
             func = meter.aggregation.func
             quarters = None if func == "unique" else MeterQuarters(func, self._calendar(meter.organization_id))
             self._meters[meter.id] = Counting(meter, windows, quarters, threading.Event())
@@ -230,8 +246,9 @@ class RunningTotals:
                     _scatter(counted, compiled, pa.Table.from_batches([batch]), calendar)
             for counting in counted.values():
                 counting.complete.set()
-        except duckdb.Error as error:  # without its total a meter is answered by a query: slower, never wrong
-            logger.error("history_not_counted", reason=str(error))
+        except Exception as error:  # without its total a meter is answered by a query: slower, never wrong
+            logger.error("history_not_counted", reason=str(error), again_s=HISTORY_AGAIN_S)
+            self._failed.append((time.monotonic() + HISTORY_AGAIN_S, counted))
 
 
 def _means_the_same(before: Meter, after: Meter) -> bool:

@@ -87,6 +87,7 @@ class Store:
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._readers_changed = threading.Condition()
         self._closing = False
+        self.is_dead = False  # DuckDB gave up on its instance; whoever writes has to open another
         self.epoch = epoch
         self._insert_events = Prepared(connection, "arriving", _INSERT_EVENTS)
         self._insert_control = Prepared(connection, "decided", "INSERT INTO control SELECT * FROM decided")
@@ -305,7 +306,8 @@ class Store:
             connection.execute("BEGIN")
             yield Snapshot(connection, _positions(connection, USAGE_EVENTS))
         except Exception as error:
-            if self._closing or isinstance(error, duckdb.FatalException):
+            self.is_dead |= isinstance(error, duckdb.FatalException)
+            if self._closing or self.is_dead:
                 raise Unavailable("the store is being opened again") from error
             raise
         finally:
@@ -337,6 +339,7 @@ class Store:
             yield connection
             connection.execute("COMMIT")
         except duckdb.Error as error:
+            self.is_dead |= isinstance(error, duckdb.FatalException)
             raise Unavailable(f"the outbox cannot be written now: {error}") from error
         finally:
             self._let_go(connection)

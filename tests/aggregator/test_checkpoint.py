@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import checkpoint
+from aggregator import checkpoint, engine
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import Running, decisions, entry, line, organization
@@ -14,10 +14,11 @@ from tests.waiting import eventually
 
 
 def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind of round has its own measure, and what lies in the write-ahead log counts whichever wrote it."""
+    """Each kind of round has its own measure, and what lies in the write-ahead log counts, dead letters, too."""
     for name, value in (("ROWS_BETWEEN", 20), ("ROWS_BETWEEN_BACKLOG", 200), ("BACKLOG_ROUND_ROWS", 100)):
         monkeypatch.setattr(checkpoint, name, value)
     monkeypatch.setattr(checkpoint, "IDLE_S", 1000.0)
+    monkeypatch.setattr(engine, "ROUND_ROWS", 0)
     log, store = open_log("memory:"), tmp_path / "store.duckdb"
     asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
     sent = 0
@@ -44,4 +45,6 @@ def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkey
         eventually(lambda: waiting_bytes() == 0)
         send(10)
         assert waiting_bytes() > 0
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*[b"{broken"] * 10, admitted=False)]))
+        eventually(lambda: waiting_bytes() == 0)
     log.close()

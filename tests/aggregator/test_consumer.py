@@ -260,3 +260,14 @@ def test_a_store_closes_while_readers_come_and_go(tmp_path: Path) -> None:
         for reader in readers:
             reader.join()
     log.close()
+
+
+def test_an_instance_that_dies_under_a_reader_is_replaced(tmp_path: Path) -> None:
+    """DuckDB gives up on itself where a guest's statement fails for good; the engine ends, for another to begin."""
+    log = open_log("memory:")
+    with Running(log, tmp_path / "store.duckdb") as running:
+        with pytest.raises(Unavailable), running.engine.store.read():
+            raise duckdb.FatalException("the instance is invalid")
+        eventually(running.engine.ended.is_set)
+    log.close()
+    assert isinstance(running.engine.failure, Doubt)

@@ -8,6 +8,7 @@ installation; each has ids and customers of its own.
 
 import contextlib
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -18,7 +19,7 @@ import httpx
 import msgspec
 import pytest
 from confluent_kafka import Producer
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from meters.aggregation import evaluate
@@ -113,7 +114,8 @@ class World:
                     self._produce(CUSTOMERS[0], [raw])
                 case Restart(who):
                     process = self._process(who)
-                    assert process.stop() == 0, process.output[-2000:]
+                    ends = (0, -signal.SIGTERM)  # at once, where it has only begun
+                    assert process.stop() in ends, process.output[-2000:]
                     process.start()
                 case Look():
                     self.compare()
@@ -207,7 +209,8 @@ def test_stories_told_to_processes(
         installation.start()
         world = World(installation)
 
-        @settings(max_examples=STORIES * (10 if long else 1))
+        # What does not become true is waited for, so to look for a shorter story would take hours.
+        @settings(max_examples=STORIES * (10 if long else 1), phases=(Phase.generate,), derandomize=True)
         @given(story=stories)
         def tell(story: list[Step]) -> None:
             world.tell(story)

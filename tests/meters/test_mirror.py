@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated, decode_change
+from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated
 from meters.mirror import Credited, DeliveryApplied, Fact, Linked, Revoked, Wanted
 from meters.polar import News, Unreadable, read
 
@@ -274,25 +274,6 @@ def test_who_gets_an_external_id_late_is_the_customer_here_who_has_it(embedded: 
         found = catalogue.customer_by_email("org", "c@x.org")
         assert found is not None
         assert found.id == "here"
-
-
-def test_records_from_before_polars_customers_were_named_are_read() -> None:
-    """They say of customers here what they were credited, and go along with one who turns out to be another."""
-    old = (
-        b'{"type":"polar.delivered","organization_id":"org","delivery_id":"1","kind":"k","at":"2026-01-01T00:00:00Z",'
-        b'"facts":[{"fact":"linked","polar_id":"P","customer_id":"P"},'
-        b'{"fact":"began","customer_id":"P","meter_id":"m","at":"2026-01-03T00:00:00Z"},'
-        b'{"fact":"credited","customer_id":"P","meter_id":"m","grant_id":"g","at":"2026-01-04T00:00:00Z","units":100,'
-        b'"rollover":false,"told":"2026-01-04T00:00:00Z"}]}'
-    )
-    before = decode_change(old)
-    linked = DeliveryApplied(organization_id="org", delivery_id="2", kind="k", at=T0, facts=[Linked("P", "here")])
-    assert isinstance(before, DeliveryApplied)
-    catalogue = Catalogue([before])
-    assert days(catalogue.mirror.wanted("P", "m")) == ([2], [(3, False, None)])
-    catalogue.apply(linked)
-    assert days(catalogue.mirror.wanted("here", "m")) == ([2], [(3, False, None)])
-    assert days(catalogue.mirror.wanted("P", "m")) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["c-here", None])

@@ -1,0 +1,134 @@
+"""Histories that are still being counted, or could not be: cuts wait for them, and what failed is done again."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from aggregator import running as module
+from aggregator.view import Consumption
+from ingest.log import open_log
+from meters.catalogue import Customer, CustomerCreated
+from meters.credit import MeterReset
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from meters.timestamp import microseconds_of
+from tests.aggregator.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
+from tests.waiting import eventually
+
+ANN = "11111111-1111-4111-8111-111111111111"
+METER = meter("m", func="sum", property="n")
+MINUTES = 5
+LINES = 1_000  # of each minute
+HOUR = timedelta(hours=1)
+
+
+@contextmanager
+def used() -> Iterator[Log]:
+    """A log in which a customer used 0.9 a thousand times in each of five minutes; it is an hour later."""
+    now = [NOW]
+    log = open_log("memory:", clock_us=lambda: microseconds_of(now[0]))
+    ann = Customer(id=ANN, organization_id=ORGANIZATION, external_id="ann", created_at=NOW)
+    asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(METER), CustomerCreated(ann)])))
+    for minute in range(MINUTES):
+        now[0] = NOW + timedelta(minutes=minute)
+        lines = [line(f"{minute}-{number}", metadata='{"n": 0.9}') for number in range(LINES)]
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
+    now[0] = NOW + HOUR
+    yield log
+    log.close()
+
+
+def reset(log: Log, minute: int) -> None:
+    """The customer's window begins with that minute."""
+    at = NOW + timedelta(minutes=minute)
+    cut = MeterReset(id=f"r{minute}", organization_id=ORGANIZATION, customer_id=ANN, meter_ids=["m"], at=at)
+    asyncio.run(log.append(USAGE_CONTROL, decisions([cut])))
+
+
+def consumed(running: Running, minute: int) -> Consumption | None:
+    """What was used since that minute, as memory has it."""
+    engine = running.engine
+    subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
+    return engine.totals.consumed("m", subjects, NOW + timedelta(minutes=minute))
+
+
+def used_since(minute: int) -> tuple[int, Decimal]:
+    """Events and amount."""
+    count = LINES * (MINUTES - minute)
+    return count, count * Decimal("0.9")
+
+
+def test_a_window_that_begins_in_the_past_is_counted_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its rows at once may be more than memory holds, and their fractions more than 64 bits."""
+    monkeypatch.setattr(module, "HISTORY_ROWS", 2_048)
+    pieces: list[int] = []
+    scatter = module._scatter
+
+    def watched(counted: Any, compiled: Any, table: Any, calendar: Any) -> None:
+        pieces.append(table.num_rows)
+        scatter(counted, compiled, table, calendar)
+
+    with used() as log, Running(log, tmp_path / "store.duckdb") as running:
+        running.catch_up()
+        monkeypatch.setattr(module, "_scatter", watched)
+        reset(log, 1)
+        running.catch_up()
+        found = consumed(running, 1)
+    assert found is not None
+    assert (found.count, found.value) == used_since(1)
+    assert len(pieces) > 1
+    assert max(pieces) <= 2_048
+
+
+def test_cuts_wait_while_history_is_counted(tmp_path: Path) -> None:
+    """They begin nothing anew, however many they are, and hold when the history is known."""
+    with used() as log:
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+        running = Running(log, tmp_path / "store.duckdb")
+        totals = running.engine.totals
+        for _ in range(module.HISTORIES_AT_ONCE):
+            totals._counting_history.acquire()
+        with running:
+            asyncio.run(log.append(USAGE_EVENTS, [entry(line("now", metadata='{"n": 0.5}'))]))
+            for minute in range(MINUTES):
+                reset(log, minute)
+            eventually(lambda: running.engine.control_position == log.ends(USAGE_CONTROL)[0])
+            eventually(lambda: dict(running.engine.as_of) == log.ends(USAGE_EVENTS))
+            assert len(totals._threads) == 1
+            assert consumed(running, MINUTES - 1) is None
+            for _ in range(module.HISTORIES_AT_ONCE):
+                totals._counting_history.release()
+            found = eventually(lambda: consumed(running, MINUTES - 1))
+    count, amount = used_since(MINUTES - 1)
+    assert (found.count, found.value) == (count + 1, amount + Decimal("0.5"))
+
+
+def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be short for a moment; until then nothing is said rather than something wrong."""
+    monkeypatch.setattr(module, "HISTORY_AGAIN_S", 0.01)
+    plan, failures = module.plan, [duckdb.OutOfMemoryException("short"), OSError("in the middle")]
+
+    def failing(meters: Any, relation: str, connection: Any) -> Any:
+        if relation == module._HISTORY and failures:
+            raise failures.pop()
+        return plan(meters, relation, connection)
+
+    monkeypatch.setattr(module, "plan", failing)
+    with used() as log:
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+            found = running.engine.totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
+    assert failures == []
+    assert found is not None
+    assert (found.count, found.sum) == used_since(0)
