@@ -8,7 +8,8 @@ for it. An event is never its own parent, and a chain longer than DEPTH_MAX stay
 Because an event's id is its identity, "which event is meant" needs no search: the id is computed from the name.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from aggregator.seen import Keys, Seen
 from meters.event import halves, identity
 
 DEPTH_MAX = 100  # Polar's own cap on a walk up the chain
+CANDIDATES_AT_ONCE = 50_000  # events that may be linked now; some 50 MB of objects
 Identity = tuple[int, int]
 
 
@@ -65,11 +67,14 @@ def resolve(connection: duckdb.DuckDBPyConnection, seen: Seen, arrived: Keys, na
         connection.register("named", _pending_table(named))
         connection.execute("INSERT INTO pending SELECT * FROM named")
         connection.unregister("named")
-    candidates = _waiting_for(connection, arrived.hi, arrived.lo) + named
-    present = set(zip(arrived.hi.tolist(), arrived.lo.tolist(), strict=True)) if candidates else set()
-    while candidates:
-        linked = [child.id for child in _link(connection, seen, present, candidates)]
-        candidates = _waiting_for(connection, *_words(linked)) if linked else []
+    waiting = _waiting_for(connection, arrived.hi, arrived.lo)
+    present = set(zip(arrived.hi.tolist(), arrived.lo.tolist(), strict=True)) if waiting.num_rows or named else set()
+    fresh = {child.id for child in named}
+    others = ([child for child in piece if child.id not in fresh] for piece in _pieces(waiting))
+    pieces: Iterator[list[Child]] = chain([named], others)
+    while linked := [_words(ids) for piece in pieces if piece and (ids := _link(connection, seen, present, piece))]:
+        hi, lo = (np.concatenate(words) for words in zip(*linked, strict=True))
+        pieces = _pieces(_waiting_for(connection, hi, lo))
 
 
 def any_pending(connection: duckdb.DuckDBPyConnection) -> bool:
@@ -101,9 +106,9 @@ def _words(identities: Collection[Identity]) -> tuple[Words, Words]:
     )
 
 
-def _waiting_for(connection: duckdb.DuckDBPyConnection, hi: Words, lo: Words) -> list[Child]:
+def _waiting_for(connection: duckdb.DuckDBPyConnection, hi: Words, lo: Words) -> pa.Table:
     connection.register("arrived", pa.table({"hi": hi, "lo": lo}))
-    rows = connection.execute(
+    waiting = connection.execute(
         """
         SELECT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
         FROM pending p SEMI JOIN arrived a ON p.parent_hi = a.hi AND p.parent_lo = a.lo
@@ -111,18 +116,28 @@ def _waiting_for(connection: duckdb.DuckDBPyConnection, hi: Words, lo: Words) ->
         SELECT p.id_hi, p.id_lo, p.organization, p.parent, p.parent_hi, p.parent_lo, p.other_hi, p.other_lo
         FROM pending p SEMI JOIN arrived a ON p.other_hi = a.hi AND p.other_lo = a.lo
         """  # two joins by hash; one with OR would compare every pair
-    ).fetchall()
+    ).to_arrow_table()
     connection.unregister("arrived")
-    return [Child((r[0], r[1]), r[2], r[3], (r[4], r[5]), None if r[6] is None else (r[6], r[7])) for r in rows]
+    return waiting
+
+
+def _pieces(waiting: pa.Table) -> Iterator[list[Child]]:
+    """So many at a time: a late parent may have millions of children, which as objects are more than memory holds."""
+    for start in range(0, waiting.num_rows, CANDIDATES_AT_ONCE):
+        columns = waiting.slice(start, CANDIDATES_AT_ONCE).to_pydict().values()
+        yield [
+            Child((id_hi, id_lo), organization, parent, (hi, lo), None if other_hi is None else (other_hi, other_lo))
+            for id_hi, id_lo, organization, parent, hi, lo, other_hi, other_lo in zip(*columns, strict=True)
+        ]
 
 
 def _link(
     connection: duckdb.DuckDBPyConnection, seen: Seen, present: set[Identity], candidates: list[Child]
-) -> list[Child]:
+) -> list[Identity]:
     """Give a hierarchy row to each candidate whose parent is here and complete; return those that got one."""
     parents = _own(connection, candidates, _parents(seen, present, candidates))
     ready = _ready(connection, set(parents.values()))
-    linked: list[Child] = []
+    linked: list[Identity] = []
     rows = []
     for child in {child.id: child for child in candidates}.values():
         parent = parents.get(child.id)
@@ -130,7 +145,7 @@ def _link(
             continue
         root, depth = ready[parent]
         if depth < DEPTH_MAX:
-            linked.append(child)
+            linked.append(child.id)
             rows.append((*child.id, *parent, *root, depth + 1))
     if rows:
         _write(connection, rows)

@@ -104,6 +104,7 @@ class Running:
         self._until(lambda: dict(self.engine.as_of) == self._log.ends(USAGE_EVENTS))
         self._until(lambda: self.engine.control_position == self._log.ends(USAGE_CONTROL).get(0, 0))
         self._until(lambda: all(c.complete.is_set() for c in list(self.engine.totals._meters.values())))
+        self._until(lambda: not self.engine.totals._waiting)
         return self.engine
 
     def _until(self, reached: Callable[[], bool]) -> None:

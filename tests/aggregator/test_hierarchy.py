@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from aggregator import hierarchy
 from aggregator.hierarchy import DEPTH_MAX
 from ingest.log import open_log
 from meters.event import event_id, identity
@@ -46,6 +47,18 @@ def test_a_chain_is_linked_in_any_order(tmp_path: Path, batches: Batches) -> Non
 
     assert chains == {"child": ("root", "root", 1), "leaf": ("child", "root", 2)}
     assert set() == waiting
+
+
+def test_a_late_parent_of_many_is_linked_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its children, theirs, and those that come in the same round: each once, at its own depth."""
+    monkeypatch.setattr(hierarchy, "CANDIDATES_AT_ONCE", 2)
+    waiting = [[(f"c{number}", "root"), (f"l{number}", f"c{number}")] for number in range(5)]
+    chains, left = linked(tmp_path, [*waiting, [("c5", "root"), ("l5", "c5"), ("root", None), ("late", "l0")]])
+
+    expected = {f"c{number}": ("root", "root", 1) for number in range(6)}
+    expected |= {f"l{number}": (f"c{number}", "root", 2) for number in range(6)}
+    assert chains == expected | {"late": ("l0", "root", 3)}
+    assert set() == left
 
 
 def test_a_parent_may_be_named_by_its_event_id(tmp_path: Path) -> None:

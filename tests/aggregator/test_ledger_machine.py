@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
@@ -290,7 +291,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return arrivals.by_quarter(snapshot.connection, measured, scope, cuts)
 
 
-TestLedger = LedgerMachine.TestCase
+TestLedger = pytest.mark.timeout(600)(LedgerMachine.TestCase)  # some lives in other processes, on a busy machine
 TestLedger.settings = settings(
     max_examples=10, stateful_step_count=14, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
