@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _FULL = ("full", "There was no room for the event in time")
 _CLOSED = ("closed", "The ingestion is closed")
+_START_AGAIN_S = 1.0  # after the system had no thread left
 _ADOPTED_AT_ONCE = 1000  # events that move from an abandoned spool in one transaction
 
 
@@ -86,7 +87,7 @@ class Ingestion:
         self._is_closed = False
         self._begin()
         lifecycle.look_after(self, handle_sigterm=handle_sigterm)
-        if self._directory and any(self._directory.glob(f"{self._owners[0]}-*")):
+        if self._directory and any(any(self._directory.glob(f"{owner}-*")) for owner in self._owners):
             self._start()
 
     def _begin(self) -> None:
@@ -96,6 +97,7 @@ class Ingestion:
         self._sender = Sender(self._outbox, self._transport, self._tell)
         self._refused = 0
         self._is_started = False
+        self._start_again_s = 0.0  # when threads are asked for again; 0 until the system refused one
         self._stop = threading.Event()
         self._adopting = threading.Lock()
         self._keeper: threading.Thread | None = None
@@ -142,6 +144,8 @@ class Ingestion:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Send what was captured until now without lingering; whether all of it was settled in time."""
         outbox = self._outbox
+        if outbox.pending:
+            self._start()
         number = outbox.hurry()
         with outbox.changed:
             outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
@@ -151,10 +155,12 @@ class Ingestion:
         """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""
         if self._is_closed:
             return
+        if self._outbox.pending:
+            self._start()
         self._is_closed = True
         deadline_s = time.monotonic() + (self._limits.close_s_max if timeout_s is None else timeout_s)
         try:
-            if self._is_started:
+            if self._is_started or self._sender.is_running:
                 self.flush(max(0.0, deadline_s - time.monotonic()))
         finally:  # also when a signal ends the waiting
             self._end(deadline_s)
@@ -212,19 +218,29 @@ class Ingestion:
         self._begin()
 
     def _start(self) -> None:
+        """Start the threads, unless they run. Those that cannot be started now are tried again with a later event."""
         with self._outbox.changed:
-            if self._is_started or self._is_closed:
+            if self._is_started or self._is_closed or time.monotonic() < self._start_again_s:
                 return
             self._is_started = True
-        lifecycle.started(self)
+        is_first = not self._start_again_s
+        if is_first:
+            lifecycle.started(self)
         try:
-            self._sender.start()
-            if self._spool:
-                name = "meterstream-client-spool"
-                self._keeper = threading.Thread(target=self._keep, args=(self._spool,), name=name, daemon=True)
-                self._keeper.start()
-        except RuntimeError:  # the interpreter ends, or the system has no threads left: the spool has the events
-            logger.exception("events cannot be sent from this process")
+            self._start_threads()
+        except RuntimeError:  # the interpreter ends, or the system has no threads left: events wait where they are
+            self._start_again_s = time.monotonic() + _START_AGAIN_S
+            self._is_started = False
+            if is_first:
+                logger.exception("events cannot be sent from this process for now")
+
+    def _start_threads(self) -> None:
+        self._sender.start()
+        if self._spool and self._keeper is None:
+            name = "meterstream-client-spool"
+            keeper = threading.Thread(target=self._keep, args=(self._spool,), name=name, daemon=True)
+            keeper.start()
+            self._keeper = keeper
 
     def _keep(self, spool: Spool) -> None:
         """Take over what processes that are gone have left, now and then."""

@@ -10,6 +10,7 @@ is made to end it in order, but only where the application has not decided other
 
 import atexit
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ import threading
 from types import FrameType
 from typing import Protocol
 from weakref import WeakSet
+
+logger = logging.getLogger(__name__)
 
 
 class Living(Protocol):
@@ -98,7 +101,10 @@ def _after_in_child() -> None:
 
 def _at_exit() -> None:
     for client in list(_clients):
-        client.close()
+        try:
+            client.close()
+        except Exception:  # the others want to be closed as well
+            logger.exception("a client could not be closed in order")
 
 
 atexit.register(_at_exit)

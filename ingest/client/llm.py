@@ -72,7 +72,8 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
 
     ``vendor`` is whose interface was called; ``api_url`` where, as far as that is known and may decide the price.
     ``is_estimated`` says that the vendor's count did not arrive, so that some numbers are lower bounds or guesses.
-    ``terms`` are what else decides the price, as the vendor says it: ``service_tier``, ``speed``.
+    ``terms`` are what else decides the price, as the vendor says it: ``service_tier``, ``speed``,
+    ``inference_geo``.
     ``reported_cost`` is in cents, where a library between here and the vendor has an opinion.
     """
 

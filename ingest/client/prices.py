@@ -15,6 +15,9 @@ from ingest.client.llm import ModelCall, cents
 
 logger = logging.getLogger(__name__)
 
+_ORDINARY_GEOGRAPHIES = {"", "global", "not_available"}
+"""As Anthropic says where a model answered; of any other place the list does not have the price."""
+
 _unknown: set[tuple[str, str]] = set()
 
 
@@ -23,6 +26,9 @@ def list_price(call: ModelCall) -> Decimal | None:
 
     The vendor is found by the address that was called; by its name where the address is not known to the strategy.
     """
+    if (geography := call.terms.get("inference_geo", "")) not in _ORDINARY_GEOGRAPHIES:
+        _say_once(call, LookupError(f"the list has no price for inference in {geography!r}"))
+        return None
     tokens = call.tokens
     usage = genai_prices.Usage(
         input_tokens=tokens.input,

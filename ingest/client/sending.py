@@ -37,12 +37,17 @@ class Sender:
         self.requests = self.retries = self.duplicates = 0
         self.last_problem: str | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a thread at least."""
+        return bool(self._threads)
+
     def start(self) -> None:
-        """Start the threads."""
-        for number in range(self._outbox.limits.in_flight_max):
+        """Start the threads that do not run yet. Raises RuntimeError when the system has none left."""
+        for number in range(len(self._threads), self._outbox.limits.in_flight_max):
             thread = Thread(target=self._run, name=f"meterstream-client-{number}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def join(self, deadline_s: float) -> None:
         """Wait for the threads to end, until a time of the monotonic clock."""

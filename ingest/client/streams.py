@@ -30,6 +30,10 @@ class Watcher(Protocol):
     def end(self, is_complete: bool) -> None:
         """The stream ended; it ran out by itself when ``is_complete``."""
 
+    def fail(self) -> None:
+        """The stream ended with an error of its own, which is an end like others unless a watcher knows better."""
+        self.end(False)
+
 
 class Ward:
     """A watcher that cannot hurt: what it raises is logged, and it hears of one end only."""
@@ -51,9 +55,21 @@ class Ward:
 
     def end(self, is_complete: bool = False) -> None:
         """Pass the end on, once."""
+        self._tell_last(lambda watcher: watcher.end(is_complete))
+
+    def end_with(self, error: BaseException) -> None:
+        """Pass on the end that came in place of an item: there are no more, an error, or whoever waited gave up."""
+        if isinstance(error, StopIteration | StopAsyncIteration):
+            self.end(True)
+        elif isinstance(error, Exception):
+            self._tell_last(lambda watcher: watcher.fail())
+        else:
+            self.end()
+
+    def _tell_last(self, word: Callable[[Watcher], None]) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
-            harmless(lambda watcher: watcher.end(is_complete), watcher, None)
+            harmless(word, watcher, None)
 
 
 def harmless(action: Callable[[Any], Any], subject: Any, otherwise: Any) -> Any:
@@ -139,7 +155,7 @@ class WatchedStream(_Watched):
             try:
                 item = next(self._stream)
             except BaseException as end:
-                self._ward.end(isinstance(end, StopIteration))
+                self._ward.end_with(end)
                 raise
             finally:
                 self._is_reading = False
@@ -189,7 +205,7 @@ class WatchedAsyncStream(_Watched):
             try:
                 item = await anext(self._stream)
             except BaseException as end:
-                self._ward.end(isinstance(end, StopAsyncIteration))
+                self._ward.end_with(end)
                 raise
             finally:
                 self._is_reading = False

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ingest.client.streams import WatchedAsyncStream, WatchedStream
+from ingest.client.streams import WatchedAsyncStream, WatchedStream, Watcher
 
 
-class Notes:
+class Notes(Watcher):
     """A watcher that writes down what it hears."""
 
     def __init__(self, hides: Any = None, last: Any = None) -> None:
@@ -76,6 +76,31 @@ def test_asynchronous_streams_as_well() -> None:
 
     asyncio.run(story())
     assert [note.ends for note in notes] == [[True], [False], [False]]
+
+
+def test_who_wants_to_know_hears_that_a_stream_failed() -> None:
+    """An error of the stream's is told apart from its end, from who gives up waiting, and from who leaves."""
+
+    class Careful(Notes):
+        def fail(self) -> None:
+            self.seen.append("failed")
+
+    async def given_up(watcher: Watcher) -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await anext(WatchedAsyncStream(cancelled(), watcher))
+
+    async def cancelled() -> AsyncIterator[int]:
+        raise asyncio.CancelledError
+        yield 0
+
+    failed, whole, waiting, left = notes = [Careful() for _ in range(4)]
+    with pytest.raises(OSError, match="cut"):
+        next(WatchedStream(numbers(fail_at=0), failed))
+    list(WatchedStream(numbers(), whole))
+    asyncio.run(given_up(waiting))
+    WatchedStream(numbers(), left).close()
+    assert [note.seen for note in notes] == [["failed"], [0, 1, 2], [], []]
+    assert [note.ends for note in notes] == [[], [True], [False], [False]]
 
 
 def test_what_is_for_the_watcher_alone_is_fetched_in_time() -> None:

@@ -107,12 +107,32 @@ def test_odd_reports(reader: Any, usage: Any, expected: tuple[int, int]) -> None
     assert (tokens.input, tokens.output) == expected
 
 
+def test_langchain_tells_how_long_a_cache_keeps_what_was_written() -> None:
+    """langchain-anthropic then says that nothing was written, lest it count twice; others tell the sum as well."""
+    parts = {"ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 70}
+    expected = msgspec.structs.replace(SAME, details={"cache_write_5m_tokens": 30, "cache_write_1h_tokens": 70})
+    for written in (0, 100):
+        usage = LANGCHAIN | {"input_token_details": {"cache_read": 600, "cache_creation": written, **parts}}
+        assert langchain.message_tokens(usage) == expected
+
+
+def test_a_compaction_is_part_of_the_call() -> None:
+    """Anthropic's own numbers leave it out; those of the other turns are in them already."""
+    half = {name: count // 2 for name, count in ANTHROPIC.items() if isinstance(count, int)}
+    turns = [half | {"type": kind} for kind in ("compaction", "message", "advisor_message", "fallback_message")]
+    expected = Tokens(input=1500, cached=900, cache_write=150, output=450, reasoning=200)
+    for usage in (ANTHROPIC | {"iterations": turns}, spaced(ANTHROPIC | {"iterations": turns})):
+        assert anthropic.message_tokens(usage) == expected
+    assert anthropic.message_tokens(ANTHROPIC | {"iterations": [None, 5, "compaction", {"type": 1}]}) == SAME
+
+
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
 shapes = st.recursive(scalars, lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([
         "prompt_tokens", "input_tokens", "output_tokens", "prompt_tokens_details", "input_tokens_details",
         "cached_tokens", "cache_read_input_tokens", "output_token_details", "reasoning", "prompt_tokens_details",
         "total_tokens", "thoughts_token_count", "details", "cache_tokens_details", "token_count", "modality",
+        "iterations", "ephemeral_1h_input_tokens",
     ]), inner, max_size=4)))  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from anthropic import Anthropic, AnthropicBedrock, AsyncAnthropic
+from anthropic import Anthropic, AnthropicBedrock, APIStatusError, AsyncAnthropic
 
 from ingest.client.prices import list_price
 from ingest.client.strategies.anthropic import AnthropicStrategy
@@ -112,6 +112,53 @@ def test_a_stream_that_breaks_off(client: Anthropic, vendor: Replay, ingestion: 
     assert ingestion.one()["metadata"]["outputTokens"] == 5
 
 
+def test_a_stream_that_fails_before_it_begins_is_no_event(
+    client: Anthropic, vendor: Replay, ingestion: RecordingIngestion
+) -> None:
+    """Refused after all, it used nothing; later it did, and so it did if the caller left before it began."""
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    vendor.will(MESSAGES, message_stream([error]), message_stream([error]), message_stream([*EVENTS[:5], error]),
+                message_stream([], "hold"))  # fmt: skip
+    with pytest.raises(APIStatusError):
+        list(client.messages.create(**QUESTION, stream=True))
+    with pytest.raises(APIStatusError), client.messages.stream(**QUESTION) as helper:
+        helper.until_done()
+    assert ingestion.events == []
+    with pytest.raises(APIStatusError):
+        list(client.messages.create(**QUESTION, stream=True))
+    client.messages.create(**QUESTION, stream=True).close()
+    told = [event["metadata"] for event in ingestion.events]
+    assert [metadata["estimated"] for metadata in told] == [True, True]
+    assert [(metadata["inputTokens"], metadata["outputTokens"]) for metadata in told] == [(2009, 5), (5, 0)]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_compactions_and_advisors_count(vendor: Replay, ingestion: RecordingIngestion, is_streamed: bool) -> None:
+    """A compaction is part of the call. An advisor is another model, with another price: each of its turns is told."""
+    turn = {"input_tokens": 1000, "output_tokens": 100, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
+    iterations = [
+        {"type": "compaction", **turn},
+        {"type": "message", **turn},
+        {"type": "advisor_message", "model": "claude-opus-4-5", **turn},
+    ]
+    last = {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "usage": {"output_tokens": 393, "iterations": iterations}}  # fmt: skip
+    message = MESSAGE | {"usage": USAGE | {"iterations": iterations}}
+    vendor.will(MESSAGES, message_stream([START, last, EVENTS[-1]]) if is_streamed else whole(message))
+    llm = ingestion.strategy(AnthropicStrategy, "llm").cost(list_price)
+    client = llm.client(Anthropic(api_key="key", base_url=vendor.url), "ada", vendor="anthropic")
+    if is_streamed:
+        with client.beta.messages.stream(**QUESTION) as helper:
+            helper.until_done()
+    else:
+        client.beta.messages.create(**QUESTION)
+    advice, answer = [event["metadata"] for event in ingestion.events]
+    names = ("model", "inputTokens", "outputTokens", "estimated")
+    assert [advice.get(name) for name in names] == ["claude-opus-4-5", 1000, 100, None]
+    assert [answer.get(name) for name in names] == [MODEL, 2009 + 1000, 393 + 100, None]
+    assert Decimal(str(advice["_cost"]["amount"])) == (1000 * Decimal(5) + 100 * Decimal(25)) / 10_000
+
+
 def test_beta_and_raw_messages(client: Anthropic, vendor: Replay, ingestion: RecordingIngestion) -> None:
     """Every way to ask for a message passes the meter."""
     vendor.will(MESSAGES, whole(MESSAGE), whole(MESSAGE), message_stream(), whole(MESSAGE))
@@ -166,3 +213,16 @@ def test_the_list_price_knows_what_the_cache_costs(vendor: Replay, ingestion: Re
     llm.client(plain, "ada", vendor="anthropic").messages.create(**QUESTION)
     million = 21 * Decimal(3) + 1800 * Decimal("0.3") + 88 * Decimal("3.75") + 100 * Decimal(6) + 393 * Decimal(15)
     assert Decimal(str(ingestion.one()["metadata"]["_cost"]["amount"])) == million / 10_000
+
+
+@pytest.mark.parametrize(("geography", "has_price"), [("global", True), ("not_available", True), ("us", False)])
+def test_the_list_price_is_that_of_ordinary_places(
+    vendor: Replay, ingestion: RecordingIngestion, geography: str, has_price: bool
+) -> None:
+    """Inference that has to stay in one place costs more than the list says, and then the event says nothing."""
+    vendor.will(MESSAGES, whole(MESSAGE | {"usage": USAGE | {"inference_geo": geography}}))
+    llm = ingestion.strategy(AnthropicStrategy, "llm").cost(list_price)
+    client = llm.client(Anthropic(api_key="key", base_url=vendor.url), "ada", vendor="anthropic")
+    client.messages.create(**QUESTION)
+    metadata = ingestion.one()["metadata"]
+    assert ("_cost" in metadata, metadata["totalTokens"]) == (has_price, 2402)

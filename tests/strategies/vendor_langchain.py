@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ class Model(BaseChatModel):
     """A chat model as an integration package makes one; ``answers`` is how many it gives to a question."""
 
     answers: int = 1
-    has_usage: bool = True
+    usage: Any = USAGE
     fails: bool = False
 
     @property
@@ -45,8 +46,7 @@ class Model(BaseChatModel):
     def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> ChatResult:
         if self.fails:
             raise ValueError("no such model")
-        usage = USAGE if self.has_usage else None
-        message = AIMessage("Fine.", usage_metadata=usage, response_metadata=ABOUT)
+        message = AIMessage("Fine.", usage_metadata=self.usage, response_metadata=ABOUT)
         return ChatResult(generations=[ChatGeneration(message=message)] * self.answers)
 
     def _stream(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> Iterator[Any]:
@@ -86,11 +86,24 @@ def test_streams_to_their_end_and_abandoned(ingestion: RecordingIngestion) -> No
     left.close()
     with pytest.raises(ConnectionError):
         list(Model(fails=True).stream("How are you today?", config=config))
-    Model(has_usage=False).invoke("How are you today?", config=config)
+    Model(usage=None).invoke("How are you today?", config=config)
     exact, *guessed = [event["metadata"] for event in ingestion.events]
     assert exact == EXACT
     assert [metadata["estimated"] for metadata in guessed] == [True] * 3
     assert [(metadata["inputTokens"], metadata["outputTokens"]) for metadata in guessed] == [(5, 5), (5, 5), (5, 2)]
+
+
+def test_the_list_price_knows_what_the_cache_costs(ingestion: RecordingIngestion) -> None:
+    """Anthropic's package tells what was written by how long it stays, and then the sum as zero."""
+    written = {"cache_creation": 0, "ephemeral_5m_input_tokens": 88, "ephemeral_1h_input_tokens": 100}
+    usage = USAGE | {"input_token_details": {"cache_read": 1800, **written}}
+    handler = ingestion.strategy(LangChainStrategy, "llm").cost(list_price).handler("ada")
+    Model(usage=usage).invoke("How are you today?", config={"callbacks": [handler]})
+    metadata = ingestion.one()["metadata"]
+    cost = Decimal(str(metadata.pop("_cost")["amount"]))
+    assert metadata == EXACT
+    million = 21 * Decimal(3) + 1800 * Decimal("0.3") + 88 * Decimal("3.75") + 100 * Decimal(6) + 393 * Decimal(15)
+    assert cost == million / 10_000
 
 
 def test_asynchronous_runs(ingestion: RecordingIngestion) -> None:

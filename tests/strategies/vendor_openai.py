@@ -246,6 +246,28 @@ def test_responses_whole_and_streamed(client: OpenAI, vendor: Replay, ingestion:
     assert (estimated["estimated"], estimated["inputTokens"], estimated["outputTokens"]) == (True, 5, 2)
 
 
+def test_a_stream_that_fails_is_no_event(client: OpenAI, vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """Said by the stream or by its first word; not if it tells what was used, and not if the caller leaves."""
+    response = {"id": "resp_1", "object": "response", "created_at": 1767000000, "model": MODEL, "output": []}
+    problem = {"code": "server_error", "message": "sorry"}
+    begun = {"type": "response.created", "sequence_number": 0, "response": response | {"status": "in_progress"}}
+    failed = {"type": "response.failed", "sequence_number": 1, "response": response | {"status": "failed"}}
+    error = {"type": "error", "sequence_number": 1, "param": None, **problem}
+    used = failed | {"response": response | {"usage": {"input_tokens": 1250, "output_tokens": 340}}}
+    asked: dict[str, Any] = {"model": "gpt-5-mini", "input": "How are you today?", "stream": True}
+    vendor.will(RESPONSES, *(stream(events, is_named=True) for events in ([begun, failed], [begun, error], [error])))
+    assert [len(list(client.responses.create(**asked))) for _ in range(3)] == [2, 2, 1]
+    vendor.will(CHAT, stream([{"error": problem}]), stream([], end="hold"))
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(**QUESTION, stream=True))
+    assert ingestion.events == []
+    client.chat.completions.create(**QUESTION, stream=True).close()
+    vendor.will(RESPONSES, stream([begun, used], is_named=True))
+    assert len(list(client.responses.create(**asked))) == 2
+    told = [event["metadata"] for event in ingestion.events]
+    assert [(metadata["totalTokens"], metadata.get("estimated")) for metadata in told] == [(5, True), (1590, None)]
+
+
 def test_responses_in_the_background_count_once_when_they_are_fetched(
     client: OpenAI, vendor: Replay, ingestion: RecordingIngestion
 ) -> None:

@@ -6,6 +6,9 @@
 
 Anthropic counts what was read from a cache and written to one beside ``input_tokens``, not inside. In a stream the
 first event has the input, and each ``message_delta`` what was used until then: numbers that replace each other.
+
+What a call made the service do beside the answer is told in ``usage.iterations`` alone. A compaction of the context is
+part of the call; an advisor is another model with prices of its own, so each of its turns is an event of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,12 +33,20 @@ VENDOR = "anthropic"
 _MESSAGES = "/v1/messages"
 _COUNTS = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
-    "server_tool_use", "output_tokens_details", "service_tier", "speed",
+    "server_tool_use", "output_tokens_details", "iterations", "service_tier", "speed", "inference_geo",
 )  # fmt: skip
 
 
 def message_tokens(usage: Any) -> Tokens:
-    """From a message's ``usage``."""
+    """From a message's ``usage``, with the compactions that it does not have in its own numbers."""
+    return sum((_tokens(each) for each in _iterations(usage, "compaction")), _tokens(usage))
+
+
+def _iterations(usage: Any, kind: str) -> list[Any]:
+    return [each for each in items(usage, "iterations") if text(each, "type") == kind]
+
+
+def _tokens(usage: Any) -> Tokens:
     cached, written = count(usage, "cache_read_input_tokens"), count(usage, "cache_creation_input_tokens")
     return Tokens(
         input=count(usage, "input_tokens") + cached + written,
@@ -90,7 +101,7 @@ class _Reader(Reader):
         self._vendor, self._url, self._keep_text, self._report = vendor, url, keep_text, report
         self._model = text(body, "model")
         self._usage: dict[str, Any] = {}
-        self._is_final = False
+        self._is_final = self._has_begun = False
         self._words: list[str] = []
 
     def whole(self, answer: Any) -> None:
@@ -117,7 +128,13 @@ class _Reader(Reader):
         """Report what was seen."""
         self._finish()
 
+    def fail(self) -> None:
+        """Report what was seen: nothing of a message that failed before it began, which is not billed."""
+        if self._has_begun:
+            self._finish()
+
     def _begin(self, message: Any) -> None:
+        self._has_begun = True
         self._model = text(message, "model") or self._model
         self._see(read(message, "usage"))
 
@@ -128,6 +145,8 @@ class _Reader(Reader):
 
     def _finish(self) -> None:
         words = "".join(self._words)
+        for advice in _iterations(self._usage, "advisor_message"):
+            self._report(self._advice(advice))
         self._report(
             ModelCall(
                 vendor=self._vendor,
@@ -135,14 +154,27 @@ class _Reader(Reader):
                 tokens=message_tokens(self._usage if self._is_final else self._estimate(len(words))),
                 api_url=self._url,
                 is_estimated=not self._is_final,
-                terms={name: found for name in ("service_tier", "speed") if (found := text(self._usage, name))},
+                terms=self._terms("service_tier", "speed", "inference_geo"),
                 prompt=as_text(read(self.body, "messages") or "") if self._keep_text else None,
                 response=words if self._keep_text else None,
             )
         )
 
+    def _advice(self, advice: Any) -> ModelCall:
+        """The advisor's turn; the speed is the answer's alone."""
+        return ModelCall(
+            vendor=self._vendor,
+            model=text(advice, "model"),
+            tokens=message_tokens(advice),
+            api_url=self._url,
+            terms=self._terms("service_tier", "inference_geo"),
+        )
+
+    def _terms(self, *names: str) -> dict[str, str]:
+        return {name: found for name in names if (found := text(self._usage, name))}
+
     def _estimate(self, characters: int) -> dict[str, Any]:
         """The input is known once the stream has begun; of the output, what arrived is a lower bound."""
-        asked = {name: read(self.body, name) for name in ("system", "messages", "tools")}
+        asked = [part for name in ("system", "messages", "tools") if (part := read(self.body, name))]  # if not omitted
         known = {"input_tokens": estimated_tokens(characters_in(asked)), **self._usage}
         return known | {"output_tokens": max(count(known, "output_tokens"), estimated_tokens(characters))}

@@ -26,8 +26,14 @@ _RUNS_MAX = 10_000
 
 
 def message_tokens(usage: Any) -> Tokens:
-    """From an ``AIMessage.usage_metadata``."""
-    cached, written = (count(usage, "input_token_details", name) for name in ("cache_read", "cache_creation"))
+    """From an ``AIMessage.usage_metadata``.
+
+    Who tells how long what was written to a cache stays there (langchain-anthropic) may give its sum as zero.
+    """
+    cached = count(usage, "input_token_details", "cache_read")
+    five_minutes = count(usage, "input_token_details", "ephemeral_5m_input_tokens")
+    hour = count(usage, "input_token_details", "ephemeral_1h_input_tokens")
+    written = max(count(usage, "input_token_details", "cache_creation"), five_minutes + hour)
     return Tokens(
         input=inclusive(count(usage, "input_tokens"), cached, written),
         cached=cached,
@@ -35,6 +41,8 @@ def message_tokens(usage: Any) -> Tokens:
         output=count(usage, "output_tokens"),
         reasoning=count(usage, "output_token_details", "reasoning"),
         details=details(
+            cache_write_5m_tokens=five_minutes,
+            cache_write_1h_tokens=hour,
             input_audio_tokens=count(usage, "input_token_details", "audio"),
             output_audio_tokens=count(usage, "output_token_details", "audio"),
         ),

@@ -113,6 +113,7 @@ class _Reader(Reader):
         self._arguments = 0  # characters of what the model asks its tools
         self._words: list[str] = []
         self._identity: dict[str, Any] = {}
+        self._has_begun = False
 
     def whole(self, answer: Any) -> None:
         """Read an answer that came at once."""
@@ -122,6 +123,7 @@ class _Reader(Reader):
 
     def item(self, item: Any) -> bool:
         """Read a chunk of a stream."""
+        self._has_begun = True
         self._see(item)
         if delta := self.text_of(item):
             self._words.append(delta)
@@ -130,6 +132,11 @@ class _Reader(Reader):
     def end(self, is_complete: bool) -> None:
         """Report what was seen."""
         self._finish()
+
+    def fail(self) -> None:
+        """Report what was seen: nothing of a stream that failed before it began, which is not billed."""
+        if self._has_begun:
+            self.end(False)
 
     def text_of(self, answer: Any) -> str:
         """The words of an answer or a chunk."""
@@ -201,6 +208,7 @@ class _ResponseReader(_Reader):
     """
 
     tokens = staticmethod(response_tokens)
+    _has_failed = False
 
     def whole(self, answer: Any) -> None:
         """Read a response. One that runs in the background, or failed before it used anything, tells no usage; one that
@@ -210,8 +218,8 @@ class _ResponseReader(_Reader):
             super().whole(answer)
 
     def end(self, is_complete: bool) -> None:
-        """Report what was seen, unless the rest can still be fetched."""
-        if self._usage is not None or not self._identity:
+        """Report what was seen, unless the rest can still be fetched, or it failed and says nothing of its use."""
+        if self._usage is not None or not (self._identity or self._has_failed):
             super().end(is_complete)
 
     def _see(self, answer: Any) -> None:
@@ -223,6 +231,8 @@ class _ResponseReader(_Reader):
     def item(self, item: Any) -> bool:
         """Read an event."""
         kind = text(item, "type")
+        self._has_begun = True
+        self._has_failed = self._has_failed or kind in ("response.failed", "error")
         if kind in _LAST_EVENTS or kind == "response.created":
             self._see(read(item, "response"))
         elif kind.endswith(".delta"):

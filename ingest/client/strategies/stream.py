@@ -50,7 +50,10 @@ class Tally:
 
     def add(self, chunk: Any) -> Any:
         """Count a chunk and hand it on."""
-        self._bytes += len(chunk.encode()) if isinstance(chunk, str) else memoryview(chunk).nbytes
+        if isinstance(chunk, str):  # which may hold surrogates: file names do, and files read with surrogateescape
+            self._bytes += len(chunk.encode(errors="surrogatepass"))
+        else:
+            self._bytes += memoryview(chunk).nbytes
         return chunk
 
     def count(self, number: int | None) -> int | None:

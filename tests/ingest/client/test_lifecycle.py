@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ingest.client import Ingestion
 from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS, PATIENCE_S
 from tests.ingest.client.fault_server import Bad, FaultServer
+from tests.waiting import eventually
 
 
 def start(name: str, url: str, spool: Path | None, *more: str) -> subprocess.Popen[bytes]:
@@ -119,6 +121,34 @@ def test_a_fork_may_happen_at_any_moment(server: FaultServer, tmp_path: Path, ha
     assert set(server.taken) == set(ids)
     assert len(ids) == len(set(ids))
     assert list(tmp_path.glob("*.spool")) == []
+
+
+def test_what_a_token_left_is_sent_under_the_next_without_a_capture(tmp_path: Path) -> None:
+    """A service that starts anew with another token, and has nothing to say, sends what the old one was killed with."""
+    with FaultServer(lambda events, number: Bad(503)) as server:
+        with Ingestion("old", base_url=server.url, spool=tmp_path, limits=LIMITS) as ingestion:
+            ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e1"})
+            ingestion.close(0)
+        server.script = lambda events, number: None
+        with Ingestion("new", base_url=server.url, spool=tmp_path, previous_tokens=["old"], limits=LIMITS) as ingestion:
+            eventually(lambda: server.taken)
+
+    assert set(server.taken) == {"e1"}
+    assert server.requests[-1][1]["authorization"] == "Bearer new"
+
+
+def test_one_client_that_cannot_close_does_not_keep_others_from_it() -> None:
+    """At the end of the interpreter each of them is asked."""
+    code = """
+from ingest.client import Ingestion
+class Broken(Ingestion):
+    def close(self, timeout_s=None):
+        print("asked", flush=True)
+        raise OSError("no")
+clients = [Broken("token", base_url="http://127.0.0.1:1", spool=None) for _ in range(3)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["asked"] * 3
 
 
 def test_threads_import_nothing(server: FaultServer) -> None:

@@ -66,6 +66,15 @@ def test_what_is_written_to_a_file_counts(stream: Stream, ingestion: RecordingIn
     assert (tmp_path / "file").read_bytes() == "äbc".encode()
 
 
+def test_text_that_is_not_utf_8_counts_too(stream: Stream, ingestion: RecordingIngestion, tmp_path: Path) -> None:
+    """Python keeps bytes that are no text as surrogates; what the file takes the meter takes."""
+    with stream.file("u", (tmp_path / "file").open("w", encoding="utf-8", errors="surrogateescape")) as file:
+        file.write("\u00e4\udcff")
+
+    assert (tmp_path / "file").read_bytes() == b"\xc3\xa4\xff"
+    assert told(ingestion) == (5, True)
+
+
 def test_a_file_is_told_of_once_however_it_ends(stream: Stream, ingestion: RecordingIngestion) -> None:
     """An error in its block, a second close, the collector: one event, and the error goes on."""
     def fail() -> None:
