@@ -103,6 +103,8 @@ def test_news_of_a_meter_wait_until_it_is_known(polar: Polar) -> None:
     session = polar.tenant.post("/v1/customer-sessions/", {"external_customer_id": "ann"})["token"]
     (shown,) = polar.tenant.ask("GET", "/v1/customer-portal/meters/", secret=session).json()["items"]
     assert (shown["meter_id"], shown["balance"]) == (meter, 100)
+    (displayed,) = polar.tenant.ask("GET", "/v1/customer-portal/usage", secret=session).json()["items"]
+    assert displayed["period"] == {"start": text(JANUARY), "end": text(JANUARY + timedelta(days=30))}
 
 
 def test_a_meter_whose_news_could_not_be_credited_is_asked_for_again(polar: Polar) -> None:
