@@ -210,10 +210,11 @@ async def get_benefit(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.patch("/v1/benefits/{id}", openapi_extra=takes("BenefitUpdate"), responses=gives(ref("Benefit")))
 async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Change what is named in the body. What was given before stays as it is."""
+    """Change what is named in the body. What was given before stays as it is. A benefit of Polar's is changed there."""
     body = await body_as(BenefitUpdate, request)
     async with desk.deciding:
         benefit = benefit_of(desk, token, id)
+        _must_be_ours(desk, token, "benefit", benefit.id)
         _checked(desk, token, body)
         changes: dict[str, Any] = {"modified_at": desk.now()}
         changes |= {} if body.description is None else {"description": body.description}

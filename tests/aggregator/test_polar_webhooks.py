@@ -144,6 +144,7 @@ def test_what_is_polars_is_changed_there(polar: Polar) -> None:
         ("POST", f"/v1/benefit-grants/{grant}/revoke", None),
         ("POST", f"/v1/benefit-grants/{grant}/cycle", {}),
         ("POST", f"/v1/benefits/{benefit}/grants", {"customer_id": customer}),
+        ("PATCH", f"/v1/benefits/{benefit}", {"description": "Ours"}),
         ("DELETE", f"/v1/benefits/{benefit}", None),
     ]
     for method, path, body in steps:
