@@ -74,10 +74,11 @@ class Period(msgspec.Struct, frozen=True):
 
 
 Fact = Known | Linked | Credited | Revoked
+Told = Fact | Period
 
 
 class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="polar.delivered"):
-    """A webhook of Polar's was taken in."""
+    """A webhook of Polar's was taken in, and this of it was news. One that tells nothing new is not written down."""
 
     organization_id: str
     delivery_id: str
@@ -105,8 +106,13 @@ class Story(msgspec.Struct):
 
     def credit(self, fact: Credited) -> None:
         """Know of a credit, as it was told first."""
-        place = fact.grant_id, fact.at
-        self.credited[place] = min(fact, self.credited.get(place, fact), key=_first_told)
+        if self.is_news(fact):
+            self.credited[fact.grant_id, fact.at] = fact
+
+    def is_news(self, fact: Credited) -> bool:
+        """Whether nobody told of the credit yet, or only later."""
+        known = self.credited.get((fact.grant_id, fact.at))
+        return known is None or _first_told(fact) < _first_told(known)
 
 
 class Given(NamedTuple):
@@ -143,26 +149,40 @@ class Mirror:
         """Take in one change; others than the above are somebody else's."""
         if isinstance(change, DeliveryApplied):
             self._deliveries.add((change.organization_id, change.delivery_id))
-            for fact in change.facts:
-                self._learn(change.organization_id, fact)
-            for period in change.periods:
-                known = self._periods.setdefault((change.organization_id, period.polar_customer_id), {})
-                place = period.subscription_id, period.at
-                known[place] = min(period, known.get(place, period), key=lambda one: (one.told, one.meter_ids))
+            for told in (*change.facts, *change.periods):
+                if self.is_news(change.organization_id, told):
+                    self._learn(change.organization_id, told)
 
-    def _learn(self, organization_id: str, fact: Fact) -> None:
-        match fact:
+    def is_news(self, organization_id: str, told: Told) -> bool:
+        """Whether it adds anything to what is known. What does not now never will; of links the last one holds."""
+        match told:
             case Known(thing, version):
-                place = organization_id, thing
-                self._versions[place] = max(version, self._versions.get(place, ""))
+                return version > self._versions.get((organization_id, thing), "")
+            case Linked(polar_id, customer_id):
+                return customer_id != self.linked(organization_id, polar_id)
+            case Credited(polar_customer_id, meter_id):
+                story = self._stories.get((organization_id, polar_customer_id), {}).get(meter_id)
+                return story is None or story.is_news(told)
+            case Revoked(grant_id, at, takes):
+                took = self._revoked.get(grant_id, {}).get(at)
+                return took is None or (took and not takes)
+            case Period(subscription_id, polar_customer_id, at):
+                period = self._periods.get((organization_id, polar_customer_id), {}).get((subscription_id, at))
+                return period is None or (told.told, told.meter_ids) < (period.told, period.meter_ids)
+
+    def _learn(self, organization_id: str, told: Told) -> None:
+        match told:
+            case Known(thing, version):
+                self._versions[organization_id, thing] = version
             case Linked(polar_id, customer_id):
                 self._link((organization_id, polar_id), customer_id)
             case Credited(polar_customer_id, meter_id):
                 stories = self._stories.setdefault((organization_id, polar_customer_id), {})
-                stories.setdefault(meter_id, Story()).credit(fact)
+                stories.setdefault(meter_id, Story()).credit(told)
             case Revoked(grant_id, at, takes):
-                ends = self._revoked.setdefault(grant_id, {})
-                ends[at] = takes and ends.get(at, True)
+                self._revoked.setdefault(grant_id, {})[at] = takes
+            case Period(subscription_id, polar_customer_id, at):
+                self._periods.setdefault((organization_id, polar_customer_id), {})[subscription_id, at] = told
 
     def _link(self, place: Place, customer_id: str) -> None:
         self._links[place] = (*(id for id in self._links.get(place, ()) if id != customer_id), customer_id)
@@ -172,10 +192,6 @@ class Mirror:
     def heard(self, organization_id: str, delivery_id: str) -> bool:
         """Whether the delivery was taken in before."""
         return (organization_id, delivery_id) in self._deliveries
-
-    def is_news(self, organization_id: str, fact: Known) -> bool:
-        """Whether nothing newer is known of the thing."""
-        return fact.version > self._versions.get((organization_id, fact.thing), "")
 
     def is_mirrored(self, organization_id: str, thing: str) -> bool:
         """Whether the thing (such as ``grant:ID``) is Polar's: it is changed there, and the news of it come here."""

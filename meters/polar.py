@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.meter import Meter
-from meters.mirror import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked
+from meters.mirror import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
 
 METER_KEY = "polar_meter_id"
 """The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
@@ -111,7 +111,8 @@ class _Order(msgspec.Struct):
 class News(NamedTuple):
     """What a delivery makes: decisions, the last of which remembers the delivery, and whom it concerns.
 
-    These are Polar's customer, and the customers here that it is and was.
+    There are no decisions where all of it was known before. It concerns Polar's customer, and the customers here that
+    it is and was.
     """
 
     changes: list[Change]
@@ -304,6 +305,20 @@ class _Reading:
         meter = meter_of(self.catalogue, self.organization_id, polar_id)
         return meter.id if meter else polar_id
 
+    def decisions(self, delivery_id: str, kind: str) -> list[Change]:
+        """What there is to decide. Polar tells the same again and again; what is known already is not kept again."""
+        facts, periods = list(filter(self._adds, self.facts)), list(filter(self._adds, self.periods))
+        if not (self.changes or facts or periods):
+            return []
+        applied = DeliveryApplied(
+            organization_id=self.organization_id, delivery_id=delivery_id, kind=kind, at=self.now, facts=facts,
+            periods=periods,
+        )  # fmt: skip
+        return [*self.changes, applied]
+
+    def _adds(self, told: Told) -> bool:
+        return self.catalogue.mirror.is_news(self.organization_id, told)
+
 
 class _Given(msgspec.Struct):
     meter_id: str
@@ -326,12 +341,9 @@ def read(
     if resource not in handlers or (resource == "order" and event != "paid"):
         return None
     handlers[resource]()
-    applied = DeliveryApplied(
-        organization_id=organization_id, delivery_id=delivery_id, kind=kind, at=now, facts=reading.facts,
-        periods=reading.periods,
-    )  # fmt: skip
     once = catalogue.mirror.once(organization_id, reading.polar_id)
-    return News([*reading.changes, applied], reading.polar_id, sorted({reading.polar_id, reading.customer_id, *once}))
+    concerned = sorted({reading.polar_id, reading.customer_id, *once})
+    return News(reading.decisions(delivery_id, kind), reading.polar_id, concerned)
 
 
 def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:

@@ -10,6 +10,7 @@ from aggregator.api.schemas import (
     OBJECT,
     TEXT,
     TIME,
+    UNKNOWN_CUSTOMER_FIELDS,
     Schema,
     many,
     nullable,
@@ -81,6 +82,10 @@ SCHEMAS: Schema = {
         | {"customer_portal_url": TEXT, "customer_id": ID, "customer": ref("Customer")}
     ),
     "PortalMeter": record(_BALANCE | {"customer_id": ID, "meter": record({"id": ID, **_STAMPS, "name": TEXT})}),
+    "PortalCustomer": record(
+        {"id": ID, **_STAMPS, "email": TEXT, "email_verified": BOOLEAN, "type": TEXT, "name": nullable(TEXT)}
+        | {"oauth_accounts": OBJECT} | dict.fromkeys(UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
+    ),
     "PortalSession": record({"expires_at": TIME, "return_url": nullable(TEXT)}),
     "PortalUsage": record({"customer_id": ID, "items": many(_DISPLAY)}),
     "BenefitCreate": record(_BENEFIT | {"metadata": METADATA}, "metadata"),

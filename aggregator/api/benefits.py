@@ -20,7 +20,7 @@ from aggregator.api.cuts import carried
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import MetadataTexts, Texts, WhichPage, cut, listed, order
+from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
 from aggregator.api.shapes import customer_shape
@@ -184,15 +184,16 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
 
 @router.get("/v1/benefits/", responses=gives(page_of("Benefit")))
 async def list_benefits(
-    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, type: Texts = None,
-    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
+    type: Texts = None, query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
     """The organization's benefits, newest first."""
     chosen = order(sorting, ("created_at", "description"), "-created_at")
     found = [
         benefit
         for benefit in desk.catalogue.benefits.benefits_of(token.organization_id)
-        if (query or "").lower() in benefit.description.lower()
+        if includes(organization_id, token)
+        and (query or "").lower() in benefit.description.lower()
         and (type is None or METER_CREDIT in type)
         and has_texts(benefit.metadata, metadata)
     ]
@@ -209,10 +210,11 @@ async def get_benefit(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.patch("/v1/benefits/{id}", openapi_extra=takes("BenefitUpdate"), responses=gives(ref("Benefit")))
 async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Change what is named in the body. What was given before stays as it is."""
+    """Change what is named in the body. What was given before stays as it is. A benefit of Polar's is changed there."""
     body = await body_as(BenefitUpdate, request)
     async with desk.deciding:
         benefit = benefit_of(desk, token, id)
+        _must_be_ours(desk, token, "benefit", benefit.id)
         _checked(desk, token, body)
         changes: dict[str, Any] = {"modified_at": desk.now()}
         changes |= {} if body.description is None else {"description": body.description}
@@ -246,15 +248,16 @@ def _all(step: Step) -> list[Any]:
 @router.get("/v1/benefits/{id}/grants", responses=gives(page_of("BenefitGrant")))
 async def list_grants(
     desk: AtDesk, token: Reader, page: WhichPage, id: UUID, is_granted: bool | None = None,
-    customer_id: UUID | None = None,
+    customer_id: Ids = None,
 ) -> Response:  # fmt: skip
     """Who has or had the benefit, oldest first."""
     benefit = benefit_of(desk, token, id)
+    wanted = None if customer_id is None else set(map(str, customer_id))
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.revoked_at is None)
-        and customer_id in (None, UUID(grant.customer_id))
+        and (wanted is None or grant.customer_id in wanted)
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
     shapes = [grant_shape(grant, benefit, customer) for grant, customer in cut(found, page)]

@@ -70,12 +70,15 @@ def _meters(desk: Desk, token: Token, ids: list[str] | None) -> list[Meter]:
 
 
 def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[str] | None) -> list[Customer]:
-    organization = token.organization_id
+    """The organization's customers who are asked for; whoever is asked for by both names has both."""
+    known, organization = desk.catalogue, token.organization_id
     if ids is None and externals is None:
-        return customers_of(desk.catalogue, organization)
-    named = [desk.catalogue.customer(organization, id) for id in ids or ()]
-    named += [desk.catalogue.customer_by_external_id(organization, name) for name in externals or ()]
-    return list({customer.id: customer for customer in named if customer is not None}.values())
+        return customers_of(known, organization)
+    named = [known.customer(organization, id) for id in dict.fromkeys(ids or ())]
+    if ids is None:
+        named = [known.customer_by_external_id(organization, name) for name in dict.fromkeys(externals or ())]
+    wanted = None if externals is None else set(externals)
+    return [found for found in named if found and (wanted is None or found.external_id in wanted)]
 
 
 def _key(one: CustomerMeter, by: str) -> Any:

@@ -129,8 +129,12 @@ class Desk:
             work.exception()  # nobody may be left to hear of it
 
     async def decide(self, *changes: Change) -> None:
-        """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue."""
-        await self.view.decide(*changes)
+        """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue.
+
+        Where there is nothing to decide nothing is written down.
+        """
+        if changes:
+            await self.view.decide(*changes)
 
     async def decide_each(self, decisions: Iterable[Sequence[Change]]) -> None:
         """Make many decisions true, each of them all or none. What fails leaves those before it: ask for the rest."""

@@ -1,11 +1,11 @@
 """The customer portal: what one customer may see with a token of their own, and nothing else.
 
-Polar's ``customer-portal/meters`` and ``introspect``, and ``usage``: what a portal shows (usage, limit, period, part
-used, history of credits) in one answer. A meter is seen where the customer has it: by an active subscription, a grant
-that holds, or a credit that somebody gave directly.
+Polar's ``customer-portal/meters``, ``customers/me`` and ``introspect``, and ``usage``: what a portal shows (usage,
+limit, period, part used, history of credits) in one answer. A meter is seen where the customer has it: by an active
+subscription, a grant that holds, or a credit that somebody gave directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from aggregator.api.errors import Forbidden, NotFound
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, Texts, WhichPage, cut, listed, order
 from aggregator.api.schemas import gives, page_of, ref
-from aggregator.api.shapes import customer_shape, number
+from aggregator.api.shapes import number, portal_customer_shape
 from aggregator.api.states import meter_numbers
 from meters.access import Denied, authorize_customer
 from meters.catalogue import Customer
@@ -63,9 +63,13 @@ def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
     paid = here.catalogue.benefits.paid_meters(customer.id)
     for meter in here.catalogue.meters_of(customer.organization_id):
         account = here.view.ledger.account(customer.id, meter.id)
-        is_paid = meter.id in paid or meter.metadata.get(METER_KEY) in paid
-        if meter.archived_at is None and (is_paid or _is_credited(account)):
+        if meter.archived_at is None and (_is_among(meter, paid) or _is_credited(account)):
             yield meter
+
+
+def _is_among(meter: Meter, ids: Collection[str]) -> bool:
+    """Whether the meter is one of these. What Polar told of before the meter was made has Polar's id of it."""
+    return meter.id in ids or meter.metadata.get(METER_KEY) in ids
 
 
 def _is_credited(account: Account | None) -> bool:
@@ -132,10 +136,10 @@ async def introspect_customer_session(here: AtDesk, session: Viewer) -> Response
     return answer({name: getattr(session, name) for name in names}, here.view.as_of)
 
 
-@router.get("/customers/me", responses=gives(ref("Customer")))
+@router.get("/customers/me", responses=gives(ref("PortalCustomer")))
 async def get_portal_customer(here: AtDesk, session: Viewer) -> Response:
-    """The customer, as the organization knows them."""
-    return answer(customer_shape(_customer(here, session)), here.view.as_of)
+    """The customer: what is theirs, and nothing that the organization keeps about them."""
+    return answer(portal_customer_shape(_customer(here, session)), here.view.as_of)
 
 
 @router.get("/usage", responses=gives(ref("PortalUsage")))
@@ -176,6 +180,6 @@ def percentage(consumed: Decimal, limit: Decimal) -> Decimal:
 def _period(here: Desk, one: CustomerMeter) -> tuple[datetime | None, datetime | None]:
     """Since when usage counts, and until when where a subscription says so."""
     for subscription in here.catalogue.benefits.subscriptions_of(one.customer.id):
-        if subscription.is_active and one.meter.id in subscription.meter_ids:
+        if subscription.is_active and _is_among(one.meter, subscription.meter_ids):
             return one.since or subscription.current_period_start, subscription.current_period_end
     return one.since, None

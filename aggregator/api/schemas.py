@@ -65,7 +65,7 @@ _METER: Schema = {
 _CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": METADATA}
 _UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
 _PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
-_UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
+UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
 _NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
 
 SCHEMAS: Schema = {
@@ -101,7 +101,7 @@ SCHEMAS: Schema = {
         {"id": ID, "organization_id": ID, **_CUSTOMER}
         | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
         | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "type": TEXT, "avatar_url": nullable(TEXT)}
-        | dict.fromkeys(_UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
+        | dict.fromkeys(UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
     ),
     "CustomerUpdate": record(_CUSTOMER, *_CUSTOMER),
     "CustomerMeter": record(

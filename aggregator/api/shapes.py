@@ -33,9 +33,12 @@ def number(amount: Decimal) -> msgspec.Raw:
     return msgspec.Raw(amount_text(amount).encode())
 
 
+_UNKNOWN = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
+_OWN = ("id", "created_at", "modified_at", "email", "email_verified", "type", "name", *_UNKNOWN)
+
+
 def customer_shape(customer: Customer) -> Json:
     """A customer. What this product does not know (billing, avatars) is null."""
-    unknown = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
     known = {
         "id": customer.id,
         "created_at": customer.created_at,
@@ -51,7 +54,13 @@ def customer_shape(customer: Customer) -> Json:
         "first_user_event_at": None,
         "avatar_url": None,
     }
-    return known | dict.fromkeys(unknown)
+    return known | dict.fromkeys(_UNKNOWN)
+
+
+def portal_customer_shape(customer: Customer) -> Json:
+    """A customer as they see themselves, without what the organization keeps about them and calls them."""
+    shape = customer_shape(customer)
+    return {name: shape[name] for name in _OWN} | {"oauth_accounts": {}}
 
 
 def customer_meter_shape(one: CustomerMeter) -> Json:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.aggregator.polar_story import Polar
 from tests.aggregator.serving import Server, Tenant, serving
 
 
@@ -18,3 +19,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def tenant(server: Server) -> Tenant:
     """An organization with nothing in it."""
     return server.tenant()
+
+
+@pytest.fixture
+def polar(tenant: Tenant) -> Polar:
+    """A Polar organization whose news the tenant takes."""
+    return Polar(tenant)

@@ -93,3 +93,15 @@ class Polar:
                  "customer_id": self.customer_id, "customer": self.customer(), "product_id": "product",
                  "metadata": {}, "prices": [price]}  # fmt: skip
         return known | fields
+
+
+def state(polar: Polar) -> Json:
+    """What is known of the customer."""
+    found: Json = polar.tenant.get("/v1/customers/external/ann/state")
+    return found
+
+
+def numbers(polar: Polar) -> list[tuple[int, int, int]]:
+    """Credited, consumed and left, meter by meter."""
+    names = ("credited_units", "consumed_units", "balance")
+    return [tuple(meter[name] for name in names) for meter in state(polar)["active_meters"]]

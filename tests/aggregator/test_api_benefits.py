@@ -13,6 +13,7 @@ from meters.log import Entry, Refused, TryAgain
 from tests.aggregator.serving import Json, Tenant
 
 DAY = timedelta(days=1)
+NOBODY = "00000000-0000-4000-8000-00000000dead"
 
 
 def benefit(tenant: Tenant, meter: str, **fields: Any) -> str:
@@ -58,6 +59,29 @@ def test_a_benefit_is_made_found_changed_and_ended(tenant: Tenant) -> None:
     assert tenant.ask("DELETE", f"/v1/benefits/{id}").status_code == 204
     assert credits(tenant, customer) == [("grant", 100), ("revoke", -100)]
     assert tenant.ask("GET", f"/v1/benefits/{id}").status_code == 404
+
+
+def test_benefits_are_those_of_the_organization_that_is_asked_for(tenant: Tenant) -> None:
+    """Another organization has none that this token may see."""
+    id = benefit(tenant, tenant.meter())
+    assert [one["id"] for one in tenant.get("/v1/benefits/", organization_id=tenant.id)["items"]] == [id]
+    assert [one["id"] for one in tenant.get("/v1/benefits/", organization_id=[NOBODY, tenant.id])["items"]] == [id]
+    assert tenant.get("/v1/benefits/", organization_id=NOBODY)["items"] == []
+
+
+def test_grants_are_found_by_any_of_several_customers(tenant: Tenant) -> None:
+    """The parameter is repeated, as Polar's clients repeat it."""
+    id, customers = benefit(tenant, tenant.meter()), [tenant.customer() for _ in range(3)]
+    for customer in customers:
+        tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})
+
+    def granted_to(*asked: str) -> set[str]:
+        return {one["customer_id"] for one in tenant.get(f"/v1/benefits/{id}/grants", customer_id=asked)["items"]}
+
+    assert granted_to(*customers[:2]) == set(customers[:2])
+    assert granted_to(customers[2], NOBODY) == {customers[2]}
+    assert granted_to(NOBODY) == set()
+    assert granted_to() == set(customers)
 
 
 def test_the_end_of_a_benefit_that_stops_half_way_goes_on(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +231,7 @@ def test_what_is_taken_back_is_of_the_kind_that_was_given(tenant: Tenant) -> Non
         ({"properties": {"units": 2**31}}, ["body", "properties", "units"]),
         ({"properties": {"units": 1.5}}, ["body", "properties", "units"]),
         ({"properties": {"rollover": "yes"}}, ["body", "properties", "rollover"]),
-        ({"properties": {"meter_id": "00000000-0000-4000-8000-00000000dead"}}, ["body", "properties", "meter_id"]),
+        ({"properties": {"meter_id": NOBODY}}, ["body", "properties", "meter_id"]),
         ({"metadata": {"nested": {}}}, ["body", "metadata", "nested"]),
     ],
 )

@@ -12,31 +12,13 @@ from aggregator.api import polar_accounts
 from aggregator.view import Unavailable
 from meters.credit import MeterReset
 from meters.signatures import keys
-from tests.aggregator.polar_story import BEGINNING, Delivery, Json, Polar, signed, text
+from tests.aggregator.polar_story import BEGINNING, Delivery, Polar, numbers, signed, state, text
 from tests.aggregator.records import line
-from tests.aggregator.serving import Server, Tenant
+from tests.aggregator.serving import Server
 
 JANUARY = BEGINNING
 FEBRUARY, MARCH = BEGINNING + timedelta(days=31), BEGINNING + timedelta(days=59)
 PAID = timedelta(minutes=5)  # after a period began it is paid for, and credited
-
-
-@pytest.fixture
-def polar(tenant: Tenant) -> Polar:
-    """A Polar organization whose news the tenant takes."""
-    return Polar(tenant)
-
-
-def state(polar: Polar) -> Json:
-    """What is known of the customer."""
-    found: Json = polar.tenant.get("/v1/customers/external/ann/state")
-    return found
-
-
-def numbers(polar: Polar) -> list[tuple[int, int, int]]:
-    """Credited, consumed and left, meter by meter."""
-    names = ("credited_units", "consumed_units", "balance")
-    return [tuple(meter[name] for name in names) for meter in state(polar)["active_meters"]]
 
 
 def test_a_delivery_needs_a_signature_of_this_moment(server: Server, polar: Polar) -> None:
@@ -78,19 +60,6 @@ def test_types_without_a_meaning_here_are_passed_over(polar: Polar) -> None:
     assert polar.deliver("customer.created", {"name": 5}, "3").status_code == 422
 
 
-def test_a_redelivery_changes_nothing(polar: Polar) -> None:
-    """The same delivery is known again, and the same news under another id adds nothing."""
-    polar.mirrored_meter()
-    news = polar.grant(JANUARY)
-    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "accepted"}
-    before, decided = state(polar), polar.tenant.server.aggregator._now.control_position
-    assert polar.deliver("benefit_grant.created", news, "1").json() == {"status": "repeated"}
-    assert polar.tenant.server.aggregator._now.control_position == decided
-    assert polar.deliver("benefit_grant.updated", news, "2").json() == {"status": "accepted"}
-    assert state(polar) == before
-    assert numbers(polar) == [(100, 0, 100)]
-
-
 def test_news_of_a_meter_wait_until_it_is_known(polar: Polar) -> None:
     """Facts are kept, and the meter that is made later, or said to be Polar's later, is credited then."""
     polar.deliver("subscription.created", polar.subscription(JANUARY), "0")
@@ -103,6 +72,8 @@ def test_news_of_a_meter_wait_until_it_is_known(polar: Polar) -> None:
     session = polar.tenant.post("/v1/customer-sessions/", {"external_customer_id": "ann"})["token"]
     (shown,) = polar.tenant.ask("GET", "/v1/customer-portal/meters/", secret=session).json()["items"]
     assert (shown["meter_id"], shown["balance"]) == (meter, 100)
+    (displayed,) = polar.tenant.ask("GET", "/v1/customer-portal/usage", secret=session).json()["items"]
+    assert displayed["period"] == {"start": text(JANUARY), "end": text(JANUARY + timedelta(days=30))}
 
 
 def test_a_meter_whose_news_could_not_be_credited_is_asked_for_again(polar: Polar) -> None:
@@ -142,6 +113,7 @@ def test_what_is_polars_is_changed_there(polar: Polar) -> None:
         ("POST", f"/v1/benefit-grants/{grant}/revoke", None),
         ("POST", f"/v1/benefit-grants/{grant}/cycle", {}),
         ("POST", f"/v1/benefits/{benefit}/grants", {"customer_id": customer}),
+        ("PATCH", f"/v1/benefits/{benefit}", {"description": "Ours"}),
         ("DELETE", f"/v1/benefits/{benefit}", None),
     ]
     for method, path, body in steps:

@@ -59,6 +59,19 @@ def test_a_session_ends_with_its_customer(tenant: Tenant) -> None:
     assert tenant.ask("GET", "/v1/customer-portal/customers/me", secret=secret).status_code == 401
 
 
+def test_customers_see_of_themselves_what_is_theirs(tenant: Tenant) -> None:
+    """What Polar's clients insist on, and none of the names and notes that the organization has for them."""
+    notes = {"external_id": "account 4711", "metadata": {"risk": "high"}}
+    customer = tenant.customer(email="ann@example.com", name="Ann", **notes)
+    shown = tenant.ask("GET", "/v1/customer-portal/customers/me", secret=session(tenant, customer)).json()
+    unknown = ("modified_at", "billing_name", "billing_address", "tax_id", "default_payment_method_id", "locale")
+    assert shown == {
+        "id": customer, "created_at": tenant.server.now.isoformat().replace("+00:00", "Z"), "name": "Ann",
+        "email": "ann@example.com", "email_verified": False, "type": "individual", "oauth_accounts": {},
+        **dict.fromkeys(unknown),
+    }  # fmt: skip
+
+
 def test_only_what_the_customer_has_is_shown(tenant: Tenant) -> None:
     """A meter that was used and never credited or paid for is not; nor is one of a benefit that was taken back."""
     customer = tenant.customer(external_id="ann")

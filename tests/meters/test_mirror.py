@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated
-from meters.mirror import Credited, DeliveryApplied, Fact, Linked, Revoked, Wanted
+from meters.mirror import Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told, Wanted
 from meters.polar import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -199,6 +199,51 @@ def test_every_order_takes_back_what_polar_took_back(name: str) -> None:
         assert days(wanted)[0] == cuts
         assert [((one.fact.at - T0) // DAY, one.fact.units, one.is_cycle) for one in wanted.given] == movements
         assert not [one.revoked for one in wanted.given if one.revoked is not None]
+
+
+@pytest.mark.parametrize("name", STORIES | ENDS)
+def test_what_is_known_decides_nothing(name: str) -> None:
+    """After a story in any order each of its deliveries, told once more, says nothing new; what is newer does."""
+    deliveries = (STORIES | ENDS)[name][0]
+    for order in itertools.permutations(deliveries):
+        catalogue = Catalogue()
+        for kind, data in order:
+            for change in said(catalogue, kind, data).changes:
+                catalogue.apply(change)
+        assert [said(catalogue, kind, data).changes for kind, data in deliveries] == [[]] * len(deliveries)
+        (newer,) = said(catalogue, "customer.state_changed", customer(99)).changes[-1:]
+        assert isinstance(newer, DeliveryApplied)
+        assert newer.facts == [Known(f"customer:{CUSTOMER}", (T0 + 99 * DAY).isoformat(timespec="microseconds"))]
+
+
+def test_of_what_is_told_twice_the_earlier_telling_is_news() -> None:
+    """It is right, whenever it is heard. One that is as late as the known one, or later, adds nothing to anything."""
+    def credited(told: int, units: int = 100) -> Credited:
+        return Credited(CUSTOMER, "m", "g", T0, units, False, T0 + told * DAY)
+
+    def begun(told: int, *meters: str) -> Period:
+        return Period("s", CUSTOMER, T0, list(meters), T0 + told * DAY)
+
+    def applied(*told: Told) -> DeliveryApplied:
+        periods = [one for one in told if isinstance(one, Period)]
+        facts = [one for one in told if not isinstance(one, Period)]
+        return DeliveryApplied(organization_id="org", delivery_id="1", kind="k", at=T0, facts=facts, periods=periods)
+
+    end = Revoked("g", T0 + DAY, takes=True)
+    known = [Known("grant:g", "5"), Linked(CUSTOMER, CUSTOMER), credited(5), begun(5, "m"), end]
+    old = [*known, Known("grant:g", "4"), credited(7, 300), begun(7), begun(5, "m", "n")]
+    new = [Known("grant:g", "6"), Linked(CUSTOMER, "other"), credited(4, 300), begun(4), replace(end, takes=False)]
+    catalogue = Catalogue([applied(*known)])
+    wanted = catalogue.mirror.wanted(CUSTOMER, "m")
+    assert days(wanted) == ([0], [(0, False, 1)])
+    assert [one for one in old if catalogue.mirror.is_news("org", one)] == []
+    assert [one for one in new if catalogue.mirror.is_news("org", one)] == new
+    catalogue.apply(applied(*old))
+    assert catalogue.mirror.wanted(CUSTOMER, "m") == wanted
+    catalogue.apply(applied(*new))
+    assert [one for one in new if catalogue.mirror.is_news("org", one)] == []
+    wanted = catalogue.mirror.wanted("other", "m")
+    assert (wanted.cuts, [(one.fact.units, one.revoked) for one in wanted.given]) == ([], [(300, None)])
 
 
 def test_an_end_that_is_told_both_ways_takes_nothing_more() -> None:

@@ -14,6 +14,7 @@ from polar_sdk import Polar
 from polar_sdk.ingestion import Ingestion
 from polar_sdk.models import (
     CustomerPortalCustomerMetersListSecurity,
+    CustomerPortalCustomersGetSecurity,
     HTTPValidationError,
     MetricPeriod,
     ResourceNotFound,
@@ -137,6 +138,8 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     session = polar.customer_sessions.create(request={"external_customer_id": "acme"})
     security = CustomerPortalCustomerMetersListSecurity(customer_session=session.token)
     portal = polar.customer_portal.customer_meters.list(security=security).result.items
+    visitor = CustomerPortalCustomersGetSecurity(customer_session=session.token)
+    myself = plain(polar.customer_portal.customers.get(security=visitor))
     return {
         "benefit": plain(polar.benefits.get(id=benefit.id)) == plain(benefit),
         "states": plain(state) == plain(by_name),
@@ -145,6 +148,7 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
         "customer_meters": [story.balance(plain(meter)) for meter in (*meters, one)],
         "names": [meters[0].customer.email, meters[0].meter.name],
         "session": [session.token[:10], session.customer_id == customer_id],
+        "myself": [myself["id"] == customer_id, *story.myself(myself)],
         "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
     }
 

@@ -119,6 +119,7 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     session = polar.customer_sessions.create(external_customer_id="acme")
     with Polar(session.token, base_url=url, timeout=PATIENCE_S) as visitor:
         portal = visitor.customer_portal.customer_meters.list().items
+        myself = plain(visitor.customer_portal.customers.get())
     return {
         "benefit": polar.benefits.get(benefit.id) == benefit,
         "states": state == by_name,
@@ -127,6 +128,7 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
         "customer_meters": [story.balance(plain(meter)) for meter in (*meters, one)],
         "names": [meters[0].customer.email, meters[0].meter.name],
         "session": [session.token[:10], session.customer_id == customer_id],
+        "myself": [myself["id"] == customer_id, *story.myself(myself)],
         "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
     }
 

@@ -87,3 +87,8 @@ def event_shown(event: dict[str, Any]) -> dict[str, Any]:
 def balance(meter: dict[str, Any]) -> list[Any]:
     """The numbers of a customer's meter."""
     return [meter["consumed_units"], meter["credited_units"], meter["balance"]]
+
+
+def myself(customer: dict[str, Any]) -> list[Any]:
+    """What customers read of themselves in the portal, beside ids and times."""
+    return [customer[name] for name in ("email", "name", "type", "oauth_accounts", "billing_address")]

@@ -116,6 +116,7 @@ EXPECTED: dict[str, Any] = {
         "customer_meters": [[1010, 2000, 990], [1010, 2000, 990]],
         "names": ["ann@example.com", "All tokens"],
         "session": ["polar_cst_", True],
+        "myself": [True, "ann@example.com", "Ann", "individual", {}, None],
         "portal": [[1010, 2000, 990, "All tokens"]],
     },
     "refusals": {
