@@ -18,7 +18,7 @@ from aggregator.forward.forwarder import Forwarder, RolledMeter, Wishes
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import State
-from aggregator.forward.upstream import Upstream
+from aggregator.forward.upstream import Upstream, base_url
 from deploy.control import new_secret, new_token, open_control
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import USAGE, GiveUp
@@ -59,7 +59,11 @@ def run(settings: Settings, lifeline: int | None) -> None:
 
 
 def know_destination(state: State, settings: Settings) -> None:
-    """What one organization of Polar's took says nothing of another one, and is never sent there."""
+    """Open the server's own books. What one organization took says nothing of another one, and is never sent there."""
+    server = base_url(settings.polar_server)
+    left = state.turn_to(server)
+    if left is not None:
+        logger.warning("forwarding_elsewhere", server=server, left=left)
     destination = digest(f"{settings.polar_server} {settings.polar_token}")
     if state.flags().get("destination") != destination:
         state.set(destination=destination, taken_last=None)

@@ -8,7 +8,7 @@ is slow here (Polar, TLS, pauses) must not hold up the counting, and a crash her
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
 from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
+from aggregator.place import Place
 
 BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
@@ -179,6 +180,11 @@ class Forwarder:
                 return page
         return None
 
+    def _is_past_sent(self, position: Mapping[int, Place]) -> bool:
+        """Whether a replay has everything before it that was sent. A store that is made again does not, for a while."""
+        sent = self._state.position(RAW)
+        return all(position.get(partition, (0, 0)) >= place for partition, place in sent.items())
+
     def _read_lane(self, replay: Replay | None, now_us: int) -> Slice | None:
         selection, lane = self._wishes.selection, RAW
         if replay:
@@ -193,7 +199,7 @@ class Forwarder:
             return Slice(lane, items, page.position)
         if page.position != position:
             self._state.mark(lane, [], page.position, now_us)
-        if replay and page.is_last:
+        if replay and page.is_last and self._is_past_sent(page.position):
             self._state.end_replay(replay.number, now_us)
         return None
 

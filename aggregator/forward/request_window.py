@@ -1,15 +1,19 @@
 """The request limit of one upstream, kept in a file, so that a restart and a second process share it.
 
 Whoever is about to ask takes a place and gives back the time when the answer was there. A place that a killed process
-left taken is treated as having ended when the file is opened again: its request cannot arrive later than that.
+left taken is treated as having ended when the file is opened again: its request cannot arrive later than that. Where
+nobody opens it again, it ends when somebody has seen it taken for longer than any request lasts.
+
+Times in the file are the world's: processes have no other in common. What a process asked itself it also knows by a
+clock that nobody sets, so that a step of the world's clock does not let it ask more often.
 
     requests(number, ended_us)    the places of the last period; ended_us is NULL while a request is under way
 """
 
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +24,17 @@ UNDER_WAY_MAX_US = 600_000_000  # no request lasts this long: its process is gon
 
 
 class Clock(NamedTuple):
-    """The world's time. ``now_us``: UTC, microseconds since 1970. ``pause`` waits; it may raise to end its caller."""
+    """The world's time. ``now_us``: UTC, microseconds since 1970. ``pause`` waits; it may raise to end its caller.
+
+    ``steady_us``: microseconds since whenever, by a clock that nobody sets.
+    """
 
     now_us: Callable[[], int]
     pause: Callable[[float], None]
+    steady_us: Callable[[], int]
 
 
-SYSTEM_CLOCK = Clock(lambda: time.time_ns() // 1000, time.sleep)
+SYSTEM_CLOCK = Clock(lambda: time.time_ns() // 1000, time.sleep, lambda: time.monotonic_ns() // 1000)
 
 
 class RequestWindow:
@@ -37,6 +45,9 @@ class RequestWindow:
         *, is_reader: bool = False,
     ) -> None:
         self.requests_max, self.period_s, self.clock = requests_max, period_s, clock
+        self._period_us = int(period_s * 1e6)
+        self._own: dict[int, int | None] = {}  # places of this process: when they ended, by the steady clock
+        self._seen: dict[int, int] = {}  # places of others under way: when that was seen first, by the same
         self._file = sqlite3.connect(path, timeout=BUSY_WAIT_S, isolation_level=None, check_same_thread=False)
         self._file.execute("PRAGMA journal_mode = WAL").fetchone()
         self._file.execute("CREATE TABLE IF NOT EXISTS requests (number INTEGER PRIMARY KEY AUTOINCREMENT, ended_us)")
@@ -58,36 +69,63 @@ class RequestWindow:
     def ended(self, place: int) -> None:
         """The request of this place is over, whatever became of it."""
         self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [self.clock.now_us(), place])
+        steady_us = self.clock.steady_us()
+        self._own[place] = steady_us
+        since_us = steady_us - self._period_us
+        self._own = {number: at_us for number, at_us in self._own.items() if at_us is None or at_us > since_us}
 
     def wait_s(self) -> float:
         """How long until a request may begin, for who would rather do something else meanwhile; 0 for now."""
-        now_us = self.clock.now_us()
-        found = [row[0] for row in self._file.execute("SELECT ended_us FROM requests").fetchall()]
-        ended = [end_us and min(end_us, now_us) for end_us in found]  # the clock was set back, as in ``_forget``
-        return free_in_us(ended, now_us, self.requests_max, int(self.period_s * 1e6)) / 1e6
+        with self._transaction():
+            return self._wait_us(self.clock.now_us()) / 1e6
 
     def used(self) -> int:
         """How many places are taken now."""
-        since_us = self.clock.now_us() - int(self.period_s * 1e6)
+        since_us = self.clock.now_us() - self._period_us
         sql = "SELECT COUNT(*) FROM requests WHERE ended_us IS NULL OR ended_us > ?"
         with closing(self._file.execute(sql, [since_us])) as found:
             return int(found.fetchone()[0])
 
-    def _try(self) -> tuple[int | None, int]:
-        now_us, period_us = self.clock.now_us(), int(self.period_s * 1e6)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._file.execute("BEGIN IMMEDIATE")
         try:
-            self._forget(now_us, period_us)
-            ended = [row[0] for row in self._file.execute("SELECT ended_us FROM requests").fetchall()]
-            wait_us = free_in_us(ended, now_us, self.requests_max, period_us)
-            place = None if wait_us else self._file.execute("INSERT INTO requests VALUES (NULL, NULL)").lastrowid
+            yield
         except BaseException:
             self._file.execute("ROLLBACK")
             raise
         self._file.execute("COMMIT")
+
+    def _try(self) -> tuple[int | None, int]:
+        now_us = self.clock.now_us()
+        place: int | None = None
+        with self._transaction():
+            wait_us = self._wait_us(now_us)
+            if not wait_us:
+                place = self._file.execute("INSERT INTO requests VALUES (NULL, NULL)").lastrowid
+        if place is not None:
+            self._own[place] = None
         return place, wait_us
 
-    def _forget(self, now_us: int, period_us: int) -> None:
+    def _wait_us(self, now_us: int) -> int:
+        self._forget(now_us)
+        ends_us: dict[int, int | None] = dict(self._file.execute("SELECT number, ended_us FROM requests").fetchall())
+        steady_us = self.clock.steady_us()
+        for place, at_us in self._own.items():
+            ends_us[place] = at_us if at_us is None else now_us - (steady_us - at_us)
+        others = {place for place, at_us in ends_us.items() if at_us is None} - self._own.keys()
+        for place in self._gone(others, steady_us):
+            self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [now_us, place])
+            ends_us[place] = now_us
+        return free_in_us(list(ends_us.values()), now_us, self.requests_max, self._period_us)
+
+    def _gone(self, under_way: set[int], steady_us: int) -> list[int]:
+        """Of the places that others hold, those that have been seen under way for longer than a request lasts."""
+        self._seen = {place: self._seen.get(place, steady_us) for place in under_way}
+        return [place for place, since_us in self._seen.items() if steady_us - since_us >= UNDER_WAY_MAX_US]
+
+    def _forget(self, now_us: int) -> None:
         """Drop what left the window. A clock that was set back makes old ends new ones: waiting longer is harmless."""
         self._file.execute("UPDATE requests SET ended_us = ? WHERE ended_us > ?", [now_us, now_us])
-        self._file.execute("DELETE FROM requests WHERE ended_us <= ?", [now_us - max(period_us, UNDER_WAY_MAX_US)])
+        since_us = now_us - max(self._period_us, UNDER_WAY_MAX_US)
+        self._file.execute("DELETE FROM requests WHERE ended_us <= ?", [since_us])

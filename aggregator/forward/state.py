@@ -7,6 +7,8 @@
     tallies    lane by lane: taken = accepted + waiting + dead, at every moment
     flags      what operators asked for, and what they want to see
 
+All but the flags speak of one server; those of others are kept beside them (``destinations``).
+
 It is a file beside the store and not a table in it because the store may be deleted and made again from the log, and
 what was sent stays sent. An outbox written in the store's transaction would say nothing that the store's rows do not
 say by being there (``aggregator/store/queries/feed.py``); what must never be torn apart is the taking, and that is one
@@ -15,6 +17,7 @@ transaction here: a reader's position, what became of the events before it, and 
 
 import contextlib
 import json
+import re
 import sqlite3
 import threading
 from collections import Counter
@@ -22,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aggregator.forward.destinations import exchange
 from aggregator.forward.planner import Item
 from aggregator.forward.request_window import BUSY_WAIT_S
 from aggregator.place import Place, format_places, parse_places
@@ -42,6 +46,7 @@ CREATE TABLE IF NOT EXISTS replays (
 CREATE TABLE IF NOT EXISTS tallies (lane TEXT, name TEXT, value INTEGER, PRIMARY KEY (lane, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS flags (name TEXT PRIMARY KEY, value TEXT);
 """
+BOOKS = [name for name in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", TABLES) if name != "flags"]  # of one server
 
 
 class Replay(NamedTuple):
@@ -101,6 +106,20 @@ class State:
     def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._file.execute(sql, values).fetchall()
+
+    def turn_to(self, server: str) -> str | None:
+        """Forward to this server from now on, with its own books; the one that is left, if it is another.
+
+        Books that name no server yet are those of the first one.
+        """
+        with self._transaction():
+            left: str | None = self.flags().get("server")
+            if left == server:
+                return None
+            if left is not None:
+                exchange(self._file, BOOKS, left, server)
+            self._file.execute("INSERT OR REPLACE INTO flags VALUES ('server', ?)", [json.dumps(server)])
+        return left
 
     def position(self, lane: str) -> dict[int, Place]:
         """Where the lane's reader stands; the beginning when it never read."""

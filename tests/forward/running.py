@@ -38,7 +38,7 @@ class Running:
         requests_max: int = 300, timeout_s: float = 30.0, **wishes: Any,
     ) -> None:
         self.clocks = clocks or Clocks()
-        clock = Clock(self.clocks.now_us, self.clocks.pause)
+        clock = Clock(self.clocks.now_us, self.clocks.pause, self.clocks.now_us)
         self.state = State(state)
         self.window = RequestWindow(state, requests_max, clock=clock)
         self.upstream = Upstream(server, "polar_oat_upstream", self.window, timeout_s=timeout_s)

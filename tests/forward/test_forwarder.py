@@ -302,6 +302,24 @@ def test_a_range_of_time_is_sent_again(room: Room, clocks: Clocks) -> None:
     assert sorted(ids(room.there())) == sorted(ids(sent))
 
 
+def test_a_replay_does_not_end_while_the_store_catches_up(room: Room, clocks: Clocks) -> None:
+    """A store that is made again does not have yet all that was sent: the replay waits for the rest of its range."""
+    sent = events(room.name, 20, timestamp="2026-03-02T12:00:00Z")
+    room.send(sent[:10])
+    with room.forwarder(clocks) as running:
+        ends = {partition: (offset + 1, 0) for partition, (offset, _) in running.source.end().items()}
+        running.state.mark("raw", [], ends, clocks.now_us())  # sent before the store was deleted
+        running.state.ask_replay("2026-03-02T00:00:00Z", "2026-03-03T00:00:00Z", clocks.now_us())
+        running.until(lambda: running.taken("replay 1") == 10)
+        for _ in range(10):
+            running.clocks.pause(running.forwarder.turn())
+        assert [replay.number for replay in running.state.replays()] == [1]
+        room.send(sent[10:])
+        running.until(lambda: not running.state.replays())
+        assert running.books("replay 1") == {"taken": 20, "accepted": 20, "dead": 0}
+    assert ids(room.there()) == ids(sent)
+
+
 def test_only_what_is_selected_is_sent(room: Room, clocks: Clocks) -> None:
     """By name and by a filter over metadata; the rest is passed over and never read again."""
     room.send(events(room.name, 40))

@@ -1,5 +1,6 @@
 """The request limit as the receiver sees it, and how pauses grow."""
 
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,18 +18,18 @@ from aggregator.forward.pace import (
     pause_after,
     retry_after_s,
 )
-from aggregator.forward.request_window import Clock, RequestWindow
+from aggregator.forward.request_window import UNDER_WAY_MAX_US, Clock, RequestWindow
 
 SECOND_US = 1_000_000
 NOW_US = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()) * SECOND_US
 
 
 class World:
-    """A clock that moves when it is waited for."""
+    """A clock that moves when it is waited for, and that is ahead of the true time by as much as somebody set it."""
 
     def __init__(self) -> None:
-        self.us = NOW_US
-        self.clock = Clock(lambda: self.us, self.pause)
+        self.us, self.ahead_us = NOW_US, 0
+        self.clock = Clock(lambda: self.us + self.ahead_us, self.pause, lambda: self.us)
 
     def pause(self, seconds: float) -> None:
         """Time goes by."""
@@ -95,15 +96,55 @@ def test_two_processes_share_the_limit(tmp_path: Path) -> None:
     second.close()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    requests_max=st.integers(1, 6),
+    delays=st.lists(st.tuples(st.floats(0, 8), st.floats(0, 8), st.integers(-2_000, 2_000)), max_size=30),
+)
+def test_a_clock_that_is_set_lets_no_process_ask_more_often(
+    tmp_path_factory: pytest.TempPathFactory, requests_max: int, delays: list[tuple[float, float, int]]
+) -> None:
+    """However far it is set forward or back, and whether during a request or between two, the limit holds."""
+    world, arrivals = World(), [NOW_US]
+    with closing(RequestWindow(tmp_path_factory.mktemp("window") / "f.sqlite", requests_max, 10.0, world.clock)) as one:
+        one.ended(one.take())
+        for until_arrival, until_answer, step_s in delays:
+            place = one.take()
+            world.pause(until_arrival)
+            arrivals.append(world.us)
+            world.ahead_us += step_s // 2 * SECOND_US
+            world.pause(until_answer)
+            one.ended(place)
+            world.ahead_us += step_s * SECOND_US
+    assert busiest(arrivals, 10 * SECOND_US) <= requests_max
+
+
 def test_a_clock_that_was_set_back_makes_nobody_hurry(tmp_path: Path) -> None:
     """What ended in the future ended now; the wait is at most a period, not until the old time comes again."""
     world = World()
+    other = RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)
     window = RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)
-    window.ended(window.take())
-    world.us -= 3600 * SECOND_US
+    other.ended(other.take())
+    world.ahead_us -= 3600 * SECOND_US
     began = world.us
     window.take()
     assert 10 * SECOND_US <= world.us - began < 11 * SECOND_US
+    window.close()
+    other.close()
+
+
+def test_a_request_of_a_process_that_is_gone_ends(tmp_path: Path) -> None:
+    """Though nobody opens the file anew: who has it open waits no longer than the longest request and a period."""
+    world = World()
+    window = RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)
+    killed = RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)
+    killed.take()
+    killed.close()
+    assert window.wait_s() > 0
+    world.us += UNDER_WAY_MAX_US
+    world.pause(window.wait_s())
+    assert window.wait_s() == 0
+    assert window.used() == 0
     window.close()
 
 
@@ -159,12 +200,16 @@ def test_the_circuit_opens_after_failures_in_a_row() -> None:
 
 
 def test_a_clock_that_was_set_back_costs_a_period_at_most(tmp_path: Path) -> None:
-    """Requests that seem to have ended in the future ended now."""
+    """Requests that seem to have ended in the future ended now, for who looks before it asks, too."""
     world = World()
+    other = RequestWindow(tmp_path / "forward.sqlite", 2, clock=world.clock)
     window = RequestWindow(tmp_path / "forward.sqlite", 2, clock=world.clock)
     for _ in range(2):
-        window.ended(window.take())
-    world.us -= 3600 * SECOND_US
+        other.ended(other.take())
+    world.ahead_us -= 3600 * SECOND_US
 
     assert window.wait_s() <= window.period_s
+    world.pause(window.period_s)
+    assert window.wait_s() == 0
     window.close()
+    other.close()

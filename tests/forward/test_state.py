@@ -80,6 +80,33 @@ def test_a_customers_events_leave_in_the_order_in_which_they_came(tmp_path: Path
     state.close()
 
 
+def test_each_server_has_books_of_its_own(tmp_path: Path) -> None:
+    """The first one that is named has what there is; another begins with nothing, and those that were left stay."""
+    state = State(tmp_path / "forward.sqlite")
+    state.mark("raw", [item(0), decide(item(1), "parked"), decide(item(2), "condemned")], {0: (7, 0)}, NOW_US)
+    state.ask_replay("2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z", NOW_US)
+
+    def books() -> list[object]:
+        waiting = state.due(NOW_US + 5, 10)
+        return [state.position("raw"), state.tallies(), state.waiting(), waiting, state.dead(), state.replays()]
+
+    first = books()
+    assert state.turn_to("https://sandbox.example") is None
+    assert books() == first
+    state.set(pending=0, taken_last={"external_id": "e0", "body": "{}"})
+    assert state.turn_to("https://production.example") == "https://sandbox.example"
+    assert books() == [{}, {}, (0, None), [], [], []]
+    assert not {"pending", "taken_last"} & state.flags().keys()
+    state.mark("raw", [decide(item(0), "parked")], None, NOW_US)
+    assert state.ask_replay("2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z", NOW_US) == 2
+    second = books()
+    assert state.turn_to("https://production.example") is None
+    for server, known in (("https://sandbox.example", first), ("https://production.example", second)):
+        state.turn_to(server)
+        assert books() == known
+    state.close()
+
+
 def test_the_file_is_its_owners(tmp_path: Path) -> None:
     """A token is in it: nobody else may read it, nor what SQLite keeps beside it."""
     state = State(tmp_path / "forward.sqlite")
