@@ -58,6 +58,7 @@ def not_done(report: Report) -> list[Done]:
 
 def _by_hand(difference: Difference) -> Done:
     advice = _ADVICE.get(difference.cause, "a person has to decide") if difference.check != "log" else difference.what
+    advice = difference.payload.get("doubt", advice)
     where = f"{difference.where} ({difference.moved})" if difference.moved else difference.where
     return Done(Repair.DECIDE, f"{where}: {advice}", difference.count)
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import httpx
 
-from aggregator.reconcile.report import Check, Done, Repair, Report
+from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
 from deploy.giving_up import GiveUp
 from deploy.mending import not_done, plan, rebuilt, write_down
 from deploy.own_server import own_server
@@ -27,10 +27,10 @@ def prove(here: Session, task: Task) -> Report:
         report.plan = plan(report)
         return report
     made_again = rebuilt(here.data, report.differences)
-    told = _told_polar(here, report)
+    told = _told_polar(here, task, report)
     done = [step for step in (made_again, *told) if step is not None]
     after = _look(here, task) if done else report
-    if any(told):
+    if any(told[:2]):
         _until_counted(here, task, after)
     after.mended = report.differences if done else []
     after.done = [*done, *not_done(after)]
@@ -70,13 +70,32 @@ def _upstream(here: Session, task: Task) -> Check:
         return Check(name="upstream", sides="our events and Polar's", skipped=str(reason), has_failed=True)
 
 
-def _told_polar(here: Session, report: Report) -> list[Done | None]:
-    from deploy.upstream_proof import correct, send_again
+def confirmed(here: Session, task: Task, report: Report) -> tuple[list[Difference], Done | None]:
+    """What is to be corrected at Polar and a second look finds again, and what to say of the rest.
+
+    Both sides go on while they are read, and taking back what is right would take away usage.
+    """
+    wrong = [one for one in report.differences if one.repair is Repair.CORRECT]
+    if not wrong:
+        return [], None
+    again = [(one.cause, one.payload) for one in _upstream(here, task).differences]
+    sure = [one for one in wrong if (one.cause, one.payload) in again]
+    left = sum(one.count for one in wrong) - sum(one.count for one in sure)
+    if not left:
+        return sure, None
+    what = f"Not corrected at Polar: {left} events that a second look did not find in the same way; run this again."
+    return sure, Done(Repair.CORRECT, what, left)
+
+
+def _told_polar(here: Session, task: Task, report: Report) -> list[Done | None]:
+    from deploy.upstream_repair import correct, send_again
 
     if not any(difference.check == "upstream" for difference in report.differences):
         return []
+    wrong, unsure = confirmed(here, task, report)
     with own_server(here) as api:
         try:
-            return [step(here.settings, here.data, api, report.differences) for step in (send_again, correct)]
+            sent = send_again(here.settings, here.data, api, report.differences)
+            return [sent, correct(here.settings, here.data, api, wrong), unsure]
         except httpx.TransportError as error:
             raise api.unreachable(error) from None

@@ -1,28 +1,26 @@
-"""Our running server and a Polar organization, compared and, where something is missing over there, sent again.
+"""Our running server and a Polar organization, compared.
 
 Both are read over their APIs. Requests to Polar share the forwarder's limit, and what it answered is kept until the run
 is complete, so that an interrupted run goes on where it was.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aggregator.forward.polar_event import item_of
+from aggregator.forward.forwarder import RAW, ROLLUP
 from aggregator.forward.request_window import RequestWindow
-from aggregator.forward.source import FeedPage
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Denied, NoAnswer, Upstream
-from aggregator.place import parse_places
-from aggregator.reconcile.correction import instead
+from aggregator.place import format_places, parse_places
 from aggregator.reconcile.remembering import Remembering, interrupted
-from aggregator.reconcile.report import Check, Difference, Done, Repair
+from aggregator.reconcile.report import Check
 from aggregator.reconcile.upstream_check import UpstreamCheck
-from aggregator.reconcile.upstream_scope import DAY, Scope, midnight, text
+from aggregator.reconcile.upstream_scope import DAY, Forwarded, Scope, midnight, text
 from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control
@@ -34,8 +32,11 @@ from meters.log import Log
 from meters.window import START_MIN
 
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
-BATCH = 500  # events of one request of a repair
-SEND_ATTEMPTS_MAX = 5
+NO_BEGIN = (
+    "where forwarding began is not known (METERSTREAM_POLAR_FROM is `now`, and it has not begun yet, or began with an "
+    "earlier version), so what seems to be missing there may have been sent another way before: nothing is repaired. "
+    "If everything was sent from here, set METERSTREAM_POLAR_FROM=beginning for this command"
+)
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -85,88 +86,36 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
             settles=range_.settle > timedelta(0),
-            selection=forwarded.params(),
+            raw=_forwarded(state, RAW, forwarded.params()), rolled=_forwarded(state, ROLLUP, {}),
+            doubt=_doubt(state, settings),
             refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
         )  # fmt: skip
         check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
         there.complete()
+    check.notes += [scope.doubt] if scope.doubt else []
+    check.notes += _began(scope)
     check.notes.append(f"{there.asked} requests; {since:%Y-%m-%d} to {until - DAY:%Y-%m-%d}, {_known(scope)}")
     return check
 
 
-def send_again(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
-    """Send what is missing over there, with the ids it has; sending it twice changes nothing. Raises GiveUp."""
-    missing = [difference for difference in differences if difference.repair is Repair.SEND]
-    if not missing:
-        return None
-    inserted, duplicates = _send_all(settings, data, (list(_bodies(here, difference)) for difference in missing))
-    what = f"Sent to Polar again: {inserted} events were new there, {duplicates} it had already."
-    return Done(Repair.SEND, what, inserted + duplicates)
+def _forwarded(state: State, lane: str, selection: Mapping[str, Any]) -> Forwarded:
+    """What a lane forwards. Where it began at the log's beginning, nothing was before."""
+    begin = state.begin_of(lane)
+    if begin is None or not begin.position:
+        return Forwarded(selection)
+    return Forwarded(selection, format_places(begin.position), datetime.fromtimestamp(begin.began_us / 1e6, UTC))
 
 
-def correct(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
-    """Take back what Polar counts wrongly, and send what is right; doing it twice changes nothing. Raises GiveUp."""
-    wrong = [difference for difference in differences if difference.repair is Repair.CORRECT]
-    if not wrong:
-        return None
-    inserted, duplicates = _send_all(settings, data, (_corrections(here, difference) for difference in wrong))
-    what = f"Corrected at Polar: {inserted} events take others back or stand for them, {duplicates} it had already."
-    return Done(Repair.CORRECT, what, inserted + duplicates)
+def _doubt(state: State, settings: Settings) -> str:
+    """Why what is found may not be repaired; empty where it may."""
+    lane = ROLLUP if settings.polar_rollup else RAW
+    return NO_BEGIN if settings.polar_from == "now" and state.begin_of(lane) is None else ""
 
 
-def _corrections(here: Api, difference: Difference) -> list[bytes]:
-    taking_back = [body.encode() for body in difference.payload["corrections"]]
-    return taking_back + [instead(body) for body in _bodies(here, difference)]
-
-
-def _send_all(settings: Settings, data: DataDirectory, batches: Iterable[Sequence[bytes]]) -> tuple[int, int]:
-    """How many were new over there, and how many were not. Raises GiveUp."""
-    inserted = duplicates = 0
-    with connected(settings, data) as upstream:
-        for bodies in batches:
-            for start in range(0, len(bodies), BATCH):
-                answer = _send(upstream, bodies[start : start + BATCH])
-                inserted += answer["inserted"]
-                duplicates += answer.get("duplicates", 0)
-    return inserted, duplicates
-
-
-def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
-    """The events of a difference as the forwarder would send them."""
-    wanted = dict(difference.payload["events"])
-    assert difference.window is not None
-    position, (since, until) = "", difference.window
-    while wanted:
-        given = {"start_timestamp": text(since), "end_timestamp": text(until), "position": position, "limit": 10_000}
-        response = here.send("GET", "/v1/feed/", params=given)
-        if not response.is_success:
-            raise GiveUp(f"our own events cannot be read: {response.status_code}")
-        page = msgspec.json.decode(response.content, type=FeedPage)
-        for entry in page.items:
-            item = item_of(entry, "repair")
-            if wanted.pop(item.external_id, None) is not None:
-                yield item.body
-        if page.position == position:
-            return
-        position = page.position
-
-
-def _send(upstream: Upstream, bodies: Sequence[bytes]) -> dict[str, Any]:
-    body = b'{"events":[' + b",".join(bodies) + b"]}"
-    for attempt in range(SEND_ATTEMPTS_MAX):
-        try:
-            answer = upstream.ingest(body)
-        except NoAnswer:
-            if attempt + 1 == SEND_ATTEMPTS_MAX:
-                raise
-            continue
-        if answer.is_success:
-            found: dict[str, Any] = answer.json()
-            return found
-        if answer.status < 500 and answer.status != 429:
-            raise GiveUp(f"Polar refuses the events: {answer.words()}; `meterstream forward` isolates such an event")
-        upstream.window.clock.pause(1.0 + attempt)
-    raise GiveUp("Polar does not take the events now; run the repair again, it changes nothing twice")
+def _began(scope: Scope) -> Iterator[str]:
+    for what, forwarded in (("events", scope.raw), ("sums", scope.rolled)):
+        if forwarded.began is not None and forwarded.began > scope.since:
+            yield f"{what} are forwarded since {forwarded.began:%Y-%m-%d %H:%M} UTC; what came before is not compared"
 
 
 def _pending(state: State) -> Any:

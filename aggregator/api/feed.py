@@ -15,7 +15,13 @@ from fastapi import APIRouter, Depends, Query, Response
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed
 from aggregator.api.events import parsed_filter, wanted_meter
-from aggregator.api.limits import FEED_METERS_MAX, FEED_ROWS_DEFAULT, FEED_ROWS_MAX, FEED_WINDOW_S_MAX
+from aggregator.api.limits import (
+    FEED_CUSTOMERS_DEFAULT,
+    FEED_METERS_MAX,
+    FEED_ROWS_DEFAULT,
+    FEED_ROWS_MAX,
+    FEED_WINDOW_S_MAX,
+)
 from aggregator.api.paging import Ids, Instant, Texts
 from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import number
@@ -123,6 +129,19 @@ async def read_backlog(desk: AtDesk, token: Reader, position: Position, wanted: 
     """How many events stand from ``position`` on, and when the oldest of them came in."""
     found, as_of = await desk.ask(token, lambda here: feed.backlog(here.connection, here.about(wanted), position))
     return answer({"events": found.events, "oldest_ingested_at": found.oldest}, as_of)
+
+
+@router.get("/v1/feed/customers", responses=gives(ref("FeedCustomers")))
+async def read_feed_customers(
+    desk: AtDesk, token: Reader, position: Position, wanted: Selected,
+    limit: Annotated[int, Query(ge=1)] = FEED_CUSTOMERS_DEFAULT,
+) -> Response:  # fmt: skip
+    """Who has most of the events from ``position`` on, most first. One whom events name in two ways is there twice."""
+    found, as_of = await desk.ask(
+        token, lambda here: feed.customers(here.connection, here.about(wanted), position, min(limit, FEED_ROWS_MAX))
+    )
+    items = [{**_customer(desk, token, kind, who), "events": events} for kind, who, events in found.rows]
+    return answer({"items": items, "count": found.total}, as_of)
 
 
 @router.get("/v1/feed/rollup", responses=gives(ref("FeedRollup")))

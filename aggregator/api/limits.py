@@ -64,6 +64,9 @@ FEED_ROWS_MAX = 10_000
 FEED_ROWS_DEFAULT = 1_000
 """Events of such a page when nobody says."""
 
+FEED_CUSTOMERS_DEFAULT = 100
+"""Customers with most events that are named when nobody says how many."""
+
 FEED_METERS_MAX = 100
 """Meters that are rolled up in one question: each reads the events once."""
 

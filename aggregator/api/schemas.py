@@ -150,6 +150,7 @@ SCHEMAS: Schema = {
         {"items": many(record({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}
     ),
     "FeedBacklog": record({"events": COUNT, "oldest_ingested_at": nullable(TIME)}),
+    "FeedCustomers": record({"items": many(record({**_NAMED, "events": COUNT}, *_NAMED)), "count": COUNT}),
     "FeedRollup": record(
         {
             "items": many(

@@ -204,8 +204,9 @@ class Forwarder:
         return None
 
     def _position(self, lane: str) -> dict[int, tuple[int, int]]:
-        if lane in (RAW, ROLLUP) and self._wishes.begin == "now" and not self._state.knows(lane):
-            self._state.begin(lane, self._source.end())
+        if lane in (RAW, ROLLUP) and not self._state.knows(lane):
+            begin = self._source.end() if self._wishes.begin == "now" else {}
+            self._state.begin(lane, begin, self._clock.now_us())
         return self._state.position(lane)
 
     def _roll(self, now_us: int) -> bool:

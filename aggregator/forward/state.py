@@ -1,6 +1,7 @@
 """How far forwarding got, in a file of its own: what a restart, a second process and an operator need to know.
 
     lanes      where each reader of the feed stands (raw events, rollups), and from where and to where it has to go
+    begins     where and when each of them began: what was before is no business of theirs, and of no proof
     waiting    what was taken from the feed and is not sent yet: events of the future, rollups
     dead       what Polar refuses for good, with its words
     replays    ranges of time to be sent again
@@ -35,6 +36,7 @@ WAITING = "waiting"  # the lane of slices that are made of waiting rows
 REPLAY = "replay "
 TABLES = """
 CREATE TABLE IF NOT EXISTS lanes (name TEXT PRIMARY KEY, position TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS begins (name TEXT PRIMARY KEY, position TEXT NOT NULL, began_us INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS waiting (
     number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT, external_id TEXT, who TEXT, timestamp_us INTEGER,
     ingested_us INTEGER, due_us INTEGER, body BLOB);
@@ -60,6 +62,13 @@ class Replay(NamedTuple):
     def lane(self) -> str:
         """The name of its reader."""
         return f"{REPLAY}{self.number}"
+
+
+class Begin(NamedTuple):
+    """Where a lane began, and when that was decided (UTC, microseconds)."""
+
+    position: dict[int, Place]
+    began_us: int
 
 
 class DeadLetter(NamedTuple):
@@ -126,10 +135,17 @@ class State:
         rows = self._rows("SELECT position FROM lanes WHERE name = ?", lane)
         return (parse_places(rows[0][0]) or {}) if rows else {}
 
-    def begin(self, lane: str, position: Mapping[int, Place]) -> None:
-        """Where a lane that never read begins."""
+    def begin(self, lane: str, position: Mapping[int, Place], now_us: int) -> None:
+        """Where a lane that never read begins; kept, because nothing else tells it once the lane has moved on."""
         with self._transaction():
-            self._file.execute("INSERT OR IGNORE INTO lanes VALUES (?, ?)", [lane, format_places(position)])
+            place = format_places(position)
+            if self._file.execute("INSERT OR IGNORE INTO lanes VALUES (?, ?)", [lane, place]).rowcount:
+                self._file.execute("INSERT OR REPLACE INTO begins VALUES (?, ?, ?)", [lane, place, now_us])
+
+    def begin_of(self, lane: str) -> Begin | None:
+        """Where the lane began; None for one that never did, or did before this was kept."""
+        rows = self._rows("SELECT position, began_us FROM begins WHERE name = ?", lane)
+        return Begin(parse_places(rows[0][0]) or {}, rows[0][1]) if rows else None
 
     def knows(self, lane: str) -> bool:
         """Whether the lane has a position."""

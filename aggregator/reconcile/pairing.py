@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from aggregator.reconcile.report import Cause
 from meters.amount import parse_amount
+from meters.event import USER
 from meters.facts import RESERVED, Facts, Number
 
 
@@ -53,9 +54,9 @@ def seen(event: dict[str, Any], ingested_at: datetime | None = None, place: str 
     metadata = event.get("metadata") or {}
     found = Facts(
         name=event["name"], timestamp=timestamp, metadata={key: _value(key, value) for key, value in metadata.items()},
-        external_customer_id=who,
+        external_customer_id=who, source=event.get("source", USER),
     )  # fmt: skip
-    content = json.dumps({key: _loose(key, value) for key, value in metadata.items()}, sort_keys=True)
+    content = json.dumps({key: _loose(key, value) for key, value in metadata.items()}, sort_keys=True, default=str)
     external_id = event.get("external_id") or ""
     return Seen(event["name"], timestamp, who, content, found, external_id, ingested_at, place, external is not None)
 
@@ -68,22 +69,25 @@ def pair(ours: Sequence[Seen], theirs: Sequence[Seen]) -> list[Pair]:
     pairs += [Pair(Cause.LATE, mine, other) for mine, other in moved]
     altered = _match(missing, extra, lambda event: (event.name, event.who, event.timestamp))
     pairs += [Pair(Cause.CHANGED, mine, other) for mine, other in altered]
+    another = _match(missing, extra, lambda event: (event.name, event.timestamp, event.content))
+    pairs += [Pair(Cause.CHANGED, mine, other) for mine, other in another]  # it counts for another customer
     pairs += [Pair(Cause.LOST, mine, None) for mine in missing]
-    here = {_key(event) for event in ours}
-    pairs += [Pair(Cause.DOUBLED if _key(other) in here else Cause.UNFOUNDED, None, other) for other in extra]
+    here = {key_of(event) for event in ours}
+    pairs += [Pair(Cause.DOUBLED if key_of(other) in here else Cause.UNFOUNDED, None, other) for other in extra]
     return pairs
 
 
-def _key(event: Seen) -> tuple[Any, ...]:
+def key_of(event: Seen) -> tuple[Any, ...]:
+    """What an event is known by."""
     return event.name, event.timestamp, event.who, event.content
 
 
 def _left_over(events: Iterable[Seen], others: Iterable[Seen]) -> list[Seen]:
-    there = Counter(_key(event) for event in others)
+    there = Counter(key_of(event) for event in others)
     left = []
     for event in events:
-        if there[_key(event)]:
-            there[_key(event)] -= 1
+        if there[key_of(event)]:
+            there[key_of(event)] -= 1
         else:
             left.append(event)
     return left

@@ -1,5 +1,7 @@
 """What an upstream answered, kept in a file: a run that was interrupted goes on without asking again.
 
+Decimals are kept as numbers with all their digits: read as texts, they would be another content.
+
 The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The file
 goes when a run is complete, and is not used when it is older than a few hours or belongs to another range.
 """
@@ -12,6 +14,7 @@ from typing import Any
 
 from aggregator.forward.answer import pages
 from aggregator.reconcile.upstream_scope import Reader
+from meters import exact_json
 
 GOOD_FOR = timedelta(hours=6)
 
@@ -44,9 +47,9 @@ class Remembering:
         if question not in self._known:
             self._known[question] = self._reader.get(path, **params)
             self.asked += 1
-            line = json.dumps([question, self._known[question]], default=str)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            line = exact_json.encode([question, self._known[question]])
+            with self._path.open("ab") as file:
+                file.write(line + b"\n")
         return self._known[question]
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
@@ -64,7 +67,7 @@ def _answers(path: Path) -> Iterator[tuple[str, Any]]:
         file.readline()
         for line in file:
             try:
-                question, answer = json.loads(line)
+                question, answer = exact_json.decode(line)
             except ValueError:
                 return
             yield question, answer

@@ -87,7 +87,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     events: list[str] = []
     quantities: dict[str, Decimal] = {}
     cents: Decimal | None = None
-    payload: dict[str, Any] = {}  # what a repair needs
+    payload: dict[str, Any] = {}  # what a repair needs, or the doubt that keeps it from being done
 
     @property
     def is_explained(self) -> bool:

@@ -2,42 +2,50 @@
 
 Requests over there are few and precious, so every step asks for as little as tells the sides apart. A day's number of
 events costs one request, a year of a meter's days another one. Days that differ are narrowed down to single events
-(``upstream_events``). What those do not explain of a quantity is judged by itself: the digits of doubles, or another
-reading of the meter's filter. What came in within the settle window may still be on its way and is not compared.
+(``upstream_events``). What those do not explain of a quantity is judged by itself: events of Polar's own, the digits of
+doubles, or another reading of the meter's filter. What came in within the settle window may still be on its way and is
+not compared, nor is what is not forwarded at all (``own_usage``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from aggregator.forward.polar_event import ROLLUP_NAME
+from aggregator.reconcile.own_usage import OwnUsage
 from aggregator.reconcile.pairing import Seen
 from aggregator.reconcile.readings import OTHERS, value
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Check, Counted, Difference, Repair
+from aggregator.reconcile.system_events import SystemEvents
+from aggregator.reconcile.upstream_balances import Balances
+from aggregator.reconcile.upstream_customers import Customers, Used
 from aggregator.reconcile.upstream_events import Events
-from aggregator.reconcile.upstream_scope import DAY, HOUR, Part, Reader, Scope, days, midnight, near, text
+from aggregator.reconcile.upstream_scope import (
+    DAY,
+    HOUR,
+    Both,
+    Part,
+    Reader,
+    Scope,
+    Series,
+    asked,
+    day_of,
+    days,
+    near,
+    since,
+)
 from aggregator.reconcile.worth import Worth
+from meters.aggregation import is_summable
 from meters.amount import EXACT, amount_text
 from meters.catalogue import meter_json
 from meters.filter import Filter, matches
 from meters.meter import Meter
 from meters.property import is_built_in
-from meters.timestamp import MICROSECOND
 
-DAYS_AT_ONCE = 366  # the longest range of days that one request may ask for
 READ_MAX = 20_000  # events that are read in the other two ways, to see what an invoice would count
-_PARTS = ("credited_units", "consumed_units")
-_Series = dict[datetime, Decimal]
-
-
-class _Both(NamedTuple):
-    """A meter here, and the id of its namesake over there."""
-
-    here: Meter
-    there: str
 
 
 class UpstreamCheck:
@@ -47,24 +55,30 @@ class UpstreamCheck:
         self._here, self._there, self._scope, self._own, self._worth = here, there, scope, meters, worth
         self.check = Check(name="upstream", sides="our events, quantities and balances, and Polar's")
         self._events = Events(here, there, scope, worth)
+        self._system = SystemEvents(there)
+        self._customers = Customers(here, there, scope)
         self._rolled_up = False
+        self._told: set[tuple[str, datetime]] = set()  # meters and days that a difference speaks of as a whole
 
     def run(self) -> Check:
         """Compare."""
         meters = self._matched_meters()
         series = {both.here.name: self._series(both) for both in meters}
+        self.check.counted.append(self._customers.compare(meters))
         if not self._rolled_up:
             self._compare_events(meters, series)
         for both in meters:
             self._judge(both, *series[both.here.name])
+        self._judge_customers()
         if not self._rolled_up:
             self._other_readings(meters)
-        self._customer_meters({both.here.name for both in meters})
+        self._balances(meters)
+        self.check.notes += [*self._customers.notes, *self._system.notes()]
         return self.check
 
     # ---- meters and their quantities
 
-    def _matched_meters(self) -> list[_Both]:
+    def _matched_meters(self) -> list[Both]:
         there = {meter["name"]: meter for meter in self._there.pages("/v1/meters/", is_archived=False)}
         matched, alike = [], set[str]()
         for meter in self._own:
@@ -72,90 +86,139 @@ class UpstreamCheck:
             if other is None:
                 self.check.notes.append(f"{meter.name}: there is no meter of this name over there")
                 continue
-            ours = meter_json(meter)
-            if ROLLUP_NAME in str(other["filter"]):
+            ours, is_rolled = meter_json(meter), ROLLUP_NAME in str(other["filter"])
+            if is_rolled:
                 self._rolled_up = True
             elif (ours["filter"], ours["aggregation"]) != (other["filter"], other["aggregation"]):
                 what = f"the meter is another one over there: {_definition(other)} instead of {_definition(ours)}"
                 self._add(Cause.FILTER_SEMANTICS, meter.name, what)
             else:
                 alike.add(meter.name)
-            matched.append(_Both(meter, other["id"]))
+            matched.append(Both(meter, other["id"], is_rolled))
         if there.keys() == alike:  # no meter over there that we do not know
             self._events.meters = [both.here for both in matched]
         if self._rolled_up:
             self.check.notes.append("events are forwarded as sums of windows, so only quantities are compared")
         return matched
 
-    def _series(self, both: _Both) -> tuple[_Series, _Series]:
-        here, total_here = self._by_day(self._here, both.here.id)
-        there, total_there = self._by_day(self._there, both.there)
+    def _ours(self, both: Both) -> OwnUsage:
+        return OwnUsage(self._here, self._scope.forwarded(both))
+
+    def _series(self, both: Both) -> tuple[Series, Series]:
+        """By day, theirs read first: what it has was counted here before. Days that cannot be judged are left out."""
+        range_, ours, name = Part(self._scope.since, self._scope.until), self._ours(both), both.here.name
+        there, total_there = asked(self._there, both.there, range_, "day")
+        here, total_here = ours.series(both.here, range_, "day"), ours.total(both.here, range_)
+        here = since(here, ours.began)
+        if left_out := len(there) - len(here):
+            why = "forwarding began later, or only a part of very many events is forwarded"
+            self.check.notes.append(f"{name}: the quantities of {left_out} days are not compared, because {why}")
+            total_here = None
         same = sum(near(amount, there.get(day, Decimal(0))) for day, amount in here.items())
-        self.check.counted.append(Counted(
-            f"{both.here.name}, by day", len(here), len(here) - same, amount_text(total_here), amount_text(total_there),
-        ))  # fmt: skip
-        func = both.here.aggregation.func
-        if func in ("avg", "unique") and same == len(here) and not near(total_here, total_there):
-            what = f"every day agrees; the total over there is {amount_text(total_there)} over all time, " \
-                   f"ours {amount_text(total_here)} over the range"  # fmt: skip
-            self._add(Cause.OUTSIDE_THE_RANGE, f"{both.here.name}, total", what, Repair.NOTHING)
+        totals = ("", "") if total_here is None else (amount_text(total_here), amount_text(total_there))
+        self.check.counted.append(Counted(f"{name}, by day", len(here), len(here) - same, *totals))
+        if total_here is not None and same == len(here) and not near(total_here, total_there):
+            self._outside_the_range(both.here, *totals)
         return here, there
 
-    def _by_day(self, side: Reader, meter_id: str) -> tuple[_Series, Decimal]:
-        found: _Series = {}
-        total, start = Decimal(0), midnight(self._scope.since)
-        while start < self._scope.until:
-            end = min(start + (DAYS_AT_ONCE - 1) * DAY, midnight(self._scope.until - MICROSECOND))
-            answer = _quantities(side, meter_id, start, end, "day")
-            for point in answer["quantities"]:
-                found[datetime.fromisoformat(point["timestamp"])] = Decimal(str(point["quantity"]))
-            total, start = total + Decimal(str(answer["total"])), end + DAY
-        return found, total
+    def _outside_the_range(self, meter: Meter, ours: str, theirs: str) -> None:
+        if meter.aggregation.func in ("avg", "unique"):
+            what = f"every day agrees; the total over there is {theirs} over all time, ours {ours} over the range"
+            self._add(Cause.OUTSIDE_THE_RANGE, f"{meter.name}, total", what, Repair.NOTHING)
 
-    def _compare_events(self, meters: Sequence[_Both], series: Mapping[str, tuple[_Series, _Series]]) -> None:
+    def _compare_events(self, meters: Sequence[Both], series: Mapping[str, tuple[Series, Series]]) -> None:
         whole = list(days(Part(self._scope.since, self._scope.until)))
         suspects = [day for day in whole if self._events.differ(day)]
         self.check.counted.append(Counted("days, by number of events", len(whole), len(suspects)))
         for day in whole:
-            at = midnight(day.since)
-            pairs = [(here.get(at, Decimal(0)), there.get(at, Decimal(0))) for here, there in series.values()]
-            if day not in suspects and not all(near(*pair) for pair in pairs):
+            if day not in suspects and next(self._unexplained_on(day, meters, series), None):
                 suspects.append(day)
         for day in sorted(suspects):
-            self._events.narrow(day, lambda part: self._content_differs(part, meters))
+            self._events.narrow(day, lambda part: self._content_differs(part, meters, series))
         for difference in self._events.finish():
             self.check.add(difference)
         count = len(self._events.pairs)
         self.check.counted.append(Counted("events, one by one where days differ", self._events.listed, count))
 
-    def _content_differs(self, part: Part, meters: Sequence[_Both]) -> bool:
-        """Whether any meter of a part with whole hours differs; a smaller part is taken to."""
-        if part.until - part.since < HOUR or part.since.minute or part.since.second:
-            return True
-        asked = part.since, part.until - HOUR, "hour"
+    def _unexplained_on(
+        self, day: Part, meters: Sequence[Both], series: Mapping[str, tuple[Series, Series]]
+    ) -> Iterator[tuple[Both, str | None]]:
+        """Meters, and customers of meters, whose quantities of a day say otherwise than the events found to differ."""
+        at = day_of(day.since).since
         for both in meters:
-            here, there = _quantities(self._here, both.here.id, *asked), _quantities(self._there, both.there, *asked)
-            if not near(Decimal(str(here["total"])), Decimal(str(there["total"]))):
-                return True
-        return False
+            here, there = series[both.here.name]
+            if at in here and not self._is_explained(both, day_of(at), here[at], there.get(at, Decimal(0))):
+                yield both, None
+        for used in self._customers.used:
+            for when, ours, theirs in used.differing():
+                if when == at and not self._is_explained(used.both, day_of(at), ours, theirs, used.who):
+                    yield used.both, used.who
+
+    def _content_differs(
+        self, part: Part, meters: Sequence[Both], series: Mapping[str, tuple[Series, Series]]
+    ) -> bool:
+        """Whether any of these says so of a part with whole hours."""
+        unexplained = self._unexplained_on(part, meters, series)
+        return any(self._hours_differ(both, part, who) for both, who in unexplained)
+
+    def _hours_differ(self, both: Both, part: Part, who: str | None) -> bool:
+        there = asked(self._there, both.there, part, "hour", who)[0]
+        ours = self._ours(both)
+        here = since(ours.series(both.here, part, "hour", who), ours.began)
+        return any(
+            not self._is_explained(both, Part(at, at + HOUR), amount, there.get(at, Decimal(0)), who)
+            for at, amount in here.items()
+        )
+
+    def _is_explained(self, both: Both, part: Part, ours: Decimal, theirs: Decimal, who: str | None = None) -> bool:
+        """Whether the quantities of a part agree, but for events that differ by themselves and Polar's own."""
+        if not is_summable(both.here.aggregation):
+            found = [event.facts for event in self._events.inside(part)]
+            return near(ours, theirs) or bool(value(both.here, found))
+        explained = EXACT.add(ours, self._moved(both, part, who))
+        return near(theirs, explained) or near(theirs, EXACT.add(explained, self._system.added(both.here, part, who)))
+
+    def _moved(self, both: Both, part: Part | None, who: str | None = None) -> Decimal:
+        return self._events.moved(part, who).get(both.here.name, Decimal(0))
 
     # ---- what events do not explain
 
-    def _judge(self, both: _Both, here: _Series, there: _Series) -> None:
+    def _judge(self, both: Both, here: Series, there: Series) -> None:
         for day, ours in here.items():
-            if self._scope.settles and day + DAY > self._scope.arrived_before:
-                continue  # the day goes on: its sums move while they are read, and its events are compared one by one
             theirs = there.get(day, Decimal(0))
-            explained = EXACT.add(ours, self._events.moved(day).get(both.here.name, Decimal(0)))
-            if theirs == explained:
+            explained = EXACT.add(ours, self._moved(both, day_of(day)))
+            if theirs == explained or self._moves(both, day):
                 continue
-            named = [event.facts for event in self._events.of_day(day)]
-            if both.here.aggregation.func not in ("count", "sum") and value(both.here, named):
+            named = [event.facts for event in self._events.inside(day_of(day))]
+            if not is_summable(both.here.aggregation) and value(both.here, named):
                 continue  # events that differ are named already, and such a value cannot be split among them
-            self._unexplained(both.here, day, (ours, theirs, explained))
+            if not self._is_system(both, day, theirs, explained):
+                self._told.add((both.here.name, day))
+                self._unexplained(both, day, (ours, theirs, explained))
 
-    def _unexplained(self, meter: Meter, day: datetime, amounts: tuple[Decimal, Decimal, Decimal]) -> None:
-        ours, theirs, explained = amounts
+    def _moves(self, both: Both, day: datetime) -> bool:
+        """Whether the sums of a day move while they are read: it goes on, or usage of it came in just now. Events are
+        compared one by one all the same."""
+        if self._scope.settles and day + DAY > self._scope.arrived_before:
+            return True
+        return self._ours(both).came_in(day_of(day), self._scope.arrived_before)
+
+    def _is_system(self, both: Both, day: datetime, theirs: Decimal, explained: Decimal) -> bool:
+        """Whether Polar's own events make the rest of what differs."""
+        own = [event.facts for event in self._system.counted(both.here, day_of(day))]
+        if not own:
+            return False
+        if is_summable(both.here.aggregation):
+            found = EXACT.add(explained, value(both.here, own))
+        else:
+            found = value(both.here, [*(event.facts for event in self._ours(both).feed(day_of(day))), *own])
+        if near(found, theirs):
+            self._system.explain(both.here, day_of(day))
+            return True
+        return False
+
+    def _unexplained(self, both: Both, day: datetime, amounts: tuple[Decimal, Decimal, Decimal]) -> None:
+        meter, (ours, theirs, explained) = both.here, amounts
         said = f"{amount_text(theirs)} over there, {amount_text(ours)} here"
         where, window = f"{meter.name}, {day:%Y-%m-%d}", (day, day + DAY)
         quantities = {meter.name: EXACT.subtract(theirs, explained)}
@@ -163,7 +226,7 @@ class UpstreamCheck:
             what = f"{said}: the same amounts, added as doubles"
             self._add(Cause.ROUNDING, where, what, Repair.NOTHING, window=window, quantities=quantities)
             return
-        events = list(self._events.feed(Part(day, day + DAY)))
+        events = list(self._ours(both).feed(day_of(day)))
         for who, reading in OTHERS.items():
             if near(value(meter, [event.facts for event in events], reading), theirs):
                 read = _read_otherwise(meter, events, who)
@@ -173,16 +236,33 @@ class UpstreamCheck:
                 return
         self._add(Cause.UNKNOWN, where, said, window=window, quantities=quantities)
 
-    def _other_readings(self, meters: Sequence[_Both]) -> None:
+    def _judge_customers(self) -> None:
+        for used in self._customers.used:
+            for day, ours, theirs in used.differing():
+                if (used.both.here.name, day) not in self._told:
+                    self._judge_customer(used, day, ours, theirs)
+
+    def _judge_customer(self, used: Used, day: datetime, ours: Decimal, theirs: Decimal) -> None:
+        both, part = used.both, day_of(day)
+        if self._is_explained(both, part, ours, theirs, used.who) or self._moves(both, day):
+            return
+        explained = EXACT.add(ours, self._moved(both, part, used.who))
+        self._add(
+            Cause.UNKNOWN, f"{both.here.name}, {day:%Y-%m-%d}, customer {used.who}",
+            f"{amount_text(theirs)} over there, {amount_text(ours)} here", window=(day, day + DAY),
+            quantities={both.here.name: EXACT.subtract(theirs, explained)},
+        )  # fmt: skip
+
+    def _other_readings(self, meters: Sequence[Both]) -> None:
         """What an invoice would count otherwise than a balance, by Polar's own two readings of one filter."""
-        asked = [both.here for both in meters if _reads_metadata(both.here.filter)]
+        looked_at = [both.here for both in meters if _reads_metadata(both.here.filter)]
         events: list[Seen] = []
-        for event in self._events.feed(Part(self._scope.since, self._scope.until)) if asked else ():
+        for event in self._events.ours.feed(Part(self._scope.since, self._scope.until)) if looked_at else ():
             events.append(event)
             if len(events) >= READ_MAX:
                 self.check.notes.append(f"the first {READ_MAX:,} events were read as invoices read them")
                 break
-        for meter in asked:
+        for meter in looked_at:
             read = _read_otherwise(meter, events, "invoices")
             facts = [event.facts for event in events]
             balance, invoice = value(meter, facts), value(meter, facts, OTHERS["invoices"])
@@ -191,41 +271,14 @@ class UpstreamCheck:
                        f"{len(read)} events differently there. Compare values of one type only."  # fmt: skip
                 quantities = {meter.name: EXACT.subtract(invoice, balance)}
                 self._add(Cause.FILTER_SEMANTICS, f"{meter.name}, filter", what, quantities=quantities, events=read)
-        self.check.counted.append(Counted("events, read as invoices read them", len(events) * len(asked)))
+        self.check.counted.append(Counted("events, read as invoices read them", len(events) * len(looked_at)))
 
-    # ---- balances
-
-    def _customer_meters(self, names: set[str]) -> None:
-        here, there = _balances(self._here), _balances(self._there)
-        keys = sorted(key for key in here.keys() & there.keys() if key[1] in names)
-        found = [difference for key in keys for difference in self._balance(key, here[key], there[key])]
-        for difference in found:
+    def _balances(self, meters: Sequence[Both]) -> None:
+        balances = Balances(self._here, self._there, self._scope, self._worth)
+        for difference in balances.compare(meters, lambda both, who: self._moved(both, None, who)):
             self.check.add(difference)
-        self.check.counted.append(Counted("customers' meters", len(keys), len(found)))
-
-    def _balance(self, key: tuple[str, str], here: dict[str, Any], there: dict[str, Any]) -> Iterator[Difference]:
-        who, name = key
-        for part in _PARTS:
-            ours, theirs = Decimal(str(here[part])), Decimal(str(there[part]))
-            is_usage = part == "consumed_units"
-            if is_usage and self._scope.settles and _moved_since(self._scope.arrived_before, here, there):
-                continue  # usage is on its way, or Polar has yet to add it up
-            moved = self._events.moved(who=who).get(name, Decimal(0)) if is_usage else Decimal(0)
-            explained = EXACT.add(ours, moved)
-            if theirs == explained:
-                continue
-            what = f"{part.replace('_', ' ')}: {amount_text(theirs)} over there, {amount_text(ours)} here"
-            cause, repair = (Cause.LOST if theirs < ours else Cause.DOUBLED), Repair.DECIDE
-            if is_usage and near(theirs, explained):
-                cause, repair = Cause.ROUNDING, Repair.NOTHING
-            elif is_usage:
-                cause = Cause.LATE
-                what += "; no event says why: usage arrived on the other side of a reset, and counts in another period"
-            quantities = {name: EXACT.subtract(theirs, explained)}
-            yield Difference(
-                check="upstream", cause=cause, where=f"{name}, customer {who}", what=what, repair=repair,
-                quantities=quantities, cents=self._worth.cents(self._scope.organization_id, quantities),
-            )  # fmt: skip
+        self.check.counted.append(balances.counted)
+        self.check.notes += balances.notes
 
     def _add(
         self, cause: Cause, where: str, what: str, repair: Repair = Repair.DECIDE, *,
@@ -238,23 +291,6 @@ class UpstreamCheck:
             events=list(events[:SHOWN_EVENTS_MAX]), count=max(len(events), 1),
             cents=self._worth.cents(self._scope.organization_id, given),
         ))  # fmt: skip
-
-
-def _moved_since(instant: datetime, *sides: dict[str, Any]) -> bool:
-    """Whether either side's balance moved at this time or later."""
-    return any(datetime.fromisoformat(side["modified_at"]) >= instant for side in sides if side.get("modified_at"))
-
-
-def _quantities(side: Reader, meter_id: str, start: datetime, end: datetime, interval: str) -> dict[str, Any]:
-    given = {"start_timestamp": text(start), "end_timestamp": text(end), "interval": interval}
-    answer: dict[str, Any] = side.get(f"/v1/meters/{meter_id}/quantities", **given)
-    return answer
-
-
-def _balances(side: Reader) -> dict[tuple[str, str], dict[str, Any]]:
-    """Customers' meters by the customer's external id (or id) and the meter's name."""
-    rows = side.pages("/v1/customer-meters/")
-    return {(str(row["customer"].get("external_id") or row["customer_id"]), row["meter"]["name"]): row for row in rows}
 
 
 def _read_otherwise(meter: Meter, events: Sequence[Seen], who: str) -> list[str]:

@@ -2,24 +2,28 @@
 
 A request over there is precious and one here is not, so parts are told apart by counts, and by quantities where the
 counts agree. What is listed is paired (``pairing``), within a part first and over all parts in the end.
+
+Both sides go on while they are read. Theirs is listed first, because what they have was counted here before; what came
+in here since is known by when it did. An event over there is known by its id: the pages of a list shift when another
+event comes in between them, and where many events have one time they may overlap and leave some out.
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from decimal import Decimal
+from typing import Any
 
 from aggregator.reconcile.correction import mark_of, settled, takes_back
-from aggregator.reconcile.pairing import Pair, Seen, pair, seen
+from aggregator.reconcile.own_usage import OwnUsage
+from aggregator.reconcile.pairing import Pair, Seen, key_of, pair, seen
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Difference, Repair
-from aggregator.reconcile.upstream_scope import HOUR, Part, Reader, Scope, exclusive, midnight, text
-from aggregator.reconcile.worth import Worth, add
+from aggregator.reconcile.upstream_scope import HOUR, Part, Reader, Scope, exclusive, halves, hour, hours_of, text
+from aggregator.reconcile.worth import Quantities, Worth, add
 from meters.meter import Meter
 
 LISTED_MAX = 1_000  # events of a part that is listed rather than halved: ten requests
 PART_MIN = timedelta(minutes=1)
-FEED_ROWS = 10_000
 _CORRECTABLE = {Cause.DOUBLED, Cause.CHANGED, Cause.LATE}  # what is over there is wrong, if the log is right
 
 
@@ -28,38 +32,37 @@ class Events:
 
     def __init__(self, here: Reader, there: Reader, scope: Scope, worth: Worth) -> None:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth
+        self.ours = OwnUsage(here, scope.raw)
         self.pairs: list[Pair] = []
         self.listed = 0
         self.meters: Sequence[Meter] = ()  # all that may count an event over there, where they are known to be all
         self._taken_back: Counter[str] = Counter()
+        self._moved: defaultdict[tuple[datetime | None, str | None], Quantities] = defaultdict(dict)
+        self._moved_pairs = 0  # of ``pairs``, from the first on, are in ``_moved``
 
     def differ(self, part: Part) -> bool:
-        """Whether the sides have different numbers of events."""
-        return self._count_here(part) != self._count_there(part)
+        """Whether the sides have different numbers of events, as far as that can be our doing."""
+        here, began = self.ours.count(part), self._scope.raw.began
+        if not here and began is not None and part.until <= began:
+            return False
+        return here != self._count_there(part)
 
     def narrow(self, part: Part, content_differs: Callable[[Part], bool]) -> None:
-        """List the part, or the halves of it that differ. ``content_differs`` tells where the counts agree."""
-        here, there = self._count_here(part), self._count_there(part)
-        if max(here, there) <= LISTED_MAX or part.until - part.since <= PART_MIN:
-            self._list(part)
+        """List the part, or what differs of it. ``content_differs`` tells of whole hours whose counts agree whether
+        anything differs in them that is not found yet."""
+        there = self._count_there(part)
+        if max(self.ours.count(part), there) <= LISTED_MAX or part.until - part.since <= PART_MIN:
+            self._list(part, there)
             return
-        middle = part.since + (part.until - part.since) / 2
-        for half in (Part(part.since, middle), Part(middle, part.until)):
-            if self.differ(half) or (here == there and content_differs(half)):
+        alike = []
+        for half in halves(part):
+            if self.differ(half):
                 self.narrow(half, content_differs)
-
-    def feed(self, part: Part) -> Iterator[Seen]:
-        """Our events of a part, as they are forwarded."""
-        given = {**self._scope.selection, "start_timestamp": text(part.since), "end_timestamp": text(part.until)}
-        position, left = "", self._count_here(part)
-        while left > 0:
-            answer = self._here.get("/v1/feed/", **given, position=position, limit=FEED_ROWS)
-            for item in answer["items"]:
-                yield seen(item["event"], datetime.fromisoformat(item["ingested_at"]), item["place"])
-            left -= len(answer["items"])
-            if answer["position"] == position:
-                return
-            position = answer["position"]  # which moves over what is not wanted, too
+            elif self.ours.count(half):
+                alike.append(half)
+        for half in alike:
+            if content_differs(hours_of(half)):
+                self.narrow(half, content_differs)
 
     def finish(self) -> Iterator[Difference]:
         """Pair what is left over across parts, and tell it by cause and hour."""
@@ -68,6 +71,8 @@ class Events:
         ours = [found.ours for found in others if found.ours is not None]
         theirs = [found.theirs for found in others if found.theirs is not None]
         self.pairs = pair(ours, theirs) + doubled
+        self._moved.clear()
+        self._moved_pairs = 0
         conflicts = self._conflicts() if any(found.cause is Cause.CHANGED for found in self.pairs) else ""
         groups: defaultdict[tuple[datetime, Cause], list[Pair]] = defaultdict(list)
         for found in self.pairs:
@@ -78,52 +83,81 @@ class Events:
                 cause = Cause.CONFLICT
             if cause is Cause.LOST and found.ours and self._scope.is_pending(found.ours.place):
                 cause = Cause.LATE
-            groups[event.timestamp.replace(minute=0, second=0, microsecond=0), cause].append(found)
-        for (hour, cause), pairs in sorted(groups.items()):
-            yield self._told(cause, hour, pairs)
+            groups[hour(event.timestamp), cause].append(found)
+        for (at, cause), pairs in sorted(groups.items()):
+            yield self._told(cause, at, pairs)
 
-    def moved(self, day: datetime | None = None, who: str | None = None) -> dict[str, Decimal]:
-        """What the pairs make of quantities: theirs minus ours, by meter; of one day or customer, or altogether."""
-        quantities: dict[str, Decimal] = {}
-        for found in self.pairs:
-            self._move(quantities, found, day, who)
+    def moved(self, part: Part | None = None, who: str | None = None) -> Quantities:
+        """What the pairs make of quantities: theirs minus ours, by meter; of whole hours, or of a customer, or of all.
+
+        Kept by hour and customer: after a day of losses there are many pairs, and many who ask.
+        """
+        for found in self.pairs[self._moved_pairs :]:
+            self._keep(found)
+        self._moved_pairs = len(self.pairs)
+        if part is None:
+            return self._moved[None, who]
+        quantities: Quantities = {}
+        for number in range((part.until - part.since) // HOUR):
+            add(quantities, self._moved.get((part.since + number * HOUR, who), {}))
         return quantities
 
-    def of_day(self, day: datetime) -> list[Seen]:
-        """Every event of the day that differs, of either side."""
+    def _keep(self, found: Pair) -> None:
+        for event, sign in _signed(found):
+            more = self._worth.of(self._scope.organization_id, event.facts)
+            for at in (hour(event.timestamp), None):
+                for who in (event.who, None):
+                    add(self._moved[at, who], more, sign)
+
+    def inside(self, part: Part) -> list[Seen]:
+        """Every event of the part that differs, of either side."""
         events = [event for found in self.pairs for event in (found.ours, found.theirs) if event is not None]
-        return [event for event in events if midnight(event.timestamp) == day]
+        return [event for event in events if part.since <= event.timestamp < part.until]
 
     def _is_on_its_way(self, found: Pair) -> bool:
         if found.cause is not Cause.LOST or found.ours is None or found.ours.ingested_at is None:
             return False
         return max(found.ours.ingested_at, found.ours.timestamp) >= self._scope.arrived_before
 
-    def _count_here(self, part: Part) -> int:
-        given = {**self._scope.selection, "start_timestamp": text(part.since), "end_timestamp": text(part.until)}
-        return int(self._here.get("/v1/feed/backlog", **given)["events"])
-
     def _count_there(self, part: Part) -> int:
         answer = self._there.get("/v1/events/", **exclusive(part), source="user", limit=1)
         return int(answer["pagination"]["total_count"])
 
-    def _list(self, part: Part) -> None:
-        ours = list(self.feed(part))
-        found = self._there.pages("/v1/events/", **exclusive(part), source="user", sorting="timestamp")
-        theirs, taken_back = settled([seen(event) for event in found])
+    def _list(self, part: Part, count: int) -> None:
+        theirs, taken_back = settled(self._listed(part, count))
+        ours = list(self.ours.feed(part))
         self._taken_back += taken_back
         self.listed += len(ours)
-        self.pairs += pair(ours, theirs)
+        self.pairs += pair(ours, self._sent_from_here(theirs, ours))
+
+    def _listed(self, part: Part, count: int) -> list[Seen]:
+        """Their events of a part, each once. Where some of the ``count`` are left out they are listed once more, from
+        the other end."""
+        found: dict[str, Seen] = {}
+        for sorting in ("timestamp", "-timestamp"):
+            listing = self._there.pages("/v1/events/", **exclusive(part), source="user", sorting=sorting)
+            found |= {str(event["id"]): seen(event) for event in listing}
+            if len(found) >= count:
+                break
+        return list(found.values())
+
+    def _sent_from_here(self, theirs: list[Seen], ours: Sequence[Seen]) -> list[Seen]:
+        """Theirs without what somebody else may have sent rightly: events from before forwarding began, save ours."""
+        began = self._scope.raw.began
+        if began is None:
+            return theirs
+        known = {key_of(event) for event in ours}
+        return [event for event in theirs if event.timestamp >= began or key_of(event) in known]
 
     def _conflicts(self) -> str:
         """The lines that contradicted an event that was first, as text to look for ids in."""
         letters = self._here.pages("/v1/dead-letters/", include_replayed=True)
         return "\n".join(letter["raw"] for letter in letters if letter["reason"] == "conflict")
 
-    def _told(self, cause: Cause, hour: datetime, pairs: Sequence[Pair]) -> Difference:
-        quantities: dict[str, Decimal] = {}
-        for found in pairs:
-            self._move(quantities, found)
+    def _told(self, cause: Cause, at: datetime, pairs: Sequence[Pair]) -> Difference:
+        quantities: Quantities = {}
+        for event, sign in (signed for found in pairs for signed in _signed(found)):
+            add(quantities, self._worth.of(self._scope.organization_id, event.facts), sign)
         refused = {word for found in pairs if found.ours and (word := self._scope.refused.get(found.ours.external_id))}
         repair, corrections = Repair.DECIDE, self._corrections(cause, pairs)
         if cause is Cause.LATE and all(found.theirs is None for found in pairs):
@@ -132,17 +166,22 @@ class Events:
             repair = Repair.CORRECT
         elif cause is Cause.LOST and not refused:
             repair = Repair.SEND
-        sent = [(found.ours.external_id, text(found.ours.timestamp)) for found in pairs if found.ours is not None]
+        payload: dict[str, Any] = {}
+        if repair in (Repair.SEND, Repair.CORRECT) and self._scope.doubt:
+            repair, payload = Repair.DECIDE, {"doubt": self._scope.doubt}
+        if repair in (Repair.SEND, Repair.CORRECT):
+            sent = [(found.ours.external_id, text(found.ours.timestamp)) for found in pairs if found.ours is not None]
+            payload = {"events": sent, "corrections": corrections}
         return Difference(
-            check="upstream", cause=cause, repair=repair, count=len(pairs), window=(hour, hour + HOUR),
-            where=_either(pairs[0]).label if len(pairs) == 1 else f"{hour:%Y-%m-%d %H}:00 UTC",
+            check="upstream", cause=cause, repair=repair, count=len(pairs), window=(at, at + HOUR),
+            where=_either(pairs[0]).label if len(pairs) == 1 else f"{at:%Y-%m-%d %H}:00 UTC",
             what="; ".join(dict.fromkeys([
                 *(_sentence(found, cause) for found in pairs[:3]), *(f"Polar refuses it: {word}" for word in refused),
             ])),
             events=[_either(found).label for found in pairs[:SHOWN_EVENTS_MAX]],
             quantities={name: amount for name, amount in quantities.items() if amount},
             cents=self._worth.cents(self._scope.organization_id, quantities),
-            payload={"events": sent, "corrections": corrections} if repair in (Repair.SEND, Repair.CORRECT) else {},
+            payload=payload,
         )  # fmt: skip
 
     def _corrections(self, cause: Cause, pairs: Sequence[Pair]) -> list[str]:
@@ -150,7 +189,7 @@ class Events:
         bodies: list[str] = []
         for found in pairs if cause in _CORRECTABLE else ():
             body, mark = None, ""
-            if found.theirs is not None and found.theirs.is_named:
+            if found.theirs is not None and found.theirs.is_named and not _is_elsewhere(found):
                 mark = mark_of(found.theirs)
                 body = takes_back(found.theirs, self.meters, self._taken_back[mark])
             if body is None:
@@ -159,19 +198,21 @@ class Events:
             bodies.append(body.decode())
         return bodies
 
-    def _move(
-        self, quantities: dict[str, Decimal], found: Pair, day: datetime | None = None, who: str | None = None
-    ) -> None:
-        for event, sign in ((found.ours, -1), (found.theirs, 1)):
-            if event is None or (day is not None and midnight(event.timestamp) != day) or who not in (None, event.who):
-                continue
-            add(quantities, self._worth.of(self._scope.organization_id, event.facts), sign)
+
+def _signed(found: Pair) -> list[tuple[Seen, int]]:
+    """The pair's events, and whether each is too much over there or missing."""
+    return [(event, sign) for event, sign in ((found.ours, -1), (found.theirs, 1)) if event is not None]
 
 
 def _either(found: Pair) -> Seen:
     event = found.ours or found.theirs
     assert event is not None
     return event
+
+
+def _is_elsewhere(found: Pair) -> bool:
+    """Whether it counts for another customer over there, which may be one person by two names: no event can tell."""
+    return found.ours is not None and found.theirs is not None and found.ours.who != found.theirs.who
 
 
 def _sentence(found: Pair, cause: Cause) -> str:
@@ -191,7 +232,8 @@ def _sentence(found: Pair, cause: Cause) -> str:
 
 
 def _contents(ours: Seen, theirs: Seen) -> str:
-    """The parts of the metadata that are not alike."""
-    here, there = json.loads(ours.content), json.loads(theirs.content)
+    """The customer and the parts of the metadata, as far as they are not alike."""
+    here = {"the customer": ours.who, **json.loads(ours.content)}
+    there = {"the customer": theirs.who, **json.loads(theirs.content)}
     parts = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
     return ", ".join(f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} over there" for key in parts)

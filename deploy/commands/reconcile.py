@@ -99,9 +99,9 @@ def _print(found: "Report", output: Output) -> None:
         print()
     for check in found.checks:
         for remark in check.notes:
-            note(f"{check.name}: {remark}")
+            note(f"{check.name}: {_harmless(remark)}")
     for action in [*found.plan, *found.done]:
-        print(action.what)
+        print(_harmless(action.what))
     print(f"{found.verdict}, as of log position {found.as_of}." if found.as_of else f"{found.verdict}.")
 
 

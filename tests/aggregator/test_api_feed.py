@@ -126,6 +126,24 @@ def test_a_customer_of_two_names_is_rolled_up_as_one(tenant: Tenant) -> None:
     assert (one["external_customer_id"], one["count"], one["sum"]) == ("ada", 2, Decimal("0.3"))
 
 
+def test_customers_are_named_by_how_many_events_they_have(tenant: Tenant) -> None:
+    """Most first, as many as are asked for, of what is selected; and how many there are altogether."""
+    known = tenant.customer(external_id="ada")
+    tenant.send(*(line(f"b{n}", external_customer_id="bob", timestamp=AT) for n in range(3)))
+    position = tenant.get("/v1/feed/")["position"]
+    tenant.send(line("other", name="other", external_customer_id="cem"))
+    tenant.send(*(line(f"a{n}", external_customer_id=None, customer_id=known) for n in range(2)))
+    by_events = [("bob", 3), ("ada", 2), ("cem", 1)]
+
+    found, first = tenant.get("/v1/feed/customers"), tenant.get("/v1/feed/customers", limit=1)
+    selected = tenant.get("/v1/feed/customers", name="call", position=position)
+
+    assert [(row["external_customer_id"], row["events"]) for row in found["items"]] == by_events
+    assert (len(first["items"]), first["count"]) == (1, 3)
+    assert [row["external_customer_id"] for row in selected["items"]] == ["ada"]
+    assert tenant.get("/v1/feed/customers", name="nothing") == {"items": [], "count": 0}
+
+
 def test_traffic_says_what_a_rollup_would_make_of_it(tenant: Tenant) -> None:
     """Events, bytes and the busiest minute since an instant, and the customers and windows of each meter."""
     meter = tenant.meter()

@@ -331,13 +331,28 @@ def test_only_what_is_selected_is_sent(room: Room, clocks: Clocks) -> None:
     assert [event["metadata"]["n"] for event in room.there()] == list(range(7))
 
 
+def test_forwarding_begins_with_the_log_by_itself(room: Room, clocks: Clocks) -> None:
+    """That it does is written down as well, so that nobody has to guess it later."""
+    room.send(events(room.name, 3))
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(3))
+        began = running.state.begin_of("raw")
+    assert began is not None
+    assert began.position == {}
+
+
 def test_forwarding_can_begin_with_what_comes_from_now_on(room: Room, clocks: Clocks) -> None:
     """What was counted before the first start stays here; what comes between two starts does not."""
     first, second = events(room.name, 20)[:10], events(room.name, 20)[10:]
     room.send(first)
     with room.forwarder(clocks, begin="now") as running:
         running.until(lambda: running.state.knows("raw"))
+        began = running.state.begin_of("raw")
+        end = running.source.end()
     room.send(second)
     with room.forwarder(clocks, begin="now") as running:
         running.until(lambda: running.done(10))
+        assert running.state.begin_of("raw") == began
+    assert began is not None
+    assert began.position == end
     assert ids(room.there()) == ids(second)

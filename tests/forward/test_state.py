@@ -56,6 +56,20 @@ def test_the_books_balance(tmp_path_factory: pytest.TempPathFactory, slices: lis
     state.close()
 
 
+def test_where_a_lane_began_is_kept(tmp_path: Path) -> None:
+    """However far it goes, and whoever says later that it begins; of a lane of an earlier version nobody knows it."""
+    state = State(tmp_path / "forward.sqlite")
+    state.begin("raw", {0: (7, 0)}, NOW_US)
+    state.mark("raw", [item(9)], None, NOW_US)
+    state.begin("raw", {0: (1, 0)}, NOW_US + 1)
+    state.mark("rollup", [], {0: (3, 0)}, NOW_US)
+    state.begin("rollup", {}, NOW_US)
+
+    assert (state.begin_of("raw"), state.position("raw")) == (({0: (7, 0)}, NOW_US), {0: (9, 1)})
+    assert (state.begin_of("rollup"), state.position("rollup")) == (None, {0: (3, 0)})
+    state.close()
+
+
 def test_a_dead_letter_that_is_accepted_later_is_none_any_more(tmp_path: Path) -> None:
     """By whichever way it went: the lane that lost it has it back, and the replay has its own books."""
     state = State(tmp_path / "forward.sqlite")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from aggregator.reconcile.pairing import seen
 from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
-from tests.reconcile.two_sides import TwoSides, numbered
+from tests.reconcile.two_sides import TwoSides, call, numbered
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -48,6 +49,18 @@ def test_what_was_answered_is_not_asked_again(sides: TwoSides, tmp_path: Path) -
     assert (first.asked, second.asked) == (4, 3)
     assert [len(answer["items"]) for answer in answers] == [1, 2, 3, 4, 5, 5, 5]
     assert interrupted(path, "key", NOW) is None
+
+
+def test_numbers_that_were_answered_are_still_numbers(sides: TwoSides, tmp_path: Path) -> None:
+    """With all their digits, however small or large: an event that reads otherwise would count as changed."""
+    sides.here.send(call("a", 0.1), call("b", 12345678901234567890), call("c", 1e-12), call("d", 2.5, text="0.1"))
+    path = tmp_path / "progress"
+
+    first = Remembering(sides.here.api, path, "key", NOW, go_on=False).get("/v1/events/")
+    again = Remembering(Counting(None), path, "key", NOW, go_on=True).get("/v1/events/")
+
+    assert again == first
+    assert [seen(event) for event in again["items"]] == [seen(event) for event in first["items"]]
 
 
 def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: Path) -> None:

@@ -4,8 +4,12 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import pytest
+
+from aggregator.reconcile import upstream_customers
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
 from tests.deploy.installation import Installation, meterstream
+from tests.reconcile.readers import WithItsOwn
 from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
 
 DAY = timedelta(days=1)
@@ -139,6 +143,72 @@ def test_many_events_are_narrowed_down_with_few_requests(sides: TwoSides) -> Non
     assert only(check).where.startswith("m3210: ")
     requests = int(check.notes[-1].split(" requests")[0])
     assert requests < 45
+
+
+@pytest.mark.parametrize("apart_s", [70, 2], ids=["in a day", "in an hour"])
+def test_a_changed_event_is_found_beside_a_lost_one(sides: TwoSides, apart_s: int) -> None:
+    """On a day, and in an hour, with too many events to list, and also where both together leave the sum as it was."""
+    midnight = NOON - timedelta(hours=12)
+    sides.here.send(*(call(f"m{number}", at=midnight + timedelta(seconds=apart_s * number)) for number in range(1200)))
+    change = {"m154": None, "m1029": {"metadata": {"tokens": 20}}}
+    sides.forward(lambda event: None if (new := change.get(event["external_id"], {})) is None else event | new)
+
+    found = sides.check().differences
+
+    assert {(one.cause, one.where.split(":")[0]) for one in found} == {(Cause.LOST, "m154"), (Cause.CHANGED, "m1029")}
+
+
+def test_what_moved_to_another_customer_is_named_with_both(sides: TwoSides) -> None:
+    """Neither a count nor a sum of the day says so; whose it is, a person has to tell."""
+    who = "ann", "bob"
+    sides.here.send(*(call(f"m{n}", at=NOON + timedelta(seconds=n), customer=who[n % 2]) for n in range(1100)))
+    sides.forward(lambda event: event | ({"external_customer_id": "bob"} if event["external_id"] == "m600" else {}))
+
+    check = sides.check()
+    difference = only(check)
+
+    assert (difference.cause, difference.repair) == (Cause.CHANGED, Repair.DECIDE)
+    assert difference.where.startswith("m600: call of ann")
+    assert "the customer: ann here, bob over there" in difference.what
+    compared = {counted.what: counted for counted in check.counted}
+    assert compared["quantities, by day and customer"].different == 4
+
+
+def test_customers_that_are_not_compared_are_counted(sides: TwoSides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many for the requests, those with most events are compared, and a note says how many."""
+    monkeypatch.setattr(upstream_customers, "REQUESTS_MAX", 4)
+    sides.here.send(*numbered(5), call("last", customer="cem"))
+    sides.forward()
+
+    notes = sides.check().notes
+
+    assert "compared customer by customer: the 2 with most events, of 3" in notes
+
+
+def test_balances_that_stand_on_one_side_are_told(sides: TwoSides) -> None:
+    """A customer whom only one side knows has a balance there alone."""
+    sides.here.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+    sides.there.post("/v1/customers/", {"external_id": "bob", "email": "bob@example.com"})
+    sides.here.send(*numbered(4))
+    sides.forward()
+
+    check = sides.check()
+
+    assert check.differences == []
+    told = "balances that stand {} alone, and are not compared: calls of {}, tokens of {}"
+    assert {told.format("here", "ann", "ann"), told.format("over there", "bob", "bob")} <= {*check.notes}
+
+
+def test_what_polar_writes_itself_is_no_difference(sides: TwoSides) -> None:
+    """A meter without a filter counts Polar's own events there, also where events are lost on the same day."""
+    sides.here.send(*numbered(6))
+    sides.forward(lambda event: None if event["external_id"] == "e3" else event)
+    sides.there.send({**call("credit", at=NOON), "name": "meter.credited", "metadata": {"units": 5}})
+
+    check = sides.watch(there=WithItsOwn(sides.there.api, "meter.credited"))
+
+    assert (only(check).cause, only(check).where.split(":")[0]) == (Cause.LOST, "e3")
+    assert "calls: Polar counts events of its own as well (meter.credited), which is no difference" in check.notes
 
 
 def test_the_command_finds_mends_and_then_agrees(

@@ -8,16 +8,22 @@ from typing import Any
 
 import msgspec
 
+from aggregator.forward.source import Source
+from aggregator.forward.state import State
 from aggregator.reconcile.report import Check, Difference, Done, Report
+from aggregator.reconcile.upstream_check import UpstreamCheck
+from aggregator.reconcile.upstream_scope import DAY, Reader, Scope, midnight
+from aggregator.reconcile.worth import Worth
 from deploy.client import Api
-from deploy.control import new_organization, new_secret, new_token, open_control
+from deploy.control import Control, new_organization, new_secret, new_token, open_control
 from deploy.data import DataDirectory
 from deploy.output import Output
 from deploy.proof import prove
 from deploy.reconcile import Task
 from deploy.session import Session
 from deploy.settings import Secret, Settings
-from deploy.upstream_proof import Range, compare, send_again
+from deploy.upstream_proof import Range, compare
+from deploy.upstream_repair import send_again
 from meters.catalogue import OrganizationCreated, TokenCreated
 from tests.deploy.installation import Installation
 from tests.waiting import eventually
@@ -75,6 +81,8 @@ class TwoSides:
 
     def __init__(self, ours: Installation, theirs: Installation) -> None:
         self.here, self.there = Side(ours), Side(theirs)
+        self.books = self.here.data  # where the forwarder keeps how far it got
+        self.chosen: dict[str, Any] = {}  # further settings
         for side in (self.here, self.there):
             side.meter("calls")
             side.meter("tokens", func="sum", property="tokens")
@@ -95,22 +103,60 @@ class TwoSides:
         """As a command would have them."""
         return Settings(
             polar_token=Secret(self.there.token), polar_server=self.there.url, polar_organization=self.here.id,
-            polar_requests_per_minute=100_000,
+            polar_requests_per_minute=100_000, **self.chosen,
         )  # fmt: skip
+
+    def begin(self, books: DataDirectory, at: datetime) -> None:
+        """Forwarding begins behind everything that is counted here now, by a clock that shows this time."""
+        self.books = books
+        with self._forwarder() as (source, state):
+            state.begin("raw", source.end(), int(at.timestamp() * 1_000_000))
+
+    def taken(self) -> None:
+        """The forwarder's books say that it took everything that is counted here."""
+        with self._forwarder() as (source, state):
+            state.mark("raw", [], source.end(), 0)
+
+    @contextlib.contextmanager
+    def _forwarder(self) -> Iterator[tuple[Source, State]]:
+        source, state = Source(self.here.url, self.here.token), State(self.books.forwarding)
+        with contextlib.closing(source), contextlib.closing(state):
+            yield source, state
+
+    def watch(self, here: Reader | None = None, there: Reader | None = None) -> Check:
+        """Compare through readers of the test's own, as from three days before noon on."""
+        now = datetime.now(UTC)
+        with contextlib.closing(self.here.data.open_log()) as log:
+            catalogue = Control(log).catalogue
+        meters = [meter for meter in catalogue.meters_of(self.here.id) if meter.archived_at is None]
+        scope = Scope(
+            organization_id=self.here.id, since=midnight(NOON) - 3 * DAY, until=midnight(now) + DAY, arrived_before=now,
+        )  # fmt: skip
+        return UpstreamCheck(
+            here or self.here.api, there or self.there.api, scope, meters, Worth(catalogue)
+        ).run()
 
     def check(self, settle: timedelta = timedelta(0)) -> Check:
         """Compare."""
         range_ = Range(NOON - timedelta(days=3), None, settle)
         with contextlib.closing(self.here.data.open_log()) as log:
-            return compare(self.settings, self.here.data, log, self.here.api, range_, datetime.now(UTC))
+            return compare(self.settings, self.books, log, self.here.api, range_, datetime.now(UTC))
 
     def prove(self, repair: str | None = None) -> Report:
         """Compare and, if so asked, repair, as the command does it."""
-        settings = msgspec.structs.replace(self.settings, data=self.here.data.path)
-        task = Task(checks=("upstream",), since=NOON - timedelta(days=3), repair=repair, settle=timedelta(0))
-        report = prove(Session(settings, Output.json), task)
+        report = prove(self.session, msgspec.structs.replace(self.task, repair=repair))
         self.there.send()  # what was sent is visible
         return report
+
+    @property
+    def session(self) -> Session:
+        """The command's settings."""
+        return Session(msgspec.structs.replace(self.settings, data=self.here.data.path), Output.json)
+
+    @property
+    def task(self) -> Task:
+        """What the command is to do, without a repair."""
+        return Task(checks=("upstream",), since=NOON - timedelta(days=3), settle=timedelta(0))
 
     def only_sums(self) -> None:
         """Archive the meter that counts events."""
@@ -119,7 +165,7 @@ class TwoSides:
 
     def repair(self, differences: list[Difference]) -> Done | None:
         """Send what is missing."""
-        return send_again(self.settings, self.here.data, self.here.api, differences)
+        return send_again(self.settings, self.books, self.here.api, differences)
 
 
 def call(id: str, tokens: object = 10, *, at: datetime = NOON, customer: str = "ann", **metadata: object) -> Event:

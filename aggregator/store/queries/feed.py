@@ -207,3 +207,42 @@ def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Map
         total += events
         oldest = min(filter(None, (oldest, first)), default=None)
     return Backlog(total, oldest and aware(oldest))
+
+
+class Customers(NamedTuple):
+    """Those with most events, most first: how each was named, and how many; and how many customers there are."""
+
+    rows: list[tuple[str | None, str | None, int]]
+    total: int
+
+
+_EVENTS_AND_CUSTOMERS = "COUNT(*) AS events", "COUNT(*) OVER () AS customers"
+
+
+def customers(
+    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place], limit: int
+) -> Customers:
+    """Whose events of what is wanted stand from ``position`` on. A customer's events are all in one partition."""
+    most: list[tuple[int, int]] = []
+    total = 0
+    for partition, end in ends_of(connection).items():
+        parameters = Parameters()
+        where = Part(wanted, partition, end).where(parameters, position.get(partition, (0, 0)))
+        found = counted(wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject",), where=where)
+        query = exp.select("subject", *map(fixed, _EVENTS_AND_CUSTOMERS), copy=False)
+        query = query.from_(found.subquery("found", copy=False), copy=False).group_by("subject", copy=False)
+        query = query.order_by("events DESC", "subject", copy=False).limit(limit, copy=False)
+        rows = connection.execute(*statement(query, parameters)).fetchall()
+        most += [(events, subject) for subject, events, _ in rows]
+        total += rows[0][2] if rows else 0
+    most = sorted(most, key=lambda row: (-row[0], row[1]))[:limit]
+    return Customers(_named(connection, most), total)
+
+
+def _named(
+    connection: duckdb.DuckDBPyConnection, rows: Sequence[tuple[int, int]]
+) -> list[tuple[str | None, str | None, int]]:
+    sql = "SELECT number, kind, text FROM subjects WHERE number IN (SELECT UNNEST($numbers))"
+    found = connection.execute(sql, {"numbers": [subject for _, subject in rows]}).fetchall()
+    names = {number: (kind, text) for number, kind, text in found}
+    return [(*names.get(subject, (None, None)), events) for events, subject in rows]

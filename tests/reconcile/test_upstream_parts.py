@@ -1,0 +1,91 @@
+"""Where not all of what is counted here is forwarded, the rest is no difference, and is not sent by a repair."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from deploy.data import DataDirectory
+from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
+
+DAY = timedelta(days=1)
+CALLS = '{"conjunction":"and","clauses":[{"property":"name","operator":"eq","value":"call"}]}'
+
+
+def only(check: Check) -> Difference:
+    """The one difference there is."""
+    assert len(check.differences) == 1, check.differences
+    return check.differences[0]
+
+
+def switched(sides: TwoSides, path: Path) -> None:
+    """The application told both sides until yesterday; since then it tells this one, which forwards."""
+    times = [NOON - DAY + timedelta(minutes=number) for number in range(4)]
+    sides.here.send(*(call(f"before{number}", at=at) for number, at in enumerate(times)))
+    a_moment = timedelta(milliseconds=3)  # each side was told for itself
+    sides.there.send(*(call(f"own{number}", at=at + a_moment) for number, at in enumerate(times)))
+    sides.there.send(call("never told here", 7, at=NOON - DAY))
+    sides.begin(DataDirectory(path), NOON - timedelta(hours=1))
+    sides.here.send(call("a1"), call("a2", at=NOON + DAY), call("late", at=NOON - DAY / 2))
+    sides.taken()
+
+
+def test_what_came_before_forwarding_began_is_no_difference(sides: TwoSides, tmp_path: Path) -> None:
+    """Neither what is here and was not forwarded, nor what the application sent to Polar itself."""
+    switched(sides, tmp_path)
+    sides.forward(lambda event: None if event["external_id"].startswith("before") else event)
+
+    check = sides.check()
+
+    assert check.differences == []
+    assert any(note.startswith("events are forwarded since ") for note in check.notes)
+
+
+def test_what_is_lost_after_forwarding_began_is_sent_and_nothing_else(sides: TwoSides, tmp_path: Path) -> None:
+    """A late event of a day before it, too; the events that were there before are not sent a second time."""
+    switched(sides, tmp_path)
+    sides.forward(lambda event: event if event["external_id"] == "a1" else None)
+
+    differences = sides.check().differences
+    done = sides.repair(differences)
+    sides.there.send()
+
+    assert [(one.cause, one.where.split(":")[0]) for one in differences] == [(Cause.LOST, "late"), (Cause.LOST, "a2")]
+    assert done is not None
+    assert "2 events were new there, 0" in done.what
+    assert sides.check().differences == []
+
+
+def test_nothing_is_repaired_where_nobody_knows_when_forwarding_began(sides: TwoSides) -> None:
+    """Events that seem lost may have been sent another way before: they are listed, and the reason is given."""
+    sides.chosen = {"polar_from": "now"}
+    sides.here.send(*numbered(4))
+
+    report = sides.prove("apply")
+
+    assert {one.cause for one in report.differences} == {Cause.LOST}
+    assert {one.repair for one in report.differences} == {Repair.DECIDE}
+    assert all("where forwarding began is not known" in done.what for done in report.done)
+    assert sides.there.api.get("/v1/events/")["items"] == []
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"polar_events": "call"}, {"polar_filter": CALLS}, {"polar_meter": "just calls"}], ids=min
+)
+def test_what_is_not_selected_is_no_difference(sides: TwoSides, chosen: dict[str, str]) -> None:
+    """Quantities are those of what is selected, and one that is lost is found; balances of a part are not judged."""
+    sides.here.meter("just calls", [{"property": "name", "operator": "eq", "value": "call"}])
+    sides.chosen = chosen
+    for side in (sides.here, sides.there):
+        side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+    sides.here.send(*numbered(6), {**call("other", 50), "name": "other"})
+    sides.forward(lambda event: event if event["name"] == "call" else None)
+
+    check = sides.check()
+    sides.here.send(call("lost", 3))
+    lost = only(sides.check())
+
+    assert check.differences == []
+    assert any(note.startswith("tokens: in 1 balances the usage") for note in check.notes)
+    assert (lost.cause, lost.where.split(":")[0]) == (Cause.LOST, "lost")

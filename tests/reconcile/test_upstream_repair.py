@@ -1,0 +1,65 @@
+"""What a repair sends to Polar: requests that it takes, again until it does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aggregator.forward.request_window import Clock, RequestWindow
+from aggregator.forward.upstream import Upstream
+from deploy.giving_up import GiveUp
+from deploy.upstream_repair import requests, send
+from tests.deploy.installation import Installation
+from tests.forward.polar import Polar
+from tests.forward.running import Clocks
+
+EVENT = b'{"name":"repaired","external_id":"%d","external_customer_id":"ann","timestamp":"2026-01-01T00:00:00Z"}'
+
+
+@pytest.fixture
+def polar(servers: tuple[Installation, Installation]) -> Iterator[Polar]:
+    """The other server, behind a proxy that fails on request."""
+    proxy = Polar(servers[1], Clocks().now_us)
+    yield proxy
+    proxy.close()
+
+
+def test_requests_are_cut_by_events_and_by_bytes() -> None:
+    """Every event is in one of them, in order, and none is larger than allowed."""
+    bodies = [b"%03d" % number for number in range(100)]
+
+    few, small = list(requests(bodies, events_max=40)), list(requests(bodies, bytes_max=100))
+
+    assert [len(body.split(b",")) for body in few] == [40, 40, 20]
+    assert [max(map(len, small)), len(small)] == [96, 5]
+    assert b",".join(body[len(b'{"events":['):-len(b"]}")] for body in small) == b",".join(bodies)
+    assert list(requests([])) == []
+
+
+def test_a_repair_waits_as_long_as_it_is_asked_to(polar: Polar, tmp_path: Path) -> None:
+    """What passes is tried again, after the pause that Polar wishes or one of its own, until it is through."""
+    faults, pauses = ["429", "503 before", "500 after commit", "cut"], []
+    polar.fault = lambda: faults.pop(0) if faults else None
+    clock = Clock(Clocks().now_us, pauses.append)
+    window = RequestWindow(tmp_path / "requests", clock=clock)
+
+    with Upstream(polar.url, "polar_oat_upstream", window) as upstream:
+        answer = send(upstream, next(requests([EVENT % 1])))
+    window.close()
+
+    assert answer == {"inserted": 0, "duplicates": 1}  # it was carried out before it was answered with 500
+    assert len(pauses) == 4
+    assert pauses[0] >= 1.0  # as the header says; without one a first pause is half a second at most
+    assert len(polar.arrivals_us) == 5
+
+
+def test_a_repair_that_is_refused_ends_at_once(polar: Polar, tmp_path: Path) -> None:
+    """What no repetition changes is told in Polar's words."""
+    polar.is_denied = True
+    window = RequestWindow(tmp_path / "requests")
+
+    with Upstream(polar.url, "polar_oat_upstream", window) as upstream, pytest.raises(GiveUp, match="revoked"):
+        send(upstream, next(requests([EVENT % 2])))
+    window.close()
+
+    assert len(polar.arrivals_us) == 1
