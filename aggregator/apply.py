@@ -21,10 +21,11 @@ import xxhash
 
 from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
+from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
 from meters.event import Event, check_line
-from meters.log import LATEST_US, Record
+from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
 from meters.uuid_text import parse_uuid4
@@ -59,19 +60,6 @@ _DECODE_PLAIN_LINES = msgspec.json.Decoder(PlainLine).decode_lines
 _DECODE_METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class DeadLetter(NamedTuple):
-    """A line that cannot be counted, with everything needed to mend and replay it."""
-
-    partition: int
-    offset: int
-    line: int
-    organization_id: str | None
-    reason: str
-    detail: str
-    raw: bytes
-    ingested_at_us: int
-
-
 class Chunk(NamedTuple):
     """Rows of one organization, as columns."""
 
@@ -86,7 +74,7 @@ class Batch(NamedTuple):
     """What one reading of the log says. ``positions`` are the next offsets after it, for the partitions it moved."""
 
     chunks: list[Chunk]
-    dead: list[DeadLetter]
+    dead: pa.Table  # of ``aggregator.letters``
     positions: dict[int, int]
     lines: int
     organizations: list[tuple[int, str]]
@@ -148,7 +136,7 @@ class _Reading:
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
         self.chunks: list[Chunk] = []
-        self.dead: list[DeadLetter] = []
+        self.dead = Letters()
         self.lines = 0
         self._rows = _Rows("")
 
@@ -184,7 +172,7 @@ class _Reading:
         places = [(span.record, span.first_line + line) for span in rows.spans for line in range(span.lines)]
         for row, (record, number) in enumerate(places):
             if row in odd:
-                self.dead.append(_dead_letter(record, number, rows.raws[row], refusal))
+                self.dead.add(_dead_letter(record, number, rows.raws[row], refusal))
             else:
                 kept.add(record, number, [rows.events[row]], [rows.raws[row]])
         self.lines -= len(odd)
@@ -207,12 +195,15 @@ def decode(records: Sequence[Record], directory: Directory) -> Batch:
                 _bury(record, Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=organization), reading)
                 continue
             record = msgspec.structs.replace(record, organization_id=named)
+        if has_too_many_lines(record.value):
+            _bury(record, Reason.RECORD_LINES.at(0), reading)
+            continue
         if not _fast(record, reading):
             _careful(record, reading)
     reading.close_chunk()
     organizations, subjects = directory.take_fresh()
-    lines = reading.lines + len(reading.dead)
-    return Batch(reading.chunks, reading.dead, positions, lines, organizations, subjects)
+    dead = reading.dead.table()
+    return Batch(reading.chunks, dead, positions, reading.lines + dead.num_rows, organizations, subjects)
 
 
 def _fast(record: Record, reading: _Reading) -> bool:
@@ -241,14 +232,14 @@ def _careful(record: Record, reading: _Reading) -> None:
             tenant = record.organization_id or checked.organization_id or ""
             reading.add(tenant, record, number, [checked], [raw])
         else:
-            reading.dead.append(_dead_letter(record, number, raw, checked))
+            reading.dead.add(_dead_letter(record, number, raw, checked))
 
 
 def _bury(record: Record, refusal: Refusal, reading: _Reading) -> None:
-    """Every line of a record whose organization or time is none: only a producer that skips the gateway gets here."""
-    for number, raw in enumerate(record.value.split(b"\n")):
+    """Every line of a record that says nothing as a whole: only a producer that skips the gateway gets here."""
+    for number, raw in enumerate(lines_of(record.value)):
         if raw.strip():
-            reading.dead.append(_dead_letter(record, number, raw, refusal))
+            reading.dead.add(_dead_letter(record, number, raw, refusal))
 
 
 def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> DeadLetter:

@@ -191,8 +191,8 @@ class Engine:
         ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
         self._observe(
             Committed(
-                batch.lines, rows.num_rows, len(changes.dead), commit_s, ingested, self.as_of, self.control_position,
-                self.strangers.events,
+                batch.lines, rows.num_rows, changes.dead.num_rows, commit_s, ingested, self.as_of,
+                self.control_position, self.strangers.events,
             )
         )
 

@@ -6,21 +6,25 @@ spelling of a time); only when the meaning differs is it a conflict: kept as a d
 never billed. So is another external id that meets a stored one in all 128 bits.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from aggregator.apply import Batch, Chunk, DeadLetter
+from aggregator import letters
+from aggregator.apply import Batch
 from aggregator.run import Words
 from aggregator.seen import Keys, repeats
 from meters.exact_json import decode_tokens
 
 CONFLICT = "conflict"
-_COMPARED = ("external_id", "name", "subject", "timestamp", "parent", "member_id", "external_member_id")
-Identity = tuple[int, int]
+METADATA, TIMESTAMP = "metadata", "timestamp"
+SAID = ("external_id", "name", "subject", TIMESTAMP, "parent", "member_id", "external_member_id", METADATA)
+"""The columns of what an event says, which a repetition of it says as well."""
+Flags = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.intp]
 
 
 class Tally(NamedTuple):
@@ -37,10 +41,16 @@ class Needs(NamedTuple):
 
     table: pa.Table
     keys: Keys
-    new: npt.NDArray[np.bool_]
-    first: npt.NDArray[np.intp]  # for each row the first row of the same identity in this batch
-    suspects: npt.NDArray[np.intp]  # rows of known identity whose bytes differ
-    stored_elsewhere: list[Identity]  # identities of suspects whose first write is in the store, not in this batch
+    new: Flags
+    suspects: Rows  # rows of known identity whose bytes differ
+    heads: Rows  # the first rows in this batch of the suspects' identities, each once
+    head: Rows  # for each suspect which of these it is
+    elsewhere: Flags  # for each head whether its first write is in the store, not in this batch
+
+    @property
+    def stored_elsewhere(self) -> Keys:
+        """Identities of suspects whose first write is in the store."""
+        return self.keys.take(self.heads[self.elsewhere])
 
 
 class Changes(NamedTuple):
@@ -48,7 +58,7 @@ class Changes(NamedTuple):
 
     rows: pa.Table
     keys: Keys
-    dead: list[DeadLetter]
+    dead: pa.Table  # of ``aggregator.letters``
     tallies: dict[int, Tally]
 
 
@@ -59,20 +69,22 @@ def join(batch: Batch) -> tuple[pa.Table, Keys]:
     return table, Keys(*(np.concatenate(column) for column in columns))
 
 
-def judge(table: pa.Table, keys: Keys, found: npt.NDArray[np.bool_], content: Words) -> Needs:
+def judge(table: pa.Table, keys: Keys, found: Flags, content: Words) -> Needs:
     """Sort the rows into new, duplicate and suspect. ``found`` and ``content`` come from the index of the seen."""
     inside = repeats(keys.hi, keys.lo)
     new = inside.first & ~found
     expected = np.where(found, content, keys.content[inside.of])
     suspects = np.flatnonzero(~new & (keys.content != expected))
-    elsewhere = sorted({(int(keys.hi[row]), int(keys.lo[row])) for row in suspects if found[row]})
-    return Needs(table, keys, new, inside.of, suspects, elsewhere)
+    heads, head = np.unique(inside.of[suspects], return_inverse=True)
+    return Needs(table, keys, new, suspects, heads, head, found[heads])
 
 
-def step(batch: Batch, needs: Needs, stored: Mapping[Identity, dict[str, Any]]) -> Changes:
-    """Decide. ``stored`` holds the stored rows of ``needs.stored_elsewhere``, by identity."""
-    conflicts = [row for row in needs.suspects.tolist() if not _same(batch, needs, row, stored)]
-    dead = batch.dead + [_conflict(batch.chunks, needs, row) for row in conflicts]
+def step(batch: Batch, needs: Needs, stored: pa.Table) -> Changes:
+    """Decide. ``stored`` has what is said (``SAID``) by the first writes of ``needs.stored_elsewhere``, in order."""
+    dead, conflicts = batch.dead, needs.suspects
+    if len(needs.suspects):
+        conflicts = needs.suspects[~_repeated(batch, needs, stored)]
+        dead = pa.concat_tables([dead, _contradictions(batch, needs.table, conflicts)])
     rows = needs.table if needs.new.all() else needs.table.filter(pa.array(needs.new))
     keys = needs.keys if needs.new.all() else needs.keys.take(np.flatnonzero(needs.new))
     return Changes(rows, keys, dead, _tallies(needs, conflicts, batch.dead))
@@ -84,46 +96,68 @@ def nothing(batch: Batch) -> Changes:
     return Changes(pa.table({}), keys, batch.dead, _with_dead({}, batch.dead))
 
 
-def _same(batch: Batch, needs: Needs, row: int, stored: Mapping[Identity, dict[str, Any]]) -> bool:
-    """Whether a suspect row says what the stored one says, in other bytes."""
-    identity = (int(needs.keys.hi[row]), int(needs.keys.lo[row]))
-    ours = needs.table.slice(row, 1).to_pylist()[0]
-    theirs = stored.get(identity) or needs.table.slice(int(needs.first[row]), 1).to_pylist()[0]
-    chunk, place = _place(batch.chunks, row)
-    fields = [name for name in _COMPARED if name != "timestamp" or chunk.stamped[place]]
-    return all(ours[name] == theirs[name] for name in fields) and _meaning(ours) == _meaning(theirs)
+def _repeated(batch: Batch, needs: Needs, stored: pa.Table) -> Flags:
+    """For each suspect whether it says what the first of its identity says, in other bytes.
+
+    A first write may be large and have any number of suspects, so it is compared where it is and not copied to each.
+    """
+    said = needs.table.select(SAID)
+    firsts = said.take(needs.heads[~needs.elsewhere])
+    here = firsts.num_rows
+    if stored.num_rows != needs.elsewhere.sum():
+        raise AssertionError("the index knows an event that the store does not have")
+    if stored.num_rows:
+        firsts = pa.concat_tables([firsts, stored.cast(firsts.schema)])
+    place = np.where(needs.elsewhere, here + np.cumsum(needs.elsewhere), np.cumsum(~needs.elsewhere)) - 1
+    both = pa.concat_tables([firsts, said.take(needs.suspects)]).combine_chunks()
+    theirs, ours = place[needs.head], firsts.num_rows + np.arange(len(needs.suspects))
+    stamped = np.concatenate([chunk.stamped for chunk in batch.chunks])[needs.suspects]
+    same = np.ones(len(ours), np.bool_)
+    for name in SAID[:-1]:
+        same &= _equal(both[name], ours, theirs) | (~stamped if name == TIMESTAMP else False)
+    worded = same & ~_equal(both[METADATA], ours, theirs)  # the same but for the wording of the metadata
+    same[worded] = _mean_the_same(both[METADATA], ours[worded], theirs[worded])
+    return same
 
 
-def _meaning(row: dict[str, Any]) -> object:
+def _equal(column: pa.ChunkedArray, ours: Rows, theirs: Rows) -> Flags:
+    """Row by row. Values are compared by numbers given to them, so none is copied; two that are missing are equal."""
+    (codes,) = column.dictionary_encode("encode").chunks
+    numbers: npt.NDArray[np.int32] = codes.indices.to_numpy()
+    same: Flags = numbers[ours] == numbers[theirs]
+    return same
+
+
+def _mean_the_same(metadata: pa.ChunkedArray, ours: Rows, theirs: Rows) -> list[bool]:
+    """Row by row. Each of ``theirs`` is read once, however many are compared with it."""
+    same = [False] * len(ours)
+    for first, pairs in groupby(np.argsort(theirs, kind="stable").tolist(), lambda pair: theirs[pair]):
+        meaning = _meaning(metadata[int(first)])
+        for pair in pairs:
+            same[pair] = _meaning(metadata[int(ours[pair])]) == meaning
+    return same
+
+
+def _meaning(metadata: pa.StringScalar) -> object:
     """With every number as it was sent: 0.10 and 0.1 are told apart, the sender changed it; so are 0.1 and "0.1"."""
-    return decode_tokens(row["metadata"].encode())
+    return decode_tokens(metadata.as_buffer().to_pybytes())
 
 
-def _place(chunks: Sequence[Chunk], row: int) -> tuple[Chunk, int]:
-    for chunk in chunks:
-        if row < len(chunk.raws):
-            return chunk, row
-        row -= len(chunk.raws)
-    raise AssertionError("a row outside its batch")
+def _contradictions(batch: Batch, table: pa.Table, rows: Rows) -> pa.Table:
+    """The dead letters of rows in conflict."""
+    told = table.select(["log_partition", "log_offset", "line", "external_id", "ingested_at"]).take(rows)
+    partitions, offsets, lines, ids, ingested = (column.to_pylist() for column in told.columns)
+    owners = np.repeat(np.arange(len(batch.chunks)), [len(chunk.raws) for chunk in batch.chunks])[rows]
+    raws = [raw for chunk in batch.chunks for raw in chunk.raws]
+    details = [f"external_id {id!r} was taken before with other content; the first one counts" for id in ids]
+    values = (
+        partitions, offsets, lines, [batch.chunks[owner].organization_id for owner in owners.tolist()],
+        [CONFLICT] * len(rows), details, [raws[row] for row in rows.tolist()], ingested,
+    )  # fmt: skip
+    return pa.Table.from_batches([letters.columns(values)])
 
 
-def _conflict(chunks: Sequence[Chunk], needs: Needs, row: int) -> DeadLetter:
-    chunk, place = _place(chunks, row)
-    columns = needs.table.slice(row, 1).to_pylist()[0]
-    detail = f"external_id {columns['external_id']!r} was taken before with other content; the first one counts"
-    return DeadLetter(
-        columns["log_partition"],
-        columns["log_offset"],
-        columns["line"],
-        chunk.organization_id,
-        CONFLICT,
-        detail,
-        chunk.raws[place],
-        int(needs.table.column("ingested_at")[row].value),
-    )
-
-
-def _tallies(needs: Needs, conflicts: list[int], dead: list[DeadLetter]) -> dict[int, Tally]:
+def _tallies(needs: Needs, conflicts: Rows, dead: pa.Table) -> dict[int, Tally]:
     partitions = needs.table.column("log_partition").to_numpy()
     in_conflict = np.zeros(len(partitions), np.bool_)
     in_conflict[conflicts] = True
@@ -136,8 +170,8 @@ def _tallies(needs: Needs, conflicts: list[int], dead: list[DeadLetter]) -> dict
     return _with_dead(tallies, dead)
 
 
-def _with_dead(tallies: dict[int, Tally], dead: list[DeadLetter]) -> dict[int, Tally]:
-    for letter in dead:
-        tally = tallies.get(letter.partition, Tally())
-        tallies[letter.partition] = tally._replace(dead=tally.dead + 1)
+def _with_dead(tallies: dict[int, Tally], dead: pa.Table) -> dict[int, Tally]:
+    partitions, counts = np.unique(dead["log_partition"].to_numpy(), return_counts=True)
+    for partition, count in zip(partitions.tolist(), counts.tolist(), strict=True):
+        tallies[partition] = tallies.get(partition, Tally())._replace(dead=count)
     return tallies

@@ -20,6 +20,8 @@ from typing import Protocol
 
 import msgspec
 
+from meters.refusal import LINES_MAX
+
 USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
 
@@ -76,6 +78,16 @@ LATEST_US = (int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1) * 100
 """The last millisecond that ranges of quantities reach. A record's time is its producer's word: one that sends
 microseconds as milliseconds names the year 55839, which no calendar has. Such a record has this time, always the same,
 because a record is known again by its time; its lines are dead letters."""
+
+
+def has_too_many_lines(value: bytes) -> bool:
+    """Whether the record of this value counts as a single line, which is none of an event."""
+    return value.count(b"\n") >= LINES_MAX
+
+
+def lines_of(value: bytes) -> list[bytes]:
+    """The lines of a record, by number. One without anything in it is none."""
+    return [value] if has_too_many_lines(value) else value.split(b"\n")
 
 
 class TryAgain(Exception):

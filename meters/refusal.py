@@ -16,6 +16,11 @@ STRING_LENGTH_MAX = 500
 DEPTH_MAX = 8
 """Objects and arrays within one another. An event needs three; more is not read, so that nobody's stack is spent."""
 
+LINES_MAX = 1 << 20
+"""Lines of a record. Its 24 MiB have no room for so many events: a record of more lines, which only a producer that
+skips the gateway can write, is taken for a single line that cannot be counted. Each of its lines kept apart, with its
+reason, would be the memory of the machine."""
+
 COST_INTEGER_DIGITS_MAX = 5
 """Digits before the point of ``_cost.amount``, in cents (Polar's limit: $999.99)."""
 
@@ -44,6 +49,7 @@ class Reason(Enum):
     """
 
     RECORD_TIME = ("record_time", "The record's time in the log is in no calendar: its producer's clock is wrong")
+    RECORD_LINES = ("record_lines", f"The record has more than {LINES_MAX} lines, and is kept as one that is no event")
     MALFORMED = ("json_invalid", "JSON decode error")
     NOT_AN_OBJECT = ("model_attributes_type", "Input should be a valid dictionary or object")
     TOO_DEEP = ("value_error", f"Value error, nesting is limited to {DEPTH_MAX} levels")

@@ -17,7 +17,7 @@ from aggregator.reconcile.lines import Integers, Lines, Words, place_of
 from aggregator.reconcile.matching import Rows
 from aggregator.reconcile.questions import StoreSide
 from aggregator.reconcile.stretches import PATIENCE_S
-from meters.log import USAGE_EVENTS, Log, PositionLost, Record
+from meters.log import USAGE_EVENTS, Log, PositionLost, Record, lines_of
 from meters.refusal import Refusal
 
 WAITING_MAX = 250_000  # lines of one question: 12 MB, and as much again for the answer
@@ -102,7 +102,7 @@ class LineAgain:
         record = self._record
         if record is None or (record.partition, record.offset) != (partition, offset):
             record = self._record = self._read(partition, offset)
-        raws = record.value.split(b"\n") if record is not None else []
+        raws = lines_of(record.value) if record is not None else []
         if record is None or number >= len(raws):
             return None
         return read_line(raws[number], record.organization_id, record.timestamp_us, f"{partition}:{offset}:{number}")

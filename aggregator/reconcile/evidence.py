@@ -56,6 +56,8 @@ def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> R
         if not isinstance(named, str):  # a producer that skips the gateway, or a damaged disk
             return Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=tenant)
         tenant = named
+    if b"\n" in raw:
+        return Reason.RECORD_LINES.at(0)
     event = check_line(raw, organization_id=tenant, now=instant_of(ingested_us))
     if isinstance(event, Refusal):
         return event

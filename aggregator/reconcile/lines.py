@@ -20,10 +20,10 @@ import pyarrow as pa
 import xxhash
 
 from aggregator.awkward import awkward_numbers
-from meters.log import Record
+from meters.log import Record, lines_of
 
 LINE_BITS = 24
-"""Lines of one record are numbered below 2^24; the largest body holds a quarter of a million."""
+"""Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.refusal.LINES_MAX``)."""
 
 HOUR_US = 3_600_000_000
 _WORD = np.dtype(">u8")
@@ -137,7 +137,7 @@ def _split(records: Sequence[Record]) -> tuple[list[bytes], Integers, Integers, 
     stamps: list[int] = []
     tenants: list[str | None] = []
     for record in records:
-        lines = record.value.split(b"\n")
+        lines = lines_of(record.value)
         numbers = [number for number, line in enumerate(lines) if line.strip()]
         if len(numbers) < len(lines):
             lines = [lines[number] for number in numbers]

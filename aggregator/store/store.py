@@ -18,17 +18,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
 from aggregator import hierarchy
-from aggregator.apply import Batch, DeadLetter
+from aggregator.apply import Batch
 from aggregator.directory import Directory
+from aggregator.letters import Place, numbered
 from aggregator.seen import Keys, Seen
-from aggregator.step import Changes, Identity, Tally
+from aggregator.step import SAID, Changes, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
@@ -50,8 +51,9 @@ _MOVES = pa.schema(
      ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
 )  # fmt: skip
 _REPLAYED = str(DeadLetterReplayed.__struct_config__.tag).encode()  # decoding every decision would take seconds
+_STORED = f"""SELECT DISTINCT ON (asked.number) {", ".join(SAID)}
+FROM events e JOIN asked ON e.id_hi = asked.hi AND e.id_lo = asked.lo ORDER BY asked.number, seq"""  # noqa: S608 - our names
 IDENTITIES_AT_ONCE = 4_000_000  # 100 MB, and some hundred more while they are put in order
-Place = tuple[int, int, int]  # partition, offset and line of a dead letter
 
 
 class Doubt(Exception):
@@ -92,6 +94,7 @@ class Store:
         self._insert_events = Prepared(connection, "arriving", _INSERT_EVENTS)
         self._insert_control = Prepared(connection, "decided", "INSERT INTO control SELECT * FROM decided")
         self._insert_subjects = Prepared(connection, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
+        self._insert_dead = Prepared(connection, "buried", "INSERT INTO dead_letters SELECT * FROM buried")
         self._move_on = Prepared(connection, "moves", _MOVE_ON)
         self._any_pending = hierarchy.any_pending(connection)
         row = connection.execute("SELECT coalesce(max(seq) + 1, 0) FROM events").fetchone()
@@ -167,16 +170,15 @@ class Store:
             seen.add(Keys(*(np.asarray(column, np.uint64) for column in part.columns)))
         return seen
 
-    def stored(self, identities: Sequence[Identity]) -> dict[Identity, dict[str, Any]]:
-        """The stored rows of these identities. One scan of the identity columns, however many are asked for."""
-        if not identities:
-            return {}
-        asked = pa.table({n: pa.array([i[c] for i in identities], pa.uint64()) for c, n in enumerate(("hi", "lo"))})
+    def stored(self, keys: Keys) -> pa.Table:
+        """What the rows of these identities say, in their order. One scan of the identity columns, however many."""
+        if not len(keys.hi):
+            return pa.table({})
+        asked = pa.table({"number": np.arange(len(keys.hi)), "hi": keys.hi, "lo": keys.lo})
         self._connection.register("asked", asked)
-        found = self._connection.sql("SELECT e.* FROM events e JOIN asked ON e.id_hi = asked.hi AND e.id_lo = asked.lo")
-        rows = found.to_arrow_table().to_pylist()
+        said = self._connection.sql(_STORED).to_arrow_table()
         self._connection.unregister("asked")
-        return {(row["id_hi"], row["id_lo"]): row for row in rows}
+        return said
 
     def tallies(self) -> dict[str, int]:
         """Lines so far by what became of them: stored, duplicates, conflicts, dead."""
@@ -212,7 +214,7 @@ class Store:
         except duckdb.Error as error:
             raise Doubt(str(error)) from error
         self.next_seq += rows.num_rows
-        self._next_dead += len(round_.changes.dead)
+        self._next_dead += round_.changes.dead.num_rows
         return rows
 
     def _check_place(self) -> None:
@@ -288,15 +290,9 @@ class Store:
             self._replayed.setdefault(place, change.replayed_at.replace(tzinfo=None))
         return places
 
-    def _bury(self, dead: Sequence[DeadLetter]) -> None:
-        if dead:
-            self._connection.executemany(
-                """INSERT INTO dead_letters VALUES (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?::BIGINT), ?)""",
-                [
-                    (self._next_dead + number, *letter, self._replayed.get(letter[:3]))
-                    for number, letter in enumerate(sorted(dead, key=lambda letter: letter[:3]))
-                ],
-            )
+    def _bury(self, dead: pa.Table) -> None:
+        if dead.num_rows:
+            self._insert_dead(numbered(dead, self._next_dead, self._replayed))
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Snapshot]:

@@ -4,6 +4,7 @@ from unittest.mock import patch
 from uuid import uuid4
 
 import msgspec
+import pyarrow as pa
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from aggregator.directory import Directory
 from aggregator.seen import Seen
 from aggregator.step import CONFLICT, Changes, Tally, join, judge, nothing, step
 from meters.event import identity
-from tests.aggregator.records import NOW_US, ORGANIZATION, line, record
+from tests.aggregator.records import NOW, ORGANIZATION, line, record
 from tests.aggregator.strategies import metadata_texts
 
 
@@ -26,7 +27,7 @@ def decided(*records: object, seen: Seen | None = None) -> Changes:
     table, keys = join(batch)
     index = seen or Seen()
     found, content = index.find(keys.hi, keys.lo)
-    return step(batch, judge(table, keys, found, content), {})
+    return step(batch, judge(table, keys, found, content), pa.table({}))
 
 
 def test_a_row_carries_what_the_line_says() -> None:
@@ -61,7 +62,7 @@ def test_metadata_that_is_no_object_is_a_dead_letter(odd: str) -> None:
     sent = record(line("a"), line("b", metadata=odd), line("c"))
     changes = decided(msgspec.structs.replace(sent, distinct_keys=True))
 
-    assert [(letter.line, letter.reason) for letter in changes.dead] == [(1, "dict_type")]
+    assert [(letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()] == [(1, "dict_type")]
     assert [row["external_id"] for row in changes.rows.to_pylist()] == ["a", "c"]
 
 
@@ -81,7 +82,9 @@ def test_an_organization_that_is_none_makes_dead_letters(admitted: bool) -> None
         record(line("a"), offset=2, organization_id=ORGANIZATION.upper(), admitted=admitted),
     )
 
-    assert [(letter.offset, letter.line, letter.reason) for letter in changes.dead] == [
+    assert [
+        (letter["log_offset"], letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()
+    ] == [
         (0, 0, "organization_id"), (0, 1, "organization_id"), (1, 0, "organization_id")
     ]  # fmt: skip
     assert [(row["external_id"], row["log_offset"]) for row in changes.rows.to_pylist()] == [("a", 2)]
@@ -110,7 +113,7 @@ def test_other_content_under_the_same_id_is_a_conflict(again: dict[str, object],
     changes = decided(record(line("a", metadata='{"a": 1, "b": 2}'), line("a", **again)))
 
     assert {0: Tally(1, int(not is_conflict), int(is_conflict), 0)} == changes.tallies
-    assert [CONFLICT] * is_conflict == [letter.reason for letter in changes.dead]
+    assert [CONFLICT] * is_conflict == changes.dead["reason"].to_pylist()
 
 
 def test_another_id_that_meets_a_stored_one_is_a_conflict() -> None:
@@ -119,7 +122,7 @@ def test_another_id_that_meets_a_stored_one_is_a_conflict() -> None:
         changes = decided(record(line("a"), line("b"), line("a")))
 
     assert {0: Tally(stored=1, duplicates=1, conflicts=1)} == changes.tallies
-    assert [(letter.line, letter.reason) for letter in changes.dead] == [(1, CONFLICT)]
+    assert [(letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()] == [(1, CONFLICT)]
 
 
 @pytest.mark.parametrize(("one", "other"), [("0.1", '"0.1"'), ("1", "true"), ("0", "false"), ("1", '"1"')])
@@ -158,11 +161,11 @@ def test_a_line_that_cannot_be_counted_is_a_dead_letter_and_its_neighbours_count
     changes = decided(record(line("a"), b"{not json", line("b"), offset=3, admitted=False))
 
     assert {0: Tally(stored=2, dead=1)} == changes.tallies
-    (letter,) = changes.dead
+    (letter,) = changes.dead.to_pylist()
     assert (
-        letter.partition, letter.offset, letter.line, letter.raw, letter.ingested_at_us
-    ) == (0, 3, 1, b"{not json", NOW_US)
-    assert letter.reason == "json_invalid"
+        letter["log_partition"], letter["log_offset"], letter["line"], letter["raw"], letter["ingested_at"]
+    ) == (0, 3, 1, b"{not json", NOW.replace(tzinfo=None))
+    assert letter["reason"] == "json_invalid"
 
 
 def test_an_admitted_record_that_does_not_decode_goes_the_careful_way() -> None:

@@ -25,7 +25,7 @@ from meters.catalogue import Change, DeadLetterReplayed
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
 from meters.filter import matches
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain, lines_of
 from meters.meter import Meter
 from tests.aggregator.records import (
     NOW,
@@ -157,13 +157,13 @@ def count(log: Log, until: Mapping[int, int] | None = None, gone: Sequence[Recor
     for record in chain(gone, every(log, log.starts(USAGE_EVENTS) if gone else None)):
         if until is not None and record.offset >= until.get(record.partition, 0):
             continue
-        for number, raw in enumerate(record.value.split(b"\n")):
+        for number, raw in enumerate(lines_of(record.value)):
             if not raw.strip():  # a line without anything is none
                 continue
             place = record.partition, record.offset, number
             ingested = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=record.timestamp_us)
             event = check_line(raw, organization_id=record.organization_id, now=ingested)
-            if not isinstance(event, Event):
+            if b"\n" in raw or not isinstance(event, Event):  # more lines than a record may have are one that is none
                 counted.dead.add(place)
                 counted.tallies["dead"] += 1
                 continue

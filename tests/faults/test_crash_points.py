@@ -46,7 +46,7 @@ INDISPENSABLE = {
     for name in (
         "connect", "execute BEGIN", "execute COMMIT", "execute CHECKPOINT", "execute EXECUTE with_moves",
         "execute EXECUTE with_arriving", "execute INSERT INTO hierarchy", "execute EXECUTE with_numbered",
-        "executemany INSERT INTO dead_letters", "execute EXECUTE with_decided",
+        "execute EXECUTE with_buried", "execute EXECUTE with_decided",
         "engine.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "opening._make",
         "opening._check",
     )

@@ -14,6 +14,7 @@ from aggregator.reconcile.report import Cause
 from ingest.log import open_log
 from meters.event import event_id, identity
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from meters.refusal import LINES_MAX
 from tests.aggregator.records import ORGANIZATION, decisions, entry, organization
 from tests.faults.evidence import usage, write_usage
 from tests.reconcile.planting import Left
@@ -120,6 +121,24 @@ def test_a_missing_dead_letter_is_lost(left: Left) -> None:
     causes = [difference.cause for difference in left.check("log").differences]
 
     assert sorted(causes) == [Cause.CONFLICT, Cause.LOST]
+
+
+def test_a_record_of_too_many_lines_is_one_dead_letter_to_both_sides(tmp_path: Path) -> None:
+    """Also where a careful reading would find an event in it; and where nobody has it, it is one line that is lost."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        for value in (usage("a"), b"x\n" * LINES_MAX, b"\n" * LINES_MAX + usage("b"), b"\n" * LINES_MAX, usage("c")):
+            asyncio.run(log.append(USAGE_EVENTS, [entry(value, admitted=False)]))
+    left.count()
+    report = left.report()
+    assert report.differences == []
+    assert sum(bucket.lines for bucket in report.checks[0].buckets) == 4
+
+    left.spoil("DELETE FROM dead_letters")
+
+    (difference,) = left.check("log").differences
+    assert (difference.cause, difference.count) == (Cause.LOST, 2)
 
 
 def test_a_missing_event_is_lost_once_however_often_it_came(tmp_path: Path) -> None:
