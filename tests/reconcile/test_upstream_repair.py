@@ -40,7 +40,7 @@ def test_a_repair_waits_as_long_as_it_is_asked_to(polar: Polar, tmp_path: Path) 
     """What passes is tried again, after the pause that Polar wishes or one of its own, until it is through."""
     faults, pauses = ["429", "503 before", "500 after commit", "cut"], []
     polar.fault = lambda: faults.pop(0) if faults else None
-    clock = Clock(Clocks().now_us, pauses.append)
+    clock = Clock(Clocks().now_us, pauses.append, Clocks().now_us)
     window = RequestWindow(tmp_path / "requests", clock=clock)
 
     with Upstream(polar.url, "polar_oat_upstream", window) as upstream:
