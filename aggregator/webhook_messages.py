@@ -1,6 +1,6 @@
 """What is told: the words of each webhook, from what is true when it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -20,40 +20,59 @@ from meters import exact_json
 from meters.amount import EXACT
 from meters.catalogue import Customer
 from meters.log import TryAgain
-from meters.webhooks import STATE_CHANGED, THRESHOLD_REACHED, Endpoint, ThresholdCleared, ThresholdReached
+from meters.webhooks import (
+    API_VERSION,
+    STATE_CHANGED,
+    THRESHOLD_REACHED,
+    Endpoint,
+    ThresholdCleared,
+    ThresholdReached,
+)
 
 logger = structlog.get_logger("webhooks")
-
-API_VERSION = "2026-10"
-"""Of Polar's API: its newer clients want to be told."""
 
 _PASSING = (Unavailable, TryAgain, Busy, TooLong, TooLarge)  # the same question has an answer later
 BEGINNING = "beginning"  # the cycle of a customer who never had a reset
 
 
 class Telling(NamedTuple):
-    """Messages to write down, and decisions about thresholds, which are told when they are true."""
+    """Messages to write down, and decisions about thresholds, which are told when they are true.
+
+    ``kept`` are customers whose state cannot be told yet, by the one of their causes that stays until it can.
+    """
 
     messages: list[Message]
     decisions: list[ThresholdReached | ThresholdCleared]
+    kept: dict[int, Customer]
 
 
-async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime) -> Telling:
-    """What the causes give reason to tell. Raises Unavailable while balances are being counted."""
-    telling = Telling([], [])
-    moved: dict[str, tuple[Customer, datetime]] = {}
+class Moved(NamedTuple):
+    """A customer, when the first of the causes came to be, and its number."""
+
+    customer: Customer
+    caused_at: datetime
+    cause: int
+
+
+async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime, resting: Collection[str] = ()) -> Telling:
+    """What the causes give reason to tell. Raises Unavailable between two engines.
+
+    Who is ``resting`` is not looked at: another cause stays for them.
+    """
+    telling = Telling([], [], {})
+    moved: dict[str, Moved] = {}
     for cause in causes:
         if cause.change is not None:
             reached = msgspec.json.decode(cause.change, type=ThresholdReached)
             telling.messages.extend(_reached(desk, reached, cause, now))
-        elif (customer := _customer(desk, cause)) is not None:
-            earlier = moved.get(customer.id)
-            moved[customer.id] = customer, min(cause.caused_at, earlier[1] if earlier else cause.caused_at)
-    for customer, caused_at in moved.values():
+        elif (customer := _customer(desk, cause)) is not None and customer.id not in resting:
+            first = moved.get(customer.id) or Moved(customer, cause.caused_at, cause.number)
+            moved[customer.id] = first._replace(caused_at=min(cause.caused_at, first.caused_at))
+    for customer, caused_at, first_cause in moved.values():
         try:
             await _tell(telling, desk, customer, caused_at, now)
         except _PASSING:
-            raise
+            telling.kept[first_cause] = customer
         except Exception:  # of one customer: all the others, of every organization, are told
             logger.exception("webhook_has_no_words", customer_id=customer.id)
     return telling

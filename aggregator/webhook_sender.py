@@ -1,7 +1,8 @@
 """The sender of webhooks: makes messages of what moved, and delivers them until they are taken or given up.
 
-Two loops over the outbox's tables. Every couple of seconds all causes become messages: a customer who moved a hundred
-times meanwhile is told once, as they are then, and thresholds are looked at on the way. And whatever message is due is
+Two loops over the outbox's tables, of which neither waits for the other. Every couple of seconds all causes become
+messages: a customer who moved a hundred times meanwhile is told once, as they are then, and thresholds are looked at on
+the way; whose state cannot be told yet is set aside (``webhooks.aside``). And whatever message is due is
 sent, one at a time to each endpoint, in order as long as the endpoint answers. A message is marked after it was sent,
 so a process that dies in between sends it again, under the same ``webhook-id``.
 
@@ -13,9 +14,9 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import duckdb
 import httpx
@@ -26,9 +27,10 @@ from standardwebhooks import Webhook
 from aggregator.api.desk import Desk
 from aggregator.store.queries.scope import naive
 from aggregator.view import Unavailable
-from aggregator.webhook_messages import Telling, messages_of
+from aggregator.webhook_messages import messages_of
 from aggregator.webhooks import outbox, targets
-from aggregator.webhooks.outbox import Attempt, Message
+from aggregator.webhooks.aside import Aside
+from aggregator.webhooks.outbox import Attempt, Cause, Message
 from meters.log import TryAgain, format_position, parse_position
 from meters.signatures import keys
 from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard
@@ -65,48 +67,55 @@ class Sender:
     def __init__(self, desk: Desk, *, private_allowed: bool = False, pace: Pace = Pace()) -> None:  # noqa: B008
         self._desk, self._private_allowed, self._pace = desk, private_allowed, pace
         self._busy: set[str] = set()
+        self._writing = asyncio.Lock()
+        self._aside = Aside(pace.collect_s)
         self._told: list[tuple[datetime, Heard]] = []  # by when everything before a position was made into messages
         self._unsettled = True
-        self._collected_s = self._forgot_s = 0.0
+        self._forgot_s = -FORGET_EVERY_S
 
     async def run(self) -> None:
         """Tell whatever is to be told, for ever."""
         limits = httpx.Limits(max_connections=ENDPOINTS_AT_ONCE, max_keepalive_connections=0)
         async with (
             httpx.AsyncClient(trust_env=False, timeout=self._pace.timeout_s, limits=limits) as http,
-            asyncio.TaskGroup() as deliveries,
+            asyncio.TaskGroup() as tasks,
         ):
-            while True:
-                with _later():
-                    await self._tick(http, deliveries)
-                await asyncio.sleep(self._pace.tick_s)
+            tasks.create_task(_for_ever(self._collect, self._pace.collect_s))
+            await _for_ever(lambda: self._tick(http, tasks), self._pace.tick_s)
 
     async def _tick(self, http: httpx.AsyncClient, deliveries: asyncio.TaskGroup) -> None:
-        if not self._desk.catalogue.webhooks.endpoints:
+        endpoints = self._desk.catalogue.webhooks.endpoints
+        if not endpoints:
             return
-        now_s = time.monotonic()
-        if now_s - self._collected_s >= self._pace.collect_s:
-            await self._collect()
-            self._collected_s = now_s
-        if now_s - self._forgot_s >= FORGET_EVERY_S:
-            await self._write(lambda connection: outbox.forget(connection, self._now()))
-            self._forgot_s = now_s
+        await self._forget(list(endpoints.values()))
         for id in await self._write(lambda connection: outbox.waiting(connection, self._now())):
-            endpoint = self._desk.catalogue.webhooks.endpoints.get(id)
-            if endpoint is not None and id not in self._busy and len(self._busy) < ENDPOINTS_AT_ONCE:
+            endpoint = endpoints.get(id)
+            is_served = endpoint is not None and (endpoint.disabled_at is None or endpoint.deleted_at is not None)
+            if is_served and id not in self._busy and len(self._busy) < ENDPOINTS_AT_ONCE:
                 self._busy.add(id)
                 deliveries.create_task(self._deliver(http, id))
+
+    async def _forget(self, endpoints: Sequence[Endpoint]) -> None:
+        """Now and then, let go of what is old, and of what waits for endpoints that have been disabled for as long."""
+        now_s, before = time.monotonic(), self._desk.now() - outbox.KEPT
+        if now_s - self._forgot_s < FORGET_EVERY_S:
+            return
+        long_disabled = [one.id for one in endpoints if one.disabled_at is not None and one.disabled_at < before]
+        await self._write(lambda connection: outbox.forget(connection, self._now(), long_disabled))
+        self._forgot_s = now_s
 
     def _now(self) -> datetime:
         """As the store writes times: UTC, without saying so."""
         return naive(self._desk.now())
 
     async def _write(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        """One after the other: of two that change one message the second would fail, and what it noted be lost."""
         def whole() -> T:
             with self._desk.view.outbox() as connection:
                 return work(connection)
 
-        return await asyncio.to_thread(whole)
+        async with self._writing:
+            return await asyncio.to_thread(whole)
 
     async def _collect(self) -> None:
         """Make messages of every cause, and say in the log how far everybody was told.
@@ -115,21 +124,38 @@ class Sender:
         those of long ago until then.
         """
         view, webhooks = self._desk.view, self._desk.catalogue.webhooks
+        if not webhooks.endpoints:
+            return
         listening = [endpoint for endpoint in list(webhooks.endpoints.values()) if endpoint.deleted_at is None]
         if not all(_reaches(view.as_of, webhooks.heard(endpoint)) for endpoint in listening):
             return
         heard = Heard(format_position(view.as_of), view.control_position)
-        causes, stored = await self._write(lambda here: (outbox.take_causes(here), outbox.stored(here)))
+        resting = self._aside.resting(time.monotonic())
+        causes, stored = await self._write(
+            lambda here: (outbox.take_causes(here, resting.values()), outbox.stored(here))
+        )  # fmt: skip
         if causes:
             await self._caught_up(stored)
             self._unsettled = True
-            telling: Telling = await messages_of(self._desk, causes, self._now())
-            if telling.decisions:  # told by causes of their own
-                async with self._desk.deciding:
-                    await self._desk.decide_each([decision] for decision in telling.decisions)
-            await self._write(lambda connection: outbox.put_messages(connection, telling.messages, causes[-1].number))
+            await self._tell(causes, resting)
         if len(causes) < outbox.CAUSES_AT_ONCE:
             await self._settle(heard)
+
+    async def _tell(self, causes: Sequence[Cause], resting: Mapping[str, int]) -> None:
+        """Make messages of causes, and let go of all but those of customers whose state cannot be told yet."""
+        now = self._now()
+        telling = await messages_of(self._desk, causes, now, resting)
+        if telling.decisions:  # told by causes of their own
+            async with self._desk.deciding:
+                await self._desk.decide_each([decision] for decision in telling.decisions)
+        asked = {cause.number for cause in causes}
+
+        def write(connection: duckdb.DuckDBPyConnection) -> None:
+            outbox.keep_causes(connection, {cause: customer.id for cause, customer in telling.kept.items()})
+            outbox.put_messages(connection, telling.messages, asked - telling.kept.keys())
+
+        await self._write(write)
+        self._aside.note(asked, telling.kept, now, time.monotonic())
 
     async def _caught_up(self, stored: outbox.Stored) -> None:
         """Wait until memory, which the words are made of, is as far as the store, which has the causes.
@@ -151,12 +177,12 @@ class Sender:
         if not self._unsettled or (self._told and (now - self._told[-1][0]).total_seconds() < self._pace.settle_s):
             return
         self._told = [*self._told, (now, heard)][-TOLD_KEPT:]
-        oldest = await self._write(outbox.oldest_pending)
+        oldest, lacking = await self._write(outbox.oldest_pending), self._aside.since()
         webhooks = self._desk.catalogue.webhooks
         settled = []
         for endpoint in list(webhooks.endpoints.values()):
-            first = oldest.get(endpoint.id)
-            done = [what for at, what in self._told if first is None or at < first]
+            firsts = (oldest.get(endpoint.id), lacking.get(endpoint.organization_id))
+            done = [what for at, what in self._told if all(first is None or at < first for first in firsts)]
             if done and endpoint.deleted_at is None and _is_further(done[-1], webhooks.heard(endpoint)):
                 settled.append(EndpointSettled(endpoint.id, done[-1]))
         if settled:
@@ -257,6 +283,13 @@ class Sender:
             if endpoint.deleted_at is None and endpoint.disabled_at is None:
                 now = self._desk.now()
                 await self._desk.decide(EndpointSet(replace(endpoint, disabled_at=now, disabled_reason=reason)))
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]], pause_s: float) -> NoReturn:
+    while True:
+        with _later():
+            await work()
+        await asyncio.sleep(pause_s)
 
 
 @contextlib.contextmanager

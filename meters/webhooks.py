@@ -21,6 +21,9 @@ EventType = Literal["customer.state_changed", "meter.threshold_reached"]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 STATE_CHANGED, THRESHOLD_REACHED = EVENT_TYPES
 
+API_VERSION = "2026-10"
+"""Of Polar's API, whose words all messages are in: its newer clients want to be told."""
+
 
 class SigningSecret(msgspec.Struct, frozen=True):
     """A secret that signs until it expires."""

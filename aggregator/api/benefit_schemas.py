@@ -1,5 +1,7 @@
 """Bodies of benefits, sessions, states and webhooks as JSON Schema, beside those of ``schemas``."""
 
+from typing import get_args
+
 from aggregator.api.benefits import DESCRIPTION_LENGTH_MAX, DESCRIPTION_LENGTH_MIN
 from aggregator.api.schemas import (
     BOOLEAN,
@@ -19,6 +21,7 @@ from aggregator.api.schemas import (
     ref,
 )
 from aggregator.api.webhook_rules import SECRET_LENGTH_MAX, SECRET_LENGTH_MIN
+from aggregator.webhooks.outbox import Status
 from meters.credit import UNITS_MAX
 from meters.webhooks import EVENT_TYPES
 
@@ -50,8 +53,13 @@ _DESCRIPTION: Schema = {"type": "string", "minLength": DESCRIPTION_LENGTH_MIN, "
 _BENEFIT: Schema = {"type": one_of("meter_credit"), "description": _DESCRIPTION, "properties": _PROPERTIES}
 _ENDPOINT: Schema = {"url": TEXT, "events": many(one_of(*EVENT_TYPES)), "name": nullable(TEXT)}
 _ENDPOINT_SHOWN: Schema = (
-    {"id": ID, "organization_id": ID, **_STAMPS, **_ENDPOINT, "enabled": BOOLEAN, "format": TEXT}
+    {"id": ID, "organization_id": ID, **_STAMPS, **_ENDPOINT, "enabled": BOOLEAN, "format": TEXT, "secret": TEXT}
+    | {"api_version": TEXT, "uses_standard_webhook_signature": BOOLEAN}
     | {"disabled_at": nullable(TIME), "disabled_reason": nullable(TEXT), "deleted_at": nullable(TIME)}
+)
+_TOLD: Schema = record(
+    {"id": TEXT, **_STAMPS, "type": one_of(*EVENT_TYPES), "api_version": TEXT, "customer_id": ID}
+    | {"status": one_of(*get_args(Status)), "skipped": BOOLEAN, "is_archived": BOOLEAN, "payload": TEXT}
 )
 _THRESHOLD: Schema = {
     "meter_id": ID,
@@ -104,14 +112,13 @@ SCHEMAS: Schema = {
     "WebhookEndpointCreate": record(_ENDPOINT | {"format": one_of("raw")}, "events", "name", "format"),
     "WebhookEndpointUpdate": record(_ENDPOINT | {"enabled": BOOLEAN}, *_ENDPOINT, "enabled"),
     "WebhookEndpoint": record(_ENDPOINT_SHOWN),
-    "WebhookEndpointWithSecret": record(_ENDPOINT_SHOWN | {"secret": TEXT}),
     "MeterThresholdCreate": record(_THRESHOLD, "unit", "customer_id"),
     "MeterThreshold": record(
         {"id": ID, "organization_id": ID, **_THRESHOLD, "created_at": TIME, "deleted_at": nullable(TIME)}
     ),
     "WebhookDelivery": record(
-        {"id": TEXT, **_STAMPS, "succeeded": BOOLEAN, "http_code": nullable(COUNT), "outcome": TEXT, "took_ms": COUNT}
-        | {"attempt": COUNT, "endpoint_id": ID, "webhook_event": OBJECT}
+        {"id": TEXT, **_STAMPS, "succeeded": BOOLEAN, "http_code": nullable(COUNT), "response": nullable(TEXT)}
+        | {"outcome": TEXT, "took_ms": COUNT, "attempt": COUNT, "endpoint_id": ID, "webhook_event": _TOLD}
     ),
     "WebhookRedelivery": record({"id": TEXT, "endpoints": COUNT}),
     "WebhookAccepted": record({"status": one_of("accepted", "repeated", "ignored")}),

@@ -22,6 +22,8 @@ from aggregator.api.limits import (
     QUERIES_WAITING_MAX,
     QUERY_S_MAX,
     RETRY_AFTER_S,
+    VERIFICATIONS_AT_ONCE,
+    VERIFICATIONS_WAITING_MAX,
     WAIT_S_MAX,
 )
 from aggregator.store.queries.asking import Asking, Here, Reading
@@ -80,6 +82,26 @@ class Deciding:
         self._lock.release()
 
 
+class Line:
+    """So many come in at a time, and so many wait for their turn. Raises Busy for whoever comes then."""
+
+    def __init__(self, at_once: int, waiting_max: int) -> None:
+        self._turns, self._waiting_max = asyncio.Semaphore(at_once), waiting_max
+        self._waiting = 0
+
+    async def __aenter__(self) -> None:
+        if self._waiting >= self._waiting_max:
+            raise Busy
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.release()
+
+
 class Desk:
     """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
 
@@ -88,6 +110,7 @@ class Desk:
         self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
         self._waiting = 0
         self.deciding = Deciding(view)
+        self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
 

@@ -61,7 +61,7 @@ class BodyTooLarge(Exception):
 
 
 class Busy(Exception):
-    """Too many questions are waiting already."""
+    """Too many who want the same are waiting already."""
 
 
 PASSING = (Unavailable, TryAgain, Busy, TooLong, TooLarge)
@@ -129,7 +129,7 @@ def _later(error: str, message: str, after_s: float) -> Response:
 
 
 async def _busy(_: Request, __: Exception) -> Response:
-    return _later("TooManyQueries", "Too many questions are waiting for the store.", RETRY_AFTER_S)
+    return _later("TooManyQueries", "Too many requests like this are waiting already.", RETRY_AFTER_S)
 
 
 async def _unavailable(_: Request, error: Unavailable | TryAgain) -> Response:

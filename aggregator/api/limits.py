@@ -3,6 +3,16 @@
 BODY_BYTES_MAX = 2 * 1024 * 1024
 """Of a request: a filter of a hundred clauses fits, with every text at its longest."""
 
+POLAR_BODY_BYTES_MAX = 512 * 1024
+"""Of a webhook of Polar's, which anybody may send and every secret is held against. Its longest ones are subscriptions
+and orders: a product, a customer and benefits, each with metadata of 27 kB at most."""
+
+VERIFICATIONS_AT_ONCE = 1
+"""Webhooks whose signatures are looked at side by side: who has no secret keeps one thread busy and no more."""
+
+VERIFICATIONS_WAITING_MAX = 64
+"""Webhooks in line behind that one: 32 MiB. More are turned away, and whoever sent them comes again."""
+
 PAGE_ROWS_MAX = 100
 """Items of one page; Polar's limit, and like there a larger wish is cut down silently."""
 

@@ -26,9 +26,12 @@ Reader = Annotated[Token, Depends(allow(reading("customers")))]
 
 
 async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
-    """The state as of now. Raises Unavailable while too many meters are still being counted."""
+    """The state as of now. Raises Unavailable while too many meters are still being counted.
+
+    A customer who was deleted has no meters any more: usage under the same names is nobody's, or another customer's.
+    """
     catalogue = desk.catalogue
-    every = catalogue.meters_of(customer.organization_id)
+    every = [] if customer.deleted_at else catalogue.meters_of(customer.organization_id)
     found = await customer_meters(desk, [(customer, meter) for meter in every])
     by_meter = {str(name): one for one in found for name in (one.meter.id, one.meter.metadata.get(METER_KEY)) if name}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]

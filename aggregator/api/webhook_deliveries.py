@@ -15,6 +15,7 @@ from aggregator.store.queries.asking import Here
 from aggregator.store.queries.scope import aware, naive
 from aggregator.webhooks import outbox
 from meters.catalogue import Token
+from meters.webhooks import API_VERSION
 
 router = APIRouter(tags=["webhooks"])
 
@@ -34,6 +35,11 @@ async def list_webhook_deliveries(
 
 
 def _shape(row: dict[str, Any]) -> dict[str, Any]:
+    """An attempt. What an endpoint answers is not kept, so ``response`` is there only where it did not answer.
+
+    Nothing is ever skipped or archived: no message is made for an endpoint that is disabled, and whatever is listed can
+    be sent again.
+    """
     status = row["status_code"]
     return {
         "id": row["id"],
@@ -41,13 +47,19 @@ def _shape(row: dict[str, Any]) -> dict[str, Any]:
         "modified_at": None,
         "succeeded": status is not None and 200 <= status < 300,
         "http_code": status,
+        "response": row["outcome"] if status is None else None,
         "outcome": row["outcome"],
         "took_ms": row["took_ms"],
         "attempt": row["number"],
         "endpoint_id": row["endpoint_id"],
         "webhook_event": {
             "id": row["message_id"],
+            "created_at": aware(row["made_at"]),
+            "modified_at": aware(row["settled_at"]) if row["settled_at"] else None,
             "type": row["type"],
+            "api_version": API_VERSION,
+            "skipped": False,
+            "is_archived": False,
             "customer_id": row["customer_id"],
             "status": row["status"],
             "payload": row["body"],

@@ -1,6 +1,7 @@
 """Webhooks out: who is told, what was told, and telling it again. Paths are Polar's.
 
-A secret is shown when it is made and never again. Rotating leaves the old one signing for a day beside the new one, so
+A secret is shown when it is made and never again; other answers have ``MASKED`` in its place, because Polar's clients
+insist on a text. Rotating leaves the old one signing for a day beside the new one, so
 that a receiver can change over without missing anything.
 """
 
@@ -24,7 +25,16 @@ from meters.access import reading, writing
 from meters.catalogue import Token
 from meters.log import format_position
 from meters.signatures import PREFIX
-from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, EventType, Heard, SigningSecret
+from meters.webhooks import (
+    API_VERSION,
+    EVENT_TYPES,
+    STATE_CHANGED,
+    Endpoint,
+    EndpointSet,
+    EventType,
+    Heard,
+    SigningSecret,
+)
 
 router = APIRouter(tags=["webhooks"])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
@@ -36,6 +46,9 @@ ENDPOINTS_MAX = 20
 SECRET_BYTES = 32
 """Of a signing secret: as long as the digest it goes into."""
 
+MASKED = f"{PREFIX}..."
+"""Stands for a secret, and has nothing of it."""
+
 ROTATION = timedelta(days=1)
 """How long the old secret signs beside the new one: time for a person to change a setting."""
 
@@ -43,11 +56,16 @@ NAME_LENGTH_MAX = 100
 Name = Annotated[str, msgspec.Meta(max_length=NAME_LENGTH_MAX)]
 
 
+def _events_of_polar() -> list[EventType]:
+    """What is told where nobody says: types that Polar's clients know, so that they can read the endpoint."""
+    return [STATE_CHANGED]
+
+
 class EndpointCreate(msgspec.Struct):
     """What a new endpoint is made of."""
 
     url: str
-    events: list[EventType] = msgspec.field(default_factory=lambda: list(EVENT_TYPES))
+    events: list[EventType] = msgspec.field(default_factory=_events_of_polar)
     name: Name | None = None
     format: Literal["raw"] = "raw"
 
@@ -70,9 +88,15 @@ def new_secret() -> str:
 
 
 def endpoint_shape(endpoint: Endpoint) -> dict[str, Any]:
-    """An endpoint without its secrets."""
+    """An endpoint without its secrets. Every delivery has the signature of Standard Webhooks, beside Polar's."""
     fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name not in _OWN}
-    return fields | {"enabled": endpoint.disabled_at is None, "format": "raw"}
+    return fields | {
+        "enabled": endpoint.disabled_at is None,
+        "format": "raw",
+        "secret": MASKED,
+        "api_version": API_VERSION,
+        "uses_standard_webhook_signature": True,
+    }
 
 
 def endpoint_of(desk: Desk, token: Token, id: UUID) -> Endpoint:
@@ -93,7 +117,7 @@ def _check_url(request: Request, url: str) -> None:
     "/v1/webhooks/endpoints",
     status_code=201,
     openapi_extra=takes("WebhookEndpointCreate"),
-    responses=gives(ref("WebhookEndpointWithSecret"), 201),
+    responses=gives(ref("WebhookEndpoint"), 201),
 )
 async def create_webhook_endpoint(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Tell an address what happens. The answer has the ``secret``, which is not shown again."""
@@ -162,7 +186,7 @@ def _updated(endpoint: Endpoint, body: EndpointUpdate, now: datetime) -> Endpoin
     return replace(endpoint, **changes)
 
 
-@router.patch("/v1/webhooks/endpoints/{id}/secret", responses=gives(ref("WebhookEndpointWithSecret")))
+@router.patch("/v1/webhooks/endpoints/{id}/secret", responses=gives(ref("WebhookEndpoint")))
 async def rotate_webhook_secret(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Make a new ``secret``. The one before goes on signing for a day; older ones end now."""
     secret = new_secret()

@@ -1,4 +1,5 @@
-"""Webhooks out: who moved in a round (causes), what is to be told (outbox), and where it may go (targets).
+"""Webhooks out: who moved in a round (causes), what is to be told (outbox), where it may go (targets), and whose state
+cannot be told yet (aside).
 
 The telling itself is ``aggregator.webhook_sender``.
 """

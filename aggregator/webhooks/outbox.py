@@ -10,7 +10,7 @@ here (the round adds causes); each function is one step of a small transaction t
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ MESSAGES_AT_ONCE = 20
 """Messages of one endpoint between two marks: what is told twice if the process dies meanwhile."""
 
 KEPT = timedelta(days=30)
-"""How long settled messages can be looked at and sent again."""
+"""How long settled messages can be looked at and sent again, and how long a disabled endpoint's wait for it."""
 
 
 class Cause(NamedTuple):
@@ -113,18 +113,29 @@ def stored(connection: Connection) -> Stored:
     return Stored(events, max((offset for stream, _, offset in rows if stream == USAGE_CONTROL), default=0))
 
 
-def take_causes(connection: Connection) -> list[Cause]:
-    """The oldest causes, in their order."""
+def take_causes(connection: Connection, resting: Collection[int] = ()) -> list[Cause]:
+    """The oldest causes, in their order, without those of these numbers."""
     rows = connection.execute(
         """SELECT c.number, c.organization_id, c.customer_id, s.kind, s.text, c.change, c.caused_at
-           FROM webhook_causes c LEFT JOIN subjects s ON s.number = c.subject ORDER BY c.number LIMIT ?""",
-        [CAUSES_AT_ONCE],
+           FROM webhook_causes c LEFT JOIN subjects s ON s.number = c.subject
+           WHERE c.number NOT IN (SELECT unnest(?::BIGINT[])) ORDER BY c.number LIMIT ?""",
+        [list(resting), CAUSES_AT_ONCE],
     ).fetchall()
     return [Cause(*row) for row in rows]
 
 
-def put_messages(connection: Connection, messages: Sequence[Message], through: int) -> None:
-    """Write what was made of every cause up to ``through``, and let go of those. Newer states supersede older ones.
+def keep_causes(connection: Connection, customers: Mapping[int, str]) -> None:
+    """Write down of whom these causes are: they stay, and their customer may go by another name by then."""
+    connection.execute(
+        """UPDATE webhook_causes SET customer_id = kept.customer_id
+           FROM (SELECT unnest(?::BIGINT[]) AS number, unnest(?::VARCHAR[]) AS customer_id) kept
+           WHERE webhook_causes.number = kept.number""",
+        [list(customers), list(customers.values())],
+    )
+
+
+def put_messages(connection: Connection, messages: Sequence[Message], causes: Collection[int]) -> None:
+    """Write what was made of the causes of these numbers, and let go of those. Newer states supersede older ones.
 
     A state that says what the endpoint was told last is not told again: not everything that comes in changes something.
     A state that takes the place of one which could not be delivered so far has its attempts behind it and waits as
@@ -149,7 +160,7 @@ def put_messages(connection: Connection, messages: Sequence[Message], through: i
                    AND webhook_messages.type = given.type AND webhook_messages.endpoint_id = given.endpoint_id
                    AND webhook_messages.customer_id = given.customer_id AND webhook_messages.id <> given.id"""
             )
-    connection.execute("DELETE FROM webhook_causes WHERE number <= ?", [through])
+    connection.execute("DELETE FROM webhook_causes WHERE number IN (SELECT unnest(?::BIGINT[]))", [list(causes)])
 
 
 def _news(connection: Connection, messages: Sequence[Message]) -> Sequence[Message]:
@@ -206,9 +217,11 @@ def pending(connection: Connection, endpoint_id: str, parked_before: tuple[datet
 
 
 def waiting(connection: Connection, now: datetime) -> list[str]:
-    """The endpoints for which a message is due."""
+    """The endpoints for which a message is due, the one that waits longest first."""
     rows = connection.execute(
-        "SELECT DISTINCT endpoint_id FROM webhook_messages WHERE status = 'pending' AND due_at <= ?", [now]
+        """SELECT endpoint_id FROM webhook_messages WHERE status = 'pending' AND due_at <= ?
+           GROUP BY endpoint_id ORDER BY min(due_at)""",
+        [now],
     ).fetchall()
     return [row[0] for row in rows]
 
@@ -251,10 +264,23 @@ def oldest_pending(connection: Connection) -> dict[str, datetime]:
     return dict(rows)
 
 
-def forget(connection: Connection, now: datetime) -> None:
-    """Let go of what was settled long ago, and of its attempts."""
-    connection.execute("DELETE FROM webhook_messages WHERE settled_at < ?", [now - KEPT])
+def forget(connection: Connection, now: datetime, long_disabled: Sequence[str]) -> None:
+    """Let go of what was settled long ago, and of its attempts; give up what waits for endpoints disabled as long ago.
+
+    A message stays for as long as one of its attempts, which is listed with it.
+    """
+    connection.execute(
+        """UPDATE webhook_messages SET status = 'failed', settled_at = ?
+           WHERE status = 'pending' AND list_contains(?::VARCHAR[], endpoint_id)""",
+        [now, list(long_disabled)],
+    )
     connection.execute("DELETE FROM webhook_attempts WHERE started_at < ?", [now - KEPT])
+    connection.execute(
+        """DELETE FROM webhook_messages WHERE settled_at < ? AND NOT EXISTS (
+               SELECT 1 FROM webhook_attempts tried
+               WHERE tried.message_id = webhook_messages.id AND tried.endpoint_id = webhook_messages.endpoint_id)""",
+        [now - KEPT],
+    )
 
 
 def deliver_again(
@@ -285,8 +311,8 @@ def deliveries(
     asked = {"organization": organization_id, "endpoint": endpoint_id}
     row = connection.execute(f"SELECT count(*) FROM webhook_attempts a WHERE {chosen}", asked).fetchone()  # noqa: S608
     cursor = connection.execute(
-        f"""SELECT a.*, m.type, m.customer_id, m.status, m.body FROM webhook_attempts a
-            LEFT JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
+        f"""SELECT a.*, m.type, m.customer_id, m.status, m.body, m.created_at AS made_at, m.settled_at
+            FROM webhook_attempts a JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
             WHERE {chosen} ORDER BY a.started_at DESC, a.number DESC LIMIT $limit OFFSET $offset""",  # noqa: S608
         asked | {"limit": limit, "offset": min(offset, 2**62)},
     )

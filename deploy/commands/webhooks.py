@@ -27,7 +27,9 @@ Id = Annotated[str, typer.Argument(help="An endpoint's id or URL.")]
 def create(
     context: typer.Context,
     url: Annotated[str, typer.Argument(help="Where to send to; https, and public unless the server allows others.")],
-    event: Annotated[list[str] | None, typer.Option(help="A type to be told; repeatable. By default all.")] = None,
+    event: Annotated[
+        list[str] | None, typer.Option(help="A type to be told; repeatable. By default customer.state_changed.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="For display.")] = None,
 ) -> None:
     """Tell an address what changes. The secret that signs is printed once."""
@@ -68,7 +70,7 @@ def enable(context: typer.Context, endpoint: Id) -> None:
 
 @app.command(epilog=EPILOG)
 def disable(context: typer.Context, endpoint: Id) -> None:
-    """Tell it nothing until it is enabled. What waits is sent then."""
+    """Tell it nothing until it is enabled. What waits is sent then; after 30 days it is given up."""
     _switch(context, endpoint, False)
 
 

@@ -12,6 +12,10 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from aggregator.api import create_app, ingest_document
 from aggregator.api.document import _page, _prose
+from aggregator.store.queries.scope import naive
+from aggregator.webhooks import outbox
+from aggregator.webhooks.outbox import Attempt, Message
+from meters.webhooks import STATE_CHANGED
 from tests.aggregator.serving import Server, Tenant
 
 DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them
@@ -44,11 +48,24 @@ def full(server: Server) -> Tenant:
     properties = {"meter_id": meter, "units": 5, "rollover": True}
     body = {"type": "meter_credit", "description": "Units", "properties": properties}
     tenant.post(f"/v1/benefits/{tenant.post('/v1/benefits/', body)['id']}/grants", {"customer_id": customer})
-    tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
+    deliver(tenant, tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})["id"], customer)
     tenant.event("root", metadata='{"tokens":1.5,"_cost":{"amount":"0.1","currency":"usd"}}')
     tenant.event("child", metadata='{"tokens":2}', parent_id="root")
     tenant.send(b"{", admitted=False)
     return tenant
+
+
+def deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
+    """A webhook that an endpoint answered, and one for which it was not there."""
+    now = naive(tenant.server.now)
+    message = Message("told", endpoint, tenant.id, STATE_CHANGED, customer, "{}", now, now, now)
+    tries = [
+        Attempt(f"try {number}", "told", endpoint, tenant.id, number, now, 5, status, "as it went")
+        for number, status in enumerate((None, 200), 1)
+    ]
+    with tenant.server.aggregator.outbox() as connection:
+        outbox.put_messages(connection, [message], [])
+        outbox.mark(connection, [message._replace(status="delivered", settled_at=now)], tries)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from aggregator.store.queries.asking import Asking
 from aggregator.view import Unavailable
 from meters.access import AUDIT, SCOPES
 from meters.log import USAGE_EVENTS, TryAgain
+from tests.aggregator.polar_story import signed
 from tests.aggregator.records import NOW, entry, line
 from tests.aggregator.serving import Server, Tenant
 
@@ -199,9 +200,10 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(tenant: Tenant, monkeyp
 
     monkeypatch.setattr(audit, "BODY_BYTES_MAX", limits.BODY_BYTES_MAX)
     secret = tenant.token(AUDIT, "meters:write")
+    headers = signed(b"", "one", int(tenant.server.now.timestamp()), b"nobody's")  # for Polar's door
     for path in ("/v1/meters/", "/webhooks/polar", "/v1/audit/total", "/v1/audit/ask/tallies"):
         for content in (b" " * (limits.BODY_BYTES_MAX + 1), endless()):
-            response = tenant.ask("POST", path, content=content, secret=secret)
+            response = tenant.ask("POST", path, content=content, secret=secret, headers=headers)
             assert (response.status_code, response.json()["error"]) == (413, "RequestBodyTooLarge")
 
 

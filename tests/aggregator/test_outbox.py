@@ -8,7 +8,7 @@ import pytest
 
 from aggregator.store import schema
 from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import Message, Status
+from aggregator.webhooks.outbox import Attempt, Message, Status
 
 NOON = datetime(2026, 3, 1, 12)  # noqa: DTZ001 (as the store writes times)
 SOON = NOON + timedelta(seconds=2)
@@ -45,9 +45,9 @@ def waits(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, int, datetim
 def test_a_newer_state_waits_as_the_one_whose_place_it_takes(connection: duckdb.DuckDBPyConnection) -> None:
     """Its attempts are counted on, whoever else is told in between; another customer's begin at none."""
     later = NOON + timedelta(seconds=1)
-    outbox.put_messages(connection, [state("a")], 0)
+    outbox.put_messages(connection, [state("a")], [])
     outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [])
-    outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], 0)
+    outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], [])
     assert statuses(connection) == {"a": "superseded", "b": "pending", "c": "pending"}
     assert waits(connection) == [("b", 3, SOON), ("c", 0, later)]
 
@@ -61,8 +61,8 @@ def test_what_comes_of_a_message_under_way_counts_for_the_one_in_its_place(
 ) -> None:
     """A failure is one more attempt of both; after the last one, and after a delivery, counting begins again."""
     first = state("a")._replace(attempts=3)
-    outbox.put_messages(connection, [first], 0)
-    outbox.put_messages(connection, [state("b", 1)], 0)  # while the first is being sent
+    outbox.put_messages(connection, [first], [])
+    outbox.put_messages(connection, [state("b", 1)], [])  # while the first is being sent
     tried = first._replace(attempts=4, status=outcome, due_at=SOON if outcome == "pending" else first.due_at)
     outbox.mark(connection, [tried], [])
     assert statuses(connection) == {"a": became, "b": "pending"}
@@ -77,9 +77,9 @@ def test_what_an_endpoint_was_told_last_is_not_told_again(
     connection: duckdb.DuckDBPyConnection, outcome: Status, balance: int, is_told: bool
 ) -> None:
     """Only if it was not heard, or says something else; another customer's state is no matter."""
-    outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], 0)
+    outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], [])
     outbox.mark(connection, [state("a")._replace(status=outcome)], [])
-    outbox.put_messages(connection, [state("c", balance, SOON)], 0)
+    outbox.put_messages(connection, [state("c", balance, SOON)], [])
     assert ("c" in statuses(connection)) is is_told
 
 
@@ -87,5 +87,40 @@ def test_a_state_that_comes_back_is_told(connection: duckdb.DuckDBPyConnection) 
     """What was told last counts, and not what was told before."""
     for id, balance in (("a", 0), ("b", 1), ("c", 0), ("d", 0)):
         seconds = len(statuses(connection))
-        outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], 0)
+        outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], [])
     assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending"}
+
+
+def cause(connection: duckdb.DuckDBPyConnection, number: int) -> None:
+    """Usage of somebody whom the application calls ann."""
+    connection.execute("INSERT INTO webhook_causes VALUES (?, 'ours', 7, NULL, NULL, ?)", [number, NOON])
+
+
+def test_a_cause_stays_until_something_was_made_of_it(connection: duckdb.DuckDBPyConnection) -> None:
+    """One that is left for later says of whom it is, and is passed over when that is wished."""
+    connection.execute("INSERT INTO subjects VALUES (7, 1, 'external', 'ann')")
+    for number in (1, 2, 3):
+        cause(connection, number)
+    outbox.keep_causes(connection, {2: "id of ann"})
+    outbox.put_messages(connection, [], {1})
+    assert [(one.number, one.customer_id, one.text) for one in outbox.take_causes(connection)] == [
+        (2, "id of ann", "ann"), (3, None, "ann")
+    ]  # fmt: skip
+    assert [one.number for one in outbox.take_causes(connection, resting=[2])] == [3]
+
+
+def test_what_waits_for_endpoints_that_were_disabled_long_ago_is_given_up(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    """What waits for others stays, and a message stays for as long as an attempt that is listed with it."""
+    mine, other = state("a"), state("b")._replace(endpoint_id="other")
+    late = NOON + outbox.KEPT + timedelta(seconds=1)
+    attempt = Attempt("try", "a", "hook", "ours", 1, late - timedelta(days=1), 1, 500, "answered 500")
+    outbox.put_messages(connection, [mine, other], [])
+    outbox.forget(connection, NOON, ["hook"])
+    assert statuses(connection) == {"a": "failed", "b": "pending"}
+    outbox.mark(connection, [], [attempt])
+    outbox.forget(connection, late, [])
+    assert statuses(connection) == {"a": "failed", "b": "pending"}
+    outbox.forget(connection, late + outbox.KEPT, [])
+    assert statuses(connection) == {"b": "pending"}

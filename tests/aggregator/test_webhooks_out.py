@@ -1,99 +1,23 @@
 """Webhooks out: told once, signed, again until they are taken, and never to a place where they may not go."""
 
-import asyncio
 import base64
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from standardwebhooks import Webhook
 
-from aggregator.consumer import Aggregator
 from aggregator.webhooks import outbox, targets
-from meters.log import USAGE_EVENTS, format_position
+from meters.log import format_position
 from meters.signatures import signature
 from meters.webhooks import SigningSecret
 from tests.aggregator.polar_story import Polar
-from tests.aggregator.receiving import HURRY, Delivery, Receiver, receiving, sending
-from tests.aggregator.records import SMALL, entry, line
-from tests.aggregator.serving import Json, Server, Tenant
+from tests.aggregator.receiving import HURRY, Delivery
+from tests.aggregator.serving import Server, Tenant
+from tests.aggregator.telling import Told, caused_anew, live
 from tests.waiting import until
 
 MOMENT = timedelta(milliseconds=20)
-
-
-class Told:
-    """A tenant with an endpoint at a receiver. Requests are made inside the receiver's loop."""
-
-    def __init__(self, tenant: Tenant, receiver: Receiver) -> None:
-        self.tenant, self.receiver = tenant, receiver
-        self.secret = self.endpoint_id = ""
-
-    async def ask(self, method: str, path: str, body: Json = None) -> Any:
-        """A request with the tenant's token."""
-        headers = {"Authorization": f"Bearer {self.tenant.secret}"}
-        response = await self.tenant.server.http.request(method, path, headers=headers, json=body)
-        assert response.is_success, response.text
-        return response.json() if response.content else None
-
-    async def listen(self, *events: str) -> None:
-        """Make the endpoint."""
-        body = {"url": self.receiver.url} | ({"events": list(events)} if events else {})
-        made = await self.ask("POST", "/v1/webhooks/endpoints", body)
-        self.endpoint_id, self.secret = made["id"], made["secret"]
-
-    async def customer(self, name: str = "ann") -> str:
-        """A customer who is called so by the application; the id."""
-        made = await self.ask("POST", "/v1/customers/", {"email": f"{name}@example.com", "external_id": name})
-        return str(made["id"])
-
-    async def meter(self) -> str:
-        """A meter that counts every event; its id."""
-        every = {"conjunction": "and", "clauses": []}
-        definition = {"name": "Calls", "filter": every, "aggregation": {"func": "count"}}
-        return str((await self.ask("POST", "/v1/meters/", definition))["id"])
-
-    async def use(self, *ids: str, name: str = "ann") -> None:
-        """Events of a customer, visible when this returns."""
-        lines = [line(id, external_customer_id=name) for id in ids]
-        record = entry(*lines, organization_id=self.tenant.id, admitted=True)
-        (offset,) = await self.tenant.server.log.append(USAGE_EVENTS, [record])
-        assert await self.tenant.server.aggregator.wait_for({0: offset + 1}, 20)
-
-    async def credit(self, customer_id: str, meter_id: str, units: int) -> None:
-        """Units by hand."""
-        await self.ask("POST", f"/v1/customers/{customer_id}/credits", {"meter_id": meter_id, "units": units})
-
-    async def arrived(self, count: int, passing: timedelta = timedelta()) -> list[Delivery]:
-        """Wait until so many deliveries have come, while time passes at every look."""
-        def look() -> bool:
-            self.tenant.server.now += passing
-            return len(self.receiver.deliveries) >= count
-
-        await until(look)
-        return self.receiver.deliveries
-
-    async def settled(self) -> None:
-        """Wait until nothing is left to be told or made into messages."""
-        def idle() -> bool:
-            with self.tenant.server.aggregator.outbox() as connection:
-                causes = connection.execute(
-                    "SELECT count(*) FROM webhook_causes WHERE organization_id = ?", [self.tenant.id]
-                ).fetchone()
-                return causes == (0,) and outbox.pending(connection, self.endpoint_id) == []
-
-        await until(idle)
-
-
-def live(tenant: Tenant, story: Callable[[Told], Awaitable[None]], **settings: Any) -> None:
-    """Play a story with a receiver and the sender at work."""
-    async def playing() -> None:
-        async with receiving() as receiver, sending(tenant.server, **settings):
-            await story(Told(tenant, receiver))
-
-    tenant.server.run(playing())
 
 
 def verified(delivery: Delivery, key: bytes, now_s: int) -> bool:
@@ -282,6 +206,17 @@ def test_a_rotated_secret_signs_beside_the_new_one_for_a_day(tenant: Tenant) -> 
     assert "whsec" not in repr(SigningSecret("whsec_hush"))
 
 
+def test_an_endpoint_that_does_not_say_of_what_is_told_what_polar_knows(tenant: Tenant) -> None:
+    """So that Polar's clients can read it; where they want a secret there is a text that has nothing of it."""
+    made = tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
+    shown = [
+        tenant.get(f"/v1/webhooks/endpoints/{made['id']}"), *tenant.get("/v1/webhooks/endpoints")["items"],
+        tenant.patch(f"/v1/webhooks/endpoints/{made['id']}", {"events": ["customer.state_changed"]}),
+    ]  # fmt: skip
+    assert made["events"] == ["customer.state_changed"]
+    assert [one["secret"] for one in shown] == ["whsec_..."] * 3
+
+
 def test_a_threshold_is_told_once_for_a_crossing_and_a_cycle(tenant: Tenant) -> None:
     """Reached, told once; credited above it and reached again, told again; a new cycle starts over."""
     async def story(told: Told) -> None:
@@ -367,19 +302,6 @@ def test_a_store_made_anew_tells_what_nobody_was_told(server: Server, tmp_path: 
     tenant.event("one", external_customer_id="bob")
 
     assert caused_anew(server, tenant, tmp_path) == {(customer, None), (None, "bob")}
-
-
-def caused_anew(server: Server, tenant: Tenant, folder: Path) -> set[tuple[str | None, str | None]]:
-    """Whom of a tenant a store has to tell of that is made from the log again: by id, or by the application's name."""
-    anew = Aggregator(server.log, folder / "anew.duckdb", SMALL)
-    anew.start()
-    try:
-        server.run(asyncio.wait_for(anew.wait_for(server.aggregator.as_of, 20), 20))
-        with anew.outbox() as connection:
-            causes = outbox.take_causes(connection)
-        return {(cause.customer_id, cause.text) for cause in causes if cause.organization_id == tenant.id}
-    finally:
-        anew.stop()
 
 
 def test_polars_news_are_told_on(tenant: Tenant) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook
 
-from meters.signatures import SIGNATURES_MAX, TOLERANCE_S, Rejection, keys, rejection, signature
+from meters.signatures import SIGNATURES_MAX, TOLERANCE_S, Rejection, is_signed, keys, rejection, signature
 
 NOW_S = 1_767_225_600
 BODY = b'{"type":"customer.created"}'
@@ -55,12 +55,15 @@ def test_a_secret_is_read_in_both_ways() -> None:
     ],
 )
 def test_what_is_not_believed_is_named(changed: dict[str, str], expected: Rejection | None) -> None:
-    """Each defect has its name, and one good signature among several is enough."""
-    assert rejection(["s" * 20], headers("s" * 20, **changed), BODY, NOW_S) == expected
+    """Each defect has its name, and one good signature among several is enough. All but that need no body."""
+    sent = headers("s" * 20, **changed)
+    found = rejection(sent, NOW_S)
+    if found is None and not is_signed("s" * 20, sent, BODY):
+        found = Rejection.SIGNATURE
+    assert found == expected
 
 
 def test_nothing_is_believed_without_a_secret() -> None:
     """An empty secret signs nothing."""
     sent = headers("s" * 20) | {"webhook-signature": signature(b"", "id-1", str(NOW_S), BODY)}
-    assert rejection([""], sent, BODY, NOW_S) == Rejection.SIGNATURE
-    assert rejection([], headers("s" * 20), BODY, NOW_S) == Rejection.SIGNATURE
+    assert not is_signed("", sent, BODY)

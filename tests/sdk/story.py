@@ -3,6 +3,7 @@
 The journeys run under interpreters of their own: this module may import nothing but the standard library.
 """
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,11 @@ DAYS = {"start_timestamp": "2026-01-10T00:00:00Z", "end_timestamp": "2026-01-12T
 DATES = {"start_date": "2026-01-10", "end_date": "2026-01-12", "interval": "day"}
 METRICS = ["costs", "cumulative_costs", "active_user_by_event", "cost_per_user"]
 NOBODY = "00000000-0000-4000-8000-000000000000"
+ENDPOINT = ("format", "events", "enabled", "name")
+MASKED = "whsec_..."
+"""Stands for the secret of an endpoint wherever it is not new."""
+NOWHERE = "http://127.0.0.1:1/"
+"""Nobody listens there."""
 
 PATIENCE_S = 20.0
 
@@ -82,6 +88,12 @@ def event_shown(event: dict[str, Any]) -> dict[str, Any]:
         "customer": customer and customer["email"],
         "is_by_id": event["customer_id"] is not None,
     }
+
+
+def told_shown(event: dict[str, Any]) -> dict[str, Any]:
+    """What the event of a delivery says that is the same on every day."""
+    told_of = json.loads(event["payload"])["data"]["external_id"]
+    return {**shown(event, "type", "skipped", "is_archived"), "told_of": told_of}
 
 
 def balance(meter: dict[str, Any]) -> list[Any]:
