@@ -9,17 +9,14 @@ import structlog
 
 from aggregator.api.balances import CustomerMeter, customer_meter
 from aggregator.api.desk import Desk
-from aggregator.api.errors import Busy
+from aggregator.api.errors import PASSING
 from aggregator.api.shapes import customer_shape, number
 from aggregator.api.states import state_of
 from aggregator.directory import EXTERNAL
-from aggregator.store.queries.asking import TooLarge, TooLong
-from aggregator.view import Unavailable
 from aggregator.webhooks.outbox import Cause, Message
 from meters import exact_json
 from meters.amount import EXACT
 from meters.catalogue import Customer
-from meters.log import TryAgain
 from meters.webhooks import (
     API_VERSION,
     STATE_CHANGED,
@@ -31,7 +28,6 @@ from meters.webhooks import (
 
 logger = structlog.get_logger("webhooks")
 
-_PASSING = (Unavailable, TryAgain, Busy, TooLong, TooLarge)  # the same question has an answer later
 BEGINNING = "beginning"  # the cycle of a customer who never had a reset
 
 
@@ -71,7 +67,7 @@ async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime, restin
     for customer, caused_at, first_cause in moved.values():
         try:
             await _tell(telling, desk, customer, caused_at, now)
-        except _PASSING:
+        except PASSING:
             telling.kept[first_cause] = customer
         except Exception:  # of one customer: all the others, of every organization, are told
             logger.exception("webhook_has_no_words", customer_id=customer.id)
