@@ -14,7 +14,7 @@ DEMO_ROWS ?=
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
 
-.PHONY: help setup run demo kafka test broker-faults explorers clients faults soak lint bench clean
+.PHONY: help setup run demo kafka test broker-faults explorers clients upstream faults soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,17 +39,20 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 # What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
-# failed write, a death or a loss of power may leave, and clients that need an environment of their own.
+# failed write, a death or a loss of power may leave, a second server that plays Polar, and clients that need an
+# environment of their own.
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
 	tests/faults/test_process_model.py \
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_security.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
 	tests/faults/test_torn_store.py
+UPSTREAM := tests/forward tests/reconcile/test_upstream.py tests/reconcile/test_upstream_live.py \
+	tests/reconcile/test_upstream_parts.py tests/reconcile/test_upstream_repair.py
 CLIENTS := tests/sdk tests/strategies/test_vendors.py tests/examples tests/faults/test_client.py
 
-test: setup  ## every test but those of the next three (ARGS="-k tidy" for some)
+test: setup  ## every test but those of the next four (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		$(patsubst %,--ignore=%,$(BROKER_FAULTS) $(EXPLORERS) $(CLIENTS)) $(ARGS)
+		$(patsubst %,--ignore=%,$(BROKER_FAULTS) $(EXPLORERS) $(UPSTREAM) $(CLIENTS)) $(ARGS)
 
 broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
@@ -59,6 +62,9 @@ explorers: setup  ## errors and deaths at every point of a write, power losses, 
 
 clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(CLIENTS) $(ARGS)
+
+upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it; some minutes
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(UPSTREAM) --ignore=tests/forward/test_over_kafka.py $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)

@@ -207,12 +207,12 @@ class Cluster:
         """Wait until every running node is known to the cluster. Raises AssertionError with the broker's words."""
         expected = sum(node.running for node in self.nodes)
         deadline_s = time.monotonic() + READY_S_MAX
-        admin = self.admin()
         while True:
+            admin = self.admin()  # another one each time: a client whose broker was away waits longer and longer
             for node in self.nodes:
                 assert node.running or expected < len(self.nodes), f"node {node.number} ended: {node.output[-2000:]}"
             with contextlib.suppress(KafkaException):
-                if len(admin.list_topics(timeout=0.5).brokers) >= expected:
+                if len(admin.list_topics(timeout=2.0).brokers) >= expected:
                     return
             assert time.monotonic() < deadline_s, f"not ready in time: {self.nodes[0].output[-2000:]}"
             time.sleep(0.05)
