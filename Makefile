@@ -46,8 +46,7 @@ BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_security.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
 	tests/faults/test_torn_store.py
-UPSTREAM := tests/forward tests/reconcile/test_upstream.py tests/reconcile/test_upstream_live.py \
-	tests/reconcile/test_upstream_parts.py tests/reconcile/test_upstream_repair.py
+UPSTREAM := tests/forward tests/reconcile
 CLIENTS := tests/sdk tests/strategies/test_vendors.py tests/examples tests/faults/test_client.py
 
 test: setup  ## every test but those of the next four (ARGS="-k tidy" for some)
@@ -63,7 +62,7 @@ explorers: setup  ## errors and deaths at every point of a write, power losses, 
 clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(CLIENTS) $(ARGS)
 
-upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it; some minutes
+upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it and with the log; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(UPSTREAM) --ignore=tests/forward/test_over_kafka.py $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
