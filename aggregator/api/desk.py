@@ -89,7 +89,8 @@ class Line:
         self._turns, self._waiting_max = asyncio.Semaphore(at_once), waiting_max
         self._waiting = 0
 
-    async def __aenter__(self) -> None:
+    async def enter(self) -> None:
+        """Wait for a turn, which ``leave`` ends."""
         if self._waiting >= self._waiting_max:
             raise Busy
         self._waiting += 1
@@ -98,8 +99,15 @@ class Line:
         finally:
             self._waiting -= 1
 
-    async def __aexit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """Let the next one in."""
         self._turns.release()
+
+    async def __aenter__(self) -> None:
+        await self.enter()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leave()
 
 
 class Desk:
@@ -107,8 +115,7 @@ class Desk:
 
     def __init__(self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], rules: Rules) -> None:
         self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
-        self._running = asyncio.Semaphore(QUERIES_AT_ONCE)
-        self._waiting = 0
+        self._asking = Line(QUERIES_AT_ONCE, QUERIES_WAITING_MAX)
         self.deciding = Deciding(view)
         self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -129,13 +136,7 @@ class Desk:
 
     async def ask_about(self, organization_id: str, question: Callable[[Here], T]) -> Reading[T]:
         """The same where nobody shows a token."""
-        if self._waiting >= QUERIES_WAITING_MAX:
-            raise Busy
-        self._waiting += 1
-        try:
-            await self._running.acquire()
-        finally:
-            self._waiting -= 1
+        await self._asking.enter()  # left in ``_ended``: the thread may outlast whoever asked
         asking = Asking(self.view, organization_id, question)
         work = asyncio.ensure_future(asyncio.to_thread(asking.run))
         work.add_done_callback(self._ended)
@@ -147,7 +148,7 @@ class Desk:
         return work.result()
 
     def _ended(self, work: "asyncio.Future[Any]") -> None:
-        self._running.release()  # now that its thread is free
+        self._asking.leave()  # now that its thread is free
         if not work.cancelled():
             work.exception()  # nobody may be left to hear of it
 

@@ -253,16 +253,16 @@ def test_waiting_ends_with_the_time(tenant: Tenant) -> None:
 
 def test_too_many_questions_are_turned_away(server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few questions run, a few wait, and who comes after is told to come back; reads from memory go on."""
-    monkeypatch.setattr(desk_module, "QUERIES_WAITING_MAX", 2)
     gate = threading.Event()
     desk = server.app.state.desk
+    monkeypatch.setattr(desk._asking, "_waiting_max", 2)
     token = next(iter(server.aggregator.catalogue.tokens.values()))
 
     async def crowd() -> tuple[list[int], httpx.Response]:
         held = [asyncio.create_task(desk.ask(token, lambda _: gate.wait(20))) for _ in range(limits.QUERIES_AT_ONCE)]
         headers = {"Authorization": f"Bearer {tenant.secret}"}
         waiting = [asyncio.create_task(server.http.get("/v1/events/", headers=headers)) for _ in range(2)]
-        while desk._waiting < 2:  # noqa: ASYNC110 - nothing tells when a request stands in line
+        while desk._asking._waiting < 2:  # noqa: ASYNC110 - nothing tells when a request stands in line
             await asyncio.sleep(0)
         turned_away = await server.http.get("/v1/events/", headers=headers)
         from_memory = await server.http.get("/v1/meters/", headers=headers)
