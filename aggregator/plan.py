@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from sqlglot import exp, parse_one
@@ -54,7 +53,6 @@ class Plan(NamedTuple):
     keys: int
     contributions: int
     statement: Statement
-    parsed: duckdb.Statement  # parsing the text again would cost as much as a thousand rows
 
 
 class _Columns:
@@ -72,8 +70,10 @@ class _Columns:
         return place
 
 
-def plan(meters: Sequence[Meter], source: str, connection: duckdb.DuckDBPyConnection) -> Plan:
-    """Compile meters over a relation with the columns of ``events``."""
+def plan(
+    meters: Sequence[Meter], source: str, written: Callable[[exp.Expr, Parameters], Statement] = statement
+) -> Plan:
+    """Compile meters over a relation with the columns of ``events``; ``written`` makes the statement of it."""
     stage, parameters = Stage(), Parameters()
     conditions, keys, contributions = _Columns("c"), _Columns("k"), _Columns("v")
     indexed = _indexed([meter.filter for meter in meters])
@@ -96,9 +96,9 @@ def plan(meters: Sequence[Meter], source: str, connection: duckdb.DuckDBPyConnec
     relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
     staged = stage.select(relation, KEPT, parameters).subquery("stage")
     columns = [*conditions.expressions, *keys.expressions, *contributions.expressions]
-    compiled = statement(exp.select(*map(exp.column, KEPT), *columns).from_(staged), parameters)
+    query = exp.select(*map(exp.column, KEPT), *columns).from_(staged)
     sizes = len(conditions.expressions), len(keys.expressions), len(contributions.expressions)
-    return Plan(choices, *sizes, compiled, connection.extract_statements(compiled.sql)[0])
+    return Plan(choices, *sizes, written(query, parameters))
 
 
 def _holds(filter: Filter, aggregation: Aggregation, stage: Stage, parameters: Parameters) -> exp.Expr:

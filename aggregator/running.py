@@ -25,6 +25,7 @@ from aggregator.directory import Directory
 from aggregator.plan import Evaluated, Plan, plan
 from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.store.slot import Slot
+from aggregator.store.sql import spelled_out
 from aggregator.store.store import Store
 from aggregator.totals import Integers
 from aggregator.view import EVER, Consumption, Total
@@ -112,11 +113,11 @@ class RunningTotals:
             return
         organizations = rows.column("organization").to_numpy()
         for number in np.unique(organizations).tolist():
+            here = organizations == number
+            self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
             compiled = self._plan(number)
             if compiled is not None:
-                here = organizations == number
-                self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
-                result = self._connection.execute(compiled.parsed, compiled.statement.parameters)
+                result = self._connection.execute(f"EXECUTE meters_of_{number}")
                 calendar = self._calendar(self._directory.organization_ids[number])
                 _scatter(self._meters, compiled, result.to_arrow_table(), calendar)
 
@@ -190,7 +191,7 @@ class RunningTotals:
 
     def _inside(self, meter: Meter, late: Mapping[int, int]) -> MeterWindows:
         number = self._directory.organizations[meter.organization_id].number
-        compiled = plan([meter], _SINCE, self._connection)
+        compiled = plan([meter], _SINCE)
         asked = {"organization": number, "subjects": list(late), "since": min(late.values())}
         begins = np.full(max(late) + 1, EVER, np.int64)
         begins[list(late)] = list(late.values())
@@ -210,7 +211,9 @@ class RunningTotals:
         if organization not in self._plans:
             organization_id = self._directory.organization_ids[organization]
             meters = [meter for meter in self._catalogue.meters_of(organization_id) if meter.id in self._meters]
-            self._plans[organization] = plan(meters, _ARRIVING, self._connection) if meters else None
+            compiled = self._plans[organization] = plan(meters, _ARRIVING, spelled_out) if meters else None
+            if compiled is not None:  # planned once: that takes as long as a thousand rows
+                self._connection.execute(f"PREPARE meters_of_{organization} AS {compiled.statement.sql}")
         return self._plans[organization]
 
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
@@ -237,7 +240,7 @@ class RunningTotals:
         number, calendar = self._directory.organizations[organization_id].number, self._calendar(organization_id)
         try:
             with self._counting_history, contextlib.closing(self._store.cursor()) as connection:
-                compiled = plan(meters, _HISTORY, connection)
+                compiled = plan(meters, _HISTORY)
                 parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
                 relation = connection.sql(compiled.statement.sql, params=parameters)
                 for batch in relation.to_arrow_reader(HISTORY_ROWS):

@@ -50,6 +50,25 @@ def statement(expression: exp.Expr, parameters: Parameters) -> Statement:
     return Statement(expression.sql(DIALECT), parameters.values)
 
 
+def spelled_out(expression: exp.Expr, parameters: Parameters) -> Statement:
+    """The same with its values in it, for PREPARE: a path in JSON has to be constant, or each EXECUTE plans anew.
+
+    Texts are written as hexadecimal digits of their bytes, which can say nothing else.
+    """
+
+    def value(node: exp.Expr) -> exp.Expr:
+        return _constant(parameters.values[node.name]) if isinstance(node, exp.Placeholder) else node
+
+    return Statement(expression.transform(value).sql(DIALECT), {})
+
+
+def _constant(value: object) -> exp.Expr:
+    if isinstance(value, list):
+        return exp.Array(expressions=[_constant(item) for item in value])
+    text = value if isinstance(value, str) else f"{value:f}"  # a number stands in a cast
+    return fixed(f"decode(from_hex('{text.encode().hex()}'))")
+
+
 def condition(filter: Filter, stage: Stage, parameters: Parameters) -> exp.Expr:
     """Whether the filter lets an event through: true, or else false or NULL."""
     if not filter.clauses:

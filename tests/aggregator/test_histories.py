@@ -117,10 +117,10 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "HISTORY_AGAIN_S", 0.01)
     plan, failures = module.plan, [duckdb.OutOfMemoryException("short"), OSError("in the middle")]
 
-    def failing(meters: Any, relation: str, connection: Any) -> Any:
+    def failing(meters: Any, relation: str, *written: Any) -> Any:
         if relation == module._HISTORY and failures:
             raise failures.pop()
-        return plan(meters, relation, connection)
+        return plan(meters, relation, *written)
 
     monkeypatch.setattr(module, "plan", failing)
     with used() as log:
