@@ -4,7 +4,7 @@
 the log first; the server starts over that. Then one reader asks for random balances over HTTP, one after the other,
 with and without a sender beside it. Its client only writes and reads bytes, so that the server is what is measured.
 Two baselines: the gateway's own ``/livez``, which is not passed on, and a meter, which is and takes the usual way
-through the framework.
+through the framework. One balance is also asked of the aggregator itself, as behind a proxy (``deploy/proxy``).
 
     python -m benchmarks.balances [--customers 100000] [--rate 5000] [--seconds 8]
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from random import Random
 from typing import Any
 from uuid import UUID
@@ -87,37 +88,42 @@ def stream(port: int, customers: int, rate: float, seconds: float) -> None:
     asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, connections=4))
 
 
-def measure(ask: Callable[[], Any], seconds: float) -> dict[str, float]:
+def measure(address: int | Path, path: Callable[[], str], seconds: float) -> dict[str, float]:
     """Latencies of reads, one after the other, as their client sees them."""
+    ask = Reader(address).get
     found, until = [], time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
-        ask()
+        ask(path())
         found.append(time.perf_counter() - began)
     p50, p99 = np.percentile(found, (50, 99)) * 1000
     return {"reads": len(found), "p50_ms": float(p50), "p99_ms": float(p99)}
 
 
-def questions(server: Server, customers: int, meter_ids: list[str]) -> dict[str, Callable[[], Any]]:
+Question = tuple[int | Path, Callable[[], str]]  # where to ask, and a path, another one each time
+
+
+def questions(server: Server, customers: int, meter_ids: list[str]) -> dict[str, Question]:
     """What is asked, again and again."""
     random = Random(1)
-    get = Reader(server.port).get
+    gateway = server.port
 
-    def balance() -> Any:
-        return get(f"/v1/customer-meters/{customer_meter_id(customer_id(random.randrange(customers)), meter_ids[0])}")
+    def balance() -> str:
+        return f"/v1/customer-meters/{customer_meter_id(customer_id(random.randrange(customers)), meter_ids[0])}"
 
-    def total() -> Any:
-        return get(f"/v1/meters/{meter_ids[0]}/usage?external_customer_id=customer-{random.randrange(customers):08d}")
+    def total() -> str:
+        return f"/v1/meters/{meter_ids[0]}/usage?external_customer_id=customer-{random.randrange(customers):08d}"
 
-    def every_meter() -> Any:
-        return get(f"/v1/customer-meters/?customer_id={customer_id(random.randrange(customers))}")
+    def every_meter() -> str:
+        return f"/v1/customer-meters/?customer_id={customer_id(random.randrange(customers))}"
 
     return {
-        "the gateway alone (baseline)": lambda: get("/livez"),
-        "a meter (baseline)": lambda: get(f"/v1/meters/{meter_ids[0]}"),
-        "one balance": balance,
-        "one total": total,
-        "a customer's ten balances": every_meter,
+        "the gateway alone (baseline)": (gateway, lambda: "/livez"),
+        "a meter (baseline)": (gateway, lambda: f"/v1/meters/{meter_ids[0]}"),
+        "one balance": (gateway, balance),
+        "one balance, no gateway between": (server.aggregator, balance),
+        "one total": (gateway, total),
+        "a customer's ten balances": (gateway, every_meter),
     }
 
 
@@ -171,8 +177,8 @@ def _read(server: Server, arguments: argparse.Namespace, meter_ids: list[str], r
         if sender is not None:
             sender.start()
             time.sleep(1)  # until it sends
-        for what, ask in asked.items():
-            report.add(what=what, beside=name, events_a_second=rate, **measure(ask, arguments.seconds))
+        for what, (address, path) in asked.items():
+            report.add(what=what, beside=name, events_a_second=rate, **measure(address, path, arguments.seconds))
         if sender is not None:
             sender.join()
 

@@ -13,7 +13,7 @@ import multiprocessing
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -71,7 +71,7 @@ class Phase:
         results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         sender.start()
-        reads = list(read_totals(server, lambda: results.empty() and sender.is_alive())) if rate else []
+        reads = read_totals(server, lambda: results.empty() and sender.is_alive()) if rate else ([], [])
         self.ledger = _taken(results, sender)
         sender.join()
         server.wait_for(end_position(server))
@@ -81,8 +81,7 @@ class Phase:
         self.peak_mb = {name: after[name]["peak_mb"] for name in after}
         edges, later = freshness(server)
         self.freshness = edges, later - counts
-        under_load = [seconds for began_s, seconds in reads if began_s >= self.ledger.began_s]
-        self.reads_ms = np.percentile(np.array(under_load) * 1000, [50, 99]).tolist() if under_load else []
+        self.reads_ms = [percentiles_ms([read for read in way if read[0] >= self.ledger.began_s]) for way in reads]
 
     @property
     def rate(self) -> float:
@@ -108,17 +107,31 @@ def _taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Pro
                 raise RuntimeError("the sender failed, see above") from None
 
 
-def read_totals(server: Server, is_sending: Callable[[], bool]) -> Iterator[tuple[float, float]]:
-    """When each read of one customer's total on one meter began, and its seconds, while there is load."""
+Reads = list[tuple[float, float]]  # when each began, and its seconds
+
+
+def read_totals(server: Server, is_sending: Callable[[], bool]) -> tuple[Reads, Reads]:
+    """Reads of one customer's total on one meter while there is load: in turns through the gateway and without it."""
     random = np.random.default_rng(3)
     ids = [meter["id"] for meter in server.http.get("/v1/meters/", params={"limit": 100}).json()["items"]]
-    reader = Reader(server.port)
+    readers = Reader(server.port), Reader(server.aggregator)
+    found: tuple[Reads, Reads] = [], []
     while is_sending():
-        customer = f"customer-{random.integers(0, 100_000):08d}"
-        began_s = time.monotonic()
-        reader.get(f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage?external_customer_id={customer}")
-        yield began_s, time.monotonic() - began_s
-        time.sleep(0.01)
+        for reader, reads in zip(readers, found, strict=True):
+            customer = f"customer-{random.integers(0, 100_000):08d}"
+            began_s = time.monotonic()
+            reader.get(f"/v1/meters/{ids[int(random.integers(0, len(ids)))]}/usage?external_customer_id={customer}")
+            reads.append((began_s, time.monotonic() - began_s))
+            time.sleep(0.005)
+    return found
+
+
+def percentiles_ms(reads: Reads) -> tuple[float | None, float | None]:
+    """The median of their times, and what one in a hundred exceeds."""
+    if not reads:
+        return None, None
+    p50, p99 = np.percentile([seconds * 1000 for _, seconds in reads], [50, 99])
+    return float(p50), float(p99)
 
 
 def freshness(server: Server) -> tuple[np.ndarray, np.ndarray]:
@@ -175,8 +188,10 @@ def row(name: str, phase: Phase) -> dict[str, Any]:
         "ack p99 ms": float(np.percentile(latencies, 99)),
         "fresh p50 ms": quantile_ms(edges, counts, 0.5),
         "fresh p99 ms": quantile_ms(edges, counts, 0.99),
-        "read p50 ms": phase.reads_ms[0] if phase.reads_ms else None,
-        "read p99 ms": phase.reads_ms[1] if phase.reads_ms else None,
+        "read p50 ms": phase.reads_ms[0][0],
+        "read p99 ms": phase.reads_ms[0][1],
+        "without gateway p50 ms": phase.reads_ms[1][0],
+        "without gateway p99 ms": phase.reads_ms[1][1],
         "gateway us/ev": 1e6 * phase.cpu_s.get("gateway", 0) / events,
         "aggregate us/ev": 1e6 * phase.cpu_s.get("aggregate", 0) / events,
         "sender us/ev": 1e6 * phase.ledger.cpu_s / events,

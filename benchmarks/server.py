@@ -32,6 +32,7 @@ class Server:
         self.data = Path(tempfile.mkdtemp(prefix="meterstream-bench-"))
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.aggregator = self.data / "api.sock"  # where a proxy sends reads that pass no gateway
         self._arguments = arguments
         self.http = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
 
@@ -130,9 +131,15 @@ class Server:
 class Reader:
     """One connection that only writes and reads bytes, because its own time is part of every latency it measures."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, address: int | Path) -> None:
+        """``address`` is a port of this machine or the path of a unix socket."""
+        if isinstance(address, Path):
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(60)
+            self._socket.connect(str(address))
+        else:
+            self._socket = socket.create_connection(("127.0.0.1", address), timeout=60)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get(self, path: str) -> bytes:
         """The body of an answer, which has to be 200."""
