@@ -184,8 +184,9 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
 
 @router.get("/v1/benefits/", responses=gives(page_of("Benefit")))
 async def list_benefits(
-    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
-    type: Texts = None, query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
+    desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None, id: Ids = None,
+    exclude_id: Ids = None, type: Texts = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
     """The organization's benefits, newest first."""
     chosen = order(sorting, ("created_at", "description"), "-created_at")
@@ -193,6 +194,8 @@ async def list_benefits(
         benefit
         for benefit in desk.catalogue.benefits.benefits_of(token.organization_id)
         if includes(organization_id, token)
+        and _is_among(benefit.id, id)
+        and not (exclude_id and _is_among(benefit.id, exclude_id))
         and (query or "").lower() in benefit.description.lower()
         and (type is None or METER_CREDIT in type)
         and has_texts(benefit.metadata, metadata)
@@ -200,6 +203,10 @@ async def list_benefits(
     found.sort(key=lambda benefit: (getattr(benefit, chosen.by), benefit.id), reverse=not chosen.ascending)
     shapes = [benefit_shape(benefit) for benefit in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+def _is_among(id: str, wanted: Ids) -> bool:
+    return wanted is None or id in map(str, wanted)
 
 
 @router.get("/v1/benefits/{id}", responses=gives(ref("Benefit")))
@@ -248,16 +255,16 @@ def _all(step: Step) -> list[Any]:
 @router.get("/v1/benefits/{id}/grants", responses=gives(page_of("BenefitGrant")))
 async def list_grants(
     desk: AtDesk, token: Reader, page: WhichPage, id: UUID, is_granted: bool | None = None,
-    customer_id: Ids = None,
+    customer_id: Ids = None, member_id: Ids = None,
 ) -> Response:  # fmt: skip
-    """Who has or had the benefit, oldest first."""
+    """Who has or had the benefit, oldest first. Customers have it, so of members nobody does."""
     benefit = benefit_of(desk, token, id)
-    wanted = None if customer_id is None else set(map(str, customer_id))
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.revoked_at is None)
-        and (wanted is None or grant.customer_id in wanted)
+        and _is_among(grant.customer_id, customer_id)
+        and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
     shapes = [grant_shape(grant, benefit, customer) for grant, customer in cut(found, page)]

@@ -69,6 +69,26 @@ def test_benefits_are_those_of_the_organization_that_is_asked_for(tenant: Tenant
     assert tenant.get("/v1/benefits/", organization_id=NOBODY)["items"] == []
 
 
+def test_benefits_are_found_and_left_out_by_their_ids(tenant: Tenant) -> None:
+    """Both parameters are repeated, as Polar's clients repeat them."""
+    meter = tenant.meter()
+    ids = [benefit(tenant, meter) for _ in range(3)]
+
+    def listed(**asked: list[str]) -> set[str]:
+        return {one["id"] for one in tenant.get("/v1/benefits/", **asked)["items"]}
+
+    assert listed(id=[ids[0], ids[2], NOBODY]) == {ids[0], ids[2]}
+    assert listed(exclude_id=ids[:2]) == {ids[2]}
+    assert listed(id=ids[:2], exclude_id=ids[1:]) == {ids[0]}
+
+
+def test_members_have_no_grants(tenant: Tenant) -> None:
+    """Customers have them; whoever asks for a member's is not shown everybody's."""
+    id = benefit(tenant, tenant.meter())
+    tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": tenant.customer()})
+    assert tenant.get(f"/v1/benefits/{id}/grants", member_id=NOBODY)["items"] == []
+
+
 def test_grants_are_found_by_any_of_several_customers(tenant: Tenant) -> None:
     """The parameter is repeated, as Polar's clients repeat it."""
     id, customers = benefit(tenant, tenant.meter()), [tenant.customer() for _ in range(3)]
