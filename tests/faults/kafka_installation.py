@@ -214,7 +214,10 @@ class KafkaInstallation:
                 return answer.status_code == 200 and all(as_of.get(place, 0) >= end for place, end in ends.items())
             return False
 
-        eventually(caught_up, look_again_s=LOOK_AGAIN_S)
+        try:
+            eventually(caught_up, look_again_s=LOOK_AGAIN_S)
+        except AssertionError as failure:
+            raise AssertionError(f"not caught up; it wrote:\n{self.aggregator.output[-4000:]}") from failure
 
     def end(self, sender: Sender, gone: Sequence[Record] = ()) -> tuple[Outcome, Counted, Tables]:
         """Settle, catch up, stop everything and compare the store with the log, line by line.
