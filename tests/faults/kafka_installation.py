@@ -32,6 +32,7 @@ from tests.waiting import eventually
 TOKEN = "polar_oat_kafka_fault_test_0123456789"
 PARTITIONS = 3
 STOP_S_MAX = 30.0
+CATCH_UP_S_MAX = 100.0  # a slow machine may need half a minute after a death; a test is cut after 120
 LOOK_AGAIN_S = 0.05  # a question costs its asker, and there are few cores
 QUICK = {"broker.session.timeout.ms": "1000", "broker.heartbeat.interval.ms": "200"}
 """A broker that was killed is let in again when its last session is over: soon, where many rounds wait for it."""
@@ -215,7 +216,7 @@ class KafkaInstallation:
             return False
 
         try:
-            eventually(caught_up, look_again_s=LOOK_AGAIN_S)
+            eventually(caught_up, CATCH_UP_S_MAX, LOOK_AGAIN_S)
         except AssertionError as failure:
             raise AssertionError(f"not caught up; it wrote:\n{self.aggregator.output[-4000:]}") from failure
 
