@@ -35,6 +35,7 @@ from meters.meter import Meter
 
 HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
+PREPARED_METERS_MAX = 5_000  # 45 MB of plans; the statements of further organizations are planned with every round
 HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short
 _ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _READ = ["subject", "ingested_at", "name", "timestamp", "metadata", "awkward"]  # what a statement of meters may look at
@@ -74,6 +75,8 @@ class RunningTotals:
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
         self._counting_history = threading.Semaphore(HISTORIES_AT_ONCE)
         self._plans: dict[int, Plan | None] = {}
+        self._prepared: dict[int, int] = {}  # meters in the statement of an organization
+        self._texts: dict[int, str] = {}  # what is executed for it
         self._threads: list[threading.Thread] = []
         self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
@@ -111,20 +114,16 @@ class RunningTotals:
         """Move the totals on by the rows of a committed round."""
         if rows.num_rows == 0:
             return
-        organizations = rows.column("organization").to_numpy()
+        organizations, arriving = rows.column("organization").to_numpy(), rows.select(_READ)
+        slot = self._arriving = self._arriving or Slot(self._connection, "arriving", arriving)
         for number in np.unique(organizations).tolist():
-            here = organizations == number
-            self._hand_over(rows.select(_READ) if here.all() else rows.select(_READ).filter(pa.array(here)))
             compiled = self._plan(number)
             if compiled is not None:
-                result = self._connection.execute(f"EXECUTE meters_of_{number}")
+                here = organizations == number
+                slot.table = arriving if here.all() else arriving.filter(pa.array(here))
+                result = self._connection.execute(self._texts[number])
                 calendar = self._calendar(self._directory.organization_ids[number])
                 _scatter(self._meters, compiled, result.to_arrow_table(), calendar)
-
-    def _hand_over(self, rows: pa.Table) -> None:
-        if self._arriving is None:
-            self._arriving = Slot(self._connection, "arriving", rows)
-        self._arriving.table = rows
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""
@@ -211,10 +210,22 @@ class RunningTotals:
         if organization not in self._plans:
             organization_id = self._directory.organization_ids[organization]
             meters = [meter for meter in self._catalogue.meters_of(organization_id) if meter.id in self._meters]
-            compiled = self._plans[organization] = plan(meters, _ARRIVING, spelled_out) if meters else None
-            if compiled is not None:  # planned once: that takes as long as a thousand rows
-                self._connection.execute(f"PREPARE meters_of_{organization} AS {compiled.statement.sql}")
+            self._plans[organization] = plan(meters, _ARRIVING, spelled_out) if meters else None
+            self._prepare(organization, self._plans[organization])
         return self._plans[organization]
+
+    def _prepare(self, organization: int, compiled: Plan | None) -> None:
+        """Plan the statement once, while there is room: that takes as long as a thousand rows."""
+        name = f"meters_of_{organization}"
+        if self._prepared.pop(organization, 0):
+            self._connection.execute(f"DEALLOCATE {name}")
+        if compiled is None:
+            return
+        sql, meters = compiled.statement.sql, len(compiled.choices)
+        self._texts[organization] = sql
+        if sum(self._prepared.values()) + meters <= PREPARED_METERS_MAX:
+            self._connection.execute(f"PREPARE {name} AS {sql}")
+            self._prepared[organization], self._texts[organization] = meters, f"EXECUTE {name}"
 
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
         for meter in meters:

@@ -132,3 +132,18 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
     assert failures == []
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
+
+
+@pytest.mark.parametrize("room", [0, module.PREPARED_METERS_MAX])
+def test_meters_count_alike_whether_their_statement_is_planned_once_or_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """There is room for a number of plans, which says nothing about what is counted."""
+    monkeypatch.setattr(module, "PREPARED_METERS_MAX", room)
+    with used() as log, Running(log, tmp_path / "store.duckdb") as running:
+        running.catch_up()
+        totals = running.engine.totals
+        found = totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
+        assert [text.startswith("EXECUTE ") for text in totals._texts.values()] == [room > 0]
+    assert found is not None
+    assert (found.count, found.sum) == used_since(0)
