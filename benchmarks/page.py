@@ -25,6 +25,7 @@ _TABLE = re.compile(r"(<!-- table (\w+)(?:: (.+?))? -->\n).*?(<!-- end -->)", re
 _MACHINE = re.compile(r"(<!-- machine (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _GOALS = re.compile(r"(<!-- goals -->\n).*?(<!-- end -->)", re.DOTALL)
 _LOW = 0.5  # of the load average: below it nothing else ran
+_STOLEN_LOW = 2  # percent of the processors' time: below it a host had no neighbors to speak of
 
 Result = Mapping[str, Any]
 
@@ -83,7 +84,9 @@ def _origin(result: Result) -> str:
     where = result["environment"]
     load = where.get("load", 0)
     beside = "" if load < _LOW else f"; other work kept {load} processes busy"
-    return f"`{where['command']}`, commit {where['commit']}{beside}"
+    stolen = where.get("stolen %", 0)
+    withheld = "" if stolen < _STOLEN_LOW else f"; the host kept {stolen} % of the processors' time"
+    return f"`{where['command']}`, commit {where['commit']}{beside}{withheld}"
 
 
 def _machine(where: Mapping[str, Any]) -> str:

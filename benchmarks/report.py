@@ -57,6 +57,12 @@ def _commit() -> str:
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
+def _processor_ticks() -> tuple[int, int]:
+    """What all processors did since the machine began: ticks the host gave to other machines, and all ticks."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
 class Report:
     """Rows of one benchmark, printed and written as JSON at the end."""
 
@@ -65,6 +71,7 @@ class Report:
         self._rows: list[dict[str, Any]] = []
         self._checks: dict[str, bool] = {}
         self._environment = environment()  # of the beginning, before this run loads the machine
+        self._ticks = _processor_ticks()
         self._console.print(f"[bold]{name}[/bold]: {question}")
 
     def add(self, **row: Any) -> None:
@@ -89,8 +96,14 @@ class Report:
             self._console.print(table)
         for what, right in self._checks.items():
             self._console.print(f"{'right' if right else '[red]WRONG[/red]'}: {what}")
+        self._environment["stolen %"] = self._stolen_percent()
         RESULTS.mkdir(exist_ok=True, parents=True)
         found = {"benchmark": self._name, "question": self._question, "environment": self._environment,
                  "checks": self._checks, "rows": self._rows}
         (RESULTS / f"{self._name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
         refresh()
+
+    def _stolen_percent(self) -> float:
+        """How much of the processors' time the host kept from this machine meanwhile: most of a slow hour's cause."""
+        stolen, ticks = (now - before for now, before in zip(_processor_ticks(), self._ticks, strict=True))
+        return round(100 * stolen / max(ticks, 1), 1)

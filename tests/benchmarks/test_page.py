@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import goals
 from benchmarks.goals import GOALS, Goal, of
 from benchmarks.page import filled, results, tables
 
@@ -58,6 +59,25 @@ def test_a_table_of_a_busy_machine_says_so() -> None:
     busy["environment"]["load"] = 3.2
 
     assert "other work kept 3.2 processes busy" in filled("<!-- table speed: who -->\n<!-- end -->", {"speed": busy})
+
+
+def test_a_table_says_what_the_host_kept() -> None:
+    """A slow hour of a machine that shares its processors with others is told from slow code."""
+    slow = json.loads(json.dumps(RESULT))
+    slow["environment"]["stolen %"] = 37.5
+
+    shown = filled("<!-- table speed: who -->\n<!-- end -->", {"speed": slow})
+
+    assert "the host kept 37.5 % of the processors' time" in shown
+
+
+def test_a_goal_of_a_long_run_takes_no_shorter_one_for_it() -> None:
+    """A million events reconciled say nothing about ten million, nor a short history about a long one."""
+    short = {"reconcile": {"rows": [{"log": 1_000_000, "wall s": 6.0, "peak MB": 100.0}]}}
+
+    found = {row["goal"]: row["reached"] for row in goals.rows(short)}
+
+    assert set(found.values()) == {"not measured"}
 
 
 @pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
