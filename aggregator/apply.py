@@ -71,11 +71,14 @@ class Chunk(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one reading of the log says. ``positions`` are the next offsets after it, for the partitions it moved."""
+    """What one reading of the log says. ``positions`` are the next offsets after it, for the partitions it moved, and
+    ``last`` the records before those.
+    """
 
     chunks: list[Chunk]
     dead: pa.Table  # of ``aggregator.letters``
     positions: dict[int, int]
+    last: dict[int, Record]
     lines: int
     organizations: list[tuple[int, str]]
     subjects: list[tuple[int, int, str, str]]
@@ -182,9 +185,8 @@ class _Reading:
 def decode(records: Sequence[Record], directory: Directory) -> Batch:
     """Turn records into rows and dead letters. Numbers new customers in ``directory``."""
     reading = _Reading(directory)
-    positions: dict[int, int] = {}
+    last = {record.partition: record for record in records}
     for record in records:
-        positions[record.partition] = record.offset + 1
         if record.timestamp_us >= LATEST_US:
             _bury(record, Reason.RECORD_TIME.at(0), reading)
             continue
@@ -203,7 +205,8 @@ def decode(records: Sequence[Record], directory: Directory) -> Batch:
     reading.close_chunk()
     organizations, subjects = directory.take_fresh()
     dead = reading.dead.table()
-    return Batch(reading.chunks, dead, positions, reading.lines + dead.num_rows, organizations, subjects)
+    positions = {partition: record.offset + 1 for partition, record in last.items()}
+    return Batch(reading.chunks, dead, positions, last, reading.lines + dead.num_rows, organizations, subjects)
 
 
 def _fast(record: Record, reading: _Reading) -> bool:

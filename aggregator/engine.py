@@ -169,12 +169,11 @@ class Engine:
     def _round(self, reading: Reading) -> None:
         batch = reading.batch
         changes = self._decide(batch) if batch.chunks else nothing(batch)
-        decisions = [(record.offset, record.value) for record in reading.control]
         decided = [(record, change) for record in reading.control for change in decode_changes(record.value)]
         caused = causes(changes.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
-        round_ = Round(batch, changes, decisions, reading.events_from, reading.control_from, caused)
+        round_ = Round(batch, changes, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
         self._seen.add(changes.keys)

@@ -11,13 +11,14 @@ nothing else is tried first.
 A file of another layout is not changed: it is refused, and ``meterstream rebuild`` makes the store again from the log.
 """
 
-VERSION = 3
+VERSION = 4
 
 TABLES = """
 CREATE TABLE about (version INTEGER, writer_epoch BIGINT);
 CREATE TABLE streams (stream VARCHAR, identity VARCHAR);
 CREATE TABLE positions (
     stream VARCHAR, log_partition INTEGER, next_offset BIGINT,
+    last_us BIGINT, -- the log's time of the record before, NULL where not known
     stored BIGINT, duplicates BIGINT, conflicts BIGINT, dead BIGINT
 );
 CREATE TABLE organizations (number INTEGER, id VARCHAR);

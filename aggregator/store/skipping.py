@@ -36,7 +36,8 @@ def skip(store: Store, lost: list[Lost]) -> None:
         connection.execute("BEGIN")
         for stream, partition, position, start in lost:
             connection.execute(
-                "UPDATE positions SET next_offset = ? WHERE stream = ? AND log_partition = ? AND next_offset = ?",
+                """UPDATE positions SET next_offset = ?, last_us = NULL
+                   WHERE stream = ? AND log_partition = ? AND next_offset = ?""",
                 [start, stream, partition, position],
             )
         connection.execute("COMMIT")

@@ -34,21 +34,21 @@ from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_changes
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record, format_position
 
 _READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
 _INTERRUPT_AGAIN_S = 0.02  # a reader between two statements cannot be interrupted, so it is tried again
 _INSERT_EVENTS = """INSERT INTO events SELECT
     seq, log_partition, log_offset, line, id_hi, id_lo, content, organization, subject, name, 'user',
     timestamp, ingested_at, external_id, parent, member_id, external_member_id, metadata, awkward FROM arriving"""
-_MOVE_ON = """UPDATE positions SET next_offset = after, stored = positions.stored + m.stored,
+_MOVE_ON = """UPDATE positions SET next_offset = after, last_us = m.last_us, stored = positions.stored + m.stored,
     duplicates = positions.duplicates + m.duplicates, conflicts = positions.conflicts + m.conflicts,
     dead = positions.dead + m.dead
 FROM moves AS m WHERE positions.stream = m.stream AND positions.log_partition = m.log_partition
     AND next_offset = before AND epoch = (SELECT writer_epoch FROM about)"""
 _MOVES = pa.schema(
     [("stream", pa.string()), ("log_partition", pa.int32()), ("before", pa.int64()), ("after", pa.int64()),
-     ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
+     ("last_us", pa.int64()), ("epoch", pa.int64()), *((name, pa.int64()) for name in Tally._fields)]
 )  # fmt: skip
 _REPLAYED = str(DeadLetterReplayed.__struct_config__.tag).encode()  # decoding every decision would take seconds
 _STORED = f"""SELECT DISTINCT ON (asked.number) {", ".join(SAID)}
@@ -73,7 +73,7 @@ class Round(NamedTuple):
 
     batch: Batch
     changes: Changes
-    control: Sequence[tuple[int, bytes]]  # (offset, changes as JSON, a line each)
+    control: Sequence[Record]  # decisions: changes as JSON, a line each
     events_from: Mapping[int, int]
     control_from: int
     causes: pa.Table | None = None  # of webhooks (``aggregator.webhooks.causes``)
@@ -186,13 +186,13 @@ class Store:
         row = self._connection.cursor().execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
         return {name: int(count or 0) for name, count in zip(names, row or (0, 0, 0, 0), strict=True)}
 
-    def newest(self) -> dict[int, tuple[int, int]]:
-        """{partition: (offset, ingestion time in microseconds since 1970)} of the newest events."""
+    def last_read(self, stream: str) -> dict[int, tuple[int, int]]:
+        """{partition: (offset, the log's time in microseconds since 1970)} of the last records that were read."""
         rows = self._connection.execute(
-            "SELECT log_partition, max(log_offset), epoch_us(arg_max(ingested_at, log_offset)) FROM events"
-            " GROUP BY log_partition"
+            "SELECT log_partition, next_offset - 1, last_us FROM positions WHERE stream = ? AND last_us IS NOT NULL",
+            [stream],
         ).fetchall()
-        return {partition: (offset, ingested_us) for partition, offset, ingested_us in rows}
+        return {partition: (offset, last_us) for partition, offset, last_us in rows}
 
     def read_through(self) -> None:
         """Read every value, so that a damaged block is found: each has a checksum. Raises duckdb.Error."""
@@ -237,10 +237,10 @@ class Store:
         connection = self._connection
         self._move(round_)
         if round_.control:
-            decisions = [(offset, value) for offset, value in round_.control if value]  # a marker decides nothing
+            decisions = [record for record in round_.control if record.value]  # a marker decides nothing
             if decisions:
                 self._insert_control(_control_table(decisions))
-            self._mark_replayed([value for _, value in decisions])
+            self._mark_replayed([record.value for record in decisions])
         if round_.batch.organizations:
             connection.executemany("INSERT INTO organizations VALUES (?, ?)", round_.batch.organizations)
         if round_.batch.subjects:
@@ -261,15 +261,16 @@ class Store:
 
     def _move(self, round_: Round) -> None:
         """Compare and set: the epoch is ours and every position is where this round began. Counts the lines."""
-        tallies = round_.changes.tallies
+        batch, tallies = round_.batch, round_.changes.tallies
         moves = [
-            (USAGE_EVENTS, partition, round_.events_from.get(partition, 0), offset, *tallies.get(partition, Tally()))
-            for partition, offset in round_.batch.positions.items()
-        ]
+            (USAGE_EVENTS, partition, round_.events_from.get(partition, 0), offset, _time_us(batch.last[partition]),
+             self.epoch, *tallies.get(partition, Tally()))
+            for partition, offset in batch.positions.items()
+        ]  # fmt: skip
         if round_.control:
-            moves.append((USAGE_CONTROL, 0, round_.control_from, round_.control[-1][0] + 1, *Tally()))
-        rows = [(*move[:4], self.epoch, *move[4:]) for move in moves]
-        if self._move_on(pa.Table.from_arrays(list(zip(*rows, strict=True)), schema=_MOVES)) != len(moves):
+            before, last = round_.control_from, round_.control[-1]
+            moves.append((USAGE_CONTROL, 0, before, last.offset + 1, _time_us(last), self.epoch, *Tally()))
+        if self._move_on(pa.Table.from_arrays(list(zip(*moves, strict=True)), schema=_MOVES)) != len(moves):
             expected = f"{format_position(round_.events_from)}, writer epoch {self.epoch}"
             raise Replaced(f"another writer was here: the store is not where this one left it ({expected})")
 
@@ -369,7 +370,7 @@ def prepare_partitions(store: Store, stream: str, partitions: Sequence[int]) -> 
         connection.execute("BEGIN")
         have = set(_positions(connection, stream))
         for partition in sorted(set(partitions) - have):
-            connection.execute("INSERT INTO positions VALUES (?, ?, 0, 0, 0, 0, 0)", [stream, partition])
+            connection.execute("INSERT INTO positions VALUES (?, ?, 0, NULL, 0, 0, 0, 0)", [stream, partition])
         connection.execute("COMMIT")
 
 
@@ -378,10 +379,14 @@ def _positions(connection: duckdb.DuckDBPyConnection, stream: str) -> dict[int, 
     return dict(rows)
 
 
-def _control_table(control: Sequence[tuple[int, bytes]]) -> pa.Table:
-    offsets, values = zip(*control, strict=True)
-    texts = pa.array(values, pa.binary()).cast(pa.string())
-    return pa.table({"log_offset": pa.array(offsets, pa.int64()), "value": texts})
+def _time_us(record: Record) -> int | None:
+    """When the log took the record. None for one without a value: it may stand for a hole, which has no time."""
+    return record.timestamp_us if record.value else None
+
+
+def _control_table(control: Sequence[Record]) -> pa.Table:
+    texts = pa.array([record.value for record in control], pa.binary()).cast(pa.string())
+    return pa.table({"log_offset": pa.array([record.offset for record in control], pa.int64()), "value": texts})
 
 
 def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:

@@ -209,7 +209,7 @@ def assert_store_tells(tables: Tables, counted: Counted) -> None:
     assert sorted(counted.dead) == sorted((row[1], row[2], row[3]) for row in tables["dead_letters"])
     assert [row[0] for row in tables["dead_letters"]] == list(range(len(counted.dead)))
     assert [row[0] for row in tables["control"]] == list(range(positions(tables, USAGE_CONTROL).get(0, 0)))
-    tallies = [row[3:] for row in tables["positions"] if row[0] == USAGE_EVENTS]
+    tallies = [row[1:] for row in tables["tallies"]]
     for column, counted_lines in enumerate(counted.tallies.values()):
         assert sum(row[column] for row in tallies) == counted_lines
 

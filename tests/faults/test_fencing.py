@@ -12,7 +12,7 @@ from aggregator.consumer import Aggregator
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Replaced, Store
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 from tests.aggregator.records import SMALL, entry
 from tests.deploy.installation import meterstream
 from tests.faults.evidence import Tables, assert_store_tells, caught_up, count, ends, export, usage, write_sample
@@ -156,6 +156,33 @@ def test_a_log_restored_from_an_older_copy_is_not_continued(
     assert before == export(tmp_path / STORE)
     assert ill.returncode == 1
     assert any(found in finding["found"] for finding in json.loads(ill.stdout))
+
+
+@pytest.mark.parametrize("stream", [USAGE_EVENTS, USAGE_CONTROL])
+def test_a_log_written_on_from_an_older_copy_is_known_by_what_was_only_read(
+    log: Log, tmp_path: Path, stream: str
+) -> None:
+    """A repetition leaves no event and a decision none either, and yet another record under its number is found."""
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    log.close()
+    move(tmp_path, backup)
+    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    later = open_log(str(tmp_path))
+    known = later.read(stream, {0: 0}, bytes_max=1)[0]
+    repetition = Entry(known.value, organization_id=known.organization_id)
+    asyncio.run(later.append(stream, [repetition]))
+    followed(later, tmp_path / STORE)
+    later.close()
+    move(tmp_path, tmp_path / "lost")
+    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    restored = open_log(str(tmp_path))
+    asyncio.run(restored.append(stream, [repetition, repetition]))
+    aggregator = Aggregator(restored, tmp_path / STORE, SMALL)
+
+    with pytest.raises(PositionLost, match=f"{stream} partition 0 has another record"):
+        aggregator.start()
+    restored.close()
 
 
 def move(data: Path, to: Path) -> None:
