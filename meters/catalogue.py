@@ -14,6 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from meters import exact_json
+from meters.aggregation import Aggregation
 from meters.benefits import BenefitChange, Benefits
 from meters.credit import CreditChange
 from meters.filter import Filter
@@ -21,6 +22,7 @@ from meters.filter_json import filter_json, parse_filter
 from meters.meter import Meter
 from meters.mirror import DeliveryApplied, Mirror
 from meters.price import MeterPriced, Prices
+from meters.property import PREFIX, written
 from meters.sessions import SessionChange, Sessions
 from meters.webhooks import WebhookChange, Webhooks
 
@@ -191,7 +193,7 @@ def meter_json(meter: Meter) -> dict[str, Any]:
     record = {name: getattr(meter, name) for name in meter.__struct_fields__}
     aggregation: dict[str, Any] = {"func": meter.aggregation.func}
     if meter.aggregation.property is not None:
-        aggregation["property"] = meter.aggregation.property
+        aggregation["property"] = written(meter.aggregation.property)
     return record | {"filter": filter_json(meter.filter), "aggregation": aggregation}
 
 
@@ -206,7 +208,9 @@ def meter_from_json(record: object) -> Meter:
     if not isinstance(filter, Filter):
         raise ValueError(f"a stored meter's filter is refused: {filter}")
     fields = {name: getattr(held, name) for name in Meter.__struct_fields__}
-    return Meter(**fields | {"filter": filter})
+    func, property = held.aggregation.func, held.aggregation.property
+    aggregation = Aggregation(func, property and property.removeprefix(PREFIX))
+    return Meter(**fields | {"filter": filter, "aggregation": aggregation})
 
 
 class Catalogue:

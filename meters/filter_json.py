@@ -11,7 +11,7 @@ from typing import Any, cast
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, round_amount
 from meters.detail import Detail, detail
 from meters.filter import ORDERING, Clause, Conjunction, Filter, Operator, Scalar, Value
-from meters.property import parse_property
+from meters.property import parse_property, written
 
 TEXT_LENGTH_MAX = 1000
 """Characters of a text value (Polar's limit), and digits of a number."""
@@ -63,7 +63,7 @@ def filter_json(filter: Filter) -> dict[str, Any]:
 
 
 def _clause_json(clause: Clause) -> dict[str, Any]:
-    return {"property": clause.property, "operator": str(clause.operator), "value": clause.value}
+    return {"property": written(clause.property), "operator": str(clause.operator), "value": clause.value}
 
 
 def _filter(value: object, loc: Loc, complaints: list[Detail], level: int) -> Filter | None:

@@ -1,7 +1,8 @@
 """How a meter names what it reads of an event.
 
 A property is a dotted path into the metadata, save for three built-in names. One leading ``metadata.`` is taken off
-when a property is parsed and not shown again. So metadata keys that are called like a built-in, or contain a dot,
+when a property is parsed and not shown again, unless the path itself begins with a key of that name: then it is shown,
+or reading what was written would take off another. So metadata keys that are called like a built-in, or contain a dot,
 cannot be reached.
 """
 
@@ -25,6 +26,11 @@ def parse_property(name: object, loc: tuple[str | int, ...]) -> str | Detail:
         message = f"String should have at most {PROPERTY_LENGTH_MAX} characters"
         return detail("string_too_long", loc, message, name)
     return name.removeprefix(PREFIX)
+
+
+def written(property: str) -> str:
+    """The inverse of ``parse_property``."""
+    return PREFIX + property if property.startswith(PREFIX) else property
 
 
 def is_built_in(name: str) -> bool:

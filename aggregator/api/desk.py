@@ -206,7 +206,7 @@ def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
 
 async def caught_up(request: Request) -> None:
     """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time."""
-    seconds = _wait_seconds(request.headers.get("prefer", ""))
+    seconds = _wait_seconds(",".join(request.headers.getlist("prefer")))
     text = request.headers.get("log-position")
     if seconds is None or not text:
         return
@@ -219,9 +219,9 @@ async def caught_up(request: Request) -> None:
 
 
 def _wait_seconds(prefer: str) -> int | None:
-    """The ``wait`` of a Prefer header (RFC 7240); None where there is none."""
+    """The ``wait`` of Prefer headers (RFC 7240), whose preferences may have parameters; None where there is none."""
     for preference in prefer.lower().split(","):
-        name, _, value = preference.strip().partition("=")
+        name, _, value = preference.partition(";")[0].partition("=")
         value = value.strip(' "')
         if name.strip() == "wait" and value.isascii() and value.isdigit():
             return int(value[:6])

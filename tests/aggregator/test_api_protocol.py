@@ -241,6 +241,24 @@ def test_a_reader_can_wait_for_what_it_wrote(server: Server, tenant: Tenant) -> 
     assert (response.json()["count"], response.headers["as-of"]) == (2, following)
 
 
+@pytest.mark.parametrize("prefer", [["handling=lenient", "wait=10"], ["wait=10; foo=bar"], ['Wait = "10";x, a=b']])
+def test_every_way_to_ask_for_waiting_is_understood(server: Server, tenant: Tenant, prefer: list[str]) -> None:
+    """In a header of its own beside others, with parameters, in quotes: an answer includes what was written."""
+    first = tenant.send(b'{"name":"a","external_customer_id":"ann","external_id":"a"}')
+    following = f"0:{int(first.split(':')[1]) + 1}"
+    headers = [("Log-Position", following), ("Authorization", f"Bearer {tenant.secret}")]
+
+    async def both() -> httpx.Response:
+        waiting = asyncio.create_task(
+            server.http.get("/v1/meters/", headers=[*headers, *(("Prefer", one) for one in prefer)])
+        )
+        await asyncio.sleep(0)
+        await server.log.append(USAGE_EVENTS, [entry(line("b"), organization_id=tenant.id)])
+        return await waiting
+
+    assert server.run(both()).headers["as-of"] == following
+
+
 def test_waiting_ends_with_the_time(tenant: Tenant) -> None:
     """When the view does not get there in time the answer comes all the same, and ``As-Of`` says how far it got."""
     at = tenant.send(b'{"name":"a","external_customer_id":"ann","external_id":"a"}')

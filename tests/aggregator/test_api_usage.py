@@ -182,6 +182,32 @@ def test_a_preview_says_what_a_meter_would_say(tenant: Tenant) -> None:
 
 
 @pytest.mark.parametrize(
+    ("func", "amounts", "largest"),
+    [
+        ("sum", {"whale": [10**20], "school": [2, 2]}, ["whale", "c9", "c8"]),
+        ("avg", {"many": [1] * 50, "few": [40]}, ["few", "c9", "c8"]),
+        ("min", {"deep": [50, -50], "flat": [10, 10]}, ["flat", "c9", "c8"]),
+        ("max", {"peak": [50, -50], "flat": [9, 9]}, ["peak", "c9", "flat"]),
+    ],
+)
+def test_a_preview_names_the_customers_with_the_largest_values(
+    tenant: Tenant, func: str, amounts: dict[str, list[int]], largest: list[str]
+) -> None:
+    """By the meter's own value, however large one amount is, and however many events another customer has."""
+    for who, tokens in ({f"c{number}": [number] for number in range(10)} | amounts).items():
+        for each in tokens:
+            tenant.event(external_customer_id=who, metadata={"tokens": each})
+    filter = {"conjunction": "and", "clauses": []}
+
+    found = tenant.post(
+        "/v1/meters/preview", {"filter": filter, "aggregation": {"func": func, "property": "tokens"}}
+    )
+
+    assert [one["external_customer_id"] for one in found["top_customers"][:3]] == largest
+    assert len(found["top_customers"]) == 10
+
+
+@pytest.mark.parametrize(
     ("definition", "complaints"),
     [
         ({}, [("missing", ["body", "filter"]), ("missing", ["body", "aggregation"])]),

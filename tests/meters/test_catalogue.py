@@ -125,9 +125,13 @@ def test_a_damaged_line_is_not_passed_over(line: bytes) -> None:
         decode_change(line)
 
 
-def test_a_meter_survives_its_json() -> None:
-    """Filter and all."""
-    assert meter_from_json(exact_json.decode(exact_json.encode(meter_json(METER)))) == METER
+@pytest.mark.parametrize("property", ["plan", "metadata.plan", "metadata.metadata.plan"])
+def test_a_meter_survives_its_json(property: str) -> None:
+    """Filter and all; a key that is called metadata itself stays in front of a path however often it is written."""
+    filter = Filter("and", [Clause(property, Operator.EQ, 1)])
+    meter = replace(METER, filter=filter, aggregation=Aggregation("sum", property))
+
+    assert meter_from_json(exact_json.decode(exact_json.encode(meter_json(meter)))) == meter
 
 
 def test_changes_applied_again_change_nothing() -> None:

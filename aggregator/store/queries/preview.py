@@ -18,7 +18,13 @@ _ABOUT = (
     "MIN(timestamp) AS first",
     "MAX(timestamp) AS last",
 )
-_LARGEST: dict[Function, str] = {"sum": "sum", "avg": "sum", "min": "min", "max": "max"}  # others: the count
+_USED: dict[Function, str] = {  # others: the count
+    "sum": "SUM(CAST(contribution AS DOUBLE))",
+    "avg": "AVG(CAST(contribution AS DOUBLE))",
+    "min": "MIN(contribution)",
+    "max": "MAX(contribution)",
+}
+"""Whose usage is the largest. Doubles, because every amount is one, near enough to find the few; what is shown is exact."""
 
 
 class CustomerUsage(NamedTuple):
@@ -30,7 +36,7 @@ class CustomerUsage(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """Everything together, and the customers with the most of it."""
+    """Everything together, and the customers whose own value is the largest, largest first."""
 
     whole: Measured
     events: int
@@ -52,17 +58,18 @@ def preview(connection: duckdb.DuckDBPyConnection, question: Question, customers
 
 def _top(connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int) -> list[CustomerUsage]:
     parameters = Parameters()
-    largest = exp.column(_LARGEST.get(question.aggregation.func, "count"), quoted=True)
-    used = exp.select("subject", *measures(question.aggregation, CONTRIBUTION))
+    aggregation = question.aggregation
+    largest = fixed(_USED.get(aggregation.func, '"count"'))
+    used = exp.select("subject", *measures(aggregation, CONTRIBUTION))
     used = used.from_(_events(question, parameters).subquery("events")).group_by("subject")
     used = used.order_by(exp.Ordered(this=largest, desc=True, nulls_first=False), "subject")
     used = used.limit(parameters.add(customers_max))
     columns = [exp.column(name, "used", quoted=True) for name in MEASURES]
     query = exp.select("kind", "text", *columns).from_(used.subquery("used"))
-    query = query.join("subjects", on="subjects.number = used.subject")
-    query = query.order_by(exp.Ordered(this=largest.copy(), desc=True, nulls_first=False), "subject")
+    query = query.join("subjects", on="subjects.number = used.subject").order_by("subject")
     rows = connection.execute(*statement(query, parameters)).fetchall()
-    return [CustomerUsage(kind, who, Measured(*found)) for kind, who, *found in rows]
+    customers = [CustomerUsage(kind, who, Measured(*found)) for kind, who, *found in rows]
+    return sorted(customers, key=lambda one: (one.measured.count > 0, one.measured.value(aggregation)), reverse=True)
 
 
 def _events(question: Question, parameters: Parameters) -> exp.Select:
