@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from aggregator.api import benefit_schemas, ingest_document
-from aggregator.api.schemas import SCHEMAS
+from aggregator.api.schemas import SCHEMAS, ref
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
@@ -30,6 +30,9 @@ is up before the view is there, the answer comes all the same and its `As-Of` sa
 Lists take `page` and `limit`; events, quantities and meters take `metadata[key]=value`, repeatable.
 
 Quantities are JSON numbers with all their digits: read them as decimals where that matters."""
+
+
+_REFUSED = {"content": {"application/json": {"schema": ref("Error")}}}
 
 
 def describe() -> str:
@@ -65,6 +68,10 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     components = document.setdefault("components", {})
     made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
     components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS | ingest_document.SCHEMAS
+    for operation in (one for methods in document["paths"].values() for one in methods.values()):
+        operation["responses"].setdefault("429", _REFUSED | {"description": "More requests a minute than the token may"})
+        if "requestBody" in operation:
+            operation["responses"].setdefault("413", _REFUSED | {"description": "A body larger than is taken"})
     document["paths"] = {ingest_document.PATH: {"post": ingest_document.OPERATION}, **document["paths"]}
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
