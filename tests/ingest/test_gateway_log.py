@@ -14,11 +14,12 @@ import pytest
 
 from ingest.log import open_log
 from ingest.log.limits import Limits
-from ingest.log.memory import Disk, MemoryLog
+from ingest.log.memory import Disk, MemoryLog, Partition
+from ingest.log.places import Places
 from meters.access import TOKEN_PREFIX
 from meters.catalogue import Customer, CustomerCreated, TokenCreated
 from meters.event import identity
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain, parse_position
 from tests.ingest.running import CREATED, RunningGateway, event
 from tests.waiting import eventually
 
@@ -58,6 +59,30 @@ def test_a_log_that_cannot_write_is_no_yes() -> None:
         assert ready.json()["checks"] == {"catalogue": True, "log": False}
         disk.full = False
         assert gateway.ingest({"events": [event(external_id="later")]}).json() == {"inserted": 1, "duplicates": 0}
+        assert gateway.client.get("/readyz").status_code == 200
+
+
+def make_again(disk: Disk, partitions: int) -> None:
+    """The events' stream, deleted and made with so many partitions."""
+    disk.places = Places({USAGE_EVENTS: partitions, USAGE_CONTROL: 1})
+    disk.streams[USAGE_EVENTS] = [Partition() for _ in range(partitions)]
+
+
+def test_partitions_that_are_gone_are_forgotten() -> None:
+    """Clients try again until the gateway has looked at the log, and none is told to give its events up."""
+    disk = Disk({USAGE_EVENTS: 4, USAGE_CONTROL: 1})
+    body = {"events": [event(external_customer_id=f"user-{number}") for number in range(40)]}
+    with RunningGateway(memory_log(disk)) as gateway:
+        assert parse_position(gateway.ingest(body).headers["log-position"]).keys() == {0, 1, 2, 3}
+        make_again(disk, 2)
+        answer = gateway.ingest(body)
+        assert (answer.status_code, answer.json()["error"]) == (503, "LogUnavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert gateway.client.get("/readyz").json()["checks"]["log"] is False
+        gateway.gateway.endpoint.learn(gateway.log.ends(USAGE_EVENTS))
+        written = parse_position(gateway.ingest(body).headers["log-position"])
+        assert written.keys() == {0, 1}
+        assert parse_position(gateway.ingest({"events": []}).headers["log-position"]) == written
         assert gateway.client.get("/readyz").status_code == 200
 
 
