@@ -116,9 +116,8 @@ class IngestEndpoint:
         return bool(self.position) and time.monotonic() >= self._not_writable_until_s
 
     def learn(self, ends: Mapping[int, int]) -> None:
-        """Hear of the log's partitions, and how far they reach."""
-        for partition, end in ends.items():
-            self.position[partition] = max(self.position.get(partition, 0), end)
+        """Hear which partitions the log has, and how far they reach; others are forgotten."""
+        self.position = dict(ends)
 
     def close(self) -> None:
         """End the thread."""
@@ -221,19 +220,28 @@ class IngestEndpoint:
             try:
                 offsets = await self._log.append(USAGE_EVENTS, entries)
             except TryAgain as error:
-                self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
-                return answers.unavailable("LogUnavailable", "The log cannot write just now.", error.retry_after_s)
+                return self._not_writable(error.retry_after_s)
+            except port.NoSuchPartition:  # made again with fewer; the next look at the log will tell
+                return self._not_writable(NOT_WRITABLE_S)
             except port.Refused as error:
                 return answers.problem(413, "RequestBodyTooLarge", str(error))
             telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
             self._not_writable_until_s = 0.0
             position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
-            self.learn(position)
+            self._advance(position)
         else:
             position = self.position
         if events is not None:
             self._recent.remember(events)
         return _accepted(admitted, verdicts, preferences, position)
+
+    def _not_writable(self, retry_after_s: float) -> Answer:
+        self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
+        return answers.unavailable("LogUnavailable", "The log cannot write just now.", retry_after_s)
+
+    def _advance(self, written: Mapping[int, int]) -> None:
+        for partition in written.keys() & self.position.keys():  # one may be gone since
+            self.position[partition] = max(self.position[partition], written[partition])
 
 
 def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 
 import msgspec
@@ -63,6 +63,7 @@ class Gateway:
         self.tail = CatalogueTail(log)
         self.endpoint = IngestEndpoint(log, self.tail, settings)
         self._upstream = Upstream(settings.upstream or "unix:")
+        self.failure: Exception | None = None  # that ended a background task; the process has to end for it
         self._looked = asyncio.Event()  # at the log, with success
         self._trouble = ""  # why the log could not be read at the last look
         telemetry.observe(self.endpoint.in_flight, self.tail)
@@ -143,8 +144,8 @@ class Gateway:
         """From startup to shutdown: the owner of every background task."""
         await receive()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.tail.run())
-            looking = tasks.create_task(self._keep_looking())
+            tasks.create_task(self._watch(self.tail.run()))
+            looking = tasks.create_task(self._watch(self._keep_looking()))
             await self.tail.wait_until_loaded(LOAD_PATIENCE_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._looked.wait(), LOAD_PATIENCE_S)
@@ -155,6 +156,13 @@ class Gateway:
         self._upstream.close()
         self.endpoint.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _watch(self, work: Coroutine[None, None, None]) -> None:
+        """Without one of its tasks a gateway looks alive and serves nobody, so whatever ended it is told."""
+        try:
+            await work
+        except Exception as error:
+            self.failure = self.failure or error
 
     async def _look_at_log(self) -> float:
         """Learn which partitions there are; the seconds until the next look."""

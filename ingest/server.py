@@ -206,6 +206,7 @@ class GatewayServer(uvicorn.Server):
             endpoint = gateway.endpoint
 
         self._settings = settings
+        self._gateway = gateway
         super().__init__(
             uvicorn.Config(
                 gateway,
@@ -224,10 +225,10 @@ class GatewayServer(uvicorn.Server):
         )
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: uvicorn's own business; once a second: the sweep."""
+        """Ten times a second: uvicorn's own business, and whether to stop; once a second: the sweep."""
         if counter % SWEEP_TICKS == 0:
             self.sweep(asyncio.get_running_loop().time())
-        return await super().on_tick(counter)
+        return await super().on_tick(counter) or self._gateway.failure is not None
 
     def sweep(self, now_s: float) -> None:
         """Cut every connection that has been late for too long."""
@@ -251,10 +252,14 @@ def _late(since_s: float | None, deadline_s: float, now_s: float) -> bool:
 def run(log: Log, settings: ServerSettings, sockets: Sequence[socket.socket] | None = None) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was begun. The caller opened ``log``, and closes it after.
 
-    ``sockets`` are listening sockets to use instead of the host and port.
+    ``sockets`` are listening sockets to use instead of the host and port. What ends a background task stops the server
+    in the same way and is raised then: whoever watches over the process can start another.
     """
     _allow_descriptors(settings.connections_max + DESCRIPTORS_SPARE)
-    GatewayServer(Gateway(log, settings), settings).run(list(sockets) if sockets else None)
+    gateway = Gateway(log, settings)
+    GatewayServer(gateway, settings).run(list(sockets) if sockets else None)
+    if gateway.failure is not None:
+        raise gateway.failure
 
 
 def _allow_descriptors(count: int) -> None:

@@ -106,6 +106,10 @@ class Refused(Exception):
     """This entry can never be taken (too large, no such partition): do not repeat it."""
 
 
+class NoSuchPartition(Refused):
+    """The partition is not there. An event could go to another, once its caller knows which there are."""
+
+
 class Log(Protocol):
     """The port. Implementations pass ``tests/contracts/test_log.py``.
 

@@ -30,6 +30,8 @@ REPLICAS_MAX = 3
 RECORD_BYTES_MAX = 28 * 1024 * 1024  # a record of 24 MiB, with its batch around it
 FUTURE_MS_MAX = 60 * 60 * 1000  # a producer's clock; without a bound one record could keep retention from ever acting
 DAY_MS = 24 * 60 * 60 * 1000
+CONFIRMING = "min.insync.replicas"
+STUCK = "more than there are replicas, so nothing can be appended: add replicas, or set it to their number"
 CONNECT_S_MAX = 5.0
 REQUEST_S_MAX = 30.0  # making a topic takes several brokers
 
@@ -62,26 +64,41 @@ def make_topics(address: Address, wanted: Wanted) -> list[Finding]:
     complaint = Complaint()
     admin = AdminClient(quiet(address.client()) | {"error_cb": complaint})
     try:
-        cluster = admin.list_topics(timeout=CONNECT_S_MAX)
-        replicas = wanted.replicas or min(REPLICAS_MAX, len(cluster.brokers))
-        found: list[Finding] = []
-        for stream, partitions in ((USAGE_EVENTS, wanted.partitions or EVENTS_PARTITIONS), (USAGE_CONTROL, 1)):
-            topic = address.topic(stream)
-            settings = _settings(stream, replicas, wanted)
-            if topic not in cluster.topics:
-                new = NewTopic(topic, partitions, replicas, config=settings)
-                admin.create_topics([new])[topic].result(REQUEST_S_MAX)
-                _await_topic(admin, topic)
-                found.append(Finding(topic, "topic", f"made with {partitions} partitions, {replicas} replicas"))
-            else:
-                asked = partitions if stream == USAGE_CONTROL or wanted.partitions else None
-                found += [*_compare_shape(admin, topic, asked), *_compare(admin, topic, settings, wanted.repair)]
-        return found
+        return _make_topics(admin, address, wanted)
     except (KafkaException, TimeoutError) as error:
         admin.poll(0)
         said = error.args[0].str() if isinstance(error, KafkaException) else "no answer in time"
         reason = f"{said}; {complaint.last}" if complaint.last else said
         raise Unreachable(f"the brokers at {address.servers}: {reason}") from error
+
+
+def _make_topics(admin: AdminClient, address: Address, wanted: Wanted) -> list[Finding]:
+    cluster = admin.list_topics(timeout=CONNECT_S_MAX)
+    brokers = len(cluster.brokers)  # that answer now; others may be away for a while
+    replicas = wanted.replicas or min(REPLICAS_MAX, brokers)
+    few = "" if wanted.replicas or replicas == REPLICAS_MAX else f"; {REPLICAS_MAX} need as many brokers to answer"
+    partitions = {USAGE_EVENTS: wanted.partitions or EVENTS_PARTITIONS, USAGE_CONTROL: 1}
+    new = {stream for stream in partitions if address.topic(stream) not in cluster.topics}
+    if new and replicas > brokers:
+        what = f"{brokers} brokers answer, too few for {replicas} replicas"
+        raise Unreachable(f"{what}: start the others, or ask for fewer with --replicas")
+    found: list[Finding] = []
+    for stream, count in partitions.items():
+        topic = address.topic(stream)
+        if stream in new:
+            _make(admin, NewTopic(topic, count, replicas, config=_settings(stream, replicas, wanted)))
+            found.append(Finding(topic, "topic", f"made with {count} partitions, {replicas} replicas{few}"))
+        else:
+            has = _shape(admin, topic)
+            asked = count if stream == USAGE_CONTROL or wanted.partitions else has[0]
+            found.append(_compare_shape(topic, has, (asked, replicas)))
+            found += _compare(admin, topic, has[1], _settings(stream, has[1], wanted), wanted.repair)
+    return found
+
+
+def _make(admin: AdminClient, topic: NewTopic) -> None:
+    admin.create_topics([topic])[topic.topic].result(REQUEST_S_MAX)
+    _await_topic(admin, topic.topic)
 
 
 def _await_topic(admin: AdminClient, topic: str) -> None:
@@ -97,7 +114,7 @@ def _settings(stream: str, replicas: int, wanted: Wanted) -> dict[str, str]:
         "cleanup.policy": "delete",
         "retention.ms": str(days * DAY_MS) if days else "-1",
         "retention.bytes": "-1",
-        "min.insync.replicas": str(max(1, replicas - 1)),
+        CONFIRMING: str(max(1, replicas - 1)),
         "unclean.leader.election.enable": "false",
         "message.timestamp.type": "CreateTime",
         "message.timestamp.after.max.ms": str(FUTURE_MS_MAX),
@@ -106,25 +123,29 @@ def _settings(stream: str, replicas: int, wanted: Wanted) -> dict[str, str]:
     return settings | ({"flush.messages": "1"} if wanted.flush else {})
 
 
-def _compare_shape(admin: AdminClient, topic: str, partitions: int | None) -> list[Finding]:
+def _shape(admin: AdminClient, topic: str) -> tuple[int, int]:
+    """How many partitions it has, and how many replicas each of them, on brokers that are away too."""
     described: Any = admin.describe_topics(TopicCollection([topic]))[topic].result(REQUEST_S_MAX)
-    count = len(described.partitions)
-    replicas = min(len(partition.replicas) for partition in described.partitions)
-    done = f"was there, with {count} partitions, {replicas} replicas"
-    wrong = ""
-    if partitions is not None and count != partitions:
-        wrong = f"has {count} partitions and not {partitions}: Kafka can add some, and cannot take any away"
-    return [Finding(topic, "topic", done, wrong)]
+    return len(described.partitions), min(len(partition.replicas) for partition in described.partitions)
 
 
-def _compare(admin: AdminClient, topic: str, settings: dict[str, str], repair: bool) -> list[Finding]:
+def _compare_shape(topic: str, has: tuple[int, int], wanted: tuple[int, int]) -> Finding:
+    """Partitions and replicas. Neither is ever changed here."""
+    wrong = []
+    if has[0] != wanted[0]:
+        wrong.append(f"has {has[0]} partitions and not {wanted[0]}: Kafka can add some, and cannot take any away")
+    if has[1] < wanted[1]:
+        wrong.append(f"has {has[1]} replicas and not {wanted[1]}: kafka-reassign-partitions.sh adds some")
+    return Finding(topic, "topic", f"was there, with {has[0]} partitions, {has[1]} replicas", "; ".join(wrong))
+
+
+def _compare(admin: AdminClient, topic: str, replicas: int, settings: dict[str, str], repair: bool) -> list[Finding]:
     resource = ConfigResource(ResourceType.TOPIC, topic)
     found: Any = admin.describe_configs([resource])[resource].result(REQUEST_S_MAX)
-    differing = {
-        name: (found[name].value if name in found else "unknown to this Kafka", value)
-        for name, value in settings.items()
-        if name not in found or found[name].value != value
-    }
+    held = {name: found[name].value if name in found else "unknown to this Kafka" for name in settings}
+    differing = {name: (held[name], value) for name, value in settings.items() if not _fits(name, held[name], value)}
+    stuck = _count(held[CONFIRMING]) > replicas
+    left = [Finding(topic, CONFIRMING, f"left at {held[CONFIRMING]}", STUCK)] if stuck else []
     if repair and differing:
         changes = [
             ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
@@ -132,5 +153,14 @@ def _compare(admin: AdminClient, topic: str, settings: dict[str, str], repair: b
         ]
         changed = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=changes)
         admin.incremental_alter_configs([changed])[changed].result(REQUEST_S_MAX)
-        return [Finding(topic, name, f"changed from {was} to {value}") for name, (was, value) in differing.items()]
-    return [Finding(topic, name, f"left at {was}", f"should be {value}") for name, (was, value) in differing.items()]
+        return left + [Finding(topic, name, f"changed from {was} to {new}") for name, (was, new) in differing.items()]
+    return left + [Finding(topic, name, f"left at {was}", f"should be {new}") for name, (was, new) in differing.items()]
+
+
+def _fits(name: str, held: str, value: str) -> bool:
+    """More replicas that have to confirm are somebody's decision for safety; a repair never makes them fewer."""
+    return held == value or (name == CONFIRMING and _count(held) > int(value))
+
+
+def _count(held: str) -> int:
+    return int(held) if held.isdigit() else 0

@@ -55,13 +55,17 @@ class Writer:
     """A producer for all streams. ``submit`` is for event loops, ``close`` for anybody."""
 
     def __init__(self, address: Address, limits: Limits) -> None:
+        """Start the thread; nobody is connected to yet. Raises TryAgain where librdkafka makes no producer."""
         self._settings = _settings(address, limits)
         self._retry_after_s = limits.retry_after_s
         self._finished: list[Call] = []
         self._look_again = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()  # between the last submit and close
-        self._producer = Producer(self._settings)
+        try:
+            self._producer = Producer(self._settings)
+        except KafkaException as error:  # a file of certificates that is just being replaced
+            raise TryAgain(f"the log has no producer: {error.args[0].str()}", self._retry_after_s) from error
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ingest.log.limits import Limits
-from meters.log import LATEST_US, USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused
+from meters.log import LATEST_US, USAGE_CONTROL, USAGE_EVENTS, Entry, NoSuchPartition, Record, Refused
 
 # One partition keeps every order there is; more of them help readers only when there are several readers.
 PARTITIONS: Mapping[str, int] = {USAGE_EVENTS: 1, USAGE_CONTROL: 1}
@@ -24,9 +24,9 @@ class Places:
         return range(self.partitions[stream])
 
     def check(self, stream: str, partition: int) -> None:
-        """Raises Refused if there is no such partition."""
+        """Raises NoSuchPartition, or Refused if there is no such stream."""
         if partition not in self.of(stream):
-            raise Refused(f"{stream} has no partition {partition}")
+            raise NoSuchPartition(f"{stream} has no partition {partition}")
 
     def check_all(self, stream: str, partitions: Iterable[int]) -> None:
         """Raises Refused if there is no such stream, or one of the partitions is not there."""

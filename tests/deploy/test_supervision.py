@@ -1,6 +1,9 @@
 """How often a child is started again, and when that ends."""
 
 import asyncio
+import contextlib
+import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from deploy import serve
-from deploy.giving_up import GiveUp
+from deploy.giving_up import BUG, GiveUp
 from deploy.serve import CRASHES_MAX, Child
+from ingest.log import open_log
+from ingest.log.sqlite_file import FILE_NAME, PAGE_BYTES
+from tests.deploy.installation import meterstream
 
 COUNTING = "import sys; open(sys.argv[1], 'a').write('started '); raise SystemExit(int(sys.argv[2]))"
 
@@ -47,6 +53,28 @@ def test_a_child_that_explains_itself_is_not_started_again(tmp_path: Path, exit_
     assert starts == 1
     assert failure is not None
     assert failure.exit_code == exit_code
+
+
+def damage(data: Path) -> None:
+    """Make a log of which everything can be read but how far the events reach."""
+    open_log(f"embedded:{data}").close()
+    with contextlib.closing(sqlite3.connect(data / FILE_NAME)) as connection:
+        [(page,)] = connection.execute("SELECT rootpage FROM sqlite_master WHERE name LIKE 'usage_events%'")
+    with (data / FILE_NAME).open("r+b") as file:
+        file.seek((page - 1) * PAGE_BYTES)
+        file.write(b"\xff" * PAGE_BYTES)
+
+
+def test_a_gateway_that_cannot_go_on_ends_as_a_crash(tmp_path: Path) -> None:
+    """Its process does not linger: one line says why, and the exit code lets whoever supervises start another."""
+    damage(tmp_path)
+
+    ended = meterstream("gateway", "--data", str(tmp_path), "--port", "0")
+
+    [line] = ended.stderr.splitlines()
+    assert json.loads(line)["event"] == "crashed"
+    assert "the log is damaged" in json.loads(line)["exception"]
+    assert ended.returncode == BUG
 
 
 def test_a_stopped_child_stays_stopped() -> None:

@@ -69,6 +69,11 @@ class RunningGateway:
         assert not self._thread.is_alive()
 
     @property
+    def is_running(self) -> bool:
+        """Whether the server has not ended yet."""
+        return self._thread.is_alive()
+
+    @property
     def authorization(self) -> dict[str, str]:
         """The header of the first token."""
         return {"authorization": f"Bearer {self.secret}"}

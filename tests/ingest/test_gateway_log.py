@@ -14,11 +14,12 @@ import pytest
 
 from ingest.log import open_log
 from ingest.log.limits import Limits
-from ingest.log.memory import Disk, MemoryLog
+from ingest.log.memory import Disk, MemoryLog, Partition
+from ingest.log.places import Places
 from meters.access import TOKEN_PREFIX
 from meters.catalogue import Customer, CustomerCreated, TokenCreated
 from meters.event import identity
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, TryAgain, parse_position
 from tests.ingest.running import CREATED, RunningGateway, event
 from tests.waiting import eventually
 
@@ -58,6 +59,30 @@ def test_a_log_that_cannot_write_is_no_yes() -> None:
         assert ready.json()["checks"] == {"catalogue": True, "log": False}
         disk.full = False
         assert gateway.ingest({"events": [event(external_id="later")]}).json() == {"inserted": 1, "duplicates": 0}
+        assert gateway.client.get("/readyz").status_code == 200
+
+
+def make_again(disk: Disk, partitions: int) -> None:
+    """The events' stream, deleted and made with so many partitions."""
+    disk.places = Places({USAGE_EVENTS: partitions, USAGE_CONTROL: 1})
+    disk.streams[USAGE_EVENTS] = [Partition() for _ in range(partitions)]
+
+
+def test_partitions_that_are_gone_are_forgotten() -> None:
+    """Clients try again until the gateway has looked at the log, and none is told to give its events up."""
+    disk = Disk({USAGE_EVENTS: 4, USAGE_CONTROL: 1})
+    body = {"events": [event(external_customer_id=f"user-{number}") for number in range(40)]}
+    with RunningGateway(memory_log(disk)) as gateway:
+        assert parse_position(gateway.ingest(body).headers["log-position"]).keys() == {0, 1, 2, 3}
+        make_again(disk, 2)
+        answer = gateway.ingest(body)
+        assert (answer.status_code, answer.json()["error"]) == (503, "LogUnavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert gateway.client.get("/readyz").json()["checks"]["log"] is False
+        gateway.gateway.endpoint.learn(gateway.log.ends(USAGE_EVENTS))
+        written = parse_position(gateway.ingest(body).headers["log-position"])
+        assert written.keys() == {0, 1}
+        assert parse_position(gateway.ingest({"events": []}).headers["log-position"]) == written
         assert gateway.client.get("/readyz").status_code == 200
 
 
@@ -119,6 +144,60 @@ class HeldLog(MemoryLog):
         if stream == USAGE_EVENTS:
             await asyncio.to_thread(self.let_go.wait)
         return offsets
+
+
+class FailingLog(HeldLog):
+    """Such a log, of which one question about a stream fails in a way that nobody expects."""
+
+    def __init__(self) -> None:
+        super().__init__(Disk(), lambda: 0, Limits())
+        self.let_go = threading.Event()
+        self.failures: dict[str, Exception] = {}
+
+    def read(self, stream: str, *arguments: Any, **options: Any) -> Any:
+        """Records, or the failure."""
+        self._fail_once(stream)
+        return super().read(stream, *arguments, **options)
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """Where the stream ends, or the failure."""
+        self._fail_once(stream)
+        return super().ends(stream)
+
+    def _fail_once(self, stream: str) -> None:
+        if stream in self.failures:
+            raise self.failures.pop(stream)
+
+
+@pytest.mark.parametrize(
+    ("stream", "failure"), [(USAGE_EVENTS, PositionLost("damaged once")), (USAGE_CONTROL, KeyError(1))]
+)
+def test_a_gateway_that_lost_a_background_task_ends(
+    stream: str, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer 503 for ever. It stops as if it were asked to: what it took before is answered with yes."""
+    monkeypatch.setattr("ingest.gateway.LOG_LOOK_S", 0.01)
+    log = FailingLog()
+    with RunningGateway(log) as gateway, concurrent.futures.ThreadPoolExecutor(1) as clients:
+        eventually(lambda: gateway.client.get("/readyz").status_code == 200)
+        held = clients.submit(gateway.ingest, content=BODY)
+        eventually(lambda: sum(MemoryLog.ends(log, USAGE_EVENTS).values()))
+        log.failures[stream] = failure
+        eventually(lambda: not is_listening(gateway))
+        assert not held.done()
+        log.let_go.set()
+        assert held.result().status_code == 200
+        eventually(lambda: not gateway.is_running)
+        assert gateway.gateway.failure is failure
+
+
+def is_listening(gateway: RunningGateway) -> bool:
+    """Whether it takes another connection."""
+    try:
+        with gateway.connect():
+            return True
+    except ConnectionRefusedError:
+        return False
 
 
 def test_a_repeated_request_after_a_lost_answer_has_the_same_identities() -> None:

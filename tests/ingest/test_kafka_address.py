@@ -1,0 +1,41 @@
+"""What a kafka URL may ask of the producer, and what is said where there is none. No broker is needed for it."""
+
+from pathlib import Path
+
+import pytest
+
+from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_writer import Writer
+from ingest.log.limits import Limits
+from meters.log import TryAgain
+
+URL = "kafka://127.0.0.1:1/nobody"
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "0.001", "301", "inf", "nan"])
+def test_a_delivery_has_a_bounded_time(number: str) -> None:
+    """What librdkafka would refuse, or take for "for ever", is refused with the URL and not at the first event."""
+    with pytest.raises(ValueError, match="delivery_timeout_s is a number from 1 to 300, and not"):
+        parse_address(f"{URL}?delivery_timeout_s={number}", {})
+
+
+@pytest.mark.parametrize("number", ["-1", "501", "20000", "inf", "nan"])
+def test_a_pause_for_more_records_is_shorter_than_any_delivery(number: str) -> None:
+    """Or there would be no time left to deliver."""
+    with pytest.raises(ValueError, match="linger_ms is a number from 0 to 500, and not"):
+        parse_address(f"{URL}?linger_ms={number}", {})
+
+
+@pytest.mark.parametrize("delivery_timeout_s", [1, 300])
+@pytest.mark.parametrize("linger_ms", [0, 500])
+def test_whatever_a_url_may_say_makes_a_producer(delivery_timeout_s: int, linger_ms: int) -> None:
+    """The ends of both ranges together, too."""
+    address = parse_address(f"{URL}?delivery_timeout_s={delivery_timeout_s}&linger_ms={linger_ms}", {})
+    Writer(address, Limits()).close()
+
+
+def test_a_producer_that_cannot_be_made_is_asked_for_again(tmp_path: Path) -> None:
+    """Certificates may be gone for a moment while somebody replaces them: that is TryAgain, and no bug."""
+    address = parse_address(f"{URL}?security_protocol=SSL&ssl_ca={tmp_path / 'gone.pem'}", {})
+    with pytest.raises(TryAgain, match="certificate"):
+        Writer(address, Limits())
