@@ -382,7 +382,7 @@ class Forwarder:
         self._state.set(
             seen_us=now_us, circuit=self._circuit.state(now_us), open_until_us=self._circuit.open_until_us,
             rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew_us, server=self._upstream.url,
-            is_raw=self._wishes.is_raw,
+            is_raw=self._wishes.is_raw, window_s=self._wishes.window_s,
         )  # fmt: skip
         lane, selection = (RAW, self._wishes.selection) if self._wishes.is_raw else (ROLLUP, Selection())
         pending, oldest_us = self._source.backlog(self._position(lane), selection)

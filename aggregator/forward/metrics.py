@@ -63,6 +63,7 @@ def _metrics(state: State) -> Iterator[Metric]:
         "pending_events": ("Events that are counted and not yet taken", flags.get("pending") or 0),
         "waiting_events": ("Events that are taken and wait: of the future, or rollups", waiting),
         "oldest_unsent_seconds": ("Age of the oldest event that Polar does not have", age_s),
+        "window_seconds": ("Window of rollups, which are sent once it has ended", flags.get("window_s") or 0),
         "events_per_second": ("Events that Polar took during the last minute, per second", flags.get("rate") or 0),
         "circuit_open": ("Whether Polar failed so often that it is only probed", flags.get("circuit") != "closed"),
         "stopped": ("Whether somebody has to do something", bool(flags.get("stopped"))),

@@ -4,7 +4,10 @@ import contextlib
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -19,6 +22,7 @@ from tests.waiting import eventually
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
 REPLACED = "meterstream_aggregator;"  # in the map of reads: what the README replaces to send them through a gateway
 GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"
+FOR_READS = "server gateway:8000 max_fails=0;"
 AGGREGATOR = "server aggregator:8000 max_fails=0;"
 LISTEN = "listen 8080;"
 # One process, that writes to a directory of its own alone.
@@ -44,6 +48,7 @@ def proxy(directory: Path, gateways: list[str], aggregator: str, shipped_text: s
     port, text = take_port(), shipped_text or SHIPPED.read_text()
     for shipped, here in (
         (GATEWAY, " ".join(f"server {gateway} max_fails=2 fail_timeout=5s;" for gateway in gateways)),
+        (FOR_READS, " ".join(f"server {gateway} max_fails=0;" for gateway in gateways)),
         (AGGREGATOR, f"server {aggregator} max_fails=0;"),
         (LISTEN, f"listen 127.0.0.1:{port};"),
     ):
@@ -157,7 +162,7 @@ def test_a_page_may_read_what_it_asked_for(through: httpx.Client, version: bytes
 def test_all_reads_can_be_sent_through_a_gateway(running: Installation, tmp_path: Path) -> None:
     """As the README says, with two words of the shipped file changed: each is passed on, without another way there."""
     assert SHIPPED.read_text().count(REPLACED) == 2
-    changed = SHIPPED.read_text().replace(REPLACED, "meterstream_gateways;")
+    changed = SHIPPED.read_text().replace(REPLACED, "meterstream_gateways_for_reads;")
     headers = {"authorization": f"Bearer {running.token}"}
     before = passed_on(running)
     with proxy(tmp_path, [running.url.removeprefix("http://")], f"127.0.0.1:{take_port()}", changed) as url:
@@ -206,3 +211,49 @@ def test_nobody_behind_the_proxy_is_a_reason_to_come_back(tmp_path: Path, path: 
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"] == "ServiceUnavailable"
+
+
+class _SlowReads(BaseHTTPRequestHandler):
+    """A gateway in front of an aggregator that hangs: it takes events, and answers no read."""
+
+    protocol_version = "HTTP/1.1"
+    over = threading.Event()
+
+    def do_GET(self) -> None:
+        """Nothing, until the test is over."""
+        self.over.wait(30)
+
+    def do_POST(self) -> None:
+        """Taken."""
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+
+def test_reads_that_hang_do_not_keep_events_out(tmp_path: Path) -> None:
+    """Gateways that wait for the aggregator in vain are not taken for dead by those who send events."""
+    impatient = SHIPPED.read_text().replace("proxy_read_timeout 65s;", "proxy_read_timeout 1s;")
+    gateways = [ThreadingHTTPServer(("127.0.0.1", 0), _SlowReads) for _ in range(2)]
+    for gateway in gateways:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+    try:
+        with (
+            proxy(tmp_path, [f"127.0.0.1:{gateway.server_port}" for gateway in gateways], "127.0.0.1:1", impatient) as url,
+            httpx.Client(base_url=url, timeout=30) as client,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            reads = list(pool.map(lambda _: client.get("/v1/meters/", headers=PAGE).status_code, range(8)))
+            sent = [client.post("/v1/events/ingest", json={"events": []}).status_code for _ in range(8)]
+    finally:
+        _SlowReads.over.set()
+        for gateway in gateways:
+            gateway.shutdown()
+            gateway.server_close()
+
+    assert impatient != SHIPPED.read_text()
+    assert (set(reads), set(sent)) == ({503}, {200})

@@ -134,8 +134,9 @@ def test_a_forwarder_that_is_away_is_seen_by_its_silence(tmp_path: Path) -> None
     metrics = ForwardingMetrics(tmp_path / "forward.sqlite")
     assert list(metrics.collect()) == []
     state = State(tmp_path / "forward.sqlite")
-    state.set(seen_us=1_700_000_000_000_000, pending=0)
+    state.set(seen_us=1_700_000_000_000_000, pending=0, window_s=3600)
     found = {family.name: family.samples for family in metrics.collect()}
     (oldest,) = found["meterstream_forward_oldest_unsent_seconds"]
     assert oldest.value > 10_000_000
+    assert [sample.value for sample in found["meterstream_forward_window_seconds"]] == [3600]
     state.close()
