@@ -53,6 +53,7 @@ class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
     port: int = 8000  # 0 takes any free one
     head_deadline_s: float = HEAD_DEADLINE_S
     write_deadline_s: float = WRITE_DEADLINE_S
+    idle_deadline_s: int = IDLE_DEADLINE_S
     connections_max: int = CONNECTIONS_MAX
 
 
@@ -103,6 +104,8 @@ class Protocol(HttpToolsProtocol):
 
     def _begin_exchange(self) -> bool:
         """Take the short way if the request is an ordinary one, and the first in line."""
+        if self.timeout_keep_alive_task is not None:  # the request before was answered within this piece of data
+            self._unset_keepalive_if_required()
         self.exchange = None
         headers = ordinary(self.parser.get_method(), self.url, self.headers)
         if headers is None or self.parser.get_http_version() != "1.1":
@@ -139,11 +142,19 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return  # a body that was held is let go of when the connection is lost
         self.body_since_s = None
-        if self.exchange is None:
+        if self.cycle.response_complete:
+            self._await_next()
+        elif self.exchange is None:
             super().on_message_complete()
         elif (task := self.exchange.complete()) is not None:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+
+    def _await_next(self) -> None:
+        """The rest of an answered body came: uvicorn ended its wait for the next request then, and began no other."""
+        if self.timeout_keep_alive_task is None:
+            let_go = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, let_go)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: let go of a body that will not become whole."""
@@ -218,7 +229,7 @@ class GatewayServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=IDLE_DEADLINE_S,
+                timeout_keep_alive=settings.idle_deadline_s,
                 timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
             )
         )

@@ -202,6 +202,19 @@ def test_a_refused_body_is_thrown_away_and_the_connection_goes_on(gateway: Runni
     assert exchange(gateway, refused + body + LIVEZ) == [401, 200]
 
 
+@pytest.mark.parametrize("unusual", [[], ["origin: x"]], ids=["short way", "ASGI"])
+def test_a_client_that_is_silent_after_a_refusal_is_let_go(unusual: list[str]) -> None:
+    """Silence ends a connection, be it that the body came with its head or only after the refusal (401)."""
+    with RunningGateway(idle_deadline_s=1) as gateway, gateway.connect() as at_once, gateway.connect() as after:
+        head = request(gateway, *unusual, body=b"", length=len(BODY)).replace(b"Bearer ", b"Bearer not ")
+        at_once.sendall(head + BODY)
+        after.sendall(head)
+        assert statuses(after.recv(65536)) == [401]
+        after.sendall(BODY)
+        assert statuses(receive_all(at_once)) == [401]
+        assert statuses(receive_all(after)) == []
+
+
 def test_two_hundred_slow_clients_do_not_stand_in_the_way(gateway: RunningGateway) -> None:
     """Half heads, half bodies and silence: good clients are answered meanwhile, and the slow ones are cut in time."""
     half_body = request(gateway, body=BODY[:10], length=len(BODY))
