@@ -3,7 +3,7 @@
 uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So its protocol is given a clock and a
 ruler: a request whose head is late or long is answered and cut, an answer that nobody reads is cut, and beyond a
 number of connections a new one is told to come back. One sweep a second looks at all of them; a request pays for it
-with two assignments.
+with a few assignments.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
@@ -71,6 +71,7 @@ class Protocol(HttpToolsProtocol):
         self.unread_since_s: float | None = None  # a body still arrives though its request is answered
         self.blocked_since_s: float | None = None  # the client does not read
         self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
+        self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
         self.body_since_s: float | None = None  # its body still arrives
         super().connection_made(transport)
         if len(self.connections) > self.connections_max:
@@ -103,10 +104,13 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def _begin_exchange(self) -> bool:
-        """Take the short way if the request is an ordinary one, and the first in line."""
+        """Take the short way if the request is an ordinary one, the first in line, and the client reads its answers."""
+        self.exchange = None
         if self.timeout_keep_alive_task is not None:  # the request before was answered within this piece of data
             self._unset_keepalive_if_required()
-        self.exchange = None
+            return False  # thousands of refusals may fit into a piece, and are written only after it
+        if self.blocked_since_s is not None:  # the ASGI way waits with its answer, and holds what follows
+            return False
         headers = ordinary(self.parser.get_method(), self.url, self.headers)
         if headers is None or self.parser.get_http_version() != "1.1":
             return False
@@ -117,9 +121,13 @@ class Protocol(HttpToolsProtocol):
             self.endpoint, self.server_state.default_headers, keep_alive=self.parser.should_keep_alive(),
             write=self._write, done=self.on_response_complete,
         )  # fmt: skip
-        self.cycle = exchange  # type: ignore[assignment]
+        self.cycle = self.answering = exchange  # type: ignore[assignment]
         exchange.begin(headers)
         return True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _write(self, data: bytes, keep_alive: bool) -> None:
         self.transport.write(data)
@@ -160,6 +168,8 @@ class Protocol(HttpToolsProtocol):
         """The client is gone: let go of a body that will not become whole."""
         if self.exchange is not None and self.body_since_s is not None:
             self.exchange.abandon()
+        if self.answering is not None:  # uvicorn tells the last request in line only
+            self.answering.disconnected = True
         super().connection_lost(exc)
 
     def body_late(self) -> None:
