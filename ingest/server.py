@@ -200,6 +200,11 @@ class Protocol(HttpToolsProtocol):
         self.blocked_since_s = None
         super().resume_writing()
 
+    def abandon(self) -> None:
+        """End the connection with what the client leaves unread."""
+        telemetry.CONNECTIONS_CUT.labels("unread").inc()
+        self.transport.abort()
+
     def cut(self, reason: str, answer: Answer | None = None) -> None:
         """Close the connection, with an answer unless another one is under way."""
         if self.transport.is_closing():
@@ -255,14 +260,16 @@ class GatewayServer(uvicorn.Server):
         connections: set[Any] = self.server_state.connections
         telemetry.CONNECTIONS.set(len(connections))
         for connection in list(connections):
-            if _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
+            if connection.blocked_since_s is None and connection.transport.is_closing():
+                connection.blocked_since_s = now_s  # it ends with what is left to write, however little that is
+            if _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):
+                connection.abandon()
+            elif _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
                 connection.cut("head", answers.timed_out())
             elif _late(connection.body_since_s, self._settings.body_deadline_s, now_s):
                 connection.body_late()
             elif _late(connection.unread_since_s, self._settings.body_deadline_s, now_s):
                 connection.cut("body")
-            elif _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):
-                connection.cut("unread")
 
 
 def _late(since_s: float | None, deadline_s: float, now_s: float) -> bool:

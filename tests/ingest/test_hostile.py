@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from ingest.exchange import Exchange
 from ingest.limits import HEAD_BYTES_MAX, MEBIBYTE, PIPELINED_MAX
@@ -290,6 +291,21 @@ def test_answers_that_nobody_reads_are_waited_with(caplog: pytest.LogCaptureFixt
         connection.close()
         eventually(lambda: not there.server_state.connections and not there.tasks)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_connection_is_not_closing_for_ever() -> None:
+    """A little that nobody reads, too little to hold anything up, does not keep a silent client's connection."""
+    with RunningGateway(idle_deadline_s=1, write_deadline_s=0.5) as gateway, unread(gateway) as (connection, there):
+        connections = there.server_state.connections
+
+        def ask() -> int:
+            before = there.server_state.total_requests
+            connection.sendall(request(gateway, body=b'["%s"]' % (b"x" * 16_000)))
+            eventually(lambda: there.server_state.total_requests > before)
+            return int(there.transport.get_write_buffer_size())
+
+        assert 0 < eventually(ask) < HIGH_WATER_LIMIT
+        eventually(lambda: not connections, patience_s=10)
 
 
 def test_connections_have_a_limit() -> None:
