@@ -19,7 +19,7 @@ import httptools
 from ingest import answers
 from ingest.answers import Answer, Headers
 from ingest.body import WITH_BODY, Message, Send
-from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX
+from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX, PASSTHROUGH_IDLE_DEADLINE_S
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -71,18 +71,18 @@ class _Connection(asyncio.Protocol):
         self.asked = True
         self.transport.write(request)
         while not (self._writable or self.closed):
-            await self._news()
+            await self._news(PASSTHROUGH_IDLE_DEADLINE_S)
         while not (self.status or self.closed):
             await self._news(PASSTHROUGH_ANSWER_DEADLINE_S)
         if not self.status:
             raise ViewUnavailable
 
     async def piece(self) -> bytes:
-        """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable."""
+        """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable, TimeoutError."""
         while not (self._chunks or self.complete):
             if self.closed:
                 raise ViewUnavailable
-            await self._news()
+            await self._news(PASSTHROUGH_IDLE_DEADLINE_S)
         arrived, self._chunks, self._buffered = self._chunks, [], 0
         if not self.complete and not self.closed:
             self.transport.resume_reading()
@@ -93,16 +93,15 @@ class _Connection(asyncio.Protocol):
         self.closed = True
         self.transport.abort()
 
-    async def _news(self, deadline_s: float | None = None) -> None:
+    async def _news(self, deadline_s: float) -> None:
         """Wait until something happens here. Raises TimeoutError."""
         waiter = self._waiter = self._loop.create_future()
-        timer = None if deadline_s is None else self._loop.call_later(deadline_s, _expire, waiter)
+        timer = self._loop.call_later(deadline_s, _expire, waiter)
         try:
             await waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -169,8 +168,8 @@ class Upstream:
     async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
         """Ask for ``path`` what the request asks, and send back the answer; its status.
 
-        An answer that breaks off in the middle is left unfinished, and the server cuts the connection: half an answer
-        is never taken for a whole one.
+        An answer that breaks off or falls silent in the middle is left unfinished, and the server cuts the connection:
+        half an answer is never taken for a whole one.
         """
         try:
             async with asyncio.timeout(SLOT_S_MAX):
