@@ -1,15 +1,17 @@
 """Everything but ingestion, passed on to the query API.
 
-The query API lives in the aggregator, behind a unix socket (or an http address). A request goes there whole, so that
-a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they arrive. Headers
-that concern one connection only are left out. While the aggregator is away the answer is 503 with Retry-After: reads
-wait, events are taken all the same.
+The query API lives in the aggregator, behind a unix socket (or an address of http or https). A request goes there
+whole, so that a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they
+arrive. Headers that concern one connection only are left out. While the aggregator is away the answer is 503 with
+Retry-After: reads wait, events are taken all the same.
 
 The client is made for this one hop: HTTP/1.1 over a few kept connections, parsed as the server parses, no redirects,
 no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a general client costs instead.
 """
 
 import asyncio
+import logging
+import ssl
 from collections.abc import Iterable
 from typing import cast
 from urllib.parse import urlsplit
@@ -28,11 +30,14 @@ HOP_BY_HOP = frozenset({
 FRAMING = frozenset({b"host", b"content-length"})  # whatever a client's `Connection` says, these belong to the message
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}  # the gateway's own server says these
 
-CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all
+PORTS = {"http": 80, "https": 443}  # of an address that names none
+CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all, TLS in three round trips
 IDLE_S = 2.0  # kept connections are used within this, well before the other side lets go of them (5 s)
 BUFFER_BYTES = 256 * 1024  # of an answer held for a client that reads more slowly than the API writes
 SLOT_S_MAX = 10.0  # a question waits in line for a slot; behind so many slow ones it may as well come again
 RETRY_AFTER_S = 1  # an aggregator restarts in about a second
+
+logger = logging.getLogger("ingest.passthrough")
 
 
 class ViewUnavailable(Exception):
@@ -158,10 +163,12 @@ def _expire(waiter: "asyncio.Future[None]") -> None:
 
 
 class Upstream:
-    """The query API at ``unix:PATH`` or ``http://HOST:PORT``, with the connections kept to it."""
+    """The query API at ``unix:PATH`` or ``http[s]://HOST:PORT``, with the connections kept to it."""
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self._tls = ssl.create_default_context() if address.startswith("https:") else None
+        self._is_distrust_said = False
         self._idle: list[_Connection] = []
         self._slots = asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_MAX)
 
@@ -256,9 +263,22 @@ class Upstream:
                 if kind == "unix":
                     return (await loop.create_unix_connection(_Connection, path))[1]
                 parts = urlsplit(self._address)
-                return (await loop.create_connection(_Connection, parts.hostname or "", parts.port or 80))[1]
+                host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+                return (await loop.create_connection(_Connection, host, port, ssl=self._tls))[1]
         except (OSError, TimeoutError) as error:
+            if isinstance(error, ssl.SSLError):
+                self._say_distrust(error)
             raise ViewUnavailable from error
+
+    def _say_distrust(self, error: ssl.SSLError) -> None:
+        """Log why TLS failed, once: it is a matter of settings, and reads come by the thousand."""
+        if not self._is_distrust_said:
+            self._is_distrust_said = True
+            logger.warning(
+                "no read is passed on: there is no TLS with %s (%s). An aggregator speaks http only; let a proxy "
+                "before it speak https, with a certificate for this name that the system or SSL_CERT_FILE vouches for",
+                self._address, error,
+            )  # fmt: skip
 
 
 def _away() -> Answer:
