@@ -3,7 +3,8 @@
 Nearly every request is a POST of events with a length and without anything unusual in its head. As an ASGI request it
 costs a scope, a task that wakes for each piece of the body, an event, and two messages on the way back: as much as
 checking fifty events. Here its pieces are collected as they come, the endpoint is asked once, and the answer is one
-write. Whatever has more to say in its head takes the ASGI way; both end in the same endpoint, with the same answers.
+write. Whatever has more to say in its head takes the ASGI way, and so do requests of clients that leave answers unread,
+since an answer waits there; both end in the same endpoint, with the same answers.
 
 To uvicorn an exchange is the connection's cycle: it asks whether the answer is complete before it starts the next
 request, and whether to keep the connection. A request that follows before the answer waits in uvicorn's own line.

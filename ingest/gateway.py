@@ -51,7 +51,7 @@ logger = logging.getLogger("ingest.gateway")
 class GatewaySettings(EndpointSettings, frozen=True, kw_only=True):
     """The same, and where reads go."""
 
-    upstream: str | None = None  # the query API: unix:PATH or http://HOST:PORT; None answers reads with 503
+    upstream: str | None = None  # the query API: unix:PATH or http[s]://HOST:PORT; None answers reads with 503
 
 
 class Gateway:

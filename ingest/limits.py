@@ -69,6 +69,11 @@ PASSTHROUGH_CONNECTIONS_MAX = 64
 PASSTHROUGH_ANSWER_DEADLINE_S = 60.0
 """Seconds until the query API begins to answer: the longest wait for a position, and a slow query."""
 
+PASSTHROUGH_IDLE_DEADLINE_S = 30.0
+"""Seconds without a byte of an answer that has begun, or without room for more of a request. The query API has the
+whole answer before it sends any of it, so only what a network loses lies between two bytes; a host that died never
+says so."""
+
 
 class InFlight:
     """The bytes of bodies that the process holds, under a ceiling."""

@@ -1,15 +1,17 @@
 """Everything but ingestion, passed on to the query API.
 
-The query API lives in the aggregator, behind a unix socket (or an http address). A request goes there whole, so that
-a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they arrive. Headers
-that concern one connection only are left out. While the aggregator is away the answer is 503 with Retry-After: reads
-wait, events are taken all the same.
+The query API lives in the aggregator, behind a unix socket (or an address of http or https). A request goes there
+whole, so that a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they
+arrive. Headers that concern one connection only are left out. While the aggregator is away the answer is 503 with
+Retry-After: reads wait, events are taken all the same.
 
 The client is made for this one hop: HTTP/1.1 over a few kept connections, parsed as the server parses, no redirects,
 no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a general client costs instead.
 """
 
 import asyncio
+import logging
+import ssl
 from collections.abc import Iterable
 from typing import cast
 from urllib.parse import urlsplit
@@ -19,7 +21,7 @@ import httptools
 from ingest import answers
 from ingest.answers import Answer, Headers
 from ingest.body import WITH_BODY, Message, Send
-from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX
+from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX, PASSTHROUGH_IDLE_DEADLINE_S
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -28,11 +30,14 @@ HOP_BY_HOP = frozenset({
 FRAMING = frozenset({b"host", b"content-length"})  # whatever a client's `Connection` says, these belong to the message
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date", b"server"}  # the gateway's own server says these
 
-CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all
+PORTS = {"http": 80, "https": 443}  # of an address that names none
+CONNECT_DEADLINE_S = 1.0  # a local socket answers in microseconds or not at all, TLS in three round trips
 IDLE_S = 2.0  # kept connections are used within this, well before the other side lets go of them (5 s)
 BUFFER_BYTES = 256 * 1024  # of an answer held for a client that reads more slowly than the API writes
 SLOT_S_MAX = 10.0  # a question waits in line for a slot; behind so many slow ones it may as well come again
 RETRY_AFTER_S = 1  # an aggregator restarts in about a second
+
+logger = logging.getLogger("ingest.passthrough")
 
 
 class ViewUnavailable(Exception):
@@ -71,18 +76,18 @@ class _Connection(asyncio.Protocol):
         self.asked = True
         self.transport.write(request)
         while not (self._writable or self.closed):
-            await self._news()
+            await self._news(PASSTHROUGH_IDLE_DEADLINE_S)
         while not (self.status or self.closed):
             await self._news(PASSTHROUGH_ANSWER_DEADLINE_S)
         if not self.status:
             raise ViewUnavailable
 
     async def piece(self) -> bytes:
-        """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable."""
+        """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable, TimeoutError."""
         while not (self._chunks or self.complete):
             if self.closed:
                 raise ViewUnavailable
-            await self._news()
+            await self._news(PASSTHROUGH_IDLE_DEADLINE_S)
         arrived, self._chunks, self._buffered = self._chunks, [], 0
         if not self.complete and not self.closed:
             self.transport.resume_reading()
@@ -93,16 +98,15 @@ class _Connection(asyncio.Protocol):
         self.closed = True
         self.transport.abort()
 
-    async def _news(self, deadline_s: float | None = None) -> None:
+    async def _news(self, deadline_s: float) -> None:
         """Wait until something happens here. Raises TimeoutError."""
         waiter = self._waiter = self._loop.create_future()
-        timer = None if deadline_s is None else self._loop.call_later(deadline_s, _expire, waiter)
+        timer = self._loop.call_later(deadline_s, _expire, waiter)
         try:
             await waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -159,18 +163,20 @@ def _expire(waiter: "asyncio.Future[None]") -> None:
 
 
 class Upstream:
-    """The query API at ``unix:PATH`` or ``http://HOST:PORT``, with the connections kept to it."""
+    """The query API at ``unix:PATH`` or ``http[s]://HOST:PORT``, with the connections kept to it."""
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self._tls = ssl.create_default_context() if address.startswith("https:") else None
+        self._is_distrust_said = False
         self._idle: list[_Connection] = []
         self._slots = asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_MAX)
 
     async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
         """Ask for ``path`` what the request asks, and send back the answer; its status.
 
-        An answer that breaks off in the middle is left unfinished, and the server cuts the connection: half an answer
-        is never taken for a whole one.
+        An answer that breaks off or falls silent in the middle is left unfinished, and the server cuts the connection:
+        half an answer is never taken for a whole one.
         """
         try:
             async with asyncio.timeout(SLOT_S_MAX):
@@ -257,9 +263,22 @@ class Upstream:
                 if kind == "unix":
                     return (await loop.create_unix_connection(_Connection, path))[1]
                 parts = urlsplit(self._address)
-                return (await loop.create_connection(_Connection, parts.hostname or "", parts.port or 80))[1]
+                host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+                return (await loop.create_connection(_Connection, host, port, ssl=self._tls))[1]
         except (OSError, TimeoutError) as error:
+            if isinstance(error, ssl.SSLError):
+                self._say_distrust(error)
             raise ViewUnavailable from error
+
+    def _say_distrust(self, error: ssl.SSLError) -> None:
+        """Log why TLS failed, once: it is a matter of settings, and reads come by the thousand."""
+        if not self._is_distrust_said:
+            self._is_distrust_said = True
+            logger.warning(
+                "no read is passed on: there is no TLS with %s (%s). An aggregator speaks http only; let a proxy "
+                "before it speak https, with a certificate for this name that the system or SSL_CERT_FILE vouches for",
+                self._address, error,
+            )  # fmt: skip
 
 
 def _away() -> Answer:

@@ -3,7 +3,7 @@
 uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So its protocol is given a clock and a
 ruler: a request whose head is late or long is answered and cut, an answer that nobody reads is cut, and beyond a
 number of connections a new one is told to come back. One sweep a second looks at all of them; a request pays for it
-with two assignments.
+with a few assignments.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
@@ -53,6 +53,7 @@ class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
     port: int = 8000  # 0 takes any free one
     head_deadline_s: float = HEAD_DEADLINE_S
     write_deadline_s: float = WRITE_DEADLINE_S
+    idle_deadline_s: int = IDLE_DEADLINE_S
     connections_max: int = CONNECTIONS_MAX
 
 
@@ -70,6 +71,7 @@ class Protocol(HttpToolsProtocol):
         self.unread_since_s: float | None = None  # a body still arrives though its request is answered
         self.blocked_since_s: float | None = None  # the client does not read
         self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
+        self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
         self.body_since_s: float | None = None  # its body still arrives
         super().connection_made(transport)
         if len(self.connections) > self.connections_max:
@@ -102,8 +104,13 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def _begin_exchange(self) -> bool:
-        """Take the short way if the request is an ordinary one, and the first in line."""
+        """Take the short way if the request is an ordinary one, the first in line, and the client reads its answers."""
         self.exchange = None
+        if self.timeout_keep_alive_task is not None:  # the request before was answered within this piece of data
+            self._unset_keepalive_if_required()
+            return False  # thousands of refusals may fit into a piece, and are written only after it
+        if self.blocked_since_s is not None:  # the ASGI way waits with its answer, and holds what follows
+            return False
         headers = ordinary(self.parser.get_method(), self.url, self.headers)
         if headers is None or self.parser.get_http_version() != "1.1":
             return False
@@ -114,9 +121,13 @@ class Protocol(HttpToolsProtocol):
             self.endpoint, self.server_state.default_headers, keep_alive=self.parser.should_keep_alive(),
             write=self._write, done=self.on_response_complete,
         )  # fmt: skip
-        self.cycle = exchange  # type: ignore[assignment]
+        self.cycle = self.answering = exchange  # type: ignore[assignment]
         exchange.begin(headers)
         return True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _write(self, data: bytes, keep_alive: bool) -> None:
         self.transport.write(data)
@@ -139,16 +150,26 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return  # a body that was held is let go of when the connection is lost
         self.body_since_s = None
-        if self.exchange is None:
+        if self.cycle.response_complete:
+            self._await_next()
+        elif self.exchange is None:
             super().on_message_complete()
         elif (task := self.exchange.complete()) is not None:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
+    def _await_next(self) -> None:
+        """The rest of an answered body came: uvicorn ended its wait for the next request then, and began no other."""
+        if self.timeout_keep_alive_task is None:
+            let_go = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, let_go)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: let go of a body that will not become whole."""
         if self.exchange is not None and self.body_since_s is not None:
             self.exchange.abandon()
+        if self.answering is not None:  # uvicorn tells the last request in line only
+            self.answering.disconnected = True
         super().connection_lost(exc)
 
     def body_late(self) -> None:
@@ -178,6 +199,11 @@ class Protocol(HttpToolsProtocol):
         """It does again."""
         self.blocked_since_s = None
         super().resume_writing()
+
+    def abandon(self) -> None:
+        """End the connection with what the client leaves unread."""
+        telemetry.CONNECTIONS_CUT.labels("unread").inc()
+        self.transport.abort()
 
     def cut(self, reason: str, answer: Answer | None = None) -> None:
         """Close the connection, with an answer unless another one is under way."""
@@ -219,7 +245,7 @@ class GatewayServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=IDLE_DEADLINE_S,
+                timeout_keep_alive=settings.idle_deadline_s,
                 timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
             )
         )
@@ -235,14 +261,16 @@ class GatewayServer(uvicorn.Server):
         connections: set[Any] = self.server_state.connections
         telemetry.CONNECTIONS.set(len(connections))
         for connection in list(connections):
-            if _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
+            if connection.blocked_since_s is None and connection.transport.is_closing():
+                connection.blocked_since_s = now_s  # it ends with what is left to write, however little that is
+            if _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):
+                connection.abandon()
+            elif _late(connection.head_since_s, self._settings.head_deadline_s, now_s):
                 connection.cut("head", answers.timed_out())
             elif _late(connection.body_since_s, self._settings.body_deadline_s, now_s):
                 connection.body_late()
             elif _late(connection.unread_since_s, self._settings.body_deadline_s, now_s):
                 connection.cut("body")
-            elif _late(connection.blocked_since_s, self._settings.write_deadline_s, now_s):
-                connection.cut("unread")
 
 
 def _late(since_s: float | None, deadline_s: float, now_s: float) -> bool:

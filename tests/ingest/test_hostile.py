@@ -5,10 +5,13 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from ingest.limits import HEAD_BYTES_MAX, PIPELINED_MAX
+from ingest.exchange import Exchange
+from ingest.limits import HEAD_BYTES_MAX, MEBIBYTE, PIPELINED_MAX
 from tests.ingest.running import RunningGateway, event, receive_all
 from tests.waiting import eventually
 
@@ -202,6 +205,19 @@ def test_a_refused_body_is_thrown_away_and_the_connection_goes_on(gateway: Runni
     assert exchange(gateway, refused + body + LIVEZ) == [401, 200]
 
 
+@pytest.mark.parametrize("unusual", [[], ["origin: x"]], ids=["short way", "ASGI"])
+def test_a_client_that_is_silent_after_a_refusal_is_let_go(unusual: list[str]) -> None:
+    """Silence ends a connection, be it that the body came with its head or only after the refusal (401)."""
+    with RunningGateway(idle_deadline_s=1) as gateway, gateway.connect() as at_once, gateway.connect() as after:
+        head = request(gateway, *unusual, body=b"", length=len(BODY)).replace(b"Bearer ", b"Bearer not ")
+        at_once.sendall(head + BODY)
+        after.sendall(head)
+        assert statuses(after.recv(65536)) == [401]
+        after.sendall(BODY)
+        assert statuses(receive_all(at_once)) == [401]
+        assert statuses(receive_all(after)) == []
+
+
 def test_two_hundred_slow_clients_do_not_stand_in_the_way(gateway: RunningGateway) -> None:
     """Half heads, half bodies and silence: good clients are answered meanwhile, and the slow ones are cut in time."""
     half_body = request(gateway, body=BODY[:10], length=len(BODY))
@@ -227,6 +243,69 @@ def test_a_client_that_does_not_read_is_cut() -> None:
         connection.settimeout(10)
         echoed = request(gateway, body=b'["%s"]' % (b"x" * 16_000)) * 100
         eventually(lambda: cut(connection, echoed))
+
+
+@contextlib.contextmanager
+def unread(gateway: RunningGateway) -> Iterator[tuple[socket.socket, Any]]:
+    """A client with little room for answers, and the gateway's end of its connection."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(1)
+        connection.connect(("127.0.0.1", gateway.port))
+        connections = gateway.server.server_state.connections
+        yield connection, eventually(lambda: next(iter(connections), None))
+
+
+def test_refusals_that_nobody_reads_are_not_held() -> None:
+    """Heads without a token, as many as go: the gateway reads no further, or cuts, before it holds a megabyte."""
+    heads = b"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n" * 1000
+    held = 0
+    with (
+        RunningGateway() as gateway,
+        unread(gateway) as (connection, there),
+        contextlib.suppress(TimeoutError, ConnectionError),
+    ):
+        for _ in range(100):
+            connection.sendall(heads)
+            held = max(held, there.transport.get_write_buffer_size())
+    assert held < MEBIBYTE
+
+
+def test_answers_that_nobody_reads_are_waited_with(caplog: pytest.LogCaptureFixture) -> None:
+    """One request after another, each with a large answer: once those are stuck the next one waits, and is no error
+    when the client has gone."""
+    with RunningGateway() as gateway, unread(gateway) as (connection, there):
+        echoed = request(gateway, body=b'["%s"]' % (b"x" * 16_000))
+
+        def ask() -> int:
+            before = there.cycle
+            connection.sendall(echoed)
+            eventually(lambda: there.cycle is not before)
+            eventually(lambda: there.cycle.response_complete or not isinstance(there.cycle, Exchange))
+            return int(there.server_state.total_requests)
+
+        eventually(lambda: ask() and there.flow.write_paused)
+        assert ask() == ask()
+        eventually(lambda: there.flow.read_paused, patience_s=10)
+        assert there.transport.get_write_buffer_size() < MEBIBYTE
+        connection.close()
+        eventually(lambda: not there.server_state.connections and not there.tasks)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_connection_is_not_closing_for_ever() -> None:
+    """A little that nobody reads, too little to hold anything up, does not keep a silent client's connection."""
+    with RunningGateway(idle_deadline_s=1, write_deadline_s=0.5) as gateway, unread(gateway) as (connection, there):
+        connections = there.server_state.connections
+
+        def ask() -> int:
+            before = there.server_state.total_requests
+            connection.sendall(request(gateway, body=b'["%s"]' % (b"x" * 16_000)))
+            eventually(lambda: there.server_state.total_requests > before)
+            return int(there.transport.get_write_buffer_size())
+
+        assert 0 < eventually(ask) < HIGH_WATER_LIMIT
+        eventually(lambda: not connections, patience_s=10)
 
 
 def test_connections_have_a_limit() -> None:

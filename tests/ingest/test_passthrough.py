@@ -13,8 +13,9 @@ import httpx
 import pytest
 import uvicorn
 
+from ingest.limits import PASSTHROUGH_CONNECTIONS_MAX
 from ingest.passthrough import end_to_end
-from tests.ingest.running import RunningGateway, event, receive_all
+from tests.ingest.running import PATIENCE_S, RunningGateway, event, receive_all
 from tests.waiting import eventually
 
 Message = dict[str, Any]
@@ -220,6 +221,28 @@ def test_half_an_answer_is_no_answer(gateway: RunningGateway, api: QueryApi) -> 
     with pytest.raises(httpx.RemoteProtocolError):
         gateway.client.get("/v1/broken")
     assert gateway.client.get("/v1/x").status_code == 207
+
+
+@pytest.mark.parametrize("told", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf"])
+def test_an_aggregator_that_falls_silent_keeps_nothing(monkeypatch: pytest.MonkeyPatch, told: bytes) -> None:
+    """In a request that it takes no more of (504), or an answer that it began (cut): both connections are closed."""
+    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_IDLE_DEADLINE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with RunningGateway(upstream=address) as gateway, gateway.connect() as client:
+            length = 0 if told else 8_000_000
+            client.sendall(b"POST /v1/x HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % length + b"x" * length)
+            silent, _ = listener.accept()
+            with silent:
+                silent.settimeout(PATIENCE_S)
+                silent.recv(1024)
+                silent.sendall(told)
+                if told:
+                    assert receive_all(client).endswith(b"half")
+                else:
+                    assert b" 504 " in client.recv(65536)
+                receive_all(silent)
+            assert gateway.gateway._upstream._slots._value == PASSTHROUGH_CONNECTIONS_MAX
 
 
 def test_bodies_to_the_api_have_a_limit_and_a_length(gateway: RunningGateway, api: QueryApi) -> None:
