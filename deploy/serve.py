@@ -30,7 +30,7 @@ import structlog
 from deploy.control import NotYet, first_start, open_control, was_started_before
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
-from deploy.lifeline import live_no_longer_than_supervisor
+from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
 from deploy.output import note
 from deploy.settings import Settings
@@ -122,6 +122,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
     configure_logs("serve", settings.log_level)
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
+    leave_when_asked()  # until the loop minds signals: it may wait long for brokers first
     data = data_directory(settings)
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
         secret = _first_secret(data, settings)

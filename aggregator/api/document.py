@@ -69,7 +69,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
     components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS | ingest_document.SCHEMAS
     for operation in (one for methods in document["paths"].values() for one in methods.values()):
-        operation["responses"].setdefault("429", _REFUSED | {"description": "More requests a minute than the token may"})
+        operation["responses"].setdefault("429", _REFUSED | {"description": "Too many requests of this token"})
         if "requestBody" in operation:
             operation["responses"].setdefault("413", _REFUSED | {"description": "A body larger than is taken"})
     document["paths"] = {ingest_document.PATH: {"post": ingest_document.OPERATION}, **document["paths"]}

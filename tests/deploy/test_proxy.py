@@ -239,11 +239,12 @@ def test_reads_that_hang_do_not_keep_events_out(tmp_path: Path) -> None:
     """Gateways that wait for the aggregator in vain are not taken for dead by those who send events."""
     impatient = SHIPPED.read_text().replace("proxy_read_timeout 65s;", "proxy_read_timeout 1s;")
     gateways = [ThreadingHTTPServer(("127.0.0.1", 0), _SlowReads) for _ in range(2)]
+    addresses = [f"127.0.0.1:{gateway.server_port}" for gateway in gateways]
     for gateway in gateways:
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
     try:
         with (
-            proxy(tmp_path, [f"127.0.0.1:{gateway.server_port}" for gateway in gateways], "127.0.0.1:1", impatient) as url,
+            proxy(tmp_path, addresses, "127.0.0.1:1", impatient) as url,
             httpx.Client(base_url=url, timeout=30) as client,
             ThreadPoolExecutor(8) as pool,
         ):

@@ -24,7 +24,7 @@ _USED: dict[Function, str] = {  # others: the count
     "min": "MIN(contribution)",
     "max": "MAX(contribution)",
 }
-"""Whose usage is the largest. Doubles, because every amount is one, near enough to find the few; what is shown is exact."""
+"""Whose usage is the largest. Doubles are near enough to find the few; what is shown of those is exact."""
 
 
 class CustomerUsage(NamedTuple):
