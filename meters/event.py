@@ -58,8 +58,8 @@ def _organization_bytes(organization_id: str) -> bytes:
 def identity(organization_id: str, external_id: str) -> tuple[int, int]:
     """The 128 bits that an event is counted once by, as two unsigned 64-bit halves, high first.
 
-    XXH3-128 of the organization's 16 bytes and the external id in UTF-8. Two ids meet by chance once in 10^19
-    pairs of a million million events; the store still compares contents, so a meeting would be seen.
+    XXH3-128 of the organization's 16 bytes and the external id in UTF-8. Among a million million events the chance
+    that any two ids meet is 10^-15; the store still compares contents, so a meeting would be seen.
     """
     return halves(xxh3_128_intdigest(_organization_bytes(organization_id) + external_id.encode()))
 
