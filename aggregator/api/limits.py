@@ -65,6 +65,10 @@ DEPTH_MAX = 5
 IDENTIFIERS_MAX = 1000
 """Values of one repeated parameter, such as customers; a URL hardly holds more."""
 
+METADATA_KEYS_MAX = 50
+"""Different keys of ``metadata[key]=value``, as many as a resource's metadata has. Each is another place to plan for
+and to read in every event: fifty cost a second of a processor, a thousand took twenty."""
+
 PREVIEW_CUSTOMERS = 10
 """Customers that a preview names: enough to recognize one's own."""
 
