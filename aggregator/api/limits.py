@@ -3,6 +3,10 @@
 BODY_BYTES_MAX = 2 * 1024 * 1024
 """Of a request: a filter of a hundred clauses fits, with every text at its longest."""
 
+ECHO_LENGTH_MAX = 4 * 1024
+"""Characters of the ``input`` in a complaint, some kilobytes: a longer one is null, because whoever sent it has it. A
+filter that lacks something at each of twenty levels would be sent back twenty times."""
+
 POLAR_BODY_BYTES_MAX = 512 * 1024
 """Of a webhook of Polar's, which anybody may send and every secret is held against. Its longest ones are subscriptions
 and orders: a product, a customer and benefits, each with metadata of 27 kB at most."""
