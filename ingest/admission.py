@@ -16,7 +16,15 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, HURRIED_EVENTS_MAX, HURRIED_VALUES_MAX, VALUES_MAX
+from ingest.limits import (
+    BODY_VALUES_MAX,
+    CAREFUL_EVENTS_MAX,
+    CAREFUL_VALUES_MAX,
+    DETAILS_MAX,
+    HURRIED_BODY_VALUES_MAX,
+    HURRIED_EVENTS_MAX,
+    HURRIED_VALUES_MAX,
+)
 from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
 from ingest.shape import Shapes
 from meters.catalogue import Catalogue
@@ -104,19 +112,22 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
     if shaped is not None:
         return shaped
     plains = read_plain(body)
-    if plains is None and hurry and body.count(b",") > HURRIED_VALUES_MAX:
+    if plains is None and hurry and body.count(b",") > HURRIED_BODY_VALUES_MAX:
         return None
-    if plains is None and body.count(b",") > VALUES_MAX:
-        return _refused("too_long", ("body", "events"), "Too many values to look at one by one; send fewer events")
+    if plains is None and body.count(b",") > BODY_VALUES_MAX:
+        return _too_many("values to look at one by one")
     try:
         lines = _decode_envelope(body).events
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
     ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
-    if hurry and len(suspects) > HURRIED_EVENTS_MAX:
+    values = sum(bytes(lines[index]).count(b",") for index in suspects)
+    if hurry and (len(suspects) > HURRIED_EVENTS_MAX or values > HURRIED_VALUES_MAX):
         return None
     if len(suspects) > CAREFUL_EVENTS_MAX:
-        return _refused("too_long", ("body", "events"), "Too many unusual events to look at one by one; send fewer")
+        return _too_many("unusual events to look at one by one")
+    if values > CAREFUL_VALUES_MAX:
+        return _too_many("values in unusual events to look at one by one")
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
     if refusals and not lenient:
         return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
@@ -211,6 +222,10 @@ def _no_envelope(body: bytes) -> Refused:
     events = fields["events"]
     echo = events if len(bytes(events)) <= ECHO_BYTES_MAX else None
     return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
+
+
+def _too_many(what: str) -> Refused:
+    return _refused("too_long", ("body", "events"), f"Too many {what}; send fewer events")
 
 
 def _not_json(offset: int, reason: str) -> Refused:

@@ -51,13 +51,20 @@ CAREFUL_EVENTS_MAX = 50_000
 """Unusual events of one request, each read on its own in some 30 us: a second and a half of one core. A request
 of plain events has no limit but its bytes."""
 
+CAREFUL_VALUES_MAX = 1_000_000
+"""Commas in the unusual events of one request: some 3 us for each value, so three seconds more at the most. A limit to
+events alone would not do, because one event may have as many values as fit into the body."""
+
 HURRIED_EVENTS_MAX = 200
 """Unusual events of a small body: more are read in a thread like a large body, since these take some 4 ms."""
 
-HURRIED_VALUES_MAX = 10_000
-"""Commas of a small body that is not plain throughout, likewise."""
+HURRIED_VALUES_MAX = 2_000
+"""Commas in these events, likewise: another 6 ms. More are read in the thread."""
 
-VALUES_MAX = 1_000_000
+HURRIED_BODY_VALUES_MAX = 10_000
+"""Commas of a small body that is not plain throughout and is sorted, event by event, while everybody waits."""
+
+BODY_VALUES_MAX = 1_000_000
 """Commas in a body that is not plain throughout, before it is cut up: 10 MiB of ``0,0,0`` would take 400 MiB."""
 
 ANSWER_BYTES_MAX = 256 * 1024
