@@ -24,6 +24,8 @@ from ingest.limits import (
     HURRIED_BODY_VALUES_MAX,
     HURRIED_EVENTS_MAX,
     HURRIED_VALUES_MAX,
+    REFUSALS_MAX,
+    REFUSALS_OF_EVENT_MAX,
 )
 from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
 from ingest.shape import Shapes
@@ -131,6 +133,9 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
     if refusals and not lenient:
         return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+    if len(refusals) > REFUSALS_MAX:
+        some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
+        return Refused(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
     if refusals:
         refused = {refusal.index for refusal in refusals}
         kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
@@ -156,16 +161,18 @@ def _with_care(
 ) -> tuple[str, list[Refusal]]:
     """Read each suspect, note its external id, and collect what is wrong, in the order of the request.
 
-    Names are looked up only when every event is well made, as Polar does; a lenient request hears everything.
+    Names are looked up only when every event is well made, as Polar does; a lenient request hears both. Where refusals
+    are more than anybody may hear of, the rest is not read.
     """
     schema: list[Refusal] = []
     business: list[Refusal] = []
+    of_event_max = REFUSALS_OF_EVENT_MAX if lenient else DETAILS_MAX
     for index in suspects:
-        event = check_event(bytes(lines[index]), index=index, now=now)
+        if len(schema) + len(business) > REFUSALS_MAX if lenient else len(schema) >= DETAILS_MAX:
+            break
+        event = check_event(bytes(lines[index]), index=index, now=now, complaints_max=of_event_max)
         if isinstance(event, list):
-            schema += event
-            if len(schema) >= DETAILS_MAX and not lenient:
-                break
+            schema += event[:of_event_max]
             continue
         ids[index] = event.external_id
         business += reference_refusals(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import BUSINESS, Admitted, Refused, Sender, admit, admit_quickly
+from ingest.admission import Admitted, Refused, Sender, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -248,7 +248,7 @@ def _names_unknown(admitted: Admitted | Refused) -> bool:
     """Whether an event was refused because there is no such customer."""
     unknown, _ = Reason.CUSTOMER_UNKNOWN.value
     if isinstance(admitted, Refused):
-        return admitted.error == BUSINESS and any(entry["type"] == unknown for entry in admitted.detail)
+        return any(entry["type"] == unknown for entry in admitted.detail)
     return any(refusal.type == unknown for refusal in admitted.refusals)
 
 

@@ -67,6 +67,13 @@ HURRIED_BODY_VALUES_MAX = 10_000
 BODY_VALUES_MAX = 1_000_000
 """Commas in a body that is not plain throughout, before it is cut up: 10 MiB of ``0,0,0`` would take 400 MiB."""
 
+REFUSALS_OF_EVENT_MAX = 10
+"""Refusals of one event that a lenient request hears of: enough to mend it, and there may be a hundred thousand."""
+
+REFUSALS_MAX = 10_000
+"""Refusals in one lenient request; beyond, it is refused as a whole. Its answer has them all, some 200 bytes each: two
+megabytes, and a tenth of a second to write. Without a limit 8 MB got 186 MB back."""
+
 ANSWER_BYTES_MAX = 256 * 1024
 """A longer detail list is sent without the inputs that it echoes: whoever sent them has them."""
 

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from ingest.admission import Admitted, Refused, admit, admit_quickly
-from ingest.limits import CAREFUL_EVENTS_MAX, CAREFUL_VALUES_MAX, HURRIED_VALUES_MAX
+from ingest.limits import (
+    CAREFUL_EVENTS_MAX,
+    CAREFUL_VALUES_MAX,
+    DETAILS_MAX,
+    HURRIED_VALUES_MAX,
+    REFUSALS_MAX,
+    REFUSALS_OF_EVENT_MAX,
+)
 from tests.ingest.admitting import (
     CUSTOMER,
     NOW,
@@ -212,6 +219,35 @@ def test_a_lenient_request_keeps_the_good_events() -> None:
     assert [(refusal.index, refusal.type) for refusal in found.refusals] == [
         (1, "missing"), (2, "customer_id"), (3, "model_attributes_type"),
     ]  # fmt: skip
+
+
+MANY_MISTAKES = written(metadata=dict.fromkeys(map(str, range(100))))
+
+
+def test_a_lenient_request_hears_of_ten_mistakes_in_an_event() -> None:
+    """Whatever else is wrong with it is not told, and not looked for; the events after it are taken."""
+    found = admitted(GOOD, MANY_MISTAKES, REFUSALS[0][1], written(external_id="y"), lenient=True)
+    assert found.external_ids == ["x", "y"]
+    assert [refusal.index for refusal in found.refusals] == [1] * REFUSALS_OF_EVENT_MAX + [2]
+
+
+@pytest.mark.parametrize(
+    ("event", "told"), [(MANY_MISTAKES, REFUSALS_OF_EVENT_MAX), (REFUSALS[0][1], 1), (BUSINESS[1][1], 1)]
+)
+def test_a_lenient_request_with_too_many_mistakes_is_refused(event: str, told: int) -> None:
+    """It has to be sent in smaller parts; the answer says so first, then what is wrong with the first events."""
+    found = admit_text(*[event] * (REFUSALS_MAX // told + 1), lenient=True)
+    assert isinstance(found, Refused)
+    assert [entry["loc"][:3] for entry in found.detail[:2]] == [("body", "events"), ["body", "events", 0]]
+    assert found.detail[0]["type"] == "too_long"
+    assert len(found.detail) == DETAILS_MAX
+
+
+def test_ten_thousand_mistakes_are_told_to_a_lenient_request() -> None:
+    """As many as there may be are told, and what is good is kept."""
+    found = admitted(*[REFUSALS[0][1]] * REFUSALS_MAX, GOOD, lenient=True)
+    assert len(found.refusals) == REFUSALS_MAX
+    assert found.external_ids == ["x"]
 
 
 # an event that is read with care, with room for keys: because of its time, because of what its name may hide
