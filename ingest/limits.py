@@ -42,7 +42,8 @@ IN_FLIGHT_BYTES_MAX = 256 * MEBIBYTE
 """Bytes of bodies held at once, from the first byte until the answer: 25 of the largest, a million small events."""
 
 INLINE_BODY_BYTES_MAX = 256 * 1024
-"""A larger body is checked in a thread, so that nobody else waits: this much takes about 2 ms."""
+"""A larger body is checked, spread and answered in a thread, so that nobody else waits: this much takes about 2 ms to
+check."""
 
 DETAILS_MAX = 100
 """Entries of a 422's detail list. The whole request is refused in any case, and nobody reads more."""
