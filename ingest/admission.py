@@ -16,7 +16,17 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from ingest.limits import CAREFUL_EVENTS_MAX, DETAILS_MAX, HURRIED_EVENTS_MAX, HURRIED_VALUES_MAX, VALUES_MAX
+from ingest.limits import (
+    BODY_VALUES_MAX,
+    CAREFUL_EVENTS_MAX,
+    CAREFUL_VALUES_MAX,
+    DETAILS_MAX,
+    HURRIED_BODY_VALUES_MAX,
+    HURRIED_EVENTS_MAX,
+    HURRIED_VALUES_MAX,
+    REFUSALS_MAX,
+    REFUSALS_OF_EVENT_MAX,
+)
 from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
 from ingest.shape import Shapes
 from meters.catalogue import Catalogue
@@ -104,22 +114,28 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
     if shaped is not None:
         return shaped
     plains = read_plain(body)
-    if plains is None and hurry and body.count(b",") > HURRIED_VALUES_MAX:
+    if plains is None and hurry and body.count(b",") > HURRIED_BODY_VALUES_MAX:
         return None
-    if plains is None and body.count(b",") > VALUES_MAX:
-        return _refused("too_long", ("body", "events"), "Too many values to look at one by one; send fewer events")
+    if plains is None and body.count(b",") > BODY_VALUES_MAX:
+        return _too_many("values to look at one by one")
     try:
         lines = _decode_envelope(body).events
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
     ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
-    if hurry and len(suspects) > HURRIED_EVENTS_MAX:
+    values = sum(bytes(lines[index]).count(b",") for index in suspects)
+    if hurry and (len(suspects) > HURRIED_EVENTS_MAX or values > HURRIED_VALUES_MAX):
         return None
     if len(suspects) > CAREFUL_EVENTS_MAX:
-        return _refused("too_long", ("body", "events"), "Too many unusual events to look at one by one; send fewer")
+        return _too_many("unusual events to look at one by one")
+    if values > CAREFUL_VALUES_MAX:
+        return _too_many("values in unusual events to look at one by one")
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
     if refusals and not lenient:
         return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+    if len(refusals) > REFUSALS_MAX:
+        some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
+        return Refused(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
     if refusals:
         refused = {refusal.index for refusal in refusals}
         kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
@@ -145,16 +161,18 @@ def _with_care(
 ) -> tuple[str, list[Refusal]]:
     """Read each suspect, note its external id, and collect what is wrong, in the order of the request.
 
-    Names are looked up only when every event is well made, as Polar does; a lenient request hears everything.
+    Names are looked up only when every event is well made, as Polar does; a lenient request hears both. Where refusals
+    are more than anybody may hear of, the rest is not read.
     """
     schema: list[Refusal] = []
     business: list[Refusal] = []
+    of_event_max = REFUSALS_OF_EVENT_MAX if lenient else DETAILS_MAX
     for index in suspects:
-        event = check_event(bytes(lines[index]), index=index, now=now)
+        if len(schema) + len(business) > REFUSALS_MAX if lenient else len(schema) >= DETAILS_MAX:
+            break
+        event = check_event(bytes(lines[index]), index=index, now=now, complaints_max=of_event_max)
         if isinstance(event, list):
-            schema += event
-            if len(schema) >= DETAILS_MAX and not lenient:
-                break
+            schema += event[:of_event_max]
             continue
         ids[index] = event.external_id
         business += reference_refusals(
@@ -211,6 +229,10 @@ def _no_envelope(body: bytes) -> Refused:
     events = fields["events"]
     echo = events if len(bytes(events)) <= ECHO_BYTES_MAX else None
     return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
+
+
+def _too_many(what: str) -> Refused:
+    return _refused("too_long", ("body", "events"), f"Too many {what}; send fewer events")
 
 
 def _not_json(offset: int, reason: str) -> Refused:

@@ -11,15 +11,15 @@ acknowledged lately. All of them are written; the store alone decides what count
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import BUSINESS, Admitted, Refused, Sender, admit, admit_quickly
+from ingest.admission import Admitted, Refused, Sender, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -38,8 +38,8 @@ from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
 from meters import log as port
 from meters.access import Denied, authorize, good_token, writing
-from meters.catalogue import Token
-from meters.log import USAGE_EVENTS, Log, TryAgain, format_position
+from meters.catalogue import Catalogue, Token
+from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
 from meters.refusal import Reason
 
 SCOPES = writing("events")
@@ -48,6 +48,7 @@ NOT_WRITABLE_S = 5.0
 """How long a failed append keeps ``/readyz`` at no: long enough to be seen, short enough for traffic to try again."""
 
 Headers = Mapping[bytes, bytes]
+Made = TypeVar("Made")
 
 
 class Preferences(NamedTuple):
@@ -104,6 +105,7 @@ class IngestEndpoint:
         self._quota = RequestQuota(settings.requests_per_minute)
         self._recent = RecentIdentities()
         self._spread = Spread()
+        self._large_spread = Spread()  # for the thread alone, as the other one is for the event loop alone
         self._shapes = Shapes()
         self._turns = Turns()
         # One thread: parsing holds the interpreter, so a second would only take memory.
@@ -167,9 +169,7 @@ class IngestEndpoint:
         token, encoding, preferences = opened
         if encoding in ("", "identity"):
             return await self._admit(token, body, preferences)
-        loop = asyncio.get_running_loop()
-        bytes_max = self._settings.body_bytes_max
-        unpacked = await loop.run_in_executor(self._large_bodies, unpack, body, encoding, bytes_max)
+        unpacked = await self._in_thread(unpack, body, encoding, self._settings.body_bytes_max)
         if isinstance(unpacked, Answer):
             return unpacked
         if not self.in_flight.take(len(unpacked)):
@@ -182,17 +182,18 @@ class IngestEndpoint:
     async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
         telemetry.BODY_BYTES.inc(len(body))
         known = dict(self._tail.position)
-        admitted = await self._judge(token, body, preferences)
+        admitted, aside = await self._judge(token, body, preferences)
         if _names_unknown(admitted):  # or made a moment ago, and not yet known here
             if not await self._tail.catch_up():
                 return answers.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
             if self._tail.position != known:
-                admitted = await self._judge(token, body, preferences)
+                admitted, aside = await self._judge(token, body, preferences)
         if isinstance(admitted, Refused):
-            return _unprocessable(admitted)
-        return await self._append(token, admitted, preferences)
+            return await self._in_thread(_unprocessable, admitted) if aside else _unprocessable(admitted)
+        return await self._append(token, admitted, preferences, aside)
 
-    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> Admitted | Refused:
+    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | Refused, bool]:
+        """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
         sender = Sender(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
@@ -200,39 +201,51 @@ class IngestEndpoint:
         if len(body) <= INLINE_BODY_BYTES_MAX:
             found = admit_quickly(body, sender, now, lenient=preferences.lenient)
             if found is not None:
-                return found
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._large_bodies, _admit_large, body, sender, now, preferences)
+                return found, False
+        return await self._in_thread(_admit_large, body, sender, now, preferences), True
 
-    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences) -> Answer:
-        verdicts: Sequence[Verdict] | None = None
-        events = None
-        if admitted.named:
-            events = Fingerprints(token.organization_id, admitted.external_ids, admitted.lines)
-            verdicts = self._recent.judge(events)
-        position: Mapping[int, int]
-        if admitted.lines:
-            if not self.position:
-                return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
-            catalogue, partitions = self._tail.catalogue, len(self.position)
-            entries = self._spread.entries(admitted, token.organization_id, catalogue, partitions)
-            began_s = time.perf_counter()
-            try:
-                offsets = await self._log.append(USAGE_EVENTS, entries)
-            except TryAgain as error:
-                return self._not_writable(error.retry_after_s)
-            except port.NoSuchPartition:  # made again with fewer; the next look at the log will tell
-                return self._not_writable(NOT_WRITABLE_S)
-            except port.Refused as error:
-                return answers.problem(413, "RequestBodyTooLarge", str(error))
-            telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
-            self._not_writable_until_s = 0.0
-            position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
-            self._advance(position)
+    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, aside: bool) -> Answer:
+        if not admitted.lines:
+            return await self._accepted(admitted, None, preferences, dict(self.position), aside)
+        if not self.position:
+            return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
+        where = token.organization_id, self._tail.catalogue, len(self.position)
+        if aside:
+            prepared = await self._in_thread(_prepared, admitted, *where, self._large_spread)
         else:
-            position = self.position
-        if events is not None:
-            self._recent.remember(events)
+            prepared = _prepared(admitted, *where, self._spread)
+        # What was acknowledged is known to the event loop alone, which needs no lock for it.
+        verdicts = self._recent.judge(prepared.events) if prepared.events is not None else None
+        position = await self._write(prepared.entries)
+        if isinstance(position, Answer):
+            return position
+        if prepared.events is not None:
+            self._recent.remember(prepared.events)
+        return await self._accepted(admitted, verdicts, preferences, position, aside)
+
+    async def _write(self, entries: Sequence[Entry]) -> Mapping[int, int] | Answer:
+        """Append, and say where the log stands after it."""
+        began_s = time.perf_counter()
+        try:
+            offsets = await self._log.append(USAGE_EVENTS, entries)
+        except TryAgain as error:
+            return self._not_writable(error.retry_after_s)
+        except port.NoSuchPartition:  # made again with fewer; the next look at the log will tell
+            return self._not_writable(NOT_WRITABLE_S)
+        except port.Refused as error:
+            return answers.problem(413, "RequestBodyTooLarge", str(error))
+        telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
+        self._not_writable_until_s = 0.0
+        position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
+        self._advance(position)
+        return position
+
+    async def _accepted(
+        self, admitted: Admitted, verdicts: Sequence[Verdict] | None, preferences: Preferences,
+        position: Mapping[int, int], aside: bool,
+    ) -> Answer:
+        if aside and preferences.applied:  # else the answer is two numbers
+            return await self._in_thread(_accepted, admitted, verdicts, preferences, position)
         return _accepted(admitted, verdicts, preferences, position)
 
     def _not_writable(self, retry_after_s: float) -> Answer:
@@ -243,9 +256,27 @@ class IngestEndpoint:
         for partition in written.keys() & self.position.keys():  # one may be gone since
             self.position[partition] = max(self.position[partition], written[partition])
 
+    async def _in_thread(self, work: Callable[..., Made], *arguments: Any) -> Made:
+        """Do what takes long in the thread for large bodies, while the event loop serves everybody else."""
+        return await asyncio.get_running_loop().run_in_executor(self._large_bodies, work, *arguments)
+
 
 def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
     return admit(body, sender, now, lenient=preferences.lenient)
+
+
+class _Prepared(NamedTuple):
+    """What is made of admitted events before they are written: what tells a repetition, and the records."""
+
+    events: Fingerprints | None  # None where no event has a name of its own
+    entries: list[Entry]
+
+
+def _prepared(
+    admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int, spread: Spread
+) -> _Prepared:
+    events = Fingerprints(organization_id, admitted.external_ids, admitted.lines) if admitted.named else None
+    return _Prepared(events, spread.entries(admitted, organization_id, catalogue, partitions))
 
 
 def _authorization(headers: Headers) -> str:
@@ -256,7 +287,7 @@ def _names_unknown(admitted: Admitted | Refused) -> bool:
     """Whether an event was refused because there is no such customer."""
     unknown, _ = Reason.CUSTOMER_UNKNOWN.value
     if isinstance(admitted, Refused):
-        return admitted.error == BUSINESS and any(entry["type"] == unknown for entry in admitted.detail)
+        return any(entry["type"] == unknown for entry in admitted.detail)
     return any(refusal.type == unknown for refusal in admitted.refusals)
 
 

@@ -42,7 +42,8 @@ IN_FLIGHT_BYTES_MAX = 256 * MEBIBYTE
 """Bytes of bodies held at once, from the first byte until the answer: 25 of the largest, a million small events."""
 
 INLINE_BODY_BYTES_MAX = 256 * 1024
-"""A larger body is checked in a thread, so that nobody else waits: this much takes about 2 ms."""
+"""A larger body is checked, spread and answered in a thread, so that nobody else waits: this much takes about 2 ms to
+check."""
 
 DETAILS_MAX = 100
 """Entries of a 422's detail list. The whole request is refused in any case, and nobody reads more."""
@@ -51,14 +52,28 @@ CAREFUL_EVENTS_MAX = 50_000
 """Unusual events of one request, each read on its own in some 30 us: a second and a half of one core. A request
 of plain events has no limit but its bytes."""
 
+CAREFUL_VALUES_MAX = 1_000_000
+"""Commas in the unusual events of one request: some 3 us for each value, so three seconds more at the most. A limit to
+events alone would not do, because one event may have as many values as fit into the body."""
+
 HURRIED_EVENTS_MAX = 200
 """Unusual events of a small body: more are read in a thread like a large body, since these take some 4 ms."""
 
-HURRIED_VALUES_MAX = 10_000
-"""Commas of a small body that is not plain throughout, likewise."""
+HURRIED_VALUES_MAX = 2_000
+"""Commas in these events, likewise: another 6 ms. More are read in the thread."""
 
-VALUES_MAX = 1_000_000
+HURRIED_BODY_VALUES_MAX = 10_000
+"""Commas of a small body that is not plain throughout and is sorted, event by event, while everybody waits."""
+
+BODY_VALUES_MAX = 1_000_000
 """Commas in a body that is not plain throughout, before it is cut up: 10 MiB of ``0,0,0`` would take 400 MiB."""
+
+REFUSALS_OF_EVENT_MAX = 10
+"""Refusals of one event that a lenient request hears of: enough to mend it, and there may be a hundred thousand."""
+
+REFUSALS_MAX = 10_000
+"""Refusals in one lenient request; beyond, it is refused as a whole. Its answer has them all, some 200 bytes each: two
+megabytes, and a tenth of a second to write. Without a limit 8 MB got 186 MB back."""
 
 ANSWER_BYTES_MAX = 256 * 1024
 """A longer detail list is sent without the inputs that it echoes: whoever sent them has them."""

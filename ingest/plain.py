@@ -79,8 +79,9 @@ _decode_plains = msgspec.json.Decoder(_Plains).decode
 _decode_plain = msgspec.json.Decoder(Plain).decode
 _decode_metadata = msgspec.json.Decoder(_WithMetadata).decode
 
-# Escapes that can hide something: ASCII (a NUL, or letters of a reserved key) and halves of surrogate pairs.
-HIDING = re.compile(rb"\\u(?:00[0-7]|[dD][89a-fA-F])")
+# Escapes that can hide something: of a NUL, of letters and the underscore (U+0040 to U+007F), which reserved keys are
+# made of, of a colon, which is counted, and of halves of surrogate pairs. No other: Go writes & < > as escapes.
+HIDING = re.compile(rb"\\u(?:00(?:00|3[aA]|[4-7])|[dD][89a-fA-F])")
 
 
 class Finding(NamedTuple):

@@ -19,7 +19,8 @@ from meters.partition_key import CustomerPartitions
 from meters.uuid_text import parse_uuid4
 
 REMEMBERED_MAX = 200_000
-"""Customers whose partition is kept, some 30 MB; whoever has more pays for the hash now and then."""
+"""Customers whose partition is kept, some 30 MB in each of the two threads that spread; whoever has more pays for the
+hash now and then."""
 
 REMEMBERED_LENGTH_MAX = 200
 """Characters of a customer's id that is remembered; the wire knows no limit."""

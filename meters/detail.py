@@ -2,6 +2,10 @@
 
 from typing import Any, TypedDict
 
+COMPLAINTS_MAX = 100
+"""Complaints about one thing that somebody made, and entries of one answer: what is wrong is refused in any case, and
+nobody reads more. A body of a megabyte holds some hundred thousand mistakes."""
+
 
 class Detail(TypedDict):
     """One complaint, in the shape that Polar's clients read."""

@@ -58,8 +58,8 @@ def _organization_bytes(organization_id: str) -> bytes:
 def identity(organization_id: str, external_id: str) -> tuple[int, int]:
     """The 128 bits that an event is counted once by, as two unsigned 64-bit halves, high first.
 
-    XXH3-128 of the organization's 16 bytes and the external id in UTF-8. Two ids meet by chance once in 10^19
-    pairs of a million million events; the store still compares contents, so a meeting would be seen.
+    XXH3-128 of the organization's 16 bytes and the external id in UTF-8. Among a million million events the chance
+    that any two ids meet is 10^-15; the store still compares contents, so a meeting would be seen.
     """
     return halves(xxh3_128_intdigest(_organization_bytes(organization_id) + external_id.encode()))
 
@@ -80,10 +80,16 @@ CUSTOMER = "EventCreateCustomer"
 """Polar's names for the two kinds of event; they stand in the place (``loc``) of a refusal."""
 
 
-def check_event(line: bytes, *, index: int = 0, now: datetime) -> Event | list[Refusal]:
+COMPLAINTS_MAX = 100  # about the metadata of one event; nobody reads more
+
+
+def check_event(
+    line: bytes, *, index: int = 0, now: datetime, complaints_max: int = COMPLAINTS_MAX
+) -> Event | list[Refusal]:
     """Read one event with care: the event, or everything that is wrong with it, in Polar's words and places.
 
-    ``line`` is one JSON object as it was sent. A valid external customer id makes it an event of that kind; what the
+    ``line`` is one JSON object as it was sent; ``complaints_max`` are told of its metadata, whose rest is then not read
+    (each takes longer than many good values). A valid external customer id makes it an event of that kind; what the
     line says is then read as the other kind only if this one is refused and a customer id was given.
     """
     record = _read(line)
@@ -91,7 +97,7 @@ def check_event(line: bytes, *, index: int = 0, now: datetime) -> Event | list[R
         return [record.at(index)]
     refused: list[Refusal] = []
     for variant in _variants(record):
-        form = _Form(record, variant, index, line)
+        form = _Form(record, variant, index, line, complaints_max)
         event = form.event(now + CLOCK_SKEW)
         if not form.refusals:
             return event
@@ -156,16 +162,14 @@ class _Line(msgspec.Struct):
     metadata: dict[str, msgspec.Raw] = {}
 
 
-COMPLAINTS_MAX = 100  # about the metadata of one event; nobody reads more
-
-
 class _Form:
     """One reading of a line as one kind of event. Every method reads a field, and notes what is wrong with it."""
 
-    def __init__(self, record: Object, variant: str, index: int, line: bytes) -> None:
+    def __init__(self, record: Object, variant: str, index: int, line: bytes, complaints_max: int) -> None:
         self.refusals: list[Refusal] = []
         self._echoes: dict[int, Any] = {}  # by the identity of what is echoed
         self._record, self._variant, self._index, self._line = record, variant, index, line
+        self._complaints_max = complaints_max
 
     def event(self, latest: datetime) -> Event:
         """The event; it means something only if there were no refusals."""
@@ -233,7 +237,7 @@ class _Form:
         if not isinstance(metadata, Object):
             self._refuse(Reason.DICT_TYPE, "metadata", value=metadata)
             return {}
-        for reason, loc, value in islice(complaints(metadata), COMPLAINTS_MAX):
+        for reason, loc, value in islice(complaints(metadata), self._complaints_max):
             self._refuse(reason, "metadata", *loc, value=value)
         try:
             return msgspec.json.decode(self._line, type=_Line).metadata

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any, cast
 
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, round_amount
-from meters.detail import Detail, detail
+from meters.detail import COMPLAINTS_MAX, Detail, detail
 from meters.filter import ORDERING, Clause, Conjunction, Filter, Operator, Scalar, Value
 from meters.property import parse_property, written
 
@@ -32,28 +32,32 @@ _OPERATORS = [str(operator) for operator in Operator]
 Loc = tuple[str | int, ...]
 
 
+class _Reading:
+    """What was found in a filter so far: complaints, clauses at all levels, values of all lists."""
+
+    def __init__(self) -> None:
+        self.complaints: list[Detail] = []
+        self.clauses = 0
+        self.values = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the filter is refused, whatever else it says: to read on would only cost time and memory."""
+        return self.clauses > CLAUSES_MAX or self.values > VALUES_MAX or len(self.complaints) >= COMPLAINTS_MAX
+
+
 def parse_filter(value: object, loc: Loc = ("body", "filter")) -> Filter | list[Detail]:
-    """A filter from decoded JSON, or every complaint about it."""
-    complaints: list[Detail] = []
-    filter = _filter(value, loc, complaints, 1)
-    if filter is not None and count_clauses(filter) > CLAUSES_MAX:
+    """A filter from decoded JSON, or what is wrong with it: everything, unless that is more than anybody reads."""
+    reading = _Reading()
+    filter = _filter(value, loc, reading, 1)
+    complaints = reading.complaints
+    if reading.clauses > CLAUSES_MAX:
         message = f"Filter should have at most {CLAUSES_MAX} clauses"
-        complaints.append(detail("too_long", loc, message, None))
-    elif filter is not None and _count_values(filter) > VALUES_MAX:
+        complaints.insert(0, detail("too_long", loc, message, None))
+    elif reading.values > VALUES_MAX:
         message = f"Filter should have at most {VALUES_MAX} values of 'in', all of them together"
-        complaints.append(detail("too_long", loc, message, None))
-    return complaints if complaints or filter is None else filter
-
-
-def count_clauses(filter: Filter) -> int:
-    """Clauses at all levels; a filter without any counts as one, since it costs as much."""
-    return sum(count_clauses(part) if isinstance(part, Filter) else 1 for part in filter.clauses) or 1
-
-
-def _count_values(filter: Filter) -> int:
-    """Values of all lists."""
-    lists = [part.value for part in filter.clauses if isinstance(part, Clause) and isinstance(part.value, list)]
-    return sum(map(len, lists)) + sum(_count_values(part) for part in filter.clauses if isinstance(part, Filter))
+        complaints.insert(0, detail("too_long", loc, message, None))
+    return complaints[:COMPLAINTS_MAX] if complaints or filter is None else filter
 
 
 def filter_json(filter: Filter) -> dict[str, Any]:
@@ -66,7 +70,8 @@ def _clause_json(clause: Clause) -> dict[str, Any]:
     return {"property": written(clause.property), "operator": str(clause.operator), "value": clause.value}
 
 
-def _filter(value: object, loc: Loc, complaints: list[Detail], level: int) -> Filter | None:
+def _filter(value: object, loc: Loc, reading: _Reading, level: int) -> Filter | None:
+    complaints = reading.complaints
     if not isinstance(value, dict):
         complaints.append(detail("model_attributes_type", loc, "Input should be a valid dictionary or object", value))
         return None
@@ -75,7 +80,7 @@ def _filter(value: object, loc: Loc, complaints: list[Detail], level: int) -> Fi
         complaints.append(detail("recursion_loop", loc, message, None))
         return None
     conjunction = _conjunction(value, loc, complaints)
-    clauses = _clauses(value, loc, complaints, level)
+    clauses = _clauses(value, loc, reading, level)
     return Filter(conjunction, clauses) if conjunction and not complaints else None
 
 
@@ -90,7 +95,8 @@ def _conjunction(value: dict[str, Any], loc: Loc, complaints: list[Detail]) -> C
     return None
 
 
-def _clauses(value: dict[str, Any], loc: Loc, complaints: list[Detail], level: int) -> list[Clause | Filter]:
+def _clauses(value: dict[str, Any], loc: Loc, reading: _Reading, level: int) -> list[Clause | Filter]:
+    complaints = reading.complaints
     where = (*loc, "clauses")
     entries = value.get("clauses")
     if "clauses" not in value:
@@ -100,20 +106,34 @@ def _clauses(value: dict[str, Any], loc: Loc, complaints: list[Detail], level: i
     elif len(entries) > CLAUSES_MAX:
         message = f"List should have at most {CLAUSES_MAX} items"
         complaints.append(detail("too_long", where, message, None))
+    elif not entries:
+        reading.clauses += 1  # a filter without clauses costs as much as one clause
     else:
-        parts = [_part(entry, (*where, place), complaints, level) for place, entry in enumerate(entries)]
-        return [part for part in parts if part is not None]
+        return _parts(entries, where, reading, level)
     return []
 
 
-def _part(entry: object, loc: Loc, complaints: list[Detail], level: int) -> Clause | Filter | None:
+def _parts(entries: list[object], loc: Loc, reading: _Reading, level: int) -> list[Clause | Filter]:
+    parts: list[Clause | Filter] = []
+    for place, entry in enumerate(entries):
+        if reading.is_over:
+            break
+        part = _part(entry, (*loc, place), reading, level)
+        if part is not None:
+            parts.append(part)
+    return parts
+
+
+def _part(entry: object, loc: Loc, reading: _Reading, level: int) -> Clause | Filter | None:
     """What has ``clauses`` or ``conjunction`` and no ``property`` means to be a filter."""
     if isinstance(entry, dict) and "property" not in entry and ("clauses" in entry or "conjunction" in entry):
-        return _filter(entry, loc, complaints, level + 1)
-    return _clause(entry, loc, complaints)
+        return _filter(entry, loc, reading, level + 1)
+    return _clause(entry, loc, reading)
 
 
-def _clause(entry: object, loc: Loc, complaints: list[Detail]) -> Clause | None:
+def _clause(entry: object, loc: Loc, reading: _Reading) -> Clause | None:
+    reading.clauses += 1
+    complaints = reading.complaints
     if not isinstance(entry, dict):
         complaints.append(detail("model_attributes_type", loc, "Input should be a valid dictionary or object", entry))
         return None
@@ -129,7 +149,7 @@ def _clause(entry: object, loc: Loc, complaints: list[Detail]) -> Clause | None:
     operator = _operator(entry["operator"], (*loc, "operator"), complaints)
     if not isinstance(property, str) or operator is None:
         return None
-    value = _value(operator, entry["value"], (*loc, "value"), complaints)
+    value = _value(operator, entry["value"], (*loc, "value"), reading)
     return None if value is None else Clause(property, operator, value)
 
 
@@ -141,9 +161,10 @@ def _operator(name: object, loc: Loc, complaints: list[Detail]) -> Operator | No
     return None
 
 
-def _value(operator: Operator, value: object, loc: Loc, complaints: list[Detail]) -> Value | None:
+def _value(operator: Operator, value: object, loc: Loc, reading: _Reading) -> Value | None:
+    complaints = reading.complaints
     if operator is Operator.IN:
-        return _values(value, loc, complaints)
+        return _values(value, loc, reading)
     if operator is Operator.EXISTS and not isinstance(value, bool):
         complaints.append(detail("bool_type", loc, "Input should be a valid boolean", value))
         return None
@@ -154,15 +175,23 @@ def _value(operator: Operator, value: object, loc: Loc, complaints: list[Detail]
     return _scalar(value, loc, complaints)
 
 
-def _values(value: object, loc: Loc, complaints: list[Detail]) -> list[Scalar] | None:
+def _values(value: object, loc: Loc, reading: _Reading) -> list[Scalar] | None:
+    complaints = reading.complaints
     if not isinstance(value, list):
         complaints.append(detail("list_type", loc, "Input should be a valid list", value))
         return None
     if len(value) > VALUES_MAX:
         complaints.append(detail("too_long", loc, f"List should have at most {VALUES_MAX} items", None))
         return None
-    scalars = [_scalar(item, (*loc, place), complaints) for place, item in enumerate(value)]
-    return [scalar for scalar in scalars if scalar is not None]
+    reading.values += len(value)
+    scalars: list[Scalar] = []
+    for place, item in enumerate(value):
+        if reading.is_over:
+            break
+        scalar = _scalar(item, (*loc, place), complaints)
+        if scalar is not None:
+            scalars.append(scalar)
+    return scalars
 
 
 def _scalar(value: object, loc: Loc, complaints: list[Detail]) -> Scalar | None:

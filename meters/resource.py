@@ -1,9 +1,10 @@
 """The metadata of meters and customers, which is theirs to show and never counts."""
 
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
-from meters.detail import Detail, detail
+from meters.detail import COMPLAINTS_MAX, Detail, detail
 
 KEYS_MAX = 50
 """Keys of a resource's metadata (Polar's limit)."""
@@ -18,14 +19,16 @@ Loc = tuple[str | int, ...]
 
 
 def parse_metadata(value: object, loc: Loc) -> dict[str, Any] | list[Detail]:
-    """Metadata from decoded JSON, or every complaint about it."""
+    """Metadata from decoded JSON, or every complaint about it; where keys are too many, about the first of them."""
     if not isinstance(value, dict):
         return [detail("dict_type", loc, "Input should be a valid dictionary", value)]
-    complaints = [complaint for key, item in value.items() for complaint in _item_complaints(key, item, loc)]
+    complaints: list[Detail] = []
     if len(value) > KEYS_MAX:
         message = f"Dictionary should have at most {KEYS_MAX} items after validation, not {len(value)}"
         complaints.append(detail("too_long", loc, message, value))
-    return complaints or value
+    for key, item in islice(value.items(), KEYS_MAX):
+        complaints += _item_complaints(key, item, loc)
+    return complaints[:COMPLAINTS_MAX] or value
 
 
 def _item_complaints(key: str, item: object, loc: Loc) -> list[Detail]:

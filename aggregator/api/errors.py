@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
-from aggregator.api.limits import QUERY_S_MAX, RETRY_AFTER_S
+from aggregator.api.limits import ECHO_LENGTH_MAX, QUERY_S_MAX, RETRY_AFTER_S
 from aggregator.store.queries.asking import TooLarge, TooLong
 from aggregator.view import Unavailable
 from meters import exact_json
 from meters.access import Denied
-from meters.detail import Detail, detail
+from meters.detail import COMPLAINTS_MAX, Detail, detail
 from meters.log import Refused as RefusedByLog
 from meters.log import TryAgain
 
@@ -36,7 +36,7 @@ class Malformed(Exception):
     """The request is not of the shape that it should have."""
 
     def __init__(self, details: Sequence[Detail]) -> None:
-        super().__init__(str(details))
+        super().__init__(f"{len(details)} complaints")  # and not what they quote, which may be megabytes
         self.details = details
 
 
@@ -89,12 +89,31 @@ async def _not_found(_: Request, __: Exception) -> Response:
 
 
 async def _malformed(_: Request, error: Malformed) -> Response:
-    return json_response(422, {"error": "RequestValidationError", "detail": error.details})
+    return _unprocessable("RequestValidationError", error.details)
 
 
 async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    details = [_plain(entry) for entry in error.errors()]
-    return json_response(422, {"error": "RequestValidationError", "detail": details})
+    return _unprocessable("RequestValidationError", [_plain(entry) for entry in error.errors()[:COMPLAINTS_MAX]])
+
+
+def _unprocessable(error: str, details: Sequence[Any]) -> Response:
+    """An answer that stays small: with the first complaints, and without the inputs that are long."""
+    return json_response(422, {"error": error, "detail": [_short(entry) for entry in details[:COMPLAINTS_MAX]]})
+
+
+def _short(entry: Any) -> Any:
+    return entry | {"input": None} if "input" in entry and _is_long(entry["input"]) else entry
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a value has too many characters to be sent back. No more of it is looked at than that takes."""
+    length, waiting = 0, [value]
+    while waiting and length <= ECHO_LENGTH_MAX:
+        part = waiting.pop()
+        length += len(part) if isinstance(part, list | dict) else len(str(part))
+        if isinstance(part, list | dict) and length <= ECHO_LENGTH_MAX:
+            waiting += [*part.keys(), *part.values()] if isinstance(part, dict) else part
+    return length > ECHO_LENGTH_MAX
 
 
 def _plain(entry: Any) -> dict[str, Any]:
@@ -106,7 +125,7 @@ def _plain(entry: Any) -> dict[str, Any]:
 
 
 async def _refused(_: Request, error: Refused) -> Response:
-    return json_response(422, {"error": "PolarRequestValidationError", "detail": error.details})
+    return _unprocessable("PolarRequestValidationError", error.details)
 
 
 async def _conflict(_: Request, error: Conflict) -> Response:

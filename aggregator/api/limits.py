@@ -3,6 +3,10 @@
 BODY_BYTES_MAX = 2 * 1024 * 1024
 """Of a request: a filter of a hundred clauses fits, with every text at its longest."""
 
+ECHO_LENGTH_MAX = 4 * 1024
+"""Characters of the ``input`` in a complaint, some kilobytes: a longer one is null, because whoever sent it has it. A
+filter that lacks something at each of twenty levels would be sent back twenty times."""
+
 POLAR_BODY_BYTES_MAX = 512 * 1024
 """Of a webhook of Polar's, which anybody may send and every secret is held against. Its longest ones are subscriptions
 and orders: a product, a customer and benefits, each with metadata of 27 kB at most."""
@@ -64,6 +68,10 @@ DEPTH_MAX = 5
 
 IDENTIFIERS_MAX = 1000
 """Values of one repeated parameter, such as customers; a URL hardly holds more."""
+
+METADATA_KEYS_MAX = 50
+"""Different keys of ``metadata[key]=value``, as many as a resource's metadata has. Each is another place to plan for
+and to read in every event: fifty cost a second of a processor, a thousand took twenty."""
 
 PREVIEW_CUSTOMERS = 10
 """Customers that a preview names: enough to recognize one's own."""

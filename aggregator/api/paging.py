@@ -9,7 +9,7 @@ from fastapi import Depends, Query, Request
 from pydantic import AfterValidator, AwareDatetime
 
 from aggregator.api.errors import Malformed
-from aggregator.api.limits import IDENTIFIERS_MAX, PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
+from aggregator.api.limits import IDENTIFIERS_MAX, METADATA_KEYS_MAX, PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
 from meters.catalogue import Token
 from meters.detail import detail
 
@@ -81,13 +81,16 @@ def order(sorting: list[str] | None, known: Collection[str], default: str) -> Or
 
 
 async def metadata_texts(request: Request) -> dict[str, list[str]]:
-    """``metadata[key]=value`` parameters: the texts asked for by key."""
+    """``metadata[key]=value`` parameters: the texts asked for by key. Raises Malformed for too many."""
     found: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata[") and name.endswith("]"):
             found.setdefault(name[len("metadata[") : -1], []).append(value)
     if sum(map(len, found.values())) > IDENTIFIERS_MAX:
         message = f"At most {IDENTIFIERS_MAX} values are taken"
+        raise Malformed([detail("too_long", ("query", "metadata"), message)])
+    if len(found) > METADATA_KEYS_MAX:
+        message = f"At most {METADATA_KEYS_MAX} different keys are taken"
         raise Malformed([detail("too_long", ("query", "metadata"), message)])
     return found
 

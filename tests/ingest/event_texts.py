@@ -15,17 +15,19 @@ def mostly(good: list[str], odd: list[str]) -> Text:
 
 
 _WILD = [*map(json.dumps, ["", "é", "a:b", "{", "[", '"', "\\", "\0", "\U0001f600", "x" * 129, "x" * 501]),
-         "0", "1.5", "1e26", "null", "true", "{}", "[]", '{"a":{}}', "[[1]]", '"\\ud800"']  # fmt: skip
+         "0", "1.5", "1e26", "null", "true", "{}", "[]", '{"a":{}}', "[[1]]", '"\\ud800"', '"\\u0026\\u003e"',
+         '"\\u003a\\u0022:"', '"\\u0001\\u0000"', '"\\u001f\\u0030"']  # fmt: skip
 _SPACES = mostly([""], [" ", "\n", "\r\n\t"])
 NAMES = mostly(['"n"', '""'], [*_WILD, json.dumps("n" * 129)])
 _TIMES = mostly(
     ['"2026-01-01T00:00:00Z"', '"2026-01-01 00:00:00+01:00"', '"2026-11-21T12:00:30Z"'],
     ['"2026-11-21T12:02:00Z"', '"2026-01-01T00:00:00"', '"2026-01-01"', '"2026-02-30T00:00:00Z"', "5", "null",
      '"2026-01-01t00:00:00.123456789z"', '"2026-01-01T24:00:00Z"', '"2026-01-01T00:00:60Z"', '"20260101T000000Z"',
-     '"2026-01-01T00:00:00-23:59"', '"9999-12-31T23:59:59Z"', '"2026-01-01T00:00:00+24:00"', '"1767225600"'],
+     '"2026-01-01T00\\u003a00:00Z"', '"2026\\u002d01-01T00:00:00Z"', '"2026-01-01T00:00:00-23:59"',
+     '"9999-12-31T23:59:59Z"', '"2026-01-01T00:00:00+24:00"', '"1767225600"'],
 )  # fmt: skip
 _IDS = mostly([json.dumps(CUSTOMER)], [json.dumps(text) for text in (CUSTOMER.upper(), UNKNOWN, OTHERS_CUSTOMER, "c")])
-_VALUES = mostly(["5", "1.5", '"text"', "true", '"a:b"', "-0", "1e5"], [*_WILD, "9" * 27])
+_VALUES = mostly(["5", "1.5", '"text"', "true", '"a:b"', "-0", "1e5", '"a\\u0026b"'], [*_WILD, "9" * 27])
 _COUNTS = mostly(["1", "0", "12"], [*_WILD, "1.0", '"5"', "9" * 27, "-1"])
 _WORDS = mostly(['"v"', '"a:b"', '""'], _WILD)
 
@@ -54,8 +56,9 @@ _LLM = objects({
 })  # fmt: skip
 _PLAIN_METADATA = objects({"a": _VALUES, "b": _VALUES})
 _ODD_KEYS = objects({'a"b': _VALUES, "a\\b": _VALUES, "a\nb": _VALUES, "": _VALUES, "é": _VALUES, "field_0": _VALUES})
+_MARKED_KEYS = objects({"&": _VALUES, '<">:': _VALUES, "\x1f": _VALUES})
 _RICH_METADATA = objects({"a": _VALUES, "_cost": _COST, "_llm": _LLM})
-METADATA = st.one_of(_PLAIN_METADATA, _ODD_KEYS, objects({"_cost": _COST}), _RICH_METADATA)
+METADATA = st.one_of(_PLAIN_METADATA, _ODD_KEYS, _MARKED_KEYS, objects({"_cost": _COST}), _RICH_METADATA)
 EVENTS = objects({
     "name": NAMES, "external_customer_id": mostly(['"u"'], _WILD), "timestamp": _TIMES, "metadata": METADATA,
     "external_id": mostly(['"x"', '""', "null"], _WILD), "parent_id": mostly(['"p"', "null"], _WILD),

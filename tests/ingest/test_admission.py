@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from ingest.admission import Admitted, Refused, admit
+from ingest.admission import Admitted, Refused, admit, admit_quickly
+from ingest.limits import (
+    CAREFUL_EVENTS_MAX,
+    CAREFUL_VALUES_MAX,
+    DETAILS_MAX,
+    HURRIED_VALUES_MAX,
+    REFUSALS_MAX,
+    REFUSALS_OF_EVENT_MAX,
+)
 from tests.ingest.admitting import (
     CUSTOMER,
     NOW,
@@ -211,6 +219,70 @@ def test_a_lenient_request_keeps_the_good_events() -> None:
     assert [(refusal.index, refusal.type) for refusal in found.refusals] == [
         (1, "missing"), (2, "customer_id"), (3, "model_attributes_type"),
     ]  # fmt: skip
+
+
+MANY_MISTAKES = written(metadata=dict.fromkeys(map(str, range(100))))
+
+
+def test_a_lenient_request_hears_of_ten_mistakes_in_an_event() -> None:
+    """Whatever else is wrong with it is not told, and not looked for; the events after it are taken."""
+    found = admitted(GOOD, MANY_MISTAKES, REFUSALS[0][1], written(external_id="y"), lenient=True)
+    assert found.external_ids == ["x", "y"]
+    assert [refusal.index for refusal in found.refusals] == [1] * REFUSALS_OF_EVENT_MAX + [2]
+
+
+@pytest.mark.parametrize(
+    ("event", "told"), [(MANY_MISTAKES, REFUSALS_OF_EVENT_MAX), (REFUSALS[0][1], 1), (BUSINESS[1][1], 1)]
+)
+def test_a_lenient_request_with_too_many_mistakes_is_refused(event: str, told: int) -> None:
+    """It has to be sent in smaller parts; the answer says so first, then what is wrong with the first events."""
+    found = admit_text(*[event] * (REFUSALS_MAX // told + 1), lenient=True)
+    assert isinstance(found, Refused)
+    assert [entry["loc"][:3] for entry in found.detail[:2]] == [("body", "events"), ["body", "events", 0]]
+    assert found.detail[0]["type"] == "too_long"
+    assert len(found.detail) == DETAILS_MAX
+
+
+def test_ten_thousand_mistakes_are_told_to_a_lenient_request() -> None:
+    """As many as there may be are told, and what is good is kept."""
+    found = admitted(*[REFUSALS[0][1]] * REFUSALS_MAX, GOOD, lenient=True)
+    assert len(found.refusals) == REFUSALS_MAX
+    assert found.external_ids == ["x"]
+
+
+# an event that is read with care, with room for keys: because of its time, because of what its name may hide
+UNUSUAL = ['{"name":"n","external_customer_id":"u","timestamp":1,"metadata":{%s}}',
+           '{"name":"\\u005f","external_customer_id":"u","metadata":{%s}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("event", UNUSUAL)
+def test_events_with_more_values_than_can_be_read_one_by_one_are_refused(event: str) -> None:
+    """A million values in unusual events are too many, whether or not their types are plain."""
+    values = ",".join(f'"{number}":1' for number in range(1000))
+    found = admit_text(*[event % values] * (CAREFUL_VALUES_MAX // 1000))
+    assert isinstance(found, Refused)
+    assert [entry["type"] for entry in found.detail] == ["too_long"]
+    assert isinstance(admit_text(*[event % values] * 3), Admitted)
+
+
+@pytest.mark.parametrize("event", UNUSUAL)
+def test_many_values_in_an_unusual_event_are_not_read_while_everybody_waits(event: str) -> None:
+    """A small body with some thousand of them is for the thread; one with fewer is not."""
+
+    def quickly(keys: int) -> object:
+        values = ",".join(f'"{number}":1' for number in range(keys))
+        return admit_quickly(b'{"events":[%s]}' % (event % values).encode(), sender(), NOW)
+
+    assert quickly(HURRIED_VALUES_MAX + 1) is None
+    assert isinstance(quickly(HURRIED_VALUES_MAX // 2), Admitted)
+
+
+def test_what_go_escapes_is_not_unusual() -> None:
+    """Go writes & < and > as escapes, in texts and keys: such events have no limit but their bytes."""
+    event = written(name="R\x00D", metadata={"url": "/?a=1\x00b=<2>", "a\x00b": 1}).replace("\\u0000", "\\u0026")
+    found = admitted(*[event] * (CAREFUL_EVENTS_MAX + 1))
+    assert found.plains is not None
+    assert bytes(found.lines[0]) == event.encode()
 
 
 def test_an_empty_list_of_events_is_taken() -> None:

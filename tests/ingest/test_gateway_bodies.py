@@ -2,11 +2,20 @@
 
 import gzip
 import json
+import threading
+from collections import defaultdict
+from types import FrameType
 from typing import Any
 
 import pytest
 import zstandard
 
+from ingest import endpoint
+from ingest.limits import INLINE_BODY_BYTES_MAX
+from ingest.log import open_log
+from ingest.recent import Fingerprints
+from ingest.spread import Spread
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.ingest.running import RunningGateway, event
 
 BODY = json.dumps({"events": [event()]}).encode()
@@ -68,6 +77,66 @@ def test_a_large_body_is_taken_whole(gateway: RunningGateway, encode: Any) -> No
     headers = {"content_encoding": "gzip"} if encode is gzip.compress else {}
     assert gateway.ingest(content=encode(body), **headers).json() == {"inserted": 10_000, "duplicates": 0}
     assert len(gateway.records()[-1].value.split(b"\n")) == 10_000
+
+
+TWELVE = {USAGE_EVENTS: 12, USAGE_CONTROL: 1}
+LASTING = {function.__code__: function.__name__ for function in (
+    Fingerprints.__init__, Spread.entries, endpoint._accepted, endpoint._unprocessable)}  # fmt: skip
+
+
+class Workers:
+    """Which threads did what takes long, of the threads that start meanwhile."""
+
+    def __init__(self) -> None:
+        self.by_work: dict[str, set[str]] = defaultdict(set)
+
+    def __enter__(self) -> "Workers":
+        threading.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        threading.setprofile(None)
+
+    def _note(self, frame: FrameType, happening: str, _: object) -> None:
+        if happening == "call" and frame.f_code in LASTING:
+            thread = threading.current_thread().name.partition("_")[0]
+            self.by_work[LASTING[frame.f_code]].add(thread)
+
+
+def many(count: int, name: str) -> dict[str, Any]:
+    """So many events of as many customers, each with an id; every other request says the same again."""
+    return {"events": [event(external_id=f"{name}-{number}", external_customer_id=f"customer-{number}")
+                       for number in range(count)]}  # fmt: skip
+
+
+def test_work_on_a_large_body_is_done_beside_the_event_loop() -> None:
+    """What is made of its events, and an answer with all of them, keep nobody waiting; small bodies take no detour."""
+    good, bad = many(5000, "large"), {"events": [{"name": "n" * 300}] * 1000}
+    assert len(json.dumps(good)) > INLINE_BODY_BYTES_MAX < len(json.dumps(bad))
+    for body, thread in ((good, "admission"), (many(5, "small"), "gateway")):
+        with Workers() as workers, RunningGateway(open_log("memory:", partitions=TWELVE)) as gateway:
+            first, second = (gateway.ingest(body, prefer="return=representation").json() for _ in range(2))
+            assert gateway.ingest(bad if thread == "admission" else {"events": [{}]}).status_code == 422
+        assert workers.by_work == {work: {thread} for work in LASTING.values()}
+        count = len(body["events"])
+        assert [row["verdict"] for row in first["events"]] == ["accepted"] * count
+        assert [row["verdict"] for row in second["events"]] == ["duplicate"] * count
+        assert (second["inserted"], second["duplicates"]) == (0, count)
+
+
+def test_events_of_many_customers_lie_where_small_requests_put_them() -> None:
+    """A large request is spread over the partitions like the small ones before and after it."""
+    with RunningGateway(open_log("memory:", partitions=TWELVE)) as gateway:
+        for body in (many(50, "a"), many(5000, "b"), many(50, "c")):
+            assert gateway.ingest(body).status_code == 200
+        places = gateway.log.ends(USAGE_EVENTS)
+        records = gateway.log.read(USAGE_EVENTS, dict.fromkeys(places, 0), bytes_max=1 << 30)
+    found = defaultdict(set)
+    for record in records:
+        for line in record.value.split(b"\n"):
+            found[json.loads(line)["external_customer_id"]].add(record.partition)
+    assert len(found) == 5000
+    assert {len(partitions) for partitions in found.values()} == {1}
 
 
 def test_a_body_over_the_limit_is_refused() -> None:

@@ -115,6 +115,22 @@ def test_a_key_that_comes_twice_is_not_hidden_by_a_text_or_a_blank() -> None:
         assert learned(known).read(body_of(KNOWN, apart)) is None
 
 
+def test_a_key_that_comes_twice_is_not_hidden_by_an_escaped_colon() -> None:
+    """Colons are counted: a time that has one as an escape cannot make up for a key that is there once too often."""
+    escaped = KNOWN.replace("T00:", "T00\\u003a")
+    for known in (KNOWN, escaped):
+        repeated = escaped.replace('"a":1', '"a":2,"a":1')
+        assert learned(body_of(known, known)).read(body_of(KNOWN, repeated)) is None
+
+
+def test_what_go_escapes_is_of_a_shape() -> None:
+    """Go writes & < and > as escapes, in texts and keys; that hides nothing."""
+    event = KNOWN.replace('"b":"x"', '"b":"\\u003cx\\u003e \\u0026"')
+    found = learned(body_of(event, event)).read(body_of(event, event))
+    assert found is not None
+    assert found.events[1].metadata.field_1 == "<x> &"
+
+
 def test_what_stands_beside_the_list_of_events_is_looked_at_closely() -> None:
     """An envelope with another key, or with two lists, is not of a shape."""
     shapes, known = learned(body_of(KNOWN, KNOWN)), body_of(KNOWN, KNOWN)

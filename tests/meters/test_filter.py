@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meters import exact_json
+from meters.detail import COMPLAINTS_MAX
 from meters.facts import Facts, epoch_seconds, number
 from meters.filter import EVERYTHING, Clause, Filter, Operator, Scalar, holds, matches
 from meters.filter_json import NESTING_MAX, filter_json, parse_filter
@@ -250,6 +251,27 @@ def test_every_mistake_is_reported() -> None:
         ["clauses", 0, "operator"],
         ["clauses", 1],
     ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "first"),
+    [
+        ([{}] * 100, "missing"),
+        ([5] * 100, "model_attributes_type"),
+        ([{"property": "p", "operator": "in", "value": [None] * 1000}] * 100, "filter_value_type"),
+        (clause(operator="in", value=["x"] * 100)["clauses"] * 100, "too_long"),
+        ([{"conjunction": "or", "clauses": []}] * 100, "too_long"),
+    ],
+)
+def test_reading_ends_with_a_hundred_mistakes(inner: list[Any], first: str) -> None:
+    """However many clauses are hidden in lists of lists, complaints are few, and what follows is not even looked at."""
+    nested = {"conjunction": "and", "clauses": inner}
+    for _ in range(3):  # a hundred million clauses, if anybody read them
+        nested = {"conjunction": "and", "clauses": [nested] * 100}
+    complaints = parse_filter(nested)
+    assert isinstance(complaints, list)
+    assert len(complaints) <= COMPLAINTS_MAX
+    assert complaints[0]["type"] == first
 
 
 @pytest.mark.parametrize(

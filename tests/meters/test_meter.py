@@ -110,6 +110,7 @@ def test_a_multiplier_is_read_as_polar_reads_it(sent: str) -> None:
         ({"custom_multiplier": Decimal("1e400000000")}, "int_parsing_size", ("custom_multiplier",)),
         ({"metadata": []}, "dict_type", ("metadata",)),
         ({"metadata": {str(key): key for key in range(51)}}, "too_long", ("metadata",)),
+        ({"metadata": {str(key): key for key in range(100_000)}}, "too_long", ("metadata",)),
         ({"metadata": {"": 1}}, "string_too_short", ("metadata", "", "[key]")),
         ({"metadata": {"k" * 41: 1}}, "string_too_long", ("metadata", "k" * 41, "[key]")),
         ({"metadata": {"k": ""}}, "string_too_short", ("metadata", "k")),
