@@ -23,7 +23,7 @@ import structlog
 
 from aggregator.directory import Directory
 from aggregator.plan import Evaluated, Plan, plan
-from aggregator.quarters import Calendar, MeterQuarters
+from aggregator.quarters import KEPT_FROM, Calendar, MeterQuarters
 from aggregator.store.slot import Slot
 from aggregator.store.sql import spelled_out
 from aggregator.store.store import Store
@@ -131,9 +131,12 @@ class RunningTotals:
         return counting.totals.total(subjects) if counting is not None else None
 
     def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
-        """Everyone's total in each span of quarter hours; None while it is counted, and for distinct values."""
+        """Everyone's total in each span of quarter hours.
+
+        None while it is counted, for distinct values, and where a span begins before KEPT_FROM.
+        """
         counting = self._complete(meter_id)
-        if counting is None or counting.quarters is None:
+        if counting is None or counting.quarters is None or any(begins < KEPT_FROM for begins, _ in bounds):
             return None
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 

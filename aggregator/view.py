@@ -114,7 +114,8 @@ class View(Protocol):
     def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
         """Everyone's total of the meter by the events' own times, in each span that begins and ends on quarter hours.
 
-        None while the meter is still being counted, and for ``unique`` meters: ask the store then.
+        None while the meter is still being counted, for ``unique`` meters, and where a span begins so early that no
+        chart can: ask the store then.
         """
         ...
 
