@@ -1,8 +1,8 @@
 """What was used of every meter in each quarter hour, by everyone together, in memory, exact.
 
 A chart asks for a month by the day. Read from the events that is a pass over all of them, and grows with history; read
-from quarter hours it is three thousand additions. Hours, days and months of every time zone begin and end on a
-quarter hour, so these serve them all.
+from quarter hours it is three thousand additions, which numpy makes at once. Hours, days and months of every time zone
+begin and end on a quarter hour, so these serve them all.
 
 They are counted as the totals of customers are, in the same columns: the quarter hours that have events are numbered in
 order of first sight, and such a number stands where a customer's would. An event may name any time that has passed, so
@@ -58,7 +58,7 @@ class Calendar:
                 self._order = None
         return numbers
 
-    def within(self, begins: datetime, ends: datetime) -> list[int]:
+    def within(self, begins: datetime, ends: datetime) -> Rows:
         """The numbers of the quarter hours in ``[begins, ends)``, from KEPT_FROM on, that have events, in order."""
         with self._lock:
             if self._order is None:
@@ -67,8 +67,7 @@ class Calendar:
                 self._order = quarters[order], order
             quarters, numbers = self._order
         first, last = (microseconds_of(moment) // QUARTER_US for moment in (begins, ends))
-        found: list[int] = numbers[np.searchsorted(quarters, first) : np.searchsorted(quarters, last)].tolist()
-        return found
+        return numbers[np.searchsorted(quarters, first) : np.searchsorted(quarters, last)]
 
 
 class MeterQuarters:
@@ -83,4 +82,4 @@ class MeterQuarters:
 
     def total(self, begins: datetime, ends: datetime) -> Total:
         """Everyone's total in ``[begins, ends)``, from KEPT_FROM on, which begins and ends on quarter hours."""
-        return self._totals.total(self._calendar.within(begins, ends))
+        return self._totals.total_of(self._calendar.within(begins, ends))
