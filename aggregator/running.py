@@ -141,7 +141,7 @@ class RunningTotals:
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
-        """What arrived from these numbers since a time; None while it is counted, or for a time that is not kept."""
+        """What arrived from these numbers since a time; None while it is counted, or for what is not kept."""
         counting = self._complete(meter_id)
         return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
 

@@ -122,8 +122,8 @@ class View(Protocol):
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
         """The meter's value over what arrived from these numbers since a time, from memory.
 
-        None where memory does not have it: while the meter is still being counted, or for another time than the
-        newest reset of the customer. Ask the store then.
+        None where memory does not have it: while the meter is still being counted, for another time than the
+        newest reset of the customer, and for more distinct values than are kept. Ask the store then.
         """
         ...
 
