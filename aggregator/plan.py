@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Columns of the statement: those KEPT, conditions ``c0, c1, …``, keys ``k0, k1, …``, contributions ``v0, v1, …``.
+    """Columns of the statement: those kept, conditions ``c0, c1, …``, keys ``k0, k1, …``, contributions ``v0, v1, …``.
 
     A contribution is an amount, or for ``unique`` meters an identity.
     """
@@ -71,8 +71,9 @@ class _Columns:
 
 
 def plan(
-    meters: Sequence[Meter], source: str, written: Callable[[exp.Expr, Parameters], Statement] = statement
-) -> Plan:
+    meters: Sequence[Meter], source: str, written: Callable[[exp.Expr, Parameters], Statement] = statement,
+    keep: Sequence[str] = KEPT,
+) -> Plan:  # fmt: skip
     """Compile meters over a relation with the columns of ``events``; ``written`` makes the statement of it."""
     stage, parameters = Stage(), Parameters()
     conditions, keys, contributions = _Columns("c"), _Columns("k"), _Columns("v")
@@ -94,9 +95,9 @@ def plan(
 
     choices = [choice(meter) for meter in meters]
     relation = exp.Subquery(this=parse_one(source, dialect=DIALECT), alias=exp.to_identifier("source"))
-    staged = stage.select(relation, KEPT, parameters).subquery("stage")
+    staged = stage.select(relation, keep, parameters).subquery("stage")
     columns = [*conditions.expressions, *keys.expressions, *contributions.expressions]
-    query = exp.select(*map(exp.column, KEPT), *columns).from_(staged)
+    query = exp.select(*map(exp.column, keep), *columns).from_(staged)
     sizes = len(conditions.expressions), len(keys.expressions), len(contributions.expressions)
     return Plan(choices, *sizes, written(query, parameters))
 

@@ -1,11 +1,12 @@
 """What was used of every meter in each quarter hour, by everyone together, in memory, exact.
 
 A chart asks for a month by the day. Read from the events that is a pass over all of them, and grows with history; read
-from quarter hours it is three thousand additions. Hours, days and months of every time zone begin and end on a
-quarter hour, so these serve them all.
+from quarter hours it is three thousand additions, which numpy makes at once. Hours, days and months of every time zone
+begin and end on a quarter hour, so these serve them all.
 
 They are counted as the totals of customers are, in the same columns: the quarter hours that have events are numbered in
-order of first sight, and such a number stands where a customer's would.
+order of first sight, and such a number stands where a customer's would. An event may name any time that has passed, so
+those of which no chart can be asked are one to this: else a client's wrong clocks would fill the memory.
 """
 
 import threading
@@ -17,8 +18,13 @@ import numpy as np
 from aggregator.totals import Amounts, Integers, MeterTotals, Rows
 from aggregator.view import Total
 from meters.timestamp import microseconds_of
+from meters.window import START_MIN
 
 QUARTER_US = 15 * 60 * 1_000_000
+KEPT_FROM = START_MIN.replace(year=START_MIN.year - 1)
+"""Before it no quarter hour is kept. A chart by the year shows a whole one, and west of Greenwich START_MIN lies in the
+one before; that makes 35,000 quarter hours a year, and not one for each time that anybody ever stated."""
+_BEFORE = microseconds_of(KEPT_FROM) // QUARTER_US - 1  # stands for all that are not kept
 _DENSE_MAX = 100_000  # quarter hours from the first to the last of a round, three years, up to which a table finds them
 
 
@@ -32,12 +38,12 @@ class Calendar:
 
     def numbers(self, times: Integers) -> Rows:
         """The number of each time's quarter hour; ``times`` are microseconds since 1970."""
-        quarters = times // QUARTER_US
+        quarters: Integers = np.maximum(times // QUARTER_US, _BEFORE)
         first = int(quarters.min()) if len(quarters) else 0
         if len(quarters) and int(quarters.max()) - first < _DENSE_MAX:
             places = quarters - first
             found = np.flatnonzero(np.bincount(places))
-            table = np.zeros(int(found[-1]) + 1, np.intp)
+            table: Rows = np.zeros(int(found[-1]) + 1, np.intp)
             table[found] = self._number((found + first).tolist())
             return table[places]
         found, places = np.unique(quarters, return_inverse=True)
@@ -52,8 +58,8 @@ class Calendar:
                 self._order = None
         return numbers
 
-    def within(self, begins: datetime, ends: datetime) -> list[int]:
-        """The numbers of the quarter hours in ``[begins, ends)`` that have events, in order of time."""
+    def within(self, begins: datetime, ends: datetime) -> Rows:
+        """The numbers of the quarter hours in ``[begins, ends)``, from KEPT_FROM on, that have events, in order."""
         with self._lock:
             if self._order is None:
                 quarters = np.array(list(self._numbers), np.int64)
@@ -61,8 +67,7 @@ class Calendar:
                 self._order = quarters[order], order
             quarters, numbers = self._order
         first, last = (microseconds_of(moment) // QUARTER_US for moment in (begins, ends))
-        found: list[int] = numbers[np.searchsorted(quarters, first) : np.searchsorted(quarters, last)].tolist()
-        return found
+        return numbers[np.searchsorted(quarters, first) : np.searchsorted(quarters, last)]
 
 
 class MeterQuarters:
@@ -76,5 +81,5 @@ class MeterQuarters:
         self._totals.add(quarters, amounts, rows)
 
     def total(self, begins: datetime, ends: datetime) -> Total:
-        """Everyone's total in ``[begins, ends)``, which begins and ends on quarter hours."""
-        return self._totals.total(self._calendar.within(begins, ends))
+        """Everyone's total in ``[begins, ends)``, from KEPT_FROM on, which begins and ends on quarter hours."""
+        return self._totals.total_of(self._calendar.within(begins, ends))

@@ -22,8 +22,9 @@ import pyarrow as pa
 import structlog
 
 from aggregator.directory import Directory
-from aggregator.plan import Evaluated, Plan, plan
-from aggregator.quarters import Calendar, MeterQuarters
+from aggregator.histories import Histories
+from aggregator.plan import KEPT, Evaluated, Plan, plan
+from aggregator.quarters import KEPT_FROM, Calendar, MeterQuarters
 from aggregator.store.slot import Slot
 from aggregator.store.sql import spelled_out
 from aggregator.store.store import Store
@@ -33,7 +34,6 @@ from aggregator.windows import MeterWindows, microseconds
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
-HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 PREPARED_METERS_MAX = 5_000  # 45 MB of plans; the statements of further organizations are planned with every round
 HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short
@@ -57,6 +57,7 @@ class Counting(NamedTuple):
     meter: Meter
     totals: MeterWindows
     quarters: MeterQuarters | None  # None for distinct values, which cannot be added up
+    before_seq: int  # what is stored before it is its history; the rounds add what comes from it on
     complete: threading.Event
 
 
@@ -73,11 +74,10 @@ class RunningTotals:
         self._arriving: Slot | None = None
         self._meters: dict[str, Counting] = {}
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
-        self._counting_history = threading.Semaphore(HISTORIES_AT_ONCE)
+        self._histories = Histories(self._history)
         self._plans: dict[int, Plan | None] = {}
         self._prepared: dict[int, int] = {}  # meters in the statement of an organization
         self._texts: dict[int, str] = {}  # what is executed for it
-        self._threads: list[threading.Thread] = []
         self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
@@ -89,8 +89,7 @@ class RunningTotals:
 
     def wait(self) -> None:
         """Return when all history that was begun is counted, or cannot be."""
-        for thread in self._threads:
-            thread.join()
+        self._histories.wait()
 
     def stop(self) -> None:
         """Give up counting history and let go of the store."""
@@ -131,14 +130,17 @@ class RunningTotals:
         return counting.totals.total(subjects) if counting is not None else None
 
     def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
-        """Everyone's total in each span of quarter hours; None while it is counted, and for distinct values."""
+        """Everyone's total in each span of quarter hours.
+
+        None while it is counted, for distinct values, and where a span begins before KEPT_FROM.
+        """
         counting = self._complete(meter_id)
-        if counting is None or counting.quarters is None:
+        if counting is None or counting.quarters is None or any(begins < KEPT_FROM for begins, _ in bounds):
             return None
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
-        """What arrived from these numbers since a time; None while it is counted, or for a time that is not kept."""
+        """What arrived from these numbers since a time; None while it is counted, or for what is not kept."""
         counting = self._complete(meter_id)
         return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
 
@@ -183,6 +185,7 @@ class RunningTotals:
         """Do what had to wait: cuts of meters whose history is counted by now, histories that could not be read."""
         for meter_id in [id for id in self._waiting if self._complete(id) is not None]:
             self.cut(self._meters[meter_id].meter, {})
+        self._histories.go_on()
         while self._failed and self._failed[0][0] <= time.monotonic():
             _, counted = self._failed.popleft()
             current = [one.meter for id, one in counted.items() if self._meters.get(id) is one]
@@ -194,7 +197,7 @@ class RunningTotals:
         asked = {"organization": number, "subjects": list(late), "since": min(late.values())}
         begins = np.full(max(late) + 1, EVER, np.int64)
         begins[list(late)] = list(late.values())
-        inside = Counting(meter, MeterWindows(meter.aggregation.func), None, threading.Event())
+        inside = Counting(meter, MeterWindows(meter.aggregation.func), None, 0, threading.Event())
         relation = self._connection.sql(compiled.statement.sql, params=compiled.statement.parameters | asked)
         for batch in relation.to_arrow_reader(HISTORY_ROWS):  # together they may be more than memory, or a sum, holds
             rows = pa.Table.from_batches([batch])
@@ -234,24 +237,24 @@ class RunningTotals:
             self._waiting.pop(meter.id, None)
             func = meter.aggregation.func
             quarters = None if func == "unique" else MeterQuarters(func, self._calendar(meter.organization_id))
-            self._meters[meter.id] = Counting(meter, windows, quarters, threading.Event())
-        counted = {meter.id: self._meters[meter.id] for meter in meters}
+            self._meters[meter.id] = Counting(meter, windows, quarters, before_seq, threading.Event())
+        counted = [self._meters[meter.id] for meter in meters]
         if before_seq == 0 or not meters or meters[0].organization_id not in self._directory.organizations:
-            for counting in counted.values():
+            for counting in counted:
                 counting.complete.set()
             return
-        work = meters, counted, before_seq
-        thread = threading.Thread(target=self._history, args=work, name="history", daemon=True)
-        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
-        thread.start()
+        self._histories.add(meters[0].organization_id, counted)
 
-    def _history(self, meters: list[Meter], counted: dict[str, Counting], before_seq: int) -> None:
-        """A thread: evaluate the meters over the events stored before ``before_seq``."""
-        organization_id = meters[0].organization_id
-        number, calendar = self._directory.organizations[organization_id].number, self._calendar(organization_id)
+    def _history(self, organization_id: str, waited: list[Counting]) -> None:
+        """A thread: evaluate meters over the events stored before their ``before_seq``, all in one pass."""
+        counted = {one.meter.id: one for one in waited if self._meters.get(one.meter.id) is one}
+        if not counted or self._stopping.is_set():
+            return
         try:
-            with self._counting_history, contextlib.closing(self._store.cursor()) as connection:
-                compiled = plan(meters, _HISTORY)
+            number, calendar = self._directory.organizations[organization_id].number, self._calendar(organization_id)
+            before_seq = max(one.before_seq for one in counted.values())
+            with contextlib.closing(self._store.cursor()) as connection:
+                compiled = plan([one.meter for one in counted.values()], _HISTORY, keep=(*KEPT, "seq"))
                 parameters = compiled.statement.parameters | {"organization": number, "before": before_seq}
                 relation = connection.sql(compiled.statement.sql, params=parameters)
                 for batch in relation.to_arrow_reader(HISTORY_ROWS):
@@ -274,9 +277,13 @@ def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, c
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
     arrived, quarters = _microseconds(table, "ingested_at"), calendar.numbers(_microseconds(table, "timestamp"))
+    seqs = table.column("seq").to_numpy() if "seq" in table.column_names else np.zeros(0, np.int64)
+    last_seq = int(seqs.max(initial=-1))
     evaluated = Evaluated(compiled, table)
     for choice in compiled.choices:
         counting, rows = counted.get(choice.meter.id), evaluated.rows(choice)
+        if counting is not None and last_seq >= counting.before_seq:  # of a history that is longer for another meter
+            rows = rows[seqs[rows] < counting.before_seq]
         if counting is not None and len(rows):
             contributions = evaluated.contributions(choice)
             counting.totals.add(subjects, contributions, rows, arrived)

@@ -10,6 +10,7 @@ to a Python integer beside the columns, which has no end.
 """
 
 import threading
+from collections.abc import Sequence
 from decimal import Context, Decimal
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from aggregator.view import Total
 Integers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
 ONE = 10**12  # 10^-12 units in a whole one
+LOOPED_MAX = 16  # customer numbers that are added up one by one, 2 us each; as arrays any number takes 30 us
 _LARGEST, _LEAST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 _NONE_YET = {"min": _LARGEST, "max": _LEAST}
 _EXACT = Context(prec=80)
@@ -123,18 +125,36 @@ class MeterTotals:
         elif self._func != "count":
             self._whole, self._fraction = longer(self._whole, more, 0), longer(self._fraction, more, 0)
 
-    def total(self, subjects: list[int]) -> Total:
+    def total(self, subjects: Sequence[int]) -> Total:
         """The total over the customer numbers given, as one customer."""
+        if len(subjects) > LOOPED_MAX:
+            return self.total_of(np.array(subjects, np.intp))
         with self._lock:
             known = [subject for subject in subjects if subject < len(self._count) and self._count[subject] > 0]
             count = sum([int(self._count[subject]) for subject in known])
             large = [units for subject in known for units in self._large.get(subject, ())] if self._large else []
             if self._func in _NONE_YET:
-                return self._extremes(known, large, count)
+                return self._extremes([int(self._extreme[row]) for row in known], large, count)
             units = sum(large)
             if self._func != "count":
                 units += sum([int(self._whole[row]) * ONE + int(self._fraction[row]) for row in known])
         return Total(count, _amount(units), None, None)
+
+    def total_of(self, rows: Rows) -> Total:
+        """The same of any number of rows. Of many a copy is made, and added up while others go on."""
+        if len(rows) <= LOOPED_MAX:
+            return self.total(rows.tolist())
+        with self._lock:
+            rows = rows[rows < len(self._count)]
+            count, extreme = self._count[rows], self._extreme[rows] if self._func in _NONE_YET else self._extreme
+            adding = [column[rows] for column in (self._whole, self._fraction) if len(column)]
+            large = [units for row in rows.tolist() for units in self._large.get(row, ())] if self._large else []
+        if self._func in _NONE_YET:
+            found = extreme[extreme != _NONE_YET[self._func]]
+            edges = [int(found.min()), int(found.max())] if len(found) else []
+            return self._extremes(edges, large, int(count.sum()))
+        units = sum(large) + sum(exact_sum(column) * one for column, one in zip(adding, (ONE, 1), strict=False))
+        return Total(int(count.sum()), _amount(units), None, None)
 
     def sums(self, size: int) -> npt.NDArray[np.float64]:
         """The sum of each of ``size`` customer numbers as the nearest double: to put them in order by."""
@@ -173,11 +193,15 @@ class MeterTotals:
             if large:
                 self._large[subject] = [large]
 
-    def _extremes(self, known: list[int], large: list[int], count: int) -> Total:
-        found = [int(self._extreme[row]) for row in known]
+    def _extremes(self, found: list[int], large: list[int], count: int) -> Total:
         edges = [*[units for units in found if units != _NONE_YET[self._func]], *large]
         least, most = (min(edges), max(edges)) if edges else (0, 0)
         return Total(count, Decimal(0), _amount(least) if edges else None, _amount(most) if edges else None)
+
+
+def exact_sum(column: Integers) -> int:
+    """The sum of 64-bit integers, of any size: their halves are added apart, which 2^31 of them do not overflow."""
+    return (int((column >> 32).sum()) << 32) + int((column & 0xFFFF_FFFF).sum())
 
 
 def longer(column: Integers, more: int, fill: int) -> Integers:

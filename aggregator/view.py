@@ -114,15 +114,16 @@ class View(Protocol):
     def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
         """Everyone's total of the meter by the events' own times, in each span that begins and ends on quarter hours.
 
-        None while the meter is still being counted, and for ``unique`` meters: ask the store then.
+        None while the meter is still being counted, for ``unique`` meters, and where a span begins so early that no
+        chart can: ask the store then.
         """
         ...
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
         """The meter's value over what arrived from these numbers since a time, from memory.
 
-        None where memory does not have it: while the meter is still being counted, or for another time than the
-        newest reset of the customer. Ask the store then.
+        None where memory does not have it: while the meter is still being counted, for another time than the
+        newest reset of the customer, and for more distinct values than are kept. Ask the store then.
         """
         ...
 

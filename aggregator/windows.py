@@ -7,9 +7,10 @@ the others (min, max, unique) keep what lies inside. Either way a round costs a 
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ from meters.amount import EXACT
 from meters.timestamp import instant_of, microseconds_of
 
 ADDING = frozenset({"count", "sum", "avg"})
+DISTINCT_MAX = 1_000_000
+"""Values and customers of a ``unique`` meter that are kept: in 260 MB where they are UUIDs, in 400 MB at most. Nothing
+else ends them: a meter of request ids would keep every id there ever was."""
+LETTERS_MAX = 64  # of a value that is kept as it is; of a longer one the 128 bits that tell it from all others
 
 
 class Kept(Protocol):
@@ -39,36 +44,66 @@ class Kept(Protocol):
 
 
 class DistinctValues:
-    """The values that customers used of a ``unique`` meter: a set for each customer number."""
+    """The values that customers used of a ``unique`` meter: a set for each customer number, while they are few.
+
+    Where they are more than DISTINCT_MAX nothing is kept any more and nothing is known: the store is asked instead.
+    """
 
     def __init__(self) -> None:
-        self._values: dict[int, set[str]] = {}
+        self._values: dict[int, set[str | bytes]] = {}
         self._counts: dict[int, int] = {}
+        self._held = 0  # values and customers
+        self._is_known = True
 
     def add(self, subjects: Rows, identities: pa.Array, rows: Rows) -> None:
         """Take in the chosen rows; equal ones are put together before Python sees them."""
+        if not self._is_known:
+            return
         table = pa.table({"subject": subjects[rows], "identity": identities.take(pa.array(rows))})
         pairs = table.group_by(["subject", "identity"]).aggregate([([], "count_all")]).to_pydict()
         for subject, identity, count in zip(pairs["subject"], pairs["identity"], pairs["count_all"], strict=True):
-            self._counts[subject] = self._counts.get(subject, 0) + count
-            values = self._values.setdefault(subject, set())
-            if identity is not None:
-                values.add(identity)
+            self._keep(subject, () if identity is None else (_short(identity),), count)
+        self._forget_many()
+
+    def _keep(self, subject: int, identities: Iterable[str | bytes], count: int) -> None:
+        if subject not in self._counts:
+            self._counts[subject], self._values[subject] = 0, set()
+            self._held += 1
+        values = self._values[subject]
+        self._held -= len(values)
+        values.update(identities)
+        self._held += len(values)
+        self._counts[subject] += count
+
+    def _forget_many(self) -> None:
+        if self._held > DISTINCT_MAX or not self._is_known:
+            self._values, self._counts, self._held, self._is_known = {}, {}, 0, False
 
     def copy(self, subject: int, other: "DistinctValues") -> None:
         """Take over what another one has of a customer."""
-        self._values[subject] = set(other._values.get(subject, ()))
-        self._counts[subject] = other._counts.get(subject, 0)
+        self.clear(subject)
+        self._is_known = self._is_known and other._is_known
+        if self._is_known and subject in other._counts:
+            self._keep(subject, other._values[subject], other._counts[subject])
+        self._forget_many()
 
     def clear(self, subject: int) -> None:
         """Forget a customer."""
-        self._values.pop(subject, None)
-        self._counts.pop(subject, None)
+        if self._counts.pop(subject, None) is not None:
+            self._held -= 1 + len(self._values.pop(subject))
 
-    def value(self, subjects: list[int]) -> tuple[int, Decimal]:
-        """Events considered, and distinct values, of several numbers as one customer."""
-        found = set[str]().union(*(self._values.get(subject, ()) for subject in subjects))
+    def value(self, subjects: list[int]) -> tuple[int, Decimal] | None:
+        """Events considered, and distinct values, of several numbers as one customer; None where nothing is known."""
+        if not self._is_known:
+            return None
+        found = set[str | bytes]().union(*(self._values.get(subject, ()) for subject in subjects))
         return sum(self._counts.get(subject, 0) for subject in subjects), Decimal(len(found))
+
+
+def _short(identity: str) -> str | bytes:
+    if len(identity) <= LETTERS_MAX:
+        return identity
+    return blake2b(identity.encode(), digest_size=16).digest()
 
 
 class MeterWindows:
@@ -162,7 +197,10 @@ class MeterWindows:
             return self._whole.sums(len(self._newest)) - self._apart.sums(len(self._newest))
 
     def consumed(self, subjects: list[int], since: int) -> Consumption | None:
-        """In the window that begins at ``since``; None if that is not where these customers' windows begin."""
+        """In the window that begins at ``since``.
+
+        None if that is not where these customers' windows begin, or for more distinct values than are kept.
+        """
         with self._lock:
             known = [subject for subject in subjects if subject < len(self._newest) and self._newest[subject] != EVER]
             if not known:
@@ -170,10 +208,10 @@ class MeterWindows:
             if any(self._begins(subject) != since for subject in known):
                 return None
             last = max(int(self._newest[subject]) for subject in known)
-            count, value = self._value(known, since)
-        return Consumption(count, value, instant_of(last))
+            found = self._value(known, since)
+        return None if found is None else Consumption(*found, instant_of(last))
 
-    def _value(self, subjects: list[int], since: int) -> tuple[int, Decimal]:
+    def _value(self, subjects: list[int], since: int) -> tuple[int, Decimal] | None:
         inside = self._whole if since == EVER or self._func in ADDING else self._apart
         if isinstance(inside, DistinctValues):
             return inside.value(subjects)

@@ -1,7 +1,8 @@
 """What a customer has of a meter: the answer that lists, states, sessions and webhooks share.
 
 Everything here comes from memory: the ledger has the credits, the running totals what was used since the newest
-reset. Only while a meter's history is still being counted is the store asked instead.
+reset. Only while a meter's history is still being counted, and for a meter of more distinct values than memory keeps,
+is the store asked instead.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from aggregator.store.queries import usage
 from aggregator.store.queries.asking import Here
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.store.queries.usage import Question
-from aggregator.view import Consumption, Unavailable
+from aggregator.view import EVER, Consumption, Unavailable
 from meters.amount import EXACT
 from meters.catalogue import Customer
 from meters.ledger import ZERO, Account, customer_meter_id, customer_of
 from meters.meter import Meter
+from meters.timestamp import instant_of
 
 RECOUNTED_MAX = 100
 """Customer meters that one request may have counted from the store: a page's worth."""
@@ -79,7 +81,7 @@ UNKNOWN = Consumption(0, ZERO, None)
 async def customer_meters(desk: Desk, pairs: Sequence[Pair]) -> list[CustomerMeter]:
     """Those of the pairs where there is anything: usage that the meter counts, or a credit, or a reset.
 
-    Raises Unavailable while too many of them are still being counted.
+    Raises Unavailable where memory does not have too many of them.
     """
     read = [_read(desk, customer, meter) for customer, meter in pairs]
     missing = [one for one in read if one.consumption is UNKNOWN]
@@ -149,17 +151,27 @@ async def consumed_between(
 
 
 async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Consumption]:
-    questions = {one.id: _question(desk, one.customer, one.meter, one.since) for one in missing}
-
     def count(here: Here) -> dict[str, Consumption]:
         found = {}
-        for id, asked in questions.items():
-            measured = usage.value_of(here.connection, here.about(asked))
-            found[id] = Consumption(measured.count, measured.value(asked.aggregation), None)
+        for one in missing:
+            asked = _question(desk, one.customer, one.meter, one.since)
+            measured, last_at = usage.value_of(here.connection, here.about(asked)), _last_at(desk, one)
+            is_used = last_at is not None and one.since is None  # also by events that have none of a meter's values
+            found[one.id] = Consumption(measured.count or int(is_used), measured.value(asked.aggregation), last_at)
         return found
 
     counted, _ = await desk.ask_about(missing[0].customer.organization_id, count)
     return counted
+
+
+def _last_at(desk: Desk, one: CustomerMeter) -> datetime | None:
+    """When the newest event arrived that the meter counts of the customer; None where memory does not know that."""
+    arrived = desk.view.arrivals(one.meter.id)
+    if arrived is None:
+        return None
+    numbers = [number for number in numbers_of(desk, one.customer) if number < len(arrived)]
+    newest = max((int(arrived[number]) for number in numbers), default=EVER)
+    return None if newest == EVER else instant_of(newest)
 
 
 def _question(

@@ -1,8 +1,8 @@
 """Which customer meters there are, and in which order, where there are too many to look at each.
 
 A list of a million rows shows ten. So the rows are found and put in order as arrays, one for each meter, and only those
-of the page are read. This works in a thread and reads memory alone. Amounts are put in order as doubles, as Polar does;
-the rows show every digit.
+of the page are read. This works in a thread and reads memory alone, unless a list is put in order by amounts that
+memory does not keep. Amounts are put in order as doubles, as Polar does; the rows show every digit.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,10 @@ import numpy.typing as npt
 from aggregator.api.balances import Pair, from_memory
 from aggregator.api.desk import Desk
 from aggregator.api.paging import Order, Page
+from aggregator.store.queries import usage
+from aggregator.store.queries.asking import Here
+from aggregator.store.queries.scope import Scope
+from aggregator.store.queries.usage import Question, Windows
 from aggregator.view import EVER, Unavailable
 from meters.catalogue import Customer
 from meters.meter import Meter
@@ -34,11 +38,19 @@ class _Rows(NamedTuple):
     consumed: Doubles
 
 
+class NotInMemory(Exception):
+    """The list is put in order by amounts that the store has to be asked for."""
+
+
 def find_page(
-    desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], order: Order, page: Page
-) -> tuple[list[Pair], int]:
-    """The pairs of one page of the list, and how many rows it has. Raises Unavailable while a meter is counted."""
-    rows = _rows(desk, customers, meters, order.by)
+    desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], order: Order, page: Page,
+    here: Here | None = None,
+) -> tuple[list[Pair], int]:  # fmt: skip
+    """The pairs of one page of the list, and how many rows it has. ``here`` is where the store can be asked.
+
+    Raises Unavailable while a meter is counted, NotInMemory where the store has to be asked and cannot.
+    """
+    rows = _rows(desk, customers, meters, order.by, here)
     keys = _keys(customers, meters, rows, order.by)
     places = np.lexsort((rows.meter, rows.customer, keys))
     places = places if order.ascending else places[::-1]
@@ -47,7 +59,7 @@ def find_page(
     return pairs, len(places)
 
 
-def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by: str) -> _Rows:
+def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by: str, here: Here | None) -> _Rows:
     numbers = [desk.view.numbers(c.organization_id, c.external_id, c.id) for c in customers]
     first = np.array([found[0] if found else NOBODY for found in numbers], np.int64)
     second = np.array([found[1] if len(found) > 1 else NOBODY for found in numbers], np.int64)
@@ -66,7 +78,9 @@ def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by
                 modified[at] = max(int(modified[at]), microseconds_of(account.moved_at))
                 credited[at] = account.credited
         found = np.flatnonzero(is_there)
-        consumed = _consumed(desk, meter, customers, found, known) if by in ("consumed_units", "balance") else credited
+        consumed = credited
+        if by in ("consumed_units", "balance"):
+            consumed = _consumed(desk, meter, customers, found, known, here)
         parts.append(_Rows(found, np.full(len(found), place), modified[found], credited[found], consumed[found]))
     whole, amounts = np.zeros(0, np.int64), np.zeros(0)
     nothing = _Rows(whole, whole, whole, amounts, amounts)
@@ -75,8 +89,9 @@ def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by
 
 
 def _consumed(
-    desk: Desk, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
-) -> Doubles:
+    desk: Desk, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers],
+    here: Here | None,
+) -> Doubles:  # fmt: skip
     """What each customer used, where ``found`` says that there is a row."""
     sums = desk.view.sums(meter.id)
     if sums is not None:
@@ -86,8 +101,30 @@ def _consumed(
     for place in found.tolist():
         consumption = from_memory(desk, customers[place], meter)
         if consumption is None:
-            raise Unavailable("meters are still being counted")
+            return _recounted(desk, meter, customers, found, known, here)
         consumed[place] = consumption.value
+    return consumed
+
+
+def _recounted(
+    desk: Desk, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers],
+    here: Here | None,
+) -> Doubles:  # fmt: skip
+    """The same from the store, in one question."""
+    if here is None:
+        raise NotInMemory
+    since = np.zeros(len(customers), np.int64)  # nothing arrived before 1970
+    for place in found.tolist():
+        account = desk.view.ledger.account(customers[place].id, meter.id)
+        since[place] = microseconds_of(account.since) if account and account.since else 0
+    named = [(numbers[found], found) for numbers in known]
+    subjects, places = (np.concatenate(columns) for columns in zip(*named, strict=True))
+    is_named = subjects != NOBODY
+    windows = Windows(subjects[is_named], places[is_named], since[places[is_named]])
+    asked = Question(filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=here.organization))
+    consumed = np.zeros(len(customers))
+    for place, measured in usage.in_windows(here.connection, asked, windows):
+        consumed[place] = measured.value(meter.aggregation)
     return consumed
 
 

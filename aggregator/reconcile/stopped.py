@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 import duckdb
 
+from aggregator.quarters import KEPT_FROM
 from aggregator.reconcile.questions import StoppedStore
 from aggregator.reconcile.store_check import Both, both_of
 from aggregator.running import RunningTotals
@@ -44,7 +45,7 @@ class StoppedTotals:
         with self._cursor(meters[0]) as (cursor, number):
             parts = list(recount.everything(cursor, meters, number))
         blocks = range(-(-self.customers() // BLOCK))
-        hours = sorted(part.hour for part in parts if part.hour is not None)
+        hours = sorted(part.hour for part in parts if part.hour is not None and part.hour >= KEPT_FROM)
         for place, meter in enumerate(meters):
             totals = [self.total(meter, list(range(block * BLOCK, (block + 1) * BLOCK))) for block in blocks]
             known = [total for total in totals if total is not None]

@@ -1,5 +1,6 @@
 """How much was used, over HTTP: quantities, running totals and previews."""
 
+import threading
 from decimal import Decimal
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -147,6 +148,23 @@ def test_a_customers_total_is_exact_and_joins_both_names(tenant: Tenant, func: s
         assert (usage["value"], usage["meter_id"]) == (FUNCTIONS[func], meter)
     nobody = tenant.get(f"/v1/meters/{meter}/usage", external_customer_id="")
     assert (nobody["value"], nobody["count"], nobody["external_customer_id"]) == ("0", 0, "")
+
+
+def test_charts_are_made_beside_the_event_loop(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calendar's arithmetic for a year takes milliseconds, in which everybody else would wait."""
+    aggregator, where = tenant.server.aggregator, list[int]()
+    by_quarters = aggregator.by_quarters
+
+    def watched(*asked: Any) -> Any:
+        where.append(threading.get_ident())
+        return by_quarters(*asked)
+
+    meter = tenant.meter(func="sum", property="n")
+    tenant.event(timestamp="2026-02-01T10:00:00Z", metadata={"n": 4})
+    monkeypatch.setattr(aggregator, "by_quarters", watched)
+    assert tenant.get(f"/v1/meters/{meter}/quantities", **DAY)["total"] == 4
+    assert where
+    assert threading.get_ident() not in where
 
 
 def test_usage_asks_for_one_customer(tenant: Tenant) -> None:

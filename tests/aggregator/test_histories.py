@@ -1,6 +1,7 @@
 """Histories that are still being counted, or could not be: cuts wait for them, and what failed is done again."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,12 +13,14 @@ import duckdb
 import pytest
 
 from aggregator import running as module
+from aggregator.histories import HISTORIES_AT_ONCE
 from aggregator.view import Consumption
 from ingest.log import open_log
 from meters.catalogue import Customer, CustomerCreated
 from meters.credit import MeterReset
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.timestamp import microseconds_of
+from tests.aggregator.holding import uncounted
 from tests.aggregator.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
 from tests.waiting import eventually
 
@@ -94,19 +97,15 @@ def test_cuts_wait_while_history_is_counted(tmp_path: Path) -> None:
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
         running = Running(log, tmp_path / "store.duckdb")
-        totals = running.engine.totals
-        for _ in range(module.HISTORIES_AT_ONCE):
-            totals._counting_history.acquire()
-        with running:
+        with uncounted() as passes, running:
             asyncio.run(log.append(USAGE_EVENTS, [entry(line("now", metadata='{"n": 0.5}'))]))
             for minute in range(MINUTES):
                 reset(log, minute)
             eventually(lambda: running.engine.control_position == log.ends(USAGE_CONTROL)[0])
             eventually(lambda: dict(running.engine.as_of) == log.ends(USAGE_EVENTS))
-            assert len(totals._threads) == 1
+            assert passes.begun == [["m"]]
             assert consumed(running, MINUTES - 1) is None
-            for _ in range(module.HISTORIES_AT_ONCE):
-                totals._counting_history.release()
+            passes.free.set()
             found = eventually(lambda: consumed(running, MINUTES - 1))
     count, amount = used_since(MINUTES - 1)
     assert (found.count, found.value) == (count + 1, amount + Decimal("0.5"))
@@ -117,10 +116,10 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "HISTORY_AGAIN_S", 0.01)
     plan, failures = module.plan, [duckdb.OutOfMemoryException("short"), OSError("in the middle")]
 
-    def failing(meters: Any, relation: str, *written: Any) -> Any:
+    def failing(meters: Any, relation: str, *written: Any, **more: Any) -> Any:
         if relation == module._HISTORY and failures:
             raise failures.pop()
-        return plan(meters, relation, *written)
+        return plan(meters, relation, *written, **more)
 
     monkeypatch.setattr(module, "plan", failing)
     with used() as log:
@@ -130,6 +129,50 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
             running.catch_up()
             found = running.engine.totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
     assert failures == []
+    assert found is not None
+    assert (found.count, found.sum) == used_since(0)
+
+
+def test_meters_that_wait_are_counted_in_one_pass(tmp_path: Path) -> None:
+    """Each up to where it was made: what came between two is in the history of one, in the rounds of the other."""
+    made = [meter(f"late-{number}", func="sum", property="n") for number in range(HISTORIES_AT_ONCE + 3)]
+    with used() as log, Running(log, tmp_path / "store.duckdb") as running, uncounted() as passes:
+        engine = running.engine
+        eventually(lambda: dict(engine.as_of) == log.ends(USAGE_EVENTS))
+        for number, one in enumerate(made):
+            asyncio.run(log.append(USAGE_CONTROL, decisions(created(one))))
+            eventually(lambda: engine.control_position == log.ends(USAGE_CONTROL)[0])
+            asyncio.run(log.append(USAGE_EVENTS, [entry(line(f"now-{number}", metadata='{"n": 0.9}'))]))
+            eventually(lambda: dict(engine.as_of) == log.ends(USAGE_EVENTS))
+            if number < HISTORIES_AT_ONCE:
+                eventually(lambda expected=number + 1: len(passes.begun) == expected)
+        passes.free.set()
+        running.catch_up()
+        subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
+        found = [engine.totals.total(one.id, subjects) for one in made]
+    assert passes.begun == [["late-0"], ["late-1"], ["late-2", "late-3", "late-4"]]
+    count = MINUTES * LINES + len(made)
+    assert [(total.count, total.sum) for total in found if total] == [(count, count * Decimal("0.9"))] * len(made)
+
+
+def test_histories_wait_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine goes on without them, and they are counted when there is one again."""
+    start, refused = threading.Thread.start, list[str]()
+
+    def refusing(thread: threading.Thread) -> None:
+        if thread.name == "history" and len(refused) < 2:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with used() as log:
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+        monkeypatch.setattr(threading.Thread, "start", refusing)
+        with Running(log, tmp_path / "store.duckdb") as running:
+            running.catch_up()
+            found = running.engine.totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
+    assert len(refused) == 2
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
 

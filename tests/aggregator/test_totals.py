@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.totals import Amounts, MeterTotals
+from aggregator.totals import LOOPED_MAX, Amounts, MeterTotals, exact_sum
 
 EXACT = Context(prec=100)
 amounts = st.one_of(
@@ -48,6 +48,24 @@ def test_totals_equal_plain_decimals(
     if func in ("min", "max"):
         expected_extreme = (min(mine) if func == "min" else max(mine)) if mine else None
         assert expected_extreme == (total.min if func == "min" else total.max)
+
+
+@pytest.mark.parametrize("func", ["count", "sum", "min", "max"])
+@given(rounds=rounds, subjects=st.sets(st.integers(0, 4), min_size=1))
+def test_many_rows_at_once_are_the_same_as_one_by_one(
+    func: str, rounds: list[list[tuple[int, Decimal]]], subjects: set[int]
+) -> None:
+    """Additions of arrays lose nothing, and numbers that nobody has add nothing."""
+    totals = added(func, rounds)
+    nobody = range(1_000_000, 1_000_000 + LOOPED_MAX)
+    assert totals.total(sorted(subjects)) == totals.total([*sorted(subjects), *nobody])
+    assert totals.total(sorted(subjects)) == totals.total_of(np.array([*nobody, *subjects], np.intp))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)))
+def test_sums_of_large_integers_do_not_overflow(numbers: list[int]) -> None:
+    """64 bits hold each of them, not all together."""
+    assert exact_sum(np.array(numbers, np.int64)) == sum(numbers)
 
 
 def test_ten_times_a_tenth_is_one() -> None:

@@ -1,7 +1,5 @@
 """Nobody waits for another: not for endpoints that are switched off, nor for customers whose state is not known yet."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -9,12 +7,12 @@ from uuid import uuid4
 import pytest
 
 from aggregator.api import balances
-from aggregator.running import HISTORIES_AT_ONCE
 from aggregator.store.queries.scope import naive
 from aggregator.webhooks import outbox
 from aggregator.webhooks.outbox import KEPT, Message
 from meters.log import format_position
 from meters.webhooks import STATE_CHANGED, Endpoint, EndpointSet, Heard
+from tests.aggregator.holding import uncounted
 from tests.aggregator.serving import Server, Tenant
 from tests.aggregator.telling import Told, caused_anew, live
 from tests.waiting import until
@@ -27,15 +25,6 @@ MANY = 300  # of which any may be asked first
 def none_recounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory does not have of a customer's meters cannot be told, as where it lacks more than a hundred."""
     monkeypatch.setattr(balances, "RECOUNTED_MAX", 0)
-
-
-@contextmanager
-def uncounted(server: Server) -> Iterator[None]:
-    """The history of a meter that is made meanwhile is not counted before this ends."""
-    with ExitStack() as turns:
-        for _ in range(HISTORIES_AT_ONCE):
-            turns.enter_context(server.aggregator._now.totals._counting_history)
-        yield
 
 
 def rows(server: Server, sql: str, *values: object) -> list[tuple[object, ...]]:
@@ -148,7 +137,7 @@ def test_who_cannot_be_told_of_keeps_nobody_waiting(server: Server, tenant: Tena
         await told.settled()
         assert [one["consumed_units"] for one in last.event["data"]["active_meters"]] == [4]
 
-    with uncounted(server):
+    with uncounted():
         live(tenant, story)
         assert (None, "ann") in caused_anew(server, tenant, tmp_path)
     live(tenant, at_last)
@@ -171,7 +160,7 @@ def test_who_is_deleted_while_nothing_can_be_told_is_told_of(server: Server, ten
         (last,) = await told.arrived(1)
         assert (last.event["data"]["id"], last.event["data"]["active_meters"]) == (customer, [])
 
-    with uncounted(server):
+    with uncounted():
         live(tenant, story)
 
 

@@ -135,6 +135,21 @@ def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
     assert of_customer.quantities == of_hour.quantities == {"Tokens": 4}
 
 
+def test_hours_so_old_that_no_chart_shows_them_are_no_difference(tmp_path: Path) -> None:
+    """Their quarter hours are not kept apart; the customer's total has the event, and newer hours are compared."""
+    with serving(tmp_path) as server:
+        tenant = server.tenant()
+        tenant.meter(func="sum", property="tokens")
+        for number, year in enumerate((1999, 2021, 2022, 2026)):
+            tenant.send(line(f"e{number}", metadata={"tokens": number}, timestamp=f"{year}-03-01T00:30:00Z"))
+        store = RunningStore(_Asking(tenant))
+        check = check_store(store, store, server.aggregator._now.catalogue, Worth(server.aggregator._now.catalogue))
+
+    assert check.differences == []
+    compared = {one.what: one.compared for one in check.counted}
+    assert (compared["customers, Tokens"], compared["hours, Tokens"]) == (1, 2)
+
+
 @pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_differs_after_an_end_in_the_middle(installation: Installation, killed: signal.Signals) -> None:
     """However the server ended while events came in, what it left agrees: every line it read is counted, once."""

@@ -1,8 +1,12 @@
 """The store against itself."""
 
+import asyncio
+
 import pytest
 
 from aggregator.reconcile.report import Cause
+from meters.log import USAGE_EVENTS
+from tests.aggregator.records import entry, line
 from tests.reconcile.planting import Left
 
 
@@ -15,6 +19,22 @@ def test_every_meter_and_customer_is_compared(left: Left) -> None:
     assert compared["customers, meter meter-sum"] == 4
     assert compared["hours, meter meter-count"] >= 1
     assert compared["identities, each once"] == 18
+
+
+def test_events_so_old_that_no_chart_shows_them_are_counted(left: Left) -> None:
+    """Their hours are not kept, so they are not compared; what a customer used has them."""
+    before = {one.what: one.compared for one in left.check("store").counted}
+    with left.log() as log:
+        old = [line(f"old-{year}", timestamp=f"{year}-12-31T23:59:59Z", metadata={"n": 7}) for year in (1999, 2021)]
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*old)]))
+    left.count()
+
+    check = left.check("store")
+
+    assert check.differences == []
+    after = {one.what: one.compared for one in check.counted}
+    assert after["identities, each once"] == before["identities, each once"] + 2
+    assert after["hours, meter meter-sum"] == before["hours, meter meter-sum"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import duckdb
 import pyarrow as pa
 
+from aggregator.quarters import KEPT_FROM
+
 SLICES = 16
 """Identities are looked at in so many parts, by their first four bits: a part of 100 million fits into memory."""
 
@@ -73,7 +75,9 @@ QUESTIONS: Mapping[str, str] = {
                 count(*) FILTER (WHERE reason <> 'conflict') AS dead_rows, max(log_offset) + 1 AS ends
             FROM dead_letters GROUP BY log_partition
         ) GROUP BY partition ORDER BY partition""",
-    "hours": "SELECT DISTINCT date_trunc('hour', timestamp) AS hour FROM events ORDER BY hour",
+    "hours": f"""
+        SELECT DISTINCT date_trunc('hour', timestamp) AS hour FROM events
+        WHERE timestamp >= TIMESTAMP '{KEPT_FROM:%Y-%m-%d}' ORDER BY hour""",  # noqa: S608 - our date
     "stored": "SELECT count(*) AS stored FROM events",
     "repeated_identities": """
         SELECT id_hi, id_lo, count(*) AS times FROM events WHERE id_hi >> 60 = $slice

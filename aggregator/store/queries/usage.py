@@ -3,7 +3,7 @@
 ``meters.quantities`` states what the answers mean, and is what they are tested against.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
 from itertools import groupby
@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import duckdb
 import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from sqlglot import exp
 
 from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
@@ -204,6 +207,34 @@ def _total(
             return combine(aggregation.func, list(values.values()))
         case _:
             return exact_sum(values.values())
+
+
+class Windows(NamedTuple):
+    """Columns: the numbers of customers, whom each stands for, and since when what arrived is counted, in us."""
+
+    subjects: npt.NDArray[np.int64]
+    whose: npt.NDArray[np.int64]
+    since: npt.NDArray[np.int64]
+
+
+def in_windows(
+    connection: duckdb.DuckDBPyConnection, question: Question, windows: Windows
+) -> Iterator[tuple[int, Measured]]:
+    """The meter's measures of everyone, each over what arrived in a window of their own, under all their numbers."""
+    parameters, keep = Parameters(), ("subject", "ingested_at")
+    events = counted(question.scope, question.filter, question.aggregation, parameters, keep=keep)
+    query = exp.select("whose", *measures(question.aggregation, CONTRIBUTION), copy=False)
+    query = query.from_(events.subquery("events", copy=False), copy=False)
+    query = query.join(exp.to_table("windows"), using="subject", copy=False)
+    query = query.where(fixed("ingested_at >= since"), copy=False).group_by("whose", copy=False)
+    since = pa.array(windows.since, pa.timestamp("us"))
+    connection.register("windows", pa.table({"subject": windows.subjects, "whose": windows.whose, "since": since}))
+    try:
+        rows = connection.execute(*statement(query, parameters)).fetchall()
+    finally:
+        connection.unregister("windows")
+    for whose, *found in rows:
+        yield whose, Measured(*found)
 
 
 def value_of(connection: duckdb.DuckDBPyConnection, question: Question) -> Measured:
