@@ -9,7 +9,7 @@ import typer
 
 from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.instant import parse_instant
-from deploy.output import Output, note, show, show_table
+from deploy.output import Output, harmless, note, show, show_table
 from deploy.session import session
 
 if TYPE_CHECKING:
@@ -92,22 +92,17 @@ def _print(found: "Report", output: Output) -> None:
     ], ("check", "compared", "different", "seconds", "not compared"))  # fmt: skip
     for one in found.differences:
         many = f" ({one.count} events)" if one.count > 1 else ""
-        print(f"\n{one.check}: {one.cause}: {_harmless(one.where)}{many}")
-        print(f"    {_harmless(one.what)}")
+        print(f"\n{one.check}: {one.cause}: {harmless(one.where)}{many}")
+        print(f"    {harmless(one.what)}")
         print("    " + "; ".join(part for part in (one.moved, _money(one), one.repair) if part))
     if found.differences:
         print()
     for check in found.checks:
         for remark in check.notes:
-            note(f"{check.name}: {_harmless(remark)}")
+            note(f"{check.name}: {harmless(remark)}")
     for action in [*found.plan, *found.done]:
-        print(_harmless(action.what))
+        print(harmless(action.what))
     print(f"{found.verdict}, as of log position {found.as_of}." if found.as_of else f"{found.verdict}.")
-
-
-def _harmless(text: str) -> str:
-    """What strangers wrote must not steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _print_csv(found: "Report") -> None:
