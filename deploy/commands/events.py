@@ -12,7 +12,7 @@ import typer
 
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.output import harmless, note, progress_bar, show, show_one
-from deploy.session import EPILOG, Session, session
+from deploy.session import EPILOG, Session, flowing, session
 
 if TYPE_CHECKING:
     from deploy.sending import Delivery, Line
@@ -28,6 +28,7 @@ Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before o
 
 
 @app.command(epilog=EPILOG)
+@flowing
 def send(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
@@ -49,6 +50,7 @@ def send(
 
 
 @app.command(epilog=EPILOG, name="import")
+@flowing
 def import_csv(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],

@@ -1,6 +1,5 @@
 """Sending that ends early says what is safe, and what to send again."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -51,8 +50,7 @@ def test_a_server_that_goes_away_is_told_once_and_waited_for(installation: Insta
     """A file may be sent again as a whole, since its lines keep their ids."""
     installation.start()
     path = tmp_path / "usage.ndjson"
-    with path.open("w") as file:
-        file.writelines(json.dumps({"name": "sent", "external_customer_id": str(number)}) + "\n" for number in range(40_000))
+    path.write_text("".join(EVENT.replace("ada", str(number)) for number in range(40_000)))
     with sending(installation, str(path)) as process:
         assert process.stderr is not None
         eventually(lambda: stored(installation) > 0)
