@@ -76,7 +76,7 @@ def ledger(
     with here.api() as api:
         one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
         if entry is not None:
-            with looking_for(f"{entry} is no usage here, and only usage has events behind it; without --entry the ids show"):
+            with looking_for(f"{entry} is no usage, and only usage has events; without --entry this shows the ids"):
                 behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
             show(behind, EVENT_COLUMNS, here.output)
             return

@@ -51,7 +51,7 @@ def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:
     given = next(entry["id"] for entry in entries if entry["cause"] != "usage")
     refused = account.run("customers", "ledger", "eve", "pages", "--entry", given)
     assert refused.returncode == 2
-    assert "only usage has events behind it" in refused.stderr
+    assert "only usage has events" in refused.stderr
 
 
 def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
