@@ -161,6 +161,7 @@ def test_what_a_restart_cannot_heal_ends_everything(installation: Installation) 
     assert "the aggregator cannot run" in done.stderr
     assert installation.run("doctor").returncode == 1
     assert installation.run("rebuild").returncode == 0
+    assert (installation.data / "store.duckdb").stat().st_mode & 0o077 == 0
     assert installation.run("doctor").returncode == 0
     installation.start()
     eventually(lambda: counted.total() == 10)
