@@ -156,7 +156,7 @@ def test_a_customer_asked_for_again_is_one_customer(server: Server, tenant: Tena
         (b'{"external_customer_id":"a"}', "name: Field required"),
         (b'{"name":"a","external_customer_id":"a","metadata":{"x":[]}}', "metadata.x: Input should be a string, "),
         (b'{"name":"a","external_customer_id":"a","metadata":{"%s":[]}}' % (b"x" * 9000), f"metadata.{'x' * 191}: "),
-        (b'{"name":"a","external_customer_id":"a","metadata":{"\\ud800":[]}}', "Input should be valid unicode: it has half of a surrogate pair"),
+        (b'{"name":"a","external_customer_id":"a","metadata":{"\\ud800":[]}}', "Input should be valid unicode: "),
         (b"{", "JSON decode error"),
     ],
     ids=["missing", "metadata", "long", "surrogate", "malformed"],
