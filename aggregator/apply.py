@@ -24,13 +24,14 @@ from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import Event, check_line
+from meters.event import CUSTOMER, EXTERNAL, Event, check_line
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
 from meters.uuid_text import parse_uuid4
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
+FIELD_SHOWN_MAX = 200  # characters of where in an event it is
 _ENCODE = msgspec.json.Encoder().encode
 _WORD = np.dtype(">u8")
 
@@ -252,10 +253,17 @@ def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> Dea
         line,
         record.organization_id,
         refusal.type,
-        refusal.msg,
+        _detail(refusal),
         raw,
         record.timestamp_us,
     )
+
+
+def _detail(refusal: Refusal) -> str:
+    """What is wrong, with the field. A key is a stranger's: of any length, and perhaps with half a surrogate pair."""
+    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER, EXTERNAL)]
+    field = ".".join(parts)[:FIELD_SHOWN_MAX].encode(errors="replace").decode()
+    return f"{field}: {refusal.msg}" if field else refusal.msg
 
 
 def _stamps(rows: _Rows) -> Microseconds:

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import gc
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import uvicorn
@@ -42,7 +43,7 @@ class Process(NamedTuple):
 
     ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
     is the file in which a forwarder says how far it got, for ``/metrics``; with ``private_targets`` webhooks may go to
-    addresses that are not public.
+    addresses that are not public. ``on_listening`` hears the address, a path or a host and a port, once it is open.
     """
 
     store: Path
@@ -53,6 +54,7 @@ class Process(NamedTuple):
     housekeeping: Callable[[Mapping[int, int]], None] | None = None
     forwarding: Path | None = None
     private_targets: bool = False
+    on_listening: Callable[[Any], None] | None = None
 
 
 def run(log: Log, process: Process) -> None:
@@ -87,6 +89,19 @@ def _keep_house(aggregator: Aggregator, housekeeping: Callable[[Mapping[int, int
             housekeeping(aggregator.as_of)
 
 
+class _Server(uvicorn.Server):
+    """Tells where it listens: port 0 is any."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[Any], None] | None) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_listening is not None:
+            self._on_listening(self.servers[0].sockets[0].getsockname())
+
+
 async def _serve(aggregator: Aggregator, process: Process) -> None:
     app = create_app(
         aggregator, lambda: datetime.now(UTC), lambda: str(uuid4()), aggregator.telemetry.text,
@@ -98,7 +113,7 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
         proxy_headers=False, server_header=False, **where,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = _Server(config, process.on_listening)
     async with asyncio.TaskGroup() as group:
         beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
         await server.serve()

@@ -6,6 +6,8 @@ gateways on other machines share.
 
 import contextlib
 
+import structlog
+
 from aggregator.process import Process
 from aggregator.process import run as run_aggregator
 from aggregator.store.opening import Unopenable
@@ -13,6 +15,7 @@ from aggregator.store.store import Replaced
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
+from deploy.listening import url
 from deploy.logs import configure_logs
 from deploy.retention import trimming
 from deploy.settings import Settings
@@ -43,7 +46,8 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
             data.socket.unlink(missing_ok=True)  # left over from a process that was killed
             process = process._replace(socket=data.socket)
         process = process._replace(
-            forwarding=data.forwarding, private_targets=settings.webhook_private_targets
+            forwarding=data.forwarding, private_targets=settings.webhook_private_targets,
+            on_listening=_say_where if alone else None,
         )  # fmt: skip
         run_aggregator(log, process)
     except (Unopenable, Replaced) as error:
@@ -55,3 +59,8 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
         ) from error
     finally:
         log.close()
+
+
+def _say_where(address: tuple[str, int] | str) -> None:
+    name = f"unix:{address}" if isinstance(address, str) else url(*address[:2])
+    structlog.get_logger("deploy.aggregate").info("listening", url=name)

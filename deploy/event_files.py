@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.sending import Line, Problem
+from deploy.sending import EVENT_BYTES_MAX, Line, Problem
 from deploy.stable_ids import StableIds
+from ingest.limits import BODY_BYTES_MAX
 from meters.metadata import JSON_NUMBER
 
 FIELDS = (
@@ -27,6 +29,7 @@ FIELDS = (
 METADATA = "metadata."
 RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
 IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
+TEXTS_SHOWN_MAX = 5  # cells of one column tend to be alike
 TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
 LIKE_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
@@ -47,14 +50,30 @@ def _read_ndjson(file: IO[bytes], ids: StableIds) -> Iterator[Line | Problem]:
         if not line:
             continue
         try:
-            event = decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            event = _fields(decoder, line)
+        except (msgspec.MsgspecError, ValueError) as error:
             yield Problem(number, f"not an event: {error}")
             continue
         if bytes(event.get("external_id", b"null")) == b"null":
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)
+
+
+def _fields(decoder: "msgspec.json.Decoder[dict[str, msgspec.Raw]]", line: bytes) -> dict[str, msgspec.Raw]:
+    """An event's values as they stand there, checked for what would refuse every other line of the request as well.
+
+    Raises ValueError or MsgspecError.
+    """
+    if len(line) > EVENT_BYTES_MAX:
+        raise ValueError(f"it has {len(line):,} bytes, and a whole request may have {BODY_BYTES_MAX:,}")
+    try:
+        line.decode()  # the decoder skips over the bytes of texts
+        return decoder.decode(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} of the line is not UTF-8; save the file as such") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
@@ -72,18 +91,6 @@ def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
     return mapping
 
 
-class Texts(msgspec.Struct):
-    """Cells that look like numbers and are none for JSON, so that no meter adds them up."""
-
-    count: int = 0
-    first: str = ""
-
-    def note(self, line: int, column: str, cell: str) -> None:
-        """Count one, and remember where the first one stands."""
-        self.count += 1
-        self.first = self.first or f"line {line}, {column}: {cell!r}"
-
-
 class CsvFile(msgspec.Struct, frozen=True):
     """A CSV file with a header line, and how its columns become events."""
 
@@ -91,10 +98,14 @@ class CsvFile(msgspec.Struct, frozen=True):
     columns: dict[str, str]  # event field -> column
     constants: dict[str, str]  # event field -> the same value for every line
     apart: str = ""  # that of StableIds
-    texts: Texts = msgspec.field(default_factory=Texts)  # of the lines that were given so far
 
-    def check(self) -> None:
-        """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent."""
+    def check(self, *, texts_meant: bool = False) -> None:
+        """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent.
+
+        Unless they are meant, that goes for cells that look like numbers and are none for JSON, too: no meter adds them
+        up, and once they are sent, a mended row is another event. The file is read to its end, since a quote that
+        nobody closes makes one row of many.
+        """
         fields = self.columns.keys() | self.constants.keys()
         if "name" not in fields or not fields & {"external_customer_id", "customer_id"}:
             raise GiveUp(
@@ -105,36 +116,51 @@ class CsvFile(msgspec.Struct, frozen=True):
             reader = csv.reader(file, strict=True)
             try:
                 header = next(reader, None)
-                for _ in reader:  # to the end: a quote that nobody closes makes one row of many
-                    continue
-            except (csv.Error, UnicodeDecodeError) as error:
+                self._check_header(header)
+                texts = self._texts(header or [], reader)
+                shown, hidden = list(islice(texts, TEXTS_SHOWN_MAX)), sum(1 for _ in texts)
+            except UnicodeDecodeError:
+                raise GiveUp(f"{self.path} is not UTF-8; save it as such; nothing was sent", USAGE) from None
+            except csv.Error as error:
                 place = f"{self.path}, line {reader.line_num}"
                 raise GiveUp(f"{place} cannot be read: {error}; nothing was sent", USAGE) from None
+        if shown and not texts_meant:
+            raise GiveUp(_complaint(shown, hidden), USAGE)
+
+    def _check_header(self, header: list[str] | None) -> None:
         if header is None:
             raise GiveUp(f"{self.path} is empty; it should begin with a line that names its columns", USAGE)
-        missing = sorted(set(self.columns.values()) - set(header))
-        if missing:
+        mapped = sorted(set(self.columns.values()))
+        if missing := [column for column in mapped if column not in header]:
             raise GiveUp(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(header)}", USAGE)
+        if twice := [column for column in mapped if header.count(column) > 1]:
+            raise GiveUp(f"{self.path} has several columns {', '.join(twice)}; give each a name of its own", USAGE)
 
     def lines(self) -> Iterator[Line | Problem]:
         """An event for every row, with the number of the file's line on which the row ends."""
         with self._open() as file, StableIds(self.apart) as ids:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            for cells in reader:
+                if not cells:
+                    continue
                 number = reader.line_num
+                if len(cells) != len(header):
+                    yield Problem(number, f"the row has {len(cells)} cells, and the header has {len(header)}")
+                    continue
+                row = dict(zip(header, cells, strict=True))
                 external_id = ids.next(self._identity(row))
                 try:
-                    yield Line(number, msgspec.json.encode(self._event(row, external_id, number)))
+                    yield Line(number, msgspec.json.encode(self._event(row, external_id)))
                 except ValueError as error:
                     yield Problem(number, str(error))
 
-    def _identity(self, row: Mapping[str, Any]) -> bytes:
+    def _identity(self, row: Mapping[str, str]) -> bytes:
         """What makes a row the same event: its cells in any order of columns, what is set, whom and what it names.
 
         Not how metadata is mapped: another reading of a row that was counted already is a conflict, and not more usage.
         """
-        named = [(column or "", cell) for column, cell in row.items() if cell]
-        cells = sorted(named, key=lambda pair: (pair[0], str(pair[1])))  # what is beyond the last column is a list
+        cells = sorted((column, cell) for column, cell in row.items() if cell)
         roles = [(field, self.columns[field]) for field in IDENTITY if field in self.columns]
         return msgspec.json.encode([cells, sorted(self.constants.items()), roles])
 
@@ -149,21 +175,43 @@ class CsvFile(msgspec.Struct, frozen=True):
         except OSError as error:
             raise GiveUp(f"cannot read {self.path}: {error.strerror}", USAGE) from None
 
-    def _event(self, row: Mapping[str, str | None], external_id: str, line: int) -> dict[str, object]:
+    def _texts(self, header: list[str], reader: Any) -> Iterator[str]:
+        """Where what looks like a number would be sent as text."""
+        for field, value in self.constants.items():
+            if field.startswith(METADATA) and _is_almost_number(value):
+                yield f"--set {field}: {value!r}"
+        mapped = {column for field, column in self.columns.items() if field.startswith(METADATA)}
+        places = [(header.index(column), column) for column in sorted(mapped)]
+        for cells in reader:
+            for place, column in places if len(cells) == len(header) else ():
+                if _is_almost_number(cells[place]):
+                    yield f"line {reader.line_num}, {column}: {cells[place]!r}"
+
+    def _event(self, row: Mapping[str, str], external_id: str) -> dict[str, object]:
         event: dict[str, object] = {"external_id": external_id}
         metadata: dict[str, object] = {}
-        texts = {field: row.get(column) or "" for field, column in self.columns.items()} | self.constants
+        texts = {field: row.get(column, "") for field, column in self.columns.items()} | self.constants
         for field, value in texts.items():
             if value == "":
                 continue
             if field.startswith(METADATA):
-                read = _value(value)
-                _place(metadata, field.removeprefix(METADATA), read)
-                if isinstance(read, str) and LIKE_A_NUMBER.fullmatch(read.strip()):
-                    self.texts.note(line, self.columns.get(field, field), value)
+                _place(metadata, field.removeprefix(METADATA), _value(value))
             else:
                 event[field] = _instant(value) if field == "timestamp" else value
         return event | {"metadata": metadata} if metadata else event
+
+
+def _complaint(texts: list[str], hidden: int) -> str:
+    shown = "; ".join(texts) + (f"; and {hidden:,} more" if hidden else "")
+    return (
+        f"cells look like numbers and would be sent as text, which no meter adds up: {shown}. Write them as 1234.5 "
+        "(no comma, + or 0 in front), or give --texts if they are meant; nothing was sent"
+    )
+
+
+def _is_almost_number(text: str) -> bool:
+    number = text.strip()
+    return LIKE_A_NUMBER.fullmatch(number) is not None and not JSON_NUMBER.fullmatch(number)
 
 
 def _place(metadata: dict[str, object], key: str, value: object) -> None:

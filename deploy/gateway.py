@@ -3,8 +3,11 @@
 import gc
 import socket
 
+import structlog
+
 from deploy.data import data_directory
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
+from deploy.listening import listen, url
 from deploy.logs import configure_logs
 from deploy.settings import Settings
 from ingest.server import ServerSettings
@@ -36,7 +39,13 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
                 upstream=settings.upstream or f"unix:{data.socket}",
                 requests_per_minute=settings.requests_per_minute,
             ),
-            None if listener is None else [socket.socket(fileno=listener)],
+            [_own_listener(settings) if listener is None else socket.socket(fileno=listener)],
         )
     finally:
         log.close()
+
+
+def _own_listener(settings: Settings) -> socket.socket:
+    listener = listen(settings.host, settings.port)
+    structlog.get_logger("deploy.gateway").info("listening", url=url(settings.host, listener.getsockname()[1]))
+    return listener

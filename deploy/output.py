@@ -20,6 +20,8 @@ CHART_WIDTH_MAX = 100  # columns of a table with bars: wider ones say no more
 UNLIMITED = 10_000  # columns of what is no terminal; whoever reads there cuts for himself
 READABLE = 8  # columns in which a text can still be read when it is folded
 BORDER = 3  # columns that a table needs between two of its own
+BLANKS_AND_JOINERS = "\u00a0\u202f\u200c\u200d"  # as names and numbers have them
+SIGNED = re.compile(r"[+-]\d[\d,]*(\.\d+)?|0|")
 FRACTION = re.compile(r"(?<=T\d\d:\d\d:\d\d)\.\d+")
 
 
@@ -57,6 +59,14 @@ def as_json(value: object) -> str:
     return msgspec.json.Encoder(decimal_format="number").encode(value).decode()
 
 
+def harmless(text: str) -> str:
+    """What strangers wrote must not steer a terminal."""
+    return "".join(
+        character if character.isprintable() or character in BLANKS_AND_JOINERS else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
+
+
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Output) -> None:
     """Print rows: JSON with all that is known, CSV with the columns, a table with those that are not empty."""
     match output:
@@ -88,12 +98,15 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
     from rich.table import Table
 
     cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
+    numeric = [all(_is_number(row.get(column)) for row in rows) for column in columns]
+    whole = [is_numeric or _is_whole(column) for column, is_numeric in zip(columns, numeric, strict=True)]
     console = Console(highlight=False, markup=False)
-    console.width = _width(columns, cells, console.width)
-    table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in columns:
-        numeric = all(isinstance(row.get(column), int | Decimal | None) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=_is_whole(column))
+    console.width = _width(columns, cells, whole, console.width)
+    table = Table(title=harmless(title) or None, title_justify="left", header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(
+            column, justify="right" if numeric[place] else "left", overflow="fold", no_wrap=whole[place]
+        )
     largest = max((Decimal(row[chart] or 0) for row in rows), default=Decimal(0)) if chart else Decimal(0)
     if chart:
         table.add_column("", ratio=1)
@@ -113,13 +126,18 @@ def _is_time(column: str) -> bool:
     return column in ("at", "timestamp") or column.endswith("_at")
 
 
+def _is_number(value: object) -> bool:
+    """Whether a cell holds a number or nothing; one that shows its sign comes as text."""
+    return SIGNED.fullmatch(value) is not None if isinstance(value, str) else isinstance(value, int | Decimal | None)
+
+
 def _cell(column: str, value: object) -> str:
     """A value as a table shows it: times to the second."""
-    return FRACTION.sub("", text(value)) if _is_time(column) else text(value)
+    return harmless(FRACTION.sub("", text(value)) if _is_time(column) else text(value))
 
 
-def _width(columns: Sequence[str], cells: Sequence[Sequence[str]], terminal: int) -> int:
-    """How wide a table may be: as the terminal, unless ids and times would be cut to pieces there."""
+def _width(columns: Sequence[str], cells: Sequence[Sequence[str]], whole: Sequence[bool], terminal: int) -> int:
+    """How wide a table may be: as the terminal, unless ids, times and numbers would be cut to pieces there."""
     if not sys.stdout.isatty():
         return UNLIMITED
     from rich.cells import cell_len
@@ -127,7 +145,7 @@ def _width(columns: Sequence[str], cells: Sequence[Sequence[str]], terminal: int
     needed = 1
     for place, column in enumerate(columns):
         longest = max([cell_len(column), *(cell_len(row[place]) for row in cells)])
-        needed += BORDER + (longest if _is_whole(column) else min(longest, READABLE))
+        needed += BORDER + (longest if whole[place] else min(longest, READABLE))
     return max(terminal, needed)
 
 

@@ -14,6 +14,7 @@ from aggregator.store.store import Store
 from aggregator.view import Unavailable
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
+from deploy.private import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 
 WAIT_S = 0.2  # between two looks at how far it is
@@ -25,7 +26,7 @@ def rebuild(data: DataDirectory, progress: Callable[[int], None] = lambda _: Non
     Raises GiveUp while a server runs, and when the log cannot be read to its end.
     """
     data.require()
-    with data.hold("rebuild the store"):
+    with data.hold("rebuild the store"), private_files():
         log = data.open_log()
         try:
             fresh = data.store.with_name(data.store.name + ".new")

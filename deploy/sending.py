@@ -15,10 +15,13 @@ import msgspec
 
 from deploy.client import Api, exact_json, refused
 from deploy.giving_up import GiveUp
+from deploy.output import note
+from ingest.limits import BODY_BYTES_MAX
 
 INGEST_PATH = "/v1/events/ingest"
 BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
 BATCH_BYTES_MAX = 4 * 1024 * 1024  # well below the 10 MiB that a gateway takes
+EVENT_BYTES_MAX = BODY_BYTES_MAX - 1024  # alone in a request, with an id that it was given
 PATIENCE_S = 120.0  # outlasts a restart of the server; longer is for the person to decide
 FIRST_PAUSE_S = 0.25
 PAUSE_S_MAX = 10.0
@@ -46,6 +49,9 @@ class Delivery(msgspec.Struct):
     duplicates: int = 0
     log_position: str = ""
     problems: list[Problem] = []
+    safe_line: int = 0  # up to here every line was answered for
+    doubtful_line: int = 0  # up to here lines went out, and nobody said what became of them
+    is_told: bool = False  # that the server does not answer, and is asked again
 
 
 def batches(lines: Iterable[Line], events_max: int) -> Iterator[list[Line]]:
@@ -63,12 +69,17 @@ def batches(lines: Iterable[Line], events_max: int) -> Iterator[list[Line]]:
 
 
 def deliver(
-    api: Api, lines: Iterable[Line], *, events_max: int = BATCH_EVENTS, progress: Callable[[int], None] | None = None
+    api: Api, lines: Iterable[Line], *, into: Delivery | None = None, events_max: int = BATCH_EVENTS,
+    progress: Callable[[int], None] | None = None,
 ) -> Delivery:
-    """Send every line; ``progress`` hears how many events each batch had. Raises GiveUp when the server is lost."""
-    delivery = Delivery()
+    """Send every line; ``progress`` hears how many events each batch had. Raises GiveUp when the server is lost.
+
+    What became of the events so far is in ``into``, however it ends.
+    """
+    delivery = into or Delivery()
     for batch in batches(lines, events_max):
         _send_batch(api, batch, delivery)
+        delivery.safe_line = batch[-1].number
         if progress:
             progress(len(batch))
     return delivery
@@ -77,7 +88,7 @@ def deliver(
 def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
     """Send a batch without what the server refuses of it."""
     while batch:
-        response = _persist(api, b'{"events":[' + b",".join(line.event for line in batch) + b"]}", delivery)
+        response = _persist(api, batch, delivery)
         if response.is_success:
             answer = exact_json(response.content)
             delivery.inserted += answer["inserted"]
@@ -111,13 +122,14 @@ def _entries(response: httpx.Response) -> list[dict[str, Any]]:
     return detail if isinstance(detail, list) else []
 
 
-def _persist(api: Api, body: bytes, delivery: Delivery) -> httpx.Response:
+def _persist(api: Api, batch: list[Line], delivery: Delivery) -> httpx.Response:
     """Send one body until somebody answers for it. A server that was never there is not waited for."""
+    body = b'{"events":[' + b",".join(line.event for line in batch) + b"]}"
     deadline = time.monotonic() + PATIENCE_S
     pause_s = FIRST_PAUSE_S
     while True:
         try:
-            response = api.send("POST", INGEST_PATH, content=body)
+            response = _sent(api, body, batch[-1].number, delivery)
             if response.status_code not in BUSY:
                 return response
             trouble = refused(response)
@@ -127,9 +139,25 @@ def _persist(api: Api, body: bytes, delivery: Delivery) -> httpx.Response:
             if isinstance(error, httpx.ConnectError) and not delivery.log_position:
                 raise trouble from None
         if time.monotonic() + pause_s > deadline:
-            raise GiveUp(f"{trouble} (tried for {PATIENCE_S:.0f} s; {delivery.inserted} events are safe)")
+            raise GiveUp(f"{trouble} (tried for {PATIENCE_S:.0f} s)")
+        if not delivery.is_told:
+            note(f"{trouble}; trying again for {PATIENCE_S:.0f} s")
+            delivery.is_told = True
         time.sleep(pause_s)
         pause_s = min(pause_s * 2, PAUSE_S_MAX)
+
+
+def _sent(api: Api, body: bytes, line: int, delivery: Delivery) -> httpx.Response:
+    """One attempt; its lines are doubtful until it is known that nothing of them was taken, or noted what was."""
+    before, delivery.doubtful_line = delivery.doubtful_line, line
+    try:
+        response = api.send("POST", INGEST_PATH, content=body)
+    except httpx.ConnectError:
+        delivery.doubtful_line = before  # nothing went out
+        raise
+    if response.is_client_error:
+        delivery.doubtful_line = before
+    return response
 
 
 def _asked_pause(response: httpx.Response, pause_s: float) -> float:

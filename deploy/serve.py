@@ -31,12 +31,12 @@ from deploy.control import NotYet, first_start, open_control, was_started_before
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
+from deploy.listening import listen, url
 from deploy.logs import configure_logs
 from deploy.output import note
 from deploy.settings import Settings
 from meters.access import digest
 
-BACKLOG = 2048  # connections that wait while a gateway is replaced, as many as uvicorn would let wait
 BROKERS_LOOK_S = 1.0  # between two looks for brokers that are away, or for topics that are not there yet
 STOP_PATIENCE_S = 20.0  # a round of the aggregator takes well under a second; a gateway lets its requests finish
 CRASHES_MAX = 5  # within the window below: more is a state that a restart does not heal
@@ -126,7 +126,8 @@ def run(settings: Settings, lifeline: int | None) -> None:
     data = data_directory(settings)
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
         secret = _first_secret(data, settings)
-        started = Started(_url(settings.host, listener), str(data.path), secret, drawn=not settings.token)
+        address = url(settings.host, listener.getsockname()[1])
+        started = Started(address, str(data.path), secret, drawn=not settings.token)
         lifeline, held_end = os.pipe()
         try:
             children = _children(data, listener, lifeline, lock)
@@ -165,30 +166,6 @@ def _doubt(data: DataDirectory, token: str) -> None:
     with contextlib.suppress(GiveUp), open_control(data) as control:
         if digest(token) not in control.catalogue.tokens:
             note("The token that was given is not known here; `meterstream tokens create` makes one.")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises GiveUp with what to do."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise GiveUp(f"--host {host}: {error.strerror}", USAGE) from None
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise GiveUp(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port (0 takes a free one)"
-        ) from None
-    return listener
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{listener.getsockname()[1]}"
 
 
 def _children(data: DataDirectory, listener: socket.socket, lifeline: int, lock: int) -> tuple[Child, ...]:

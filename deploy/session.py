@@ -1,6 +1,8 @@
 """What every command knows: its settings and how to show its answer."""
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import typer
@@ -17,6 +19,16 @@ EPILOG = (
     "Every command takes --url, --token, --data and --log (or METERSTREAM_URL, _TOKEN, _DATA, _LOG), and --output, "
     "anywhere."
 )
+
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def flowing(command: Command) -> Command:
+    """Let each paragraph of a command's help flow: Typer keeps the line breaks of all but the first."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    command.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return command
 
 
 class Session(msgspec.Struct, frozen=True):

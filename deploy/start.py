@@ -7,11 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from deploy.private import private_files
 from deploy.settings import Settings
 
 
 def begin(process: str, settings: Settings, lifeline: int | None, listener: int | None = None) -> None:
     """Run serve, gateway or aggregate until it is told to stop. Raises GiveUp."""
+    with private_files():
+        _run(process, settings, lifeline, listener)
+
+
+def _run(process: str, settings: Settings, lifeline: int | None, listener: int | None) -> None:
     with without_rich():
         from deploy.logs import crashes_logged
     if process == "serve":

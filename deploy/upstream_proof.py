@@ -27,6 +27,7 @@ from deploy.control import Control
 from deploy.data import DataDirectory
 from deploy.forward import selection_of
 from deploy.giving_up import GiveUp
+from deploy.output import harmless, note
 from deploy.settings import Settings
 from meters.log import Log
 from meters.window import START_MIN
@@ -60,7 +61,7 @@ def connected(settings: Settings, data: DataDirectory) -> Iterator[Upstream]:
         raise GiveUp("there is nothing to compare with: set METERSTREAM_POLAR_TOKEN (and METERSTREAM_POLAR_SERVER)")
     window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
     try:
-        with Upstream(settings.polar_server, settings.polar_token, window) as upstream:
+        with Upstream(settings.polar_server, settings.polar_token, window, on_trouble=_trying_again) as upstream:
             yield upstream
     except Denied as error:
         raise GiveUp(f"Polar refuses to be read: {error}") from error
@@ -68,6 +69,10 @@ def connected(settings: Settings, data: DataDirectory) -> Iterator[Upstream]:
         raise GiveUp(f"Polar does not answer: {error}; the next run goes on from here") from error
     finally:
         window.close()
+
+
+def _trying_again(trouble: str) -> None:
+    note(f"Polar: {harmless(trouble)}; trying again for some minutes")
 
 
 def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_: Range, now: datetime) -> Check:

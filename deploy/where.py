@@ -39,6 +39,8 @@ def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
         parsed = json.loads(filter, parse_float=Decimal)
     except ValueError as error:
         raise GiveUp(f"--filter is no JSON: {error}", USAGE) from None
+    except RecursionError:
+        raise GiveUp("--filter is nested too deeply", USAGE) from None
     if not isinstance(parsed, dict):
         raise GiveUp('--filter takes an object such as {"conjunction": "and", "clauses": []}', USAGE)
     return parsed

@@ -5,7 +5,7 @@ and try again by themselves: reading twice is harmless. All of them take a place
 whatever shares its file shares the limit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -47,9 +47,11 @@ class Upstream:
     """An authenticated connection. A context manager; one thread at a time."""
 
     def __init__(
-        self, server: str, token: str, window: RequestWindow, *, timeout_s: float = ANSWER_TIMEOUT_S
-    ) -> None:
-        self.url, self.window = base_url(server), window
+        self, server: str, token: str, window: RequestWindow, *, timeout_s: float = ANSWER_TIMEOUT_S,
+        on_trouble: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """``on_trouble`` hears, once, why a read is tried again: for whoever would wonder what takes so long."""
+        self.url, self.window, self._on_trouble = base_url(server), window, on_trouble
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}", "User-Agent": "meterstream"},
@@ -101,9 +103,10 @@ class Upstream:
         """The answer, or how long to wait before the next try."""
         try:
             answer = self.send("GET", path, params=params)
-        except NoAnswer:
+        except NoAnswer as error:
             if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
                 raise
+            self._tell(f"{self.url} does not answer: {error}")
             return circuit.failed(self.window.clock.now_us(), None, jitter())
         if answer.is_success:
             return answer
@@ -111,8 +114,14 @@ class Upstream:
             raise Denied(f"{self.url}{path} answered {answer.status}: {answer.words()}")
         if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
             raise NoAnswer(f"{self.url}{path} still answers {answer.status}: {answer.words()}")
+        self._tell(f"{self.url} answers {answer.status}: {answer.words()}")
         now_us = self.window.clock.now_us()
         return circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+
+    def _tell(self, trouble: str) -> None:
+        if self._on_trouble is not None:
+            self._on_trouble(trouble)
+            self._on_trouble = None
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page. Raises Denied, NoAnswer."""

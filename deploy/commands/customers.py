@@ -65,7 +65,7 @@ def ledger(
     customer: Customer,
     meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many movements, the newest ones.")] = 50,
-    entry: Annotated[str | None, typer.Option(help="A movement's id: show the events behind it instead.")] = None,
+    entry: Annotated[str | None, typer.Option(help="The id of usage: show the events behind it instead.")] = None,
 ) -> None:
     """The account as a statement, oldest movement first: what came, what went, and what was left each time."""
     from deploy.client import looking_for
@@ -76,7 +76,7 @@ def ledger(
     with here.api() as api:
         one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
         if entry is not None:
-            with looking_for(f"there is no movement {entry}; the same command without --entry shows the ids"):
+            with looking_for(f"{entry} is no usage, and only usage has events; without --entry this shows the ids"):
                 behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
             show(behind, EVENT_COLUMNS, here.output)
             return

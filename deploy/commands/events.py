@@ -11,11 +11,11 @@ from urllib.parse import quote
 import typer
 
 from deploy.giving_up import FAILED, USAGE, GiveUp
-from deploy.output import note, progress_bar, show, show_one
-from deploy.session import EPILOG, Session, session
+from deploy.output import harmless, note, progress_bar, show, show_one
+from deploy.session import EPILOG, Session, flowing, session
 
 if TYPE_CHECKING:
-    from deploy.sending import Line
+    from deploy.sending import Delivery, Line
 
 app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
 
@@ -28,6 +28,7 @@ Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before o
 
 
 @app.command(epilog=EPILOG)
+@flowing
 def send(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
@@ -49,6 +50,7 @@ def send(
 
 
 @app.command(epilog=EPILOG, name="import")
+@flowing
 def import_csv(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
@@ -56,6 +58,7 @@ def import_csv(
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Cells such as 00123 or 1,234 are meant as text.")] = False,
 ) -> None:
     """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
 
@@ -67,15 +70,8 @@ def import_csv(
     from deploy.event_files import CsvFile, parse_mapping
 
     source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew))
-    source.check()
-    try:
-        _deliver(session(context), source.lines(), batch, total=source.rows(), is_new=anew)
-    finally:
-        if source.texts.count:
-            note(
-                f"warning: cells that look like numbers and were taken as text, which no meter adds up: "
-                f"{source.texts.count}, first in {source.texts.first}. Write 1234.5: no comma, + or 0 in front"
-            )
+    source.check(texts_meant=texts)
+    _deliver(session(context), source.lines(), batch, total=source.rows(), is_new=anew)
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -168,32 +164,63 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None, *, is_new: bool) -> None:
-    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken.
+    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken."""
+    from deploy.sending import Delivery, deliver
 
-    A line's id counts the equal ones before it, so a mended line is itself only among the others of its file.
-    """
-    from deploy.sending import Line, Problem, deliver
-
-    unreadable: list[Problem] = []
-
-    def readable() -> Iterator[Line]:
-        for item in source:
-            if isinstance(item, Problem):
-                unreadable.append(item)
-            else:
-                yield item
-
-    with here.api() as api, progress_bar("events", total) as advance:
-        delivery = deliver(api, readable(), events_max=batch, progress=advance)
-    problems = sorted(unreadable + delivery.problems, key=lambda problem: problem.line)
-    summary = {"inserted": delivery.inserted, "duplicates": delivery.duplicates, "refused": len(problems)}
+    delivery = Delivery()
+    try:
+        with here.api() as api, progress_bar("events", total) as advance:
+            deliver(api, _readable(source, delivery), into=delivery, events_max=batch, progress=advance)
+    except (KeyboardInterrupt, GiveUp) as reason:
+        _show_problems(delivery)
+        raise _ended_early(reason, delivery, is_new=is_new) from None
+    count = len(delivery.problems)
+    summary = {"inserted": delivery.inserted, "duplicates": delivery.duplicates, "refused": count}
     show_one(summary | {"log_position": delivery.log_position}, here.output)
-    for problem in problems[:PROBLEMS_SHOWN_MAX]:
-        note(f"line {problem.line}: {problem.message}")
-    if problems:
-        more = len(problems) - PROBLEMS_SHOWN_MAX
-        raise GiveUp(
-            f"{len(problems)} lines were not taken{f' ({more} more than shown)' if more > 0 else ''}; "
-            f"the others are safe; mend these, and send {'them by themselves' if is_new else 'the whole file again'}",
-            FAILED,
-        )
+    _show_problems(delivery)
+    if count:
+        raise GiveUp(_not_taken(count, is_new=is_new))
+
+
+def _readable(source: Iterator[Any], delivery: "Delivery") -> Iterator["Line"]:
+    from deploy.sending import Problem
+
+    for item in source:
+        if isinstance(item, Problem):
+            delivery.problems.append(item)
+        else:
+            yield item
+
+
+def _show_problems(delivery: "Delivery") -> None:
+    for problem in sorted(delivery.problems, key=lambda problem: problem.line)[:PROBLEMS_SHOWN_MAX]:
+        note(f"line {problem.line}: {harmless(problem.message)}")
+
+
+def _not_taken(count: int, *, is_new: bool) -> str:
+    """What to do about lines. A line's id counts the equal ones before it, so a mended one is itself in its file."""
+    more = count - PROBLEMS_SHOWN_MAX
+    return (
+        f"{count} lines were not taken{f' ({more} more than shown)' if more > 0 else ''}; "
+        f"the others are safe; mend these, and send {'them by themselves' if is_new else 'the whole file again'}"
+    )
+
+
+def _ended_early(reason: BaseException, delivery: "Delivery", *, is_new: bool) -> GiveUp:
+    """Why it ended, and what of the file is safe and what to send again.
+
+    The ids of a file's lines are the same each time, those of new events are not.
+    """
+    code = reason.exit_code if isinstance(reason, GiveUp) else FAILED
+    why = str(reason) or "interrupted"
+    if not max(delivery.safe_line, delivery.doubtful_line):
+        return GiveUp(why if isinstance(reason, GiveUp) else f"{why}; nothing was sent", code)
+    safe = f"{delivery.inserted + delivery.duplicates} events are safe"
+    if not is_new:
+        return GiveUp(f"{why}; {safe}; send the file again, what is there already counts once", code)
+    is_doubtful = delivery.doubtful_line > delivery.safe_line
+    doubt = f", and those up to line {delivery.doubtful_line} may be" if is_doubtful else ""
+    return GiveUp(
+        f"{why}; {safe}, up to line {delivery.safe_line}{doubt}; send only what follows: without an external_id "
+        "an event that is sent again counts twice", code,
+    )

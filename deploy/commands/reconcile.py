@@ -1,5 +1,6 @@
 """``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
 
+from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -9,8 +10,8 @@ import typer
 
 from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.instant import parse_instant
-from deploy.output import Output, note, show, show_table
-from deploy.session import session
+from deploy.output import Output, harmless, note, show, show_table
+from deploy.session import flowing, session
 
 if TYPE_CHECKING:
     from aggregator.reconcile.report import Difference, Report
@@ -33,6 +34,7 @@ class Mend(StrEnum):
     apply = "apply"
 
 
+@flowing
 def reconcile(
     context: typer.Context,
     check: Annotated[list[Which] | None, typer.Option(help="What to compare; repeatable; all by default.")] = None,
@@ -58,12 +60,14 @@ def reconcile(
     wanted = [one.value for one in check or [Which.all]]
     if Which.upstream in (check or []) and not here.settings.polar_token:
         raise GiveUp("--check upstream compares with Polar: set METERSTREAM_POLAR_TOKEN; nothing was compared", USAGE)
+    begin = None if since is None else parse_instant(since, "--since")
+    end = None if until is None else parse_instant(until, "--until")
+    if begin and end and begin >= end:
+        raise GiveUp("--until must be later than --since; nothing was compared", USAGE)
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)
     task = Task(
-        checks=checks,
-        since=None if since is None else parse_instant(since, "--since"),
-        until=None if until is None else parse_instant(until, "--until"),
-        repair=repair.value if repair else None, settle=timedelta(minutes=settle),
+        checks=checks, since=begin, until=end, repair=repair.value if repair else None,
+        settle=timedelta(minutes=settle),
     )  # fmt: skip
     found = prove(here, task)
     if report is not None:
@@ -80,9 +84,19 @@ def reconcile(
 
 
 def _print(found: "Report", output: Output) -> None:
-    if output is Output.csv:
-        _print_csv(found)
-        return
+    say: Callable[[str], None] = note if output is Output.csv else print  # with CSV, rows alone are the answer
+    (_print_csv if output is Output.csv else _print_table)(found)
+    for check in found.checks:
+        if check.skipped and output is Output.csv:
+            note(f"{check.name} was not compared: {harmless(check.skipped)}")
+        for remark in check.notes:
+            note(f"{check.name}: {harmless(remark)}")
+    for action in [*found.plan, *found.done]:
+        say(harmless(action.what))
+    say(f"{found.verdict}, as of log position {found.as_of}." if found.as_of else f"{found.verdict}.")
+
+
+def _print_table(found: "Report") -> None:
     show_table([
         {
             "check": check.name, "compared": sum(one.compared for one in check.counted),
@@ -92,22 +106,11 @@ def _print(found: "Report", output: Output) -> None:
     ], ("check", "compared", "different", "seconds", "not compared"))  # fmt: skip
     for one in found.differences:
         many = f" ({one.count} events)" if one.count > 1 else ""
-        print(f"\n{one.check}: {one.cause}: {_harmless(one.where)}{many}")
-        print(f"    {_harmless(one.what)}")
+        print(f"\n{one.check}: {one.cause}: {harmless(one.where)}{many}")
+        print(f"    {harmless(one.what)}")
         print("    " + "; ".join(part for part in (one.moved, _money(one), one.repair) if part))
     if found.differences:
         print()
-    for check in found.checks:
-        for remark in check.notes:
-            note(f"{check.name}: {_harmless(remark)}")
-    for action in [*found.plan, *found.done]:
-        print(_harmless(action.what))
-    print(f"{found.verdict}, as of log position {found.as_of}." if found.as_of else f"{found.verdict}.")
-
-
-def _harmless(text: str) -> str:
-    """What strangers wrote must not steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _print_csv(found: "Report") -> None:

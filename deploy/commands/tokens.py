@@ -7,7 +7,7 @@ import msgspec
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.output import note, show, show_one
+from deploy.output import Output, note, show, show_one
 from deploy.session import EPILOG, session
 from meters.access import AUDIT, SCOPES
 
@@ -57,7 +57,14 @@ def list_tokens(context: typer.Context, organization: Organization = None) -> No
         owner = control.organization(organization).id if organization else None
         tokens = [one for one in control.catalogue.tokens.values() if owner in (None, one.organization_id)]
         rows = [msgspec.to_builtins(shown(token, control.catalogue)) for token in tokens]
+    if here.output is Output.table:
+        rows = [{**row, "scopes": _in_words(row["scopes"])} for row in rows]
     show(rows, COLUMNS, here.output)
+
+
+def _in_words(scopes: list[str]) -> str:
+    """Scopes for a table, where the two dozen that most tokens have would fill a page."""
+    return f"all but {AUDIT}" if set(scopes) == set(SCOPES) else ", ".join(scopes)
 
 
 @app.command(epilog=EPILOG)

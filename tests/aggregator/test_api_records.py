@@ -150,6 +150,23 @@ def test_a_customer_asked_for_again_is_one_customer(server: Server, tenant: Tena
     assert len(tenant.get("/v1/customers/")["items"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("event", "detail"),
+    [
+        (b'{"external_customer_id":"a"}', "name: Field required"),
+        (b'{"name":"a","external_customer_id":"a","metadata":{"x":[]}}', "metadata.x: Input should be a string, "),
+        (b'{"name":"a","external_customer_id":"a","metadata":{"%s":[]}}' % (b"x" * 9000), f"metadata.{'x' * 191}: "),
+        (b'{"name":"a","external_customer_id":"a","metadata":{"\\ud800":[]}}', "Input should be valid unicode: "),
+        (b"{", "JSON decode error"),
+    ],
+    ids=["missing", "metadata", "long", "surrogate", "malformed"],
+)
+def test_a_dead_letter_names_the_field(tenant: Tenant, event: bytes, detail: str) -> None:
+    """Where there is one, as far as its beginning tells, whatever its key is made of."""
+    tenant.send(event, admitted=False)
+    assert dead(tenant)["detail"].startswith(detail)
+
+
 def test_a_dead_letter_says_what_arrived_and_why_it_does_not_count(server: Server, tenant: Tenant) -> None:
     """Reason, place and bytes are shown to its tenant and to nobody else."""
     position = tenant.send(line("good"), b'{"name": "\xff"}', admitted=False)

@@ -48,6 +48,10 @@ def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:
     used = next(entry["id"] for entry in entries if entry["cause"] == "usage")
     behind = account.answer("customers", "ledger", "eve", "pages", "--entry", used)
     assert sorted(event["metadata"]["pages"] for event in behind) == [12.5, 30]
+    given = next(entry["id"] for entry in entries if entry["cause"] != "usage")
+    refused = account.run("customers", "ledger", "eve", "pages", "--entry", given)
+    assert refused.returncode == 2
+    assert "only usage has events" in refused.stderr
 
 
 def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:

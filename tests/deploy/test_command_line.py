@@ -51,6 +51,7 @@ def counted(running: Installation) -> Installation:
         (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
         (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
+        (["meters", "preview", "--count", "--filter", "[" * 5000, "--token", "t"], 2, "--filter is nested too deeply"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
@@ -187,14 +188,17 @@ def test_an_unknown_meter_names_the_nearest(counted: Installation) -> None:
 
 def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: Installation) -> None:
     """Bad lines are reported with their numbers and exit code 1; the good ones between them are in."""
-    lines = ["{", '{"name":"other"}', "", '{"name":"other","external_customer_id":"eve","external_id":"kept"}']
+    deep = [f'{{"name":"other","a":{"[" * levels}{"]" * levels}}}' for levels in (900, 5000)]
+    lines = ["{", '{"name":"other"}', "", *deep, '{"name":"other","external_customer_id":"eve","external_id":"kept"}']
 
     done = counted.run("events", "send", "-", text="\n".join(lines))
 
     assert done.returncode == 1
     assert "line 1: not an event" in done.stderr
     assert "line 2: " in done.stderr
-    assert "2 lines were not taken" in done.stderr
+    assert "line 4: " in done.stderr
+    assert "line 5: not an event: it is nested too deeply" in done.stderr
+    assert "4 lines were not taken" in done.stderr
     eventually(lambda: len(counted.answer("events", "list", "--name", "other")) == 1)
 
 
@@ -208,12 +212,13 @@ def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path
     first = counted.answer(*command)
     with path.open("a") as file:
         file.write('one more,"1,5"\n')
-    second = counted.run(*command, "--output", "json")
+    refused = counted.run(*command)
+    second = counted.answer(*command, "--texts")
 
     assert (first["inserted"], first["duplicates"]) == (1000, 0)
-    assert (json.loads(second.stdout)["inserted"], json.loads(second.stdout)["duplicates"]) == (1, 1000)
-    assert "taken as text, which no meter adds up: 1, first in" in second.stderr
-    assert "line 1002, total: '1,5'" in second.stderr
+    assert refused.returncode == 2
+    assert "line 1002, total: '1,5'" in refused.stderr
+    assert (second["inserted"], second["duplicates"]) == (1, 1000)
 
 
 def test_a_file_sent_twice_is_counted_once(counted: Installation, tmp_path: Path) -> None:

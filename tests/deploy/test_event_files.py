@@ -10,7 +10,7 @@ import pytest
 from deploy import stable_ids
 from deploy.event_files import CsvFile, parse_mapping, read_ndjson
 from deploy.giving_up import USAGE, GiveUp
-from deploy.sending import Line, Problem, batches
+from deploy.sending import EVENT_BYTES_MAX, Line, Problem, batches
 from deploy.stable_ids import StableIds
 from meters.exact_json import Token
 from meters.timestamp import parse_timestamp
@@ -71,13 +71,27 @@ def test_occurrences_are_counted_beyond_what_fits_into_memory(monkeypatch: pytes
     assert rounds[1] == [id.replace(":1", ":2") for id in rounds[0]]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'"a"', b'{"a":NaN}', b"\xff\xfe"])
-def test_a_line_that_is_no_event_is_named_by_its_number(line: bytes) -> None:
-    """A bad line is reported with its number, and the next one is read all the same."""
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{", "truncated"),
+        (b"[]", "Expected `object`"),
+        (b'"a"', "Expected `object`"),
+        (b'{"a":NaN}', "malformed"),
+        (b"\xff\xfe", "byte 1 of the line is not UTF-8"),
+        (b'{"name":"caf\xe9"}', "byte 13 of the line is not UTF-8"),
+        (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+        (b'{"a":"' + b"x" * EVENT_BYTES_MAX + b'"}', "a whole request may have 10,485,760"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_line_that_is_no_event_is_named_by_its_number(line: bytes, complaint: str) -> None:
+    """A line that would refuse its whole request is reported with its number, and the next one is read all the same."""
     bad, good = read_ndjson(io.BytesIO(line + b'\n{"name":"a"}\n'))
 
     assert isinstance(bad, Problem)
     assert bad.line == 1
+    assert complaint in bad.message
     assert isinstance(good, Line)
     assert good.number == 2
 
@@ -140,9 +154,18 @@ def test_a_file_that_grew_or_was_mended_repeats_what_was_there(tmp_path: Path) -
     assert not {second[0], *second[3:]} & set(first)
 
 
-def test_cells_beyond_the_last_column_are_no_hindrance(tmp_path: Path) -> None:
-    """Beside a column without a name, too, as tables have that were written with their index."""
-    file = csv_file(tmp_path, ",user,at,total\n0,ada,1,1,extra,more\n1,ada,1,1,\n")
+@pytest.mark.parametrize(("row", "cells"), [("ada,1,1,234,", 5), ("ada", 1), ("ada,1,1", 3)])
+def test_a_row_with_cells_too_many_or_too_few_is_named(tmp_path: Path, row: str, cells: int) -> None:
+    """A comma inside a number that nobody quoted would be another number, and what is missing is not guessed."""
+    problem, good = csv_file(tmp_path, f"user,at,total,note\n{row}\n\nada,1,1,\n").lines()
+
+    assert problem == Problem(2, f"the row has {cells} cells, and the header has 4")
+    assert isinstance(good, Line)
+
+
+def test_a_column_without_a_name_is_no_hindrance(tmp_path: Path) -> None:
+    """Tables have one that were written with their index; its cells make rows different."""
+    file = csv_file(tmp_path, ",user,at,total\n0,ada,1,1\n1,ada,1,1\n")
     assert len(set(ids(file.lines()))) == 2
 
 
@@ -164,15 +187,29 @@ def test_what_is_set_makes_other_events_and_how_metadata_is_read_does_not(tmp_pa
 
 
 @pytest.mark.parametrize("cell", ["1,234.50", "050", "+5", ".5", "5.", "1 000", "12%", "1,5"])
-def test_a_cell_that_looks_like_a_number_and_is_none_is_told(tmp_path: Path, cell: str) -> None:
-    """It is text, which no meter adds up, and the first one is named; what is a number or plainly text is not."""
-    plain = "".join(f"u,1,{text},\n" for text in ("5", "10.0.0.1", "2026-03-01", "a5"))
-    file = csv_file(tmp_path, f'user,at,total,note\n{plain}u,1,1,"{cell}"\nu,1,1,"{cell}"\n')
+def test_a_cell_that_looks_like_a_number_and_is_none_is_refused_unless_it_is_meant(tmp_path: Path, cell: str) -> None:
+    """It would be text, which no meter adds up; the first ones are named. What is a number or plainly text is fine."""
+    plain = "".join(f"u,1,{text},\n" for text in ("5", " 50 ", "10.0.0.1", "2026-03-01", "a5"))
+    file = csv_file(tmp_path, f'user,at,total,note\n{plain}' + f'u,1,1,"{cell}"\n' * 7)
 
+    with pytest.raises(GiveUp, match=r"nothing was sent") as raised:
+        file.check()
+
+    assert raised.value.exit_code == USAGE
+    assert f"line 7, note: {cell!r}; line 8, note: {cell!r}; line 9" in str(raised.value)
+    assert "; and 2 more. Write them as 1234.5" in str(raised.value)
+    file.check(texts_meant=True)
     events = [line.event for line in file.lines() if isinstance(line, Line)]
-
     assert json.loads(events[-1])["metadata"]["note"] == cell
-    assert (file.texts.count, file.texts.first) == (2, f"line 6, note: {cell!r}")
+
+
+def test_a_value_for_all_lines_that_looks_like_a_number_is_refused_likewise(tmp_path: Path) -> None:
+    """Whatever --set gives is looked at, too."""
+    path = csv_file(tmp_path, "user\nada\n").path
+    constants = parse_mapping(["name=call,metadata.zip=00123"], "--set")
+
+    with pytest.raises(GiveUp, match=r"text, which no meter adds up: --set metadata.zip: '00123'\."):
+        CsvFile(path, {"external_customer_id": "user"}, constants).check()
 
 
 def test_blanks_around_a_number_are_nothing(tmp_path: Path) -> None:
@@ -180,7 +217,7 @@ def test_blanks_around_a_number_are_nothing(tmp_path: Path) -> None:
     file = csv_file(tmp_path, "user,at,total,note\nu,1, 50 ,\n")
 
     assert b'"tokens":50,' in b"".join(line.event for line in file.lines() if isinstance(line, Line))
-    assert file.texts.count == 0
+    file.check()
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
@@ -211,12 +248,13 @@ def test_a_mapping_names_what_events_have(options: list[str], complaint: str) ->
     [
         ({"name": "user"}, "needs a name and a customer"),
         ({"name": "kind", "external_customer_id": "user"}, "has no column kind; it has user, at"),
+        ({"name": "note", "external_customer_id": "user"}, "has several columns note; give each a name"),
     ],
 )
 def test_a_mapping_fits_its_file(tmp_path: Path, columns: dict[str, str], complaint: str) -> None:
-    """An event needs a name and a customer, and a column that is mapped must be there."""
+    """An event needs a name and a customer, and a column that is mapped must be there, once."""
     with pytest.raises(GiveUp, match=complaint):
-        CsvFile(csv_file(tmp_path).path, columns, {}).check()
+        CsvFile(csv_file(tmp_path, CSV.replace("total", "note")).path, columns, {}).check()
 
 
 def test_batches_keep_every_line_in_order_and_within_bounds() -> None:
@@ -230,12 +268,18 @@ def test_batches_keep_every_line_in_order_and_within_bounds() -> None:
     assert all(len(group) == 1 or sum(len(line.event) for line in group) <= 4 * 1024 * 1024 for group in groups)
 
 
-@pytest.mark.parametrize("broken", [b'user,total\nada,1\nbob,"2\ncid,3\n', b"user,total\nada,1\nb\xf6b,2\n"])
-def test_a_file_that_cannot_be_read_to_its_end_is_not_begun(tmp_path: Path, broken: bytes) -> None:
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (b'user,total\nada,1\nbob,"2\ncid,3\n', "line 4 cannot be read: unexpected end of data"),
+        (b"user,total\nada,1\nb\xf6b,2\n", "is not UTF-8; save it as such"),
+    ],
+)
+def test_a_file_that_cannot_be_read_to_its_end_is_not_begun(tmp_path: Path, broken: bytes, complaint: str) -> None:
     """A quote that nobody closes would swallow the rest, as one row that counts."""
     path = tmp_path / "usage.csv"
     path.write_bytes(broken)
     file = CsvFile(path, parse_mapping(["external_customer_id=user"], "--map"), parse_mapping(["name=call"], "--set"))
 
-    with pytest.raises(GiveUp, match="nothing was sent"):
+    with pytest.raises(GiveUp, match=f"{complaint}; nothing was sent"):
         file.check()

@@ -2,10 +2,11 @@
 
 import io
 import sys
+from decimal import Decimal
 
 import pytest
 
-from deploy.output import show_table
+from deploy.output import show_table, text
 
 ID = "ab06baa9-485e-4030-8776-30c548485885"
 UNFOLDED = 5  # lines of a table with one row
@@ -44,3 +45,30 @@ def test_a_table_fits_a_terminal_that_is_wide_enough(monkeypatch: pytest.MonkeyP
     show_table(ROWS, ("id", "about", "created_at"))
 
     assert len(sys.stdout.getvalue().splitlines()[-1]) == 100  # type: ignore[attr-defined]
+
+
+def test_numbers_are_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many columns there are: a number that is cut reads as another one. A sign makes it no text."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    amount = Decimal("20000000.25")
+    rows = [{"at": ID, "cause": "usage " * 9, "units": f"-{text(amount)}", "balance": amount, "events": 7000000}]
+
+    show_table([*rows, {"cause": "earlier", "balance": 0}], ("at", "cause", "units", "balance", "events"))
+
+    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "│ -20,000,000.25 │ 20,000,000.25 │ 7,000,000 │" in shown
+
+
+@pytest.mark.parametrize("stdout", [Terminal, io.StringIO])
+def test_what_strangers_wrote_steers_no_terminal(stdout: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters are replaced, in titles too; letters of any script, blanks and joiners stay."""
+    monkeypatch.setattr(sys, "stdout", stdout())
+    monkeypatch.setenv("TERM", "dumb")  # without styles, which begin with the same character
+    name = "Ren\u00e9e\u00a0\u06f1 \U0001f469\u200d\U0001f680"
+
+    show_table([{"name": f"\x1b]0;owned\x07\x9b2J\r\n\u202e{name}"}], ("name",), title="\x1b[2Jpages")
+
+    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert name in shown
+    assert not set(shown) & set("\x1b\x07\x9b\r\u202e")

@@ -1,10 +1,14 @@
 """The supervisor: what the first start gives, and what happens to its children and to what they took in."""
 
+import json
 import os
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 import pytest
@@ -54,6 +58,31 @@ def test_a_given_token_is_taken_and_not_shown(installation: Installation) -> Non
 
     assert installation.answer("meters", "list") == []
     assert "given-by-hand" not in installation.greeting + installation.log
+
+
+def test_what_is_stored_is_for_its_owner_alone(running: Installation) -> None:
+    """Whoever may list the data directory, as a volume's often may be, reads neither log nor store."""
+    kept = [path for path in running.data.iterdir() if path.is_file()]
+
+    assert {"log.sqlite", "store.duckdb"} <= {path.name for path in kept}
+    assert [path.name for path in kept if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize(("process", "address"), [("gateway", "http://127.0.0.1:"), ("aggregate", "unix:")])
+def test_a_process_by_itself_says_where_it_listens(process: str, address: str, tmp_path: Path) -> None:
+    """In a line of its log, which for port 0 is the only place to learn it."""
+    command = [sys.executable, "-m", "deploy.cli", process, "--data", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        try:
+            said = json.loads(running.stderr.readline())
+            if process == "gateway":
+                assert httpx.get(f"{said['url']}/livez", timeout=60).status_code == 200
+        finally:
+            running.terminate()
+
+    assert said["event"] == "listening"
+    assert said["url"].startswith(address)
 
 
 def test_a_second_server_on_the_same_data_is_refused(running: Installation) -> None:
@@ -132,6 +161,7 @@ def test_what_a_restart_cannot_heal_ends_everything(installation: Installation) 
     assert "the aggregator cannot run" in done.stderr
     assert installation.run("doctor").returncode == 1
     assert installation.run("rebuild").returncode == 0
+    assert (installation.data / "store.duckdb").stat().st_mode & 0o077 == 0
     assert installation.run("doctor").returncode == 0
     installation.start()
     eventually(lambda: counted.total() == 10)

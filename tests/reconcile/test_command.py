@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from aggregator.forward.request_window import Clock, RequestWindow
+from aggregator.forward.upstream import READ_ATTEMPTS_MAX, NoAnswer, Upstream
 from aggregator.reconcile.page import page
 from aggregator.reconcile.report import Cause, Repair
 from tests.deploy.installation import meterstream
@@ -51,6 +55,44 @@ def test_what_could_not_be_compared_is_said_and_is_1(left: Left) -> None:
     assert done.returncode == 1
     assert (found["equal"], found["failed"]) == (True, True)
     assert "no server runs" in found["checks"][-1]["skipped"]
+
+
+def test_with_csv_the_verdict_is_on_stderr(left: Left) -> None:
+    """The answer is rows alone; what was left out and why, and the verdict, are told beside it."""
+    done = meterstream(
+        "reconcile", "--data", str(left.data.path), "--output", "csv", METERSTREAM_POLAR_TOKEN="polar_oat_x",
+    )
+
+    assert done.returncode == 1
+    assert done.stdout == "check,cause,where,what,events,quantities,cents,repair\n"
+    assert "upstream was not compared: no server runs" in done.stderr
+    assert "Everything that was compared agrees; Polar was not compared, as of log position" in done.stderr
+
+
+@pytest.mark.parametrize("until", ["2026-01-01", "2027-01-01"])
+def test_a_range_that_holds_nothing_is_wrong_usage(left: Left, until: str) -> None:
+    """Comparing nothing would say that everything agrees."""
+    done = meterstream("reconcile", "--data", str(left.data.path), "--since", "2027-01-01", "--until", until)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--until must be later than --since" in done.stderr
+
+
+def test_an_upstream_that_does_not_answer_is_told_once(tmp_path: Path) -> None:
+    """A read is tried for minutes, and whoever waits hears why, at the first of them."""
+    told, pauses = [], []
+    window = RequestWindow(tmp_path / "requests", clock=Clock(lambda: 0, pauses.append, lambda: 0))
+
+    with (
+        Upstream("http://127.0.0.1:9", "token", window, on_trouble=told.append) as upstream,
+        pytest.raises(NoAnswer),
+    ):
+        upstream.get("/v1/meters/")
+    window.close()
+
+    assert len(pauses) == READ_ATTEMPTS_MAX - 1
+    assert len(told) == 1
+    assert told[0].startswith("http://127.0.0.1:9 does not answer: ConnectError")
 
 
 def test_without_a_polar_organization_nothing_is_missed(left: Left) -> None:
