@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -61,6 +62,16 @@ def looking_for(message: str) -> Iterator[None]:
         yield
     except Missing:
         raise GiveUp(message, USAGE) from None
+
+
+def segment(text: str, argument: str) -> str:
+    """What was given for an argument, as one part of a path. Raises GiveUp.
+
+    A part that is empty or made of dots would make the request one about something else, such as the whole customer.
+    """
+    if not text or {".", ".."} & set(text.split("/")):
+        raise GiveUp(f"{argument} is an id, and not {text!r}", USAGE)
+    return quote(text, safe="")
 
 
 class Api:

@@ -1,7 +1,6 @@
 """``meterstream credits``: units given to a customer by hand, and taken back."""
 
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 
@@ -61,13 +60,13 @@ def revoke(
     credit: Annotated[str, typer.Argument(help="The credit's id, as `meterstream credits list` shows it.")],
 ) -> None:
     """Take a credit back, while the period lasts in which it was given. Repeating this takes nothing more."""
-    from deploy.client import exact_json, refused
+    from deploy.client import exact_json, refused, segment
     from deploy.commands.customers import find_customer
 
     here = session(context)
     with here.api() as api:
-        id = find_customer(api, customer)["id"]
-        response = api.send("DELETE", f"/v1/customers/{id}/credits/{quote(credit, safe='')}")
+        path = f"/v1/customers/{find_customer(api, customer)['id']}/credits/{segment(credit, 'CREDIT')}"
+        response = api.send("DELETE", path)
     if response.status_code == 404:
         raise GiveUp(f"there is no credit {credit}; `meterstream credits list` shows the ids", USAGE)
     if not response.is_success:

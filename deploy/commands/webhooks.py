@@ -2,7 +2,6 @@
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -90,12 +89,13 @@ def deliveries(
 @app.command(epilog=EPILOG)
 def redeliver(context: typer.Context, event: Annotated[str, typer.Argument(help="An event_id of deliveries.")]) -> None:
     """Send something again, word for word and under the same id."""
-    from deploy.client import blaming, looking_for
+    from deploy.client import blaming, looking_for, segment
 
     unknown = f"nothing was sent under the id {event}; `meterstream webhooks deliveries` shows them as event_id"
     here = session(context)
+    path = f"/v1/webhooks/events/{segment(event, 'EVENT')}/redeliver"
     with here.api() as api, looking_for(unknown), blaming({"id": "EVENT"}):
-        show_one(api.post(f"/v1/webhooks/events/{quote(event, safe='')}/redeliver", {}), here.output)
+        show_one(api.post(path, {}), here.output)
 
 
 @app.command(epilog=EPILOG)

@@ -60,3 +60,17 @@ def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
     other = account.run("credits", "grant", "eve", "pages", "8", "--key", "first")
     assert (other.returncode, "used for another request" in other.stderr) == (1, True)
     assert account.run("credits", "revoke", "eve", "nothing").returncode == 2
+
+
+@pytest.mark.parametrize("id", ["", ".", "..", "../.."])
+@pytest.mark.parametrize(
+    "command", [("credits", "revoke", "eve"), ("customers", "state"), ("credits", "list"), ("events", "replay")],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_would_lead_to_another_path_is_no_id(account: Installation, command: tuple[str, ...], id: str) -> None:
+    """Nothing is asked for: two dots for a credit would have been the customer itself, and deleted it."""
+    done = account.run(*command, id)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"is an id, and not {id!r}" in done.stderr
+    assert account.answer("customers", "state", "eve")["deleted_at"] is None
