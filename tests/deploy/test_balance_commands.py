@@ -62,15 +62,20 @@ def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
     assert account.run("credits", "revoke", "eve", "nothing").returncode == 2
 
 
-@pytest.mark.parametrize("id", ["", ".", "..", "../.."])
 @pytest.mark.parametrize(
-    "command", [("credits", "revoke", "eve"), ("customers", "state"), ("credits", "list"), ("events", "replay")],
-    ids=" ".join,
-)  # fmt: skip
-def test_what_would_lead_to_another_path_is_no_id(account: Installation, command: tuple[str, ...], id: str) -> None:
+    "line",
+    [
+        ("credits", "revoke", "eve", ".."),
+        ("credits", "revoke", "eve", "../."),
+        ("credits", "revoke", "eve", ""),
+        ("customers", "state", "."),
+        ("events", "replay", ".."),
+    ],
+)
+def test_what_would_lead_to_another_path_is_no_id(account: Installation, line: tuple[str, ...]) -> None:
     """Nothing is asked for: two dots for a credit would have been the customer itself, and deleted it."""
-    done = account.run(*command, id)
+    done = account.run(*line)
 
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"is an id, and not {id!r}" in done.stderr
+    assert f"is an id, and not {line[-1]!r}" in done.stderr
     assert account.answer("customers", "state", "eve")["deleted_at"] is None

@@ -50,6 +50,9 @@ def counted(running: Installation) -> Installation:
         (["meters", "create", "--name", "abc", "--count", "--unit", "custom", "--token", "t"], 2, "needs a --label"),
         (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
         (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
+        (["usage", "x", "--start", "0001-01-01", "--token", "t"], 2, "--start is a time from 2023-01-01 to 9000-01-01"),
+        (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
+        (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
     ],
 )
@@ -115,6 +118,35 @@ def test_usage_is_exact_in_every_form(counted: Installation) -> None:
     assert "█" in chart
 
 
+@pytest.mark.parametrize(
+    ("options", "timestamps"),
+    [
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:00", ["2026-01-05T13:00:00Z"]),
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:01", ["2026-01-05T13:00:00Z", "2026-01-05T14:00:00Z"]),
+        ("day --start 2026-01-05 --end 2026-01-06 --timezone America/New_York", ["2026-01-05T05:00:00Z"]),
+        ("day --start 2026-01-05T00:00Z --end 2026-01-05T06:00Z --timezone America/New_York",
+         ["2026-01-04T05:00:00Z", "2026-01-05T05:00:00Z"]),
+        ("week --start 2023-01-01 --end 2023-01-04", ["2022-12-26T00:00:00Z", "2023-01-02T00:00:00Z"]),
+        ("month --start 2026-01-31 --end 2026-03-01", ["2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"]),
+    ],
+)  # fmt: skip
+def test_usage_shows_the_intervals_that_a_range_touches(
+    counted: Installation, options: str, timestamps: list[str]
+) -> None:
+    """All of them, whole, and none that begins where the range ends; a time that does not say is the time zone's."""
+    answer = counted.answer("usage", "tokens", "--interval", *options.split())
+
+    assert [point["timestamp"] for point in answer["quantities"]] == timestamps
+
+
+@pytest.mark.parametrize("options", [["day"], ["week"], ["month"], ["year"]], ids=" ".join)
+def test_usage_until_now_has_the_newest_interval(counted: Installation, options: list[str]) -> None:
+    """Whatever the time of day is where the days are."""
+    where = ("--timezone", "America/New_York", "--customer", "ada")
+
+    assert counted.answer("usage", "tokens", *where, "--interval", *options)["total"] == 0.3
+
+
 def test_lists_have_every_form(counted: Installation) -> None:
     """The same things come as JSON, as CSV and as a table."""
     (meter,) = counted.answer("meters", "list")
@@ -133,6 +165,7 @@ def test_lists_have_every_form(counted: Installation) -> None:
         (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
         (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
         (("tokens", "revoke", "abc"), "there is no token abc"),
+        (("usage", "tokens", "--interval", "hour", "--start", "2026-01-01"), "--start and --end: The interval is too"),
     ],
 )
 def test_what_the_server_refuses_of_a_command_is_wrong_usage(
