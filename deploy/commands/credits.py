@@ -25,18 +25,18 @@ def grant(
     key: Annotated[str | None, typer.Option(help="A name of your own for this: given once, however often run.")] = None,
 ) -> None:
     """Credit units. With --key a repetition of the command credits nothing more."""
-    from deploy.client import exact_json, refused
+    from deploy.client import blaming, exact_json, header, refused
     from deploy.commands.customers import find_customer
     from deploy.commands.meters import find_meter
 
     here = session(context)
-    with here.api() as api:
+    headers = {} if key is None else {"Idempotency-Key": header(key, "--key")}
+    with here.api() as api, blaming({"units": "UNITS", "Idempotency-Key": "--key"}):
         path = f"/v1/customers/{find_customer(api, customer)['id']}/credits"
         body = {"meter_id": find_meter(api, meter)["id"], "units": units, "rollover": rollover}
-        headers = {} if key is None else {"Idempotency-Key": key}
         response = api.send("POST", path, content=as_json(body).encode(), headers=headers)
-    if not response.is_success:
-        raise refused(response)
+        if not response.is_success:
+            raise refused(response)
     show_one(exact_json(response.content), here.output)
 
 

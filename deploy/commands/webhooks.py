@@ -103,12 +103,14 @@ def listen(
     context: typer.Context, name: Annotated[str | None, typer.Option(help="For display.")] = None
 ) -> None:  # fmt: skip
     """Take in what a Polar organization sends to /webhooks/polar. Its secret is read from standard input."""
+    from deploy.client import blaming
+
     here = session(context)
     note("The secret, as Polar's dashboard shows it:")
-    secret = sys.stdin.readline().strip()
+    secret = _line_of_input()
     if not secret:
         raise GiveUp("no secret was given on standard input", USAGE)
-    with here.api() as api:
+    with here.api() as api, blaming({"secret": "the secret", "name": "--name"}):
         show_one(api.post("/v1/webhooks/sources", {"secret": secret, "name": name}), here.output)
 
 
@@ -124,6 +126,15 @@ def find_endpoint(api: "Api", wanted: str, enabled: bool = True) -> str:
     if len(found) > 1:
         raise GiveUp(f"{len(found)} endpoints have the URL {wanted!r}; give the id of one: {ids(found)}", USAGE)
     return str(found[0]["id"])
+
+
+def _line_of_input() -> str:
+    """The first line of standard input; nothing where that is closed. Raises GiveUp."""
+    line = sys.stdin.buffer.readline() if sys.stdin else b""
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError:
+        raise GiveUp("what was given on standard input is no text (UTF-8)", USAGE) from None
 
 
 def _switch(context: typer.Context, endpoint: str, enabled: bool) -> None:

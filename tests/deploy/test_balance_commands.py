@@ -79,3 +79,11 @@ def test_what_would_lead_to_another_path_is_no_id(account: Installation, line: t
     assert (done.returncode, done.stdout) == (2, "")
     assert f"is an id, and not {line[-1]!r}" in done.stderr
     assert account.answer("customers", "state", "eve")["deleted_at"] is None
+
+
+def test_more_units_than_there_can_be_are_wrong_usage(account: Installation) -> None:
+    """The argument is named, as the command line knows it."""
+    done = account.run("credits", "grant", "eve", "pages", "2147483648")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "UNITS: Input should be a whole number from 1 to 2147483647" in done.stderr

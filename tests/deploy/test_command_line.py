@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,10 @@ def counted(running: Installation) -> Installation:
         (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
+        (["tokens", "create", "--days", "9999999"], 2, "'--days': Input should be less than or equal to 36500"),
+        (["meters", "list", "--token", "\xe4"], 2, "--token: Expected a token, which has letters, digits and signs"),
+        (["credits", "grant", "x", "y", "1", "--key", "\xe4", "--token", "t"], 2, "--key takes letters, digits"),
+        (["credits", "grant", "x", "y", "1", "--key", "a\nb", "--token", "t"], 2, "--key takes letters, digits"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
@@ -64,6 +70,48 @@ def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, 
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+class Page(BaseHTTPRequestHandler):
+    """A web server that has a page for everything."""
+
+    def do_GET(self) -> None:
+        """Any request."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
+
+    do_POST = do_GET
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[str]:
+    """The address of a server of something else."""
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("line", ["meters list", "customers state ada", "lag", "events send -"])
+def test_another_web_server_is_no_meterstream(stranger: str, line: str) -> None:
+    """A page where an answer should be is said in a line that names the address."""
+    done = meterstream(*line.split(), "--url", stranger, "--token", "t", text='{"name":"a","customer_id":"b"}')
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"what answers at {stranger}" in done.stderr
+    assert "is not Meterstream" in done.stderr
+
+
+def test_certificates_that_cannot_be_read_are_named() -> None:
+    """The variable is, which the library behind says nothing of."""
+    done = meterstream("meters", "list", "--token", "t", SSL_CERT_FILE="missing.pem")
+
+    assert done.returncode == 2
+    assert "SSL_CERT_FILE" in done.stderr
 
 
 def test_global_options_stand_anywhere() -> None:
