@@ -8,7 +8,7 @@ import typer
 
 from deploy.giving_up import USAGE, GiveUp
 from deploy.instant import parse_instant
-from deploy.output import Output, as_json, show, show_table, text
+from deploy.output import Output, as_json, require_stdout, show, show_table, text
 from deploy.session import session
 from meters.window import END_MAX, START_MIN, Interval, bucket, zone
 
@@ -69,6 +69,7 @@ def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> No
     rows = [
         {"timestamp": point["timestamp"], "quantity": Decimal(point["quantity"])} for point in answer["quantities"]
     ]
+    require_stdout()
     if output is Output.json:
         print(as_json({**answer, "as_of": as_of}))
     elif output is Output.csv:

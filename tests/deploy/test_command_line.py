@@ -51,6 +51,8 @@ def counted(running: Installation) -> Installation:
         (["meters", "create", "--name", "abc", "--sum", "a", "--count", "--token", "t"], 2, "not --sum and --count"),
         (["meters", "create", "--name", "abc", "--count", "--unit", "custom", "--token", "t"], 2, "needs a --label"),
         (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
+        (["usage", "x", "--url"], 2, "--url needs a value"),
+        (["usage", "x", "--output", "--chart"], 2, "--output needs a value"),
         (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
         (["usage", "x", "--start", "0001-01-01", "--token", "t"], 2, "--start is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
