@@ -58,6 +58,7 @@ def counted(running: Installation) -> Installation:
         (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
+        (["meters", "create", "--name", "abc", "--sum", "", "--token", "t"], 2, "--sum takes the name of a property"),
         (["tokens", "create", "--days", "9999999"], 2, "'--days': Input should be less than or equal to 36500"),
         (["meters", "list", "--token", "\xe4"], 2, "--token: Expected a token, which has letters, digits and signs"),
         (["credits", "grant", "x", "y", "1", "--key", "\xe4", "--token", "t"], 2, "--key takes letters, digits"),
@@ -229,15 +230,17 @@ def test_what_the_server_refuses_of_a_command_is_wrong_usage(
 
 
 def test_of_two_meters_of_one_name_the_one_that_is_not_archived_is_meant(counted: Installation) -> None:
-    """The second one is made with a warning; the ids are named until one of them is archived."""
+    """The second one is made where it is meant; the ids are named until one of them is archived."""
     create = ("meters", "create", "--name", "twin", "--count")
-    first, second = counted.answer(*create), counted.run(*create, "--output", "json")
+    first, refused = counted.answer(*create), counted.run(*create)
+    assert refused.returncode == 2
+    assert f"a meter called 'twin' is there already ({first['id']}); with --same-name" in refused.stderr
 
-    assert f"a meter called 'twin' was there already ({first['id']})" in second.stderr
+    second = counted.answer(*create, "--same-name")
     ambiguous = counted.run("usage", "twin")
     assert ambiguous.returncode == 2
     assert first["id"] in ambiguous.stderr
-    assert json.loads(second.stdout)["id"] in ambiguous.stderr
+    assert second["id"] in ambiguous.stderr
 
     counted.patch(f"/v1/meters/{first['id']}", {"is_archived": True})
     eventually(lambda: counted.run("usage", "twin").returncode == 0)
