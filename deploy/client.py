@@ -200,11 +200,14 @@ def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
     """The refusals of a 422: the field, and what is wrong with it."""
     try:
         entries = response.json()["detail"]
-        return [
-            (".".join(map(str, entry["loc"][1:])), entry["msg"].removeprefix("Value error, ")) for entry in entries
-        ]
+        return [(".".join(map(str, entry["loc"][1:])), words_of(entry)) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def words_of(refusal: Mapping[str, Any]) -> str:
+    """What is wrong, without the kind of error that Polar's words begin with."""
+    return str(refusal["msg"]).removeprefix("Value error, ")
 
 
 def _first_line(response: httpx.Response) -> str:

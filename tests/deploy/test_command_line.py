@@ -216,6 +216,7 @@ def test_lists_have_every_form(counted: Installation) -> None:
         (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
         (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
         (("tokens", "revoke", "abc"), "there is no token abc"),
+        (("meters", "create", "--name", "abc", "--count", "--where", "a>true"), "--where: 'gt' does not order"),
         (("usage", "tokens", "--interval", "hour", "--start", "2026-01-01"), "--start and --end: The interval is too"),
     ],
 )
