@@ -125,7 +125,10 @@ class Api:
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
-        return pages(self.get, path, **params)
+        try:
+            yield from pages(self.get, path, **params)
+        except (KeyError, TypeError):  # JSON, and yet no list as Meterstream gives it
+            raise stranger(self._url) from None
 
     def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
         try:

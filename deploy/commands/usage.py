@@ -30,10 +30,8 @@ def usage(
     meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
     customer: Annotated[list[str] | None, typer.Option(help="Only this external customer id; repeatable.")] = None,
     interval: Annotated[str, typer.Option(help="hour, day, week, month or year.")] = "day",
-    start: Annotated[str | None, typer.Option(help="From the interval of this time on (ISO 8601).")] = None,
-    end: Annotated[
-        str | None, typer.Option(help="Up to this time, not included, and its interval whole; now by default.")
-    ] = None,
+    start: Annotated[str | None, typer.Option(help="From this time on (ISO 8601).")] = None,
+    end: Annotated[str | None, typer.Option(help="Up to this time, not included; now by default.")] = None,
     timezone: Annotated[
         str, typer.Option(help="Whose days and months, and times that do not say theirs, such as Europe/Berlin.")
     ] = "UTC",
@@ -41,7 +39,7 @@ def usage(
 ) -> None:
     """What a meter counted, interval by interval, with its total and the position of the log it is true for.
 
-    Intervals are shown whole: all that --start and --end touch.
+    Intervals are shown whole, all between --start and --end: the first holds --start, the last the moment before --end.
     """
     from deploy.client import blaming, exact_json, refused
     from deploy.commands.meters import find_meter
