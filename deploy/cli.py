@@ -6,12 +6,16 @@ here. Whatever is not plain (help, an unknown option, a number that is none) goe
 to say so; the options mean the same either way.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from deploy.giving_up import BUG, DONE, FAILED, GiveUp
-from deploy.settings import Settings, read_environment
-from deploy.start import begin
+from deploy.giving_up import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwritable
+
+TYPE_CHECKING = False  # as typing has it, which is most of what Ctrl-C would interrupt before main is there to take it
+if TYPE_CHECKING:
+    from deploy.settings import Settings
 
 NUMBERS = ("--port", "--lifeline", "--socket")
 OPTIONS = {
@@ -23,48 +27,93 @@ OPTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0, 1 failed, 2 wrong usage, 3 mismatch, 70 a bug of ours."""
-    line = list(sys.argv[1:] if arguments is None else arguments)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # some libraries do not survive an exception while they load
+    try:
+        code, words = _outcome(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        code, words = INTERRUPTED, ""
+    lost = _unwritten()
+    if lost is not None:
+        code, words = FAILED, words if lost in words else f"{words}; {lost}".strip("; ")
+    if words:
+        print(f"meterstream: {' '.join(words.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _outcome(line: list[str]) -> tuple[int, str]:
+    """The exit code of a command, and what there is to say of how it ended."""
     debug = False
     try:
+        _take_any_text()
+        from deploy.settings import read_environment
+
         settings = read_environment()
         debug = settings.debug
-        code = _run(line, settings)
+        return _run(line, settings) or DONE, ""
     except GiveUp as reason:
-        print(f"meterstream: {' '.join(str(reason).split())}", file=sys.stderr)
-        code = reason.exit_code
+        return reason.exit_code, str(reason)
     except Exception as error:
         if debug:
             raise
-        outage = _outage(error)
-        hint = "(METERSTREAM_DEBUG=1 shows where)"
-        told = outage or f"a bug: {type(error).__name__}: {error} {hint}"
-        print(f"meterstream: {' '.join(told.split())}", file=sys.stderr)
-        code = FAILED if outage else BUG
-    sys.exit(code or DONE)
+        known = _nobodys_fault(error)
+        if known is not None:
+            return known.exit_code, str(known)
+        return BUG, f"a bug: {type(error).__name__}: {error} (METERSTREAM_DEBUG=1 shows where)"
 
 
-def _outage(error: Exception) -> str | None:
-    """What to say of an error that is nobody's fault. Kinds are told by name: their libraries load slowly."""
+def _take_any_text() -> None:
+    """Have escapes written for what the terminal's encoding lacks, rather than nothing at all."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started this
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # both are what Python opened
+
+
+def _unwritten() -> str | None:
+    """What there is to say where the answer is lost; nothing of a reader that went away by itself, such as head."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        return "" if isinstance(error, BrokenPipeError) else unwritable(error)
+    return None
+
+
+def _nobodys_fault(error: Exception) -> GiveUp | None:
+    """What to say of an error that is no bug. Kinds are told by name: their libraries load slowly."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "TransportError" in kinds:
-        return (
+        return GiveUp(
             f"no server answers ({error}); start one with `meterstream serve`, or name it with --url (or "
             "METERSTREAM_URL)"
         )
-    return f"the log does not answer: {error}; try again when it does" if "TryAgain" in kinds else None
+    if "UnicodeEncodeError" in kinds:
+        return GiveUp("an argument, or what a command was given to read, is no text (UTF-8)", USAGE)
+    return GiveUp(f"the log does not answer: {error}; try again when it does") if "TryAgain" in kinds else None
 
 
-def _run(line: list[str], settings: Settings) -> int | None:
+def _run(line: list[str], settings: "Settings") -> int | None:
     plain = plain_options(line)
     if plain is None:
         from deploy.command_line import run
 
+        _hear_interruptions()
         return run(line, settings)
     process, options = plain
     told = {name[2:]: value for name, value in options.items() if name not in ("--lifeline", "--socket")}
     lifeline, listener = (int(options[name]) if name in options else None for name in ("--lifeline", "--socket"))
+    from deploy.start import begin
+
+    _hear_interruptions()
     begin(process, settings.but(**told), lifeline, listener)
     return DONE
+
+
+def _hear_interruptions() -> None:
+    """Have Ctrl-C end what runs now in its own way, rather than the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def plain_options(line: Sequence[str]) -> tuple[str, dict[str, str]] | None:

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
 from aggregator.forward.answer import pages
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import as_json
+from deploy.settings import fits_header
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
@@ -63,6 +65,23 @@ def looking_for(message: str) -> Iterator[None]:
         raise GiveUp(message, USAGE) from None
 
 
+def segment(text: str, argument: str) -> str:
+    """What was given for an argument, as one part of a path. Raises GiveUp.
+
+    A part that is empty or made of dots would make the request one about something else, such as the whole customer.
+    """
+    if not text or {".", ".."} & set(text.split("/")):
+        raise GiveUp(f"{argument} is an id, and not {text!r}", USAGE)
+    return quote(text, safe="")
+
+
+def header(text: str, argument: str) -> str:
+    """What was given for an argument, as the value of a header. Raises GiveUp."""
+    if not text or not fits_header(text):
+        raise GiveUp(f"{argument} takes letters, digits and signs of ASCII, and not {text!r}", USAGE)
+    return text
+
+
 class Api:
     """A connection to a server's ``/v1``, with the organization's token. A context manager."""
 
@@ -71,13 +90,7 @@ class Api:
         self._url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        transport = httpx.HTTPTransport(uds=str(socket)) if socket else None
-        try:
-            self._http = httpx.Client(
-                base_url=self._url, headers=headers, timeout=timeout, follow_redirects=True, transport=transport
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise GiveUp(f"--url {url}: {error}", USAGE) from None
+        self._http = http_client(self._url, socket, headers=headers, timeout=timeout, follow_redirects=True)
 
     def __enter__(self) -> "Api":
         return self
@@ -89,13 +102,18 @@ class Api:
         self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        """One request, whatever its status. Raises httpx.TransportError when there was no answer."""
+        """One request, whatever its status. Raises httpx.TransportError when there was no answer, or GiveUp."""
         given = {name: value for name, value in (params or {}).items() if value is not None}
         head = {"Content-Type": "application/json"} if content is not None else {}
         try:
-            return self._http.request(method, path, params=given, content=content, headers={**head, **(headers or {})})
+            response = self._http.request(
+                method, path, params=given, content=content, headers={**head, **(headers or {})}
+            )
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise GiveUp(f"--url {self._url}: {error}", USAGE) from None
+        except (httpx.TooManyRedirects, httpx.DecodingError):
+            raise stranger(self._url) from None
+        return _ours(response)
 
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
@@ -107,7 +125,10 @@ class Api:
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
-        return pages(self.get, path, **params)
+        try:
+            yield from pages(self.get, path, **params)
+        except (KeyError, TypeError):  # JSON, and yet no list as Meterstream gives it
+            raise stranger(self._url) from None
 
     def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
         try:
@@ -126,6 +147,30 @@ class Api:
             f"no server answers at {self._url}; start one with `meterstream serve`, or name it with --url "
             "(or METERSTREAM_URL)"
         )
+
+
+def http_client(url: str, socket: Path | None = None, **options: Any) -> httpx.Client:
+    """Whoever asks at this address. Raises GiveUp for one that is none, and for certificates that cannot be read."""
+    try:
+        transport = httpx.HTTPTransport(uds=str(socket)) if socket else None
+        return httpx.Client(base_url=url, transport=transport, **options)
+    except httpx.InvalidURL as error:
+        raise GiveUp(f"--url {url}: {error}", USAGE) from None
+    except (OSError, ImportError, ValueError) as error:  # httpx reads these variables, and names none of them
+        raise GiveUp(f"SSL_CERT_FILE, or a variable that names a proxy, cannot be used: {error}", USAGE) from None
+
+
+def _ours(response: httpx.Response) -> httpx.Response:
+    """The answer, unless it is one that Meterstream never gives. Raises GiveUp."""
+    kind = response.headers.get("Content-Type", "")
+    if response.is_success and response.content and not kind.startswith("application/"):
+        raise stranger(str(response.request.url.copy_with(path="/", query=None)))
+    return response
+
+
+def stranger(url: str) -> GiveUp:
+    """What to say where somebody else answers."""
+    return GiveUp(f"what answers at {url} is not Meterstream; name a server with --url (or METERSTREAM_URL)")
 
 
 def exact_json(content: bytes) -> Any:
@@ -158,9 +203,14 @@ def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
     """The refusals of a 422: the field, and what is wrong with it."""
     try:
         entries = response.json()["detail"]
-        return [(".".join(map(str, entry["loc"][1:])), entry["msg"]) for entry in entries]
-    except (ValueError, KeyError, TypeError):
+        return [(".".join(map(str, entry["loc"][1:])), words_of(entry)) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def words_of(refusal: Mapping[str, Any]) -> str:
+    """What is wrong, without the kind of error that Polar's words begin with."""
+    return str(refusal["msg"]).removeprefix("Value error, ")
 
 
 def _first_line(response: httpx.Response) -> str:

@@ -6,6 +6,7 @@ The global options may stand anywhere on the line: ``meterstream usage tokens --
 does the other order.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -27,11 +28,12 @@ from deploy.commands import (
     webhooks,
 )
 from deploy.commands import kafka as kafka_commands
-from deploy.giving_up import FAILED
+from deploy.giving_up import FAILED, USAGE, GiveUp, unwritable
 from deploy.output import Output
 from deploy.session import EPILOG, Session
 from deploy.settings import Settings
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit: nothing else that is written is unnamed
 GLOBAL_OPTIONS = ("--url", "--token", "--data", "--log", "--output")
 
 app = typer.Typer(
@@ -87,7 +89,10 @@ app.command(epilog=EPILOG)(process.version)
 
 
 def global_options_first(arguments: Sequence[str]) -> list[str]:
-    """The same line with the global options in front, where the parser looks for them. ``--`` ends the search."""
+    """The same line with the global options in front, where the parser looks for them. ``--`` ends the search.
+
+    Raises GiveUp for one without its value, which would otherwise take a command for it.
+    """
     front: list[str] = []
     rest: list[str] = []
     pending = iter(arguments)
@@ -95,7 +100,10 @@ def global_options_first(arguments: Sequence[str]) -> list[str]:
         if argument == "--":
             rest += [argument, *pending]
         elif argument in GLOBAL_OPTIONS:
-            front += [argument, *(value for value in [next(pending, None)] if value is not None)]
+            value = next(pending, "--")
+            if value.startswith("--"):
+                raise GiveUp(f"{argument} needs a value", USAGE)
+            front += [argument, value]
         elif argument.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)):
             front.append(argument)
         else:
@@ -113,6 +121,10 @@ def run(arguments: Sequence[str], settings: Settings) -> int | None:
         if message := error.format_message():  # there is none where the parser has printed the help instead
             print(f"meterstream: {message}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            raise GiveUp(unwritable(error)) from None
+        raise
     except typer.Abort:
         return FAILED
     return code

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from deploy.data import DataDirectory
-from deploy.giving_up import GiveUp
+from deploy.giving_up import USAGE, GiveUp
 from meters.access import SCOPES, TOKEN_PREFIX, digest
 from meters.catalogue import (
     Catalogue,
@@ -57,14 +57,17 @@ class Control:
         for change in changes:
             self.catalogue.apply(change)
 
-    def organization(self, wanted: str | None) -> Organization:
-        """The organization of this id or name; without one, the only one there is. Raises GiveUp."""
+    def organization(self, wanted: str | None, option: str = "--organization") -> Organization:
+        """The organization of this id or name; without one, the only one there is.
+
+        Raises GiveUp naming the option, or the variable, that says which.
+        """
         known = list(self.catalogue.organizations.values())
         found = [one for one in known if wanted is None or wanted in (one.id, one.name)]
         if len(found) == 1:
             return found[0]
         names = ", ".join(f"{one.name} ({one.id})" for one in known) or "none yet; see `meterstream orgs create`"
-        raise GiveUp(f"say which organization with --organization ID; there are: {names}")
+        raise GiveUp(f"say which organization with {option} (an id or a name); there are: {names}", USAGE)
 
 
 @contextmanager

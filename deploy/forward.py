@@ -122,7 +122,8 @@ def open_source(settings: Settings, data: DataDirectory, state: State, *, is_chi
     if known is None or known["organization"] != organization:
         known = {"organization": organization, "secret": new_secret(), "made_s": time.time()}
         with open_control(data) as control:
-            token = new_token(control.organization(organization), "forwarder", known["secret"], SCOPES)
+            owner = control.organization(organization, "METERSTREAM_POLAR_ORGANIZATION")
+            token = new_token(owner, "forwarder", known["secret"], SCOPES)
             control.decide([TokenCreated(token)])
         state.set(feed_token=known)
     return Source("", known["secret"], data.socket)

@@ -4,6 +4,7 @@ DONE = 0
 FAILED = 1  # the world said no: no server, no permission, a refused event
 USAGE = 2  # the command itself is wrong; nothing was tried
 MISMATCH = 3  # two ways to count gave different numbers
+INTERRUPTED = 130  # Ctrl-C, as shells count it
 BUG = 70  # what should not happen, as sysexits.h counts it
 
 
@@ -13,3 +14,8 @@ class GiveUp(Exception):
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def unwritable(error: OSError) -> str:
+    """What to say where standard output does not take the answer."""
+    return f"the answer cannot be written: {error.strerror}"

@@ -3,6 +3,7 @@
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.client import http_client, stranger
 from deploy.giving_up import GiveUp
 
 PATIENCE_S = 10.0
@@ -12,14 +13,14 @@ POSITION, END = "meterstream_position", "meterstream_log_end"
 def measured(url: str) -> list[dict[str, int]]:
     """A row for each partition of usage.events. Raises GiveUp when nothing answers, or the aggregator is away."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/metrics", timeout=PATIENCE_S)
-        answer.raise_for_status()
+        with http_client(url, timeout=PATIENCE_S) as http:
+            answer = http.get("/metrics").raise_for_status()
     except httpx.HTTPError as error:
         raise GiveUp(f"no metrics at {url}: {error}; name a gateway or an aggregator with --url") from None
-    found: dict[str, dict[int, int]] = {POSITION: {}, END: {}}
-    for family in text_string_to_metric_families(answer.text):
-        if family.name in found:
-            found[family.name] = {int(sample.labels["partition"]): int(sample.value) for sample in family.samples}
+    try:
+        found = _parsed(answer.text)
+    except ValueError:
+        raise stranger(url) from None
     if not found[END]:
         raise GiveUp(f"the aggregator behind {url} does not say how far it is: it starts, or is away; try again")
     return [
@@ -27,3 +28,12 @@ def measured(url: str) -> list[dict[str, int]]:
         for partition, end in sorted(found[END].items())
         for position in (found[POSITION].get(partition, 0),)
     ]
+
+
+def _parsed(metrics: str) -> dict[str, dict[int, int]]:
+    """Position and end by partition. Raises ValueError for what are no metrics."""
+    found: dict[str, dict[int, int]] = {POSITION: {}, END: {}}
+    for family in text_string_to_metric_families(metrics):
+        if family.name in found:
+            found[family.name] = {int(sample.labels["partition"]): int(sample.value) for sample in family.samples}
+    return found

@@ -16,7 +16,10 @@ from typing import Any
 
 import msgspec
 
+from deploy.giving_up import GiveUp
+
 CHART_WIDTH_MAX = 100  # columns of a table with bars: wider ones say no more
+ASCII_BAR = 40  # columns of the longest bar where there are no blocks to draw it with
 UNLIMITED = 10_000  # columns of what is no terminal; whoever reads there cuts for himself
 READABLE = 8  # columns in which a text can still be read when it is folded
 BORDER = 3  # columns that a table needs between two of its own
@@ -37,6 +40,12 @@ class Output(StrEnum):
 def note(message: str) -> None:
     """Tell a person something that is not part of the answer."""
     print(message, file=sys.stderr, flush=True)
+
+
+def require_stdout() -> None:
+    """Raise GiveUp where nobody would see an answer, because standard output was closed."""
+    if sys.stdout is None:
+        raise GiveUp("the answer cannot be written: standard output is closed")
 
 
 def text(value: object) -> str:
@@ -69,6 +78,7 @@ def harmless(text: str) -> str:
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Output) -> None:
     """Print rows: JSON with all that is known, CSV with the columns, a table with those that are not empty."""
+    require_stdout()
     match output:
         case Output.json:
             print(msgspec.json.format(as_json(list(rows)), indent=2))
@@ -83,6 +93,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Outp
 
 def show_one(row: Mapping[str, Any], output: Output) -> None:
     """Print one thing with all that is known of it."""
+    require_stdout()
     if output is Output.json:
         print(msgspec.json.format(as_json(row), indent=2))
     elif output is Output.csv:
@@ -97,6 +108,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
     from rich.console import Console
     from rich.table import Table
 
+    require_stdout()
     cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
     numeric = [all(_is_number(row.get(column)) for row in rows) for column in columns]
     whole = [is_numeric or _is_whole(column) for column, is_numeric in zip(columns, numeric, strict=True)]
@@ -108,12 +120,14 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title:
             column, justify="right" if numeric[place] else "left", overflow="fold", no_wrap=whole[place]
         )
     largest = max((Decimal(row[chart] or 0) for row in rows), default=Decimal(0)) if chart else Decimal(0)
+    largest = largest if largest > 0 else Decimal(1)
     if chart:
         table.add_column("", ratio=1)
         table.width = min(console.width, CHART_WIDTH_MAX)
     for row, shown in zip(rows, cells, strict=True):
-        bar = [Bar(float(largest) or 1.0, 0, float(row[chart] or 0))] if chart else []
-        table.add_row(*shown, *bar)
+        share = float(Decimal(row[chart] or 0) / largest) if chart else 0.0
+        bar = "#" * int(share * ASCII_BAR) if console.options.ascii_only else Bar(1.0, 0, share)
+        table.add_row(*shown, *([bar] if chart else []))
     console.print(table)
 
 

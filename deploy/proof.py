@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import httpx
 
 from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
-from deploy.giving_up import GiveUp
+from deploy.giving_up import USAGE, GiveUp
 from deploy.mending import not_done, plan, rebuilt, write_down
 from deploy.own_server import own_server
 from deploy.reconcile import Task, reconcile, timed
@@ -67,6 +67,8 @@ def _upstream(here: Session, task: Task) -> Check:
         with own_server(here) as api, contextlib.closing(here.data.open_log()) as log:
             return compare(here.settings, here.data, log, api, range_, datetime.now(UTC))
     except GiveUp as reason:  # what was compared besides is worth a report all the same
+        if reason.exit_code == USAGE and not LOCAL & set(task.checks):
+            raise
         return Check(name="upstream", sides="our events and Polar's", skipped=str(reason), has_failed=True)
 
 

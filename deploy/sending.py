@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from deploy.client import Api, exact_json, refused
+from deploy.client import Api, exact_json, refused, words_of
 from deploy.giving_up import GiveUp
 from deploy.output import note
 from ingest.limits import BODY_BYTES_MAX
@@ -110,7 +110,7 @@ def _faults(response: httpx.Response) -> dict[int, str]:
         if len(location) > 2 and location[1] == "events" and isinstance(location[2], int):
             # Polar names the variant of an event that it tried, which nobody wrote.
             field = ".".join(str(part) for part in location[3:] if not str(part).startswith("EventCreate"))
-            faults.setdefault(location[2], f"{field}: {entry['msg']}" if field else entry["msg"])
+            faults.setdefault(location[2], f"{field}: {words_of(entry)}" if field else words_of(entry))
     return faults
 
 

@@ -28,6 +28,10 @@ class Secret(str):
         return "Secret(...)"
 
 
+class Token(Secret):
+    """A secret that is sent in a header."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one process was told. Paths are relative to where it was started."""
 
@@ -39,10 +43,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"  # where serve and gateway listen, and an aggregate over Kafka
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000  # 0 takes any free one
     url: str = "http://127.0.0.1:8000"  # where the command line finds a running server
-    token: Secret | None = None  # the command line's, and the first one that serve makes
+    token: Token | None = None  # the command line's, and the first one that serve makes
     retention_days: Annotated[int, msgspec.Meta(ge=0)] = 0  # records older than this leave the log; 0 keeps all
     requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a token at one gateway, reads too; 0: no limit
-    polar_token: Secret | None = None  # of the Polar organization that events are forwarded to; without one, none are
+    polar_token: Token | None = None  # of the Polar organization that events are forwarded to; without one, none are
     polar_server: Annotated[str, msgspec.Meta(pattern=r"^(production|sandbox|https?://.+)$")] = "production"
     polar_organization: str | None = None  # whose events, by id or name; not needed where there is only one
     polar_requests_per_minute: Annotated[int, msgspec.Meta(ge=1)] = 300  # never more in any 60 seconds
@@ -68,10 +72,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return _checked(fields, lambda field: f"--{field}")
 
 
+def fits_header(text: str) -> bool:
+    """Whether a header may have the text as its value."""
+    return text.isascii() and text.isprintable()
+
+
 def _own(kind: type, value: Any) -> Any:
     """What msgspec does not know how to make: a Path and a Secret, each from a text."""
-    if kind is Secret and isinstance(value, str):
+    if issubclass(kind, Secret) and isinstance(value, str):
         value = value.strip()  # a file that holds one mostly ends with a newline, which no header may have
+    if kind is Token and not fits_header(value):
+        raise ValueError("Expected a token, which has letters, digits and signs of ASCII")
     return value if isinstance(value, kind) else kind(value)
 
 

@@ -78,7 +78,7 @@ def _trying_again(trouble: str) -> None:
 def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_: Range, now: datetime) -> Check:
     """The upstream check. Raises GiveUp."""
     control = Control(log)
-    organization = control.organization(settings.polar_organization)
+    organization = control.organization(settings.polar_organization, "METERSTREAM_POLAR_ORGANIZATION")
     meters = [meter for meter in control.catalogue.meters_of(organization.id) if meter.archived_at is None]
     since, until = range_.days(now)
     path = _progress(data)

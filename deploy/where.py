@@ -2,7 +2,8 @@
 
     =  !=  >  >=  <  <=      compare            ~  !~      contains, does not contain
 
-A value that reads as a number, true or false is one; quotes make it a text (``--where 'zip="00123"'``).
+A value that reads as a number, true or false is one; quotes make it a text (``--where 'zip="00123"'``). Zeros in
+front make it one, too; what is a number for people alone (``+5``, ``5.``) is neither.
 """
 
 import json
@@ -11,10 +12,12 @@ from decimal import Decimal
 from typing import Any
 
 from deploy.giving_up import USAGE, GiveUp
+from meters.metadata import JSON_NUMBER
 
 OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
 CLAUSE = re.compile(r"\s*(?P<property>[^=!<>~]+?)\s*(?P<operator>!=|>=|<=|!~|=|>|<|~)\s*(?P<value>.*?)\s*", re.DOTALL)
-JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?", re.ASCII)
+LIKE_A_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+CONTAINS = ("~", "!~")  # look at a number as it is written, which JSON keeps of one without an exponent
 
 
 def parse_clause(text: str) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def parse_clause(text: str) -> dict[str, Any]:
     return {
         "property": found["property"],
         "operator": OPERATORS[found["operator"]],
-        "value": _value(found["value"]),
+        "value": _value(found["value"], found["operator"]),
     }
 
 
@@ -46,11 +49,14 @@ def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _value(text: str) -> str | bool | int | Decimal:
+def _value(text: str, operator: str) -> str | bool | int | Decimal:
     if text in ("true", "false"):
         return text == "true"
-    if JSON_NUMBER.fullmatch(text):
-        return Decimal(text) if "." in text else int(text)
+    has_exponent = "e" in text.lower()
+    if JSON_NUMBER.fullmatch(text) and not (has_exponent and operator in CONTAINS):
+        return Decimal(text) if "." in text or has_exponent else int(text)
+    if LIKE_A_NUMBER.fullmatch(text) and not text.isdigit() and operator not in CONTAINS:
+        raise GiveUp(f"--where: {text} is no number for JSON; write it as 5, 0.5 or 1e3, or a text in quotes", USAGE)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
     return text

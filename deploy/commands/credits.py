@@ -1,7 +1,6 @@
 """``meterstream credits``: units given to a customer by hand, and taken back."""
 
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 
@@ -26,18 +25,18 @@ def grant(
     key: Annotated[str | None, typer.Option(help="A name of your own for this: given once, however often run.")] = None,
 ) -> None:
     """Credit units. With --key a repetition of the command credits nothing more."""
-    from deploy.client import exact_json, refused
+    from deploy.client import blaming, exact_json, header, refused
     from deploy.commands.customers import find_customer
     from deploy.commands.meters import find_meter
 
     here = session(context)
-    with here.api() as api:
+    headers = {} if key is None else {"Idempotency-Key": header(key, "--key")}
+    with here.api() as api, blaming({"units": "UNITS", "Idempotency-Key": "--key"}):
         path = f"/v1/customers/{find_customer(api, customer)['id']}/credits"
         body = {"meter_id": find_meter(api, meter)["id"], "units": units, "rollover": rollover}
-        headers = {} if key is None else {"Idempotency-Key": key}
         response = api.send("POST", path, content=as_json(body).encode(), headers=headers)
-    if not response.is_success:
-        raise refused(response)
+        if not response.is_success:
+            raise refused(response)
     show_one(exact_json(response.content), here.output)
 
 
@@ -61,13 +60,13 @@ def revoke(
     credit: Annotated[str, typer.Argument(help="The credit's id, as `meterstream credits list` shows it.")],
 ) -> None:
     """Take a credit back, while the period lasts in which it was given. Repeating this takes nothing more."""
-    from deploy.client import exact_json, refused
+    from deploy.client import exact_json, refused, segment
     from deploy.commands.customers import find_customer
 
     here = session(context)
     with here.api() as api:
-        id = find_customer(api, customer)["id"]
-        response = api.send("DELETE", f"/v1/customers/{id}/credits/{quote(credit, safe='')}")
+        path = f"/v1/customers/{find_customer(api, customer)['id']}/credits/{segment(credit, 'CREDIT')}"
+        response = api.send("DELETE", path)
     if response.status_code == 404:
         raise GiveUp(f"there is no credit {credit}; `meterstream credits list` shows the ids", USAGE)
     if not response.is_success:

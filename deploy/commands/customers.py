@@ -1,7 +1,6 @@
 """``meterstream customers``: whom an organization knows, and what each of them has left."""
 
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -68,7 +67,7 @@ def ledger(
     entry: Annotated[str | None, typer.Option(help="The id of usage: show the events behind it instead.")] = None,
 ) -> None:
     """The account as a statement, oldest movement first: what came, what went, and what was left each time."""
-    from deploy.client import looking_for
+    from deploy.client import looking_for, segment
     from deploy.commands.events import EVENT_COLUMNS
     from deploy.commands.meters import find_meter
 
@@ -77,7 +76,8 @@ def ledger(
         one = _customer_meter(api, find_customer(api, customer), find_meter(api, meter))
         if entry is not None:
             with looking_for(f"{entry} is no usage, and only usage has events; without --entry this shows the ids"):
-                behind = list(api.pages(f"/v1/customer-meters/{one['id']}/ledger/{quote(entry, safe='')}/events"))
+                path = f"/v1/customer-meters/{one['id']}/ledger/{segment(entry, '--entry')}/events"
+                behind = list(api.pages(path))
             show(behind, EVENT_COLUMNS, here.output)
             return
         page = api.get(f"/v1/customer-meters/{one['id']}/ledger", limit=limit)
@@ -106,15 +106,15 @@ def state(context: typer.Context, customer: Customer) -> None:
 
 def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
     """The customer of this external id, or of this id. Raises GiveUp."""
-    paths = [f"{PATH}external/{quote(wanted, safe='')}", f"{PATH}{quote(wanted, safe='')}"]
-    for path in paths:
+    from deploy.client import refused, segment
+
+    id = segment(wanted, "CUSTOMER")
+    for path in (f"{PATH}external/{id}", f"{PATH}{id}"):
         response = api.send("GET", path)
         if response.is_success:
             found: dict[str, Any] = response.json()
             return found
         if response.status_code not in (404, 422):  # an external id is no UUID, which is no mistake of the caller's
-            from deploy.client import refused
-
             raise refused(response)
     raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
 

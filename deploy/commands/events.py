@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -108,21 +107,22 @@ def replay(
     drop: Annotated[bool, typer.Option("--drop", help="Send nothing: it is not worth it.")] = False,
 ) -> None:
     """Send a dead letter again, mended if a file is given, and take it off the list once it is in."""
-    from deploy.client import looking_for
+    from deploy.client import looking_for, segment
     from deploy.sending import deliver
 
     here = session(context)
     if file and drop:
         raise GiveUp("--file and --drop exclude each other", USAGE)
+    path = f"/v1/dead-letters/{segment(id, 'ID')}"
     with here.api() as api:
         with looking_for(f"there is no dead letter {id}; `meterstream events dead` shows the ids"):
-            letter = api.get(f"/v1/dead-letters/{quote(id, safe='')}")
+            letter = api.get(path)
         if not drop:
             event = _event(_content(file) if file else letter["raw"].encode(), str(file or id), id)
             delivery = deliver(api, [event])
             if delivery.problems:
                 raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
-        show_one(api.post(f"/v1/dead-letters/{quote(id, safe='')}/replay", {}), here.output)
+        show_one(api.post(f"{path}/replay", {}), here.output)
 
 
 def _content(file: Path) -> bytes:

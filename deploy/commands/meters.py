@@ -61,6 +61,7 @@ def create(
     unique: Unique = None,
     unit: Annotated[str, typer.Option(help="scalar, token or custom; for display.")] = "scalar",
     label: Annotated[str | None, typer.Option(help="What a custom unit is called.")] = None,
+    same_name: Annotated[bool, typer.Option("--same-name", help="Even if another meter is called so.")] = False,
 ) -> None:
     """Create a meter: one of --count, --sum, --avg, --min, --max and --unique, over the events that match.
 
@@ -75,11 +76,13 @@ def create(
     definition = {"name": name, "unit": unit, "custom_label": label, **_definition(filter, where, count, functions)}
     with here.api() as api:
         twins = [meter for meter in api.pages(PATH) if meter["name"] == name and not meter["archived_at"]]
+        if twins and not same_name:
+            raise GiveUp(
+                f"a meter called {name!r} is there already ({ids(twins)}); with --same-name there is another one, and "
+                "commands need their ids from then on", USAGE,
+            )
         with blaming(OPTIONS):
-            made = api.post(PATH, definition)
-    show_one(made, here.output)
-    if twins:
-        note(f"warning: a meter called {name!r} was there already ({ids(twins)}); from now on commands need an id")
+            show_one(api.post(PATH, definition), here.output)
 
 
 @app.command(epilog=EPILOG)
@@ -143,4 +146,6 @@ def _definition(
     if len(chosen) != 1:
         given = " and ".join(f"--{one['func']}" for one in chosen) or "none"
         raise GiveUp(f"give one of --count, --{', --'.join(functions)}, and not {given}", USAGE)
+    if not chosen[0].get("property", "x").strip():
+        raise GiveUp(f"--{chosen[0]['func']} takes the name of a property of the metadata", USAGE)
     return {"aggregation": chosen[0], "filter": parse_filter(filter, where or [])}

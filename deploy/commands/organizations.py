@@ -17,6 +17,7 @@ def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What to call it.")],
     id: Annotated[str | None, typer.Option(help="Its id, where producers name one already; a UUID.")] = None,
+    same_name: Annotated[bool, typer.Option("--same-name", help="Even if another one is called so.")] = False,
 ) -> None:
     """Create an organization. Give it a token next: `meterstream tokens create`."""
     from deploy.control import new_organization, open_control
@@ -27,6 +28,12 @@ def create(
     with open_control(here.data) as control:
         if wanted in control.catalogue.organizations:
             raise GiveUp(f"there is an organization {wanted} already", USAGE)
+        twins = [one.id for one in control.catalogue.organizations.values() if one.name == name]
+        if twins and not same_name:
+            raise GiveUp(
+                f"an organization called {name!r} is there already ({', '.join(twins)}); with --same-name there is "
+                "another one, and commands need their ids from then on", USAGE,
+            )
         organization = new_organization(name, wanted)
         control.decide([OrganizationCreated(organization)])
     show_one(msgspec.to_builtins(organization), here.output)

@@ -14,6 +14,7 @@ from meters.access import AUDIT, SCOPES
 app = typer.Typer(no_args_is_help=True, help="Access tokens of the organizations (works on --data).")
 
 COLUMNS = ("id", "organization", "name", "scopes", "created_at", "expires_at", "revoked_at")
+DAYS_MAX = 36_500  # a century; whoever wants more gives none
 SCOPE_HELP = (
     f"What it may do; repeatable; by default everything but {AUDIT}, which reconciling from elsewhere needs: "
     f"{', '.join(SCOPES)}, {AUDIT}."
@@ -27,7 +28,9 @@ def create(
     name: Annotated[str, typer.Option(help="What the token is for.")] = "command line",
     organization: Organization = None,
     scope: Annotated[list[str] | None, typer.Option(help=SCOPE_HELP)] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="How long it is good; for ever by default.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=DAYS_MAX, help="How long it is good; for ever by default.")
+    ] = None,
 ) -> None:
     """Create a token and show its secret, this once."""
     from deploy.control import new_secret, new_token, open_control, shown

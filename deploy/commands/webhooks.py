@@ -2,7 +2,6 @@
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -90,12 +89,13 @@ def deliveries(
 @app.command(epilog=EPILOG)
 def redeliver(context: typer.Context, event: Annotated[str, typer.Argument(help="An event_id of deliveries.")]) -> None:
     """Send something again, word for word and under the same id."""
-    from deploy.client import blaming, looking_for
+    from deploy.client import blaming, looking_for, segment
 
     unknown = f"nothing was sent under the id {event}; `meterstream webhooks deliveries` shows them as event_id"
     here = session(context)
+    path = f"/v1/webhooks/events/{segment(event, 'EVENT')}/redeliver"
     with here.api() as api, looking_for(unknown), blaming({"id": "EVENT"}):
-        show_one(api.post(f"/v1/webhooks/events/{quote(event, safe='')}/redeliver", {}), here.output)
+        show_one(api.post(path, {}), here.output)
 
 
 @app.command(epilog=EPILOG)
@@ -103,12 +103,14 @@ def listen(
     context: typer.Context, name: Annotated[str | None, typer.Option(help="For display.")] = None
 ) -> None:  # fmt: skip
     """Take in what a Polar organization sends to /webhooks/polar. Its secret is read from standard input."""
+    from deploy.client import blaming
+
     here = session(context)
     note("The secret, as Polar's dashboard shows it:")
-    secret = sys.stdin.readline().strip()
+    secret = _line_of_input()
     if not secret:
         raise GiveUp("no secret was given on standard input", USAGE)
-    with here.api() as api:
+    with here.api() as api, blaming({"secret": "the secret", "name": "--name"}):
         show_one(api.post("/v1/webhooks/sources", {"secret": secret, "name": name}), here.output)
 
 
@@ -124,6 +126,15 @@ def find_endpoint(api: "Api", wanted: str, enabled: bool = True) -> str:
     if len(found) > 1:
         raise GiveUp(f"{len(found)} endpoints have the URL {wanted!r}; give the id of one: {ids(found)}", USAGE)
     return str(found[0]["id"])
+
+
+def _line_of_input() -> str:
+    """The first line of standard input; nothing where that is closed. Raises GiveUp."""
+    line = sys.stdin.buffer.readline() if sys.stdin else b""
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError:
+        raise GiveUp("what was given on standard input is no text (UTF-8)", USAGE) from None
 
 
 def _switch(context: typer.Context, endpoint: str, enabled: bool) -> None:

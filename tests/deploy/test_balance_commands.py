@@ -64,3 +64,30 @@ def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
     other = account.run("credits", "grant", "eve", "pages", "8", "--key", "first")
     assert (other.returncode, "used for another request" in other.stderr) == (1, True)
     assert account.run("credits", "revoke", "eve", "nothing").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("credits", "revoke", "eve", ".."),
+        ("credits", "revoke", "eve", "../."),
+        ("credits", "revoke", "eve", ""),
+        ("customers", "state", "."),
+        ("events", "replay", ".."),
+    ],
+)
+def test_what_would_lead_to_another_path_is_no_id(account: Installation, line: tuple[str, ...]) -> None:
+    """Nothing is asked for: two dots for a credit would have been the customer itself, and deleted it."""
+    done = account.run(*line)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"is an id, and not {line[-1]!r}" in done.stderr
+    assert account.answer("customers", "state", "eve")["deleted_at"] is None
+
+
+def test_more_units_than_there_can_be_are_wrong_usage(account: Installation) -> None:
+    """The argument is named, as the command line knows it."""
+    done = account.run("credits", "grant", "eve", "pages", "2147483648")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "UNITS: Input should be a whole number from 1 to 2147483647" in done.stderr

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,19 @@ def counted(running: Installation) -> Installation:
         (["meters", "create", "--name", "abc", "--sum", "a", "--count", "--token", "t"], 2, "not --sum and --count"),
         (["meters", "create", "--name", "abc", "--count", "--unit", "custom", "--token", "t"], 2, "needs a --label"),
         (["webhooks", "create", "https://x", "--event", "x", "--token", "t"], 2, "there are customer.state_changed"),
+        (["usage", "x", "--url"], 2, "--url needs a value"),
+        (["usage", "x", "--output", "--chart"], 2, "--output needs a value"),
         (["usage", "x", "--start", "2026-03-02", "--end", "2026-03-01", "--token", "t"], 2, "--end must be later"),
+        (["usage", "x", "--start", "0001-01-01", "--token", "t"], 2, "--start is a time from 2023-01-01 to 9000-01-01"),
+        (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
+        (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
         (["meters", "preview", "--count", "--filter", "[" * 5000, "--token", "t"], 2, "--filter is nested too deeply"),
+        (["meters", "create", "--name", "abc", "--sum", "", "--token", "t"], 2, "--sum takes the name of a property"),
+        (["tokens", "create", "--days", "9999999"], 2, "'--days': Input should be less than or equal to 36500"),
+        (["meters", "list", "--token", "\xe4"], 2, "--token: Expected a token, which has letters, digits and signs"),
+        (["credits", "grant", "x", "y", "1", "--key", "\xe4", "--token", "t"], 2, "--key takes letters, digits"),
+        (["credits", "grant", "x", "y", "1", "--key", "a\nb", "--token", "t"], 2, "--key takes letters, digits"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, complaint: str) -> None:
@@ -62,6 +74,48 @@ def test_a_mistake_is_one_line_that_says_what_to_do(line: list[str], code: int, 
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+class Page(BaseHTTPRequestHandler):
+    """A web server that has a page for everything."""
+
+    def do_GET(self) -> None:
+        """Any request."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
+
+    do_POST = do_GET
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[str]:
+    """The address of a server of something else."""
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("line", ["meters list", "customers state ada", "lag", "events send -"])
+def test_another_web_server_is_no_meterstream(stranger: str, line: str) -> None:
+    """A page where an answer should be is said in a line that names the address."""
+    done = meterstream(*line.split(), "--url", stranger, "--token", "t", text='{"name":"a","customer_id":"b"}')
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"what answers at {stranger}" in done.stderr
+    assert "is not Meterstream" in done.stderr
+
+
+def test_certificates_that_cannot_be_read_are_named() -> None:
+    """The variable is, which the library behind says nothing of."""
+    done = meterstream("meters", "list", "--token", "t", SSL_CERT_FILE="missing.pem")
+
+    assert done.returncode == 2
+    assert "SSL_CERT_FILE" in done.stderr
 
 
 def test_global_options_stand_anywhere() -> None:
@@ -116,6 +170,35 @@ def test_usage_is_exact_in_every_form(counted: Installation) -> None:
     assert "█" in chart
 
 
+@pytest.mark.parametrize(
+    ("options", "timestamps"),
+    [
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:00", ["2026-01-05T13:00:00Z"]),
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:01", ["2026-01-05T13:00:00Z", "2026-01-05T14:00:00Z"]),
+        ("day --start 2026-01-05 --end 2026-01-06 --timezone America/New_York", ["2026-01-05T05:00:00Z"]),
+        ("day --start 2026-01-05T00:00Z --end 2026-01-05T06:00Z --timezone America/New_York",
+         ["2026-01-04T05:00:00Z", "2026-01-05T05:00:00Z"]),
+        ("week --start 2023-01-01 --end 2023-01-04", ["2022-12-26T00:00:00Z", "2023-01-02T00:00:00Z"]),
+        ("month --start 2026-01-31 --end 2026-03-01", ["2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"]),
+    ],
+)  # fmt: skip
+def test_usage_shows_the_intervals_that_a_range_touches(
+    counted: Installation, options: str, timestamps: list[str]
+) -> None:
+    """All of them, whole, and none that begins where the range ends; a time that does not say is the time zone's."""
+    answer = counted.answer("usage", "tokens", "--interval", *options.split())
+
+    assert [point["timestamp"] for point in answer["quantities"]] == timestamps
+
+
+@pytest.mark.parametrize("options", [["day"], ["week"], ["month"], ["year"]], ids=" ".join)
+def test_usage_until_now_has_the_newest_interval(counted: Installation, options: list[str]) -> None:
+    """Whatever the time of day is where the days are."""
+    where = ("--timezone", "America/New_York", "--customer", "ada")
+
+    assert counted.answer("usage", "tokens", *where, "--interval", *options)["total"] == 0.3
+
+
 def test_lists_have_every_form(counted: Installation) -> None:
     """The same things come as JSON, as CSV and as a table."""
     (meter,) = counted.answer("meters", "list")
@@ -134,6 +217,8 @@ def test_lists_have_every_form(counted: Installation) -> None:
         (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
         (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
         (("tokens", "revoke", "abc"), "there is no token abc"),
+        (("meters", "create", "--name", "abc", "--count", "--where", "a>true"), "--where: 'gt' does not order"),
+        (("usage", "tokens", "--interval", "hour", "--start", "2026-01-01"), "--start and --end: The interval is too"),
     ],
 )
 def test_what_the_server_refuses_of_a_command_is_wrong_usage(
@@ -147,15 +232,17 @@ def test_what_the_server_refuses_of_a_command_is_wrong_usage(
 
 
 def test_of_two_meters_of_one_name_the_one_that_is_not_archived_is_meant(counted: Installation) -> None:
-    """The second one is made with a warning; the ids are named until one of them is archived."""
+    """The second one is made where it is meant; the ids are named until one of them is archived."""
     create = ("meters", "create", "--name", "twin", "--count")
-    first, second = counted.answer(*create), counted.run(*create, "--output", "json")
+    first, refused = counted.answer(*create), counted.run(*create)
+    assert refused.returncode == 2
+    assert f"a meter called 'twin' is there already ({first['id']}); with --same-name" in refused.stderr
 
-    assert f"a meter called 'twin' was there already ({first['id']})" in second.stderr
+    second = counted.answer(*create, "--same-name")
     ambiguous = counted.run("usage", "twin")
     assert ambiguous.returncode == 2
     assert first["id"] in ambiguous.stderr
-    assert json.loads(second.stdout)["id"] in ambiguous.stderr
+    assert second["id"] in ambiguous.stderr
 
     counted.patch(f"/v1/meters/{first['id']}", {"is_archived": True})
     eventually(lambda: counted.run("usage", "twin").returncode == 0)

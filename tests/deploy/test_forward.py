@@ -5,13 +5,13 @@ from pathlib import Path
 
 from aggregator.forward.state import State
 from deploy.forward import know_destination
-from deploy.settings import Secret, Settings
+from deploy.settings import Settings, Token
 
 
 def test_what_one_organization_took_is_never_sent_to_another(tmp_path: Path) -> None:
     """A token or a server that changed makes what was taken last mean nothing; a new start does not."""
-    first = Settings(polar_token=Secret("one"))
-    others = [Settings(polar_token=Secret("two")), Settings(polar_token=Secret("one"), polar_server="sandbox")]
+    first = Settings(polar_token=Token("one"))
+    others = [Settings(polar_token=Token("two")), Settings(polar_token=Token("one"), polar_server="sandbox")]
     with contextlib.closing(State(tmp_path / "forward.sqlite")) as state:
         for other in others:
             know_destination(state, first)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deploy import cli, command_line
+from deploy import cli, command_line, start
 from deploy.commands import process as commands
 from deploy.settings import Settings
 from tests.deploy.installation import meterstream
@@ -36,7 +36,7 @@ def _nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(name: str, settings: Settings, lifeline: int | None, listener: int | None = None) -> None:
         raise Begun(name, settings, lifeline, listener)
 
-    monkeypatch.setattr(cli, "begin", begin)
+    monkeypatch.setattr(start, "begin", begin)
     monkeypatch.setattr(commands, "begin", begin)
 
 

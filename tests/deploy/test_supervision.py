@@ -71,9 +71,9 @@ def test_a_gateway_that_cannot_go_on_ends_as_a_crash(tmp_path: Path) -> None:
 
     ended = meterstream("gateway", "--data", str(tmp_path), "--port", "0")
 
-    [line] = ended.stderr.splitlines()
-    assert json.loads(line)["event"] == "crashed"
-    assert "the log is damaged" in json.loads(line)["exception"]
+    listening, crashed = map(json.loads, ended.stderr.splitlines())
+    assert (listening["event"], crashed["event"]) == ("listening", "crashed")
+    assert "the log is damaged" in crashed["exception"]
     assert ended.returncode == BUG
 
 

@@ -93,6 +93,8 @@ def test_a_private_target_is_refused_and_polar_is_heard_through_the_gateway(runn
     refused = running.run("webhooks", "create", "https://127.0.0.1:9/")
     assert refused.returncode == 2
     assert "URL: The URL leads to an address that is not public" in refused.stderr
+    short = running.run("webhooks", "listen", text="short\n")
+    assert (short.returncode, "the secret: Expected" in short.stderr) == (2, True)
     secret = "whsec_of_some_polar_organization"
     made = running.answer("webhooks", "listen", "--name", "polar", text=f"{secret}\n")
     assert made["name"] == "polar"

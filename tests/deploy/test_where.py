@@ -17,6 +17,10 @@ from deploy.where import parse_clause, parse_filter
         ("tokens>=100", "tokens", "gte", 100),
         ("tokens<-1", "tokens", "lt", -1),
         ("price>0.10", "price", "gt", Decimal("0.10")),
+        ("tokens>=1e3", "tokens", "gte", Decimal("1e3")),
+        ("size~1e3", "size", "like", "1e3"),
+        ("phone~+49", "phone", "like", "+49"),
+        ('phone="+49"', "phone", "eq", "+49"),
         ("cached=true", "cached", "eq", True),
         ('zip="00123"', "zip", "eq", "00123"),
         ("zip=00123", "zip", "eq", "00123"),
@@ -39,6 +43,15 @@ def test_what_is_no_filter_is_wrong_usage(filter: str | None, where: list[str]) 
     """A filter that cannot be read is the person's to mend, before anything is sent."""
     with pytest.raises(GiveUp) as raised:
         parse_filter(filter, where)
+
+    assert raised.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize("value", ["5.", "+5", ".5", "-.5", "00.5", "+1e3"])
+def test_what_only_looks_like_a_number_is_wrong_usage(value: str) -> None:
+    """It would be compared as a text, letter by letter, and nobody would see why it counts nothing."""
+    with pytest.raises(GiveUp, match="is no number for JSON") as raised:
+        parse_clause(f"tokens>={value}")
 
     assert raised.value.exit_code == USAGE
 

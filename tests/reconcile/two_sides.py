@@ -21,7 +21,7 @@ from deploy.output import Output
 from deploy.proof import prove
 from deploy.reconcile import Task
 from deploy.session import Session
-from deploy.settings import Secret, Settings
+from deploy.settings import Settings, Token
 from deploy.upstream_proof import Range, compare
 from deploy.upstream_repair import send_again
 from meters.catalogue import OrganizationCreated, TokenCreated
@@ -102,7 +102,7 @@ class TwoSides:
     def settings(self) -> Settings:
         """As a command would have them."""
         return Settings(
-            polar_token=Secret(self.there.token), polar_server=self.there.url, polar_organization=self.here.id,
+            polar_token=Token(self.there.token), polar_server=self.there.url, polar_organization=self.here.id,
             polar_requests_per_minute=100_000, **self.chosen,
         )  # fmt: skip
 
