@@ -62,7 +62,7 @@ def test_credits_are_given_listed_and_taken_back(account: Installation) -> None:
     listed = account.answer("credits", "list", "eve")
     assert [(credit["units"], credit["cause"]) for credit in listed] == [(-7, "revoke"), (7, "credit"), (100, "credit")]
     other = account.run("credits", "grant", "eve", "pages", "8", "--key", "first")
-    assert (other.returncode, "used for another request" in other.stderr) == (1, True)
+    assert (other.returncode, "used for another request" in other.stderr) == (2, True)
     assert account.run("credits", "revoke", "eve", "nothing").returncode == 2
 
 
