@@ -97,7 +97,7 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             with explaining(data.store):
                 store.read_through()
         except Unopenable as error:
-            yield Finding("store", str(error), "meterstream rebuild")
+            yield Finding("store", str(error), error.heal)
             return
         except NotNow as error:
             yield Finding("store", str(error), "make room for it, then look again")
