@@ -36,7 +36,8 @@ def rebuild(
     the log cannot be read to its end.
     """
     data.require()
-    with data.hold("rebuild the store"):
+    with data.hold("rebuild the store") as lock:
+        _give_to_owner(data.path, lock)
         log = data.open_log()
         try:
             fresh = data.store.with_name(data.store.name + ".new")
@@ -114,12 +115,20 @@ def _swap(fresh: Path, store: Path, aside: Path | None) -> None:
     if aside:
         _keep(store, aside)
     _beside(store, ".wal").unlink(missing_ok=True)
+    _give_to_owner(store.parent, fresh)
     fresh.replace(store)
     directory = os.open(store.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself should survive a loss of power
     finally:
         os.close(directory)
+
+
+def _give_to_owner(directory: Path, made: Path | int) -> None:
+    """What root makes in the directory is its owner's, or the server that runs as that user could not open it."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(made, owner.st_uid, owner.st_gid)
 
 
 def _keep(store: Path, aside: Path) -> None:

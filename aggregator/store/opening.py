@@ -22,6 +22,7 @@ _OTHER_LOG = (
     "bring back the right log, or name it with --data or --log; if there is none any more, run meterstream rebuild, "
     "which counts this one and keeps the old store beside the new one"
 )
+_OWNER = "run this as the user that the server runs as, or give that user the file with chown"
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -142,4 +143,6 @@ def _explained(path: Path, error: Exception) -> Exception:
         return NotNow(f"{path} cannot be opened now ({text})")
     if "Could not set lock" in text:
         return Unopenable(f"{path} is in use by another process: stop that one first ({text})", "stop that process")
+    if os.strerror(errno.EACCES) in text:
+        return Unopenable(f"{path} cannot be opened ({text}): {_OWNER}", _OWNER)
     return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")
