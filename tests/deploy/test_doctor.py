@@ -1,4 +1,4 @@
-"""What the doctor finds in a store that is sound: events that nobody can see."""
+"""What the doctor finds in a store that is sound: events that nobody can see. And whose a store is made again."""
 
 import asyncio
 import contextlib
