@@ -10,23 +10,48 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deploy.control import Control
+from deploy.control import Control, NotYet
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
 
 if TYPE_CHECKING:
     from aggregator.store.store import Store
 
-RESTORE_NEWEST = (
-    "restore the newest log.sqlite; only if that is the newest, meterstream rebuild counts what it still has"
-)
-RESTORE_LOG = "restore log.sqlite from a backup; nothing else can replace it"
+AS_OWNER = "run this as the user that the server runs as"
+ROOM_OR_OWNER = f"make room on its disk, or {AS_OWNER}, then look again"
+MEND_URL = "mend --log (or METERSTREAM_LOG and what belongs to it), then look again"
 NAME_IT = (
     "mend the producer that names them (`meterstream orgs list` has the ids there are); "
     "`meterstream orgs create NAME --id ID` makes such an organization, and its events visible to its tokens"
 )
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
+
+
+class Remedies(msgspec.Struct, frozen=True):
+    """What heals a log of one kind."""
+
+    newest: str  # where it lacks what was counted
+    damaged: str  # where it cannot be read, and will not be
+    foreign: str  # where it is none, or of another format
+
+
+# What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
+PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
+OF_FILE = Remedies(
+    newest=f"restore the newest log.sqlite ({PUT_BACK}); only if that is the newest, meterstream rebuild counts what "
+           "it still has",
+    damaged=f"restore log.sqlite from a backup ({PUT_BACK}); nothing else can replace it",
+    foreign="give the right --data, or start a Meterstream that knows this format; if something else lies in its "
+            f"place, restore log.sqlite from a backup ({PUT_BACK})",
+)  # fmt: skip
+OF_BROKERS = Remedies(
+    newest="bring the records back to the brokers, or name the right topics with --log; only if nobody has them, "
+           "meterstream rebuild counts what the brokers still have",
+    damaged="bring the topic back from a copy, and let nobody but Meterstream write to usage.control; nothing else can "
+            "replace it",
+    foreign="name the right topics with --log",
+)  # fmt: skip
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -40,30 +65,65 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(data: DataDirectory) -> Iterator[Finding]:
     """Look at everything. Writes nothing but the store's own bookkeeping of who opened it."""
-    if data.has_log and not data.log.exists():
+    try:
+        log = data.open_log() if _is_there(data) else None
+    except OSError as error:
+        yield Finding("data", f"{data.path} cannot be looked into: {error.strerror}", ROOM_OR_OWNER)
+        return
+    except GiveUp as error:
+        found = f"{data.log_url or data.log}: {error.__cause__}" if error.__cause__ else str(error)
+        yield Finding("log", found, _heal_log(data, error))
+        return
+    if log is None:
         yield Finding("data", f"there is no log in {data.path}", "give the right --data, or start `meterstream serve`")
         return
     try:
-        log = data.open_log()
-    except GiveUp as error:
-        yield Finding("log", f"{data.log_url or data.log} cannot be opened: {error.__cause__}", RESTORE_LOG)
-        return
-    try:
-        known = yield from _examine_log(log)
+        known = yield from _examine_log(data, log)
         yield from _examine_store(data, log, known)
+    except PositionLost as error:
+        yield Finding("log", str(error), _remedies(data).damaged)
     finally:
         log.close()
 
 
-def _examine_log(log: Log) -> Generator[Finding, None, Collection[str] | None]:
+def _is_there(data: DataDirectory) -> bool:
+    """Whether there is a log to open. Raises OSError where one may not look, which ``exists`` takes for a no."""
+    try:
+        return not data.has_log or bool(data.log.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _remedies(data: DataDirectory) -> Remedies:
+    return OF_FILE if data.has_log else OF_BROKERS
+
+
+def _heal_log(data: DataDirectory, error: GiveUp) -> str:
+    """Only a log that is known to be damaged is to be replaced: one on a full disk lacks nothing."""
+    remedies = _remedies(data)
+    match error.__cause__:
+        case None | ValueError():  # the URL
+            return MEND_URL
+        case TryAgain():
+            return ROOM_OR_OWNER if data.has_log else MEND_URL
+        case Refused():
+            return remedies.foreign
+    return remedies.damaged
+
+
+def _examine_log(data: DataDirectory, log: Log) -> Generator[Finding, None, Collection[str] | None]:
     """Returns the ids of the organizations; None where the decisions cannot be read."""
     for stream in (USAGE_EVENTS, USAGE_CONTROL):
         records = sum(log.ends(stream).values()) - sum(log.starts(stream).values())
         yield Finding(stream, f"{records} records, up to position {_text(log.ends(stream))}")
     try:
         catalogue = Control(log).catalogue
+    except NotYet as error:
+        yield Finding("decisions", str(error), "look again when the log answers")
+        return None
     except (ValueError, GiveUp) as error:
-        yield Finding("decisions", f"a control record is damaged: {error.__cause__ or error}", RESTORE_LOG)
+        found = f"a control record is damaged: {error.__cause__ or error}"
+        yield Finding("decisions", found, _remedies(data).damaged)
         return None
     named: dict[str, dict[str, Any]] = {
         "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
@@ -78,8 +138,13 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
     try:
         with data.hold("look into the store"):
             yield from _open_store(data, log, known)
-    except GiveUp:
+    except GiveUp as error:
+        if isinstance(error.__context__, OSError):  # the lock's file could not be had, whoever runs
+            yield Finding("store", str(error), ROOM_OR_OWNER)
+            return
         yield Finding("store", "a server runs here and has the store open; stop it to look inside", is_blind=True)
+    except OSError as error:
+        yield Finding("store", f"{data.path} cannot be written: {error.strerror}", ROOM_OR_OWNER)
 
 
 def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
@@ -97,17 +162,18 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             with explaining(data.store):
                 store.read_through()
         except Unopenable as error:
-            yield Finding("store", str(error), "meterstream rebuild")
+            yield Finding("store", str(error), error.heal)
             return
         except NotNow as error:
             yield Finding("store", str(error), "make room for it, then look again")
             return
         tallies = ", ".join(f"{count} {name}" for name, count in store.tallies().items())
         yield Finding("store", f"opens, and every row can be read; {tallies}")
-        fits = [_fit(stream, store.positions(stream), log) for stream in identities]
+        newest = _remedies(data).newest
+        fits = [_fit(stream, store.positions(stream), log, newest) for stream in identities]
         yield from fits
         if not any(fit.heal for fit in fits) and (broken := break_in(log, store)):
-            yield Finding("store and log", broken, RESTORE_NEWEST)
+            yield Finding("store and log", broken, newest)
         if known is not None:
             yield _strangers(store, known)
 
@@ -125,13 +191,13 @@ def _strangers(store: "Store", known: Collection[str]) -> Finding:
     return Finding("organizations", f"{what}: {named}{more}", NAME_IT)
 
 
-def _fit(stream: str, positions: dict[int, int], log: Log) -> Finding:
+def _fit(stream: str, positions: dict[int, int], log: Log, newest: str) -> Finding:
     starts, ends = log.starts(stream), log.ends(stream)
     name = f"store on {stream}"
     if any(offset > ends.get(partition, 0) for partition, offset in positions.items()):
         return Finding(
             name, f"the store is at {_text(positions)}, past the end of the log at {_text(ends)}: the log lost records",
-            RESTORE_NEWEST,
+            newest,
         )
     if any(positions.get(partition, 0) < start for partition, start in starts.items()):
         return Finding(

@@ -8,6 +8,7 @@ appended to ``reconcile/repairs.jsonl`` in the data directory, with the differen
 
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 
@@ -70,9 +71,11 @@ def rebuilt(data: DataDirectory, differences: list[Difference]) -> Done | None:
     count = sum(difference.count for difference in differences if difference.repair is Repair.REBUILD)
     if not count:
         return None
-    tallies = rebuild(data)
+    kept: list[Path] = []
+    tallies = rebuild(data, kept=kept.append)
     lines = ", ".join(f"{number} {name}" for name, number in tallies.items())
-    return Done(Repair.REBUILD, f"The store was made again from the log: {lines}.", count)
+    old = "".join(f" The old one, which is not known to be of this log, is {path}." for path in kept)
+    return Done(Repair.REBUILD, f"The store was made again from the log: {lines}.{old}", count)
 
 
 def write_down(data: DataDirectory, done: list[Done], mended: list[Difference]) -> None:

@@ -3,13 +3,19 @@
 A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it has
 caught up. Whatever stops this before the rename leaves the old store as it was. The old write-ahead log goes just
 before the rename: without it the old file is a consistent store of an earlier position, so even that moment is safe.
+
+A store of another log is not thrown away: what it counted may be nowhere else. It gets another name, with its
+write-ahead log, and so does a file that cannot be asked what it was made from.
 """
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aggregator.consumer import Aggregator
+from aggregator.store.opening import NotNow, Unopenable, identities_in
 from aggregator.store.store import Store
 from aggregator.view import Unavailable
 from deploy.data import DataDirectory
@@ -18,22 +24,31 @@ from deploy.private import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 
 WAIT_S = 0.2  # between two looks at how far it is
+IDENTITY_CHARACTERS = 8  # of a stream's identity, in the name of a kept store
+WITHOUT_NAME = "unreadable"  # in the name of a kept store, in place of its identity
 
 
-def rebuild(data: DataDirectory, progress: Callable[[int], None] = lambda _: None) -> dict[str, int]:
+def rebuild(
+    data: DataDirectory, progress: Callable[[int], None] = lambda _: None, kept: Callable[[Path], None] = lambda _: None
+) -> dict[str, int]:
     """Make the store again; ``progress`` hears how many more records were read. Returns lines by what became of them.
 
-    Raises GiveUp while a server runs, and when the log cannot be read to its end.
+    ``kept`` hears where an old store is that was not made from this log. Raises GiveUp while a server runs, and when
+    the log cannot be read to its end.
     """
     data.require()
-    with data.hold("rebuild the store"), private_files():
+    with data.hold("rebuild the store") as lock, private_files():
+        _give_to_owner(data.path, lock)
         log = data.open_log()
         try:
             fresh = data.store.with_name(data.store.name + ".new")
             _remove(fresh)
             _follow(log, fresh, progress)
             tallies = _finish(log, fresh)
-            _swap(fresh, data.store)
+            aside = _aside(data.store, _identities(log))
+            _swap(fresh, data.store, aside)
+            if aside:
+                kept(aside)
         finally:
             log.close()
     return tallies
@@ -65,7 +80,7 @@ def _as_of(aggregator: Aggregator) -> Mapping[int, int]:
 
 def _finish(log: Log, fresh: Path) -> dict[str, int]:
     """Fold the new store into one file, and read what it counted."""
-    store = Store.open(fresh, {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)})
+    store = Store.open(fresh, _identities(log))
     try:
         tallies = store.tallies()
         if not store.checkpoint():
@@ -75,16 +90,53 @@ def _finish(log: Log, fresh: Path) -> dict[str, int]:
     return tallies
 
 
-def _swap(fresh: Path, store: Path) -> None:
+def _identities(log: Log) -> dict[str, str]:
+    return {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)}
+
+
+def _aside(store: Path, identities: Mapping[str, str]) -> Path | None:
+    """Where to keep the old store, if it is not known to be one of this log; a name that is free."""
+    if not store.exists():
+        return None
+    ending = WITHOUT_NAME
+    with contextlib.suppress(Unopenable, NotNow):
+        stored = identities_in(store)
+        others = [stored.get(stream, "") for stream, identity in identities.items() if stored.get(stream) != identity]
+        if not others:
+            return None
+        plain = "".join(character for character in others[0] if character.isalnum())  # a topic's id may have slashes
+        ending = plain[:IDENTITY_CHARACTERS] or WITHOUT_NAME
+    names = itertools.chain([ending], (f"{ending}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := _beside(store, f".{name}")).exists())
+
+
+def _swap(fresh: Path, store: Path, aside: Path | None) -> None:
     if _beside(fresh, ".wal").exists():
         raise GiveUp(f"{fresh} still has a write-ahead log; the old store is untouched, try again")
+    if aside:
+        _keep(store, aside)
     _beside(store, ".wal").unlink(missing_ok=True)
+    _give_to_owner(store.parent, fresh)
     fresh.replace(store)
     directory = os.open(store.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself should survive a loss of power
     finally:
         os.close(directory)
+
+
+def _give_to_owner(directory: Path, made: Path | int) -> None:
+    """What root makes in the directory is its owner's, or the server that runs as that user could not open it."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(made, owner.st_uid, owner.st_gid)
+
+
+def _keep(store: Path, aside: Path) -> None:
+    """Give the old store another name. Its write-ahead log goes first: whoever makes a store next would remove it."""
+    with contextlib.suppress(FileNotFoundError):
+        _beside(store, ".wal").rename(_beside(aside, ".wal"))
+    store.rename(aside)
 
 
 def _remove(store: Path) -> None:

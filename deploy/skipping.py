@@ -21,7 +21,10 @@ def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
                 for stream in streams:
                     prepare_partitions(store, stream, list(log.ends(stream)))
                 if find_lost(store, USAGE_CONTROL, log.starts(USAGE_CONTROL)):
-                    raise GiveUp("decisions left the log (tokens, customers, meters); restore it from a backup")
+                    raise GiveUp(
+                        "decisions left the log (tokens, customers, meters); restore it from a backup, as "
+                        "ingest/log/README.md says"
+                    )
                 lost = find_lost(store, USAGE_EVENTS, log.starts(USAGE_EVENTS))
                 if sure and lost:
                     skip(store, lost)

@@ -103,13 +103,14 @@ class LogCheck:
         except PositionLost as damage:
             self.check.add(Difference(
                 check="log", cause=Cause.LOST, where=f"partition {partition} from offset {position}",
-                what=f"the log cannot be read on: {damage}. Restore log.sqlite from a backup.", repair=Repair.DECIDE,
+                what=f"the log cannot be read on: {damage}. Restore it from a backup, as ingest/log/README.md says.",
+                repair=Repair.DECIDE,
             ))  # fmt: skip
 
     def _past_the_end(self, partition: int, position: int, end: int) -> None:
         self.check.add(Difference(
             check="log", cause=Cause.LOST, where=f"partition {partition}, offsets {end} to {position - 1}",
-            what="the store has read records that the log does not have any more: restore the newest log.sqlite",
+            what="the store has read records that the log does not have any more: see what meterstream doctor says",
             repair=Repair.DECIDE, count=position - end,
         ))  # fmt: skip
 

@@ -17,11 +17,21 @@ from aggregator.store import schema
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
 _READABLE_FROM = "v1.5.0"  # the oldest DuckDB that is allowed here has to open what the newest one wrote
+_REBUILD = "meterstream rebuild"
+_OTHER_LOG = (
+    "bring back the right log, or name it with --data or --log; if there is none any more, run meterstream rebuild, "
+    "which counts this one and keeps the old store beside the new one"
+)
+_OWNER = "run this as the user that the server runs as, or give that user the file with chown"
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Unopenable(Exception):
-    """The file cannot be used as it is. The message says which command heals it."""
+    """The file cannot be used as it is. The message says what heals it, and so does ``heal`` by itself."""
+
+    def __init__(self, message: str, heal: str = _REBUILD) -> None:
+        super().__init__(message)
+        self.heal = heal
 
 
 class NotNow(Exception):
@@ -54,6 +64,12 @@ def open_file(path: Path, identities: Mapping[str, str], settings: Settings) -> 
     return connection, epoch
 
 
+def identities_in(path: Path) -> dict[str, str]:
+    """Which streams the file says it was made from, whatever its layout. Changes nothing. Raises Unopenable, NotNow."""
+    with explaining(path), contextlib.closing(_connect(path, MODEST, read_only=True)) as connection:
+        return dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
+
+
 @contextlib.contextmanager
 def explaining(path: Path) -> Iterator[None]:
     """Around whatever reads a file just opened: says what an error means. Raises Unopenable, NotNow."""
@@ -63,9 +79,10 @@ def explaining(path: Path) -> Iterator[None]:
         raise _explained(path, error) from error
 
 
-def _connect(path: Path, settings: Settings) -> duckdb.DuckDBPyConnection:
+def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(
         str(path),
+        read_only,
         config={
             "memory_limit": settings.memory_limit,
             "threads": settings.threads,
@@ -99,10 +116,8 @@ def _check(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str])
     stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
     for stream, identity in identities.items():
         if stored.get(stream) != identity:
-            raise Unopenable(
-                f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity}): "
-                "point --data at the right log, or run meterstream rebuild to make the store from this one"
-            )
+            was = f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity})"
+            raise Unopenable(f"{was}: {_OTHER_LOG}", _OTHER_LOG)
 
 
 def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
@@ -127,5 +142,7 @@ def _explained(path: Path, error: Exception) -> Exception:
     if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
         return NotNow(f"{path} cannot be opened now ({text})")
     if "Could not set lock" in text:
-        return Unopenable(f"{path} is in use by another process: stop that one first ({text})")
+        return Unopenable(f"{path} is in use by another process: stop that one first ({text})", "stop that process")
+    if os.strerror(errno.EACCES) in text:
+        return Unopenable(f"{path} cannot be opened ({text}): {_OWNER}", _OWNER)
     return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")

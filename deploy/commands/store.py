@@ -1,5 +1,6 @@
 """The store's two commands: make it again, and see what is wrong."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,10 +19,13 @@ def rebuild(context: typer.Context) -> None:
 
     here = session(context)
     configure_logs("rebuild", "critical")  # what goes wrong is said once, by the command
+    kept: list[Path] = []
     with progress_bar("records", None) as advance:
-        tallies = run(here.data, advance)
+        tallies = run(here.data, advance, kept.append)
     show_one(tallies, here.output)
     note(f"{here.data.store} is new, and has everything that the log has.")
+    for old in kept:
+        note(f"{old} is the old store, which is not known to be of this log: keep it as long as you need its numbers.")
 
 
 def skip_lost(

@@ -37,7 +37,7 @@ class KafkaLog:
     ) -> None:
         """Open it; brokers that are away, and topics that are not there yet, are waited for by whoever uses it.
 
-        Raises Refused when the topics have other partitions than ``partitions``.
+        Raises Refused when the topics have other partitions than ``partitions``, ValueError for the address.
         """
         self._address, self._clock_us, self._limits = address, clock_us, limits
         self._topics = Topics(address, limits)

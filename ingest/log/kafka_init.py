@@ -20,7 +20,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from ingest.log.kafka_address import Address
-from ingest.log.kafka_topics import Complaint, quiet
+from ingest.log.kafka_topics import Complaint, make_admin
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 
 EVENTS_PARTITIONS = 12
@@ -60,9 +60,9 @@ class Unreachable(Exception):
 
 
 def make_topics(address: Address, wanted: Wanted) -> list[Finding]:
-    """Make the topics that are not there and look at those that are. Raises Unreachable."""
+    """Make the topics that are not there and look at those that are. Raises Unreachable, ValueError for the address."""
     complaint = Complaint()
-    admin = AdminClient(quiet(address.client()) | {"error_cb": complaint})
+    admin = make_admin(address, complaint)
     try:
         return _make_topics(admin, address, wanted)
     except (KafkaException, TimeoutError) as error:

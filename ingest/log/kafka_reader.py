@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
@@ -115,11 +115,17 @@ class Reader:
         if self._consumer is None:
             if self._closed:
                 raise TryAgain("the log is closed", self._retry_after_s)
-            self._consumer = Consumer(self._settings)
+            self._consumer = self._connect()
         self._consumer.assign([TopicPartition(self._topic, *place) for place in positions.items()])
         self._next, self._fetched, self._ends = dict(positions), dict(positions), ends
         self._buffers = {partition: deque() for partition in positions}
         self._buffered_bytes = 0
+
+    def _connect(self) -> Consumer:
+        try:
+            return Consumer(self._settings)
+        except KafkaException as error:  # a file of certificates that is just being replaced
+            raise TryAgain(f"the log has no consumer: {error.args[0].str()}", self._retry_after_s) from error
 
     def _check(self) -> None:
         """Raises PositionLost if the topic is another one, OpenAgain if it has more partitions."""

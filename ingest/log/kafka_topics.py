@@ -4,6 +4,7 @@ Every question waits a bounded time and answers or raises TryAgain. A topic that
 installation may start before its topics are made.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -31,10 +32,11 @@ class Topics:
     """The two topics of one installation, for any thread."""
 
     def __init__(self, address: Address, limits: Limits) -> None:
+        """Raises ValueError for an address that no client can be made of."""
         self._address = address
         self._retry_after_s = limits.retry_after_s
         self._complaint = Complaint()
-        self._admin: AdminClient | None = self._make()
+        self._admin: AdminClient | None = make_admin(address, self._complaint)
         self._lock = threading.Lock()
         self.places: Places | None = None
 
@@ -80,9 +82,6 @@ class Topics:
             for place, future in futures.items()
         }
 
-    def _make(self) -> AdminClient:
-        return AdminClient(quiet(self._address.client()) | {"error_cb": self._complaint})
-
     def _client(self) -> AdminClient:
         if self._admin is None:
             raise TryAgain("the log is closed", self._retry_after_s)
@@ -108,7 +107,8 @@ class Topics:
             return self.later(error, topic)
         finally:
             if self._admin is admin:
-                self._admin = self._make()
+                with contextlib.suppress(ValueError):  # certificates that are just being replaced: this one goes on
+                    self._admin = make_admin(self._address, self._complaint)
 
     def later(self, error: Exception, topic: str) -> TryAgain:
         """Why a question went unanswered, for a person."""
@@ -132,6 +132,15 @@ class Complaint:
         """librdkafka's ``error_cb``."""
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says the same without the reason
             self.last = error.str()
+
+
+def make_admin(address: Address, complaint: Complaint) -> AdminClient:
+    """A client for questions. Raises ValueError when its certificates or its key cannot be used."""
+    try:
+        return AdminClient(quiet(address.client()) | {"error_cb": complaint})
+    except KafkaException as error:
+        reason = f"no Kafka client can be made of this URL ({error.args[0].str()})"
+        raise ValueError(f"{reason}: mend its ssl_ca, ssl_certificate or ssl_key, or the key's password") from None
 
 
 def quiet(settings: dict[str, str]) -> dict[str, Any]:

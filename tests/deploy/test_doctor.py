@@ -1,9 +1,12 @@
-"""What the doctor finds in a store that is sound: events that nobody can see."""
+"""What the doctor finds in a store that is sound: events that nobody can see. And whose a store is made again."""
 
 import asyncio
 import contextlib
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from deploy.data import DataDirectory
 from deploy.doctor import Finding, examine
@@ -13,6 +16,7 @@ from tests.aggregator.records import ORGANIZATION, OTHER_ORGANIZATION, decisions
 from tests.deploy.installation import meterstream
 
 NOBODY = "9f0e8f6a-5f0a-4f52-9d1b-4f1d7a6c3e33"
+NOBODY_USER = 65534
 
 
 def written(tmp_path: Path) -> DataDirectory:
@@ -69,3 +73,18 @@ def test_of_many_organizations_the_largest_are_named(tmp_path: Path) -> None:
     assert rebuild(data)["stored"] == 25
     assert found(data).found.count("(1)") == 10
     assert found(data).found.endswith("and 15 more")
+
+
+def test_what_root_makes_again_is_the_servers(tmp_path: Path) -> None:
+    """The store belongs to the owner of the directory, and so does the lock: the server's user can open both."""
+    if os.geteuid() != 0:
+        pytest.skip("giving files away needs root")
+    data = written(tmp_path)
+    (tmp_path / "serve.lock").unlink()
+    for path in (tmp_path, *tmp_path.iterdir()):
+        os.chown(path, NOBODY_USER, NOBODY_USER)
+    data.store.unlink()
+    assert rebuild(data)["stored"] == 4
+
+    assert {"store.duckdb", "serve.lock"} <= {path.name for path in tmp_path.iterdir()}
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in tmp_path.iterdir()} == {(NOBODY_USER, NOBODY_USER)}

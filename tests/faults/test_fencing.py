@@ -11,6 +11,8 @@ import pytest
 from aggregator.consumer import Aggregator
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Replaced, Store
+from deploy.data import DataDirectory
+from deploy.rebuild import rebuild
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 from tests.aggregator.records import SMALL, entry
@@ -89,7 +91,7 @@ def test_a_store_of_another_log_is_refused(log: Log, tmp_path: Path) -> None:
     """A store counts one log; beside any other it is not opened, and the message says both ways on."""
     followed(log, tmp_path / STORE)
     other = open_log(str(tmp_path / "other"))
-    with pytest.raises(Unopenable, match="point --data at the right log, or run meterstream rebuild"):
+    with pytest.raises(Unopenable, match=r"bring back the right log, .*meterstream rebuild, which .* keeps the old"):
         Aggregator(other, tmp_path / STORE, SMALL).start()
     other.close()
 
@@ -108,8 +110,9 @@ def test_a_log_that_is_replaced_ends_its_reader(log: Log, tmp_path: Path) -> Non
 
 
 def test_a_log_made_anew_is_refused_and_the_way_on_works(log: Log, tmp_path: Path) -> None:
-    """Neither the old numbers nor a silent zero: the operator is told, and a rebuild counts the new log."""
-    followed(log, tmp_path / STORE)
+    """Neither a silent zero nor the old numbers gone: a rebuild counts the new log, and keeps the other's store."""
+    old = followed(log, tmp_path / STORE)
+    kept = tmp_path / f"{STORE}.{log.identity(USAGE_EVENTS)[:8]}"
     log.close()
     move(tmp_path, tmp_path / "deleted")
     with_new = open_log(str(tmp_path))
@@ -123,9 +126,56 @@ def test_a_log_made_anew_is_refused_and_the_way_on_works(log: Log, tmp_path: Pat
     assert refused.returncode == 1
     assert "the store was made from another" in refused.stderr
     assert ill.returncode == 1
-    assert "meterstream rebuild" in [finding["heal"] for finding in json.loads(ill.stdout)]
+    assert any("bring back the right log" in finding["heal"] for finding in json.loads(ill.stdout))
     assert healed.returncode == 0, healed.stderr
+    assert f"{kept} is the old store" in healed.stderr
     assert_store_tells(export(tmp_path / STORE), counted)
+    assert export(kept) == old
+
+
+def test_a_store_of_another_log_is_kept_with_its_write_ahead_log(log: Log, tmp_path: Path) -> None:
+    """A crash left its newest rows there alone."""
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    aggregator = follow(log, tmp_path / STORE)
+    for file in tmp_path.glob(f"{STORE}*"):
+        shutil.copy(file, crashed)
+    aggregator.stop()
+    old = export(tmp_path / STORE)
+    log.close()
+    move(tmp_path, tmp_path / "deleted")
+    shutil.copytree(crashed, tmp_path, dirs_exist_ok=True)
+    open_log(str(tmp_path)).close()
+    kept: list[Path] = []
+    rebuild(DataDirectory(tmp_path), kept=kept.append)
+
+    assert (crashed / f"{STORE}.wal").exists()
+    assert [export(path) for path in kept] == [old]
+
+
+@pytest.mark.usefixtures("log")
+def test_a_topic_s_id_becomes_a_file_s_name(tmp_path: Path) -> None:
+    """It is base64, so it may have slashes."""
+    Store.open(tmp_path / STORE, {USAGE_EVENTS: "xz/jK+NvQ8q/v9GC5oQT9g", USAGE_CONTROL: "other"}, SMALL).close()
+    kept: list[Path] = []
+    rebuild(DataDirectory(tmp_path), kept=kept.append)
+
+    assert kept == [tmp_path / f"{STORE}.xzjKNvQ8"]
+    assert kept[0].exists()
+
+
+def test_a_store_that_was_kept_is_not_written_over(log: Log, tmp_path: Path) -> None:
+    """Nor is one that nobody can read: it may be of another log. One of this log is made again in its place."""
+    data = DataDirectory(tmp_path)
+    kept: list[Path] = []
+    for content in (b"no store", b"nor this"):
+        (tmp_path / STORE).write_bytes(content)
+        rebuild(data, kept=kept.append)
+    rebuild(data, kept=kept.append)
+
+    assert [path.name for path in kept] == [f"{STORE}.unreadable", f"{STORE}.unreadable-2"]
+    assert [path.read_bytes() for path in kept] == [b"no store", b"nor this"]
+    assert_store_tells(export(tmp_path / STORE), count(log))
 
 
 @pytest.mark.parametrize(("written_on", "found"), [(0, "the log lost records"), (3, "restored from an older copy")])

@@ -148,7 +148,9 @@ def test_retention_ahead_of_the_reader_stops_it_with_a_clear_line(
 def test_another_topic_of_the_same_name_is_not_read(
     kafka: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """A topic deleted and made again under a running aggregator ends it; so does the next start."""
+    """A topic deleted and made again under a running aggregator ends it; so does the next start. A rebuild counts the
+    new one, and keeps the numbers of the old one.
+    """
     installation, sender = KafkaInstallation(kafka, tmp_path), Sender(SEED, TOKEN, CUSTOMERS)
     with contextlib.closing(installation):
         installation.start()
@@ -170,11 +172,19 @@ def test_another_topic_of_the_same_name_is_not_read(
     tables = export(installation.store)
     outcome = sender.outcome(stored_ids(tables), len(tables["dead_letters"]))
     more = f"while running: {noticed}\n  at the next start: {complaint}"
+    where = ("--log", installation.url, "--data", str(installation.store.parent))
+    examined, rebuilt = meterstream("doctor", *where), meterstream("rebuild", *where)
+    (kept,) = installation.store.parent.glob("store.duckdb.*")
     record_property("figures", told("topic made again", outcome, "none, it ends until somebody rebuilds", more))
 
     assert (running, again) == (1, 1)
     assert "was deleted and made again" in noticed
     assert "made from another usage.events stream" in complaint
+    assert examined.returncode == 1
+    assert "log.sqlite" not in examined.stdout
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert f"{kept} is the old store" in rebuilt.stderr
+    assert export(kept) == tables
     assert_store_tells(tables, counted)
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
 

@@ -342,6 +342,28 @@ def test_a_backup_of_a_running_log_goes_on(tmp_path: Path, command: str) -> None
         assert (tmp_path / "copy" / f"{FILE_NAME}-wal").exists()
 
 
+def test_a_backup_is_put_back_after_a_crash(tmp_path: Path) -> None:
+    """As ingest/log/README.md says: with what the crash left out of the way, the log is what it was at the backup."""
+    if shutil.which("sqlite3") is None:
+        pytest.skip("the sqlite3 command is not installed")
+    copy = tmp_path / "copy.sqlite"
+    with opened(tmp_path) as log:
+        append(log, *(b"%d" % number for number in range(100)))
+        before = check_dense(log)
+        copying = ["sqlite3", str(tmp_path / FILE_NAME), f".backup '{copy}'"]
+        subprocess.run(copying, check=True)
+    start_appender(tmp_path, 5000, 1000).communicate()
+    assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size > 0
+    for name in (FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm"):
+        (tmp_path / name).rename(tmp_path / f"away-{name}")
+    shutil.copy(copy, tmp_path / FILE_NAME)
+    with opened(tmp_path) as log:
+        assert check_dense(log) == before
+        assert append(log, b"next") == [100]
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as file:
+        assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
 def test_the_number_of_partitions_is_fixed(tmp_path: Path) -> None:
     """A log is opened with the partitions it was made with, or with none named."""
     open_log(str(tmp_path), partitions={USAGE_EVENTS: 4}).close()

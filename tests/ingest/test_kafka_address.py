@@ -1,13 +1,17 @@
 """What a kafka URL may ask of the producer, and what is said where there is none. No broker is needed for it."""
 
+import contextlib
 from pathlib import Path
 
+import certifi
 import pytest
 
+from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.kafka_writer import Writer
 from ingest.log.limits import Limits
-from meters.log import TryAgain
+from meters.log import USAGE_EVENTS, TryAgain
 
 URL = "kafka://127.0.0.1:1/nobody"
 
@@ -39,3 +43,23 @@ def test_a_producer_that_cannot_be_made_is_asked_for_again(tmp_path: Path) -> No
     address = parse_address(f"{URL}?security_protocol=SSL&ssl_ca={tmp_path / 'gone.pem'}", {})
     with pytest.raises(TryAgain, match="certificate"):
         Writer(address, Limits())
+
+
+def test_certificates_that_are_not_there_are_the_url_s_fault(tmp_path: Path) -> None:
+    """Whoever opens the log, or makes its topics, is told which options to mend: no bug, and nothing to wait for."""
+    url = f"{URL}?security_protocol=SSL&ssl_ca={tmp_path / 'gone.pem'}"
+    with pytest.raises(ValueError, match="mend its ssl_ca"):
+        open_log(url)
+    with pytest.raises(ValueError, match="mend its ssl_ca"):
+        make_topics(parse_address(url, {}), Wanted())
+
+
+def test_certificates_that_go_later_are_waited_for(tmp_path: Path) -> None:
+    """A log that is open goes on asking with the client it has."""
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(Path(certifi.where()).read_bytes())
+    with contextlib.closing(open_log(f"{URL}?security_protocol=SSL&ssl_ca={trusted}")) as log:
+        trusted.unlink()
+        for _ in range(2):
+            with pytest.raises(TryAgain, match="do not answer"):
+                log.ends(USAGE_EVENTS)
