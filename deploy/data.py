@@ -86,11 +86,22 @@ class DataDirectory(msgspec.Struct, frozen=True):
 
     def require(self) -> None:
         """Raises GiveUp when there should be a log here and is none."""
-        if self.has_log and not self.log.exists():
+        try:
+            is_there = not self.has_log or self.log.exists()
+        except OSError as error:
+            message = f"cannot look into {self.path}: {error.strerror}; run this as the user that the server runs as"
+            raise GiveUp(message) from None
+        if not is_there:
             raise GiveUp(
                 f"there is no Meterstream data in {self.path}; start one with `meterstream serve --data {self.path}`, "
                 "or name the right place with --data"
             )
+
+    def give_to_owner(self, made: Path | int) -> None:
+        """What root makes in the directory is its owner's, or the server that runs as that user could not open it."""
+        if os.geteuid() == 0:
+            owner = self.path.stat()
+            os.chown(made, owner.st_uid, owner.st_gid)
 
     @contextlib.contextmanager
     def hold(self, purpose: str) -> Iterator[int]:
@@ -109,6 +120,7 @@ class DataDirectory(msgspec.Struct, frozen=True):
                     f"cannot {purpose}: another server (process {_owner(lock)}) uses {self.path}; "
                     "stop it first, or give another --data"
                 )
+            self.give_to_owner(lock)
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
             yield lock

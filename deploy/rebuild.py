@@ -37,8 +37,7 @@ def rebuild(
     the log cannot be read to its end.
     """
     data.require()
-    with data.hold("rebuild the store") as lock, private_files():
-        _give_to_owner(data.path, lock)
+    with data.hold("rebuild the store"), private_files():
         log = data.open_log()
         try:
             fresh = data.store.with_name(data.store.name + ".new")
@@ -46,6 +45,7 @@ def rebuild(
             _follow(log, fresh, progress)
             tallies = _finish(log, fresh)
             aside = _aside(data.store, _identities(log))
+            data.give_to_owner(fresh)
             _swap(fresh, data.store, aside)
             if aside:
                 kept(aside)
@@ -116,20 +116,12 @@ def _swap(fresh: Path, store: Path, aside: Path | None) -> None:
     if aside:
         _keep(store, aside)
     _beside(store, ".wal").unlink(missing_ok=True)
-    _give_to_owner(store.parent, fresh)
     fresh.replace(store)
     directory = os.open(store.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself should survive a loss of power
     finally:
         os.close(directory)
-
-
-def _give_to_owner(directory: Path, made: Path | int) -> None:
-    """What root makes in the directory is its owner's, or the server that runs as that user could not open it."""
-    if os.geteuid() == 0:
-        owner = directory.stat()
-        os.chown(made, owner.st_uid, owner.st_gid)
 
 
 def _keep(store: Path, aside: Path) -> None:
