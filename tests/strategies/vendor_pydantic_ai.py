@@ -52,8 +52,8 @@ def test_a_run_handed_over_is_one_event_with_polars_fields(vendor: Replay, inges
 
 
 def test_streams_to_their_end_and_abandoned(vendor: Replay, ingestion: RecordingIngestion) -> None:
-    """Left early it is what arrived; cancelled it is what was asked."""
-    vendor.will(CHAT, chat_stream(), *[chat_stream(WORDS, "hold")] * 2)
+    """Left early or given up, by whatever is the matter, it is what arrived, and all that was asked."""
+    vendor.will(CHAT, chat_stream(), *[chat_stream(WORDS, "hold")] * 4)
     capability = ingestion.strategy(PydanticAIStrategy, "llm").capability("ada")
 
     async def story() -> None:
@@ -63,12 +63,24 @@ def test_streams_to_their_end_and_abandoned(vendor: Replay, ingestion: Recording
         async with streaming.run_stream("How are you today?") as run:
             async for _ in run.stream_text(delta=True, debounce_by=None):
                 break
+        with pytest.raises(KeyError, match="the application's"):
+            async with streaming.run_stream("How are you today?") as run:
+                async for words in run.stream_text(debounce_by=None):
+                    if words == "I am fine, thanks.":
+                        raise KeyError("the application's")
+        words = ""
+        async with streaming.run_stream_events("How are you today?") as events:
+            async for event in events:
+                words += getattr(getattr(event, "delta", None), "content_delta", "")
+                if words.endswith("thanks."):
+                    break
         begun = asyncio.Event()
 
         async def read_on() -> None:
             async with streaming.run_stream("How are you today?") as run:
-                async for _ in run.stream_text(delta=True, debounce_by=None):
-                    begun.set()
+                async for words in run.stream_text(debounce_by=None):
+                    if words == "I am fine, thanks.":
+                        begun.set()
 
         task = asyncio.create_task(read_on())
         await begun.wait()
@@ -77,10 +89,31 @@ def test_streams_to_their_end_and_abandoned(vendor: Replay, ingestion: Recording
             await task
 
     asyncio.run(story())
-    exact, left, cancelled = [event["metadata"] for event in ingestion.events]
+    exact, left, *given_up = [event["metadata"] for event in ingestion.events]
     assert exact == EXACT
     assert (left["estimated"], left["inputTokens"], left["outputTokens"]) == (True, 5, 3)
-    assert (cancelled["estimated"], cancelled["inputTokens"], cancelled["outputTokens"]) == (True, 5, 0)
+    for metadata in given_up:
+        assert (metadata["estimated"], metadata["inputTokens"], metadata["outputTokens"]) == (True, 5, 5)
+    assert len(given_up) == 3
+
+
+def test_a_request_given_up_before_it_is_answered_is_its_prompt(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """It was sent, so the vendor may have begun; nobody knows what came of it."""
+    vendor.will(CHAT, chat_stream([], "hold"))
+    capability = ingestion.strategy(PydanticAIStrategy, "llm").capability("ada")
+
+    async def story() -> None:
+        task = asyncio.create_task(agent(vendor, capabilities=[capability]).run("How are you today?"))
+        while not vendor.requests:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(story())
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["estimated"], metadata["inputTokens"], metadata["outputTokens"]) == (True, 5, 0)
+    assert (metadata["vendor"], metadata["model"]) == ("openai", "gpt-5-mini")
 
 
 def test_rejected_answers_and_failed_runs_count(vendor: Replay, ingestion: RecordingIngestion) -> None:
