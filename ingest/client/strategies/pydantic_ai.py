@@ -73,6 +73,25 @@ def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> 
     )
 
 
+def attempt_calls(response: Any) -> list[tuple[Any, ModelCall]]:
+    """What answers used that were rejected on the way to this ``ModelResponse``, or to an error that has attempts."""
+    failed = items(response, "failed_attempts") or items(response, "attempts")
+    calls = [(read(each, "usage"), _attempt_call(each, response)) for each in failed]
+    return [(usage, call) for usage, call in calls if call.tokens.total]  # what failed otherwise used nothing
+
+
+def _attempt_call(attempt: Any, response: Any) -> ModelCall:
+    vendor = text(attempt, "provider_name")
+    is_same_vendor = vendor == text(response, "provider_name")
+    return ModelCall(
+        vendor=vendor,
+        model=text(attempt, "model_name"),
+        tokens=request_tokens(read(attempt, "usage")),
+        api_url=text(response, "provider_url") or None if is_same_vendor else None,
+        reported_cost=cents(read(attempt, "usage", "cost")),
+    )
+
+
 def _contents(asked: Any) -> list[Any]:
     return [read(part, "content") for message in asked or () for part in items(message, "parts")]
 
@@ -87,8 +106,9 @@ class PydanticAIStrategy(LanguageModelStrategy):
     def _ingest(self, customer: CustomerLike, result: Any, metadata: dict[str, Any]) -> None:
         answers = [message for message in result.new_messages() if text(message, "kind") == "response"]
         by_model = defaultdict(list)
-        for call in (model_call(answer) for answer in answers):
-            by_model[call.vendor, call.model, call.api_url].append(call)
+        for answer in answers:
+            for call in (*(call for _, call in attempt_calls(answer)), model_call(answer)):
+                by_model[call.vendor, call.model, call.api_url].append(call)
         for calls in by_model.values():
             whole = _together(calls)
             tokens = whole.tokens
@@ -117,9 +137,11 @@ class PydanticAIStrategy(LanguageModelStrategy):
                 request = begun()
                 token = under_way.set(request)
                 try:
-                    return await handler(request_context)
+                    response = await handler(request_context)
+                    harmless(lambda request: request.attempts(response), request, None)
+                    return response
                 except BaseException as error:
-                    harmless(lambda request: request.fail(error, ctx, request_context), request, None)
+                    harmless(lambda error: request.fail(error, ctx, request_context), error, None)
                     raise
                 finally:
                     harmless(under_way.reset, token, None)
@@ -152,14 +174,23 @@ class _Request:
         public place for that, so this may find nothing there; then the prompt of what was given up is all there is.
         """
         for response in items(request_context, "_usage_response_ledger", "responses"):
-            if not self._is_known(response):
+            if not self._is_known(read(response, "usage")):
                 self.answer(response, request_context.messages)
+        self.attempts(error)
         if not self._usages and not isinstance(error, Exception):
             unknown = {"model_name": text(context, "model", "model_name"), "provider_name": _vendor(context)}
             self.answer(unknown, request_context.messages)
 
-    def _is_known(self, source: Any) -> bool:
-        return any(read(source, "usage") is usage for usage in self._usages)
+    def attempts(self, source: Any) -> None:
+        """Report the answers that were rejected before this one, or before this error, but for those that were seen."""
+        for usage, call in attempt_calls(source):
+            if not self._is_known(usage):
+                self._usages.append(usage)
+                if self._whose is not None:
+                    self._report(self._whose, call)
+
+    def _is_known(self, usage: Any) -> bool:
+        return any(usage is known for known in self._usages)
 
 
 def _vendor(context: Any) -> str:
