@@ -93,6 +93,24 @@ def test_streams_to_their_end_and_abandoned(ingestion: RecordingIngestion) -> No
     assert [(metadata["inputTokens"], metadata["outputTokens"]) for metadata in guessed] == [(5, 5), (5, 5), (5, 2)]
 
 
+def test_a_stream_that_tells_its_input_first_and_is_left_has_the_output_of_its_words(
+    ingestion: RecordingIngestion,
+) -> None:
+    """langchain-anthropic begins with an output of 0, and tells what it was at the end."""
+
+    class Eager(Model):
+        def _stream(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> Iterator[Any]:
+            begun: Any = {"input_tokens": 900, "output_tokens": 0, "total_tokens": 900}
+            yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=begun))
+            yield from super()._stream(messages)
+
+    left = Eager().stream("hi", config={"callbacks": [ingestion.strategy(LangChainStrategy, "llm").handler("ada")]})
+    next(left), next(left), next(left)
+    left.close()
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["estimated"], metadata["inputTokens"], metadata["outputTokens"]) == (True, 900, 5)
+
+
 def test_the_list_price_knows_what_the_cache_costs(ingestion: RecordingIngestion) -> None:
     """Anthropic's package tells what was written by how long it stays, and then the sum as zero."""
     written = {"cache_creation": 0, "ephemeral_5m_input_tokens": 88, "ephemeral_1h_input_tokens": 100}

@@ -14,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import msgspec
+
 from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, as_text, details, estimated_tokens, inclusive
 from ingest.client.reading import count, items, read, text
 from ingest.client.strategy import Customer, Who, customer_in
@@ -116,10 +118,13 @@ class _Runs:
         about = [read(generation, "message", "response_metadata") for generation in generations]
         prompt_text = "".join(text(message, "text") or as_text(message) for message in _flat(run.prompts))
         guess = Tokens(input=estimated_tokens(len(prompt_text)), output=estimated_tokens(len(words)))
+        tokens = sum((message_tokens(usage) for usage in told), Tokens()) if told else guess
+        if error is not None:  # told at the beginning of a stream, the output was not known yet
+            tokens = msgspec.structs.replace(tokens, output=max(tokens.output, guess.output))
         call = ModelCall(
             vendor=run.vendor or _first(about, "model_provider"),
             model=_first(about, "model_name", "model") or run.model,
-            tokens=sum((message_tokens(usage) for usage in told), Tokens()) if told else guess,
+            tokens=tokens,
             is_estimated=error is not None or not told,
             terms={"service_tier": tier} if (tier := _first(about, "service_tier")) else {},
             prompt=prompt_text if self._keep_text else None,
