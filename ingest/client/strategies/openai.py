@@ -33,6 +33,7 @@ C = TypeVar("C")
 
 VENDOR = "openai"
 
+_TOOLS_OF_OTHER_PRICES = frozenset({"code_interpreter_call", "image_generation_call"})
 _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
 
@@ -131,6 +132,8 @@ class _Reader(Reader):
         self._words: list[str] = []
         self._identity: dict[str, Any] = {}
         self._has_begun = False
+        self._searches = Tokens()
+        self._unpriced = "a search" if "web_search_options" in body or "-search-" in self._model else ""
 
     def ask(self, refusing: set[str]) -> None:
         """Ask for the usage where it is told to who asks, but for the models that refuse to be asked."""
@@ -185,9 +188,10 @@ class _Reader(Reader):
             ModelCall(
                 vendor=self._vendor,
                 model=self._model,
-                tokens=self.tokens(self._usage) if known else self._estimate(words),
+                tokens=self.tokens(self._usage) + self._searches if known else self._estimate(words),
                 api_url=self._url,
                 is_estimated=not known,
+                unpriced=self._unpriced,
                 terms={"service_tier": self._tier} if self._tier else {},
                 prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
                 response=words if self._keep_text else None,
@@ -256,9 +260,16 @@ class _ResponseReader(_Reader):
 
     def _see(self, answer: Any) -> None:
         super()._see(answer)
+        self._see_tools([text(entry, "type") for entry in items(answer, "output") if _is_billed(entry)])
         if read(answer, "background") is True:
             created = datetime.fromtimestamp(count(answer, "created_at"), UTC)
             self._identity = {"external_id": text(answer, "id"), "timestamp": created}
+
+    def _see_tools(self, used: list[str]) -> None:
+        """What OpenAI's own tools did is billed beside the tokens: searches by their number, others in other ways."""
+        searches = {"web_searches": used.count("web_search_call"), "storage_searches": used.count("file_search_call")}
+        self._searches = Tokens(details=details(**searches))
+        self._unpriced = next((kind for kind in used if kind in _TOOLS_OF_OTHER_PRICES), "")
 
     def item(self, item: Any) -> bool:
         """Read an event."""
@@ -276,6 +287,11 @@ class _ResponseReader(_Reader):
         return "".join(
             text(part, "text") for entry in items(answer, "output") for part in items(entry, "content")
         )
+
+
+def _is_billed(entry: Any) -> bool:
+    """Of what a search in the web does, looking at a page that was found is free."""
+    return text(entry, "action", "type") in ("", "search")
 
 
 class _StoredReader(_ResponseReader):
