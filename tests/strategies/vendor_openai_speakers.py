@@ -10,7 +10,7 @@ from openai import AsyncOpenAI, OpenAI
 from ingest.client.strategies.openai import OpenAIStrategy
 from ingest.client.testing import RecordingIngestion
 from tests.strategies.replay import Answer, Replay, whole
-from tests.strategies.vendor_openai import CHAT, QUESTION, USAGE, WORDS, chat_stream, chunk
+from tests.strategies.vendor_openai import CHAT, EMBEDDINGS, QUESTION, USAGE, WORDS, chat_stream, chunk
 
 MISTRAL = {"object": "error", "message": {"detail": [
     {"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs not permitted"}]}}  # fmt: skip
@@ -72,3 +72,27 @@ def test_nobody_is_asked_where_that_is_switched_off(vendor: Replay, ingestion: R
         assert len(list(client.chat.completions.create(**QUESTION, stream=True))) == 4
     assert asked(vendor) == [False, False]
     assert [event["metadata"].get("estimated", False) for event in ingestion.events] == [False, True]
+
+
+def test_who_leaves_when_all_of_several_answers_are_finished_is_metered_exactly(
+    vendor: Replay, ingestion: RecordingIngestion
+) -> None:
+    """The usage follows the last of them."""
+    both = [chunk({"content": "Fine."}), chunk({}, "stop"), chunk({}, "stop"), chunk(None, usage=USAGE)]
+    vendor.will(CHAT, chat_stream(both))
+    client = ingestion.strategy(OpenAIStrategy, "llm").client(plain(vendor), "ada")
+    opened = client.chat.completions.create(**QUESTION, n=2, stream=True)
+    assert [next(opened).choices[0].finish_reason for _ in range(3)] == [None, "stop", "stop"]
+    opened.close()
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["totalTokens"], "estimated" in metadata) == (1590, False)
+
+
+def test_embeddings_are_all_input(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """Also where the total is all that is told."""
+    entry = {"object": "embedding", "index": 0, "embedding": [0.1]}
+    vendor.will(EMBEDDINGS, whole({"object": "list", "model": "v", "data": [entry], "usage": {"total_tokens": 17}}))
+    client = ingestion.strategy(OpenAIStrategy, "llm").client(plain(vendor), "ada")
+    client.embeddings.create(model="v", input="x", encoding_format="float")
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["inputTokens"], metadata["outputTokens"]) == (17, 0)

@@ -38,7 +38,7 @@ _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response
 
 
 def chat_tokens(usage: Any) -> Tokens:
-    """From the ``usage`` of chat completions, completions and embeddings. Cached tokens are inside the prompt's.
+    """From the ``usage`` of chat completions and completions. Cached tokens are inside the prompt's.
 
     Some who speak OpenAI's language leave the reasoning out of ``completion_tokens``, but not out of the total.
     """
@@ -54,6 +54,11 @@ def chat_tokens(usage: Any) -> Tokens:
             output_audio_tokens=count(usage, "completion_tokens_details", "audio_tokens"),
         ),
     )
+
+
+def embedding_tokens(usage: Any) -> Tokens:
+    """From the ``usage`` of embeddings, of which some tell the total alone: nothing comes out."""
+    return Tokens(input=max(count(usage, "prompt_tokens"), count(usage, "total_tokens")))
 
 
 def response_tokens(usage: Any) -> Tokens:
@@ -310,6 +315,8 @@ class _StoredReader(_ResponseReader):
 
 class _EmbeddingReader(_Reader):
     """Embeddings: no words come out."""
+
+    tokens = staticmethod(embedding_tokens)
 
     def text_of(self, answer: Any) -> str:
         """Nothing."""
