@@ -159,6 +159,25 @@ class Impatient(AbstractCapability[Any]):
         return response
 
 
+class Strict(AbstractCapability[Any]):
+    """A capability that ends the run after its first answer."""
+
+    async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:
+        """No."""
+        raise ValueError("not allowed")
+
+
+def test_answers_that_end_a_run_count_once(ingestion: RecordingIngestion) -> None:
+    """Whether the capability that ended it saw the answer before us or after, with those that were rejected before."""
+    dear, cheap = fixed("dear", "bad", 1000, 500), fixed("cheap", "good", 100, 10)
+    ours = ingestion.strategy(PydanticAIStrategy, "llm").capability("ada")
+    for capabilities in ([ours, Strict()], [Strict(), ours]):
+        with pytest.raises(ValueError, match="not allowed"):
+            Agent(FallbackModel(dear, cheap, fallback_on=is_bad), capabilities=capabilities).run_sync("hi")
+        assert [event["metadata"]["totalTokens"] for event in ingestion.events] == [110, 1500]
+        ingestion.clear()
+
+
 def test_answers_that_a_fallback_rejected_count_once(ingestion: RecordingIngestion) -> None:
     """By the model or by a capability, before our hook or after it, to a good end or to none: as the run's own sum."""
     dear, cheap = fixed("dear", "bad", 1000, 500), fixed("cheap", "good", 100, 10)

@@ -176,6 +176,7 @@ class _Request:
         for response in items(request_context, "_usage_response_ledger", "responses"):
             if not self._is_known(read(response, "usage")):
                 self.answer(response, request_context.messages)
+            self.attempts(response)
         self.attempts(error)
         if not self._usages and not isinstance(error, Exception):
             unknown = {"model_name": text(context, "model", "model_name"), "provider_name": _vendor(context)}
