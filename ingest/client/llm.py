@@ -74,6 +74,7 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     ``is_estimated`` says that the vendor's count did not arrive, so that some numbers are lower bounds or guesses.
     ``terms`` are what else decides the price, as the vendor says it: ``service_tier``, ``speed``,
     ``inference_geo``.
+    ``unpriced`` names what the vendor bills beside the call and tells no number of, if there is such a thing.
     ``reported_cost`` is in cents, where a library between here and the vendor has an opinion.
     """
 
@@ -83,6 +84,7 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     api_url: str | None = None
     is_estimated: bool = False
     terms: dict[str, str] = {}
+    unpriced: str = ""
     reported_cost: Decimal | None = None
     prompt: str | None = None
     response: str | None = None

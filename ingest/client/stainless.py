@@ -28,6 +28,10 @@ class Reader(Watcher, Protocol):
     def whole(self, answer: Any) -> None:
         """The complete answer, as an object or as a dictionary."""
 
+    def withdraw(self, error: Exception) -> bool:
+        """Whether the call failed by what the reader added to the body; it is then the caller's own again."""
+        return False
+
 
 Open = Callable[[str, Any, bool], Reader | None]
 """A call begins: path, body (None: something is fetched), is it streamed. None when it is none to be metered."""
@@ -63,7 +67,12 @@ def _metered_class(base: Any) -> type:
 def _request(request: Any) -> Any:
     def read_request(self: Any, path: str, **options: Any) -> Any:
         reader = _reader(self._opened_by_meter, path, options)
-        answer = request(self, path, **options)
+        try:
+            answer = request(self, path, **options)
+        except Exception as error:
+            if not _is_refused(error, reader, options):
+                raise
+            answer = request(self, path, **options)
         return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
 
     return read_request
@@ -72,7 +81,12 @@ def _request(request: Any) -> Any:
 def _async_request(request: Any) -> Any:
     async def read_request(self: Any, path: str, **options: Any) -> Any:
         reader = _reader(self._opened_by_meter, path, options)
-        answer = await request(self, path, **options)
+        try:
+            answer = await request(self, path, **options)
+        except Exception as error:
+            if not _is_refused(error, reader, options):
+                raise
+            answer = await request(self, path, **options)
         return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
 
     return read_request
@@ -89,6 +103,14 @@ def _reader(opened: Open, path: str, options: dict[str, Any]) -> Reader | None:
     if reader is not None and body is not None:
         options |= {"body": reader.body, "options": request}
     return reader
+
+
+def _is_refused(error: Exception, reader: Reader | None, options: dict[str, Any]) -> bool:
+    """Whether it was metering that the call failed by. ``options`` then have what the caller asked for, and no more."""
+    if reader is None or not harmless(reader.withdraw, error, False):
+        return False
+    options["body"] = reader.body
+    return True
 
 
 def _read(answer: Any, reader: Reader, options: dict[str, Any]) -> Any:

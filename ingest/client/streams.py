@@ -139,9 +139,7 @@ class WatchedStream(_Watched):
         return self
 
     def __next__(self) -> Any:
-        if self._next:
-            return _given(self._next.pop())
-        item = self._read()
+        item = _given(self._next.pop()) if self._next else self._read()
         if self._ward.is_last(item):
             try:
                 self._next.append(self._read())
@@ -189,9 +187,7 @@ class WatchedAsyncStream(_Watched):
         return self
 
     async def __anext__(self) -> Any:
-        if self._next:
-            return _given(self._next.pop())
-        item = await self._read()
+        item = _given(self._next.pop()) if self._next else await self._read()
         if self._ward.is_last(item):
             try:
                 self._next.append(await self._read())

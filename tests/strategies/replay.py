@@ -45,11 +45,12 @@ def stream(events: Iterable[Any], *, is_named: bool = False, last: str = "", end
 
 
 class Replay:
-    """The endpoint: ``url``, the answers it has yet to give by path, the requests it got."""
+    """The endpoint: ``url``, the answers it has yet to give by path, the requests it got, whether it was asked."""
 
     def __init__(self) -> None:
         self._answers: dict[str, deque[Answer]] = defaultdict(deque)
         self.requests: list[tuple[str, Any]] = []
+        self.asked = threading.Event()
         replay = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,6 +60,7 @@ class Replay:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 path = self.path.partition("?")[0]
                 replay.requests.append((path, json.loads(body or b"null")))
+                replay.asked.set()
                 left = replay._answers[path]
                 _send(self, left.popleft() if left else whole({"error": {"message": f"nothing for {path}"}}, 418))
 

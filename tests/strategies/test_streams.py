@@ -118,6 +118,32 @@ def test_what_is_for_the_watcher_alone_is_fetched_in_time() -> None:
     assert list(WatchedStream(numbers(), Notes(last=0))) == [0, 1, 2]
 
 
+def test_an_item_that_was_fetched_early_may_be_the_last_as_well() -> None:
+    """Several answers end one after the other; who leaves at the last of them is seen to the end of the stream."""
+
+    class Answers(Notes):
+        def is_last(self, item: Any) -> bool:
+            return item in (0, 1)
+
+    notes, later = Answers(hides=2), Answers(hides=2)
+    stream = WatchedStream(numbers(), notes)
+    assert [next(stream), next(stream)] == [0, 1]
+    stream.close()
+
+    async def story() -> None:
+        stream = WatchedAsyncStream(numbers_later(), later)
+        assert [await anext(stream), await anext(stream)] == [0, 1]
+        await stream.aclose()
+
+    asyncio.run(story())
+    assert notes.seen == later.seen == [0, 1, 2]
+    assert notes.ends == later.ends == [True]
+    failing = WatchedStream(numbers(fail_at=2), Answers())
+    assert [next(failing), next(failing)] == [0, 1]
+    with pytest.raises(OSError, match="cut"):
+        next(failing)
+
+
 def test_a_response_closed_below_the_stream_is_an_end_unless_it_closes_itself() -> None:
     """Helpers close the response; a stream that has run out closes it, too, while it is read."""
     response = SimpleNamespace(close=lambda: None)

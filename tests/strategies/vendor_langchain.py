@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.language_models import BaseChatModel, FakeListLLM
+from langchain_core.language_models import BaseChatModel, BaseLLM, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, Generation, LLMResult
 
 from ingest.client.prices import list_price
 from ingest.client.strategies.langchain import LangChainStrategy
@@ -93,6 +93,24 @@ def test_streams_to_their_end_and_abandoned(ingestion: RecordingIngestion) -> No
     assert [(metadata["inputTokens"], metadata["outputTokens"]) for metadata in guessed] == [(5, 5), (5, 5), (5, 2)]
 
 
+def test_a_stream_that_tells_its_input_first_and_is_left_has_the_output_of_its_words(
+    ingestion: RecordingIngestion,
+) -> None:
+    """langchain-anthropic begins with an output of 0, and tells what it was at the end."""
+
+    class Eager(Model):
+        def _stream(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> Iterator[Any]:
+            begun: Any = {"input_tokens": 900, "output_tokens": 0, "total_tokens": 900}
+            yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=begun))
+            yield from super()._stream(messages)
+
+    left = Eager().stream("hi", config={"callbacks": [ingestion.strategy(LangChainStrategy, "llm").handler("ada")]})
+    next(left), next(left), next(left)
+    left.close()
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["estimated"], metadata["inputTokens"], metadata["outputTokens"]) == (True, 900, 5)
+
+
 def test_the_list_price_knows_what_the_cache_costs(ingestion: RecordingIngestion) -> None:
     """Anthropic's package tells what was written by how long it stays, and then the sum as zero."""
     written = {"cache_creation": 0, "ephemeral_5m_input_tokens": 88, "ephemeral_1h_input_tokens": 100}
@@ -153,8 +171,52 @@ def test_what_used_nothing_is_no_event(ingestion: RecordingIngestion) -> None:
     assert ingestion.one()["metadata"] == EXACT
 
 
+BESIDE = {"prompt_tokens": 5000, "completion_tokens": 700, "total_tokens": 5700}
+
+
+class Completions(BaseLLM):
+    """A model of texts as langchain-openai makes one; ``usage`` is for all prompts together."""
+
+    usage: Any = BESIDE
+
+    @property
+    def _llm_type(self) -> str:
+        return "openai"
+
+    def _generate(self, prompts: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> LLMResult:
+        told = {"token_usage": self.usage, "model_name": "gpt-3.5-turbo-instruct"}
+        return LLMResult(generations=[[Generation(text="Fine.")] for _ in prompts], llm_output=told)
+
+
+class Elsewhere(Model):
+    """A chat model that tells its usage beside its answer alone."""
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> ChatResult:
+        answer = ChatGeneration(message=AIMessage("Fine."))
+        return ChatResult(generations=[answer], llm_output={"token_usage": BESIDE})
+
+
+def test_usage_that_is_told_beside_the_answers_counts_once(ingestion: RecordingIngestion) -> None:
+    """For several prompts it is a sum, which the first run has; what nobody tells is estimated for each of them."""
+    config: Any = {"callbacks": [ingestion.strategy(LangChainStrategy, "llm").handler("ada")]}
+    Completions().invoke("hi", config=config)
+    assert ingestion.events[-1]["metadata"]["model"] == "gpt-3.5-turbo-instruct"
+    Elsewhere().invoke("hi", config=config)
+    Completions().batch(["hi", "you", "there"], config=config)
+    asyncio.run(Completions().abatch(["hi", "you", "there"], config=config))
+    told = [event["metadata"] for event in ingestion.events]
+    whole, none = (5000, 700), (0, 0)
+    counts = [(metadata["inputTokens"], metadata["outputTokens"]) for metadata in told]
+    assert counts == [whole, whole, *[whole, none, none] * 2]
+    assert not any("estimated" in metadata for metadata in told)
+    ingestion.clear()
+    Completions(usage={}).batch(["hi", "you"], config=config)
+    told = [event["metadata"] for event in ingestion.events]
+    assert [(metadata["outputTokens"], metadata["estimated"]) for metadata in told] == [(2, True)] * 2
+
+
 def test_models_of_texts(ingestion: RecordingIngestion) -> None:
-    """They tell no usage; it is estimated from the texts, which go along on request."""
+    """Those that tell no usage: it is estimated from the texts, which go along on request."""
     handler = ingestion.strategy(LangChainStrategy, "llm").handler("ada", keep_text=True)
     FakeListLLM(responses=["I am fine, thanks."]).invoke("How are you today?", config={"callbacks": [handler]})
     metadata = ingestion.one()["metadata"]

@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import inspect
 import io
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,34 @@ def test_aiobotocore(s3: SmallS3, ingestion: RecordingIngestion) -> None:
         ("PutObject", 1000), ("GetObject", 1000), ("GetObject", 300), ("GetObject", 1000), ("CopyObject", 1000),
         ("UploadPart", 50), ("DeleteObject", 0),
     ]  # fmt: skip
+
+
+def test_managed_transfers_belong_to_whom_the_caller_says(
+    client: Any, ingestion: RecordingIngestion, tmp_path: Path
+) -> None:
+    """A function reads the caller's context, once for a transfer and each meter, though other threads do the work."""
+    customer: ContextVar[str | None] = ContextVar("customer", default=None)
+    source, target = tmp_path / "source", str(tmp_path / "target")
+    source.write_bytes(b"x" * 100)
+    ingestion.strategy(S3Strategy, "storage").client(client, customer.get)
+    ingestion.strategy(S3Strategy, "traffic").client(client, lambda: {}["nobody"])
+    ingestion.strategy(S3Strategy, "traffic").client(client, lambda: f"team of {customer.get()}")
+    assert str(inspect.signature(client.upload_file)).startswith("(Filename, Bucket, Key, ExtraArgs=None")
+
+    def transfers() -> None:
+        client.upload_file(str(source), "files", "a.pdf")
+        client.upload_fileobj(io.BytesIO(b"y" * 50), "files", "a.pdf")
+        client.download_file("files", "a.pdf", target)
+        client.download_fileobj("files", "a.pdf", io.BytesIO())
+        client.copy(PDF, "files", "b.pdf")
+        with pytest.raises(ClientError):
+            client.download_file("files", "none", target)
+
+    for name in ("ada", "bob"):
+        customer.set(name)
+        transfers()
+        sizes = [("PutObject", 100), ("PutObject", 50), ("GetObject", 50), ("GetObject", 50), ("CopyObject", 50)]
+        assert sorted(told(ingestion)) == sorted(sizes * 2)
+        whose = {(event["name"], event["external_customer_id"]) for event in ingestion.events}
+        assert whose == {("storage", name), ("traffic", f"team of {name}")}
+        ingestion.clear()

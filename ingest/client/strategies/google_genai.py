@@ -35,6 +35,9 @@ _REQUESTS = ("_generate_content", "_generate_content_stream", "_embed_content")
 """Where every request of ``models`` passes; held to the library by the tests."""
 
 
+_GROUNDS = ("web_search_queries", "image_search_queries", "retrieval_queries", "grounding_chunks")
+
+
 def content_tokens(usage: Any) -> Tokens:
     """From ``usage_metadata``. The prompt has the cached tokens inside; thoughts stand beside the candidates."""
     thoughts = count(usage, "thoughts_token_count")
@@ -175,6 +178,7 @@ class _Reader(Watcher):
         self._tokens: Tokens | None = None
         self._is_final = self._has_begun = False
         self._words: list[str] = []
+        self._unpriced = ""
 
     def whole(self, answer: Any, *, is_embedding: bool) -> None:
         """Read an answer that came at once."""
@@ -194,6 +198,8 @@ class _Reader(Watcher):
         for candidate in items(item, "candidates"):
             self._is_final = self._is_final or (usage is not None and read(candidate, "finish_reason") is not None)
             self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
+            if any(items(candidate, "grounding_metadata", name) for name in _GROUNDS):
+                self._unpriced = "grounding"  # by the prompt or the query, beyond a daily allowance of the account's
         return True
 
     def end(self, is_complete: bool) -> None:
@@ -212,6 +218,7 @@ class _Reader(Watcher):
                 tokens=self._tokens if self._is_final and self._tokens else self._estimate(len(words)),
                 api_url=self._url,
                 is_estimated=not self._is_final,
+                unpriced=self._unpriced,
                 prompt=as_text(self._contents or "") if self._keep_text else None,
                 response=words if self._keep_text else None,
             )

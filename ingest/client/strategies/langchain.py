@@ -8,11 +8,14 @@ Made without a customer, the handler takes the one in the run's metadata:
 registered twice counts once. Answers from LangChain's cache used nothing and are no events.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
+
+import msgspec
 
 from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, as_text, details, estimated_tokens, inclusive
 from ingest.client.reading import count, items, read, text
@@ -49,6 +52,17 @@ def message_tokens(usage: Any) -> Tokens:
     )
 
 
+def completion_tokens(usage: Any) -> Tokens:
+    """From the ``token_usage`` of an ``LLMResult.llm_output``, which has OpenAI's names whoever the vendor is."""
+    prompt = count(usage, "prompt_tokens")
+    return Tokens(
+        input=prompt,
+        cached=count(usage, "prompt_tokens_details", "cached_tokens"),
+        output=max(count(usage, "completion_tokens"), count(usage, "total_tokens") - prompt),
+        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
+    )
+
+
 class LangChainStrategy(LanguageModelStrategy):
     """Meters the runs of LangChain's models. A cost function gets a ``ModelCall``."""
 
@@ -82,6 +96,15 @@ class _Run(NamedTuple):
     vendor: str
     model: str
     prompts: Any
+    siblings: int
+    """Other prompts in the same call of a model of texts."""
+
+
+class _Sums(threading.local):
+    """LangChain tells what several prompts used with the first one's run; the others, whose ends follow at once, tell
+    nothing then. They tell nothing either when nobody knows."""
+
+    runs_left = 0
 
 
 class _Runs:
@@ -92,40 +115,63 @@ class _Runs:
     ) -> None:
         self._strategy, self._customer, self._keep_text, self._metadata = strategy, customer, keep_text, metadata
         self._under_way: OrderedDict[Any, _Run] = OrderedDict()
+        self._sums = _Sums()
 
     def begin(self, run_id: Any, prompts: Any, more: Mapping[str, Any]) -> None:
         """Remember what only the start tells."""
         told = more.get("metadata") or {}
         who = self._strategy.resolve(customer_in(told) if self._customer is None else self._customer)
-        self._under_way[run_id] = _Run(who, text(told, "ls_provider"), text(told, "ls_model_name"), prompts)
+        siblings = max(0, count(more, "batch_size") - 1) if all(isinstance(each, str) for each in prompts or ()) else 0
+        self._under_way[run_id] = _Run(who, text(told, "ls_provider"), text(told, "ls_model_name"), prompts, siblings)
         while len(self._under_way) > _RUNS_MAX:
             self._under_way.popitem(last=False)
 
     def end(self, run_id: Any, response: Any, error: BaseException | None) -> None:
         """Report a run that ended, was given up, or broke off."""
         run = self._under_way.pop(run_id, None)
-        if run is None or run.customer is None:
+        if run is None:
+            return
+        beside = self._told_beside(run, response)
+        if run.customer is None:
             return
         generations = [generation for prompt in items(response, "generations") for generation in prompt]
         told = [usage for prompt in items(response, "generations") if (usage := _usage(prompt)) is not None]
         if any(read(usage, "total_cost") == 0 for usage in told):
             return  # from the cache
         words = "".join(text(generation, "text") for generation in generations)
-        if isinstance(error, Exception) and not told and not words:
+        is_told = bool(told) or beside is not None
+        if isinstance(error, Exception) and not is_told and not words:
             return  # the call failed
         about = [read(generation, "message", "response_metadata") for generation in generations]
+        about.append(read(response, "llm_output"))
         prompt_text = "".join(text(message, "text") or as_text(message) for message in _flat(run.prompts))
         guess = Tokens(input=estimated_tokens(len(prompt_text)), output=estimated_tokens(len(words)))
+        tokens = sum((message_tokens(usage) for usage in told), Tokens()) if told else beside or guess
+        if error is not None:  # told at the beginning of a stream, the output was not known yet
+            tokens = msgspec.structs.replace(tokens, output=max(tokens.output, guess.output))
         call = ModelCall(
             vendor=run.vendor or _first(about, "model_provider"),
             model=_first(about, "model_name", "model") or run.model,
-            tokens=sum((message_tokens(usage) for usage in told), Tokens()) if told else guess,
-            is_estimated=error is not None or not told,
+            tokens=tokens,
+            is_estimated=error is not None or not is_told,
             terms={"service_tier": tier} if (tier := _first(about, "service_tier")) else {},
             prompt=prompt_text if self._keep_text else None,
             response=words if self._keep_text else None,
         )
         self._strategy.record(run.customer, call, self._metadata, external_id=str(run_id), timestamp=_begun(run_id))
+
+
+    def _told_beside(self, run: _Run, response: Any) -> Tokens | None:
+        """What was used as it is told beside the answers, None when it is not."""
+        usage = read(response, "llm_output", "token_usage")
+        tokens = completion_tokens(usage)
+        if tokens.total:
+            self._sums.runs_left = run.siblings
+            return tokens
+        if usage == {} and run.siblings and self._sums.runs_left:
+            self._sums.runs_left -= 1
+            return tokens
+        return None
 
 
 def _begun(run_id: Any) -> datetime | None:

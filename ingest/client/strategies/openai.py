@@ -5,9 +5,11 @@
     client.chat.completions.create(model="gpt-5", messages=[...])
 
 A stream of a chat tells its usage only when asked. It is asked for, and the chunk that tells it, which has no choices,
-is kept from a caller who did not ask for it himself.
+is kept from a caller who did not ask for it himself. Some who speak OpenAI's language refuse the question: the call is
+then made once more without it, and they are not asked again.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -25,15 +27,18 @@ from ingest.client.reading import count, items, read, text
 from ingest.client.stainless import Reader, metered
 from ingest.client.strategy import Who
 
+logger = logging.getLogger(__name__)
+
 C = TypeVar("C")
 
 VENDOR = "openai"
 
+_TOOLS_OF_OTHER_PRICES = frozenset({"code_interpreter_call", "image_generation_call"})
 _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
 
 def chat_tokens(usage: Any) -> Tokens:
-    """From the ``usage`` of chat completions, completions and embeddings. Cached tokens are inside the prompt's.
+    """From the ``usage`` of chat completions and completions. Cached tokens are inside the prompt's.
 
     Some who speak OpenAI's language leave the reasoning out of ``completion_tokens``, but not out of the total.
     """
@@ -51,6 +56,11 @@ def chat_tokens(usage: Any) -> Tokens:
     )
 
 
+def embedding_tokens(usage: Any) -> Tokens:
+    """From the ``usage`` of embeddings, of which some tell the total alone: nothing comes out."""
+    return Tokens(input=max(count(usage, "prompt_tokens"), count(usage, "total_tokens")))
+
+
 def response_tokens(usage: Any) -> Tokens:
     """From the ``usage`` of the Responses API: the same numbers under other names."""
     return Tokens(
@@ -66,14 +76,23 @@ class OpenAIStrategy(LanguageModelStrategy):
     """Meters the calls of an ``OpenAI``, ``AsyncOpenAI`` or Azure client. A cost function gets a ``ModelCall``."""
 
     def client(
-        self, client: C, customer: Who, *, vendor: str | None = None, keep_text: bool = False, **metadata: Any
+        self,
+        client: C,
+        customer: Who,
+        *,
+        vendor: str | None = None,
+        keep_text: bool = False,
+        ask_usage: bool = True,
+        **metadata: Any,
     ) -> C:
         """A copy of the client that shares its connections and meters what goes through it.
 
         Name the ``vendor`` where another one, or a proxy of one, answers under the client's address: prices are looked
-        up by the address otherwise. ``keep_text`` sends prompts and responses along.
+        up by the address otherwise. ``keep_text`` sends prompts and responses along. Without ``ask_usage`` streams of
+        chats are not asked for their usage; where they do not tell it by themselves it is estimated.
         """
         url = None if vendor else str(read(client, "base_url") or "")
+        refusing: set[str] = set()
 
         def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
             reader = _READERS.get(path) if isinstance(body, Mapping) else None
@@ -85,7 +104,10 @@ class OpenAIStrategy(LanguageModelStrategy):
             def report(call: ModelCall, **identity: Any) -> None:
                 self.record(who, call, metadata, **identity)
 
-            return reader(body or {}, is_streamed, vendor or VENDOR, url, keep_text, report)
+            made = reader(body or {}, is_streamed, vendor or VENDOR, url, keep_text, report)
+            if ask_usage:
+                made.ask(refusing)
+            return made
 
         return metered(client, opened)
 
@@ -105,6 +127,7 @@ class _Reader(Reader):
         report: Callable[..., object],
     ) -> None:
         self.body: Mapping[str, Any] = body
+        self._is_streamed = is_streamed
         self._vendor, self._url, self._report, self._keep_text = vendor, url, report, keep_text
         self._request = {name: body[name] for name in ("messages", "input", "prompt", "instructions") if name in body}
         self._model = text(body, "model")
@@ -114,6 +137,11 @@ class _Reader(Reader):
         self._words: list[str] = []
         self._identity: dict[str, Any] = {}
         self._has_begun = False
+        self._searches = Tokens()
+        self._unpriced = "a search" if "web_search_options" in body or "-search-" in self._model else ""
+
+    def ask(self, refusing: set[str]) -> None:
+        """Ask for the usage where it is told to who asks, but for the models that refuse to be asked."""
 
     def whole(self, answer: Any) -> None:
         """Read an answer that came at once."""
@@ -165,9 +193,10 @@ class _Reader(Reader):
             ModelCall(
                 vendor=self._vendor,
                 model=self._model,
-                tokens=self.tokens(self._usage) if known else self._estimate(words),
+                tokens=self.tokens(self._usage) + self._searches if known else self._estimate(words),
                 api_url=self._url,
                 is_estimated=not known,
+                unpriced=self._unpriced,
                 terms={"service_tier": self._tier} if self._tier else {},
                 prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
                 response=words if self._keep_text else None,
@@ -183,12 +212,24 @@ class _Reader(Reader):
 class _ChatReader(_Reader):
     """Asks a stream for its usage."""
 
-    def __init__(self, body: Mapping[str, Any], is_streamed: bool, *rest: Any) -> None:
-        super().__init__(body, is_streamed, *rest)
-        asked = body.get("stream_options") or {}
-        self._hides_usage = is_streamed and not asked.get("include_usage")
-        if self._hides_usage:
-            self.body = {**body, "stream_options": {**asked, "include_usage": True}}
+    _hides_usage = False
+
+    def ask(self, refusing: set[str]) -> None:
+        """Ask for the usage, unless the caller does."""
+        asked = self.body.get("stream_options") or {}
+        if self._is_streamed and not asked.get("include_usage") and self._model not in refusing:
+            self._hides_usage, self._refusing, self._plain = True, refusing, self.body
+            self.body = {**self.body, "stream_options": {**asked, "include_usage": True}}
+
+    def withdraw(self, error: Exception) -> bool:
+        """Whether the question was refused. It is then not asked again."""
+        words = f"{error} {read(error, 'body')} {read(error, 'response', 'text')}"
+        if not self._hides_usage or read(error, "status_code") not in (400, 422) or "stream_options" not in words:
+            return False
+        logger.warning("streams of %r are not asked for their usage, which is refused", self._model)
+        self._refusing.add(self._model)
+        self._hides_usage, self.body = False, self._plain
+        return True
 
     def item(self, item: Any) -> bool:
         """Read a chunk; the one with nothing but the usage is for us if we asked for it."""
@@ -224,9 +265,16 @@ class _ResponseReader(_Reader):
 
     def _see(self, answer: Any) -> None:
         super()._see(answer)
+        self._see_tools([text(entry, "type") for entry in items(answer, "output") if _is_billed(entry)])
         if read(answer, "background") is True:
             created = datetime.fromtimestamp(count(answer, "created_at"), UTC)
             self._identity = {"external_id": text(answer, "id"), "timestamp": created}
+
+    def _see_tools(self, used: list[str]) -> None:
+        """What OpenAI's own tools did is billed beside the tokens: searches by their number, others in other ways."""
+        searches = {"web_searches": used.count("web_search_call"), "storage_searches": used.count("file_search_call")}
+        self._searches = Tokens(details=details(**searches))
+        self._unpriced = next((kind for kind in used if kind in _TOOLS_OF_OTHER_PRICES), "")
 
     def item(self, item: Any) -> bool:
         """Read an event."""
@@ -246,6 +294,11 @@ class _ResponseReader(_Reader):
         )
 
 
+def _is_billed(entry: Any) -> bool:
+    """Of what a search in the web does, looking at a page that was found is free."""
+    return text(entry, "action", "type") in ("", "search")
+
+
 class _StoredReader(_ResponseReader):
     """A response that is fetched; if it did not run in the background it was reported when it was made."""
 
@@ -262,6 +315,8 @@ class _StoredReader(_ResponseReader):
 
 class _EmbeddingReader(_Reader):
     """Embeddings: no words come out."""
+
+    tokens = staticmethod(embedding_tokens)
 
     def text_of(self, answer: Any) -> str:
         """Nothing."""

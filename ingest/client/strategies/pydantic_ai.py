@@ -10,6 +10,7 @@ it counts what the run itself asked for, not what was used by other agents that 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
 from typing import Any
@@ -72,6 +73,25 @@ def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> 
     )
 
 
+def attempt_calls(response: Any) -> list[tuple[Any, ModelCall]]:
+    """What answers used that were rejected on the way to this ``ModelResponse``, or to an error that has attempts."""
+    failed = items(response, "failed_attempts") or items(response, "attempts")
+    calls = [(read(each, "usage"), _attempt_call(each, response)) for each in failed]
+    return [(usage, call) for usage, call in calls if call.tokens.total]  # what failed otherwise used nothing
+
+
+def _attempt_call(attempt: Any, response: Any) -> ModelCall:
+    vendor = text(attempt, "provider_name")
+    is_same_vendor = vendor == text(response, "provider_name")
+    return ModelCall(
+        vendor=vendor,
+        model=text(attempt, "model_name"),
+        tokens=request_tokens(read(attempt, "usage")),
+        api_url=text(response, "provider_url") or None if is_same_vendor else None,
+        reported_cost=cents(read(attempt, "usage", "cost")),
+    )
+
+
 def _contents(asked: Any) -> list[Any]:
     return [read(part, "content") for message in asked or () for part in items(message, "parts")]
 
@@ -86,8 +106,9 @@ class PydanticAIStrategy(LanguageModelStrategy):
     def _ingest(self, customer: CustomerLike, result: Any, metadata: dict[str, Any]) -> None:
         answers = [message for message in result.new_messages() if text(message, "kind") == "response"]
         by_model = defaultdict(list)
-        for call in (model_call(answer) for answer in answers):
-            by_model[call.vendor, call.model, call.api_url].append(call)
+        for answer in answers:
+            for call in (*(call for _, call in attempt_calls(answer)), model_call(answer)):
+                by_model[call.vendor, call.model, call.api_url].append(call)
         for calls in by_model.values():
             whole = _together(calls)
             tokens = whole.tokens
@@ -101,38 +122,76 @@ class PydanticAIStrategy(LanguageModelStrategy):
         """An entry for an agent's, or a run's, ``capabilities``."""
         from pydantic_ai.capabilities import AbstractCapability
 
-        strategy = self
-        under_way: ContextVar[list[Any]] = ContextVar("requests under way")
+        def report(whose: CustomerLike, call: ModelCall) -> None:
+            self.record(whose, call, metadata)
 
-        def report(response: Any, asked: Any, whose: Any) -> None:
-            if whose is not None:
-                strategy.record(whose, model_call(response, asked, keep_text=keep_text), metadata)
+        def begun() -> _Request:
+            return _Request(self.resolve(customer), keep_text, report)
+
+        under_way: ContextVar[_Request | None] = ContextVar("the request under way", default=None)
 
         class Metering(AbstractCapability[Any]):  # type: ignore[misc]  # PydanticAI is not installed everywhere
             """Reports each request to a model."""
 
             async def wrap_model_request(self, ctx: Any, *, request_context: Any, handler: Any) -> Any:
-                answered = [strategy.resolve(customer)]
-                token = under_way.set(answered)
+                request = begun()
+                token = under_way.set(request)
                 try:
-                    return await handler(request_context)
-                except Exception:
-                    raise
-                except BaseException:  # cancelled: the request was sent, and its answer never came
-                    if len(answered) == 1:
-                        unknown = {"model_name": text(ctx, "model", "model_name"), "provider_name": _vendor(ctx)}
-                        harmless(lambda asked: report(unknown, asked, answered[0]), request_context.messages, None)
+                    response = await handler(request_context)
+                    harmless(lambda request: request.attempts(response), request, None)
+                    return response
+                except BaseException as error:
+                    harmless(lambda error: request.fail(error, ctx, request_context), error, None)
                     raise
                 finally:
                     harmless(under_way.reset, token, None)
 
             async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:
-                answered = under_way.get(None) or [strategy.resolve(customer)]
-                answered.append(response)
-                harmless(lambda asked: report(response, asked, answered[0]), request_context.messages, None)
+                request = under_way.get() or begun()
+                harmless(lambda request: request.answer(response, request_context.messages), request, None)
                 return response
 
         return Metering()
+
+
+class _Request:
+    """A request to a model under way, and what of it was reported."""
+
+    def __init__(self, whose: CustomerLike | None, keep_text: bool, report: Callable[[CustomerLike, ModelCall], None]):
+        self._whose, self._keep_text, self._report = whose, keep_text, report
+        self._usages: list[Any] = []  # a response is known by its usage, which it keeps when a hook changes it
+
+    def answer(self, response: Any, asked: Any) -> None:
+        """Report an answer, or what arrived of one."""
+        self._usages.append(read(response, "usage"))
+        if self._whose is not None:
+            self._report(self._whose, model_call(response, asked, keep_text=self._keep_text))
+
+    def fail(self, error: BaseException, context: Any, request_context: Any) -> None:
+        """Report what nobody saw until an error came, or until whoever waited gave up.
+
+        PydanticAI writes down what it got, also of a stream in the middle, for its own count of the run. It has no
+        public place for that, so this may find nothing there; then the prompt of what was given up is all there is.
+        """
+        for response in items(request_context, "_usage_response_ledger", "responses"):
+            if not self._is_known(read(response, "usage")):
+                self.answer(response, request_context.messages)
+            self.attempts(response)
+        self.attempts(error)
+        if not self._usages and not isinstance(error, Exception):
+            unknown = {"model_name": text(context, "model", "model_name"), "provider_name": _vendor(context)}
+            self.answer(unknown, request_context.messages)
+
+    def attempts(self, source: Any) -> None:
+        """Report the answers that were rejected before this one, or before this error, but for those that were seen."""
+        for usage, call in attempt_calls(source):
+            if not self._is_known(usage):
+                self._usages.append(usage)
+                if self._whose is not None:
+                    self._report(self._whose, call)
+
+    def _is_known(self, usage: Any) -> bool:
+        return any(usage is known for known in self._usages)
 
 
 def _vendor(context: Any) -> str:

@@ -7,11 +7,16 @@
 An operation is an event, however often it was retried; a part of a multipart upload is an operation, and so is a
 delete of many keys. ``bytes`` are those of the object: of the body that was sent, of what the caller really read. The
 answer to a copy does not tell a size, so it is asked for with one HEAD. What failed is no event.
+
+boto3's managed transfers (``upload_file`` and its like) work in threads of their own. Whose they are is asked in the
+caller's, where a request's context is.
 """
 
 import contextlib
-from collections.abc import Callable
-from functools import cache, partial
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 from ingest.client.reading import count, items, read, text
@@ -26,6 +31,11 @@ OPERATIONS = (
     "PutObject", "UploadPart", "GetObject", "CopyObject", "UploadPartCopy", "DeleteObject", "DeleteObjects",
 )  # fmt: skip
 """What is metered. Beginning and completing an upload, listings and HEADs move no object's bytes."""
+
+TRANSFERS = ("upload_file", "upload_fileobj", "download_file", "download_fileobj", "copy")
+"""boto3's managed transfers, made of those operations in other threads; aiobotocore has none."""
+
+_transferring: ContextVar[Mapping[str, Customer | None] | None] = ContextVar("whose, by meter", default=None)
 
 
 class S3Strategy(Strategy):
@@ -50,6 +60,8 @@ class S3Strategy(Strategy):
                 name, mark = f"{moment}.s3.{operation}", f"meterstream {self.event_name} {moment} {operation}"
                 events.unregister(name, unique_id=mark)
                 events.register(name, partial(handler, operation), unique_id=mark)
+        if not is_async:
+            harmless(lambda client: _meter_transfers(client, meter), client, None)
         return client
 
 
@@ -71,21 +83,26 @@ class _Meter:
     def __init__(self, strategy: S3Strategy, client: Any, customer: Who, measures: bool, metadata: Any) -> None:
         self._strategy, self._client, self._customer, self._measures = strategy, client, customer, measures
         self._metadata = metadata
-        self._mark = f"meterstream {strategy.event_name}"
+        self.mark = f"meterstream {strategy.event_name}"
+
+    def whose(self) -> Customer | None:
+        """Whose usage begins now."""
+        return self._strategy.resolve(self._customer)
 
     def begin(self, operation: str, params: Any, context: Any, **more: Any) -> None:
         """Before anything: whose it is, and where."""
-        whose = self._strategy.resolve(self._customer)
-        context[self._mark] = harmless(lambda whose: _Operation(whose, params), whose, None) if whose else None
+        known = _transferring.get() or {}
+        whose = known[self.mark] if self.mark in known else self.whose()
+        context[self.mark] = harmless(lambda whose: _Operation(whose, params), whose, None) if whose else None
 
     def measure(self, operation: str, params: Any, context: Any, **more: Any) -> None:
         """Before the first attempt: how long the body is."""
-        if (begun := context.get(self._mark)) is not None and operation in ("PutObject", "UploadPart"):
+        if (begun := context.get(self.mark)) is not None and operation in ("PutObject", "UploadPart"):
             begun.sent_bytes = harmless(_length, params, None)
 
     def after(self, operation: str, http_response: Any, parsed: Any, context: Any, **more: Any) -> None:
         """After the last attempt."""
-        if (begun := _succeeded(context, self._mark, http_response, parsed)) is None:
+        if (begun := _succeeded(context, self.mark, http_response, parsed)) is None:
             return
         head = None
         if operation == "CopyObject" and self._measures:
@@ -94,7 +111,7 @@ class _Meter:
 
     async def after_async(self, operation: str, http_response: Any, parsed: Any, context: Any, **more: Any) -> None:
         """As ``after``."""
-        if (begun := _succeeded(context, self._mark, http_response, parsed)) is None:
+        if (begun := _succeeded(context, self.mark, http_response, parsed)) is None:
             return
         head = None
         if operation == "CopyObject" and self._measures:
@@ -135,6 +152,54 @@ class _Meter:
             body._raw_stream = _CountedStream(body._raw_stream, tally)
         else:
             tally.add(length, is_end=True)
+
+
+def _meter_transfers(client: Any, meter: _Meter) -> None:
+    """Have the client's managed transfers ask each of its meters whose they are before they begin."""
+    for name in TRANSFERS:
+        method = getattr(client, name, None)
+        if inspect.ismethod(method):
+            method = _transfer(client, method)
+            setattr(client, name, method)
+        if isinstance(meters := getattr(method, "meters", None), dict):
+            meters[meter.mark] = meter
+
+
+def _transfer(client: Any, method: Any) -> Any:
+    meters: dict[str, _Meter] = {}
+
+    @wraps(method)
+    def transfer(*arguments: Any, **named: Any) -> Any:
+        customers = {mark: meter.whose() for mark, meter in meters.items()}
+        carrier = harmless(lambda client: _Carrier(client, customers), client, client)
+        return method.__func__(carrier, *arguments, **named)
+
+    transfer.meters = meters  # type: ignore[attr-defined]  # for the meters that come later
+    return transfer
+
+
+class _Carrier:
+    """The client as one transfer sees it: its operations know whose they are in whatever thread they are called."""
+
+    def __init__(self, client: Any, customers: Mapping[str, Customer | None]) -> None:
+        self._client = client
+        for name, operation in client.meta.method_to_api_mapping.items():
+            if operation in OPERATIONS:
+                setattr(self, name, _carried(getattr(client, name), customers))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+def _carried(method: Any, customers: Mapping[str, Customer | None]) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
+        token = _transferring.set(customers)
+        try:
+            return method(*arguments, **named)
+        finally:
+            _transferring.reset(token)
+
+    return call
 
 
 def _succeeded(context: Any, mark: str, http_response: Any, parsed: Any) -> _Operation | None:

@@ -13,6 +13,7 @@ Each stream gives one event when it ends, is closed early or fails, with the ``b
 """
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import (
@@ -75,7 +76,7 @@ class Stream(Strategy):
         return MeteredFile(file, self._tally(customer, metadata))
 
     def iterate(self, customer: CustomerLike, chunks: Iterable[Any], **metadata: Value) -> Iterator[Any]:
-        """The chunks, counted as they are taken."""
+        """The chunks, counted as they are taken. A generator is closed at the end; anything else stays open."""
         tally, is_finished = self._tally(customer, metadata), False
         try:
             for chunk in chunks:
@@ -83,14 +84,15 @@ class Stream(Strategy):
             is_finished = True
         finally:
             try:
-                _call(chunks, "close")
+                if inspect.isgenerator(chunks):
+                    chunks.close()
             finally:
                 tally.end(is_finished)
 
     async def iterate_async(
         self, customer: CustomerLike, chunks: AsyncIterable[Any], **metadata: Value
     ) -> AsyncIterator[Any]:
-        """The chunks of an asynchronous iterator, counted as they are taken."""
+        """The chunks of an asynchronous iterator, counted as they are taken and closed as by ``iterate``."""
         tally, is_finished = self._tally(customer, metadata), False
         try:
             async for chunk in chunks:
@@ -98,8 +100,8 @@ class Stream(Strategy):
             is_finished = True
         finally:
             try:
-                if close := getattr(chunks, "aclose", None):
-                    await close()
+                if inspect.isasyncgen(chunks):
+                    await chunks.aclose()
             finally:
                 tally.end(is_finished)
 
@@ -281,11 +283,7 @@ class _MeteredBody:
     def close(self) -> None:
         """The server is through with it."""
         try:
-            _call(self._body, "close")
+            if close := getattr(self._body, "close", None):
+                close()
         finally:
             self._tally.end(self._is_finished)
-
-
-def _call(thing: Any, name: str) -> None:
-    if method := getattr(thing, name, None):
-        method()

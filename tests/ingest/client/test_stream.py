@@ -151,6 +151,32 @@ def test_an_iterator_is_counted_to_its_end(
     assert told(ingestion) == expected
 
 
+def test_only_generators_are_closed_with_the_loop(stream: Stream) -> None:
+    """A file, a cursor or a response is the application's, which may go on with it, as after any other loop."""
+    closed: list[str] = []
+
+    def sync() -> Iterator[bytes]:
+        try:
+            yield from (b"1", b"2")
+        finally:
+            closed.append("generator")
+
+    class Response:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"1"
+
+        async def aclose(self) -> None:
+            closed.append("response")
+
+    file = io.BytesIO(b"a\nb\n")
+    assert list(stream.iterate("u", file)) == [b"a\n", b"b\n"]
+    assert file.seek(0) == 0
+    asyncio.run(consume_async(stream.iterate_async("u", Response()), 9))
+    inner = sync()
+    consume(stream.iterate("u", inner), 1)
+    assert closed == ["generator"]
+
+
 def ask(app: Any, type: str = "http", breaks_after: int = 99, method: str = "GET") -> list[dict[str, Any]]:
     """One ASGI request; the client hangs up after so many messages."""
     sent: list[dict[str, Any]] = []
