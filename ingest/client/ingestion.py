@@ -22,7 +22,7 @@ from ingest.client.limits import DEFAULT_SPOOL, Limits
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprints, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 from ingest.client.values import Unacceptable
@@ -79,7 +79,7 @@ class Ingestion:
     ) -> None:  # fmt: skip
         self._limits = limits or Limits()
         self._directory = _usable(spool)
-        self._owners = [fingerprint(base_url, each) for each in (token, *previous_tokens)]
+        self._owners = [owner for each in (token, *previous_tokens) for owner in fingerprints(base_url, each)]
         self._when_full, self._on_rejected, self._strict = when_full, on_rejected, strict
         self._transport = transport or HttpTransport(
             token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max

@@ -40,6 +40,12 @@ def fingerprint(base_url: str, token: str) -> str:
     return sha256(f"{base_url}\n{token}".encode()).hexdigest()[:16]
 
 
+def fingerprints(base_url: str, token: str) -> list[str]:
+    """The name of new files, and those of files from when a slash at the end made another address."""
+    bare = base_url.rstrip("/")
+    return [fingerprint(spelling, token) for spelling in dict.fromkeys((bare, bare + "/", base_url))]
+
+
 class Spool:
     """One file, opened at the first use. Not for several threads at once: the outbox's lock guards it."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, fingerprints, spools
 
 OWNER = "owner"
 
@@ -96,3 +96,12 @@ def test_a_fingerprint_tells_server_and_token_apart() -> None:
 
     assert len(names) == 4
     assert all("t" not in name and "s" not in name for name in names)
+
+
+def test_a_slash_at_the_end_makes_no_other_server() -> None:
+    """However an address is spelled, new files have one name, and those of every spelling are found by it."""
+    spellings = ("http://a", "http://a/")
+
+    assert {fingerprints(url, "t")[0] for url in (*spellings, "http://a//")} == {fingerprint("http://a", "t")}
+    for url in spellings:
+        assert {fingerprint(spelling, "t") for spelling in spellings} == set(fingerprints(url, "t"))
