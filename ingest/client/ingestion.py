@@ -22,7 +22,7 @@ from ingest.client.limits import DEFAULT_SPOOL, Limits
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, fingerprints, spools
+from ingest.client.spool import Spool, SpoolBroken, owned, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 from ingest.client.values import Unacceptable
@@ -79,16 +79,20 @@ class Ingestion:
     ) -> None:  # fmt: skip
         self._limits = limits or Limits()
         self._directory = _usable(spool)
-        self._owners = [owner for each in (token, *previous_tokens) for owner in fingerprints(base_url, each)]
         self._when_full, self._on_rejected, self._strict = when_full, on_rejected, strict
         self._transport = transport or HttpTransport(
             token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max
         )
+        destination = getattr(self._transport, "destination", "")
+        self._owners, doubtful = owned(base_url, (token, *previous_tokens), destination)
         self._is_closed = False
         self._begin()
         lifecycle.look_after(self, handle_sigterm=handle_sigterm)
-        if self._directory and any(any(self._directory.glob(f"{owner}-*")) for owner in self._owners):
+        if self._directory and _has_files(self._directory, self._owners):
             self._start()
+        if self._directory and _has_files(self._directory, doubtful):
+            logger.warning("the spool has events that may be another organization's: they stay there until this token "
+                           "is among the previous_tokens", extra={"directory": str(self._directory)})  # fmt: skip
 
     def _begin(self) -> None:
         """The state of one process."""
@@ -303,6 +307,10 @@ def _usable(spool: str | Path | None) -> Path | None:
         logger.warning("no spool: events are held in memory only", extra={"cause": str(error)})
         return None
     return directory
+
+
+def _has_files(directory: Path, owners: Sequence[str]) -> bool:
+    return any(any(directory.glob(f"{owner}-*")) for owner in owners)
 
 
 def _move(spool: Spool, outbox: Outbox) -> bool:

@@ -8,6 +8,9 @@ it refuses becomes a dead letter there and is not told to the client.
 
     Ingestion("", base_url="kafka://broker:9092", transport=KafkaTransport("broker:9092", ORGANIZATION_ID))
 
+A spool belongs to the address, the organization and the topic together. Files from before that was so belong to the
+address alone, and stay until somebody who knows that they are this organization's gives ``previous_tokens=("",)``.
+
 Needs confluent-kafka.
 """
 
@@ -55,6 +58,7 @@ class KafkaTransport:
             "logger": _logger, **(settings or {}),
         }  # fmt: skip
         self._topic, self._organization_id, self._timeout_s = topic, organization_id, timeout_s
+        self.destination = f"{organization_id}\n{topic}"
         self._lock = threading.Lock()
         self._producer: Any = None
         self._partitions = 0

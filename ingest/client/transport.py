@@ -23,7 +23,11 @@ _GZIP_BODY_BYTES_MIN = 1400  # what fits into one packet is not worth the work
 
 
 class Transport(Protocol):
-    """Sends batches, from several threads at once."""
+    """Sends batches, from several threads at once.
+
+    Where neither the address nor the token says whose the events are, the string ``destination`` does: what is left in
+    a spool is then sent by none but clients of the same destination.
+    """
 
     def send(self, lines: Sequence[bytes]) -> Outcome:
         """Send events, a JSON object each; what became of them. Blocks, and does not raise."""
