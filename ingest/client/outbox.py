@@ -33,12 +33,17 @@ _SPOOL_RETRY_S = 1.0
 
 
 class Batch(msgspec.Struct):
-    """Events that travel together. ``tries`` counts what went wrong with these very events; ``mark`` is the number of
-    batches that had been acknowledged when that happened last, or when this one left first."""
+    """Events that travel together. ``tries`` counts what went wrong with these very events, ``waits`` how often nothing
+    could be learned but to wait. ``mark`` and ``wait_mark`` are how many batches had been acknowledged, and how many
+    had to wait, when either happened last, or when this one left first."""
 
     rows: list[Row]
     tries: int = 0
     mark: int = 0
+    waits: int = 0
+    wait_mark: int = 0
+    passes_missed: float = 0.0
+    """How often a single event would have passed by now, had it had the chance that others had."""
 
 
 Again = tuple[Batch, float]
@@ -53,7 +58,7 @@ class Outbox:
         self._lock = RLock()  # a fork may happen while its owner holds it
         self.changed = Condition(self._lock)
         self.taken = self.adopted = self.acknowledged = self.rejected = self.dropped = self.unspooled = 0
-        self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = 0
+        self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = self.waits = 0
         self.is_closing = False
         self._when_full, self._spool = when_full, spool
         self._memory: deque[Row] = deque()
@@ -113,7 +118,8 @@ class Outbox:
                 now_s = time.monotonic()
                 wait_s = self._seconds_until_ready(now_s)
                 if wait_s is not None and wait_s <= 0 and (batch := self._form(now_s)):
-                    batch.mark = batch.mark if batch.tries else self.acknowledged_batches
+                    if not batch.tries and not batch.waits:
+                        batch.mark, batch.wait_mark = self.acknowledged_batches, self.waits
                     self._flying.add(batch.rows[0][0])
                     self.in_flight += 1
                     if self._memory or self._held_back:
@@ -255,16 +261,24 @@ class Outbox:
     def _form(self, now_s: float) -> Batch | None:
         """A batch that was held back and is due, or the head of the line.
 
-        While the server does not answer, a batch that may be the reason is not the one to ask with.
+        While the server does not answer, a batch that may be the reason is not the one to ask with. A single event
+        asks, a new one, or one of that batch where nothing else waits.
         """
-        due = bool(self._held_back) and self._held_back[0][0] <= now_s
-        if due and not (self.pace.failures and self._held_back[0][2].tries and self._memory):
+        is_asking = self.pace.failures > 0
+        due = self._held_back[0][2] if self._held_back and self._held_back[0][0] <= now_s else None
+        if due and not (is_asking and (due.tries or due.waits)):
             return heapq.heappop(self._held_back)[2]
-        if not self._memory and not (self._is_behind and self._refill()):
-            return None
+        if self._memory or (self._is_behind and self._refill()):
+            return self._head(1 if is_asking else self.limits.batch_events_max, now_s)
+        if due and len(due.rows) > 1:
+            return Batch([due.rows.pop()], due.tries, due.mark, due.waits, due.wait_mark)
+        return heapq.heappop(self._held_back)[2] if due else None
+
+    def _head(self, events_max: int, now_s: float) -> Batch:
+        """The first events in memory."""
         rows: list[Row] = []
         size = 0
-        for row in islice(self._memory, self.limits.batch_events_max):
+        for row in islice(self._memory, events_max):
             size += len(row[1]) + 1
             if rows and size > self.limits.batch_bytes_max:
                 break
