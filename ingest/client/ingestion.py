@@ -66,7 +66,7 @@ class Ingestion:
     ``spool``: a directory for what is not yet acknowledged, shared by as many processes as you like; None keeps events
     in memory alone, and a killed process loses them. ``previous_tokens`` are those whose events may still lie there.
     ``when_full``: what happens once ``limits.held_bytes_max`` wait: ``block`` for at most ``limits.block_s_max`` and
-    then reject, ``drop_oldest``, or ``raise`` SpoolFull.
+    then reject, at once until some of them are settled; ``drop_oldest``, or ``raise`` SpoolFull.
     ``on_rejected`` gets every event that will not count, from any thread. ``strict`` raises at capture instead.
     ``handle_sigterm``: end in order at SIGTERM if nobody else handles it.
     """
@@ -109,7 +109,7 @@ class Ingestion:
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """Capture one event; its id, or None when it was rejected.
 
-        Takes microseconds, and at most ``limits.block_s_max`` when the spool is full and it shall block. Raises
+        Takes microseconds, and at most ``limits.block_s_max`` when the spool has become full and it shall block. Raises
         nothing, but EventRefused in strict mode and SpoolFull if that was chosen. The event is not changed.
         """
         try:

@@ -73,6 +73,7 @@ class Outbox:
         self._first_since_s = 0.0  # since when the head of the line waits
         self._hurry = 0  # events up to this number do not linger
         self._waiting = 0  # threads in ``take``
+        self._is_stuck = False  # somebody waited for room in vain, and none has appeared since
 
     def put(self, line: bytes) -> bool:
         """Take one event; False when there is no room, or when it closes. Raises SpoolFull if that was chosen."""
@@ -141,6 +142,7 @@ class Outbox:
                 self.rejected += len(rows)
             self.pending -= len(rows)
             self.held_bytes -= sum(len(line) for _, line in rows)
+            self._is_stuck = False
             self._erase([number for number, _ in rows])
 
     def land(self, batch: Batch, again: Sequence[Again] = ()) -> None:
@@ -226,7 +228,9 @@ class Outbox:
         if self._when_full == "raise":
             raise SpoolFull("as many bytes as allowed wait for the server")
         if self._when_full == "block":
-            return self.changed.wait_for(has_room, self.limits.block_s_max)
+            if not self._is_stuck:  # or else each event would wait as long, one after the other
+                self._is_stuck = not self.changed.wait_for(has_room, self.limits.block_s_max)
+            return has_room()
         while not has_room() and (row := self._oldest()):
             self.dropped += 1
             self.pending -= 1

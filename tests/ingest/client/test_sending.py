@@ -368,6 +368,24 @@ def test_when_full_capturing_may_wait(spool: Path | None) -> None:
     assert len(server.taken) == ingestion.stats().captured - len(rejected)
 
 
+def test_only_the_first_waits_for_room_that_does_not_come(spool: Path | None) -> None:
+    """Those after it are refused at once, though the bound on waiting is longer than this test; room lets one wait."""
+    is_away, limits = True, msgspec.structs.replace(FULL, block_s_max=0.05)
+    with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
+        ingestion = Ingestion("token", base_url=server.url, spool=spool, limits=limits)
+        while ingestion.ingest(event(ingestion.stats().captured)):
+            pass
+        ingestion._outbox.limits = msgspec.structs.replace(limits, block_s_max=1e6)
+        assert [ingestion.ingest(event(number)) for number in range(100, 200)] == [None] * 100
+        is_away = False
+        assert ingestion.flush(PATIENCE_S)
+        assert not ingestion._outbox._is_stuck
+        assert ingestion.ingest(event(200)) == "e200"
+        ingestion.close(PATIENCE_S)
+
+    assert_adds_up(ingestion.stats())
+
+
 def test_strict_raises_what_would_be_handed_over() -> None:
     """In strict mode the caller learns at once that its event is bad."""
     with FaultServer() as server, client(server, strict=True) as ingestion:
