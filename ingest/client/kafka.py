@@ -30,6 +30,9 @@ from meters.partition_key import partition_key, partition_of
 ORGANIZATION = "organization"
 """The header that names whose events a record holds."""
 
+RECORD_BYTES_MAX = 24 * 1024 * 1024 + 64 * 1024
+"""Of a record with what belongs to it: as gateways write them, and as the topic takes them."""
+
 _POLL_S = 0.05
 _CUSTOMERS_MAX = 100_000  # whose partitions are remembered: some ten megabytes
 
@@ -55,7 +58,7 @@ class KafkaTransport:
         self._settings = {
             "bootstrap.servers": brokers, "acks": "all", "compression.type": "lz4", "linger.ms": 1,
             "delivery.timeout.ms": int(timeout_s * 1000), "request.timeout.ms": int(timeout_s * 1000),
-            "logger": _logger, **(settings or {}),
+            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger, **(settings or {}),
         }  # fmt: skip
         self._topic, self._organization_id, self._timeout_s = topic, organization_id, timeout_s
         self.destination = f"{organization_id}\n{topic}"

@@ -11,10 +11,14 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
+from ingest.client.event import EVENT_BYTES_MAX
+from ingest.client.kafka import RECORD_BYTES_MAX
 from ingest.client.spool import SUFFIX, Spool, fingerprint, fingerprints
-from ingest.log import open_log
+from ingest.log import kafka_init, open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
+from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES
+from ingest.log.limits import Limits as LogLimits
 from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key, partition_of
 from tests.kafka.cluster import Cluster
@@ -22,6 +26,7 @@ from tests.kafka.mock import mock_brokers
 from tests.waiting import eventually
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
+ADDRESS = "kafka://anywhere"
 PARTITIONS = 3
 QUICK = Limits(linger_s=0.01, backoff_s=0.05, backoff_s_max=0.5)
 
@@ -160,6 +165,25 @@ def test_an_event_that_the_brokers_find_too_large_is_handed_over(kafka: Cluster,
     assert sum(record.value.count(b"\n") + 1 for record in records(url)) == 9
 
 
+LARGEST_TEXT_BYTES = EVENT_BYTES_MAX - 1000
+
+
+def test_the_largest_event_reaches_the_topic(bootstrap: str, prefix: str) -> None:
+    """What may be captured may be written; the bound of a record is the gateways'."""
+    counts = {"vendor": "v", "model": "m", "input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+    large = {"_llm": {**counts, "prompt": "x" * LARGEST_TEXT_BYTES}}
+    with Ingestion(
+        "", base_url=ADDRESS, spool=None, limits=QUICK, transport=transport(bootstrap, prefix)
+    ) as ingestion:
+        ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e", "metadata": large})
+        assert ingestion.flush(60)
+    [record] = written(bootstrap, f"{prefix}.{USAGE_EVENTS}")[1]
+
+    assert len(record.value) > LARGEST_TEXT_BYTES
+    assert ingestion.stats().acknowledged == 1
+    assert RECORD_BYTES_MAX == LogLimits().value_bytes_max + RECORD_OVERHEAD_BYTES < kafka_init.RECORD_BYTES_MAX
+
+
 def test_making_a_transport_connects_to_nobody() -> None:
     """So it may be made anywhere, in an event loop too; the first batch is what looks for brokers."""
     with socket.create_server(("127.0.0.1", 0)) as broker:
@@ -167,9 +191,6 @@ def test_making_a_transport_connects_to_nobody() -> None:
         KafkaTransport(f"127.0.0.1:{broker.getsockname()[1]}", ORGANIZATION).close()
         with pytest.raises(TimeoutError):
             broker.accept()
-
-
-ADDRESS = "kafka://anywhere"
 
 
 def leave(spool: Path, owner: str, external_id: str) -> None:
