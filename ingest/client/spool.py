@@ -9,6 +9,8 @@ A process owns both by SQLite's exclusive lock, held while the file is open. So 
 never wait for one another, and a file that can be locked belongs to nobody: its process is gone, killed perhaps, and
 whoever locks it takes over the events, ids and all.
 
+Prompts may be in it, so nobody but its user reads it, whoever may look into the directory.
+
 A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
 """
 
@@ -156,6 +158,7 @@ class Spool:
             path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)
                 connection, journal = _connect(path)
                 if path.exists():
                     self._opened, self._path = (connection, journal), path
@@ -201,7 +204,8 @@ def _transaction(connection: sqlite3.Connection, manner: str) -> Iterator[None]:
 
 def _connect(path: Path) -> tuple[sqlite3.Connection, Journal]:
     """The file, locked, and its journal, without what a process that was killed in ``_fold`` had in both."""
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # a file that SQLite made would be readable by others
+    connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")
