@@ -135,11 +135,17 @@ class Ingestion:
         except SpoolFull:
             self._count_refused()
             raise
+        if self._is_closed and lifecycle.is_ending.is_set() and self._leave(sealed.line):
+            return sealed.external_id
         type, msg = _CLOSED if self._is_closed else _FULL
         self._refuse(Rejection(event, sealed.external_id, type, (), msg, "spool"))
         return None
 
     capture = ingest
+
+    def _leave(self, line: bytes) -> bool:
+        """To the next process: this one was closed because it ends."""
+        return self._directory is not None and self._outbox.leave(line, Spool(self._directory, self._owners[0]))
 
     def strategy(self, strategy_class: type[S], event_name: str, **metadata: Any) -> S:
         """A strategy that reports events of this name, with this metadata on each."""

@@ -187,6 +187,20 @@ class Outbox:
             spool.close()
             return len(self._unspooled)
 
+    def leave(self, line: bytes, spool: Spool) -> bool:
+        """After ``close``: keep an event for the next process alone, in a file of its own."""
+        with self.changed:
+            try:
+                spool.append(1, line)
+                spool.close()
+            except SpoolBroken as error:
+                logger.warning("the spool cannot be written", extra={"cause": str(error)})
+                return False
+            self.taken += 1
+            self.pending += 1
+            self.held_bytes += len(line)
+            return True
+
     def forget(self) -> None:
         """After a fork, in the child: everything here is the parent's."""
         if self._spool:
