@@ -2,7 +2,8 @@
 
 Only a 2xx acknowledges. A 422 speaks of single events: its ``detail`` names them by index, and they will never be
 taken; when it names none, halves tell. What concerns the sender or the server as a whole (no connection, 401, 429,
-503) waits and loses nothing. Everything else may be the fault of this one batch, or of the server: see ``Failed``.
+503) waits and loses nothing; of some of it the events may be the reason after all, which others tell that get through.
+Everything else may be the fault of this one batch, or of the server: see ``Failed``.
 """
 
 from collections.abc import Mapping
@@ -28,10 +29,14 @@ class Taken(msgspec.Struct, frozen=True):
 
 
 class Unavailable(msgspec.Struct, frozen=True):
-    """Nothing can be sent now, whatever it is. ``retry_after_s`` is the server's wish."""
+    """Nothing can be sent now, whatever it is. ``retry_after_s`` is the server's wish.
+
+    ``may_be_events``: so it looks as well where something in these events is not let through, or breaks the server.
+    """
 
     cause: str
     retry_after_s: float | None = None
+    may_be_events: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -57,6 +62,9 @@ Outcome = Taken | Unavailable | Failed | Refused
 _WAITING = frozenset({401, 402, 403, 404, 405, 407, 408, 421, 423, 425, 429, 502, 503, 504})
 """Statuses that say nothing of the events: credentials, address, rate, an overloaded or absent server."""
 
+_AMBIGUOUS = frozenset({403, 408, 502, 503, 504})
+"""Those that a firewall gives to a text it does not like, and a proxy when a request breaks the server behind it."""
+
 
 def read_answer(status: int, headers: Mapping[str, str], body: bytes, now: datetime) -> Outcome:
     """What an HTTP answer means. Header names are looked up in lower case."""
@@ -68,7 +76,7 @@ def read_answer(status: int, headers: Mapping[str, str], body: bytes, now: datet
     if status == 413:
         return Refused(cause)
     if status in _WAITING or 300 <= status < 400:
-        return Unavailable(cause, _retry_after_s(headers, now))
+        return Unavailable(cause, _retry_after_s(headers, now), status in _AMBIGUOUS)
     return Failed(cause, is_final=400 <= status < 500)
 
 

@@ -1,18 +1,26 @@
 """``AsyncIngestion``: the same client in an application with an event loop.
 
 Capturing takes microseconds and is done at once, on the loop; whatever may wait (room in a full spool, ``flush``,
-``close``) waits in a thread, so that the loop goes on. Events travel on the client's own threads, so that a busy loop
-holds no usage up and an ended one loses none.
+``close``) waits in a thread, so that the loop goes on; not in one of those in which asyncio looks up hosts. Events
+travel on the client's own threads, so that a busy loop holds no usage up and an ended one loses none.
 """
 
 import asyncio
-from collections.abc import Mapping
+import contextvars
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ingest.client.event import Event
 from ingest.client.ingestion import Ingestion, Stats
+from ingest.client.lifecycle import abandon
 from ingest.client.strategy import S
+
+_WAITING_MAX = 8  # threads: more events that wait for room would only wait behind each other
+
+T = TypeVar("T")
 
 
 class AsyncIngestion:
@@ -20,16 +28,17 @@ class AsyncIngestion:
 
     def __init__(self, token: str, **arguments: Any) -> None:
         self._ingestion = Ingestion(token, **arguments)
+        self._threads = self._make_threads()
 
     async def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """As ``Ingestion.ingest``; waiting for room leaves the loop free."""
         if self._ingestion.may_wait():
-            return await asyncio.to_thread(self._ingestion.ingest, event)
+            return await self._wait(lambda: self._ingestion.ingest(event))
         return self._ingestion.ingest(event)
 
     def capture(self, event: Event | Mapping[str, Any]) -> str | None:
         """As ``Ingestion.ingest``, for strategies and for code that cannot await: where the spool is full and shall
-        block, this holds the loop up for at most ``limits.block_s_max``."""
+        block, this holds the loop up for at most ``limits.block_s_max``, and not again until room has appeared."""
         return self._ingestion.ingest(event)
 
     def strategy(self, strategy_class: type[S], event_name: str, **metadata: Any) -> S:
@@ -38,11 +47,11 @@ class AsyncIngestion:
 
     async def flush(self, timeout_s: float | None = None) -> bool:
         """As ``Ingestion.flush``."""
-        return await asyncio.to_thread(self._ingestion.flush, timeout_s)
+        return await self._wait(lambda: self._ingestion.flush(timeout_s))
 
     async def close(self, timeout_s: float | None = None) -> None:
         """As ``Ingestion.close``."""
-        await asyncio.to_thread(self._ingestion.close, timeout_s)
+        await asyncio.to_thread(self._ingestion.close, timeout_s)  # not behind flushes that only it ends
 
     def stats(self) -> Stats:
         """As ``Ingestion.stats``."""
@@ -55,3 +64,14 @@ class AsyncIngestion:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _wait(self, action: Callable[[], T]) -> T:
+        if self._process_id != os.getpid():  # a fork: the threads did not come along
+            abandon(self._threads)
+            self._threads = self._make_threads()
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: context.run(action))
+
+    def _make_threads(self) -> ThreadPoolExecutor:
+        self._process_id = os.getpid()
+        return ThreadPoolExecutor(_WAITING_MAX, "meterstream-client-waiting")

@@ -22,7 +22,7 @@ from ingest.client.limits import DEFAULT_SPOOL, Limits
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Spool, SpoolBroken, owned, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 from ingest.client.values import Unacceptable
@@ -66,7 +66,7 @@ class Ingestion:
     ``spool``: a directory for what is not yet acknowledged, shared by as many processes as you like; None keeps events
     in memory alone, and a killed process loses them. ``previous_tokens`` are those whose events may still lie there.
     ``when_full``: what happens once ``limits.held_bytes_max`` wait: ``block`` for at most ``limits.block_s_max`` and
-    then reject, ``drop_oldest``, or ``raise`` SpoolFull.
+    then reject, at once until some of them are settled; ``drop_oldest``, or ``raise`` SpoolFull.
     ``on_rejected`` gets every event that will not count, from any thread. ``strict`` raises at capture instead.
     ``handle_sigterm``: end in order at SIGTERM if nobody else handles it.
     """
@@ -79,16 +79,20 @@ class Ingestion:
     ) -> None:  # fmt: skip
         self._limits = limits or Limits()
         self._directory = _usable(spool)
-        self._owners = [fingerprint(base_url, each) for each in (token, *previous_tokens)]
         self._when_full, self._on_rejected, self._strict = when_full, on_rejected, strict
         self._transport = transport or HttpTransport(
             token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max
         )
+        destination = getattr(self._transport, "destination", "")
+        self._owners, doubtful = owned(base_url, (token, *previous_tokens), destination)
         self._is_closed = False
         self._begin()
         lifecycle.look_after(self, handle_sigterm=handle_sigterm)
-        if self._directory and any(any(self._directory.glob(f"{owner}-*")) for owner in self._owners):
+        if self._directory and _has_files(self._directory, self._owners):
             self._start()
+        if self._directory and _has_files(self._directory, doubtful):
+            logger.warning("the spool has events that may be another organization's: they stay there until this token "
+                           "is among the previous_tokens", extra={"directory": str(self._directory)})  # fmt: skip
 
     def _begin(self) -> None:
         """The state of one process."""
@@ -105,7 +109,7 @@ class Ingestion:
     def ingest(self, event: Event | Mapping[str, Any]) -> str | None:
         """Capture one event; its id, or None when it was rejected.
 
-        Takes microseconds, and at most ``limits.block_s_max`` when the spool is full and it shall block. Raises
+        Takes microseconds, and at most ``limits.block_s_max`` when the spool has become full and it shall block. Raises
         nothing, but EventRefused in strict mode and SpoolFull if that was chosen. The event is not changed.
         """
         try:
@@ -131,11 +135,17 @@ class Ingestion:
         except SpoolFull:
             self._count_refused()
             raise
+        if self._is_closed and lifecycle.is_ending.is_set() and self._leave(sealed.line):
+            return sealed.external_id
         type, msg = _CLOSED if self._is_closed else _FULL
         self._refuse(Rejection(event, sealed.external_id, type, (), msg, "spool"))
         return None
 
     capture = ingest
+
+    def _leave(self, line: bytes) -> bool:
+        """To the next process: this one was closed because it ends."""
+        return self._directory is not None and self._outbox.leave(line, Spool(self._directory, self._owners[0]))
 
     def strategy(self, strategy_class: type[S], event_name: str, **metadata: Any) -> S:
         """A strategy that reports events of this name, with this metadata on each."""
@@ -303,6 +313,10 @@ def _usable(spool: str | Path | None) -> Path | None:
         logger.warning("no spool: events are held in memory only", extra={"cause": str(error)})
         return None
     return directory
+
+
+def _has_files(directory: Path, owners: Sequence[str]) -> bool:
+    return any(any(directory.glob(f"{owner}-*")) for owner in owners)
 
 
 def _move(spool: Spool, outbox: Outbox) -> bool:

@@ -32,7 +32,7 @@ class Journal:
 
     def __init__(self, spool: Path) -> None:
         self._path = Path(f"{spool}{SUFFIX}")
-        self._path.touch()
+        self._path.touch(mode=0o600)
         self._file = FileIO(self._path, "r+")
         self._descriptor = self._file.fileno()
         *lines, unfinished = self._file.readall().split(b"\n")

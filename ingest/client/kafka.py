@@ -8,6 +8,9 @@ it refuses becomes a dead letter there and is not told to the client.
 
     Ingestion("", base_url="kafka://broker:9092", transport=KafkaTransport("broker:9092", ORGANIZATION_ID))
 
+A spool belongs to the address, the organization and the topic together. Files from before that was so belong to the
+address alone, and stay until somebody who knows that they are this organization's gives ``previous_tokens=("",)``.
+
 Needs confluent-kafka.
 """
 
@@ -26,6 +29,9 @@ from meters.partition_key import partition_key, partition_of
 
 ORGANIZATION = "organization"
 """The header that names whose events a record holds."""
+
+RECORD_BYTES_MAX = 24 * 1024 * 1024 + 64 * 1024
+"""Of a record with what belongs to it: as gateways write them, and as the topic takes them."""
 
 _POLL_S = 0.05
 _CUSTOMERS_MAX = 100_000  # whose partitions are remembered: some ten megabytes
@@ -52,9 +58,10 @@ class KafkaTransport:
         self._settings = {
             "bootstrap.servers": brokers, "acks": "all", "compression.type": "lz4", "linger.ms": 1,
             "delivery.timeout.ms": int(timeout_s * 1000), "request.timeout.ms": int(timeout_s * 1000),
-            "logger": _logger, **(settings or {}),
+            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger, **(settings or {}),
         }  # fmt: skip
         self._topic, self._organization_id, self._timeout_s = topic, organization_id, timeout_s
+        self.destination = f"{organization_id}\n{topic}"
         self._lock = threading.Lock()
         self._producer: Any = None
         self._partitions = 0

@@ -4,7 +4,8 @@ A fork happens while no client is in the middle of something: its lock is held a
 anew, with threads, connections and a spool of its own, and without the parent's events, which the parent sends.
 No thread of a client imports anything: a module that is being imported when the process forks stays locked in the
 child, for ever.
-At the end of the interpreter every client closes within its bound. SIGTERM, which by default ends Python on the spot,
+At the end of the interpreter every client closes within its bound; what is told after that, by streams that nobody had
+ended, is for the spool. SIGTERM, which by default ends Python on the spot,
 is made to end it in order, but only where the application has not decided otherwise.
 """
 
@@ -39,6 +40,9 @@ class Living(Protocol):
 
 
 _FIRST = 100  # before pools and managers end, which have 15 and less
+
+is_ending = threading.Event()
+"""The interpreter ends, and clients were closed for it."""
 
 _clients: "WeakSet[Living]" = WeakSet()
 _held: list[Living] = []
@@ -100,6 +104,7 @@ def _after_in_child() -> None:
 
 
 def _at_exit() -> None:
+    is_ending.set()
     for client in list(_clients):
         try:
             client.close()

@@ -42,7 +42,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     million events, hours of a busy application without its server. The journal adds at most 16 MiB to it."""
 
     block_s_max: float = 1.0
-    """The longest that capturing an event may wait for room, when that is what a full spool shall do."""
+    """The longest that capturing an event may wait for room, when that is what a full spool shall do. Who comes after
+    one that waited in vain is refused at once, until room appears."""
 
     close_s_max: float = 5.0
     """Seconds to send the rest at the end; orchestrators kill after ten or thirty."""

@@ -33,12 +33,17 @@ _SPOOL_RETRY_S = 1.0
 
 
 class Batch(msgspec.Struct):
-    """Events that travel together. ``tries`` counts what went wrong with these very events; ``mark`` is the number of
-    batches that had been acknowledged when that happened last, or when this one left first."""
+    """Events that travel together. ``tries`` counts what went wrong with these very events, ``waits`` how often nothing
+    could be learned but to wait. ``mark`` and ``wait_mark`` are how many batches had been acknowledged, and how many
+    had to wait, when either happened last, or when this one left first."""
 
     rows: list[Row]
     tries: int = 0
     mark: int = 0
+    waits: int = 0
+    wait_mark: int = 0
+    passes_missed: float = 0.0
+    """How often a single event would have passed by now, had it had the chance that others had."""
 
 
 Again = tuple[Batch, float]
@@ -53,7 +58,7 @@ class Outbox:
         self._lock = RLock()  # a fork may happen while its owner holds it
         self.changed = Condition(self._lock)
         self.taken = self.adopted = self.acknowledged = self.rejected = self.dropped = self.unspooled = 0
-        self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = 0
+        self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = self.waits = 0
         self.is_closing = False
         self._when_full, self._spool = when_full, spool
         self._memory: deque[Row] = deque()
@@ -68,6 +73,7 @@ class Outbox:
         self._first_since_s = 0.0  # since when the head of the line waits
         self._hurry = 0  # events up to this number do not linger
         self._waiting = 0  # threads in ``take``
+        self._is_stuck = False  # somebody waited for room in vain, and none has appeared since
 
     def put(self, line: bytes) -> bool:
         """Take one event; False when there is no room, or when it closes. Raises SpoolFull if that was chosen."""
@@ -113,7 +119,8 @@ class Outbox:
                 now_s = time.monotonic()
                 wait_s = self._seconds_until_ready(now_s)
                 if wait_s is not None and wait_s <= 0 and (batch := self._form(now_s)):
-                    batch.mark = batch.mark if batch.tries else self.acknowledged_batches
+                    if not batch.tries and not batch.waits:
+                        batch.mark, batch.wait_mark = self.acknowledged_batches, self.waits
                     self._flying.add(batch.rows[0][0])
                     self.in_flight += 1
                     if self._memory or self._held_back:
@@ -135,6 +142,7 @@ class Outbox:
                 self.rejected += len(rows)
             self.pending -= len(rows)
             self.held_bytes -= sum(len(line) for _, line in rows)
+            self._is_stuck = False
             self._erase([number for number, _ in rows])
 
     def land(self, batch: Batch, again: Sequence[Again] = ()) -> None:
@@ -179,6 +187,20 @@ class Outbox:
             spool.close()
             return len(self._unspooled)
 
+    def leave(self, line: bytes, spool: Spool) -> bool:
+        """After ``close``: keep an event for the next process alone, in a file of its own."""
+        with self.changed:
+            try:
+                spool.append(1, line)
+                spool.close()
+            except SpoolBroken as error:
+                logger.warning("the spool cannot be written", extra={"cause": str(error)})
+                return False
+            self.taken += 1
+            self.pending += 1
+            self.held_bytes += len(line)
+            return True
+
     def forget(self) -> None:
         """After a fork, in the child: everything here is the parent's."""
         if self._spool:
@@ -220,7 +242,9 @@ class Outbox:
         if self._when_full == "raise":
             raise SpoolFull("as many bytes as allowed wait for the server")
         if self._when_full == "block":
-            return self.changed.wait_for(has_room, self.limits.block_s_max)
+            if not self._is_stuck:  # or else each event would wait as long, one after the other
+                self._is_stuck = not self.changed.wait_for(has_room, self.limits.block_s_max)
+            return has_room()
         while not has_room() and (row := self._oldest()):
             self.dropped += 1
             self.pending -= 1
@@ -255,16 +279,24 @@ class Outbox:
     def _form(self, now_s: float) -> Batch | None:
         """A batch that was held back and is due, or the head of the line.
 
-        While the server does not answer, a batch that may be the reason is not the one to ask with.
+        While the server does not answer, a batch that may be the reason is not the one to ask with. A single event
+        asks, a new one, or one of that batch where nothing else waits.
         """
-        due = bool(self._held_back) and self._held_back[0][0] <= now_s
-        if due and not (self.pace.failures and self._held_back[0][2].tries and self._memory):
+        is_asking = self.pace.failures > 0
+        due = self._held_back[0][2] if self._held_back and self._held_back[0][0] <= now_s else None
+        if due and not (is_asking and (due.tries or due.waits)):
             return heapq.heappop(self._held_back)[2]
-        if not self._memory and not (self._is_behind and self._refill()):
-            return None
+        if self._memory or (self._is_behind and self._refill()):
+            return self._head(1 if is_asking else self.limits.batch_events_max, now_s)
+        if due and len(due.rows) > 1:
+            return Batch([due.rows.pop()], due.tries, due.mark, due.waits, due.wait_mark)
+        return heapq.heappop(self._held_back)[2] if due else None
+
+    def _head(self, events_max: int, now_s: float) -> Batch:
+        """The first events in memory."""
         rows: list[Row] = []
         size = 0
-        for row in islice(self._memory, self.limits.batch_events_max):
+        for row in islice(self._memory, events_max):
             size += len(row[1]) + 1
             if rows and size > self.limits.batch_bytes_max:
                 break

@@ -1,8 +1,9 @@
 """The threads that bring events to the server: take a batch, send it, settle what the answer settles, keep the rest.
 
 An event that will never be taken is found and handed over, and the others of its batch go on without it: by the
-index that the answer names, or by halves when it names none. A batch that fails for no stated reason steps aside and
-lets others pass; only when others get through is it halved, down to the event at fault.
+index that the answer names, or by halves when it names none. A batch that fails for no stated reason, or that may be
+why there is no answer, steps aside and lets others pass; only when others get through is it halved, down to the event
+at fault. While nobody gets through everything waits, and nothing is given up.
 """
 
 import logging
@@ -26,6 +27,9 @@ _EARLY_TRIES_MAX = 3  # waits for a server's clock to reach an event's time
 _EARLY_S_MAX = 600.0  # a clock further ahead than this is not drift: the event is rejected
 _PAUSE_S = 1.0  # after what should not happen
 _FINAL_TRIES = 5  # of a single event that is answered with an unexplained 4xx
+_PASSES_MISSED_MAX = 15.0
+"""What a single event may miss that is told to wait while others pass. A server that sends requests away at random, be
+it nine of ten, treats one so with a probability of e^-15: one in three million."""
 
 
 class Sender:
@@ -86,19 +90,41 @@ class Sender:
         self.retries += 1
         self.last_problem = outcome.cause
         if isinstance(outcome, Unavailable):
-            self._put_off(outcome)
-            return [(batch, 0.0)]
+            return self._unavailable(batch, outcome)
         if isinstance(outcome, Failed):
             return self._failed(batch, outcome)
         return self._refused(batch, outcome)
 
+    def _unavailable(self, batch: Batch, outcome: Unavailable) -> list[Again]:
+        """The whole client waits, unless it happens again to these events when others get through: then they do."""
+        outbox = self._outbox
+        with outbox.changed:
+            passed, waited = outbox.acknowledged_batches - batch.mark, outbox.waits - batch.wait_mark
+            is_again = batch.waits > 0 and passed > 0
+            is_suspect = is_again and outcome.may_be_events
+            batch.waits += 1
+            outbox.waits += 1
+            batch.mark, batch.wait_mark = outbox.acknowledged_batches, outbox.waits
+            delay_s = outbox.pace.backoff_s(batch.waits) if is_again else 0.0
+            if not is_suspect or outcome.retry_after_s is not None:
+                self._put_off(outcome)
+        if not is_suspect:
+            return [(batch, delay_s)]
+        if len(batch.rows) > 1:
+            return [(Batch(rows, batch.tries, batch.mark, batch.waits, batch.wait_mark), delay_s)
+                    for rows in _halves(batch.rows)]  # fmt: skip
+        batch.passes_missed += passed / (passed + waited)
+        if batch.passes_missed < _PASSES_MISSED_MAX:
+            return [(batch, delay_s)]
+        self._hand_over(batch.rows[0], Detail(outcome.cause, (), "The server takes other events, and not this one"))
+        return []
+
     def _put_off(self, outcome: Unavailable) -> None:
-        """The whole client waits; the batch is the first to go when it goes on."""
-        with self._outbox.changed:
-            pace = self._outbox.pace
-            pace.failed(time.monotonic(), outcome.retry_after_s)
-            if pace.failures == 1:
-                logger.warning("the server cannot be reached or asks to wait", extra={"cause": outcome.cause})
+        """The whole client waits. The lock is held by the caller."""
+        pace = self._outbox.pace
+        pace.failed(time.monotonic(), outcome.retry_after_s)
+        if pace.failures == 1:
+            logger.warning("the server cannot be reached or asks to wait", extra={"cause": outcome.cause})
 
     def _failed(self, batch: Batch, outcome: Failed) -> list[Again]:
         """Step aside; halve once it is clear that others get through."""

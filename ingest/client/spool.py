@@ -9,6 +9,8 @@ A process owns both by SQLite's exclusive lock, held while the file is open. So 
 never wait for one another, and a file that can be locked belongs to nobody: its process is gone, killed perhaps, and
 whoever locks it takes over the events, ids and all.
 
+Prompts may be in it, so nobody but its user reads it, whoever may look into the directory.
+
 A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
 """
 
@@ -35,9 +37,29 @@ class SpoolBroken(Exception):
     """The disk is full or fails: hold the event elsewhere and try again later."""
 
 
-def fingerprint(base_url: str, token: str) -> str:
+def fingerprint(base_url: str, token: str, destination: str = "") -> str:
     """Names whose events a file holds, so that none is ever sent to another server or organization."""
-    return sha256(f"{base_url}\n{token}".encode()).hexdigest()[:16]
+    whose = (base_url, token, destination) if destination else (base_url, token)
+    return sha256("\n".join(whose).encode()).hexdigest()[:16]
+
+
+def fingerprints(base_url: str, token: str, destination: str = "") -> list[str]:
+    """The name of new files, and those of files from when a slash at the end made another address."""
+    bare = base_url.rstrip("/")
+    return [fingerprint(spelling, token, destination) for spelling in dict.fromkeys((bare, bare + "/", base_url))]
+
+
+def owned(base_url: str, tokens: Sequence[str], destination: str) -> tuple[list[str], list[str]]:
+    """The names of files that are ours, with that of new ones first, and of files that may be ours.
+
+    Files from when a destination was no part of the name are anybody's who writes to that address with that token. They
+    are ours when the token is a previous one: whoever says so knows.
+    """
+    names = [name for token in tokens for name in fingerprints(base_url, token, destination)]
+    if not destination:
+        return names, []
+    names += [name for token in tokens[1:] for name in fingerprints(base_url, token)]
+    return names, [name for name in fingerprints(base_url, tokens[0]) if name not in names]
 
 
 class Spool:
@@ -136,6 +158,7 @@ class Spool:
             path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)
                 connection, journal = _connect(path)
                 if path.exists():
                     self._opened, self._path = (connection, journal), path
@@ -181,7 +204,8 @@ def _transaction(connection: sqlite3.Connection, manner: str) -> Iterator[None]:
 
 def _connect(path: Path) -> tuple[sqlite3.Connection, Journal]:
     """The file, locked, and its journal, without what a process that was killed in ``_fold`` had in both."""
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # a file that SQLite made would be readable by others
+    connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")

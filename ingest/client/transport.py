@@ -21,9 +21,16 @@ _GZIP_LEVEL = 1  # events repeat their keys: the first level already makes them 
 _GZIP_WINDOW_BITS = 31  # zlib's way of asking for a gzip header
 _GZIP_BODY_BYTES_MIN = 1400  # what fits into one packet is not worth the work
 
+_CUT_OFF = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""There was a connection, and whoever is behind it did not answer this request."""
+
 
 class Transport(Protocol):
-    """Sends batches, from several threads at once."""
+    """Sends batches, from several threads at once.
+
+    Where neither the address nor the token says whose the events are, the string ``destination`` does: what is left in
+    a spool is then sent by none but clients of the same destination.
+    """
 
     def send(self, lines: Sequence[bytes]) -> Outcome:
         """Send events, a JSON object each; what became of them. Blocks, and does not raise."""
@@ -60,7 +67,7 @@ class HttpTransport:
                 self._compresses = not isinstance(outcome, Taken)  # the body was good, so it was the compression
             return outcome
         except (httpx.HTTPError, OSError) as error:
-            return Unavailable(type(error).__name__)
+            return Unavailable(type(error).__name__, may_be_events=isinstance(error, _CUT_OFF))
 
     def after_fork(self) -> None:
         """A new pool; the old one's sockets belong to the parent."""

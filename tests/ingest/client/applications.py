@@ -20,6 +20,7 @@ from unittest.mock import patch
 import msgspec
 
 from ingest.client import Ingestion, Limits, journal, outbox
+from ingest.client.streams import WatchedStream, Watcher
 
 LIMITS = Limits(
     linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200, adopt_every_s=0.2
@@ -157,10 +158,36 @@ def collects(ingestion: Ingestion) -> None:
     assert ingestion.flush(20)
 
 
+class Told(Watcher):
+    """Captures an event when its stream ends, and says so."""
+
+    def __init__(self, ingestion: Ingestion) -> None:
+        self._ingestion, self._write = ingestion, os.write
+
+    def item(self, item: object) -> bool:
+        """Nothing to see."""
+        return True
+
+    def end(self, is_complete: bool) -> None:
+        """The end of the interpreter, most likely."""
+        self._write(1, f"{self._ingestion.ingest({'name': 'call', 'external_customer_id': 'u'})}\n".encode())
+
+
+_open: list[object] = []
+
+
+def leaves_streams_open(ingestion: Ingestion) -> None:
+    """Comes to its end in the middle of streams, whose usage is told after every client was closed."""
+    for _ in range(3):
+        stream = WatchedStream(iter(range(10)), Told(ingestion))
+        next(stream)
+        _open.append(stream)
+
+
 APPLICATIONS: dict[str, Callable[[Ingestion], None]] = {
     each.__name__: each
     for each in (ends, fails, waits, has_handler, runs, runs_short_of_memory, forks, forks_and_vanishes,
-                 forks_while_busy, pools, collects)
+                 forks_while_busy, pools, leaves_streams_open, collects)
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The client in an event loop: it is never held up, and nothing is lost when the loop ends."""
 
 import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,39 @@ def test_strict_raises_in_the_coroutine() -> None:
 
     with FaultServer() as server:
         asyncio.run(application(server))
+
+
+def test_waiting_for_room_takes_no_thread_of_the_loops_own() -> None:
+    """Those serve others meanwhile, look-ups of hosts among them; and the events are taken once there is room."""
+    is_away = True
+    limits = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, held_bytes_max=300, block_s_max=20)
+
+    async def application(server: FaultServer) -> None:
+        nonlocal is_away
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        ingestion = AsyncIngestion("token", base_url=server.url, spool=None, limits=limits)
+        ended = asyncio.gather(*(ingestion.ingest(event(number)) for number in range(20)))
+        await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)
+        assert not ended.done()
+        is_away = False
+        assert await ended == [f"e{number}" for number in range(20)]
+        await ingestion.close(20)
+
+    with FaultServer(lambda events, number: Bad(503) if is_away else None) as server:
+        asyncio.run(application(server))
+
+    assert len(server.taken) == 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_waits_in_threads_of_its_own() -> None:
+    """The parent's did not come along."""
+    with FaultServer() as server:
+        ingestion = AsyncIngestion("token", base_url=server.url, spool=None, limits=QUICK)
+        assert asyncio.run(ingestion.flush(20))
+        child = os.fork()
+        if not child:
+            is_right = asyncio.run(asyncio.wait_for(ingestion.flush(10), 20))
+            os._exit(0 if is_right else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        asyncio.run(ingestion.close())

@@ -4,22 +4,29 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
-from ingest.log import open_log
+from ingest.client.event import EVENT_BYTES_MAX
+from ingest.client.kafka import RECORD_BYTES_MAX
+from ingest.client.spool import SUFFIX, Spool, fingerprint, fingerprints
+from ingest.log import kafka_init, open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
+from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES
+from ingest.log.limits import Limits as LogLimits
 from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key, partition_of
 from tests.kafka.cluster import Cluster
 from tests.kafka.mock import mock_brokers
+from tests.waiting import eventually
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
+ADDRESS = "kafka://anywhere"
 PARTITIONS = 3
 QUICK = Limits(linger_s=0.01, backoff_s=0.05, backoff_s_max=0.5)
 
@@ -158,6 +165,25 @@ def test_an_event_that_the_brokers_find_too_large_is_handed_over(kafka: Cluster,
     assert sum(record.value.count(b"\n") + 1 for record in records(url)) == 9
 
 
+LARGEST_TEXT_BYTES = EVENT_BYTES_MAX - 1000
+
+
+def test_the_largest_event_reaches_the_topic(bootstrap: str, prefix: str) -> None:
+    """What may be captured may be written; the bound of a record is the gateways'."""
+    counts = {"vendor": "v", "model": "m", "input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+    large = {"_llm": {**counts, "prompt": "x" * LARGEST_TEXT_BYTES}}
+    with Ingestion(
+        "", base_url=ADDRESS, spool=None, limits=QUICK, transport=transport(bootstrap, prefix)
+    ) as ingestion:
+        ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e", "metadata": large})
+        assert ingestion.flush(60)
+    [record] = written(bootstrap, f"{prefix}.{USAGE_EVENTS}")[1]
+
+    assert len(record.value) > LARGEST_TEXT_BYTES
+    assert ingestion.stats().acknowledged == 1
+    assert RECORD_BYTES_MAX == LogLimits().value_bytes_max + RECORD_OVERHEAD_BYTES < kafka_init.RECORD_BYTES_MAX
+
+
 def test_making_a_transport_connects_to_nobody() -> None:
     """So it may be made anywhere, in an event loop too; the first batch is what looks for brokers."""
     with socket.create_server(("127.0.0.1", 0)) as broker:
@@ -165,3 +191,46 @@ def test_making_a_transport_connects_to_nobody() -> None:
         KafkaTransport(f"127.0.0.1:{broker.getsockname()[1]}", ORGANIZATION).close()
         with pytest.raises(TimeoutError):
             broker.accept()
+
+
+def leave(spool: Path, owner: str, external_id: str) -> None:
+    """What a process that is gone has left."""
+    abandoned = Spool(spool, owner)
+    line = {"name": "call", "external_customer_id": "u", "external_id": external_id}
+    abandoned.append(1, msgspec.json.encode(line))
+    abandoned.close()
+
+
+def sent_from(spool: Path, bootstrap: str, prefix: str, events: int, **options: Any) -> list[str]:
+    """The ids that a client writes which has captured nothing itself, once so many events are written."""
+    to = transport(bootstrap, prefix)
+    with Ingestion("", base_url=ADDRESS, spool=spool, limits=QUICK, transport=to, **options) as ingestion:
+        eventually(lambda: ingestion.stats().acknowledged >= events)
+    lines = [line for record in written(bootstrap, to._topic)[1] for line in record.value.split(b"\n")]
+    return sorted(msgspec.json.decode(line)["external_id"] for line in lines)
+
+
+def test_what_another_organization_left_is_not_ours(prefix: str, tmp_path: Path) -> None:
+    """Nor what was left for another topic, though address, token and directory are the same."""
+    topic = f"{prefix}.{USAGE_EVENTS}"
+    for organization, where in ((ORGANIZATION, topic), ("another", topic), (ORGANIZATION, "another")):
+        destination = KafkaTransport("anywhere", organization, topic=where).destination
+        leave(tmp_path, fingerprint(ADDRESS, "", destination), f"{organization}-{where}")
+    with mock_brokers() as brokers:
+        assert sent_from(tmp_path, brokers, prefix, 1) == [f"{ORGANIZATION}-{topic}"]
+
+    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 2
+
+
+def test_what_may_be_another_organizations_waits_for_a_word(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files that name an address alone stay until the token is said to be a previous one, and then are sent."""
+    for number, owner in enumerate(fingerprints(ADDRESS, "")):
+        leave(tmp_path, owner, f"e{number}")
+    with mock_brokers() as brokers:
+        assert sent_from(tmp_path, brokers, prefix, 0) == []
+        assert "another organization's" in caplog.text
+        assert sent_from(tmp_path, brokers, prefix, 2, previous_tokens=[""]) == ["e0", "e1"]
+
+    assert list(tmp_path.iterdir()) == []

@@ -151,6 +151,17 @@ clients = [Broken("token", base_url="http://127.0.0.1:1", spool=None) for _ in r
     assert done.stdout.split() == ["asked"] * 3
 
 
+def test_streams_that_are_open_at_the_end_are_left_to_the_next_process(server: FaultServer, tmp_path: Path) -> None:
+    """Their usage is told after the client was closed, and is then on the disk; without a spool it is rejected."""
+    ids, code, complaints = run("leaves_streams_open", server.url, tmp_path)
+    assert (len(ids), code, complaints) == (3, 0, "")
+    run("collects", server.url, tmp_path)
+    assert sorted(server.taken.elements()) == sorted(ids)
+
+    ids, code, _ = run("leaves_streams_open", server.url, None)
+    assert (ids, code) == (["None"] * 3, 0)
+
+
 def test_threads_import_nothing(server: FaultServer) -> None:
     """A module that a thread is importing when the process forks would be locked in the child for ever."""
     code = """

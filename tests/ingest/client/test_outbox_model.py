@@ -1,32 +1,52 @@
 """The line of waiting events, driven at random: an event is in exactly one place until it is settled, whatever happens.
 
-Batches are acknowledged, refused in part, halved and given back; the disk fails and recovers; memory overflows into the
-spool, and its journal into its file; the process is killed and another one takes over.
+Batches are acknowledged, refused in part, halved, put off and given back; the disk fails and recovers; memory overflows
+into the spool, and its journal into its file; the process is killed and another one takes over.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ingest.client import journal as journal_module
 from ingest.client import outbox as outbox_module
+from ingest.client import sending as sending_module
+from ingest.client.answer import Outcome, Unavailable
 from ingest.client.ingestion import _move
 from ingest.client.journal import Row
 from ingest.client.limits import Limits
 from ingest.client.outbox import Batch, Outbox
+from ingest.client.rejection import Rejection
+from ingest.client.sending import Sender
 from ingest.client.spool import Spool, SpoolBroken, spools
 
 OWNER = "owner"
-LIMITS = Limits(batch_events_max=3, linger_s=0, held_bytes_max=400, backoff_s=0, backoff_s_max=0)
+LIMITS = Limits(batch_events_max=3, linger_s=0, held_bytes_max=800, backoff_s=0, backoff_s_max=0)
 MEMORY_EVENTS = 5
 JOURNAL_EVENTS = 4
 QUICK_DISK = Path("/dev/shm")  # where syncing costs nothing: hundreds of files are closed here
+
+
+class Told:
+    """A transport that nothing is sent with: the test says what came of it."""
+
+    def send(self, lines: Sequence[bytes]) -> Outcome:
+        """Never called."""
+        raise NotImplementedError
+
+    def after_fork(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class Disk(Spool):
@@ -60,6 +80,7 @@ class Waiting(RuleBasedStateMachine):
         self.sizes = [
             patch.object(outbox_module, "MEMORY_EVENTS_MAX", MEMORY_EVENTS),
             patch.object(journal_module, "_EVENTS_MAX", JOURNAL_EVENTS),
+            patch.object(sending_module, "_PASSES_MISSED_MAX", 1.0),
         ]
         for size in self.sizes:
             size.start()
@@ -73,12 +94,14 @@ class Waiting(RuleBasedStateMachine):
         self.flying: list[Batch] = []
         self.spool = Disk(Path(self.directory.name), OWNER)
         self.outbox = Outbox(LIMITS, "drop_oldest", self.spool)
+        self.rejected: list[Rejection] = []
+        self.sender = Sender(self.outbox, Told(), self.rejected.append)
 
     @rule(size=st.integers(0, 60))
     def capture(self, size: int) -> None:
         """An event."""
         self.number += 1
-        line = b"%d-" % self.number + b"x" * size
+        line = msgspec.json.encode({"external_id": f"{self.number}-{'x' * size}"})
         self.outbox._spool_again_s = 0.0  # the second in which a failed disk is left alone has passed
         if self.outbox.put(line):
             self.captured.add(line)
@@ -97,6 +120,10 @@ class Waiting(RuleBasedStateMachine):
     def settle(self, rows: list[Row], *, is_acknowledged: bool) -> None:
         """These are through."""
         self.outbox.settle(rows, is_acknowledged=is_acknowledged)
+        self.are_settled(rows)
+
+    def are_settled(self, rows: list[Row]) -> None:
+        """None of them was before, unless the disk could not forget it."""
         lines = {line for _, line in rows}
         assert not lines & self.settled - self.may_come_again
         self.settled |= lines
@@ -129,6 +156,25 @@ class Waiting(RuleBasedStateMachine):
         middle = len(batch.rows) // 2 if halved else 0
         parts = [rows for rows in (batch.rows[:middle], batch.rows[middle:]) if rows]
         self.outbox.land(batch, [(Batch(rows), 0.0) for rows in parts])
+
+    @precondition(lambda self: self.flying)
+    @rule(place=st.integers(0, 3), outcome=st.sampled_from([Unavailable("away"), Unavailable("cut off", None, True)]))
+    def put_off(self, place: int, outcome: Unavailable) -> None:
+        """Nobody answered, or the answer was to wait: nothing is given up but a single event that was put off again
+        while others passed, and of that somebody hears."""
+        batch = self.flying.pop(place % len(self.flying))
+        others_passed, told = self.outbox.acknowledged_batches - batch.mark, len(self.rejected)
+        again = self.sender._settled(batch, outcome)
+        left = [row for part, _ in again for row in part.rows]
+        if len(self.rejected) > told:
+            assert outcome.may_be_events
+            assert others_passed
+            assert len(batch.rows) == 1
+            assert left == []
+            self.are_settled(batch.rows)
+        else:
+            assert left == batch.rows
+        self.outbox.land(batch, again)
 
     @rule()
     def disk(self) -> None:

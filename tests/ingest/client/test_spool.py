@@ -1,11 +1,12 @@
 """The spool's files: whose they are, and that nothing which was written to one is ever nowhere."""
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, fingerprints, spools
 
 OWNER = "owner"
 
@@ -30,6 +31,23 @@ def test_a_file_belongs_to_one(tmp_path: Path) -> None:
     assert seen.claim()
     assert seen.read(-1, 10) == [(1, b"a")]
     seen.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system knows no modes")
+def test_nobody_else_reads_it(tmp_path: Path) -> None:
+    """Though others may read the directory, and new files are usually theirs to read."""
+    tmp_path.chmod(0o755)
+    usual = os.umask(0o022)
+    try:
+        spool = Spool(tmp_path, OWNER)
+        spool.append(1, b"a")
+        spool.append_all([(2, b"b")])
+        modes = {path.suffix: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        spool.close()
+    finally:
+        os.umask(usual)
+
+    assert modes == {".spool": 0o600, ".journal": 0o600, ".spool-wal": 0o600}
 
 
 def test_an_empty_file_is_removed(tmp_path: Path) -> None:
@@ -96,3 +114,12 @@ def test_a_fingerprint_tells_server_and_token_apart() -> None:
 
     assert len(names) == 4
     assert all("t" not in name and "s" not in name for name in names)
+
+
+def test_a_slash_at_the_end_makes_no_other_server() -> None:
+    """However an address is spelled, new files have one name, and those of every spelling are found by it."""
+    spellings = ("http://a", "http://a/")
+
+    assert {fingerprints(url, "t")[0] for url in (*spellings, "http://a//")} == {fingerprint("http://a", "t")}
+    for url in spellings:
+        assert {fingerprint(spelling, "t") for spelling in spellings} == set(fingerprints(url, "t"))
