@@ -183,18 +183,12 @@ def test_a_log_restored_from_an_older_copy_is_not_continued(
     log: Log, tmp_path: Path, written_on: int, found: str
 ) -> None:
     """It gives offsets a second time, to records that would never be counted: the aggregator ends, and says why."""
-    backup = tmp_path / "backup"
-    backup.mkdir()
-    log.close()
-    move(tmp_path, backup)
-    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    back_up(log, tmp_path)
     later = open_log(str(tmp_path))
     append(later, "later")
     before = followed(later, tmp_path / STORE)
     later.close()
-    move(tmp_path, tmp_path / "lost")
-    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
-    restored = open_log(str(tmp_path))
+    restored = restore(tmp_path)
     for number in range(written_on):
         append(restored, f"again-{number}")
     aggregator = Aggregator(restored, tmp_path / STORE, SMALL)
@@ -213,26 +207,34 @@ def test_a_log_written_on_from_an_older_copy_is_known_by_what_was_only_read(
     log: Log, tmp_path: Path, stream: str
 ) -> None:
     """A repetition leaves no event and a decision none either, and yet another record under its number is found."""
-    backup = tmp_path / "backup"
-    backup.mkdir()
-    log.close()
-    move(tmp_path, backup)
-    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
+    back_up(log, tmp_path)
     later = open_log(str(tmp_path))
     known = later.read(stream, {0: 0}, bytes_max=1)[0]
     repetition = Entry(known.value, organization_id=known.organization_id)
     asyncio.run(later.append(stream, [repetition]))
     followed(later, tmp_path / STORE)
     later.close()
-    move(tmp_path, tmp_path / "lost")
-    shutil.copytree(backup, tmp_path, dirs_exist_ok=True)
-    restored = open_log(str(tmp_path))
+    restored = restore(tmp_path)
     asyncio.run(restored.append(stream, [repetition, repetition]))
     aggregator = Aggregator(restored, tmp_path / STORE, SMALL)
 
     with pytest.raises(PositionLost, match=f"{stream} partition 0 has another record"):
         aggregator.start()
     restored.close()
+
+
+def back_up(log: Log, data: Path) -> None:
+    """Keep a copy of the log as it is, and close it."""
+    log.close()
+    move(data, data / "backup")
+    shutil.copytree(data / "backup", data, dirs_exist_ok=True)
+
+
+def restore(data: Path) -> Log:
+    """Put the copy in the log's place."""
+    move(data, data / "lost")
+    shutil.copytree(data / "backup", data, dirs_exist_ok=True)
+    return open_log(str(data))
 
 
 def move(data: Path, to: Path) -> None:
