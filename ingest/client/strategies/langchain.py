@@ -160,7 +160,6 @@ class _Runs:
         )
         self._strategy.record(run.customer, call, self._metadata, external_id=str(run_id), timestamp=_begun(run_id))
 
-
     def _told_beside(self, run: _Run, response: Any) -> Tokens | None:
         """What was used as it is told beside the answers, None when it is not."""
         usage = read(response, "llm_output", "token_usage")
