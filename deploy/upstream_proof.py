@@ -29,6 +29,7 @@ from deploy.forward import selection_of
 from deploy.giving_up import GiveUp
 from deploy.output import harmless, note
 from deploy.settings import Settings
+from meters.access import digest
 from meters.log import Log
 from meters.window import START_MIN
 
@@ -82,7 +83,8 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     meters = [meter for meter in control.catalogue.meters_of(organization.id) if meter.archived_at is None]
     since, until = range_.days(now)
     path = _progress(data)
-    key = f"{settings.polar_server} {organization.id} {text(since)} {text(until)}"
+    destination = digest(f"{settings.polar_server} {settings.polar_token}")  # the token says whose answers they are
+    key = f"{destination} {organization.id} {text(since)} {text(until)}"
     before = interrupted(path, key, now)
     began = before or now
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])

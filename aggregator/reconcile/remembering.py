@@ -3,7 +3,7 @@
 Decimals are kept as numbers with all their digits: read as texts, they would be another content.
 
 The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The file
-goes when a run is complete, and is not used when it is older than a few hours or belongs to another range.
+goes when a run is complete, and is not used when it is older than a few hours or is of another range or organization.
 """
 
 import json

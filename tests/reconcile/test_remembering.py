@@ -9,7 +9,14 @@ import pytest
 
 from aggregator.reconcile.pairing import seen
 from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
-from tests.reconcile.two_sides import TwoSides, call, numbered
+from aggregator.reconcile.report import Cause
+from deploy.client import Api
+from deploy.control import new_secret, new_token, open_control
+from deploy.giving_up import GiveUp
+from meters.catalogue import TokenCreated
+from tests.deploy.installation import Installation
+from tests.reconcile.two_sides import Side, TwoSides, call, numbered
+from tests.waiting import eventually
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -74,6 +81,27 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: 
     Remembering(after, path, "key", NOW, go_on=True).get("/v1/meters/")
 
     assert after.asked == 1
+
+
+def test_answers_of_another_organization_are_not_gone_on_with(
+    servers: tuple[Installation, Installation], sides: TwoSides
+) -> None:
+    """A run that Polar refuses to finish, then the token of an organization that has nothing: everything is missing."""
+    sides.here.send(*numbered(3))
+    sides.forward()
+    with open_control(sides.there.data) as control:
+        few, owner = new_secret(), control.organization(sides.there.id)
+        control.decide([TokenCreated(new_token(owner, "few", few, ["events:read", "meters:read"]))])
+    with Api(sides.there.url, few) as api:
+        eventually(lambda: api.send("GET", "/v1/meters/").status_code == 200)
+    sides.there.token = few
+    with pytest.raises(GiveUp, match="refuses to be read"):
+        sides.check()
+    sides.there.api.__exit__()
+    sides.there = Side(servers[1])
+    sides.there.meter("calls")
+
+    assert {one.cause for one in sides.check().differences} == {Cause.LOST}
 
 
 @pytest.mark.parametrize(("key", "age"), [("another", timedelta(0)), ("key", GOOD_FOR)])
