@@ -78,20 +78,19 @@ def page(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     ran = [check for check in report.checks if not check.skipped]
-    wrong = [difference for difference in report.differences if not difference.is_explained]
-    explained = len(report.differences) - len(wrong)
+    explained = sum(check.explained_count for check in ran)
     if not ran:
         return "<div class='verdict bad'><strong>Nothing was compared.</strong></div>"
     if report.is_equal and report.has_failed:
         return "<div class='verdict bad'><strong>Not everything could be compared.</strong>What was, agrees.</div>"
     if report.is_equal:
         also = "".join(f" Not compared: {escape(c.sides)} ({escape(c.skipped)})." for c in report.checks if c.skipped)
-        also += f" {explained} small differences are explained below and need no action." if explained else ""
+        also += f" {_count(explained)} small differences are explained below and need no action." if explained else ""
         return (
             f"<div class='verdict good'><strong>{escape(report.verdict)}.</strong>"
             f"{_count(sum(c.compared for check in ran for c in check.counted))} comparisons, no difference.{also}</div>"
         )
-    count = sum(check.differences_count for check in ran) - explained
+    count = sum(check.unexplained_count for check in ran)
     noun = "difference" if count == 1 else "differences"
     return (
         f"<div class='verdict bad'><strong>{_count(count)} {noun} found.</strong>"
@@ -111,9 +110,8 @@ def _facts(report: Report) -> str:
     boxes = []
     for check in report.checks:
         said = "not compared" if check.skipped else "agrees"
-        differing = [difference for difference in check.differences if not difference.is_explained]
-        if differing:
-            said = f"{_count(check.differences_count)} different"
+        if check.unexplained_count:
+            said = f"{_count(check.unexplained_count)} different"
         boxes.append(f"<div><b>{said}</b>{escape(check.sides)}<br><span class=soft>{check.seconds:.1f} s</span></div>")
     boxes.append(f"<div><b>{money(report.cents)}</b>money at stake<br><span class=soft>unit prices, before credits and "
                  "caps</span></div>")
