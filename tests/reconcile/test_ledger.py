@@ -17,16 +17,17 @@ from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.giving_up import GiveUp
 from deploy.output import Output
-from deploy.reconcile import Task, _books, reconcile
+from deploy.reconcile import Task, _books, _compare, reconcile
 from deploy.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Settings
 from meters.catalogue import Customer, CustomerCreated
 from meters.credit import CreditGranted
-from meters.log import USAGE_CONTROL
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.meter import Meter
-from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, meter, organization, together
+from tests.aggregator.records import NOW, ORGANIZATION, created, decisions, entry, meter, organization, together
 from tests.deploy.installation import Installation
+from tests.faults.evidence import usage
 from tests.reconcile.planting import Left
 from tests.reconcile.two_sides import TwoSides, numbered
 
@@ -146,6 +147,25 @@ def test_balances_of_another_moment_than_the_decisions_are_no_differences(
         check = check_ledger(_books(log, behind, None), Worth(Control(log).catalogue))
 
     assert [difference.quantities for difference in check.differences] == [{"meter m": Decimal(-50)}]
+
+
+def test_what_else_was_compared_is_told_where_the_ledger_could_not_be(
+    left: Left, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost event is a difference also on a night on which decisions are taken too fast."""
+    monkeypatch.setattr(deploy.reconcile, "AGAIN_S", 0)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_EVENTS, [entry(usage("a"))]))
+    left.count()
+    left.spoil("DELETE FROM events")
+    store, task = Follower(left.data.store, is_moving=True), Task(checks=("log", "ledger"))
+    with left.log() as log:
+        report = _compare(log, store, task, None, lambda _: contextlib.nullcontext(store))
+
+    of_log, of_ledger = report.checks
+    assert [difference.cause for difference in of_log.differences] == [Cause.LOST]
+    assert of_ledger.skipped.startswith("decisions are taken too fast")
+    assert (report.is_equal, report.has_failed) == (False, True)
 
 
 def test_the_forwarder_s_books_add_up_or_are_named(left: Left) -> None:
