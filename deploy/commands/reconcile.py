@@ -108,7 +108,7 @@ def _print_table(found: "Report") -> None:
         many = f" ({one.count} events)" if one.count > 1 else ""
         print(f"\n{one.check}: {one.cause}: {harmless(one.where)}{many}")
         print(f"    {harmless(one.what)}")
-        print("    " + "; ".join(part for part in (one.moved, _money(one), one.repair) if part))
+        print("    " + "; ".join(part for part in (harmless(one.moved), _money(one), one.repair) if part))
     if found.differences:
         print()
 

@@ -1,15 +1,20 @@
 """``meterstream reconcile`` on the files of a stopped server."""
 
+import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aggregator.forward.request_window import Clock, RequestWindow
 from aggregator.forward.upstream import READ_ATTEMPTS_MAX, NoAnswer, Upstream
 from aggregator.reconcile.page import page
 from aggregator.reconcile.report import Cause, Repair
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.aggregator.records import created, decisions, entry, meter, organization
 from tests.deploy.installation import meterstream
+from tests.faults.evidence import usage
 from tests.reconcile.planting import Left
 
 ROOT = "(SELECT seq FROM events WHERE external_id = 'root' LIMIT 1)"
@@ -33,6 +38,23 @@ def test_different_is_3_until_it_is_repaired(left: Left, tmp_path: Path) -> None
     assert Cause.LOST in {difference.cause for difference in repaired.mended}
     assert (again.is_equal, again.done) == (True, [])
     assert len((left.data.path / "reconcile" / "repairs.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_meter_s_name_does_not_steer_a_terminal(tmp_path: Path) -> None:
+    """What a tenant wrote is shown harmless wherever a difference shows it."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        named = msgspec.structs.replace(meter("m", func="count"), name="\x1b[31mred")
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *created(named)])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(usage("a"), usage("b"))]))
+    left.count()
+    left.spoil("DELETE FROM events WHERE external_id = 'a'")
+
+    done = meterstream("reconcile", "--data", str(left.data.path), "--check", "log")
+
+    assert done.returncode == 3, done.stderr
+    assert "\N{REPLACEMENT CHARACTER}[31mred -1" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 def test_a_page_goes_to_stdout_and_only_here(left: Left) -> None:
