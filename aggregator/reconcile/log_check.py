@@ -70,42 +70,55 @@ class LogCheck:
         self._again, self._originals = LineAgain(log), LineAgain(log)
         self._lost: set[tuple[int, int]] = set()
         self._valued = 0
+        self._starts: Mapping[int, int] = {}  # by partition: the oldest record
 
     def run(self) -> Check:
         """Compare everything that the store says it has read."""
         tallies = self._store.ask("tallies").to_pylist()
-        starts, ends = self._log.starts(USAGE_EVENTS), self._log.ends(USAGE_EVENTS)
+        self._starts, ends = self._log.starts(USAGE_EVENTS), self._log.ends(USAGE_EVENTS)
         try:
             for tally in tallies:
                 partition, position = tally["log_partition"], tally["next_offset"]
                 if position > ends.get(partition, 0):
                     self._past_the_end(partition, position, ends.get(partition, 0))
-                self._walk(partition, starts.get(partition, 0), min(position, ends.get(partition, 0)))
+                self._walk(partition, min(position, ends.get(partition, 0)))
                 behind = ends.get(partition, 0) - position
                 if behind > 0:
                     self.check.notes.append(f"partition {partition}: {behind} records are not in the store yet")
             self._resolve_elsewhere()
         finally:
             self._stretches.close()
-        self._tell(tallies, starts)
+        self._tell(tallies)
         return self.check
 
     # ---- walking the log
 
-    def _walk(self, partition: int, start: int, end: int) -> None:
+    def _walk(self, partition: int, end: int) -> None:
         for sums in (self._lines, self._rows, self._dead, self._repeated, self._missing):
             sums[partition] = HourSums()
-        position = start
+        position: int | None = self._starts.get(partition, 0)
+        while position is not None:
+            position = self._walk_on(partition, position, end)
+
+    def _walk_on(self, partition: int, position: int, end: int) -> int | None:
+        """Compare from here to the end; where to go on if the log's retention took away what was to come, else None."""
         try:
-            for taken, lines in self._stretches.read(partition, start, end, self._range.takes):
+            for taken, lines in self._stretches.read(partition, position, end, self._range.takes):
                 self._stretch(partition, position, taken, lines)
                 position = taken[-1].offset + 1
         except PositionLost as damage:
+            self._starts = self._log.starts(USAGE_EVENTS)
+            start = self._starts.get(partition, 0)
+            if start > position:
+                gone = f"offsets {position} to {min(start, end) - 1} left the log while it was read"
+                self.check.notes.append(f"partition {partition}: {gone}, and are not compared")
+                return start
             self.check.add(Difference(
                 check="log", cause=Cause.LOST, where=f"partition {partition} from offset {position}",
                 what=f"the log cannot be read on: {damage}. Restore it from a backup, as ingest/log/README.md says.",
                 repair=Repair.DECIDE,
             ))  # fmt: skip
+        return None
 
     def _past_the_end(self, partition: int, position: int, end: int) -> None:
         self.check.add(Difference(
@@ -268,7 +281,7 @@ class LogCheck:
         found = reading.facts if reading is not None else facts_of_row(row or {})
         return self._worth.of(organization_id, found)
 
-    def _tell(self, tallies: list[dict[str, Any]], starts: Mapping[int, int]) -> None:
+    def _tell(self, tallies: list[dict[str, Any]]) -> None:
         if len(self._lost) == LOST_MAX:
             note = f"{LOST_MAX:,} events are lost, and of those beyond that number repetitions count as lost as well"
             self.check.notes.append(note)
@@ -282,7 +295,7 @@ class LogCheck:
             Counted("lines of the log", totals["lines"], sum(d.count for d in self.check.differences)),
             Counted("hours of a partition, by checksum", len(self.check.buckets), unequal),
         ]
-        if self._range == Range() and not any(starts.values()):
+        if self._range == Range() and not any(self._starts.values()):
             self._compare_tallies(tallies, totals)
 
     def _buckets(self, partition: int) -> Iterator[Bucket]:

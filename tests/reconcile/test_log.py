@@ -5,15 +5,20 @@ import contextlib
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from aggregator.reconcile import elsewhere, stretches
+from aggregator.reconcile.log_check import LogCheck, Range
+from aggregator.reconcile.questions import StoppedStore
 from aggregator.reconcile.report import Cause
+from aggregator.reconcile.worth import Worth
+from deploy.control import Control
 from ingest.log import open_log
 from meters.event import event_id, identity
-from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.refusal import LINES_MAX
 from tests.aggregator.records import ORGANIZATION, decisions, entry, organization
 from tests.faults.evidence import usage, write_usage
@@ -173,6 +178,35 @@ def test_a_store_that_is_behind_is_not_different(left: Left) -> None:
 
     assert check.differences == []
     assert check.notes == ["partition 0: 2 records are not in the store yet"]
+
+
+class Trimmed:
+    """A log from which its retention takes records once somebody has asked where it begins."""
+
+    def __init__(self, log: Log, until: datetime) -> None:
+        self._log, self._until = log, until
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def starts(self, stream: str) -> dict[int, int]:
+        """As it was before."""
+        before = self._log.starts(stream)
+        self._log.trim(stream, int(self._until.timestamp() * 1_000_000))
+        return before
+
+
+def test_what_retention_takes_away_meanwhile_is_no_damage(left: Left) -> None:
+    """The comparison goes on where the log begins now and says what it left out; what differs there is found."""
+    left.spoil("DELETE FROM events WHERE date_trunc('hour', ingested_at) = '2026-03-01 11:00'")
+    with left.log() as log, contextlib.closing(StoppedStore(left.data.store)) as store:
+        trimmed: Any = Trimmed(log, datetime(2026, 3, 1, 11, tzinfo=UTC))
+        check = LogCheck(trimmed, store, Worth(Control(log).catalogue), Range()).run()
+
+    assert [(one.cause, one.window and one.window[0].hour) for one in check.differences] == [(Cause.LOST, 11)]
+    (note,) = check.notes
+    assert note.startswith("partition 0: offsets 0 to ")
+    assert note.endswith(" left the log while it was read, and are not compared")
 
 
 def test_a_range_of_time_is_compared_alone(left: Left) -> None:
