@@ -125,15 +125,15 @@ def is_repetition(reading: Reading, first: Reading) -> bool:
 
 
 def contributions(meters: Iterable[Meter], found: Facts) -> dict[str, Decimal]:
-    """What the event adds to each meter that can be added to, by the meter's name."""
+    """What the event adds to each meter that can be added to, by the meter's id."""
     added: dict[str, Decimal] = {}
     for meter in meters:
         if not is_summable(meter.aggregation) or not matches(meter.filter, found):
             continue
         if meter.aggregation.func == "count":
-            added[meter.name] = Decimal(1)
+            added[meter.id] = Decimal(1)
         elif (amount := amount_of(found, meter.aggregation.property or "")) is not None:
-            added[meter.name] = amount
+            added[meter.id] = amount
     return added
 
 

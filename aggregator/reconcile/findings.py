@@ -45,7 +45,7 @@ class Findings:
     def differences(self, worth: Worth) -> Iterator[Difference]:
         """Everything noted, in order of time."""
         for key, group in sorted(self._groups.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])):
-            cause, partition, hour, organization_id = key
+            cause, partition, hour, _ = key
             window = f"partition {partition}, {hour:%Y-%m-%d %H}:00 UTC"
             yield Difference(
                 check="log",
@@ -56,6 +56,6 @@ class Findings:
                 count=group.count,
                 window=(hour, hour + _HOUR),
                 events=group.events,
-                quantities={name: amount for name, amount in group.quantities.items() if amount},
-                cents=worth.cents(organization_id, group.quantities),
+                quantities=worth.named({id: amount for id, amount in group.quantities.items() if amount}),
+                cents=worth.cents(group.quantities),
             )

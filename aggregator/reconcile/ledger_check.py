@@ -94,11 +94,10 @@ def _decision(
     cause = Cause.CHANGED if value and copy else Cause.LOST if value else Cause.UNFOUNDED
     ours, theirs = _credits(value), _credits(copy)
     credits = [credit for id, credit in (theirs | ours).items() if ours.get(id) != theirs.get(id)]
-    quantities = between(_units(catalogue, theirs.values()), _units(catalogue, ours.values()))
-    organization_id = credits[0].organization_id if credits else ""
+    quantities = between(_units(theirs.values()), _units(ours.values()))
     return Difference(
         check="ledger", cause=cause, where=_named(catalogue, credits) or f"decision {offset}", what=_said(value, copy),
-        repair=Repair.REBUILD, quantities=quantities, cents=worth.cents(organization_id, quantities),
+        repair=Repair.REBUILD, quantities=worth.named(quantities), cents=worth.cents(quantities),
     )  # fmt: skip
 
 
@@ -111,10 +110,10 @@ def _credits(value: bytes | None) -> dict[str, CreditGranted]:
     return {change.id: change for change in changes if isinstance(change, CreditGranted)}
 
 
-def _units(catalogue: Catalogue, credits: Iterable[CreditGranted]) -> Quantities:
+def _units(credits: Iterable[CreditGranted]) -> Quantities:
     units: Quantities = {}
     for credit in credits:
-        add(units, {_meter_name(catalogue, credit): credit.units})
+        add(units, {credit.meter_id: credit.units})
     return units
 
 
@@ -169,7 +168,7 @@ def _shown(
     for customer_id in sorted({*shown, *accounts}):
         account, balance = accounts.get(customer_id), shown.get(customer_id)
         should, is_ = account.credited if account else ZERO, balance.credited if balance else ZERO
-        quantities = {meter.name: EXACT.subtract(is_, should)}
+        quantities = {meter.id: EXACT.subtract(is_, should)}
         if should != is_:
             different += 1
             cause = Cause.LOST if is_ < should else Cause.DOUBLED
@@ -179,7 +178,7 @@ def _shown(
             different += 1
             consumed = balance.consumed or ZERO
             what = f"usage since the reset is {amount_text(balance.recounted)}, and shown as {amount_text(consumed)}"
-            moved = {meter.name: EXACT.subtract(consumed, balance.recounted)}
+            moved = {meter.id: EXACT.subtract(consumed, balance.recounted)}
             check.add(_wrong(Cause.CHANGED, meter, customer_id, what, Repair.RESTART, moved, worth))
     if shown:
         check.counted.append(Counted(f"balances of {meter.name} as shown", len(shown), different))
@@ -189,10 +188,10 @@ def _wrong(
     cause: Cause, meter: Meter, customer_id: str, what: str, repair: Repair,
     quantities: Mapping[str, Decimal] | None = None, worth: Worth | None = None,
 ) -> Difference:  # fmt: skip
-    given = dict(quantities or {})
+    given = quantities or {}
     return Difference(
         check="ledger", cause=cause, where=f"{meter.name}, customer {customer_id}", what=what, repair=repair,
-        quantities=given, cents=worth.cents(meter.organization_id, given) if worth else None,
+        quantities=worth.named(given) if worth else {}, cents=worth.cents(given) if worth else None,
     )  # fmt: skip
 
 

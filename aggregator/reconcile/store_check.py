@@ -253,12 +253,12 @@ def _explained(
     running, raw = both
     amount, count = _gap(meter, running, raw)
     cause = Cause.CHANGED if count == 0 else Cause.LOST if count < 0 else Cause.DOUBLED
-    quantities = {meter.name: amount} if meter.aggregation.func in ("count", "sum") else {}
+    quantities = {meter.id: amount} if meter.aggregation.func in ("count", "sum") else {}
     return Difference(
         check="store", cause=cause, where=where, repair=Repair.RESTART, count=abs(count) or 1, window=window,
         what=f"the running total says {_shown(meter, running.count, running.sum, running.min, running.max)}, "
              f"the raw events {_shown(meter, raw.count, raw.total, raw.min, raw.max)}",
-        quantities=quantities, cents=worth.cents(meter.organization_id, quantities),
+        quantities=worth.named(quantities), cents=worth.cents(quantities),
     )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Customers' meters on both sides: what was credited, and what was used since the last reset."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import NamedTuple
 
 from aggregator.reconcile.own_usage import OwnUsage
 from aggregator.reconcile.report import Cause, Counted, Difference, Repair
@@ -14,7 +14,17 @@ from meters.amount import EXACT, amount_text
 
 NAMED_MAX = 5  # balances that a note names
 _PARTS = ("credited_units", "consumed_units")
-_Rows = Mapping[tuple[str, str], dict[str, Any]]  # by the customer's external id (or id) and the meter's name
+
+
+class _Row(NamedTuple):
+    """What is kept of a balance: there is one for each customer and meter."""
+
+    credited_units: Decimal
+    consumed_units: Decimal
+    modified_at: datetime | None
+
+
+_Rows = Mapping[tuple[str, str], _Row]  # by the customer's external id (or id), and the id of our meter
 
 
 class Balances:
@@ -28,28 +38,30 @@ class Balances:
 
     def compare(self, meters: Sequence[Both], moved: Callable[[Both, str], Decimal]) -> list[Difference]:
         """What differs. ``moved`` is what events that differ make of a customer's usage of a meter."""
-        here, there = _rows(self._here), _rows(self._there)
-        known = {both.here.name: both for both in meters}
-        keys = sorted(key for key in here.keys() & there.keys() if key[1] in known)
+        known = {both.here.id: both for both in meters}
+        here = _rows(self._here, {id: id for id in known})
+        there = _rows(self._there, {both.there: id for id, both in known.items()})
+        keys = sorted(here.keys() & there.keys(), key=lambda key: (key[0], known[key[1]].here.name, key[1]))
         found: list[Difference] = []
-        for who, name in keys:
-            ours, theirs = here[who, name], there[who, name]
-            found += self._compare(known[name], who, (ours, theirs), moved(known[name], who))
+        for who, id in keys:
+            rows = here[who, id], there[who, id]
+            found += self._compare(known[id], who, rows, moved(known[id], who))
         self.counted = Counted("customers' meters", len(keys), len(found))
+        names = {id: both.here.name for id, both in known.items()}
         why = "which says nothing, because not all that this meter counts here is forwarded"
         self.notes += [
             f"{name}: in {count} balances the usage is another one over there, {why}"
             for name, count in self._unjudged.items()
         ]
-        self.notes += [*_alone("here", here, there, known), *_alone("over there", there, here, known)]
+        self.notes += [*_alone("here", here, there, names), *_alone("over there", there, here, names)]
         return found
 
     def _compare(
-        self, both: Both, who: str, rows: tuple[dict[str, Any], dict[str, Any]], moved: Decimal
+        self, both: Both, who: str, rows: tuple[_Row, _Row], moved: Decimal
     ) -> Iterator[Difference]:
         name = both.here.name
         for part in _PARTS:
-            ours, theirs = (Decimal(str(row[part])) for row in rows)
+            ours, theirs = (getattr(row, part) for row in rows)
             is_usage = part == "consumed_units"
             if is_usage and self._scope.settles and _moved_since(self._scope.arrived_before, *rows):
                 continue  # usage is on its way, or Polar has yet to add it up
@@ -66,29 +78,35 @@ class Balances:
             elif is_usage:
                 cause = Cause.LATE
                 what += "; no event says why: usage arrived on the other side of a reset, and counts in another period"
-            quantities = {name: EXACT.subtract(theirs, explained)}
+            quantities = {both.here.id: EXACT.subtract(theirs, explained)}
             yield Difference(
                 check="upstream", cause=cause, where=f"{name}, customer {who}", what=what, repair=repair,
-                quantities=quantities, cents=self._worth.cents(self._scope.organization_id, quantities),
+                quantities=self._worth.named(quantities), cents=self._worth.cents(quantities),
             )  # fmt: skip
 
 
-def _rows(side: Reader) -> _Rows:
-    rows = side.pages("/v1/customer-meters/")
-    return {(str(row["customer"].get("external_id") or row["customer_id"]), row["meter"]["name"]): row for row in rows}
+def _rows(side: Reader, meters: Mapping[str, str]) -> _Rows:
+    """One side's balances in meters that are compared: the ids of ours, by those that this side knows them by."""
+    rows: dict[tuple[str, str], _Row] = {}
+    for row in side.pages("/v1/customer-meters/"):
+        if (id := meters.get(row["meter_id"])) is not None:
+            who, modified_at = str(row["customer"].get("external_id") or row["customer_id"]), row.get("modified_at")
+            credited, consumed = (Decimal(str(row[part])) for part in _PARTS)
+            rows[who, id] = _Row(credited, consumed, datetime.fromisoformat(modified_at) if modified_at else None)
+    return rows
 
 
-def _moved_since(instant: datetime, *sides: dict[str, Any]) -> bool:
+def _moved_since(instant: datetime, *sides: _Row) -> bool:
     """Whether either side's balance moved at this time or later."""
-    return any(datetime.fromisoformat(side["modified_at"]) >= instant for side in sides if side.get("modified_at"))
+    return any(side.modified_at >= instant for side in sides if side.modified_at)
 
 
-def _alone(where: str, mine: _Rows, others: _Rows, names: Container[str]) -> Iterator[str]:
+def _alone(where: str, mine: _Rows, others: _Rows, names: Mapping[str, str]) -> Iterator[str]:
     """What to say of balances that stand on one side only: the customer is unknown on the other one, or used nothing
     that it counts."""
-    keys = sorted(key for key in mine.keys() - others.keys() if key[1] in names)
-    keys = [key for key in keys if any(Decimal(str(mine[key][part])) for part in _PARTS)]
-    if keys:
-        named = ", ".join(f"{name} of {who}" for who, name in keys[:NAMED_MAX])
-        more = f" and {len(keys) - NAMED_MAX} more" if len(keys) > NAMED_MAX else ""
+    used = [key for key in mine.keys() - others.keys() if any(getattr(mine[key], part) for part in _PARTS)]
+    alone = sorted((who, names[id]) for who, id in used)
+    if alone:
+        named = ", ".join(f"{name} of {who}" for who, name in alone[:NAMED_MAX])
+        more = f" and {len(alone) - NAMED_MAX} more" if len(alone) > NAMED_MAX else ""
         yield f"balances that stand {where} alone, and are not compared: {named}{more}"

@@ -63,12 +63,12 @@ class UpstreamCheck:
     def run(self) -> Check:
         """Compare."""
         meters = self._matched_meters()
-        series = {both.here.name: self._series(both) for both in meters}
+        series = {both.here.id: self._series(both) for both in meters}
         self.check.counted.append(self._customers.compare(meters))
         if not self._rolled_up:
             self._compare_events(meters, series)
         for both in meters:
-            self._judge(both, *series[both.here.name])
+            self._judge(both, *series[both.here.id])
         self._judge_customers()
         if not self._rolled_up:
             self._other_readings(meters)
@@ -79,23 +79,23 @@ class UpstreamCheck:
     # ---- meters and their quantities
 
     def _matched_meters(self) -> list[Both]:
-        there = {meter["name"]: meter for meter in self._there.pages("/v1/meters/", is_archived=False)}
-        matched, alike = [], set[str]()
-        for meter in self._own:
-            other = there.get(meter.name)
+        there = list(self._there.pages("/v1/meters/", is_archived=False))
+        matched, alike = [], 0
+        for meter, other in _namesakes(self._own, there):
             if other is None:
-                self.check.notes.append(f"{meter.name}: there is no meter of this name over there")
+                self.check.notes.append(f"{meter.name}: there is no meter of this name over there, or no further one")
                 continue
-            ours, is_rolled = meter_json(meter), ROLLUP_NAME in str(other["filter"])
+            is_rolled = ROLLUP_NAME in str(other["filter"])
             if is_rolled:
                 self._rolled_up = True
-            elif (ours["filter"], ours["aggregation"]) != (other["filter"], other["aggregation"]):
-                what = f"the meter is another one over there: {_definition(other)} instead of {_definition(ours)}"
+            elif not _is_alike(meter, other):
+                ours = _definition(meter_json(meter))
+                what = f"the meter is another one over there: {_definition(other)} instead of {ours}"
                 self._add(Cause.FILTER_SEMANTICS, meter.name, what)
             else:
-                alike.add(meter.name)
+                alike += 1
             matched.append(Both(meter, other["id"], is_rolled))
-        if there.keys() == alike:  # no meter over there that we do not know
+        if alike == len(there):  # no meter over there that we do not know
             self._events.meters = [both.here for both in matched]
         if self._rolled_up:
             self.check.notes.append("events are forwarded as sums of windows, so only quantities are compared")
@@ -146,7 +146,7 @@ class UpstreamCheck:
         """Meters, and customers of meters, whose quantities of a day say otherwise than the events found to differ."""
         at = day_of(day.since).since
         for both in meters:
-            here, there = series[both.here.name]
+            here, there = series[both.here.id]
             if at in here and not self._is_explained(both, day_of(at), here[at], there.get(at, Decimal(0))):
                 yield both, None
         for used in self._customers.used:
@@ -179,7 +179,7 @@ class UpstreamCheck:
         return near(theirs, explained) or near(theirs, EXACT.add(explained, self._system.added(both.here, part, who)))
 
     def _moved(self, both: Both, part: Part | None, who: str | None = None) -> Decimal:
-        return self._events.moved(part, who).get(both.here.name, Decimal(0))
+        return self._events.moved(part, who).get(both.here.id, Decimal(0))
 
     # ---- what events do not explain
 
@@ -193,7 +193,7 @@ class UpstreamCheck:
             if not is_summable(both.here.aggregation) and value(both.here, named):
                 continue  # events that differ are named already, and such a value cannot be split among them
             if not self._is_system(both, day, theirs, explained):
-                self._told.add((both.here.name, day))
+                self._told.add((both.here.id, day))
                 self._unexplained(both, day, (ours, theirs, explained))
 
     def _moves(self, both: Both, day: datetime) -> bool:
@@ -221,7 +221,7 @@ class UpstreamCheck:
         meter, (ours, theirs, explained) = both.here, amounts
         said = f"{amount_text(theirs)} over there, {amount_text(ours)} here"
         where, window = f"{meter.name}, {day:%Y-%m-%d}", (day, day + DAY)
-        quantities = {meter.name: EXACT.subtract(theirs, explained)}
+        quantities = {meter.id: EXACT.subtract(theirs, explained)}
         if near(theirs, explained):
             what = f"{said}: the same amounts, added as doubles"
             self._add(Cause.ROUNDING, where, what, Repair.NOTHING, window=window, quantities=quantities)
@@ -239,7 +239,7 @@ class UpstreamCheck:
     def _judge_customers(self) -> None:
         for used in self._customers.used:
             for day, ours, theirs in used.differing():
-                if (used.both.here.name, day) not in self._told:
+                if (used.both.here.id, day) not in self._told:
                     self._judge_customer(used, day, ours, theirs)
 
     def _judge_customer(self, used: Used, day: datetime, ours: Decimal, theirs: Decimal) -> None:
@@ -250,7 +250,7 @@ class UpstreamCheck:
         self._add(
             Cause.UNKNOWN, f"{both.here.name}, {day:%Y-%m-%d}, customer {used.who}",
             f"{amount_text(theirs)} over there, {amount_text(ours)} here", window=(day, day + DAY),
-            quantities={both.here.name: EXACT.subtract(theirs, explained)},
+            quantities={both.here.id: EXACT.subtract(theirs, explained)},
         )  # fmt: skip
 
     def _other_readings(self, meters: Sequence[Both]) -> None:
@@ -269,7 +269,7 @@ class UpstreamCheck:
             if read:
                 what = f"a balance counts {amount_text(balance)} and an invoice {amount_text(invoice)}: Polar reads " \
                        f"{len(read)} events differently there. Compare values of one type only."  # fmt: skip
-                quantities = {meter.name: EXACT.subtract(invoice, balance)}
+                quantities = {meter.id: EXACT.subtract(invoice, balance)}
                 self._add(Cause.FILTER_SEMANTICS, f"{meter.name}, filter", what, quantities=quantities, events=read)
         self.check.counted.append(Counted("events, read as invoices read them", len(events) * len(looked_at)))
 
@@ -285,12 +285,31 @@ class UpstreamCheck:
         window: tuple[datetime, datetime] | None = None, quantities: Mapping[str, Decimal] | None = None,
         events: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        given = dict(quantities or {})
+        given = quantities or {}
         self.check.add(Difference(
-            check="upstream", cause=cause, where=where, what=what, repair=repair, window=window, quantities=given,
+            check="upstream", cause=cause, where=where, what=what, repair=repair, window=window,
             events=list(events[:SHOWN_EVENTS_MAX]), count=max(len(events), 1),
-            cents=self._worth.cents(self._scope.organization_id, given),
+            quantities=self._worth.named(given), cents=self._worth.cents(given),
         ))  # fmt: skip
+
+
+def _namesakes(
+    own: Sequence[Meter], there: Sequence[dict[str, Any]]
+) -> Iterator[tuple[Meter, dict[str, Any] | None]]:
+    """Our meters, each with another one over there of its name: where several are called so, with one that is alike."""
+    left, found = list(there), dict[str, dict[str, Any]]()
+    for must_be_alike in (True, False):
+        for meter in own:
+            called = [other for other in left if other["name"] == meter.name and meter.id not in found]
+            for other in [other for other in called if _is_alike(meter, other) or not must_be_alike][:1]:
+                found[meter.id] = other
+                left.remove(other)
+    return ((meter, found.get(meter.id)) for meter in own)
+
+
+def _is_alike(meter: Meter, other: Mapping[str, Any]) -> bool:
+    ours = meter_json(meter)
+    return (ours["filter"], ours["aggregation"]) == (other["filter"], other["aggregation"])
 
 
 def _read_otherwise(meter: Meter, events: Sequence[Seen], who: str) -> list[str]:

@@ -179,8 +179,8 @@ class Events:
                 *(_sentence(found, cause) for found in pairs[:3]), *(f"Polar refuses it: {word}" for word in refused),
             ])),
             events=[_either(found).label for found in pairs[:SHOWN_EVENTS_MAX]],
-            quantities={name: amount for name, amount in quantities.items() if amount},
-            cents=self._worth.cents(self._scope.organization_id, quantities),
+            quantities=self._worth.named({id: amount for id, amount in quantities.items() if amount}),
+            cents=self._worth.cents(quantities),
             payload=payload,
         )  # fmt: skip
 

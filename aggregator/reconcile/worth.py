@@ -1,5 +1,6 @@
 """What a difference is worth: meters' quantities, and cents where a meter has a price. Pure."""
 
+from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
 
@@ -10,7 +11,7 @@ from meters.facts import Facts
 from meters.meter import Meter
 
 Quantities = dict[str, Decimal]
-"""By the meter's name."""
+"""By the meter's id: several meters may have one name."""
 
 
 class Worth:
@@ -19,10 +20,10 @@ class Worth:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._cents = {
-            (meter.organization_id, meter.name): price.unit_amount
-            for meter in catalogue.meters.values()
-            if (price := catalogue.prices.of(meter.id)) is not None
+            id: price.unit_amount for id in catalogue.meters if (price := catalogue.prices.of(id)) is not None
         }
+        meters = catalogue.meters.values()
+        self._in_use = Counter((meter.organization_id, meter.name) for meter in meters if meter.archived_at is None)
 
     def meters(self, organization_id: str) -> list[Meter]:
         """The organization's meters that are in use."""
@@ -32,23 +33,33 @@ class Worth:
         """What an event adds to the organization's meters."""
         return contributions(self.meters(organization_id), found)
 
-    def cents(self, organization_id: str, quantities: Mapping[str, Decimal]) -> Decimal | None:
+    def named(self, quantities: Mapping[str, Decimal]) -> dict[str, Decimal]:
+        """Quantities as a person reads them: by the meter's name, with its id where another one in use is called so."""
+        return {self._name(id): amount for id, amount in quantities.items()}
+
+    def _name(self, meter_id: str) -> str:
+        meter = self._catalogue.meters.get(meter_id)
+        if meter is None:
+            return meter_id
+        others = self._in_use[meter.organization_id, meter.name] - (meter.archived_at is None)
+        return f"{meter.name} ({meter_id})" if others else meter.name
+
+    def cents(self, quantities: Mapping[str, Decimal]) -> Decimal | None:
         """What quantities cost by their meters' unit prices, credits and caps aside; None where no price is known."""
-        priced = [(organization_id, name) for name in quantities if (organization_id, name) in self._cents]
-        if not priced:
+        parts = [EXACT.multiply(self._cents[id], amount) for id, amount in quantities.items() if id in self._cents]
+        if not parts:
             return None
-        parts = [EXACT.multiply(self._cents[key], quantities[key[1]]) for key in priced]
         return sum(parts, Decimal(0)).quantize(Decimal("0.01"))
 
 
 def add(totals: Quantities, more: Mapping[str, Decimal], sign: int = 1) -> None:
     """Add quantities to others, in place."""
-    for name, amount in more.items():
-        totals[name] = EXACT.add(totals.get(name, Decimal(0)), amount if sign > 0 else -amount)
+    for id, amount in more.items():
+        totals[id] = EXACT.add(totals.get(id, Decimal(0)), amount if sign > 0 else -amount)
 
 
 def between(there: Mapping[str, Decimal], here: Mapping[str, Decimal]) -> Quantities:
     """What one side has more than the other, without zeros."""
     totals = dict(there)
     add(totals, here, -1)
-    return {name: amount for name, amount in totals.items() if amount}
+    return {id: amount for id, amount in totals.items() if amount}

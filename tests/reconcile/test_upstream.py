@@ -199,6 +199,26 @@ def test_balances_that_stand_on_one_side_are_told(sides: TwoSides) -> None:
     assert {told.format("here", "ann", "ann"), told.format("over there", "bob", "bob")} <= {*check.notes}
 
 
+def test_meters_of_one_name_are_compared_each_with_its_own(sides: TwoSides) -> None:
+    """Whatever the order in which they were made; a lost event is told for those that count it."""
+    of_name = [{"property": "name", "operator": "eq", "value": "other"}]
+    large = [{"property": "tokens", "operator": "gte", "value": 3}]
+    for side, filters in ((sides.here, (of_name, large)), (sides.there, (large, of_name))):
+        side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+        for clauses in filters:
+            side.meter("tokens", clauses, func="sum", property="tokens")
+    sides.here.send(*numbered(6))
+    sides.forward()
+    assert sides.check().differences == []
+
+    sides.here.send(call("lost", 7))
+
+    lost = only(sides.check())
+    assert (lost.cause, lost.quantities["calls"]) == (Cause.LOST, -1)
+    counting = {name: amount for name, amount in lost.quantities.items() if name.startswith("tokens (")}
+    assert list(counting.values()) == [-7, -7]
+
+
 def test_what_polar_writes_itself_is_no_difference(sides: TwoSides) -> None:
     """A meter without a filter counts Polar's own events there, also where events are lost on the same day."""
     sides.here.send(*numbered(6))
