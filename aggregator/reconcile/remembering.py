@@ -1,6 +1,7 @@
 """What an upstream answered, kept in a file: a run that was interrupted goes on without asking again.
 
-Decimals are kept as numbers with all their digits: read as texts, they would be another content.
+Memory holds no more than where each answer stands there. Decimals are kept as numbers with all their digits: read as
+texts, they would be another content.
 
 The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The file
 goes when a run is complete, and is not used when it is older than a few hours or is of another range or organization.
@@ -35,7 +36,7 @@ class Remembering:
 
     def __init__(self, reader: Reader, path: Path, key: str, began: datetime, *, go_on: bool) -> None:
         self._reader, self._path = reader, path
-        self._known: dict[str, Any] = dict(_answers(path)) if go_on else {}
+        self._places: dict[str, int] = _places(path) if go_on else {}  # of an answer's line in the file
         self.asked = 0
         if not go_on:
             head = json.dumps({"key": key, "began": began.isoformat()})
@@ -44,13 +45,16 @@ class Remembering:
     def get(self, path: str, **params: Any) -> Any:
         """The answer, from the file where it has one."""
         question = json.dumps([path, params], sort_keys=True, default=str)
-        if question not in self._known:
-            self._known[question] = self._reader.get(path, **params)
-            self.asked += 1
-            line = exact_json.encode([question, self._known[question]])
-            with self._path.open("ab") as file:
-                file.write(line + b"\n")
-        return self._known[question]
+        if question in self._places:
+            with self._path.open("rb") as file:
+                file.seek(self._places[question])
+                return exact_json.decode(file.readline())[1]
+        found = self._reader.get(path, **params)
+        self.asked += 1
+        with self._path.open("ab") as file:
+            self._places[question] = file.tell()
+            file.write(exact_json.encode([question, found]) + b"\n")
+        return found
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
@@ -61,13 +65,18 @@ class Remembering:
         self._path.unlink(missing_ok=True)
 
 
-def _answers(path: Path) -> Iterator[tuple[str, Any]]:
-    """What was answered; a line that a kill cut short ends the list."""
-    with path.open(encoding="utf-8") as file:
+def _places(path: Path) -> dict[str, int]:
+    """Where each question's line is; one that a kill cut short is taken away, and those behind it."""
+    places: dict[str, int] = {}
+    with path.open("r+b") as file:
         file.readline()
-        for line in file:
+        place = file.tell()
+        while (line := file.readline()).endswith(b"\n"):
             try:
-                question, answer = exact_json.decode(line)
+                question, _ = exact_json.decode(line)
             except ValueError:
-                return
-            yield question, answer
+                break
+            places[question] = place
+            place = file.tell()
+        file.truncate(place)
+    return places

@@ -79,8 +79,10 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: 
     after = Counting(sides.here.api)
 
     Remembering(after, path, "key", NOW, go_on=True).get("/v1/meters/")
+    once_more = Remembering(after, path, "key", NOW, go_on=True).get("/v1/meters/")
 
     assert after.asked == 1
+    assert {meter["name"] for meter in once_more["items"]} == {"calls", "tokens"}
 
 
 def test_answers_of_another_organization_are_not_gone_on_with(
