@@ -19,7 +19,10 @@ from meters.facts import RESERVED, Facts, Number
 
 
 class Seen(NamedTuple):
-    """An event as one side shows it. ``external_id``, ``ingested_at`` and ``place`` are known on our side alone."""
+    """An event as one side shows it. ``external_id``, ``ingested_at`` and ``place`` are known on our side alone.
+
+    ``has_parent``: it belongs to another event, without which Polar does not list it.
+    """
 
     name: str
     timestamp: datetime
@@ -30,6 +33,7 @@ class Seen(NamedTuple):
     ingested_at: datetime | None = None
     place: str = ""
     is_named: bool = True  # ``who`` is an external id
+    has_parent: bool = False
 
     @property
     def label(self) -> str:
@@ -58,7 +62,10 @@ def seen(event: dict[str, Any], ingested_at: datetime | None = None, place: str 
     )  # fmt: skip
     content = json.dumps({key: _loose(key, value) for key, value in metadata.items()}, sort_keys=True, default=str)
     external_id = event.get("external_id") or ""
-    return Seen(event["name"], timestamp, who, content, found, external_id, ingested_at, place, external is not None)
+    return Seen(
+        event["name"], timestamp, who, content, found, external_id, ingested_at, place, external is not None,
+        bool(event.get("parent_id")),
+    )  # fmt: skip
 
 
 def pair(ours: Sequence[Seen], theirs: Sequence[Seen]) -> list[Pair]:

@@ -36,8 +36,9 @@ class Balances:
         self.counted = Counted("customers' meters", 0)
         self.notes: list[str] = []
 
-    def compare(self, meters: Sequence[Both], moved: Callable[[Both, str], Decimal]) -> list[Difference]:
-        """What differs. ``moved`` is what events that differ make of a customer's usage of a meter."""
+    def compare(self, meters: Sequence[Both], moved: Callable[[Both, str], Decimal | None]) -> list[Difference]:
+        """What differs. ``moved`` is what events that differ make of a customer's usage of a meter,
+        None where they make something of it and nobody can tell what."""
         known = {both.here.id: both for both in meters}
         here = _rows(self._here, {id: id for id in known})
         there = _rows(self._there, {both.there: id for id, both in known.items()})
@@ -57,7 +58,7 @@ class Balances:
         return found
 
     def _compare(
-        self, both: Both, who: str, rows: tuple[_Row, _Row], moved: Decimal
+        self, both: Both, who: str, rows: tuple[_Row, _Row], moved: Decimal | None
     ) -> Iterator[Difference]:
         name = both.here.name
         for part in _PARTS:
@@ -65,7 +66,9 @@ class Balances:
             is_usage = part == "consumed_units"
             if is_usage and self._scope.settles and _moved_since(self._scope.arrived_before, *rows):
                 continue  # usage is on its way, or Polar has yet to add it up
-            explained = EXACT.add(ours, moved) if is_usage else ours
+            if is_usage and moved is None:
+                continue  # those events are named already, and such a value cannot be split among them
+            explained = EXACT.add(ours, moved) if is_usage and moved is not None else ours
             if theirs == explained:
                 continue
             if is_usage and not OwnUsage(self._here, self._scope.forwarded(both)).is_whole(both.here):

@@ -135,8 +135,11 @@ class UpstreamCheck:
                 suspects.append(day)
         for day in sorted(suspects):
             self._events.narrow(day, lambda part: self._content_differs(part, meters, series))
-        for difference in self._events.finish():
+        for difference in self._events.finish(lambda day: self._agreeing_hours(day, meters)):
             self.check.add(difference)
+        if self._events.unlisted:
+            why = "Polar lists an event once its parent is there; quantities of their hours agree, so nothing is lost"
+            self.check.notes.append(f"{self._events.unlisted:,} events whose parents are missing are not listed: {why}")
         count = len(self._events.pairs)
         self.check.counted.append(Counted("events, one by one where days differ", self._events.listed, count))
 
@@ -159,16 +162,22 @@ class UpstreamCheck:
     ) -> bool:
         """Whether any of these says so of a part with whole hours."""
         unexplained = self._unexplained_on(part, meters, series)
-        return any(self._hours_differ(both, part, who) for both, who in unexplained)
+        return any(not all(self._hours(both, part, who).values()) for both, who in unexplained)
 
-    def _hours_differ(self, both: Both, part: Part, who: str | None) -> bool:
+    def _agreeing_hours(self, day: Part, meters: Sequence[Both]) -> set[datetime]:
+        """Hours in which every meter's quantities are known and explained."""
+        by_meter = [self._hours(both, day) for both in meters]
+        return set.intersection(*({at for at, agrees in hours.items() if agrees} for hours in by_meter or [{}]))
+
+    def _hours(self, both: Both, part: Part, who: str | None = None) -> dict[datetime, bool]:
+        """Hours by when they begin, and whether the quantities of each are explained."""
         there = asked(self._there, both.there, part, "hour", who)[0]
         ours = self._ours(both)
         here = since(ours.series(both.here, part, "hour", who), ours.began)
-        return any(
-            not self._is_explained(both, Part(at, at + HOUR), amount, there.get(at, Decimal(0)), who)
+        return {
+            at: self._is_explained(both, Part(at, at + HOUR), amount, there.get(at, Decimal(0)), who)
             for at, amount in here.items()
-        )
+        }
 
     def _is_explained(self, both: Both, part: Part, ours: Decimal, theirs: Decimal, who: str | None = None) -> bool:
         """Whether the quantities of a part agree, but for events that differ by themselves and Polar's own."""
@@ -228,8 +237,8 @@ class UpstreamCheck:
             return
         events = list(self._ours(both).feed(day_of(day)))
         for who, reading in OTHERS.items():
-            if near(value(meter, [event.facts for event in events], reading), theirs):
-                read = _read_otherwise(meter, events, who)
+            read = _read_otherwise(meter, events, who)
+            if read and near(value(meter, [event.facts for event in events], reading), theirs):
                 what = f"{said}: with the filter read as Polar's {who} read it, our events give the same; " \
                        f"{len(read)} of them are read differently"  # fmt: skip
                 self._add(Cause.FILTER_SEMANTICS, where, what, window=window, quantities=quantities, events=read)
@@ -275,7 +284,15 @@ class UpstreamCheck:
 
     def _balances(self, meters: Sequence[Both]) -> None:
         balances = Balances(self._here, self._there, self._scope, self._worth)
-        for difference in balances.compare(meters, lambda both, who: self._moved(both, None, who)):
+        touched = {
+            both.here.id: self._events.customers_of(both.here)
+            for both in meters if not is_summable(both.here.aggregation)
+        }  # fmt: skip
+
+        def moved(both: Both, who: str) -> Decimal | None:
+            return None if who in touched.get(both.here.id, ()) else self._moved(both, None, who)
+
+        for difference in balances.compare(meters, moved):
             self.check.add(difference)
         self.check.counted.append(balances.counted)
         self.check.notes += balances.notes

@@ -6,6 +6,9 @@ counts agree. What is listed is paired (``pairing``), within a part first and ov
 Both sides go on while they are read. Theirs is listed first, because what they have was counted here before; what came
 in here since is known by when it did. An event over there is known by its id: the pages of a list shift when another
 event comes in between them, and where many events have one time they may overlap and leave some out.
+
+An event whose parent is not there is counted over there and not listed. So what has a parent and is not listed is lost
+only where quantities lack it, too.
 """
 
 import json
@@ -18,8 +21,21 @@ from aggregator.reconcile.correction import mark_of, settled, takes_back
 from aggregator.reconcile.own_usage import OwnUsage
 from aggregator.reconcile.pairing import Pair, Seen, key_of, pair, seen
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Difference, Repair
-from aggregator.reconcile.upstream_scope import HOUR, Part, Reader, Scope, exclusive, halves, hour, hours_of, text
+from aggregator.reconcile.upstream_scope import (
+    HOUR,
+    Part,
+    Reader,
+    Scope,
+    day_of,
+    exclusive,
+    halves,
+    hour,
+    hours_of,
+    text,
+)
 from aggregator.reconcile.worth import Quantities, Worth, add
+from meters.aggregation import considers
+from meters.filter import matches
 from meters.meter import Meter
 
 LISTED_MAX = 1_000  # events of a part that is listed rather than halved: ten requests
@@ -35,6 +51,7 @@ class Events:
         self.ours = OwnUsage(here, scope.raw)
         self.pairs: list[Pair] = []
         self.listed = 0
+        self.unlisted = 0  # events that wait for their parents over there, and count
         self.meters: Sequence[Meter] = ()  # all that may count an event over there, where they are known to be all
         self._taken_back: Counter[str] = Counter()
         self._moved: defaultdict[tuple[datetime | None, str | None], Quantities] = defaultdict(dict)
@@ -64,15 +81,15 @@ class Events:
             if content_differs(hours_of(half)):
                 self.narrow(half, content_differs)
 
-    def finish(self) -> Iterator[Difference]:
-        """Pair what is left over across parts, and tell it by cause and hour."""
+    def finish(self, agreeing_hours: Callable[[Part], set[datetime]]) -> Iterator[Difference]:
+        """Pair what is left over across parts, and tell it by cause and hour. ``agreeing_hours`` are those of a day in
+        which all quantities are explained by the events that are found to differ."""
         doubled = [found for found in self.pairs if found.cause is Cause.DOUBLED]
         others = [found for found in self.pairs if found.cause is not Cause.DOUBLED]
         ours = [found.ours for found in others if found.ours is not None]
         theirs = [found.theirs for found in others if found.theirs is not None]
         self.pairs = pair(ours, theirs) + doubled
-        self._moved.clear()
-        self._moved_pairs = 0
+        self._set_aside_unlisted(agreeing_hours)
         conflicts = self._conflicts() if any(found.cause is Cause.CHANGED for found in self.pairs) else ""
         groups: defaultdict[tuple[datetime, Cause], list[Pair]] = defaultdict(list)
         for found in self.pairs:
@@ -86,6 +103,23 @@ class Events:
             groups[hour(event.timestamp), cause].append(found)
         for (at, cause), pairs in sorted(groups.items()):
             yield self._told(cause, at, pairs)
+
+    def _set_aside_unlisted(self, agreeing_hours: Callable[[Part], set[datetime]]) -> None:
+        """Take out of the pairs what seems lost, has a parent, and is missing in no quantity of its hour."""
+        missing: defaultdict[datetime, list[Pair]] = defaultdict(list)
+        others: list[Pair] = []
+        for found in self.pairs:
+            may_be_there = found.cause is Cause.LOST and found.ours is not None and found.ours.has_parent
+            (missing[hour(_either(found).timestamp)] if may_be_there else others).append(found)
+        self.pairs = others
+        self._moved.clear()
+        self._moved_pairs = 0
+        agreeing = {day: agreeing_hours(day) for day in sorted({day_of(at) for at in missing})}
+        for at, pairs in missing.items():
+            if at in agreeing[day_of(at)]:
+                self.unlisted += len(pairs)
+            else:
+                self.pairs += pairs
 
     def moved(self, part: Part | None = None, who: str | None = None) -> Quantities:
         """What the pairs make of quantities: theirs minus ours, by meter; of whole hours, or of a customer, or of all.
@@ -113,6 +147,14 @@ class Events:
         """Every event of the part that differs, of either side."""
         events = [event for found in self.pairs for event in (found.ours, found.theirs) if event is not None]
         return [event for event in events if part.since <= event.timestamp < part.until]
+
+    def customers_of(self, meter: Meter) -> set[str]:
+        """Who has an event that differs and that the meter counts, on either side."""
+        differing = (event for found in self.pairs for event, _ in _signed(found))
+        return {
+            event.who for event in differing
+            if matches(meter.filter, event.facts) and considers(meter.aggregation, event.facts)
+        }  # fmt: skip
 
     def _is_on_its_way(self, found: Pair) -> bool:
         if found.cause is not Cause.LOST or found.ours is None or found.ours.ingested_at is None:

@@ -56,6 +56,35 @@ def test_a_lost_event_is_named_and_sent_again(sides: TwoSides) -> None:
     assert sides.check().differences == []
 
 
+def test_an_event_that_waits_for_its_parent_is_not_lost(sides: TwoSides) -> None:
+    """Polar counts it and does not list it, for ever where its parent stays here: a note, nothing to repair."""
+    sides.chosen = {"polar_events": "call"}
+    children = [call(f"child{number}", number) | {"parent_id": "trace"} for number in range(3)]
+    sides.here.send({**call("trace"), "name": "trace"}, *children, call("alone"))
+    sides.forward(lambda event: event if event["name"] == "call" else None)
+
+    check = sides.check()
+
+    assert check.differences == []
+    assert any(note.startswith("3 events whose parents ") for note in check.notes)
+
+
+def test_a_lost_event_with_a_parent_is_lost(sides: TwoSides) -> None:
+    """Its hour lacks what it counts, and what waits for a parent in another hour is told apart from it."""
+    later = NOON + timedelta(hours=2)
+    waits = call("waits", 5, at=later) | {"parent_id": "never"}
+    sides.here.send(call("lost", 7) | {"parent_id": "parent"}, waits, call("parent"))
+    sides.forward(lambda event: None if event["external_id"] == "lost" else event)
+
+    difference = only(sides.check())
+    sides.repair([difference])
+    sides.there.send()
+
+    assert (difference.cause, difference.where.split(":")[0]) == (Cause.LOST, "lost")
+    assert difference.quantities == {"calls": Decimal(-1), "tokens": Decimal(-7)}
+    assert sides.check().differences == []
+
+
 def test_a_missing_hour_is_one_difference(sides: TwoSides) -> None:
     """Everything of an hour that did not arrive is told as that hour, and mended as a whole."""
     sides.here.send(*(call(f"h{number}", at=NOON + timedelta(minutes=number)) for number in range(90)))
@@ -217,6 +246,23 @@ def test_meters_of_one_name_are_compared_each_with_its_own(sides: TwoSides) -> N
     assert (lost.cause, lost.quantities["calls"]) == (Cause.LOST, -1)
     counting = {name: amount for name, amount in lost.quantities.items() if name.startswith("tokens (")}
     assert list(counting.values()) == [-7, -7]
+
+
+def test_a_largest_value_is_another_one_because_of_a_lost_event(sides: TwoSides) -> None:
+    """Of the balance that follows from it nothing is said besides; that of another customer is told."""
+    for side in (sides.here, sides.there):
+        for who in ("ann", "bob"):
+            side.post("/v1/customers/", {"external_id": who, "email": f"{who}@example.com"})
+        side.meter("peak", func="max", property="tokens")
+    sides.here.send(call("a1", 5), call("a2", 9), call("b1", 3, customer="bob"))
+    sides.forward(lambda event: None if event["external_id"] == "a2" else event)
+    assert only(sides.check()).where.startswith("a2: ")
+
+    bob = sides.there.api.get("/v1/customers/external/bob")["id"]
+    sides.there.post(f"/v1/customers/{bob}/resets", {"meter_id": sides.there.meter_id("peak")})
+
+    late = [one.where for one in sides.check().differences if one.cause is Cause.LATE]
+    assert late == ["calls, customer bob", "peak, customer bob", "tokens, customer bob"]
 
 
 def test_what_polar_writes_itself_is_no_difference(sides: TwoSides) -> None:
