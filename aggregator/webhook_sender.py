@@ -152,7 +152,7 @@ class Sender:
 
         def write(connection: duckdb.DuckDBPyConnection) -> None:
             outbox.keep_causes(connection, {cause: customer.id for cause, customer in telling.kept.items()})
-            outbox.put_messages(connection, telling.messages, asked - telling.kept.keys())
+            outbox.put_messages(connection, telling.messages, asked - telling.kept.keys(), tuple(self._busy))
 
         await self._write(write)
         self._aside.note(asked, telling.kept, now, time.monotonic())
@@ -216,7 +216,7 @@ class Sender:
                 attempts.append(await self._attempt(http, endpoint, message))
                 message = self._after(message, attempts[-1])
                 done.append(message)
-            if message.status == "pending" and now - message.created_at < ORDER_GUARD:
+            if message.status == "pending" and now - message.caused_at < ORDER_GUARD:
                 break
         await self._write(lambda connection: outbox.mark(connection, done, attempts))
         await self._disable_if_gone(endpoint_id, attempts, [one for one in done if one.status == "failed"])
