@@ -1,15 +1,18 @@
 """Nobody waits for another: not for endpoints that are switched off, nor for customers whose state is not known yet."""
 
+import asyncio
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from aggregator import webhook_messages
 from aggregator.api import balances
 from aggregator.store.queries.scope import naive
+from aggregator.webhook_messages import messages_of
 from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import KEPT, Message
+from aggregator.webhooks.outbox import KEPT, Cause, Message
 from meters.log import format_position
 from meters.webhooks import STATE_CHANGED, Endpoint, EndpointSet, Heard
 from tests.aggregator.holding import uncounted
@@ -65,6 +68,31 @@ def test_endpoints_that_are_switched_off_take_nobodys_turn(server: Server, tenan
     live(server.tenant(), story)
     waiting = "SELECT count(*) FROM webhook_messages WHERE organization_id = ? AND status = 'pending'"
     assert rows(server, waiting, tenant.id) == [(MANY,)]
+
+
+def test_whoever_makes_messages_lets_others_go_on(
+    server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop has a turn between two customers, where those took their time."""
+    tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
+    ids = [tenant.customer(external_id=f"c{number}") for number in range(20)]
+    causes = [Cause(number, tenant.id, id, None, None, None, naive(server.now)) for number, id in enumerate(ids)]
+    monkeypatch.setattr(webhook_messages, "TURN_S", 0)
+    turns = []
+
+    async def others() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        beside = asyncio.create_task(others())
+        telling = await messages_of(server.app.state.desk, causes, naive(server.now))
+        beside.cancel()
+        assert {message.customer_id for message in telling.messages} == set(ids)
+        assert len(turns) >= len(ids)
+
+    server.run(story())
 
 
 def test_what_waits_for_a_disabled_endpoint_is_given_up_after_a_month(server: Server, tenant: Tenant) -> None:
