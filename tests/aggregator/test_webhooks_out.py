@@ -2,12 +2,14 @@
 
 import base64
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook
 
 from aggregator.webhooks import outbox, targets
+from aggregator.webhooks.names import Names
 from meters.log import format_position
 from meters.signatures import signature
 from meters.webhooks import SigningSecret
@@ -298,9 +300,10 @@ def test_private_and_strange_targets_are_refused(url: str) -> None:
 
 def test_a_name_that_leads_inside_is_found_out_at_delivery(server: Server) -> None:
     """What a name means is asked for each delivery, and the connection goes to what was checked."""
+    look_up = partial(Names().addresses, "organization")
     with pytest.raises(targets.Forbidden):
-        server.run(targets.resolve("https://localhost:1/", private_allowed=False))
-    target = server.run(targets.resolve("http://localhost:81/x?y=1", private_allowed=True))
+        server.run(targets.resolve("https://localhost:1/", look_up, private_allowed=False))
+    target = server.run(targets.resolve("http://localhost:81/x?y=1", look_up, private_allowed=True))
     assert target.host == "localhost:81"
     assert target.url in ("http://127.0.0.1:81/x?y=1", "http://[::1]:81/x?y=1")
     for url in ("https://example.com/hook", "https://8.8.8.8/", "https://[2606:4700::1]:8443/", "https://[64:ff9b::808:808]/"):
