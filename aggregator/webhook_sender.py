@@ -6,16 +6,21 @@ the way; whose state cannot be told yet is set aside (``webhooks.aside``). And w
 sent, one at a time to each endpoint, in order as long as the endpoint answers. A message is marked after it was sent,
 so a process that dies in between sends it again, under the same ``webhook-id``.
 
+Endpoints take turns, and whose last turn is longest ago has the next one. A turn ends where nobody answers, and an
+organization has a few at a time: whoever hangs delays the others by a turn, and cannot keep them from theirs.
+
 Signatures come in both readings of a secret (``meters.signatures``), so a verifier of the standard and one of Polar's
 both find theirs; while a secret is rotated, in those of the old one, too.
 """
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import NamedTuple, NoReturn, TypeVar
 
 import duckdb
@@ -30,12 +35,14 @@ from aggregator.view import Unavailable
 from aggregator.webhook_messages import messages_of
 from aggregator.webhooks import outbox, targets
 from aggregator.webhooks.aside import Aside
+from aggregator.webhooks.names import Crowded, Names, Unresolved
 from aggregator.webhooks.outbox import Attempt, Cause, Message
 from meters.log import TryAgain, format_position, parse_position
 from meters.signatures import keys
 from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard
 
 ENDPOINTS_AT_ONCE = 16  # requests under way; each waits for one answer
+ORGANIZATION_AT_ONCE = 4  # of them: three others find room, whoever hangs
 DISABLE_AFTER = 10  # failed messages in a row, each after all its attempts: nobody is there (Polar's rule)
 ORDER_GUARD = timedelta(seconds=60)  # so long a failing message holds back the ones after it (Polar's rule)
 FORGET_EVERY_S = 3600.0  # what is older than a month is let go of; an hour more or less does not matter
@@ -66,7 +73,9 @@ class Sender:
 
     def __init__(self, desk: Desk, *, private_allowed: bool = False, pace: Pace = Pace()) -> None:  # noqa: B008
         self._desk, self._private_allowed, self._pace = desk, private_allowed, pace
-        self._busy: set[str] = set()
+        self._busy: dict[str, str] = {}  # endpoints whose turn it is, with their organizations
+        self._served_s: dict[str, float] = {}  # when the last turn of each ended
+        self._names = Names()
         self._writing = asyncio.Lock()
         self._aside = Aside(pace.collect_s)
         self._told: list[tuple[datetime, Heard]] = []  # by when everything before a position was made into messages
@@ -88,12 +97,18 @@ class Sender:
         if not endpoints:
             return
         await self._forget(list(endpoints.values()))
-        for id in await self._write(lambda connection: outbox.waiting(connection, self._now())):
+        waiting = await self._write(lambda connection: outbox.waiting(connection, self._now()))
+        for id in sorted(waiting, key=lambda id: self._served_s.get(id, -math.inf)):
             endpoint = endpoints.get(id)
-            is_served = endpoint is not None and (endpoint.disabled_at is None or endpoint.deleted_at is not None)
-            if is_served and id not in self._busy and len(self._busy) < ENDPOINTS_AT_ONCE:
-                self._busy.add(id)
+            if endpoint is not None and self._has_turn(endpoint):
+                self._busy[id] = endpoint.organization_id
                 deliveries.create_task(self._deliver(http, id))
+
+    def _has_turn(self, endpoint: Endpoint) -> bool:
+        if endpoint.id in self._busy or (endpoint.disabled_at is not None and endpoint.deleted_at is None):
+            return False
+        of_organization = sum(id == endpoint.organization_id for id in self._busy.values())
+        return len(self._busy) < ENDPOINTS_AT_ONCE and of_organization < ORGANIZATION_AT_ONCE
 
     async def _forget(self, endpoints: Sequence[Endpoint]) -> None:
         """Now and then, let go of what is old, and of what waits for endpoints that have been disabled for as long."""
@@ -152,7 +167,7 @@ class Sender:
 
         def write(connection: duckdb.DuckDBPyConnection) -> None:
             outbox.keep_causes(connection, {cause: customer.id for cause, customer in telling.kept.items()})
-            outbox.put_messages(connection, telling.messages, asked - telling.kept.keys())
+            outbox.put_messages(connection, telling.messages, asked - telling.kept.keys(), tuple(self._busy))
 
         await self._write(write)
         self._aside.note(asked, telling.kept, now, time.monotonic())
@@ -193,13 +208,15 @@ class Sender:
     async def _deliver(self, http: httpx.AsyncClient, endpoint_id: str) -> None:
         try:
             with _later():
-                while await self._deliver_in_order(http, endpoint_id) == outbox.MESSAGES_AT_ONCE:
+                ends_s = time.monotonic() + self._pace.timeout_s
+                while await self._deliver_in_order(http, endpoint_id, ends_s) == outbox.MESSAGES_AT_ONCE:
                     continue  # there may be more
         finally:
-            self._busy.discard(endpoint_id)
+            del self._busy[endpoint_id]
+            self._served_s[endpoint_id] = time.monotonic()
 
-    async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str) -> int:
-        """Send the next messages; how many of them are settled now."""
+    async def _deliver_in_order(self, http: httpx.AsyncClient, endpoint_id: str, ends_s: float) -> int:
+        """Send the next messages, of which the last begins before the turn ends; how many of them are settled now."""
         parked_before = self._now() - ORDER_GUARD, self._now()
         pending = await self._write(lambda connection: outbox.pending(connection, endpoint_id, parked_before))
         done: list[Message] = []
@@ -210,13 +227,18 @@ class Sender:
             if endpoint.deleted_at is not None:
                 done.append(message._replace(status="failed", settled_at=now))
                 continue
-            if endpoint.disabled_at is not None:
+            if endpoint.disabled_at is not None or time.monotonic() >= ends_s:
                 break
             if message.due_at <= now:
-                attempts.append(await self._attempt(http, endpoint, message))
-                message = self._after(message, attempts[-1])
+                attempt = await self._attempt(http, endpoint, message)
+                if attempt is None:
+                    break
+                attempts.append(attempt)
+                message = self._after(message, attempt)
                 done.append(message)
-            if message.status == "pending" and now - message.created_at < ORDER_GUARD:
+                if attempt.status_code is None:
+                    break
+            if message.status == "pending" and now - message.caused_at < ORDER_GUARD:
                 break
         await self._write(lambda connection: outbox.mark(connection, done, attempts))
         await self._disable_if_gone(endpoint_id, attempts, [one for one in done if one.status == "failed"])
@@ -232,14 +254,17 @@ class Sender:
         pause_s *= random.uniform(1, 1.1)  # noqa: S311 (endpoints that failed together do not come back together)
         return message._replace(attempts=number, due_at=now + timedelta(seconds=pause_s))
 
-    async def _attempt(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> Attempt:
+    async def _attempt(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> Attempt | None:
+        """What came of sending a message; None where that has to wait for other names to be resolved."""
         started, began_s = self._now(), time.monotonic()
         status_code: int | None = None
         try:
             async with asyncio.timeout(self._pace.timeout_s):
                 status_code = await self._post(http, endpoint, message)
                 outcome = f"answered {status_code}"
-        except targets.Forbidden as reason:
+        except Crowded:
+            return None
+        except (targets.Forbidden, Unresolved) as reason:
             outcome = str(reason)
         except TimeoutError:
             outcome = f"no answer within {self._pace.timeout_s:g} s"
@@ -252,7 +277,8 @@ class Sender:
         )  # fmt: skip
 
     async def _post(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> int:
-        target = await targets.resolve(endpoint.url, private_allowed=self._private_allowed)
+        look_up = partial(self._names.addresses, endpoint.organization_id)
+        target = await targets.resolve(endpoint.url, look_up, private_allowed=self._private_allowed)
         headers = signed_headers(endpoint, message, self._desk.now()) | {"host": target.host}
         sni = {"sni_hostname": target.server_name}
         async with http.stream(

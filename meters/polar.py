@@ -370,8 +370,11 @@ def _version(thing: _Customer | _Benefit | _Grant | _Subscription) -> str:
 
 
 def _at(instant: datetime) -> datetime:
-    """In UTC; Polar's times without an offset are."""
-    return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    """In UTC; Polar's times without an offset are. Raises Unreadable."""
+    try:
+        return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    except OverflowError as error:
+        raise Unreadable("a time is out of range") from error
 
 
 def _utc(instant: datetime | None) -> datetime | None:

@@ -2,21 +2,17 @@
 
 An address comes from whoever has a token, and the request leaves from inside the operator's network: without a check
 it could reach what only that network may. So a target is public and speaks https, unless the operator's setting allows
-others. A name is resolved here and the connection goes to the very address that was checked; a name that changes its
-mind afterwards changes nothing.
+others. A name is looked up for each delivery (``webhooks.names``) and the connection goes to the very address that was
+checked; a name that changes its mind afterwards changes nothing.
 """
 
-import asyncio
 import ipaddress
-import socket
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 URL_LENGTH_MAX = 2000
 """Characters of an address: what every server takes."""
-
-RESOLVE_S_MAX = 5.0
-"""Seconds for a name: half of what a delivery has."""
 
 PORTS = {"https": 443, "http": 80}
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # whose last 32 bits are an IPv4 address (RFC 6052)
@@ -44,13 +40,11 @@ def refusal(url: str, *, private_allowed: bool) -> str | None:
     return None
 
 
-async def resolve(url: str, *, private_allowed: bool) -> Target:
-    """The address to connect to. Raises Forbidden, OSError where the name is not known, TimeoutError."""
+async def resolve(url: str, look_up: Callable[[str, int], Awaitable[list[str]]], *, private_allowed: bool) -> Target:
+    """The address to connect to, of those that a name's lookup gives. Raises Forbidden, OSError, what that raises."""
     parts = _parts(url, private_allowed)
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-    async with asyncio.timeout(RESOLVE_S_MAX):
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(place[4][0]) for place in found]
+    addresses = [host] if _is_address(host) else await look_up(host, port)
     for address in addresses:
         _check_address(address, private_allowed)
     if not addresses:
@@ -78,11 +72,16 @@ def _check(parts: SplitResult, private_allowed: bool) -> None:
     host = parts.hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         host = "127.0.0.1"
+    if _is_address(host):
+        _check_address(host, private_allowed)
+
+
+def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return  # a name
-    _check_address(host, private_allowed)
+        return False  # a name
+    return True
 
 
 def _check_address(address: str, private_allowed: bool) -> None:

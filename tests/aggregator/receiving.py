@@ -24,11 +24,15 @@ class Delivery(NamedTuple):
 
 
 class Receiver:
-    """``answers`` are the status codes of the next deliveries, then 200 for ever. None: no answer at all."""
+    """``answers`` are the status codes of the next deliveries, then 200 for ever. None: no answer at all.
+
+    A delivery with the text ``refused`` in it is answered with 500.
+    """
 
     def __init__(self) -> None:
         self.deliveries: list[Delivery] = []
         self.answers: list[int | None] = []
+        self.refused: bytes | None = None
         self.url = ""
 
     def types(self) -> list[str]:
@@ -43,6 +47,8 @@ class Receiver:
             body = await reader.readexactly(int(headers["content-length"]))
             self.deliveries.append(Delivery(headers, body))
             status = self.answers.pop(0) if self.answers else 200
+            if self.refused is not None and self.refused in body:
+                status = 500
             if status is None:
                 await reader.read()
             else:

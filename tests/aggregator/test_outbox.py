@@ -42,11 +42,16 @@ def waits(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, int, datetim
     return [(one.id, one.attempts, one.due_at) for one in outbox.pending(connection, "hook")]
 
 
+def tried(message: Message) -> Attempt:
+    """An attempt that was made for a message, and failed."""
+    return Attempt(f"try {message.id}", message.id, "hook", "ours", 1, message.created_at, 1, 500, "answered 500")
+
+
 def test_a_newer_state_waits_as_the_one_whose_place_it_takes(connection: duckdb.DuckDBPyConnection) -> None:
     """Its attempts are counted on, whoever else is told in between; another customer's begin at none."""
     later = NOON + timedelta(seconds=1)
     outbox.put_messages(connection, [state("a")], [])
-    outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [])
+    outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [tried(state("a"))])
     outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], [])
     assert statuses(connection) == {"a": "superseded", "b": "pending", "c": "pending"}
     assert waits(connection) == [("b", 3, SOON), ("c", 0, later)]
@@ -62,9 +67,9 @@ def test_what_comes_of_a_message_under_way_counts_for_the_one_in_its_place(
     """A failure is one more attempt of both; after the last one, and after a delivery, counting begins again."""
     first = state("a")._replace(attempts=3)
     outbox.put_messages(connection, [first], [])
-    outbox.put_messages(connection, [state("b", 1)], [])  # while the first is being sent
-    tried = first._replace(attempts=4, status=outcome, due_at=SOON if outcome == "pending" else first.due_at)
-    outbox.mark(connection, [tried], [])
+    outbox.put_messages(connection, [state("b", 1)], [], ["hook"])  # while the first is being sent
+    marked = first._replace(attempts=4, status=outcome, due_at=SOON if outcome == "pending" else first.due_at)
+    outbox.mark(connection, [marked], [])
     assert statuses(connection) == {"a": became, "b": "pending"}
     assert waits(connection) == [("b", attempts, due_at)]
 
@@ -84,11 +89,40 @@ def test_what_an_endpoint_was_told_last_is_not_told_again(
 
 
 def test_a_state_that_comes_back_is_told(connection: duckdb.DuckDBPyConnection) -> None:
-    """What was told last counts, and not what was told before."""
+    """What is to be told last counts, and not what was to be told before."""
     for id, balance in (("a", 0), ("b", 1), ("c", 0), ("d", 0)):
         seconds = len(statuses(connection))
         outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], [])
-    assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending"}
+    assert statuses(connection) == {"c": "pending"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "lacked_since"), [("pending", NOON), ("failed", SOON), ("delivered", SOON)]
+)  # fmt: skip
+def test_a_newer_state_is_lacked_as_long_as_the_one_whose_place_it_takes(
+    connection: duckdb.DuckDBPyConnection, outcome: Status, lacked_since: datetime
+) -> None:
+    """Until the endpoint heard that one after all, or it failed for good. When each was made is no matter."""
+    outbox.put_messages(connection, [state("a")], [])
+    outbox.put_messages(connection, [state("b", 1, SOON)], [], ["hook"])
+    outbox.mark(connection, [state("a")._replace(attempts=1, status=outcome)], [])
+    assert [(one.id, one.caused_at, one.created_at) for one in outbox.pending(connection, "hook")] == [
+        ("b", lacked_since, SOON)
+    ]  # fmt: skip
+    assert [one.id for one in outbox.pending(connection, "hook", (SOON, NOON - timedelta(days=1)))] == (
+        ["b"] if lacked_since == SOON else []
+    )  # fmt: skip
+
+
+def test_a_superseded_state_that_nobody_tried_to_send_is_let_go_of(connection: duckdb.DuckDBPyConnection) -> None:
+    """One that was tried is in the delivery log, and one that may be under way stays until it is known not to be."""
+    outbox.put_messages(connection, [state("a")], [])
+    outbox.mark(connection, [state("a")._replace(attempts=1)], [tried(state("a"))])
+    outbox.put_messages(connection, [state("b", 1), state("c", 1, customer="bob")], [])
+    outbox.put_messages(connection, [state("d", 2)], [], ["hook"])
+    assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending", "d": "pending"}
+    outbox.put_messages(connection, [state("e", 3)], [], ["another"])
+    assert statuses(connection) == {"a": "superseded", "c": "pending", "e": "pending"}
 
 
 def cause(connection: duckdb.DuckDBPyConnection, number: int) -> None:

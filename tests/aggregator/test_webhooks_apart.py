@@ -1,30 +1,61 @@
-"""Nobody waits for another: not for endpoints that are switched off, nor for customers whose state is not known yet."""
+"""Nobody waits for another: for endpoints that are switched off or hang, for names, for customers of unknown state."""
 
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from aggregator import webhook_messages
 from aggregator.api import balances
+from aggregator.api.webhook_endpoints import ENDPOINTS_MAX
 from aggregator.store.queries.scope import naive
-from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import KEPT, Message
+from aggregator.webhook_messages import messages_of
+from aggregator.webhook_sender import ORDER_GUARD
+from aggregator.webhooks import names, outbox
+from aggregator.webhooks.outbox import KEPT, Cause, Message
 from meters.log import format_position
 from meters.webhooks import STATE_CHANGED, Endpoint, EndpointSet, Heard
 from tests.aggregator.holding import uncounted
+from tests.aggregator.receiving import HURRY, receiving
 from tests.aggregator.serving import Server, Tenant
 from tests.aggregator.telling import Told, caused_anew, live
 from tests.waiting import until
 
 MOMENT = timedelta(milliseconds=20)
 MANY = 300  # of which any may be asked first
+SPARED = ENDPOINTS_MAX - names.LOOKUPS_AT_ONCE
 
 
 @pytest.fixture
 def none_recounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory does not have of a customer's meters cannot be told, as where it lacks more than a hundred."""
     monkeypatch.setattr(balances, "RECOUNTED_MAX", 0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The slow names that were asked for: none is answered before the test ends, as where a name server is away."""
+    names_asked: list[str] = []
+    ended, getaddrinfo = threading.Event(), socket.getaddrinfo
+
+    def slowly(host: str, *more: object, **settings: object) -> object:
+        if not host.endswith(".slow.example"):
+            return getaddrinfo(host, *more, **settings)  # type: ignore[arg-type]
+        names_asked.append(host)
+        ended.wait()
+        raise socket.gaierror(socket.EAI_AGAIN, "away")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    monkeypatch.setattr(names, "RESOLVE_S_MAX", 0.1)
+    try:
+        yield names_asked
+    finally:
+        ended.set()
 
 
 def rows(server: Server, sql: str, *values: object) -> list[tuple[object, ...]]:
@@ -65,6 +96,79 @@ def test_endpoints_that_are_switched_off_take_nobodys_turn(server: Server, tenan
     live(server.tenant(), story)
     waiting = "SELECT count(*) FROM webhook_messages WHERE organization_id = ? AND status = 'pending'"
     assert rows(server, waiting, tenant.id) == [(MANY,)]
+
+
+def test_names_that_are_slow_keep_nobody_else_waiting(server: Server, tenant: Tenant, asked: list[str]) -> None:
+    """A few lookups of an organization go on at a time; an endpoint that waits for those to end loses no attempt."""
+    stranger = server.tenant()
+
+    async def story(told: Told) -> None:
+        for number in range(ENDPOINTS_MAX):
+            await told.ask("POST", "/v1/webhooks/endpoints", {"url": f"http://e{number}.slow.example/"})
+        await told.customer()
+        await until(lambda: len(asked) == names.LOOKUPS_AT_ONCE)
+        told.receiver.url = told.receiver.url.replace("127.0.0.1", "localhost")
+        other = Told(stranger, told.receiver)
+        await other.listen("customer.state_changed")
+        await other.customer("eve")
+        await told.arrived(1)
+        await until(lambda: rows(server, tried, tenant.id) == [(names.LOOKUPS_AT_ONCE,)])
+        found = (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]
+        assert {one["outcome"] for one in found} == {"the name could not be resolved in 0.1 s"}
+        assert sorted(rows(server, attempts, tenant.id)) == [(0,)] * SPARED + [(1,)] * names.LOOKUPS_AT_ONCE
+        assert len(asked) == names.LOOKUPS_AT_ONCE
+
+    tried = "SELECT count(*) FROM webhook_attempts WHERE organization_id = ?"
+    attempts = "SELECT attempts FROM webhook_messages WHERE organization_id = ?"
+    live(tenant, story)
+
+
+def test_endpoints_that_hang_keep_nobody_else_waiting(server: Server, tenant: Tenant) -> None:
+    """All that an organization may have of them, with more to tell each of them than fits into a turn."""
+    stranger = server.tenant()
+
+    async def story(told: Told) -> None:
+        async with receiving() as hanging:
+            hanging.answers = [None] * 10_000
+            for _ in range(ENDPOINTS_MAX):
+                await told.ask("POST", "/v1/webhooks/endpoints", {"url": hanging.url})
+            for number in range(10):
+                await told.customer(f"c{number}")
+            server.now += ORDER_GUARD + MOMENT
+            await until(lambda: len(hanging.deliveries) >= ENDPOINTS_MAX)
+            before = len(hanging.deliveries)
+            other = Told(stranger, told.receiver)
+            await other.listen("customer.state_changed")
+            await other.customer("eve")
+            await told.arrived(1, passing=MOMENT)
+            assert len(hanging.deliveries) - before < 4 * ENDPOINTS_MAX
+
+    live(tenant, story, pace=HURRY._replace(timeout_s=1, attempts_max=10))
+
+
+def test_whoever_makes_messages_lets_others_go_on(
+    server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop has a turn between two customers, where those took their time."""
+    tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
+    ids = [tenant.customer(external_id=f"c{number}") for number in range(20)]
+    causes = [Cause(number, tenant.id, id, None, None, None, naive(server.now)) for number, id in enumerate(ids)]
+    monkeypatch.setattr(webhook_messages, "TURN_S", 0)
+    turns = []
+
+    async def others() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        beside = asyncio.create_task(others())
+        telling = await messages_of(server.app.state.desk, causes, naive(server.now))
+        beside.cancel()
+        assert {message.customer_id for message in telling.messages} == set(ids)
+        assert len(turns) >= len(ids)
+
+    server.run(story())
 
 
 def test_what_waits_for_a_disabled_endpoint_is_given_up_after_a_month(server: Server, tenant: Tenant) -> None:

@@ -2,12 +2,14 @@
 
 import base64
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook
 
 from aggregator.webhooks import outbox, targets
+from aggregator.webhooks.names import Names
 from meters.log import format_position
 from meters.signatures import signature
 from meters.webhooks import SigningSecret
@@ -185,6 +187,38 @@ def test_an_endpoint_that_is_away_is_disabled_though_a_customer_moves_all_the_ti
     live(tenant, story, pace=HURRY._replace(attempts_max=2))
 
 
+def test_a_customer_whose_state_is_refused_holds_others_back_for_a_minute_only(tenant: Tenant) -> None:
+    """However often both of them move meanwhile: each new state takes the place, and the age, of the one before."""
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed")
+        await told.meter()
+        for name in ("ann", "bob"):
+            await told.customer(name)
+        await told.settled()
+        told.receiver.refused = b'"external_id":"ann"'
+        for number in range(8):
+            for name in ("ann", "bob"):
+                await told.use(f"{name}-{number}", name=name)
+            await until(lambda: no_causes(tenant))
+            tenant.server.now += timedelta(seconds=10)
+
+        def heard() -> bool:
+            found = [one.event["data"] for one in told.receiver.deliveries]
+            return any(one["external_id"] == "bob" and [m["consumed_units"] for m in one["active_meters"]] == [8]
+                       for one in found)  # fmt: skip
+
+        await until(heard)
+
+    live(tenant, story, pace=HURRY._replace(attempts_max=10, backoff_s=2))
+
+
+def no_causes(tenant: Tenant) -> bool:
+    """Whether everything that moved was made into messages."""
+    with tenant.server.aggregator.outbox() as connection:
+        causes = "SELECT count(*) FROM webhook_causes WHERE organization_id = ?"
+        return connection.execute(causes, [tenant.id]).fetchone() == (0,)
+
+
 def test_a_rotated_secret_signs_beside_the_new_one_for_a_day(tenant: Tenant) -> None:
     """Then the new one alone. No answer but those two shows a secret."""
     async def story(told: Told) -> None:
@@ -266,9 +300,10 @@ def test_private_and_strange_targets_are_refused(url: str) -> None:
 
 def test_a_name_that_leads_inside_is_found_out_at_delivery(server: Server) -> None:
     """What a name means is asked for each delivery, and the connection goes to what was checked."""
+    look_up = partial(Names().addresses, "organization")
     with pytest.raises(targets.Forbidden):
-        server.run(targets.resolve("https://localhost:1/", private_allowed=False))
-    target = server.run(targets.resolve("http://localhost:81/x?y=1", private_allowed=True))
+        server.run(targets.resolve("https://localhost:1/", look_up, private_allowed=False))
+    target = server.run(targets.resolve("http://localhost:81/x?y=1", look_up, private_allowed=True))
     assert target.host == "localhost:81"
     assert target.url in ("http://127.0.0.1:81/x?y=1", "http://[::1]:81/x?y=1")
     for url in ("https://example.com/hook", "https://8.8.8.8/", "https://[2606:4700::1]:8443/", "https://[64:ff9b::808:808]/"):

@@ -353,7 +353,8 @@ def test_a_deletion_of_a_stranger_deletes_nobody() -> None:
 
 
 @pytest.mark.parametrize("data", [
-    None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}, customer() | {"id": "cus_zz"}
+    None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}, customer() | {"id": "cus_zz"},
+    customer() | {"created_at": "0001-01-01T00:00:00+14:00"}, customer() | {"modified_at": "9999-12-31T23:59:59-14:00"},
 ])
 def test_another_shape_is_said_to_be_unreadable(data: object) -> None:
     """A type that is known has the fields that it has."""
