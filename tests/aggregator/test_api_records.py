@@ -4,6 +4,7 @@ import threading
 from decimal import Decimal
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import quote
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_a_customer_is_shown_with_all_that_clients_insist_on(tenant: Tenant) -> 
     assert tenant.get(f"/v1/customers/{made['id']}") == made
     other = tenant.post("/v1/customers/", {"email": "bob@example.com", "external_id": "bob"})
     assert tenant.get("/v1/customers/external/bob") == other
+
+
+@pytest.mark.parametrize("name", ["acme/", "acme/state", "acme/eu", "/", "acme%2Feu", "100%", "%2F", "\u00e4 +?#/"])
+def test_an_external_id_in_a_path_is_one_name_whatever_it_holds(tenant: Tenant, name: str) -> None:
+    """A slash that was sent encoded leads to nobody else: not by another route, not by a redirect."""
+    acme, other = tenant.customer(external_id="acme"), tenant.customer(external_id=name)
+    path = f"/v1/customers/external/{quote(name, safe='')}"
+    assert tenant.get(path)["id"] == tenant.get(f"{path}/state")["id"] == other
+    assert tenant.patch(path, {"name": "Other"})["id"] == other
+    assert tenant.ask("DELETE", path).status_code == 204
+    assert [customer["id"] for customer in tenant.get("/v1/customers/")["items"]] == [acme]
+    redirected = tenant.ask("GET", f"{path}/")
+    assert (redirected.status_code, redirected.headers["location"]) == (307, path.replace("%2B", "+"))
 
 
 def test_lists_of_customers(tenant: Tenant) -> None:
