@@ -76,7 +76,7 @@ def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
     fields = {name: body[name] for name in ("email", "external_id", "name") if body.get(name) is not None}
     for name, text in fields.items():
         complaints += _text_complaints(name, text)
-    if "metadata" in body:
+    if body.get("metadata") is not None:
         fields["metadata"] = parse_metadata(body["metadata"], ("body", "metadata"))
         complaints += fields["metadata"] if isinstance(fields["metadata"], list) else []
     if complaints:

@@ -117,6 +117,13 @@ def test_a_customer_that_makes_no_sense_is_refused(tenant: Tenant, body: Any, co
     assert tenant.refusal("POST", "/v1/customers/", json=body) == (422, "RequestValidationError", complaints)
 
 
+def test_what_is_null_in_a_change_stays(tenant: Tenant) -> None:
+    """As with Polar, null in a change of a customer is as good as nothing, metadata included."""
+    made = tenant.post("/v1/customers/", {"email": "a@b", "external_id": "ann", "name": "Ann", "metadata": {"k": 1}})
+    changed = tenant.patch(f"/v1/customers/{made['id']}", dict.fromkeys(("email", "external_id", "name", "metadata")))
+    assert changed == made | {"modified_at": changed["modified_at"]}
+
+
 def test_names_of_customers_are_taken_once_in_an_organization(server: Server, tenant: Tenant) -> None:
     """An external id and an address belong to one customer of a tenant; other tenants are free to use them."""
     tenant.customer(email="ann@example.com", external_id="ann")
