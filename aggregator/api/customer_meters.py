@@ -67,9 +67,10 @@ async def list_customer_meters(
 
 
 def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
-    """The page of a list of customer meters."""
-    found = sorted(found, key=lambda one: (_key(one, chosen.by), one.id), reverse=not chosen.ascending)
-    return listed([customer_meter_shape(one) for one in cut(found, page)], len(found), page)
+    """The page of a list of customer meters. Equal ones stay as they stood, or all turn round: as in ``find_page``."""
+    found = sorted(found, key=lambda one: _key(one, chosen.by))
+    rows = cut(found if chosen.ascending else found[::-1], page)
+    return listed([customer_meter_shape(one) for one in rows], len(found), page)
 
 
 def _meters(desk: Desk, token: Token, ids: list[str] | None) -> list[Meter]:
