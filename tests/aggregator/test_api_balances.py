@@ -1,6 +1,7 @@
 """Customer meters, credits, resets, prices and customers that change, over HTTP."""
 
 import asyncio
+import threading
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from aggregator.api.customer_meters import SORTINGS
 from meters.ledger import customer_meter_id
+from meters.statement import statement
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant, exact
 
@@ -167,6 +169,21 @@ def test_what_memory_does_not_have_is_counted_from_the_store(known: Tenant, monk
     after = known.get("/v1/customer-meters/", **asked)["items"]
     assert [one | {"modified_at": None} for one in before] == [one | {"modified_at": None} for one in after]
     assert known.get(f"/v1/customer-meters/{before[0]['id']}")["balance"] == before[0]["balance"]
+
+
+def test_a_ledger_is_unfolded_where_it_holds_nobody_up(known: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the event loop: a year of usage has 35,000 entries."""
+    threads: list[threading.Thread] = []
+
+    def unfolded(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return statement(*arguments)
+
+    monkeypatch.setattr("aggregator.api.customer_meters.statement", unfolded)
+    one = customer_meter_id(id_of(known, "customer", "ann"), id_of(known, "meter", "Tokens"))
+    assert known.get(f"/v1/customer-meters/{one}/ledger")["pagination"]["total_count"] == 2
+    assert threads
+    assert threading.current_thread() not in threads  # which the event loop of these tests runs in
 
 
 def test_a_row_that_is_not_there_is_not_found(known: Tenant) -> None:
