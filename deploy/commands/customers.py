@@ -8,6 +8,7 @@ import typer
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import Output, show, show_one, show_table, text
 from deploy.session import EPILOG, session
+from meters.amount import EXACT
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -90,7 +91,7 @@ def ledger(
     who = one["customer"]["external_id"] or one["customer"]["id"]
     rows = [{**entry, "units": _signed(entry["units"])} for entry in entries]
     if earlier:
-        brought = entries[0]["balance"] - entries[0]["units"]
+        brought = EXACT.subtract(entries[0]["balance"], entries[0]["units"])
         rows.insert(0, {"at": "", "cause": f"{earlier} earlier", "balance": brought})
     show_table(rows, LEDGER_COLUMNS, title=f"{one['meter']['name']} of {who}")
     credited, consumed = text(one["credited_units"]), text(one["consumed_units"])
@@ -120,7 +121,6 @@ def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
     raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
 
 
-def _customer_meter(api: "Api", customer: dict[str, Any], meter: dict[str, Any]) -> dict[str, Any]:
 def _is_called(found: dict[str, Any], wanted: str) -> bool:
     """Whether it is who was asked for: a proxy that decodes paths asks for somebody else where a name has a slash."""
     try:
@@ -129,6 +129,7 @@ def _is_called(found: dict[str, Any], wanted: str) -> bool:
         return False
 
 
+def _customer_meter(api: "Api", customer: dict[str, Any], meter: dict[str, Any]) -> dict[str, Any]:
     found = api.get("/v1/customer-meters/", customer_id=customer["id"], meter_id=meter["id"])["items"]
     if not found:
         who = customer["external_id"] or customer["id"]
