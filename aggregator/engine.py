@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -69,10 +69,8 @@ class Engine:
         self._log, self.store, self._observe = log, store, observe
         self.directory = store.directory()
         self._seen: Seen = store.seen()
-        self.catalogue, self.ledger = Catalogue(), Ledger()
-        for change in (change for value in store.control() for change in decode_changes(value)):
-            self.catalogue.apply(change)
-            self.ledger.apply(change)
+        self.catalogue = Catalogue()
+        self.ledger = Ledger(self._decided_before())
         with contextlib.closing(store.cursor()) as connection:
             self.strangers = Strangers(connection, self.catalogue.organizations)
         self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
@@ -194,6 +192,13 @@ class Engine:
                 self.control_position, self.strangers.events,
             )
         )
+
+    def _decided_before(self) -> Iterator[Change]:
+        """What the store has of decisions, each as soon as the catalogue knows it."""
+        for value in self.store.control():
+            for change in decode_changes(value):
+                self.catalogue.apply(change)
+                yield change
 
     def _apply(self, change: Change, first_seq: int) -> None:
         self._boundaries.note(change)

@@ -101,13 +101,21 @@ def rollover_units(account: Account, consumed: Decimal, until: datetime | None =
 
 
 class Ledger:
-    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs."""
+    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs.
 
-    def __init__(self) -> None:
+    What is known at a start is told as ``changes``: nobody has an account yet, so none is copied for its every credit.
+    """
+
+    def __init__(self, changes: Iterable[object] = ()) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
         self._reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
         self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
+        self._came: set[str] = set()  # ids of credits that came from something: only these are told at two times
+        self._is_read = False
+        for change in changes:
+            self.apply(change)
+        self._is_read = True
 
     def apply(self, change: object) -> None:
         """Take in one change; others than credits and resets are somebody else's."""
@@ -133,6 +141,9 @@ class Ledger:
 
     def _is_told(self, change: CreditGranted) -> bool:
         """Whether it is known from as early a time. What is known from a later one was the repetition, and goes."""
+        if change.id not in self._came:
+            self._came.add(change.id)
+            return False
         known = self.account(change.customer_id, change.meter_id)
         told = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
         if told is None or told.at <= change.at:
@@ -167,7 +178,7 @@ class Ledger:
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
         accounts = self._accounts.setdefault(meter_id, {})
         known = accounts.get(customer_id) or Account()
-        account = Account(list(known.credits), list(known.resets), known.credited)
+        account = Account(list(known.credits), list(known.resets), known.credited) if self._is_read else known
         if reset is not None:
             _insert(account.resets, reset)
         newest = credit is not None and _insert(account.credits, credit)

@@ -4,6 +4,7 @@ Unit prices are cents with up to 12 decimals, amounts are whole cents. This esti
 looks at it; invoices are made elsewhere.
 """
 
+import re
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
 
@@ -17,6 +18,9 @@ UNIT_AMOUNT_DIGITS_MAX = 17
 
 CAP_AMOUNT_MAX = 2**31 - 1
 """Cents of a cap (Polar's column)."""
+
+_IS_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
+"""Of a text: what is a number in JSON, too. ``Decimal`` reads ``1_0`` as ten, and the digits of every script."""
 
 _EXACT = Context(prec=80, rounding=ROUND_HALF_UP)  # which is half away from zero
 
@@ -76,15 +80,23 @@ def parse_price(body: object) -> Price | list[Detail]:
     return complaints or Price(unit_amount=unit_amount, cap_amount=cap)
 
 
+def _number(given: object) -> Decimal | None:
+    if isinstance(given, bool) or not isinstance(given, int | str | Decimal):
+        return None
+    if isinstance(given, str) and not _IS_NUMBER(given):
+        return None
+    try:
+        return Decimal(given)
+    except ArithmeticError:  # an exponent that is too far away
+        return None
+
+
 def _unit_amount(body: dict[str, object]) -> tuple[Decimal, list[Detail]]:
     loc = ("body", "unit_amount")
     if "unit_amount" not in body:
         return Decimal(0), [detail("missing", loc, "Field required", body)]
     given = body["unit_amount"]
-    try:
-        amount = Decimal(given) if isinstance(given, int | str | Decimal) and not isinstance(given, bool) else None
-    except ArithmeticError:
-        amount = None
+    amount = _number(given)
     whole_digits_max = UNIT_AMOUNT_DIGITS_MAX - DECIMALS
     if amount is None or not amount.is_finite() or amount <= 0 or amount >= 10**whole_digits_max:
         message = f"Input should be a number of cents above 0, with at most {whole_digits_max} digits before the point"

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from meters.amount import EXACT
+
 EventType = Literal["customer.state_changed", "meter.threshold_reached"]
 """What an endpoint can be told of."""
 
@@ -98,8 +100,9 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the line is reached at this usage and these credits."""
         if self.unit == "percent" and credited <= 0:
             return False
-        line = self.value * credited / 100 if self.unit == "percent" else self.value
-        return consumed >= line if self.measure == "usage" else credited - consumed <= line
+        part = EXACT.divide(EXACT.multiply(self.value, credited), Decimal(100))
+        line = part if self.unit == "percent" else self.value
+        return consumed >= line if self.measure == "usage" else EXACT.subtract(credited, consumed) <= line
 
 
 class EndpointSet(msgspec.Struct, frozen=True, tag_field="type", tag="webhook_endpoint.set"):

@@ -31,6 +31,7 @@ from aggregator.api import (
 from aggregator.api.desk import Desk, Rules
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
+from aggregator.api.paths import Segments
 from aggregator.api.redirects import RelativeRedirects
 from aggregator.view import View
 
@@ -54,6 +55,7 @@ def create_app(
     app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
     app.state.desk = Desk(view, now, new_id, rules)
     app.state.private_targets = private_targets
+    app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)
     errors.install(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):

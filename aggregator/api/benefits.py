@@ -6,6 +6,7 @@ granting what is granted and revoking what is revoked change nothing, and a cycl
 What Polar's webhooks told of is changed at Polar: its news of a step that was made here too would count it twice.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
-from aggregator.api.cuts import carried
+from aggregator.api.cuts import Overtaken, Used, carried, used_until
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
@@ -317,26 +318,54 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
     Say ``at``, when it began, so that a retry is harmless. A grant of Polar's is renewed there.
     """
     body = await body_as(GrantStep, request, otherwise={})
+    _, _, customer = _grant_of(desk, token, id)
+    async with desk.settling(token.organization_id, customer.id):
+        while (found := await _cycled(desk, token, id, body)) is None:
+            pass
+    return answer(grant_shape(*found), desk.view.as_of)
+
+
+async def _cycled(desk: Desk, token: Token, id: UUID, body: GrantStep) -> tuple[Grant, Benefit, Customer] | None:
+    """The grant after its cycle; None where the cycle has to be worked out again."""
+    grant, benefit, customer = _to_cycle(desk, token, id)
+    at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
+    meter = desk.catalogue.meter(grant.organization_id, benefit.meter_id)
+    begins = _is_due(grant, at) and needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id))
+    used = await used_until(desk, customer, [meter] if meter and begins else [], at)
     async with desk.deciding:
-        grant, benefit, customer = _grant_of(desk, token, id)
-        _must_be_ours(desk, token, "grant", grant.id)
-        at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
-        if grant.revoked_at is not None:
-            raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
-        if grant.last_credited_at is None or at > grant.last_credited_at:
-            step = await _cycle(desk, grant, benefit, customer, at)
+        grant, benefit, customer = _to_cycle(desk, token, id)
+        if _is_due(grant, at):
+            try:
+                step = _cycle(desk, grant, benefit, customer, at, used)
+            except Overtaken:
+                return None
             await desk.decide(*_all(step))
             grant = step.grant
-    return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
+    return grant, benefit, customer
 
 
-async def _cycle(desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime) -> Step:
+def _to_cycle(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Customer]:
+    """A grant that can be renewed here. Raises NotFound, Refused."""
+    grant, benefit, customer = _grant_of(desk, token, id)
+    _must_be_ours(desk, token, "grant", grant.id)
+    if grant.revoked_at is not None:
+        raise Refused("value_error", ("path", "id"), "This grant is revoked.", str(id))
+    return grant, benefit, customer
+
+
+def _is_due(grant: Grant, at: datetime) -> bool:
+    return grant.last_credited_at is None or at > grant.last_credited_at
+
+
+def _cycle(
+    desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime, used: Mapping[str, Used]
+) -> Step:  # fmt: skip
     begun, meter = None, desk.catalogue.meter(grant.organization_id, benefit.meter_id)
     if meter is None:
         raise Refused("value_error", ("path", "id"), "The meter of this benefit is not known here.", benefit.meter_id)
     account = desk.view.ledger.account(customer.id, benefit.meter_id)
     if needs_reset(grant, account):
-        units = await carried(desk, customer, meter, at)
+        units = carried(desk, customer, meter, at, used)
         begun = MeterReset(
             id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
             meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,

@@ -21,13 +21,14 @@ from aggregator.api.roster import NotInMemory, find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
 from aggregator.store.queries import arrivals, events
+from aggregator.store.queries.asking import Here
 from aggregator.store.queries.events import Listing
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.view import Unavailable
 from meters.catalogue import Customer, Token
 from meters.ledger import Account
 from meters.meter import Meter
-from meters.statement import parse_usage_id, statement
+from meters.statement import Entry, parse_usage_id, statement
 
 router = APIRouter(tags=["customer meters"])
 READING = frozenset({"customer_meters:read"})
@@ -67,9 +68,10 @@ async def list_customer_meters(
 
 
 def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
-    """The page of a list of customer meters."""
-    found = sorted(found, key=lambda one: (_key(one, chosen.by), one.id), reverse=not chosen.ascending)
-    return listed([customer_meter_shape(one) for one in cut(found, page)], len(found), page)
+    """The page of a list of customer meters. Equal ones stay as they stood, or all turn round: as in ``find_page``."""
+    found = sorted(found, key=lambda one: _key(one, chosen.by))
+    rows = cut(found if chosen.ascending else found[::-1], page)
+    return listed([customer_meter_shape(one) for one in rows], len(found), page)
 
 
 def _meters(desk: Desk, token: Token, ids: list[str] | None) -> list[Meter]:
@@ -124,10 +126,12 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     account = one.account or Account()
     scope = Scope(organization=NOBODY, subjects=numbers_of(desk, one.customer))
     cuts = sorted({reset.at for reset in account.resets})
-    usages, as_of = await desk.ask(
-        token, lambda here: arrivals.by_quarter(here.connection, one.meter, here.within(scope), cuts)
-    )
-    entries = statement(one.meter.aggregation, account, usages)[::-1]
+
+    def question(here: Here) -> list[Entry]:  # a year of usage is half a second of work, which nobody else waits for
+        usages = arrivals.by_quarter(here.connection, one.meter, here.within(scope), cuts)
+        return statement(one.meter.aggregation, account, usages)[::-1]
+
+    entries, as_of = await desk.ask(token, question)
     return answer(listed([entry_shape(entry) for entry in cut(entries, page)], len(entries), page), as_of)
 
 

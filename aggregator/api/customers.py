@@ -12,6 +12,7 @@ from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.paths import BY_EXTERNAL_ID
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import customer_shape
 from meters.access import reading, writing
@@ -75,7 +76,7 @@ def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
     fields = {name: body[name] for name in ("email", "external_id", "name") if body.get(name) is not None}
     for name, text in fields.items():
         complaints += _text_complaints(name, text)
-    if "metadata" in body:
+    if body.get("metadata") is not None:
         fields["metadata"] = parse_metadata(body["metadata"], ("body", "metadata"))
         complaints += fields["metadata"] if isinstance(fields["metadata"], list) else []
     if complaints:
@@ -154,15 +155,13 @@ def _text(value: Any) -> str:
     return amount_text(exact) if abs(exact.adjusted()) <= DIGITS_MAX else str(exact)
 
 
-@router.get("/v1/customers/external/{external_id}", responses=gives(ref("Customer")))
+@router.get(BY_EXTERNAL_ID, responses=gives(ref("Customer")))
 async def get_customer_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """One customer, by the id that its organization gave it."""
     return answer(customer_shape(_called(desk, token, external_id)), desk.view.as_of)
 
 
-@router.patch(
-    "/v1/customers/external/{external_id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer"))
-)
+@router.patch(BY_EXTERNAL_ID, openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
 async def update_customer_by_external_id(
     request: Request, desk: AtDesk, token: Writer, external_id: str
 ) -> Response:  # fmt: skip
@@ -170,7 +169,7 @@ async def update_customer_by_external_id(
     return await _update(request, desk, lambda: _called(desk, token, external_id))
 
 
-@router.delete("/v1/customers/external/{external_id}", status_code=204, responses=_GONE)
+@router.delete(BY_EXTERNAL_ID, status_code=204, responses=_GONE)
 async def delete_customer_by_external_id(desk: AtDesk, token: Writer, external_id: str) -> Response:
     """As below, by the organization's own id."""
     return await _delete(desk, lambda: _called(desk, token, external_id))

@@ -174,7 +174,7 @@ def _display(here: Desk, one: CustomerMeter) -> dict[str, Any]:
 
 def percentage(consumed: Decimal, limit: Decimal) -> Decimal:
     """The part of the limit that is used, in percent with two decimals; over 100 where more was used."""
-    return _PERCENT.divide(100 * consumed, limit).quantize(_HUNDREDTH, context=_PERCENT)
+    return _PERCENT.divide(_PERCENT.multiply(100, consumed), limit).quantize(_HUNDREDTH, context=_PERCENT)
 
 
 def _period(here: Desk, one: CustomerMeter) -> tuple[datetime | None, datetime | None]:

@@ -13,6 +13,7 @@ from aggregator.api.balances import CustomerMeter, customer_meters
 from aggregator.api.benefits import grant_properties
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
+from aggregator.api.paths import BY_EXTERNAL_ID
 from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import customer_shape, number
 from meters.access import reading
@@ -93,7 +94,7 @@ async def get_customer_state(desk: AtDesk, token: Reader, id: UUID) -> Response:
     return await _answered(desk, desk.catalogue.customer(token.organization_id, str(id)))
 
 
-@router.get("/v1/customers/external/{external_id}/state", responses=gives(ref("CustomerState")))
+@router.get(BY_EXTERNAL_ID + "/state", responses=gives(ref("CustomerState")))
 async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """The same, by the id that the organization gave the customer."""
     return await _answered(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))

@@ -1,12 +1,14 @@
 """``meterstream customers``: whom an organization knows, and what each of them has left."""
 
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import Output, show, show_one, show_table, text
 from deploy.session import EPILOG, session
+from meters.amount import EXACT
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -89,7 +91,7 @@ def ledger(
     who = one["customer"]["external_id"] or one["customer"]["id"]
     rows = [{**entry, "units": _signed(entry["units"])} for entry in entries]
     if earlier:
-        brought = entries[0]["balance"] - entries[0]["units"]
+        brought = EXACT.subtract(entries[0]["balance"], entries[0]["units"])
         rows.insert(0, {"at": "", "cause": f"{earlier} earlier", "balance": brought})
     show_table(rows, LEDGER_COLUMNS, title=f"{one['meter']['name']} of {who}")
     credited, consumed = text(one["credited_units"]), text(one["consumed_units"])
@@ -111,12 +113,20 @@ def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
     id = segment(wanted, "CUSTOMER")
     for path in (f"{PATH}external/{id}", f"{PATH}{id}"):
         response = api.send("GET", path)
-        if response.is_success:
-            found: dict[str, Any] = response.json()
+        found: dict[str, Any] = response.json() if response.is_success else {}
+        if found and _is_called(found, wanted):
             return found
-        if response.status_code not in (404, 422):  # an external id is no UUID, which is no mistake of the caller's
+        if not response.is_success and response.status_code not in (404, 422):  # 422: an external id is no UUID
             raise refused(response)
     raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
+
+
+def _is_called(found: dict[str, Any], wanted: str) -> bool:
+    """Whether it is who was asked for: a proxy that decodes paths asks for somebody else where a name has a slash."""
+    try:
+        return wanted == found["external_id"] or UUID(wanted) == UUID(found["id"])
+    except ValueError:
+        return False
 
 
 def _customer_meter(api: "Api", customer: dict[str, Any], meter: dict[str, Any]) -> dict[str, Any]:

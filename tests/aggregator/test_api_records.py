@@ -4,6 +4,7 @@ import threading
 from decimal import Decimal
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import quote
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_a_customer_is_shown_with_all_that_clients_insist_on(tenant: Tenant) -> 
     assert tenant.get(f"/v1/customers/{made['id']}") == made
     other = tenant.post("/v1/customers/", {"email": "bob@example.com", "external_id": "bob"})
     assert tenant.get("/v1/customers/external/bob") == other
+
+
+@pytest.mark.parametrize("name", ["acme/", "acme/state", "acme/eu", "/", "acme%2Feu", "100%", "%2F", "\u00e4 +?#/"])
+def test_an_external_id_in_a_path_is_one_name_whatever_it_holds(tenant: Tenant, name: str) -> None:
+    """A slash that was sent encoded leads to nobody else: not by another route, not by a redirect."""
+    acme, other = tenant.customer(external_id="acme"), tenant.customer(external_id=name)
+    path = f"/v1/customers/external/{quote(name, safe='')}"
+    assert tenant.get(path)["id"] == tenant.get(f"{path}/state")["id"] == other
+    assert tenant.patch(path, {"name": "Other"})["id"] == other
+    assert tenant.ask("DELETE", path).status_code == 204
+    assert [customer["id"] for customer in tenant.get("/v1/customers/")["items"]] == [acme]
+    redirected = tenant.ask("GET", f"{path}/")
+    assert (redirected.status_code, redirected.headers["location"]) == (307, path.replace("%2B", "+"))
 
 
 def test_lists_of_customers(tenant: Tenant) -> None:
@@ -101,6 +115,13 @@ def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
 def test_a_customer_that_makes_no_sense_is_refused(tenant: Tenant, body: Any, complaints: list[Any]) -> None:
     """Each field is complained about at its place."""
     assert tenant.refusal("POST", "/v1/customers/", json=body) == (422, "RequestValidationError", complaints)
+
+
+def test_what_is_null_in_a_change_stays(tenant: Tenant) -> None:
+    """As with Polar, null in a change of a customer is as good as nothing, metadata included."""
+    made = tenant.post("/v1/customers/", {"email": "a@b", "external_id": "ann", "name": "Ann", "metadata": {"k": 1}})
+    changed = tenant.patch(f"/v1/customers/{made['id']}", dict.fromkeys(("email", "external_id", "name", "metadata")))
+    assert changed == made | {"modified_at": changed["modified_at"]}
 
 
 def test_names_of_customers_are_taken_once_in_an_organization(server: Server, tenant: Tenant) -> None:

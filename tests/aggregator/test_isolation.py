@@ -3,12 +3,16 @@
 Every operation of the document is tried with the ids of somebody else; one that is new has to be given ids here.
 """
 
+import asyncio
+import threading
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
-from aggregator.api import create_app, ingest_document
+from aggregator.api import create_app, ingest_document, limits
 from meters.ledger import customer_meter_id
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
@@ -173,6 +177,56 @@ def test_a_customers_token_shows_that_customer_alone(owner: Owned) -> None:
     assert [one["id"] for one in listed.json()["items"]] == [owner.ids["customer-meters"]]
     hidden = owner.tenant.ask("GET", f"/v1/customer-portal/meters/{theirs}", secret=owner.session)
     assert hidden.status_code == 404
+
+
+@pytest.fixture(params=["reset", "cycle"])
+def cutting(request: pytest.FixtureRequest, server: Server) -> tuple[Tenant, str, str]:
+    """A tenant, a customer of 10 units that roll over and no external id, and the path that begins a window anew."""
+    tenant = server.tenant()
+    meter, customer = tenant.meter(func="sum", property="units"), tenant.customer()
+    properties = {"meter_id": meter, "units": 10, "rollover": True}
+    path = f"/v1/customers/{customer}/resets"
+    if request.param == "reset":
+        tenant.post(f"/v1/customers/{customer}/credits", properties)
+    else:
+        benefit = {"type": "meter_credit", "description": "Units", "properties": properties}
+        benefit_id = tenant.post("/v1/benefits/", benefit)["id"]
+        grant = tenant.post(f"/v1/benefits/{benefit_id}/grants", {"customer_id": customer})["id"]
+        path = f"/v1/benefit-grants/{grant}/cycle"
+    tenant.send(line("used", external_customer_id=customer, metadata={"units": 4}))
+    server.now += timedelta(minutes=1)
+    return tenant, customer, path
+
+
+def test_a_cut_that_waits_for_the_store_keeps_nobody_waiting(
+    server: Server, cutting: tuple[Tenant, str, str]
+) -> None:  # fmt: skip
+    """Another tenant decides meanwhile; and what is decided of this customer meanwhile is in what is carried over."""
+    (tenant, customer, path), gate, desk = cutting, threading.Event(), server.app.state.desk
+    token = next(iter(server.aggregator.catalogue.tokens.values()))
+    own, others = ({"Authorization": f"Bearer {one.secret}"} for one in (tenant, server.tenant()))
+
+    async def crowd() -> list[httpx.Response]:
+        held = [asyncio.create_task(desk.ask(token, lambda _: gate.wait(60))) for _ in range(limits.QUERIES_AT_ONCE)]
+        cut = asyncio.create_task(server.http.post(path, headers=own, json={}))
+        try:
+            while not desk._asking._waiting:  # noqa: ASYNC110 - nothing tells when a question stands in line
+                await asyncio.sleep(0)
+            async with asyncio.timeout(30):
+                made = await server.http.post("/v1/customers/", headers=others, json={"email": "b@example.com"})
+                named = await server.http.patch(
+                    f"/v1/customers/{customer}", headers=own, json={"external_id": customer}
+                )
+            assert not cut.done()
+        finally:
+            gate.set()
+            await asyncio.gather(*held)
+        return [made, named, await cut]
+
+    assert [answer.is_success for answer in server.run(crowd())] == [True] * 3
+    (rolled,) = [one["units"] for one in tenant.get(f"/v1/customers/{customer}/credits")["items"]
+                 if one["cause"] == "rollover"]  # fmt: skip
+    assert rolled == 6
 
 
 def test_nothing_was_changed_by_all_that(server: Server, owner: Owned, stranger: Tenant) -> None:

@@ -1,7 +1,9 @@
 """The customer portal: one customer's own numbers, for an hour."""
 
 from datetime import timedelta
+from decimal import Decimal
 
+from aggregator.api.portal import percentage
 from tests.aggregator.serving import Tenant
 from tests.conformance.cases import Case, named
 
@@ -93,6 +95,12 @@ def test_only_what_the_customer_has_is_shown(tenant: Tenant) -> None:
     assert "customer" not in one
     ids = {row["meter_id"]: row["id"] for row in tenant.get("/v1/customer-meters/")["items"]}
     assert tenant.ask("GET", f"/v1/customer-portal/meters/{ids[used]}", secret=secret).status_code == 404
+
+
+def test_the_part_that_is_used_keeps_its_digits() -> None:
+    """Of the widest amounts, too."""
+    consumed = Decimal("12345678901234567890123456.789012345678")
+    assert percentage(consumed, Decimal(1)) == Decimal("1234567890123456789012345678.90")
 
 
 def test_the_usage_display_says_what_a_portal_shows(tenant: Tenant) -> None:

@@ -1,10 +1,13 @@
 """Customers and credits from the command line, against a real server."""
 
+import json
+import threading
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, meterstream
 from tests.waiting import eventually
 
 EVENTS = """{"name":"render","external_customer_id":"eve","external_id":"b1","metadata":{"pages":30}}
@@ -34,6 +37,45 @@ def test_customers_are_found_by_either_name(account: Installation) -> None:
     done = account.run("customers", "balance", "nobody")
     assert (done.returncode, done.stdout) == (2, "")
     assert "meterstream customers list" in done.stderr
+
+
+def test_a_name_with_a_slash_is_nobody_elses(account: Installation) -> None:
+    """Through gateway and query API: credits for ``acme/`` are not for ``acme``, whose state is not that of another."""
+    for name in ("acme", "acme/", "acme/state", "acme%2Fstate"):
+        account.answer("customers", "create", "--email", f"{name.encode().hex()}@example.com", "--external-id", name)
+    account.answer("credits", "grant", "acme/", "pages", "100")
+    assert account.answer("credits", "list", "acme") == []
+    for name in ("acme", "acme/", "acme/state", "acme%2Fstate"):
+        assert account.answer("customers", "state", name)["external_id"] == name
+
+
+class Decoding(BaseHTTPRequestHandler):
+    """What a query API hears through a proxy that decodes paths: whoever is asked for, acme is told of."""
+
+    def do_GET(self) -> None:
+        """Any request."""
+        body = json.dumps({"id": "00000000-0000-4000-8000-000000000001", "external_id": "acme"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize("name", ["acme/", "00000000-0000-4000-8000-000000000001/"])
+def test_whoever_else_is_answered_with_is_not_the_customer(name: str) -> None:
+    """Nothing is asked about, or given to, somebody whose names are others."""
+    with HTTPServer(("127.0.0.1", 0), Decoding) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            done = meterstream("customers", "state", name, "--url", url, "--token", "t")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there is no customer {name!r}" in done.stderr
 
 
 def test_a_ledger_is_printed_as_a_statement(account: Installation) -> None:

@@ -107,6 +107,8 @@ def gateway(tmp_path: Path) -> Iterator[RunningGateway]:
         ("GET", "/v1/meters/?page=1&metadata%5Bk%5D=v&name=x&name=y"),
         ("POST", "/v1/meters/"),
         ("PATCH", "/v1/meters/a%2Fb"),
+        ("DELETE", "/v1/customers/external/acme%2F"),
+        ("GET", "/v1/customers/external/acme%252Feu/state"),
         ("DELETE", "/v1/customers/1"),
         ("GET", "/"),
     ],

@@ -3,6 +3,7 @@
 import random
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -134,6 +135,29 @@ def test_what_came_from_something_is_told_once_at_its_earliest(
     mixed = [tellings[0], *others, *tellings[1:]] if times[0][1] else [*others, *tellings]
     earliest = min(tellings, key=lambda one: one.at)
     assert told(*mixed) == told(*others, earliest)
+
+
+@given(changes)
+def test_a_start_is_told_the_same_at_once(facts: list[CreditGranted | MeterReset]) -> None:
+    """What is known already makes the accounts that it would make one by one."""
+    assert (Ledger(facts).account(CUSTOMER, METER) or Account()) == told(*facts)
+
+
+def test_at_a_start_no_account_is_made_anew_for_its_every_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads it yet; afterwards whoever has an account keeps it as it is."""
+    made: list[Account] = []
+
+    def counted(*fields: Any) -> Account:
+        made.append(Account(*fields))
+        return made[-1]
+
+    monkeypatch.setattr("meters.ledger.Account", counted)
+    ledger = Ledger(replace(credit(1, at), reference="grant") for at in range(100))
+    assert len(made) == 1
+    kept = ledger.account(CUSTOMER, METER)
+    ledger.apply(credit(1, 100))
+    assert kept is made[0]
+    assert (len(made[0].credits), ledger.account(CUSTOMER, METER)) == (100, made[-1])
 
 
 def test_amounts_keep_their_digits() -> None:

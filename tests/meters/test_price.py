@@ -37,7 +37,8 @@ def test_charges(unit_amount: str, cap: int | None, consumed: str, credited: str
         {"unit_amount": "NaN"}, {"unit_amount": "100000"}, {"unit_amount": "0.0000000000001"},
         {"unit_amount": "1e-13"}, {"unit_amount": 1, "cap_amount": -1}, {"unit_amount": 1, "cap_amount": 1.5},
         {"unit_amount": 1, "cap_amount": True}, {"unit_amount": "1e999999999"}, {"unit_amount": None},
-        {"unit_amount": "1e-3000000000"},
+        {"unit_amount": "1e-3000000000"}, {"unit_amount": "1_0"}, {"unit_amount": " 1 "}, {"unit_amount": "\u0663"},
+        {"unit_amount": "1\n"}, {"unit_amount": ""},
     ],
 )  # fmt: skip
 def test_what_is_no_price_is_refused(body: Any) -> None:
@@ -47,7 +48,9 @@ def test_what_is_no_price_is_refused(body: Any) -> None:
     assert all(entry["msg"] for entry in refused)
 
 
-@pytest.mark.parametrize(("given", "kept"), [("0.000000000001", "1E-12"), (5, "5"), ("99999.5", "99999.5")])
+@pytest.mark.parametrize(
+    ("given", "kept"), [("0.000000000001", "1E-12"), (5, "5"), ("99999.5", "99999.5"), ("1e2", "100")]
+)
 def test_a_price_keeps_its_digits(given: Any, kept: str) -> None:
     """Numbers and texts of numbers are taken."""
     assert parse_price({"unit_amount": given, "cap_amount": 10}) == Price(unit_amount=Decimal(kept), cap_amount=10)

@@ -44,6 +44,7 @@ ENDPOINT = Endpoint(
         ("balance", "percent", 10, 89, 100, False),
         ("balance", "percent", 10, 90, 100, True),
         ("balance", "percent", 10, 500, 0, False),
+        ("balance", "units", "-12345678901234567890123456.78", "12345678901234567890123456.779", 0, False),
     ],
 )
 def test_usage_reaches_a_line_from_below_and_a_balance_from_above(
