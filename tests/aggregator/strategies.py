@@ -18,6 +18,7 @@ NUMBERS = ["0", "-0", "-0.0", "1", "1.0", "5", "5.0", "5.10", "0.1", "-2.5", "1e
 NUMBERS += ["1.5E+2", "0.000000000001", "0.0000000000005", "0.0000000000015", "0.30000000000000004", "1e25", "5e-324"]
 NUMBERS += ["9007199254740993", "12345678901234567890", "123456789012.3456789", "-99999999999999999999999999"]
 NUMBERS += ["99999999999999999999999999.999999999999"]
+NO_DECIMAL = "0E9999999999999999999"  # Python's takes an exponent of 18 digits at most
 
 
 def escaped(token: str) -> str:
@@ -113,7 +114,7 @@ aggregations = st.one_of(
 
 def edge_metadata() -> list[str]:
     """Every awkward token in every place where a meter can read one, an event each."""
-    plain = [*NUMBERS, *map(json.dumps, [*TEXTS, *NUMBERS]), "true", "false"]
+    plain = [*NUMBERS, NO_DECIMAL, *map(json.dumps, [*TEXTS, *NUMBERS]), "true", "false"]
     amounts_sent = [token for token in NUMBERS if abs(Decimal(token)) < 10**5]
     counts_sent = [token for token in NUMBERS if Decimal(token) == Decimal(token).to_integral_value()]
     texts_found = [json_object({key: token}) for token in plain for key in ("tokens", "")]
