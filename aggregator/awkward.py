@@ -7,19 +7,23 @@ decimal text, NULL for nearly all events. The SQL looks there first.
 
 Looking at every number of every event would cost more than all the rest of the work, so the texts of many are looked at
 as a whole, and only where digits and points fill eight neighboring places, or an ``e`` follows one, does anybody look
-closer, first at each text: there the sign is a run of 15.
+closer, first at each text: there the sign is a run of 15. A reserved number that was sent as text may be written with
+escapes, so that its digits do not show: a text with both is looked at, too.
 """
+
+import re
 
 import msgspec
 import numpy as np
 
 from meters.amount import DECIMALS, number_text
-from meters.facts import RESERVED
+from meters.facts import RESERVED, number_token
 
 EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
 _FILLED = np.uint64(0x0101_0101_0101_0101)  # eight times True
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789.eE", b"0000000000ee")
 _SIGNS = (b"0" * EXACT_DIGITS, b"0e")
+_RESERVED_BEGINS = re.compile(rb'"(?:_|\\u005[fF])')
 _ENCODE = msgspec.json.Encoder().encode
 _NO_KEYS: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 _NESTED = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -34,13 +38,18 @@ def any_suspicious(texts: bytes) -> bool:
     numeric = (characters - np.uint8(ord("0")) < 10) | (characters == ord("."))
     if (numeric[: len(numeric) // 8 * 8].view(np.uint64) == _FILLED).any():
         return True
-    return bool((((characters[1:] | 0x20) == ord("e")) & numeric[:-1]).any())
+    return bool((((characters[1:] | 0x20) == ord("e")) & numeric[:-1]).any()) or _may_hide_digits(texts)
 
 
 def suspicious(text: bytes) -> bool:
     """Whether one JSON text may hold an awkward number. Never wrong when it says no."""
     zeros = text.translate(_DIGITS_TO_ZERO)
-    return any(sign in zeros for sign in _SIGNS)
+    return any(sign in zeros for sign in _SIGNS) or _may_hide_digits(text)
+
+
+def _may_hide_digits(text: bytes) -> bool:
+    """Whether there is a key like a reserved one, and an escape of what numbers are written with."""
+    return b"\\" in text and b"\\u00" in text and _RESERVED_BEGINS.search(text) is not None
 
 
 def awkward_numbers(metadata: dict[str, msgspec.Raw]) -> str | None:
@@ -52,7 +61,7 @@ def awkward_numbers(metadata: dict[str, msgspec.Raw]) -> str | None:
         if token[:1] == b"{":
             _, numbers = RESERVED.get(key, _NO_KEYS)
             for inner, inner_raw in _NESTED(token).items():
-                exact = bytes(inner_raw).strip(b'"') if inner in numbers else bytes(inner_raw)  # numbers sent as text
+                exact = number_token(bytes(inner_raw)) if inner in numbers else bytes(inner_raw)
                 _keep(found, f"{pointer}/{inner.replace('~', '~0').replace('/', '~1')}", exact)
         else:
             _keep(found, pointer, token)

@@ -26,7 +26,8 @@ def parse_amount(token: str | bytes) -> Decimal | None:
     try:
         return round_amount(Decimal(text))
     except DecimalException:  # an exponent of more than 18 digits
-        return Decimal(0) if "e-" in text.lower() else None
+        digits, _, exponent = text.lower().partition("e")
+        return Decimal(0) if exponent.startswith("-") or (exponent and not digits.strip("-.0")) else None
 
 
 def round_amount(number: Decimal) -> Decimal | None:

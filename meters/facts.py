@@ -61,6 +61,11 @@ def number(token: str) -> Number:
     return Number(token, amount)
 
 
+def number_token(raw: bytes) -> bytes:
+    """The digits of a reserved number, which may have been sent as text, and that with JSON's escapes."""
+    return msgspec.json.decode(raw, type=str).encode() if raw.startswith(b'"') else raw
+
+
 def facts(event: Event, ingested_at: datetime, source: str = USER) -> Facts:
     """The facts of an admitted event; its time is the time of ingestion where it states none."""
     return Facts(

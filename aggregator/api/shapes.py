@@ -18,7 +18,7 @@ from meters.amount import amount_text, parse_amount
 from meters.catalogue import Catalogue, Customer, meter_json
 from meters.credit import CreditGranted, MeterReset
 from meters.event import event_id
-from meters.facts import RESERVED
+from meters.facts import RESERVED, number_token
 from meters.ledger import Credit
 from meters.meter import Meter
 from meters.price import Price
@@ -188,14 +188,15 @@ def _reserved(key: str, token: bytes) -> Json:
     known, numbers = RESERVED[key]
     inner = _fields(token)
     return {
-        name: _number(key, bytes(raw).strip(b'"')) if name in numbers else raw
+        name: _number(key, number_token(bytes(raw))) if name in numbers else raw
         for name, raw in inner.items()
         if name in known
     }
 
 
 def _number(key: str, token: bytes) -> str | msgspec.Raw:
-    amount = parse_amount(token) or Decimal(0)
+    amount = parse_amount(token)
+    assert amount is not None  # or the event would not have been admitted
     return amount_text(amount) if key == "_cost" else number(amount)
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from aggregator.forward.planner import Item
 from meters.amount import amount_text, parse_amount
-from meters.facts import RESERVED
+from meters.facts import RESERVED, number_token
 from meters.timestamp import microseconds_of
 
 ROLLUP_NAME = "meterstream.rollup"
@@ -97,7 +97,7 @@ def _reserved(key: str, raw: msgspec.Raw) -> dict[str, Any]:
     known, numbers = RESERVED[key]
     values: dict[str, Any] = {name: value for name, value in _fields(raw).items() if name in known}
     for name in numbers & values.keys():
-        amount = parse_amount(bytes(values[name]).strip(b'"'))
+        amount = parse_amount(number_token(bytes(values[name])))
         if amount is None:
             continue  # cannot have been counted
         text = amount_text(amount)

@@ -80,6 +80,19 @@ def test_an_event_has_every_field_that_clients_insist_on(tenant: Tenant) -> None
     assert b'"z":1.50,"big":12345678901234567890.5' in response.content.replace(b" ", b"")
 
 
+def test_numbers_in_text_are_shown_as_numbers_however_they_are_written(tenant: Tenant) -> None:
+    """A JSON escape stands for a digit, a point, a sign as good as for a letter: .NET writes a plus sign so."""
+    model = r'"vendor":"v","model":"m","input_tokens":"1E\u002B3","output_tokens":"\u0037","total_tokens":7'
+    tenant.event("e", metadata=rf'{{"_cost":{{"amount":"1.5E\u002B2","currency":"usd"}},"_llm":{{{model}}}}}')
+    (event,) = tenant.get("/v1/events/")["items"]
+    tokens = {"input_tokens": 1000, "output_tokens": 7, "total_tokens": 7}
+    assert event["metadata"] == {
+        "_cost": {"amount": "150", "currency": "usd"}, "_llm": {"vendor": "v", "model": "m", **tokens},
+    }  # fmt: skip
+    (summed,) = tenant.get("/v1/events/", aggregate_fields="_cost.amount")["items"]
+    assert summed["metadata"]["_cost"]["amount"] == "150"
+
+
 def test_an_event_shows_the_customer_it_names_by_either_name(tenant: Tenant) -> None:
     """The customer is found by its id and by its external id, and asking for one finds events under the other."""
     id = tenant.customer(external_id="ann")

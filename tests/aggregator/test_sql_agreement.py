@@ -146,6 +146,13 @@ def test_any_key_can_be_read(connection: duckdb.DuckDBPyConnection, key: str, te
     assert counted(connection, filter) == expected([event], filter)
 
 
+def test_no_awkward_number_is_passed_over() -> None:
+    """Whoever looks at many texts as a whole, or at one, sees that there is something to look for."""
+    found = [(text.encode(), msgspec.json.decode(text, type=dict[str, msgspec.Raw])) for text in edge_metadata()]
+    awkward = [text for text, fields in found if awkward_numbers(fields) is not None]
+    assert [text for text in awkward if not (any_suspicious(text) and suspicious(text))] == []
+
+
 def test_a_pointer_keeps_slashes_and_tildes_apart() -> None:
     """Keys are escaped as RFC 6901 says, so that no key can be taken for a path."""
     assert pointer(["a/b", "~1", ""]) == "/a~1b/~01/"

@@ -166,6 +166,14 @@ def test_costs_and_token_counts_are_sent_as_they_were_counted() -> None:
     }
 
 
+def test_escapes_in_numbers_are_read() -> None:
+    """A number that was sent as text is the same number however that text is written."""
+    cost = r'{"amount":"\u0031.0000000000005","currency":"usd"}'
+    assert polars(rf'{{"_cost":{cost},"_llm":{{"input_tokens":"1E\u002B3"}}}}') == {
+        "_cost": {"amount": "1", "currency": "usd"}, "_llm": {"input_tokens": 1000},
+    }  # fmt: skip
+
+
 def test_all_else_is_sent_as_it_was_received() -> None:
     """Digits, keys and texts, byte by byte."""
     text = '{"a":1.10,"b":12345678901234567890,"_c":"\\u00e4"}'

@@ -93,6 +93,12 @@ def test_the_fast_path_takes_what_clients_really_send() -> None:
     assert len(list(agreements(usual))) == len(usual)
 
 
+def test_what_is_nothing_by_any_power_of_ten_is_nothing() -> None:
+    """A zero with an exponent that no decimal holds is a double like any other, and an amount."""
+    (agreement,) = agreements(['{"name":"n","external_customer_id":"u","metadata":{"k":0e9999999999999999999}}'])
+    assert agreement[1] == agreement[2]
+
+
 def test_one_odd_event_does_not_make_the_others_suspects() -> None:
     """In a body that does not fit as a whole, only the events that do not fit are read with care."""
     lines = [msgspec.Raw(text.encode()) for text in (written(), "5", written(metadata={"k": {}}), written())]

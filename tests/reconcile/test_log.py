@@ -20,7 +20,7 @@ from ingest.log import open_log
 from meters.event import event_id, identity
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.refusal import LINES_MAX
-from tests.aggregator.records import ORGANIZATION, decisions, entry, organization
+from tests.aggregator.records import ORGANIZATION, decisions, entry, line, organization
 from tests.faults.evidence import usage, write_usage
 from tests.reconcile.planting import Left
 
@@ -49,6 +49,8 @@ def test_a_long_log_with_everything_in_it_is_equal(
     left = Left(tmp_path)
     with left.log() as log:
         write_usage(log, records=60, seed=3, lines=50)
+        cost = r'{"_cost":{"amount":"1\u00652","currency":"usd"}}'
+        asyncio.run(log.append(USAGE_EVENTS, [entry(line("escaped", metadata=cost))]))
     left.count()
 
     assert left.report().differences == []

@@ -1,7 +1,8 @@
 """Time in buckets: which calendar unit an event falls into.
 
-Buckets are made in Python, where the calendar is exact, and are listed by their quarter hours: every time zone's hours
-begin on one, so an event finds its bucket by a plain join, whatever the zone and however its clocks change.
+Buckets are made in Python, where the calendar is exact, and are listed by their quarter hours: since 2023, where ranges
+begin at the earliest, every time zone's hours begin on one (those of Antarctica/Casey last did not in October 2022). So
+an event finds its bucket by a plain join, whatever the zone and however its clocks change.
 """
 
 from collections.abc import Sequence
