@@ -169,6 +169,7 @@ def test_the_wait_is_until_a_place_is_free(ended_s: list[int | None], expected_u
     [
         (None, None), ("", None), ("soon", None), ("0", 0.0), ("17", 17.0), ("99999999", RETRY_AFTER_MAX_S),
         ("Sun, 01 Mar 2026 12:00:30 GMT", 30.0), ("Sun, 01 Mar 2026 11:00:00 GMT", 0.0), ("-5", None), ("1.5", None),
+        ("Mon, 01 Jan 99999999999999 00:00:00 GMT", None),
     ],
 )  # fmt: skip
 def test_retry_after_has_two_forms(header: str | None, seconds: float | None) -> None:
