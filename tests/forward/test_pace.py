@@ -1,5 +1,6 @@
 """The request limit as the receiver sees it, and how pauses grow."""
 
+import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from aggregator.forward.pace import (
     retry_after_s,
 )
 from aggregator.forward.request_window import UNDER_WAY_MAX_US, Clock, RequestWindow
+from tests.faults.disk import nothing_written
 
 SECOND_US = 1_000_000
 NOW_US = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()) * SECOND_US
@@ -146,6 +148,21 @@ def test_a_request_of_a_process_that_is_gone_ends(tmp_path: Path) -> None:
     assert window.wait_s() == 0
     assert window.used() == 0
     window.close()
+
+
+def test_a_request_that_ends_on_a_full_disk_has_ended(tmp_path: Path) -> None:
+    """Nothing is asked while it cannot be written; with room its place is free after the period, for others, too."""
+    world = World()
+    with closing(RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)) as window:
+        place = window.take()
+        with nothing_written(), pytest.raises(sqlite3.OperationalError):
+            window.ended(place)
+        with nothing_written(), pytest.raises(sqlite3.OperationalError):
+            window.wait_s()
+        assert window.wait_s() == 10
+        world.pause(10)
+        window.ended(window.take())
+        assert (window.wait_s(), window.used()) == (10, 1)
 
 
 @pytest.mark.parametrize(
