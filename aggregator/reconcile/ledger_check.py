@@ -21,6 +21,7 @@ from meters.ledger import Account, Ledger
 from meters.meter import Meter
 from meters.statement import statement
 
+SIDES = "balances and the credits, resets and usage they are made of"
 ZERO = Decimal(0)
 NAMED_MAX = 3  # credits of one decision that are named where it differs
 Decisions = Sequence[tuple[int, bytes]]
@@ -60,7 +61,7 @@ class Books(NamedTuple):
 
 def check_ledger(books: Books, worth: Worth) -> Check:
     """Compare all of it."""
-    check = Check(name="ledger", sides="balances and the credits, resets and usage they are made of")
+    check = Check(name="ledger", sides=SIDES)
     _decisions(check, books, worth)
     ledger = Ledger()
     for _, value in books.decisions:
