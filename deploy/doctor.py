@@ -1,7 +1,7 @@
 """What is wrong with an installation, and which command heals it.
 
-Looks from the bottom up: the directory, the log, the decisions in it, the store, and how the two fit. A finding that
-makes the next look pointless ends the visit.
+Looks from the bottom up: the directory, the log, the decisions in it, the store, how the two fit, and how far
+forwarding got. A finding that makes the next look pointless ends the visit.
 """
 
 import contextlib
@@ -80,6 +80,7 @@ def examine(data: DataDirectory) -> Iterator[Finding]:
     try:
         known = yield from _examine_log(data, log)
         yield from _examine_store(data, log, known)
+        yield from _examine_forwarding(data)
     except PositionLost as error:
         yield Finding("log", str(error), _remedies(data).damaged)
     finally:
@@ -145,6 +146,22 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
         yield Finding("store", "a server runs here and has the store open; stop it to look inside", is_blind=True)
     except OSError as error:
         yield Finding("store", f"{data.path} cannot be written: {error.strerror}", ROOM_OR_OWNER)
+
+
+def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
+    """Nothing is said where nothing was ever forwarded."""
+    from aggregator.forward.opening import Unusable
+    from aggregator.forward.state import State
+
+    if not data.forwarding.exists():
+        return
+    try:
+        with contextlib.closing(State(data.forwarding)) as state:
+            state.read_through()
+    except Unusable as reason:
+        yield Finding("forwarding", reason.found, reason.heal)
+        return
+    yield Finding("forwarding", f"{data.forwarding.name} can be read, with what was sent to Polar")
 
 
 def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:

@@ -15,12 +15,14 @@ from typing import Any
 import structlog
 
 from aggregator.forward.forwarder import Forwarder, RolledMeter, Wishes
+from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import State
 from aggregator.forward.upstream import Upstream, base_url
 from deploy.control import new_secret, new_token, open_control
 from deploy.data import DataDirectory, data_directory
+from deploy.forward_file import open_state
 from deploy.giving_up import USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
@@ -47,7 +49,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
         raise GiveUp("forwarding needs a token of the Polar organization: set METERSTREAM_POLAR_TOKEN", USAGE)
     data = data_directory(settings)
     data.require()
-    with _alone(data, patient=lifeline is not None), contextlib.closing(State(data.forwarding)) as state:
+    with _alone(data, patient=lifeline is not None), open_state(data) as state:
         state.set(stopped=None, last_failure=None, last_failure_us=None)
         know_destination(state, settings)
         window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
@@ -72,19 +74,22 @@ def know_destination(state: State, settings: Settings) -> None:
 def _try(settings: Settings, data: DataDirectory, state: State, upstream: Upstream, *, is_child: bool) -> None:
     """Forward until something has to be set up again."""
     try:
-        with contextlib.closing(open_source(settings, data, state, is_child=is_child)) as source:
+        with (
+            explaining(data.forwarding),
+            contextlib.closing(open_source(settings, data, state, is_child=is_child)) as source,
+        ):
             wishes = wishes_of(settings, source)
             state.set(waits_for=None)
             Forwarder(source, upstream, state, wishes).run()
     except Away as away:
-        state.set(waits_for=str(away))
+        state.complain(str(away))
         if away.is_denied:
             _forget_old_token(state)
         logger.warning("forwarding_waits", reason=str(away))
-    except GiveUp as reason:
-        state.set(waits_for=str(reason))
+    except (GiveUp, Unusable) as reason:
+        state.complain(str(reason))
         logger.error("forwarding_waits", reason=str(reason))
-    except Exception as error:  # a full disk, a bug: it is seen to here, and the server beside it goes on
+    except Exception as error:  # a bug: it is seen to here, and the server beside it goes on
         logger.exception("forwarding_failed")
         state.complain(f"{type(error).__name__}: {error}")
 

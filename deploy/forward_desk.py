@@ -10,6 +10,7 @@ from aggregator.forward.metrics import SILENT_US
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
+from deploy.forward_file import open_state
 from deploy.giving_up import USAGE, GiveUp
 from deploy.instant import parse_instant
 
@@ -28,14 +29,11 @@ def nothing_forwarded(data: DataDirectory) -> GiveUp:
 
 @contextlib.contextmanager
 def opened(data: DataDirectory) -> Iterator[State]:
-    """The forwarder's state. Raises GiveUp when nothing was ever forwarded from here."""
+    """The forwarder's state. Raises GiveUp when nothing was ever forwarded from here, or its file cannot be used."""
     if not data.forwarding.exists():
         raise nothing_forwarded(data)
-    state = State(data.forwarding)
-    try:
+    with open_state(data) as state:
         yield state
-    finally:
-        state.close()
 
 
 def status(data: DataDirectory) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from aggregator.forward.upstream import BODY_BYTES_MAX
 from deploy.control import open_control, revoked
 from deploy.data import DataDirectory, data_directory
 from deploy.forward import open_source, wishes_of
+from deploy.forward_file import open_state
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.access import digest
@@ -69,7 +70,7 @@ def _meters(source: Source) -> list[dict[str, Any]]:
 def _state(data: DataDirectory) -> Iterator[State]:
     """The forwarder's state; where nothing is forwarded one for this look alone, whose token is taken back."""
     if data.forwarding.exists():
-        with closing(State(data.forwarding)) as state:
+        with open_state(data) as state:
             yield state
         return
     with TemporaryDirectory(prefix="meterstream-plan-") as place, closing(State(Path(place) / "state")) as state:

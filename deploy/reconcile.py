@@ -13,7 +13,6 @@ from functools import partial
 import httpx
 import msgspec
 
-from aggregator.forward.state import State
 from aggregator.reconcile.ledger_check import SIDES as LEDGER_SIDES
 from aggregator.reconcile.ledger_check import Books, Outbox, check_ledger
 from aggregator.reconcile.log_check import LogCheck, Range
@@ -25,6 +24,7 @@ from aggregator.reconcile.stretches import PATIENCE_S
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.data import DataDirectory
+from deploy.forward_file import open_state
 from deploy.giving_up import GiveUp
 from deploy.own_server import own_server
 from deploy.running_store import RunningStore
@@ -53,7 +53,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 def reconcile(here: Session, task: Task) -> Report:
     """Compare the log with the store of one installation. Raises GiveUp when one of them cannot be read."""
-    outbox = _outbox(here.data)
+    outbox = partial(_outbox, here.data)
     with contextlib.closing(_log(here.data)) as log, _explained():
         if here.data.store.exists() and not _is_held(here.data):
             with _stopped(here.data) as stopped:
@@ -100,7 +100,7 @@ def _stopped(data: DataDirectory) -> Iterator[StoppedStore]:
 
 
 def _compare(
-    log: Log, store: StoreSide, task: Task, outbox: Outbox | None,
+    log: Log, store: StoreSide, task: Task, outbox: Callable[[], Outbox | None],
     totals_of: Callable[[Catalogue], contextlib.AbstractContextManager[TotalsSide]],
 ) -> Report:  # fmt: skip
     catalogue = Control(log).catalogue  # the log's own: a damaged store must not choose what is compared
@@ -113,19 +113,20 @@ def _compare(
         with totals_of(catalogue) as totals:
             return check_store(store, totals, catalogue, worth)
 
-    def check_books() -> Check:
-        try:
-            return check_ledger(_books(log, store, outbox), worth)
-        except GiveUp as reason:  # what was compared besides is worth a report all the same
-            return Check(name="ledger", sides=LEDGER_SIDES, skipped=str(reason), has_failed=True)
-
     if "log" in task.checks:
         report.checks.append(timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run()))
     if "store" in task.checks:
         report.checks.append(timed(check_totals))
     if "ledger" in task.checks:
-        report.checks.append(timed(check_books))
+        report.checks.append(timed(lambda: _ledger(log, store, outbox, worth)))
     return report
+
+
+def _ledger(log: Log, store: StoreSide, outbox: Callable[[], Outbox | None], worth: Worth) -> Check:
+    try:
+        return check_ledger(_books(log, store, outbox()), worth)
+    except GiveUp as reason:  # what was compared besides is worth a report all the same
+        return Check(name="ledger", sides=LEDGER_SIDES, skipped=str(reason), has_failed=True)
 
 
 def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
@@ -161,10 +162,10 @@ def _decisions(log: Log) -> list[tuple[int, bytes]]:
 
 
 def _outbox(data: DataDirectory) -> Outbox | None:
-    """The forwarder's books, where anything was ever forwarded."""
+    """The forwarder's books, where anything was ever forwarded. Raises GiveUp."""
     if not data.forwarding.exists():
         return None
-    with contextlib.closing(State(data.forwarding)) as state, state.at_once():
+    with open_state(data) as state, state.at_once():
         lanes = [tallies for lane, tallies in state.tallies().items() if lane]
         waiting, _ = state.waiting()
     taken, accepted, dead = (sum(lane.get(name, 0) for lane in lanes) for name in ("taken", "accepted", "dead"))

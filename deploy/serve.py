@@ -7,8 +7,8 @@
 The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
 replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
 starts. A child that crashed is started again, at first at once, then with pauses that double; a child that explains
-itself (exit code 1 or 2) or crashes too often ends the whole. At the end the gateway goes first, so that nothing is
-taken in that nobody is left to count soon; what it took before is in the log.
+itself (exit code 1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the gateway goes
+first, so that nothing is taken in that nobody is left to count soon; what it took before is in the log.
 
 Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe that nobody ever writes
 to and leaves when the other end is gone, and on Linux the kernel kills it besides (deploy/lifeline.py).
@@ -187,8 +187,9 @@ def _program(data: DataDirectory) -> tuple[str, ...]:
 
 
 def _forwarder(data: DataDirectory, lifeline: int, lock: int) -> Child:
-    """What hands events on to Polar; it waits for the aggregator by itself."""
-    return Child("forwarder", (*_program(data), "forward", "--lifeline", str(lifeline)), (lifeline, lock))
+    """What hands events on to Polar; it waits for the aggregator by itself, and nobody ends because of it."""
+    command = (*_program(data), "forward", "--lifeline", str(lifeline))
+    return Child("forwarder", command, (lifeline, lock), is_vital=False)
 
 
 async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | None:

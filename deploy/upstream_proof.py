@@ -26,6 +26,7 @@ from deploy.client import Api
 from deploy.control import Control
 from deploy.data import DataDirectory
 from deploy.forward import selection_of
+from deploy.forward_file import explained, open_state
 from deploy.giving_up import GiveUp
 from deploy.output import harmless, note
 from deploy.settings import Settings
@@ -60,16 +61,18 @@ def connected(settings: Settings, data: DataDirectory) -> Iterator[Upstream]:
     """The Polar organization of the settings, within the limit that the forwarder keeps. Raises GiveUp."""
     if not settings.polar_token:
         raise GiveUp("there is nothing to compare with: set METERSTREAM_POLAR_TOKEN (and METERSTREAM_POLAR_SERVER)")
-    window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
+    requests_max = settings.polar_requests_per_minute
     try:
-        with Upstream(settings.polar_server, settings.polar_token, window, on_trouble=_trying_again) as upstream:
+        with (
+            explained(data),
+            contextlib.closing(RequestWindow(data.forwarding, requests_max)) as window,
+            Upstream(settings.polar_server, settings.polar_token, window, on_trouble=_trying_again) as upstream,
+        ):
             yield upstream
     except Denied as error:
         raise GiveUp(f"Polar refuses to be read: {error}") from error
     except NoAnswer as error:
         raise GiveUp(f"Polar does not answer: {error}; the next run goes on from here") from error
-    finally:
-        window.close()
 
 
 def _trying_again(trouble: str) -> None:
@@ -88,7 +91,7 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     before = interrupted(path, key, now)
     began = before or now
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
-    with connected(settings, data) as upstream, contextlib.closing(State(data.forwarding)) as state:
+    with open_state(data) as state, connected(settings, data) as upstream:
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,

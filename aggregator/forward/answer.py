@@ -22,7 +22,10 @@ class Answer(NamedTuple):
 
     def json(self) -> Any:
         """The body with exact decimals. Raises ValueError."""
-        return json.loads(self.body, parse_float=Decimal)
+        try:
+            return json.loads(self.body, parse_float=Decimal)
+        except (ArithmeticError, RecursionError) as error:  # an exponent or a depth that nobody means
+            raise ValueError(f"no JSON that can be read: {error}") from error
 
     def words(self) -> str:
         """What the body says, in one line, for a person: its detail, or its first characters."""

@@ -3,16 +3,16 @@
 The forwarder itself listens nowhere: what it wants known stands in its file, so the numbers are there while it is down.
 """
 
-import contextlib
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.state import State
 
 SILENT_US = 30_000_000  # a forwarder at work writes something every few seconds
@@ -23,6 +23,9 @@ COUNTERS = {
     "postponed": "Requests that have to be made again",
     "refused": "Requests whose content was refused",
 }
+STOPPED = "Whether somebody has to do something"
+
+logger = structlog.get_logger("aggregator.forward")
 
 
 class ForwardingMetrics:
@@ -33,10 +36,18 @@ class ForwardingMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        if not self._path.exists():
-            return
-        with contextlib.suppress(sqlite3.Error), closing(State(self._path)) as state:  # a locked file: another time
-            yield from _metrics(state)
+        if self._path.exists():
+            yield from self._found()
+
+    def _found(self) -> list[Metric]:
+        try:
+            with explaining(self._path), closing(State(self._path)) as state:
+                return list(_metrics(state))
+        except Unusable as reason:
+            return [_gauge("stopped", STOPPED, 1)] if reason.is_damaged else []  # a locked file: another time
+        except Exception:  # whatever lies in the file, it must not cost the metrics of counting
+            logger.exception("forwarding_unreadable")
+            return [_gauge("stopped", STOPPED, 1)]
 
 
 def _oldest_unsent_s(flags: dict[str, Any], oldest_waiting_us: int | None, now_s: float) -> float:
@@ -66,9 +77,13 @@ def _metrics(state: State) -> Iterator[Metric]:
         "window_seconds": ("Window of rollups, which are sent once it has ended", flags.get("window_s") or 0),
         "events_per_second": ("Events that Polar took during the last minute, per second", flags.get("rate") or 0),
         "circuit_open": ("Whether Polar failed so often that it is only probed", flags.get("circuit") != "closed"),
-        "stopped": ("Whether somebody has to do something", bool(flags.get("stopped"))),
+        "stopped": (STOPPED, bool(flags.get("stopped"))),
         "paused": ("Whether an operator paused it", bool(flags.get("paused"))),
         "seen_timestamp_seconds": ("When the forwarder was last at work", (flags.get("seen_us") or 0) / 1e6),
     }
     for name, (about, value) in gauges.items():
-        yield GaugeMetricFamily(f"meterstream_forward_{name}", about, value=float(value))
+        yield _gauge(name, about, value)
+
+
+def _gauge(name: str, about: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"meterstream_forward_{name}", about, value=float(value))

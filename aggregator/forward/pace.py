@@ -44,7 +44,7 @@ def retry_after_s(header: str | None, now_us: int) -> float | None:
         return min(float(int(text[:9])), RETRY_AFTER_MAX_S)
     try:
         instant = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     aware = instant if instant.tzinfo else instant.replace(tzinfo=UTC)
     seconds = (aware - datetime.fromtimestamp(now_us / 1e6, UTC)).total_seconds()

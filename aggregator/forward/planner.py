@@ -102,6 +102,13 @@ class Stop(NamedTuple):
 Verdict = Accepted | Bad | Later | Stop
 
 
+class _Counts(msgspec.Struct):
+    """What an answer to events that were taken says."""
+
+    inserted: int
+    duplicates: int = 0
+
+
 def judge(answer: Answer, count: int) -> Verdict:
     """What an answer to ``count`` events means."""
     status = answer.status
@@ -126,21 +133,20 @@ def judge(answer: Answer, count: int) -> Verdict:
 
 def _accepted(answer: Answer, count: int) -> Verdict:
     try:
-        said = answer.json()
-        inserted, duplicates = int(said["inserted"]), int(said.get("duplicates", 0))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        said = msgspec.convert(answer.json(), _Counts)
+    except ValueError:
         return Later("an answer that cannot be read")
-    if inserted + duplicates != count:
-        return Later(f"an answer for {inserted + duplicates} of {count} events")
-    return Accepted(inserted, duplicates)
+    if said.inserted + said.duplicates != count:
+        return Later(f"an answer for {said.inserted + said.duplicates} of {count} events")
+    return Accepted(said.inserted, said.duplicates)
 
 
 def _bad(answer: Answer) -> Bad:
     accused: dict[int, str] = {}
     is_future = False
     for entry in _details(answer):
-        loc, message = list(entry.get("loc") or ()), str(entry.get("msg", ""))
-        if len(loc) > 2 and loc[:2] == ["body", "events"] and type(loc[2]) is int:
+        loc, message = entry.get("loc"), str(entry.get("msg", ""))
+        if isinstance(loc, list) and len(loc) > 2 and loc[:2] == ["body", "events"] and type(loc[2]) is int:
             words = f"{'.'.join(map(str, loc[3:]))}: {message}"
             accused[loc[2]] = f"{accused[loc[2]]}; {words}" if loc[2] in accused else words
             is_future = is_future or (loc[-1] == "timestamp" and "past" in message)

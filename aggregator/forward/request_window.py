@@ -68,11 +68,11 @@ class RequestWindow:
 
     def ended(self, place: int) -> None:
         """The request of this place is over, whatever became of it."""
-        self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [self.clock.now_us(), place])
         steady_us = self.clock.steady_us()
-        self._own[place] = steady_us
+        self._own[place] = steady_us  # before it is written: on a full disk it would be under way for ever
         since_us = steady_us - self._period_us
         self._own = {number: at_us for number, at_us in self._own.items() if at_us is None or at_us > since_us}
+        self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [self.clock.now_us(), place])
 
     def wait_s(self) -> float:
         """How long until a request may begin, for who would rather do something else meanwhile; 0 for now."""
@@ -91,10 +91,11 @@ class RequestWindow:
         self._file.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._file.execute("COMMIT")
         except BaseException:
-            self._file.execute("ROLLBACK")
+            if self._file.in_transaction:  # a full disk has ended it already
+                self._file.execute("ROLLBACK")
             raise
-        self._file.execute("COMMIT")
 
     def _try(self) -> tuple[int | None, int]:
         now_us = self.clock.now_us()
@@ -112,7 +113,10 @@ class RequestWindow:
         ends_us: dict[int, int | None] = dict(self._file.execute("SELECT number, ended_us FROM requests").fetchall())
         steady_us = self.clock.steady_us()
         for place, at_us in self._own.items():
-            ends_us[place] = at_us if at_us is None else now_us - (steady_us - at_us)
+            ended_us = at_us if at_us is None else now_us - (steady_us - at_us)
+            if ended_us is not None and ends_us.get(place, 0) is None:  # there was no room to write it
+                self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [ended_us, place])
+            ends_us[place] = ended_us
         others = {place for place, at_us in ends_us.items() if at_us is None} - self._own.keys()
         for place in self._gone(others, steady_us):
             self._file.execute("UPDATE requests SET ended_us = ? WHERE number = ?", [now_us, place])

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aggregator.forward.destinations import exchange
+from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.planner import Item
 from aggregator.forward.request_window import BUSY_WAIT_S
 from aggregator.place import Place, format_places, parse_places
@@ -86,16 +87,30 @@ class State:
     """The file. Any number of processes may look at it; one forwards. Safe for threads."""
 
     def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600, exist_ok=True)  # the feed's token is in it
-        self._file = sqlite3.connect(path, timeout=BUSY_WAIT_S, isolation_level=None, check_same_thread=False)
-        self._lock = threading.RLock()
-        self._file.execute("PRAGMA journal_mode = WAL").fetchone()
-        self._file.execute("PRAGMA synchronous = FULL")
-        self._file.executescript(TABLES)
+        """Raises Unusable."""
+        try:
+            path.touch(mode=0o600, exist_ok=True)  # the feed's token is in it
+        except OSError as error:
+            raise Unusable(path, error.strerror or str(error), is_damaged=False) from error
+        self._path, self._lock = path, threading.RLock()
+        with explaining(path), contextlib.ExitStack() as undo:
+            self._file = sqlite3.connect(path, timeout=BUSY_WAIT_S, isolation_level=None, check_same_thread=False)
+            undo.callback(self._file.close)
+            self._file.execute("PRAGMA journal_mode = WAL").fetchone()
+            self._file.execute("PRAGMA synchronous = FULL")
+            self._file.executescript(TABLES)
+            undo.pop_all()
 
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+    def read_through(self) -> None:
+        """Read all of it. Raises Unusable."""
+        with explaining(self._path):
+            ((found,),) = self._rows("PRAGMA quick_check(1)")
+        if found != "ok":
+            raise Unusable(self._path, " ".join(str(found).split()), is_damaged=True)
 
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
@@ -103,10 +118,11 @@ class State:
             self._file.execute(begin)
             try:
                 yield
+                self._file.execute("COMMIT")
             except BaseException:
-                self._file.execute("ROLLBACK")
+                if self._file.in_transaction:  # a full disk has ended it already
+                    self._file.execute("ROLLBACK")
                 raise
-            self._file.execute("COMMIT")
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is read inside is of one moment."""

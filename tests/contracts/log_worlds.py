@@ -18,7 +18,6 @@ it cannot. ``close`` must leave no thread, process or socket behind.
 
 import contextlib
 import itertools
-import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
+from tests.faults.disk import nothing_written
 from tests.kafka.shared import shared_broker
 from tests.waiting import eventually
 
@@ -144,13 +144,9 @@ class EmbeddedWorld(World):
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
-        """The operating system refuses every write of this process to a file, as a full quota would."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-        try:
+        """See World."""
+        with nothing_written():
             yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     def trim(self, log: Log, stream: str, older_than_us: int) -> int:
         """See World."""

@@ -1,7 +1,10 @@
 """A disk that is small, can be nearly filled, and emptied again while it is in use: a tmpfs with a ballast."""
 
+import contextlib
 import os
+import resource
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,17 @@ class SmallDisk:
     def close(self) -> None:
         """Unmount; files that are still open keep it alive for their users alone."""
         _run("umount", "--lazy", str(self.path))
+
+
+@contextlib.contextmanager
+def nothing_written() -> Iterator[None]:
+    """The operating system refuses every write of this process to a file, as a full quota would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

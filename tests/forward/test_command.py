@@ -14,9 +14,14 @@ from aggregator.forward.polar_event import item_of
 from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
+from deploy.doctor import examine
 from deploy.forward import open_source, selection_of
 from deploy.forward_desk import ask_replay, status
 from deploy.giving_up import GiveUp
+from deploy.output import Output
+from deploy.proof import prove
+from deploy.reconcile import Task
+from deploy.session import Session
 from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation
 from tests.forward.polar import POISON, Polar, send, stored
@@ -100,6 +105,35 @@ def test_a_stop_is_visible_and_counting_goes_on(site: Site, name: str) -> None:
     site.forward("resume")
     eventually(lambda: site.status()["state"] == "forwarding")
     eventually(lambda: site.metrics().get("stopped") == 0)
+
+
+def test_a_damaged_file_stops_forwarding_alone(
+    tmp_path: Path, quick: Polar, upstream: Installation, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever needs the file says so in a line, whoever does not goes on, and with the file away all is forwarded."""
+    monkeypatch.setenv("METERSTREAM_POLAR_TOKEN", "polar_oat_upstream")
+    monkeypatch.setenv("METERSTREAM_POLAR_SERVER", quick.url)
+    with contextlib.closing(Installation(tmp_path / "data")) as place:
+        place.data.mkdir()
+        data = DataDirectory(place.data)
+        data.forwarding.write_bytes(b"this is no database " * 500)
+        place.start()
+        send(place, events(name, 5))
+        eventually(lambda: place.log.count('"child": "forwarder"') >= 2)
+        assert Site(place, quick).metrics() == {"stopped": 1.0}
+
+        with pytest.raises(GiveUp, match=r"forward.sqlite is damaged \(file is not a database\): stop everything"):
+            status(data)
+        assert [finding.part for finding in examine(data) if finding.heal] == ["forwarding"]
+        settings = Settings(data=place.data, polar_token=Secret("polar_oat_upstream"), polar_server=quick.url)
+        report = prove(Session(settings, Output.json), Task(checks=("log", "ledger", "upstream")))
+        assert [(check.name, "is damaged" in check.skipped) for check in report.checks if check.has_failed] == [
+            ("ledger", True), ("upstream", True)
+        ]  # fmt: skip
+
+        data.forwarding.unlink()
+        eventually(lambda: ids(stored(upstream, name)) == ids(events(name, 5)))
+        assert place.stop() == 0
 
 
 def test_a_replay_is_asked_for_by_its_times(site: Site) -> None:

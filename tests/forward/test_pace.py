@@ -1,5 +1,6 @@
 """The request limit as the receiver sees it, and how pauses grow."""
 
+import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from aggregator.forward.pace import (
     retry_after_s,
 )
 from aggregator.forward.request_window import UNDER_WAY_MAX_US, Clock, RequestWindow
+from tests.faults.disk import nothing_written
 
 SECOND_US = 1_000_000
 NOW_US = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()) * SECOND_US
@@ -148,6 +150,21 @@ def test_a_request_of_a_process_that_is_gone_ends(tmp_path: Path) -> None:
     window.close()
 
 
+def test_a_request_that_ends_on_a_full_disk_has_ended(tmp_path: Path) -> None:
+    """Nothing is asked while it cannot be written; with room its place is free after the period, for others, too."""
+    world = World()
+    with closing(RequestWindow(tmp_path / "forward.sqlite", 1, 10.0, world.clock)) as window:
+        place = window.take()
+        with nothing_written(), pytest.raises(sqlite3.OperationalError):
+            window.ended(place)
+        with nothing_written(), pytest.raises(sqlite3.OperationalError):
+            window.wait_s()
+        assert window.wait_s() == 10
+        world.pause(10)
+        window.ended(window.take())
+        assert (window.wait_s(), window.used()) == (10, 1)
+
+
 @pytest.mark.parametrize(
     ("ended_s", "expected_us"),
     [
@@ -169,6 +186,7 @@ def test_the_wait_is_until_a_place_is_free(ended_s: list[int | None], expected_u
     [
         (None, None), ("", None), ("soon", None), ("0", 0.0), ("17", 17.0), ("99999999", RETRY_AFTER_MAX_S),
         ("Sun, 01 Mar 2026 12:00:30 GMT", 30.0), ("Sun, 01 Mar 2026 11:00:00 GMT", 0.0), ("-5", None), ("1.5", None),
+        ("Mon, 01 Jan 99999999999999 00:00:00 GMT", None),
     ],
 )  # fmt: skip
 def test_retry_after_has_two_forms(header: str | None, seconds: float | None) -> None:

@@ -133,6 +133,28 @@ def test_what_nobody_but_a_person_can_mend_stops(status: int) -> None:
     assert isinstance(judge(Answer(status, {}, b"no"), 5), Stop)
 
 
+NESTED = b"[" * 100_000
+
+
+@pytest.mark.parametrize("body", [
+    b'{"inserted":Infinity}', b'{"inserted":1e999999999}', b'{"inserted":1e9999999999999999999}', b'{"inserted":true}',
+    b'{"inserted":"5"}', b'{"inserted":null}', b"[5]", NESTED, b"\xff",
+])  # fmt: skip
+def test_a_success_without_whole_counts_is_none(body: bytes) -> None:
+    """Whatever is in the place of a number, the events are sent again, after a pause."""
+    assert judge(Answer(200, {}, body), 5) == Later("an answer that cannot be read")
+
+
+@pytest.mark.parametrize("body", [b'{"detail":[{"loc":5,"msg":"x"},{"loc":"body","msg":"x"},7]}', NESTED, b"\xff\xfe"])
+def test_a_refusal_in_odd_words_names_nobody(body: bytes) -> None:
+    """The batch is taken apart as if Polar had said no more than no; the same words with a server's error are kept."""
+    verdict = judge(Answer(422, {}, body), 5)
+    assert isinstance(verdict, Bad)
+    assert verdict.accused == {}
+    assert verdict.words
+    assert judge(Answer(500, {}, body), 5) == Later("status 500", fault=f"status 500: {verdict.words}")
+
+
 def test_a_refusal_names_its_events() -> None:
     """Both variants' complaints are kept; a complaint about the future is told from the others."""
     verdict = judge(Answer(422, {}, json.dumps(DETAIL).encode()), 5)

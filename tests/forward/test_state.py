@@ -1,6 +1,9 @@
 """The books of forwarding: every event that was taken is accepted, waits, or is a dead letter, at every moment."""
 
+import contextlib
+import sqlite3
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator.forward.metrics import ForwardingMetrics
+from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.planner import Item
 from aggregator.forward.state import WAITING, State
+from tests.faults.disk import SmallDisk
 
 NOW_US = 1_800_000_000_000_000
 FATES = st.lists(st.lists(st.sampled_from(["accepted", "parked", "condemned"]), min_size=1, max_size=5), max_size=8)
@@ -127,6 +132,76 @@ def test_the_file_is_its_owners(tmp_path: Path) -> None:
     state.set(feed_token={"secret": "hush"})
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     state.close()
+
+
+def damaged(state: State, place: Path) -> None:
+    """Whole pages of it are none any more, but its first is."""
+    state.mark("raw", [decide(item(number), "condemned") for number in range(2_000)], None, NOW_US)
+    state.close()
+    pages = place.stat().st_size // 4096
+    with place.open("r+b") as file:
+        file.seek(4096 * (pages // 2))
+        file.write(b"\xff" * (4096 * (pages // 2)))
+
+
+def test_a_damaged_file_says_so_and_what_heals_it(tmp_path: Path) -> None:
+    """Whether it is seen at once or only where all of it is read."""
+    none, partly = tmp_path / "none.sqlite", tmp_path / "partly.sqlite"
+    none.write_bytes(b"this is no database " * 500)
+    damaged(State(partly), partly)
+    with pytest.raises(Unusable, match=r"none.sqlite is damaged .*: stop everything and restore it") as seen:
+        State(none)
+    assert seen.value.is_damaged
+    with contextlib.closing(State(partly)) as state, pytest.raises(Unusable, match=r"partly.sqlite is damaged"):
+        state.read_through()
+
+
+def test_a_file_that_cannot_be_had_is_not_damaged(tmp_path: Path) -> None:
+    """Its directory is away, or its place is taken: nothing is to be replaced."""
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "away" / "forward.sqlite", tmp_path / "taken"):
+        with pytest.raises(Unusable, match=r"cannot be used now .*: make room on its disk, or run this as") as seen:
+            State(path)
+        assert not seen.value.is_damaged
+
+
+def test_a_full_disk_is_said_and_heals(disk: SmallDisk) -> None:
+    """However much was to be written: nothing of it is, the cause is told as it is, and with room all goes on."""
+    with contextlib.closing(State(disk.path / "forward.sqlite")) as state:
+        state.mark("raw", [item(0)], None, NOW_US)
+        disk.fill(leave_kib=1024)
+        large = [decide(item(number), "condemned") for number in range(1, 3_000)]
+        for one in large:
+            one.body = b"x" * 3_000
+        with pytest.raises(Unusable, match=r"cannot be used now \(.*full\): make room"), explaining(disk.path):
+            state.mark("raw", large, None, NOW_US)
+        assert (balance(state), state.position("raw")) == ((1, 1), {0: (0, 1)})
+        disk.empty()
+        state.mark("raw", large, None, NOW_US)
+        assert balance(state) == (3_000, 3_000)
+
+
+def flagged(value: str) -> Callable[[Path], None]:
+    """A file in which a flag is this."""
+
+    def write(path: Path) -> None:
+        with contextlib.closing(State(path)) as state:
+            state.set(seen_us=1)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+            file.execute("UPDATE flags SET value = CAST(? AS TEXT)", [value.encode("latin-1")])
+
+    return write
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: path.write_bytes(b"this is no database " * 500),
+    flagged('"yesterday"'), flagged("yesterday"),
+], ids=["garbage", "kind", "json"])  # fmt: skip
+def test_whatever_lies_in_the_file_costs_no_other_metric(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """All that is said is that somebody has to do something, which is what the alert asks for."""
+    write(tmp_path / "forward.sqlite")
+    found = {family.name: family.samples for family in ForwardingMetrics(tmp_path / "forward.sqlite").collect()}
+    assert [sample.value for sample in found["meterstream_forward_stopped"]] == [1.0]
 
 
 def test_a_forwarder_that_is_away_is_seen_by_its_silence(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""What it means that the forwarder's file cannot be used.
+
+Either it is damaged, which a person must mend: nothing makes it again, because nothing else knows what was sent. Or the
+machine cannot serve it just now, which is tried again. Everything else is a bug, and is said as such.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+MEND = (
+    "stop everything and restore it from a backup, or move it away with its -wal and -shm; without it everything is "
+    "sent again, which raw events survive, but rollups may count twice"
+)
+MAKE_ROOM = "make room on its disk, or run this as the user that the server runs as"
+
+
+class Unusable(Exception):
+    """The file cannot be read or written. The message says what heals it, and so does ``heal`` by itself.
+
+    ``is_damaged``: trying again gives the same.
+    """
+
+    def __init__(self, path: Path, error: Exception | str, *, is_damaged: bool) -> None:
+        self.found = f"{path} {'is damaged' if is_damaged else 'cannot be used now'} ({error})"
+        self.heal = MEND if is_damaged else MAKE_ROOM
+        self.is_damaged = is_damaged
+        super().__init__(f"{self.found}: {self.heal}")
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Around whatever uses the file: says what an error means. Raises Unusable."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked, disk full, I/O
+        raise Unusable(path, error, is_damaged=False) from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # its other kinds are wrong statements
+            raise
+        raise Unusable(path, error, is_damaged=True) from error
