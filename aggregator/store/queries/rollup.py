@@ -77,9 +77,7 @@ class _Room(NamedTuple):
         return cls(max(1, events), max(1, ROLLUP_GROUPS_MAX // meters // partitions), window_s)
 
 
-def _until(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, before: datetime, room: _Room
-) -> Place:
+def _until(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, before: datetime, room: _Room) -> Place:
     anybody = Part(Wanted(scope=Scope(organization=part.wanted.scope.organization)), part.partition, part.end)
     newer = ("ingested_at >= $before", naive(before))
     first_newer = first(connection, anybody, place, "MIN(log_offset)", before=newer)
