@@ -6,8 +6,10 @@ other, each against what the last one made true.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -27,6 +29,8 @@ from aggregator.api.limits import (
     VERIFICATIONS_AT_ONCE,
     VERIFICATIONS_WAITING_MAX,
     WAIT_S_MAX,
+    WAITS_MAX,
+    WAITS_OF_ONE_MAX,
 )
 from aggregator.store.queries.asking import Asking, Here, Looking, Patience, Reading
 from aggregator.view import Unavailable, View
@@ -119,6 +123,25 @@ class Line:
         self.leave()
 
 
+class Waits:
+    """So many wait for something at a time, and so many of one organization. Raises Busy for whoever comes then."""
+
+    def __init__(self, most: int, of_one_max: int) -> None:
+        self._most, self._of_one_max = most, of_one_max
+        self._waiting: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, organization_id: str) -> Iterator[None]:
+        """One more, until left."""
+        if self._waiting.total() >= self._most or self._waiting[organization_id] >= self._of_one_max:
+            raise Busy
+        self._waiting[organization_id] += 1
+        try:
+            yield
+        finally:
+            self._waiting -= Counter([organization_id])  # and who has none any more is forgotten
+
+
 class Desk:
     """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
 
@@ -126,6 +149,7 @@ class Desk:
         self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
         self._asking = Line(QUERIES_AT_ONCE, QUERIES_WAITING_MAX)
         self._threads = ThreadPoolExecutor(QUERIES_AT_ONCE, "question")  # of their own, so that nothing waits for them
+        self.waits = Waits(WAITS_MAX, WAITS_OF_ONE_MAX)
         self.deciding = Deciding(view)
         self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -218,14 +242,17 @@ def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
         outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
         if isinstance(outcome, Denied):
             raise Forbidden(outcome)
-        await caught_up(request)
+        await caught_up(request, outcome.organization_id)
         return outcome
 
     return who
 
 
-async def caught_up(request: Request) -> None:
-    """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time."""
+async def caught_up(request: Request, organization_id: str) -> None:
+    """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time.
+
+    Raises Busy where too many wait for that already.
+    """
     seconds = _wait_seconds(",".join(request.headers.getlist("prefer")))
     text = request.headers.get("log-position")
     if seconds is None or not text:
@@ -235,7 +262,9 @@ async def caught_up(request: Request) -> None:
         message = "Input should be positions such as 0:18,1:7"
         raise Malformed([detail("value_error", ("header", "Log-Position"), message, text)])
     here = await desk(request)
-    await here.view.wait_for(position, min(seconds, WAIT_S_MAX))
+    if not await here.view.wait_for(position, 0):
+        with here.waits.of(organization_id):
+            await here.view.wait_for(position, min(seconds, WAIT_S_MAX))
 
 
 def _wait_seconds(prefer: str) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aggregator.api.desk import Waits
 from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX, QUERIES_AT_ONCE
 from aggregator.store.queries.asking import Patience, TooLong
 from meters.detail import COMPLAINTS_MAX
@@ -162,3 +163,35 @@ def test_a_long_list_of_customers_is_like_a_short_one(
     monkeypatch.setattr("aggregator.api.customers.CUSTOMERS_AT_ONCE", 2)
     assert pages() == short
     assert [len(page) for page in short] == [2, 2, 1, 0]
+
+
+def test_few_wait_for_a_position_and_fewer_of_one_organization(
+    server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes then is told to come back, and others may wait; whoever does not wait is answered."""
+    waits, other = Waits(3, 2), server.tenant()
+    monkeypatch.setattr(server.app.state.desk, "waits", waits)
+
+    async def ask(who: Tenant, position: str = "0:999999999") -> int:
+        headers = {"Authorization": f"Bearer {who.secret}", "Prefer": "wait=30", "Log-Position": position}
+        return (await server.http.get("/v1/meters/", headers=headers)).status_code
+
+    async def waiting(*whose: Tenant) -> list["asyncio.Task[int]"]:
+        tasks = [asyncio.create_task(ask(who)) for who in whose]
+        count = waits._waiting.total() + len(tasks)
+        while waits._waiting.total() < count:  # noqa: ASYNC110 - nothing tells when a request waits
+            await asyncio.sleep(0)
+        return tasks
+
+    async def crowd() -> list[int]:
+        tasks = await waiting(tenant, tenant)
+        found = [await ask(tenant), await ask(tenant, "0:0")]
+        tasks += await waiting(other)
+        found += [await ask(other), await ask(other, "0:0")]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return found
+
+    assert server.run(crowd()) == [503, 200, 503, 200]
+    assert waits._waiting == {}
