@@ -199,9 +199,9 @@ class Aggregator:
         """When the newest counted event of each customer number arrived, in us; None while the meter is counted."""
         return self._now.totals.arrivals(meter_id)
 
-    def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
         """What each customer number used in its window, as doubles; None where there are none to put in order by."""
-        return self._now.totals.sums(meter_id)
+        return self._now.totals.amounts(meter_id)
 
     async def decide(self, *changes: Change) -> None:
         """Write changes to the control stream as one record, and return when they are true everywhere in here."""

@@ -114,11 +114,14 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         proxy_headers=False, server_header=False, **where,
     )  # fmt: skip
     server = _Server(config, process.on_listening)
-    async with asyncio.TaskGroup() as group:
-        beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
-        await server.serve()
-        for task in beside:
-            task.cancel()
+    try:
+        async with asyncio.TaskGroup() as group:
+            beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
+            await server.serve()
+            for task in beside:
+                task.cancel()
+    finally:
+        await asyncio.to_thread(app.state.desk.close)
 
 
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:

@@ -149,10 +149,10 @@ class RunningTotals:
         counting = self._complete(meter_id)
         return counting.totals.arrivals() if counting is not None else None
 
-    def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
-        """What each customer number used in its window, as doubles; None while counted, and where nothing adds up."""
+    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+        """What each customer number used in its window, as doubles; None while counted, and for distinct values."""
         counting = self._complete(meter_id)
-        return counting.totals.sums() if counting is not None else None
+        return counting.totals.amounts() if counting is not None else None
 
     def _complete(self, meter_id: str) -> Counting | None:
         """The meter's, once its history is in it."""

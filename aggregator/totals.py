@@ -168,6 +168,25 @@ class MeterTotals:
                 found[subject] += units[0] / ONE
         return found
 
+    def counts(self, size: int) -> Integers:
+        """How many were added of each of ``size`` customer numbers."""
+        with self._lock:
+            found = np.zeros(size, np.int64)
+            found[: len(self._count)] = self._count[:size]
+        return found
+
+    def extremes(self, size: int) -> npt.NDArray[np.float64]:
+        """The least or the greatest of each of ``size`` customer numbers as the nearest double; 0 where nothing is."""
+        with self._lock:
+            found = np.full(size, np.nan)
+            known = self._extreme[:size]
+            found[: len(known)] = np.where(known == _NONE_YET[self._func], np.nan, known / ONE)
+            further = np.fmin if self._func == "min" else np.fmax
+            for subject, units in self._large.items():
+                found[subject] = further(found[subject], units[0] / ONE)
+        found[np.isnan(found)] = 0.0
+        return found
+
     def copy(self, subject: int, other: "MeterTotals") -> None:
         """Take over what another one has of a customer."""
         self._merge(subject, other, keep=0, sign=1)

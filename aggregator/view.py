@@ -134,10 +134,10 @@ class View(Protocol):
         """
         ...
 
-    def sums(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
         """What each number used in its window, as the nearest double, to put long lists in order by.
 
-        None for meters whose values do not add up, and while the meter is still being counted.
+        None for ``unique`` meters, and while the meter is still being counted.
         """
         ...
 

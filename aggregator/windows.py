@@ -187,14 +187,19 @@ class MeterWindows:
         with self._lock:
             return self._newest.copy()
 
-    def sums(self) -> npt.NDArray[np.float64] | None:
-        """What each customer number used in its window, as doubles; None where values of two numbers do not add up."""
-        if self._func not in ("count", "sum"):
-            return None
+    def amounts(self) -> npt.NDArray[np.float64] | None:
+        """What each customer number used in its window, as doubles; None for distinct values."""
         with self._lock:
-            assert isinstance(self._whole, MeterTotals)
-            assert isinstance(self._apart, MeterTotals)
-            return self._whole.sums(len(self._newest)) - self._apart.sums(len(self._newest))
+            if not (isinstance(self._whole, MeterTotals) and isinstance(self._apart, MeterTotals)):
+                return None
+            size = len(self._newest)
+            if self._func not in ADDING:
+                whole, inside = self._whole.extremes(size), self._apart.extremes(size)
+                return np.where(longer(self._since, size - len(self._since), EVER) == EVER, whole, inside)
+            amounts = self._whole.sums(size) - self._apart.sums(size)
+            if self._func == "avg":
+                amounts /= np.maximum(self._whole.counts(size) - self._apart.counts(size), 1)
+            return amounts
 
     def consumed(self, subjects: list[int], since: int) -> Consumption | None:
         """In the window that begins at ``since``.

@@ -158,6 +158,11 @@ class IngestEndpoint:
             return answers.too_large(self._settings.body_bytes_max)
         return Opened(token, encoding, read_preferences(headers.get(b"prefer", b"")))
 
+    def organization_of(self, headers: Headers, now: datetime) -> str:
+        """Whose good token the request shows; empty where it shows none."""
+        token = good_token(_authorization(headers), self._tail.catalogue, now)
+        return token.organization_id if token else ""
+
     def too_many(self, headers: Headers, now: datetime) -> Answer | None:
         """The answer to a token that has had its share of requests. Whoever has no good one is refused elsewhere."""
         token = self._settings.requests_per_minute and good_token(_authorization(headers), self._tail.catalogue, now)

@@ -97,7 +97,7 @@ class Gateway:
         if found is not None:
             await answer(send, found)
         else:
-            await self._pass_on(scope, int(headers.get(b"content-length", b"0")), receive, send)
+            await self._pass_on(scope, headers, receive, send)
 
     async def _ingest(self, scope: Message, headers: dict[bytes, bytes], receive: Receive) -> Answer:
         if scope["method"] != "POST":
@@ -106,8 +106,8 @@ class Gateway:
             headers[b"prefer"] = b",".join([value for name, value in scope["headers"] if name == b"prefer"])
         return await self.endpoint(headers, int(headers[b"content-length"]), receive)
 
-    async def _pass_on(self, scope: Message, length: int, receive: Receive, send: Send) -> None:
-        path = _current(scope["raw_path"])
+    async def _pass_on(self, scope: Message, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        path, length = _current(scope["raw_path"]), int(headers.get(b"content-length", b"0"))
         bytes_max = self._settings.body_bytes_max
         if length > bytes_max:
             telemetry.count_passed_on(await answer(send, answers.too_large(bytes_max)))
@@ -118,7 +118,8 @@ class Gateway:
             telemetry.count_passed_on(await answer(send, body))
             return
         try:
-            telemetry.count_passed_on(await self._upstream.pass_on(scope, path, body, send))
+            asker = self.endpoint.organization_of(headers, datetime.now(UTC))
+            telemetry.count_passed_on(await self._upstream.pass_on(scope, path, body, send, asker))
         finally:
             in_flight.give_back(len(body))
 

@@ -81,6 +81,10 @@ ANSWER_BYTES_MAX = 256 * 1024
 PASSTHROUGH_CONNECTIONS_MAX = 64
 """Requests at the query API at once; it is one process, more would only queue there."""
 
+PASSTHROUGH_CONNECTIONS_OF_ONE_MAX = 32
+"""The same of one organization, half as many: whoever asks slow questions, or reads answers slowly, leaves the rest to
+others. All that show no token of an organization are one."""
+
 PASSTHROUGH_ANSWER_DEADLINE_S = 60.0
 """Seconds until the query API begins to answer: the longest wait for a position, and a slow query."""
 

@@ -10,18 +10,25 @@ no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a gene
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import cast
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import httptools
 
 from ingest import answers
 from ingest.answers import Answer, Headers
 from ingest.body import WITH_BODY, Message, Send
-from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, PASSTHROUGH_CONNECTIONS_MAX, PASSTHROUGH_IDLE_DEADLINE_S
+from ingest.limits import (
+    PASSTHROUGH_ANSWER_DEADLINE_S,
+    PASSTHROUGH_CONNECTIONS_MAX,
+    PASSTHROUGH_CONNECTIONS_OF_ONE_MAX,
+    PASSTHROUGH_IDLE_DEADLINE_S,
+)
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -42,6 +49,10 @@ logger = logging.getLogger("ingest.passthrough")
 
 class ViewUnavailable(Exception):
     """The query API cannot be reached, or broke off before it answered."""
+
+
+class Crowded(Exception):
+    """So many requests are at the query API that this one did not get there."""
 
 
 class _Connection(asyncio.Protocol):
@@ -162,6 +173,27 @@ def _expire(waiter: "asyncio.Future[None]") -> None:
         waiter.set_exception(TimeoutError())
 
 
+class _Slots:
+    """So many questions are asked at once, and so many by one asker; more wait for their turn."""
+
+    def __init__(self) -> None:
+        self.all = asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_MAX)
+        self._own: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def one_of(self, asker: str) -> AsyncIterator[None]:
+        """Hold one, of the asker's own first. Raises Crowded after SLOT_S_MAX."""
+        own = self._own.setdefault(asker, asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_OF_ONE_MAX))
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(SLOT_S_MAX):
+                    await held.enter_async_context(own)
+                    await held.enter_async_context(self.all)
+            except TimeoutError as error:
+                raise Crowded from error
+            yield
+
+
 class Upstream:
     """The query API at ``unix:PATH`` or ``http[s]://HOST:PORT``, with the connections kept to it."""
 
@@ -170,23 +202,19 @@ class Upstream:
         self._tls = ssl.create_default_context() if address.startswith("https:") else None
         self._is_distrust_said = False
         self._idle: list[_Connection] = []
-        self._slots = asyncio.Semaphore(PASSTHROUGH_CONNECTIONS_MAX)
+        self._slots = _Slots()
 
-    async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
-        """Ask for ``path`` what the request asks, and send back the answer; its status.
+    async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send, asker: str = "") -> int:
+        """Ask for ``path`` what the request of the asker asks, and send back the answer; its status.
 
         An answer that breaks off or falls silent in the middle is left unfinished, and the server cuts the connection:
         half an answer is never taken for a whole one.
         """
         try:
-            async with asyncio.timeout(SLOT_S_MAX):
-                await self._slots.acquire()
-        except TimeoutError:
-            return await answer(send, _away())
-        try:
-            return await self._pass_on(scope, path, body, send)
-        finally:
-            self._slots.release()
+            async with self._slots.one_of(asker):
+                return await self._pass_on(scope, path, body, send)
+        except Crowded:
+            return await answer(send, _crowded())
 
     async def _pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
         try:
@@ -284,6 +312,11 @@ class Upstream:
 def _away() -> Answer:
     detail = "The query API is not reachable just now. Events are accepted meanwhile."
     return answers.unavailable("ViewUnavailable", detail, RETRY_AFTER_S)
+
+
+def _crowded() -> Answer:
+    detail = "Too many requests are at the query API already. Events are accepted meanwhile."
+    return answers.unavailable("TooManyQueries", detail, RETRY_AFTER_S)
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] = HOP_BY_HOP) -> Headers:

@@ -226,6 +226,7 @@ class Catalogue:
         self._external: dict[tuple[str, str], Customer] = {}
         self._emails: dict[tuple[str, str], str] = {}  # whose an address is, in lower case
         self._meters: dict[str, dict[str, Meter]] = {}
+        self._living: dict[str, dict[str, Customer]] = {}
         for change in changes:
             self.apply(change)
 
@@ -269,6 +270,11 @@ class Catalogue:
             if self._emails.get(address) == known.id:
                 del self._emails[address]
         self.customers[customer.id] = customer
+        living = self._living.setdefault(customer.organization_id, {})
+        if customer.deleted_at is None:
+            living[customer.id] = customer
+        else:
+            living.pop(customer.id, None)
         if customer.email is not None and customer.deleted_at is None:
             self._emails.setdefault((customer.organization_id, customer.email.lower()), customer.id)
         if customer.external_id is not None and customer.deleted_at is None:
@@ -278,6 +284,10 @@ class Catalogue:
         """The organization's customer of this id, unless deleted."""
         found = self.customers.get(id)
         return found if found and found.organization_id == organization_id and not found.deleted_at else None
+
+    def customers_of(self, organization_id: str) -> list[Customer]:
+        """The organization's customers, oldest first, without those that are deleted."""
+        return list(self._living.get(organization_id, {}).values())
 
     def customer_by_external_id(self, organization_id: str, external_id: str) -> Customer | None:
         """The organization's customer that it calls so itself, unless deleted."""

@@ -4,7 +4,6 @@ Rows exist for whoever used a meter, was credited or had a reset. They come from
 in Polar they are recomputed seconds to hours later. What memory does not keep comes from the store.
 """
 
-import asyncio
 import contextlib
 from functools import partial
 from typing import Annotated, Any
@@ -13,7 +12,6 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Response
 
 from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
-from aggregator.api.customers import customers_of
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
 from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, includes, listed, order, texts
@@ -60,9 +58,9 @@ async def list_customer_meters(
             return answer(in_order(found, chosen, page), as_of)
     listing = partial(find_page, desk, customers, meters, chosen, page)
     try:
-        pairs, total = await asyncio.to_thread(listing)
+        pairs, total = await desk.look(listing)
     except NotInMemory:
-        (pairs, total), _ = await desk.ask(token, listing)
+        (pairs, total), _ = await desk.ask(token, lambda here: listing(here.patience, here))
     shown = await customer_meters(desk, pairs)
     return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
 
@@ -83,7 +81,7 @@ def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[
     """The organization's customers who are asked for; whoever is asked for by both names has both."""
     known, organization = desk.catalogue, token.organization_id
     if ids is None and externals is None:
-        return customers_of(known, organization)
+        return known.customers_of(organization)
     named = [known.customer(organization, id) for id in dict.fromkeys(ids or ())]
     if ids is None:
         named = [known.customer_by_external_id(organization, name) for name in dict.fromkeys(externals or ())]

@@ -1,13 +1,17 @@
 """What every endpoint needs: who asks, what they may see, and a place to put the question.
 
-Answers from memory are given on the event loop. Questions to the store block, so each gets a thread; only a few run
-at a time and only so many wait. Decisions are taken one after the other, each against what the last one made true.
+Answers from memory are given on the event loop, if they are short. Questions to the store block, so each gets a thread,
+as does what takes long in memory; only a few run at a time and only so many wait. Decisions are taken one after the
+other, each against what the last one made true.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
@@ -25,8 +29,10 @@ from aggregator.api.limits import (
     VERIFICATIONS_AT_ONCE,
     VERIFICATIONS_WAITING_MAX,
     WAIT_S_MAX,
+    WAITS_MAX,
+    WAITS_OF_ONE_MAX,
 )
-from aggregator.store.queries.asking import Asking, Here, Reading
+from aggregator.store.queries.asking import Asking, Here, Looking, Patience, Reading
 from aggregator.view import Unavailable, View
 from meters import exact_json
 from meters.access import Denied, authorize
@@ -36,13 +42,20 @@ from meters.log import TryAgain, format_position, parse_position
 from meters.meter import Meter
 
 T = TypeVar("T")
+Found = TypeVar("Found", covariant=True)
 
 
 def _never(_: Meter) -> bool:
     return False
 
 
-def _interrupt(asking: Asking[Any], work: "asyncio.Future[Any]") -> None:
+class _Work(Protocol[Found]):
+    def run(self) -> Found: ...
+
+    def interrupt(self) -> None: ...
+
+
+def _interrupt(asking: _Work[Any], work: "asyncio.Future[Any]") -> None:
     """Until it has ended: between two statements there is nothing to interrupt."""
     if not work.done():
         asking.interrupt()
@@ -110,12 +123,33 @@ class Line:
         self.leave()
 
 
+class Waits:
+    """So many wait for something at a time, and so many of one organization. Raises Busy for whoever comes then."""
+
+    def __init__(self, most: int, of_one_max: int) -> None:
+        self._most, self._of_one_max = most, of_one_max
+        self._waiting: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, organization_id: str) -> Iterator[None]:
+        """One more, until left."""
+        if self._waiting.total() >= self._most or self._waiting[organization_id] >= self._of_one_max:
+            raise Busy
+        self._waiting[organization_id] += 1
+        try:
+            yield
+        finally:
+            self._waiting -= Counter([organization_id])  # and who has none any more is forgotten
+
+
 class Desk:
     """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
 
     def __init__(self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], rules: Rules) -> None:
         self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
         self._asking = Line(QUERIES_AT_ONCE, QUERIES_WAITING_MAX)
+        self._threads = ThreadPoolExecutor(QUERIES_AT_ONCE, "question")  # of their own, so that nothing waits for them
+        self.waits = Waits(WAITS_MAX, WAITS_OF_ONE_MAX)
         self.deciding = Deciding(view)
         self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -136,9 +170,15 @@ class Desk:
 
     async def ask_about(self, organization_id: str, question: Callable[[Here], T]) -> Reading[T]:
         """The same where nobody shows a token."""
+        return await self._in_line(Asking(self.view, organization_id, question))
+
+    async def look(self, work: Callable[[Patience], T]) -> T:
+        """Have long work done over memory, in the same line. Raises Busy, TooLong, Unavailable."""
+        return await self._in_line(Looking(work))
+
+    async def _in_line(self, asking: _Work[T]) -> T:
         await self._asking.enter()  # left in ``_ended``: the thread may outlast whoever asked
-        asking = Asking(self.view, organization_id, question)
-        work = asyncio.ensure_future(asyncio.to_thread(asking.run))
+        work = asyncio.get_running_loop().run_in_executor(self._threads, asking.run)
         work.add_done_callback(self._ended)
         try:
             await asyncio.wait({work}, timeout=QUERY_S_MAX)
@@ -146,6 +186,10 @@ class Desk:
             _interrupt(asking, work)  # it takes too long, or whoever asked has gone; else this does nothing
         await asyncio.wait({work})
         return work.result()
+
+    def close(self) -> None:
+        """Wait until the last question has ended."""
+        self._threads.shutdown()
 
     def _ended(self, work: "asyncio.Future[Any]") -> None:
         self._asking.leave()  # now that its thread is free
@@ -198,14 +242,17 @@ def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
         outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
         if isinstance(outcome, Denied):
             raise Forbidden(outcome)
-        await caught_up(request)
+        await caught_up(request, outcome.organization_id)
         return outcome
 
     return who
 
 
-async def caught_up(request: Request) -> None:
-    """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time."""
+async def caught_up(request: Request, organization_id: str) -> None:
+    """Honor ``Prefer: wait=N`` with a ``Log-Position``: read what was written, if it becomes visible in time.
+
+    Raises Busy where too many wait for that already.
+    """
     seconds = _wait_seconds(",".join(request.headers.getlist("prefer")))
     text = request.headers.get("log-position")
     if seconds is None or not text:
@@ -215,7 +262,9 @@ async def caught_up(request: Request) -> None:
         message = "Input should be positions such as 0:18,1:7"
         raise Malformed([detail("value_error", ("header", "Log-Position"), message, text)])
     here = await desk(request)
-    await here.view.wait_for(position, min(seconds, WAIT_S_MAX))
+    if not await here.view.wait_for(position, 0):
+        with here.waits.of(organization_id):
+            await here.view.wait_for(position, min(seconds, WAIT_S_MAX))
 
 
 def _wait_seconds(prefer: str) -> int | None:

@@ -25,7 +25,7 @@ from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, Whic
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import event_shape, name_shape
 from aggregator.store.queries import events, family
-from aggregator.store.queries.asking import Here
+from aggregator.store.queries.asking import Here, Patience
 from aggregator.store.queries.events import Listing, StoredEvent
 from aggregator.store.queries.family import Identity
 from aggregator.store.queries.scope import NOBODY, Scope
@@ -97,7 +97,6 @@ async def _listing(
         filter=Filter("and", list(filters)),
         aggregation=meter.aggregation if meter else EVERY_EVENT,
         search=query,
-        searched=_mentioned(desk, token, query),
         parent=None if parent_id is None else halves(parent_id.int),
         depth=depth,
         ascending=order(sorting, ["timestamp"], "-timestamp").ascending,
@@ -127,11 +126,11 @@ def wanted_meter(desk: Desk, token: Token, id: str) -> Meter:
     return meter
 
 
-def _mentioned(desk: Desk, token: Token, search: str | None) -> list[int]:
+def _mentioned(desk: Desk, token: Token, search: str | None, patience: Patience) -> list[int]:
     """Numbers of the customers that a search text occurs in."""
     if search is None:
         return []
-    found = customers_mentioned(desk.catalogue, token.organization_id, search)
+    found = customers_mentioned(patience.each(desk.catalogue.customers_of(token.organization_id)), search)
     return desk.subjects(token, [customer.id for customer in found], None) or []
 
 
@@ -141,7 +140,12 @@ async def list_events(
     aggregate_fields: Fields = None,
 ) -> Response:  # fmt: skip
     """Events, newest first. One that waits for its parent is not shown; it counts all the same."""
-    found, as_of = await desk.ask(token, lambda here: _page(here, listing, aggregate_fields or []))
+
+    def question(here: Here) -> _Found:
+        mentioned = _mentioned(desk, token, listing.search, here.patience)
+        return _page(here, msgspec.structs.replace(listing, searched=mentioned), aggregate_fields or [])
+
+    found, as_of = await desk.ask(token, question)
     items = [_shape(desk, token, event, found) for event in found.page.events]
     if listing.is_counted:
         return answer(listed(items, found.page.total, Page(listing.limit, listing.offset)), as_of)

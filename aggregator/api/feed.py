@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed
+from aggregator.api.errors import Malformed, json_response
 from aggregator.api.events import parsed_filter, wanted_meter
 from aggregator.api.limits import (
     FEED_CUSTOMERS_DEFAULT,
@@ -36,6 +36,8 @@ from meters.aggregation import exact_sum
 from meters.catalogue import Token
 from meters.detail import detail
 from meters.filter import Filter
+from meters.log import format_position
+from meters.meter import Meter
 
 router = APIRouter(tags=["feed"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
@@ -149,32 +151,37 @@ async def read_rollup(
     desk: AtDesk, token: Reader, position: Position, meter_id: Meters, before: Instant,
     window_seconds: WindowSeconds = 60,
 ) -> Response:  # fmt: skip
-    """What the events from ``position`` on, ingested ``before``, add up to: by meter, customer and window of time."""
+    """What the events from ``position`` on, ingested ``before``, add up to: by meter, customer and window of time.
+
+    An answer that would be too large ends early. Ask again from its position, until that stays where it is.
+    """
     meters = [wanted_meter(desk, token, str(id)) for id in meter_id]
 
-    def question(here: Here) -> tuple[list[Group], dict[int, Place]]:
+    def question(here: Here) -> Response:
         scope = Scope(organization=here.organization)
         wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
-        return rollup.rollup(here.connection, wanted, position, before, window_seconds) if wanted else ([], position)
+        groups, reached = rollup.rollup(here.connection, wanted, position, before, window_seconds)
+        items = _rolled_up(desk, token, meters, groups)
+        return json_response(200, {"items": items, "position": format_places(reached)})
 
-    (groups, reached), as_of = await desk.ask(token, question)
-    items = [
-        {
-            "meter_id": meters[meter].id, **dict(customer), "window": starts,
-            "count": sum(part.count for part in parts), "sum": number(exact_sum(part.sum for part in parts)),
-        }
-        for (meter, customer, starts), parts in _by_customer(desk, token, groups).items()
-    ]  # fmt: skip
-    return answer({"items": items, "position": format_places(reached)}, as_of)
+    response, as_of = await desk.ask(token, question)
+    response.headers["As-Of"] = format_position(as_of)
+    return response
 
 
-def _by_customer(desk: Desk, token: Token, groups: list[Group]) -> dict[_Key, list[Group]]:
+def _rolled_up(desk: Desk, token: Token, meters: list[Meter], groups: list[Group]) -> list[dict[str, Any]]:
     """A customer that events name in two ways is one to the reader: its groups belong together."""
     found: dict[_Key, list[Group]] = {}
     for group in groups:
         customer = tuple(_customer(desk, token, group.kind, group.who).items())
         found.setdefault((group.meter, customer, group.starts), []).append(group)
-    return found
+    return [
+        {
+            "meter_id": meters[meter].id, **dict(customer), "window": starts,
+            "count": sum(part.count for part in parts), "sum": number(exact_sum(part.sum for part in parts)),
+        }
+        for (meter, customer, starts), parts in found.items()
+    ]  # fmt: skip
 
 
 @router.get("/v1/feed/traffic", responses=gives(ref("FeedTraffic")))

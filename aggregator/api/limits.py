@@ -26,8 +26,9 @@ PAGE_ROWS_DEFAULT = 10
 QUERIES_AT_ONCE = 4
 """Questions that the store answers side by side; each uses every thread of DuckDB, so more only share memory."""
 
-QUERIES_WAITING_MAX = 64
-"""Questions in line behind those. At half a second each the last one waits eight seconds; more are turned away."""
+QUERIES_WAITING_MAX = 20
+"""Questions in line behind those. At half a second each the last one waits three seconds; more are turned away. With
+those that wait for a position they are fewer than a gateway passes on at once (64), so short reads have room."""
 
 QUERY_S_MAX = 30.0
 """How long a question may take: Polar's statement timeout, and half of the command line's patience."""
@@ -37,6 +38,13 @@ INTERRUPT_AGAIN_S = 0.02
 
 WAIT_S_MAX = 30.0
 """The longest that ``Prefer: wait`` is honored; clients of Polar give up after 5 to 30 seconds."""
+
+WAITS_MAX = 24
+"""Requests that wait for a position, of all organizations."""
+
+WAITS_OF_ONE_MAX = 12
+"""Requests of one organization that wait for a position, half as many, so that another may. What was just written is
+there within a tenth of a second."""
 
 CHANGES_AT_ONCE = 500
 """Of decisions that stand each for itself, so many changes are one record: of a few hundred bytes each, far below what

@@ -44,7 +44,7 @@ async def customer_session(request: Request) -> CustomerSession:
     outcome = authorize_customer(request.headers.get("authorization"), here.catalogue, here.now())
     if isinstance(outcome, Denied):
         raise Forbidden(outcome)
-    await caught_up(request)
+    await caught_up(request, outcome.organization_id)
     return outcome
 
 

@@ -1,8 +1,9 @@
 """Which customer meters there are, and in which order, where there are too many to look at each.
 
 A list of a million rows shows ten. So the rows are found and put in order as arrays, one for each meter, and only those
-of the page are read. This works in a thread and reads memory alone, unless a list is put in order by amounts that
-memory does not keep. Amounts are put in order as doubles, as Polar does; the rows show every digit.
+of the page are read. This works in a thread, waits its turn and ends in time like a question to the store; but it reads
+memory alone, unless a list is put in order by amounts that memory does not keep. Amounts are put in order as doubles,
+as Polar does; the rows show every digit.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from aggregator.api.balances import Pair, from_memory
 from aggregator.api.desk import Desk
 from aggregator.api.paging import Order, Page
 from aggregator.store.queries import usage
-from aggregator.store.queries.asking import Here
+from aggregator.store.queries.asking import Here, Patience
 from aggregator.store.queries.scope import Scope
 from aggregator.store.queries.usage import Question, Windows
 from aggregator.view import EVER, Unavailable
@@ -25,6 +26,7 @@ from meters.timestamp import microseconds_of
 
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
+ADDING_UP = ("count", "sum")  # what a customer used under two names is the sum of both
 NOBODY = -1  # the last place of an array, where nothing is
 
 
@@ -38,19 +40,27 @@ class _Rows(NamedTuple):
     consumed: Doubles
 
 
+class _Where(NamedTuple):
+    """Where is looked, and for how long."""
+
+    desk: Desk
+    patience: Patience
+    here: Here | None
+
+
 class NotInMemory(Exception):
     """The list is put in order by amounts that the store has to be asked for."""
 
 
 def find_page(
-    desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], order: Order, page: Page,
+    desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], order: Order, page: Page, patience: Patience,
     here: Here | None = None,
 ) -> tuple[list[Pair], int]:  # fmt: skip
     """The pairs of one page of the list, and how many rows it has. ``here`` is where the store can be asked.
 
-    Raises Unavailable while a meter is counted, NotInMemory where the store has to be asked and cannot.
+    Raises TooLong, Unavailable while a meter is counted, NotInMemory where the store has to be asked and cannot.
     """
-    rows = _rows(desk, customers, meters, order.by, here)
+    rows = _rows(_Where(desk, patience, here), customers, meters, order.by)
     keys = _keys(customers, meters, rows, order.by)
     places = np.lexsort((rows.meter, rows.customer, keys))
     places = places if order.ascending else places[::-1]
@@ -59,20 +69,21 @@ def find_page(
     return pairs, len(places)
 
 
-def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by: str, here: Here | None) -> _Rows:
-    numbers = [desk.view.numbers(c.organization_id, c.external_id, c.id) for c in customers]
+def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter], by: str) -> _Rows:
+    view, each = where.desk.view, where.patience.each
+    numbers = [view.numbers(c.organization_id, c.external_id, c.id) for c in each(customers)]
     first = np.array([found[0] if found else NOBODY for found in numbers], np.int64)
     second = np.array([found[1] if len(found) > 1 else NOBODY for found in numbers], np.int64)
     places = {customer.id: place for place, customer in enumerate(customers)}
     parts = []
-    for place, meter in enumerate(meters):
-        arrived = desk.view.arrivals(meter.id)
+    for place, meter in enumerate(each(meters)):
+        arrived = view.arrivals(meter.id)
         if arrived is None:
             raise Unavailable("meters are still being counted")
         newest, known = np.append(arrived, EVER), [np.where(n < len(arrived), n, NOBODY) for n in (first, second)]
         modified = np.maximum(newest[known[0]], newest[known[1]])
         is_there, credited = modified != EVER, np.zeros(len(customers))
-        for customer_id, account in list(desk.view.ledger.of_meter(meter.id).items()):  # the writer goes on meanwhile
+        for customer_id, account in each(list(view.ledger.of_meter(meter.id).items())):  # the writer goes on meanwhile
             if (at := places.get(customer_id)) is not None:
                 is_there[at] = True
                 modified[at] = max(int(modified[at]), microseconds_of(account.moved_at))
@@ -80,7 +91,7 @@ def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by
         found = np.flatnonzero(is_there)
         consumed = credited
         if by in ("consumed_units", "balance"):
-            consumed = _consumed(desk, meter, customers, found, known, here)
+            consumed = _consumed(where, meter, customers, found, known)
         parts.append(_Rows(found, np.full(len(found), place), modified[found], credited[found], consumed[found]))
     whole, amounts = np.zeros(0, np.int64), np.zeros(0)
     nothing = _Rows(whole, whole, whole, amounts, amounts)
@@ -89,32 +100,33 @@ def _rows(desk: Desk, customers: Sequence[Customer], meters: Sequence[Meter], by
 
 
 def _consumed(
-    desk: Desk, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers],
-    here: Here | None,
-) -> Doubles:  # fmt: skip
+    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
+) -> Doubles:
     """What each customer used, where ``found`` says that there is a row."""
-    sums = desk.view.sums(meter.id)
-    if sums is not None:
-        sums = np.append(sums, 0.0)
-        return sums[np.minimum(known[0], len(sums) - 1)] + sums[np.minimum(known[1], len(sums) - 1)]
-    consumed = np.zeros(len(customers))
-    for place in found.tolist():
-        consumption = from_memory(desk, customers[place], meter)
+    amounts = where.desk.view.amounts(meter.id)
+    consumed, apart = np.zeros(len(customers)), found
+    if amounts is not None:
+        amounts = np.append(amounts, 0.0)
+        consumed = sum((amounts[np.minimum(numbers, len(amounts) - 1)] for numbers in known), start=consumed)
+        has_both = (known[0][found] != NOBODY) & (known[1][found] != NOBODY)
+        apart = found[:0] if meter.aggregation.func in ADDING_UP else found[has_both]
+    for place in where.patience.each(apart.tolist()):
+        consumption = from_memory(where.desk, customers[place], meter)
         if consumption is None:
-            return _recounted(desk, meter, customers, found, known, here)
+            return _recounted(where, meter, customers, found, known)
         consumed[place] = consumption.value
     return consumed
 
 
 def _recounted(
-    desk: Desk, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers],
-    here: Here | None,
-) -> Doubles:  # fmt: skip
+    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
+) -> Doubles:
     """The same from the store, in one question."""
+    desk, patience, here = where
     if here is None:
         raise NotInMemory
     since = np.zeros(len(customers), np.int64)  # nothing arrived before 1970
-    for place in found.tolist():
+    for place in patience.each(found.tolist()):
         account = desk.view.ledger.account(customers[place].id, meter.id)
         since[place] = microseconds_of(account.since) if account and account.since else 0
     named = [(numbers[found], found) for numbers in known]
@@ -123,7 +135,7 @@ def _recounted(
     windows = Windows(subjects[is_named], places[is_named], since[places[is_named]])
     asked = Question(filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=here.organization))
     consumed = np.zeros(len(customers))
-    for place, measured in usage.in_windows(here.connection, asked, windows):
+    for place, measured in patience.each(usage.in_windows(here.connection, asked, windows)):
         consumed[place] = measured.value(meter.aggregation)
     return consumed
 

@@ -34,7 +34,7 @@ from aggregator.forward.planner import (
     probing,
     take,
 )
-from aggregator.forward.polar_event import item_of, rollup_item
+from aggregator.forward.polar_event import item_of, piece_at, rollup_item
 from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
@@ -222,7 +222,7 @@ class Forwarder:
         if reached == position:
             self._rolled_us = before_us
             return False
-        piece = ",".join(f"{partition}:{offset}" for partition, (offset, _) in sorted(position.items())) or "0"
+        piece = piece_at(position)
         self._state.roll(
             [rollup_item(group, functions[group.meter_id], self._wishes.window_s, piece, now_us) for group in groups],
             reached,

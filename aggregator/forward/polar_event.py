@@ -5,12 +5,14 @@ it does not know; here amounts are rounded when they are counted and keep the di
 what was counted. Everything else goes on as it is; what Polar does not take, it says itself.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
 from aggregator.forward.planner import Item
+from aggregator.place import Place
 from meters.amount import amount_text, parse_amount
 from meters.facts import RESERVED, number_token
 from meters.timestamp import microseconds_of
@@ -59,6 +61,12 @@ def item_of(entry: Entry, lane: str) -> Item:
         ingested_us=microseconds_of(entry.ingested_at), body=_within_limits(bytes(entry.event), bytes(seen.metadata)),
         partition=partition, offset=offset, line=line,
     )  # fmt: skip
+
+
+def piece_at(position: Mapping[int, Place]) -> str:
+    """The name of the piece of the log that begins there. A line is named only where it is not a record's first."""
+    places = [(partition, *(place if place[1] else place[:1])) for partition, place in sorted(position.items())]
+    return ",".join(":".join(map(str, place)) for place in places) or "0"
 
 
 def rollup_item(group: Group, aggregation: str, window_s: int, piece: str, now_us: int) -> Item:

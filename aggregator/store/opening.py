@@ -145,4 +145,4 @@ def _explained(path: Path, error: Exception) -> Exception:
         return Unopenable(f"{path} is in use by another process: stop that one first ({text})", "stop that process")
     if os.strerror(errno.EACCES) in text:
         return Unopenable(f"{path} cannot be opened ({text}): {_OWNER}", _OWNER)
-    return Unopenable(f"{path} cannot be opened ({text}): run meterstream doctor, then meterstream rebuild")
+    return Unopenable(f"{path} cannot be opened ({text}): run meterstream rebuild")

@@ -15,7 +15,7 @@ DuckDB's, because its default would stall every few batches.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +104,7 @@ class Store:
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM webhook_causes").fetchone()
         self._next_cause: int = row[0] if row else 0
         self._replayed: dict[Place, datetime] = {}
-        self._note_replayed(self.control())
+        self._note_replayed(self.control(_REPLAYED))
 
     @classmethod
     def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
@@ -143,10 +143,12 @@ class Store:
         """{partition: next offset} of the last commit."""
         return _positions(self._connection, stream)
 
-    def control(self) -> list[bytes]:
-        """Every control record applied so far, in order."""
-        rows = self._connection.execute("SELECT value FROM control ORDER BY log_offset").fetchall()
-        return [row[0].encode() for row in rows]
+    def control(self, holding: bytes = b"") -> Iterator[bytes]:
+        """Every control record applied so far that holds the text, in order; never all of them in memory."""
+        with contextlib.closing(self.cursor()) as connection:
+            sql = "SELECT value FROM control WHERE contains(value, ?) ORDER BY log_offset"
+            for part in connection.sql(sql, params=[holding.decode()]).to_arrow_reader(10_000):
+                yield from (value.encode() for value in part.column(0).to_pylist())
 
     def directory(self) -> Directory:
         """The numbers given so far."""
@@ -282,7 +284,7 @@ class Store:
                 [self._replayed[place], *place],
             )
 
-    def _note_replayed(self, values: Sequence[bytes]) -> list[Place]:
+    def _note_replayed(self, values: Iterable[bytes]) -> list[Place]:
         """Remember the dead letters that records settle: they may be read before those, when a store is rebuilt."""
         changes = (change for value in values if _REPLAYED in value for change in decode_changes(value))
         settled = [change for change in changes if isinstance(change, DeadLetterReplayed)]

@@ -115,7 +115,7 @@ def test_long_lists_know_windows_and_both_names(
     tenant: Tenant, monkeypatch: pytest.MonkeyPatch, sorting: str
 ) -> None:  # fmt: skip
     """After resets, under two names, for functions that do not add up: the same order as one by one."""
-    for func in ("sum", "avg", "unique", "max"):
+    for func in ("sum", "avg", "unique", "max", "min"):
         tenant.meter(func=func, property="tokens")
     for name, first, second in (("ann", 5, 2.5), ("bob", 3, 4), ("cid", 1, 12345678901234)):
         customer = tenant.customer(external_id=name)
@@ -131,7 +131,7 @@ def test_long_lists_know_windows_and_both_names(
     monkeypatch.setattr("aggregator.api.customer_meters.PAIRS_AT_ONCE", 0)
     long = shown(tenant, by, sorting=sorting, limit=100)
     assert short == long
-    assert len(long) == 12
+    assert len(long) == 15
 
 
 def shown(tenant: Tenant, by: str, **asked: Any) -> list[tuple[Any, str]]:

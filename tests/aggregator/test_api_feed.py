@@ -116,6 +116,38 @@ def test_a_rollup_adds_up_each_window_between_two_places(tenant: Tenant, monkeyp
     assert sum(p["sum"] for p in pieces if p["meter_id"] == total) == Decimal("67.2")
 
 
+@pytest.mark.parametrize("meters", [1, 3])
+def test_an_answer_of_a_rollup_has_so_many_sums_at_most(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch, meters: int
+) -> None:
+    """Of customers without number it ends early, inside a record if need be; the pieces add up to all of them."""
+    ids = [tenant.meter(func="sum", property="n") for _ in range(meters)]
+    for record in range(3):
+        names = [f"c{record}-{n}" for n in range(7)]
+        tenant.send(*(line(name, timestamp=AT, external_customer_id=name, metadata='{"n":1}') for name in names))
+    monkeypatch.setattr(rollup, "ROLLUP_GROUPS_MAX", 4 * meters)
+    asked = {"meter_id": ids, "before": (NOW + timedelta(seconds=1)).isoformat()}
+
+    position, pieces = "", []
+    while (page := tenant.get("/v1/feed/rollup", **asked, position=position))["position"] != position:
+        assert 0 < len(page["items"]) <= 4 * meters
+        pieces += page["items"]
+        position = page["position"]
+
+    sums = [(piece["meter_id"], piece["external_customer_id"], piece["sum"]) for piece in pieces]
+    customers = [f"c{record}-{n}" for record in range(3) for n in range(7)]
+    assert sorted(sums) == sorted((id, customer, 1) for id in ids for customer in customers)
+
+
+def test_a_rollup_of_many_meters_reads_fewer_events(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each meter reads them: the answer covers only as many as all together may read."""
+    ids = [tenant.meter() for _ in range(3)]
+    tenant.send(*(line(f"e{n}", timestamp=AT) for n in range(9)))
+    monkeypatch.setattr(rollup, "ROLLUP_READS_MAX", 12)
+    asked = {"meter_id": ids, "before": (NOW + timedelta(seconds=1)).isoformat()}
+    assert [item["count"] for item in tenant.get("/v1/feed/rollup", **asked)["items"]] == [4, 4, 4]
+
+
 def test_a_customer_of_two_names_is_rolled_up_as_one(tenant: Tenant) -> None:
     """Named by its id and by its external id: to whoever reads, one customer with one sum."""
     meter, known = tenant.meter(func="sum", property="n"), tenant.customer(external_id="ada")

@@ -1,12 +1,14 @@
-"""Which versions of DuckDB can open the store's file."""
+"""What the store's file is read for at a start, and which versions of DuckDB can open it."""
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import patch
 
 from aggregator.store import opening
+from aggregator.store.store import Store
 from ingest.log import open_log
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import Running, entry, line, rows
 
 _FORMAT = "SELECT tags['storage_version'] FROM duckdb_databases() WHERE NOT internal"
@@ -32,3 +34,13 @@ def test_a_file_of_another_format_is_followed_on(tmp_path: Path) -> None:
         assert store.tallies() == {"stored": 2, "duplicates": 1, "conflicts": 0, "dead": 0}
         assert rows(store, _FORMAT) == made
     log.close()
+
+
+def test_decisions_are_read_in_parts_and_in_order(tmp_path: Path) -> None:
+    """More than are held at once, or those alone that hold a text."""
+    with closing(Store.open(tmp_path / "store.duckdb", {USAGE_EVENTS: "a", USAGE_CONTROL: "b"})) as store:
+        with closing(store.cursor()) as connection:
+            backwards = "SELECT 24_999 - n AS log_offset, 'decision ' || log_offset FROM range(25_000) t(n)"
+            connection.execute(f"INSERT INTO control {backwards}")
+        assert list(store.control()) == [b"decision %d" % n for n in range(25_000)]
+        assert list(store.control(b" 2499")) == [b"decision 2499", *(b"decision %d" % n for n in range(24_990, 25_000))]

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 
 from aggregator.forward.forwarder import RolledMeter
+from aggregator.forward.polar_event import piece_at
 from tests.deploy.installation import Installation
 from tests.forward.polar import Polar, send, stored
 from tests.forward.running import Clocks, Running
@@ -41,3 +42,9 @@ def test_usage_can_be_sent_rolled_up(
     assert {event["timestamp"] for event in there} == {"2026-03-01T10:00:00Z"}
     assert len({event["external_id"] for event in there}) == 8
     assert stored(upstream, name) == []  # a sum and its events would count twice
+
+
+def test_two_pieces_that_begin_in_one_record_have_two_names() -> None:
+    """Or the second would be taken for the first, sent again."""
+    pieces = [piece_at(position) for position in ({}, {1: (7, 0), 0: (5, 0)}, {1: (7, 0), 0: (5, 3)})]
+    assert pieces == ["0", "0:5,1:7", "0:5:3,1:7"]

@@ -211,6 +211,29 @@ def test_an_answer_that_does_not_begin_is_not_waited_for(
     assert gateway.client.get("/v1/x").status_code == 207
 
 
+def test_one_organization_leaves_some_of_the_api_to_others(
+    api: QueryApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests beyond that wait, and are told in the end that there are too many; events are taken all the same."""
+    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
+    monkeypatch.setattr("ingest.passthrough.SLOT_S_MAX", 0.2)
+    with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}") as gateway, ThreadPoolExecutor(2) as clients:
+        def late(_: int) -> int:
+            return gateway.client.get("/v1/late", headers=gateway.authorization).status_code
+
+        held = clients.map(late, range(2))
+        eventually(lambda: len(api.asked) == 2)
+        answer = gateway.client.get("/v1/x", headers=gateway.authorization)
+        others = gateway.client.get("/v1/x").status_code
+        taken = gateway.ingest({"events": [event()]}).status_code
+        api.go_on.set()
+
+        assert (answer.status_code, answer.json()["error"]) == (503, "TooManyQueries")
+        assert answer.headers["retry-after"] == "1"
+        assert (others, taken, list(held)) == (207, 200, [204, 204])
+        assert gateway.client.get("/v1/x", headers=gateway.authorization).status_code == 207
+
+
 def test_answers_at_the_same_time_do_not_mix(gateway: RunningGateway, api: QueryApi) -> None:
     """Each request has a connection to itself while it is answered."""
     with ThreadPoolExecutor(8) as clients:
@@ -244,7 +267,7 @@ def test_an_aggregator_that_falls_silent_keeps_nothing(monkeypatch: pytest.Monke
                 else:
                     assert b" 504 " in client.recv(65536)
                 receive_all(silent)
-            assert gateway.gateway._upstream._slots._value == PASSTHROUGH_CONNECTIONS_MAX
+            assert gateway.gateway._upstream._slots.all._value == PASSTHROUGH_CONNECTIONS_MAX
 
 
 def test_bodies_to_the_api_have_a_limit_and_a_length(gateway: RunningGateway, api: QueryApi) -> None:

@@ -157,6 +157,17 @@ def test_a_customer_is_found_by_either_name_until_deleted() -> None:
     assert catalogue.customers["c1"].deleted_at == LATER
 
 
+def test_customers_are_listed_in_the_order_of_their_creation_until_deleted() -> None:
+    """Changed ones keep their place, and other organizations see none."""
+    second = replace(CUSTOMER, id="c2", external_id=None)
+    catalogue = Catalogue([CHANGES[2], CustomerCreated(second), CHANGES[3]])
+    assert [customer.id for customer in catalogue.customers_of("o1")] == ["c1", "c2"]
+    assert catalogue.customers_of("o1")[0] == catalogue.customer("o1", "c1")
+    assert catalogue.customers_of("o2") == []
+    catalogue.apply(CustomerDeleted("c1", LATER))
+    assert catalogue.customers_of("o1") == [second]
+
+
 def test_an_external_id_taken_over_stays_with_its_new_customer() -> None:
     """What happens later to the one who had it before does not take it away."""
     successor = replace(CUSTOMER, id="c2")

@@ -1,6 +1,6 @@
-"""Putting a question to the store: in a thread, against one snapshot, and not for ever."""
+"""Putting a question to the store, or long work to memory: in a thread, against one snapshot, and not for ever."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import duckdb
@@ -24,11 +24,26 @@ class TooLarge(Exception):
     """The question needs more memory than the store may use."""
 
 
+class Patience:
+    """How long somebody waits for a thread, which has to look for itself."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def each(self, things: Iterable[T]) -> Iterator[T]:
+        """The things, one by one, while there is patience. Raises TooLong."""
+        for thing in things:
+            if self.is_over:
+                raise TooLong
+            yield thing
+
+
 class Here(NamedTuple):
     """Where a question is put: a connection that reads one snapshot, and the number of who asks."""
 
     connection: duckdb.DuckDBPyConnection
     organization: int
+    patience: Patience
 
     def within(self, scope: Scope) -> Scope:
         """The scope, in the organization of who asks: its number is known here and not before."""
@@ -52,14 +67,15 @@ class Asking(Generic[T]):
     def __init__(self, view: View, organization_id: str, question: Callable[[Here], T]) -> None:
         self._view, self._organization_id, self._question = view, organization_id, question
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._patience = Patience()
 
     def run(self) -> Reading[T]:
         """The answer. Raises TooLong, TooLarge, Unavailable."""
         with self._view.read() as snapshot:
             self._connection = snapshot.connection
             try:
-                here = Here(snapshot.connection, organization_number(snapshot.connection, self._organization_id))
-                return Reading(self._question(here), snapshot.as_of)
+                number = organization_number(snapshot.connection, self._organization_id)
+                return Reading(self._question(Here(snapshot.connection, number, self._patience)), snapshot.as_of)
             except duckdb.InterruptException as error:
                 raise TooLong from error
             except duckdb.OutOfMemoryException as error:
@@ -69,6 +85,22 @@ class Asking(Generic[T]):
 
     def interrupt(self) -> None:
         """Have ``run`` raise TooLong soon, if it still runs."""
+        self._patience.is_over = True
         connection = self._connection
         if connection is not None:
             connection.interrupt()
+
+
+class Looking(Generic[T]):
+    """The same where memory has it all: there is no snapshot, for which a store that is closed would wait."""
+
+    def __init__(self, work: Callable[[Patience], T]) -> None:
+        self._work, self._patience = work, Patience()
+
+    def run(self) -> T:
+        """What is found. Raises TooLong."""
+        return self._work(self._patience)
+
+    def interrupt(self) -> None:
+        """Have ``run`` raise TooLong soon, if it still runs."""
+        self._patience.is_over = True

@@ -1,7 +1,8 @@
 """What the events between two places of the feed add up to, and how much comes in.
 
-A rollup ends at a whole record and at a time of ingestion, so the next one goes on there; what it covers depends on
-nothing but the two places. Sums are exact, like those of the meters themselves.
+A rollup ends at a time of ingestion, or at the event before which it has read or found as much as one answer may take;
+the next one goes on there. What it covers depends on nothing but the two places. Sums are exact, like those of the
+meters themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,14 @@ from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, 
 from aggregator.store.sql import Measured, measures, statement
 from aggregator.store.stage import Parameters, fixed
 
-ROLLUP_EVENTS_MAX = 1_000_000  # added up at once: a second or two of DuckDB's time
-_STARTS = "TIME_BUCKET(TO_SECONDS($window_s), timestamp) AS starts"
+ROLLUP_EVENTS_MAX = 1_000_000  # looked at for one answer: a second or two of DuckDB's time
+ROLLUP_READS_MAX = 4_000_000  # the same times the meters, because each reads them
+ROLLUP_GROUPS_MAX = 100_000  # sums of one answer: 14 MB, and three seconds of Python's time
+_LINES = 1 << 24  # more than a record has (``meters.refusal.LINES_MAX``), so that a place is one number
+_NUMBER = f"CAST(log_offset AS HUGEINT) * {_LINES} + line"
+_BEFORE = "(log_offset < $until_offset OR (log_offset = $until_offset AND line < $until_line))"
+_WINDOW = "TIME_BUCKET(TO_SECONDS($window_s), timestamp)"
+_STARTS = f"{_WINDOW} AS starts"
 _ARRIVED = "TIME_BUCKET(TO_SECONDS($window_s), ingested_at) AS arrived"
 
 
@@ -40,51 +47,82 @@ def rollup(
 ) -> tuple[list[Group], dict[int, Place]]:
     """Every meter by customer and window, over the events from ``position`` on that were ingested ``before``.
 
-    Ends early, at a record, when there is more than ROLLUP_EVENTS_MAX; the places say where.
+    Ends early where that is more than one answer may take; the places say where.
     """
     reached = dict(position)
     groups: list[Group] = []
-    for partition, end in ends_of(connection).items():
+    ends = ends_of(connection)
+    for partition, end in ends.items():
         part, place = Part(meters[0], partition, end), position.get(partition, (0, 0))
-        until = _until(connection, part, place, before)
-        if (until, 0) <= place:
+        until = _until(connection, part, place, before, _Room.of(len(meters), len(ends), window_s))
+        if until <= place:
             continue
         for number, wanted in enumerate(meters):
             groups += _groups(connection, Part(wanted, partition, end), place, until, (number, window_s))
-        reached[partition] = until, 0
+        reached[partition] = until
     return groups, reached
 
 
-def _until(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, before: datetime) -> int:
+class _Room(NamedTuple):
+    """What is taken of one partition: so many events, of so many customers and windows."""
+
+    events: int
+    pairs: int
+    window_s: int
+
+    @classmethod
+    def of(cls, meters: int, partitions: int, window_s: int) -> "_Room":
+        """Each meter may have a sum for every customer and window, in every partition."""
+        events = min(ROLLUP_EVENTS_MAX, ROLLUP_READS_MAX // meters) // partitions
+        return cls(max(1, events), max(1, ROLLUP_GROUPS_MAX // meters // partitions), window_s)
+
+
+def _until(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, before: datetime, room: _Room) -> Place:
     anybody = Part(Wanted(scope=Scope(organization=part.wanted.scope.organization)), part.partition, part.end)
     newer = ("ingested_at >= $before", naive(before))
     first_newer = first(connection, anybody, place, "MIN(log_offset)", before=newer)
-    until = part.end if first_newer is None else int(first_newer)
-    inside = ("log_offset < $until_offset", until)
-    if first(connection, anybody, place, "COUNT(*)", until_offset=inside) <= ROLLUP_EVENTS_MAX:
-        return until
-    return _cut(connection, anybody, place, until)
+    until = part.end if first_newer is None else int(first_newer), 0
+    inside = ("log_offset < $until_offset", until[0])
+    events = first(connection, anybody, place, "COUNT(*)", until_offset=inside)
+    if events > room.events:
+        until = _place_behind(connection, anybody, place, until, room.events)
+    if min(events, room.events) > room.pairs:
+        until = _place_behind(connection, anybody, place, until, room.pairs, window_s=room.window_s)
+    return until
 
 
-def _cut(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: int) -> int:
-    """The record before which about ROLLUP_EVENTS_MAX events stand; never the one the place is in."""
+def _place_behind(
+    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: Place, taken: int,
+    window_s: int | None = None,
+) -> Place:  # fmt: skip
+    """Of the event behind so many; or behind those of so many customers and windows. ``until`` where there is none."""
     parameters = Parameters()
-    parameters.named("until_offset", until)
-    query = events_in(part.wanted.scope, parameters, "log_offset")
-    query = query.where(*map(fixed, (*part.where(parameters, place), "log_offset < $until_offset")), copy=False)
-    query = query.order_by("log_offset", copy=False).limit(1, copy=False).offset(ROLLUP_EVENTS_MAX, copy=False)
-    ((offset,),) = connection.execute(*statement(query, parameters)).fetchall()
-    return max(int(offset), place[0] + 1)
+    where = (*part.where(parameters, place), _before(parameters, until))
+    if window_s is None:
+        query = events_in(part.wanted.scope, parameters, f"{_NUMBER} AS place")
+    else:
+        parameters.named("window_s", window_s)
+        query = events_in(part.wanted.scope, parameters, f"MIN({_NUMBER}) AS place")
+        query = query.group_by("subject", fixed(_WINDOW), copy=False)
+    query = query.where(*map(fixed, where), copy=False).order_by("place", copy=False)
+    query = query.limit(1, copy=False).offset(taken, copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return divmod(int(rows[0][0]), _LINES) if rows else until
+
+
+def _before(parameters: Parameters, until: Place) -> str:
+    parameters.named("until_offset", until[0])
+    parameters.named("until_line", until[1])
+    return _BEFORE
 
 
 def _groups(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: int, how: tuple[int, int]
+    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: Place, how: tuple[int, int]
 ) -> list[Group]:
     number, window_s = how
     parameters = Parameters()
-    parameters.named("until_offset", until)
     parameters.named("window_s", window_s)
-    where = (*part.where(parameters, place), "log_offset < $until_offset")
+    where = (*part.where(parameters, place), _before(parameters, until))
     wanted = part.wanted
     found = counted(
         wanted.scope, wanted.filter, wanted.aggregation, parameters, keep=("subject", "starts"),
