@@ -14,7 +14,7 @@ DEMO_ROWS ?=
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
 
-.PHONY: help setup run demo kafka test broker-faults explorers clients upstream faults soak lint bench clean
+.PHONY: help setup lock run demo kafka test broker-faults explorers clients upstream faults soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+lock: setup  ## requirements.lock from pyproject.toml; what is pinned stays (ARGS="--upgrade", "--upgrade-package NAME")
+	@$(BIN)/uv pip compile -q --no-annotate --no-header --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--universal --group dev pyproject.toml -o requirements.lock $(ARGS)
 
 run: setup  ## start Meterstream on 127.0.0.1:8000, data in ./data
 	@exec $(BIN)/meterstream serve $(ARGS)

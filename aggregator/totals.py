@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from aggregator.view import Total
+from meters.amount import DECIMALS
 
 Integers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
-ONE = 10**12  # 10^-12 units in a whole one
+ONE = 10**DECIMALS  # of the smallest units in a whole one
 LOOPED_MAX = 16  # customer numbers that are added up one by one, 2 us each; as arrays any number takes 30 us
 _LARGEST, _LEAST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 _NONE_YET = {"min": _LARGEST, "max": _LEAST}
@@ -229,4 +230,4 @@ def longer(column: Integers, more: int, fill: int) -> Integers:
 
 
 def _amount(units: int) -> Decimal:
-    return _EXACT.scaleb(Decimal(units), -12)
+    return _EXACT.scaleb(Decimal(units), -DECIMALS)

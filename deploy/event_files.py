@@ -31,7 +31,7 @@ RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
 IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
 TEXTS_SHOWN_MAX = 5  # cells of one column tend to be alike
 TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
-LIKE_A_NUMBER = re.compile(
+MEANT_AS_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
 )
 """What a person may have meant as a number: thousands set apart, a decimal comma, a plus, zeros in front."""
@@ -211,7 +211,7 @@ def _complaint(texts: list[str], hidden: int) -> str:
 
 def _is_almost_number(text: str) -> bool:
     number = text.strip()
-    return LIKE_A_NUMBER.fullmatch(number) is not None and not JSON_NUMBER.fullmatch(number)
+    return MEANT_AS_A_NUMBER.fullmatch(number) is not None and not JSON_NUMBER.fullmatch(number)
 
 
 def _place(metadata: dict[str, object], key: str, value: object) -> None:

@@ -21,7 +21,7 @@ from meters.catalogue import TokenCreated
 PATIENCE_S = 10.0  # a decision is applied within a round
 LOOK_S = 0.05
 UNAUTHORIZED = 401
-SCOPES = ("events:read", "meters:read", "customers:read", "customer_meters:read", AUDIT)
+SCOPES = ("events:read", "meters:read", "customer_meters:read", AUDIT)
 
 
 @contextlib.contextmanager

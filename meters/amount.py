@@ -6,6 +6,7 @@ through a double: ten times 0.1 is 1, and 9007199254740993 + 1 is 90071992547409
 rounded half to even; more than 26 integer digits cannot be counted, and the event that carries them is refused.
 """
 
+import re
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, Decimal, DecimalException, InvalidOperation
 
 DECIMALS = 12
@@ -15,6 +16,9 @@ INTEGER_DIGITS_MAX = 26
 """Digits before the point: what remains of a 38-digit decimal, the widest that a store adds natively."""
 
 QUANTUM = Decimal(1).scaleb(-DECIMALS)
+
+is_number_text = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
+"""Of a text: what is a number in JSON, too. ``Decimal`` reads ``1_0`` as ten, and the digits of every script."""
 
 EXACT = Context(prec=50, rounding=ROUND_HALF_EVEN, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[InvalidOperation])
 """Wide enough for the sum of 10^12 of the largest amounts; a mean is taken in it before it is rounded."""

@@ -17,6 +17,7 @@ from uuid import UUID
 import msgspec
 from xxhash import xxh3_128_intdigest
 
+from meters.detail import COMPLAINTS_MAX
 from meters.exact_json import Object, decode_tokens, echo
 from meters.metadata import complaints
 from meters.refusal import DEPTH_MAX, NAME_LENGTH_MAX, Reason, Refusal
@@ -78,9 +79,6 @@ def event_id(hi: int, lo: int) -> str:
 EXTERNAL = "EventCreateExternalCustomer"
 CUSTOMER = "EventCreateCustomer"
 """Polar's names for the two kinds of event; they stand in the place (``loc``) of a refusal."""
-
-
-COMPLAINTS_MAX = 100  # about the metadata of one event; nobody reads more
 
 
 def check_event(

@@ -4,13 +4,12 @@ Unit prices are cents with up to 12 decimals, amounts are whole cents. This esti
 looks at it; invoices are made elsewhere.
 """
 
-import re
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
 
 import msgspec
 
-from meters.amount import DECIMALS
+from meters.amount import DECIMALS, is_number_text
 from meters.detail import Detail, detail
 
 UNIT_AMOUNT_DIGITS_MAX = 17
@@ -18,9 +17,6 @@ UNIT_AMOUNT_DIGITS_MAX = 17
 
 CAP_AMOUNT_MAX = 2**31 - 1
 """Cents of a cap (Polar's column)."""
-
-_IS_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
-"""Of a text: what is a number in JSON, too. ``Decimal`` reads ``1_0`` as ten, and the digits of every script."""
 
 _EXACT = Context(prec=80, rounding=ROUND_HALF_UP)  # which is half away from zero
 
@@ -83,7 +79,7 @@ def parse_price(body: object) -> Price | list[Detail]:
 def _number(given: object) -> Decimal | None:
     if isinstance(given, bool) or not isinstance(given, int | str | Decimal):
         return None
-    if isinstance(given, str) and not _IS_NUMBER(given):
+    if isinstance(given, str) and not is_number_text(given):
         return None
     try:
         return Decimal(given)

@@ -181,6 +181,18 @@ def test_every_room_has_a_readme() -> None:
     assert_none(f"{room}/README.md is missing" for room in ROOMS if not (REPOSITORY / room / "README.md").is_file())
 
 
+def test_every_module_stands_in_a_floor_plan() -> None:
+    """The README of its folder, or of one above it in the room, names each module; a strategy's name says it all."""
+    def unnamed() -> Iterator[str]:
+        for path in python_files(*PRODUCT):
+            plans = [REPOSITORY / above / "README.md" for above in path.relative_to(REPOSITORY).parents[:-1]]
+            told = " ".join(plan.read_text(encoding="utf-8") for plan in plans if plan.is_file())
+            if path.stem not in ("__init__", "__main__") and not re.search(rf"\b{path.stem}\b", told):
+                yield place(path)
+
+    assert_none(path for path in unnamed() if "/strategies/" not in path)
+
+
 def imported_names(path: Path) -> Iterator[str]:
     """Every module that a file may import, at its top or inside a function."""
     for node in ast.walk(source(path)):

@@ -12,13 +12,13 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as
-from aggregator.api.desk import AtDesk, Desk, answer
+from aggregator.api.bodies import body_as, shaped
+from aggregator.api.desk import AtDesk, Desk, answer, body_of
 from aggregator.api.errors import NotFound, Refused
 from aggregator.api.paging import WhichPage, cut, listed
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.webhook_endpoints import Name, Reader, Writer
-from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, parse_amount
+from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, is_number_text, parse_amount
 from meters.catalogue import Token
 from meters.webhooks import SigningSecret, Source, SourceSet, Threshold, ThresholdSet
 
@@ -69,10 +69,11 @@ def source_shape(source: Source) -> dict[str, Any]:
 )
 async def create_threshold(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Watch a line: ``usage`` from below or ``balance`` from above, in units or in percent of the credits."""
-    body = await body_as(ThresholdCreate, request)
+    given = await body_of(request)
+    body = shaped(ThresholdCreate, given)
     meter_id, customer_id = str(body.meter_id), str(body.customer_id) if body.customer_id else None
     async with desk.deciding:
-        _check(desk, token, body)
+        _check(desk, token, body, given["value"])
         threshold = Threshold(
             id=desk.new_id(), organization_id=token.organization_id, meter_id=meter_id, measure=body.measure,
             unit=body.unit, value=body.value, customer_id=customer_id, created_at=desk.now(),
@@ -81,8 +82,8 @@ async def create_threshold(request: Request, desk: AtDesk, token: Writer) -> Res
     return answer(threshold_shape(threshold), desk.view.as_of, 201)
 
 
-def _check(desk: Desk, token: Token, body: ThresholdCreate) -> None:
-    if not body.value.is_finite() or parse_amount(str(body.value)) != body.value:
+def _check(desk: Desk, token: Token, body: ThresholdCreate, value: object) -> None:
+    if (isinstance(value, str) and not is_number_text(value)) or parse_amount(str(body.value)) != body.value:
         message = f"Input should be a number of at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals"
         raise Refused("value_error", ("body", "value"), message)
     if desk.catalogue.meter(token.organization_id, str(body.meter_id)) is None:

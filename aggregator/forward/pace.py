@@ -1,4 +1,6 @@
-"""How fast: a sliding window of requests, pauses that grow, and what ``Retry-After`` says. Pure: time is an argument.
+"""How fast: a sliding window of requests, pauses that grow, and what ``Retry-After`` says.
+
+Time and chance are arguments; only ``jitter`` draws.
 
 The window is kept for the receiver, not for us. A request arrives somewhere between its start and the end of its
 answer, so it occupies its place from its start until a whole period after its end; then no window of that length, laid

@@ -26,6 +26,7 @@ LINE_BITS = 24
 """Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.refusal.LINES_MAX``)."""
 
 HOUR_US = 3_600_000_000
+MEMORY_LIMIT = "128MB"  # a stretch of the log at a time, eight megabytes of it
 _WORD = np.dtype(">u8")
 _NO_ORGANIZATION = bytes(16)
 _FIELDS = (
@@ -94,7 +95,7 @@ class LineReader:
     """Turns records into ``Lines``. Has a DuckDB of its own, without a file."""
 
     def __init__(self) -> None:
-        self._connection = duckdb.connect(config={"threads": 1, "memory_limit": "128MB"})
+        self._connection = duckdb.connect(config={"threads": 1, "memory_limit": MEMORY_LIMIT})
 
     def close(self) -> None:
         """Let go of DuckDB."""

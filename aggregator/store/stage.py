@@ -16,12 +16,13 @@ from typing import cast
 
 from sqlglot import exp, parse_one
 
+from meters.amount import DECIMALS, INTEGER_DIGITS_MAX
 from meters.facts import RESERVED
 from meters.property import NAME, SOURCE, TIMESTAMP
 
 DIALECT = "duckdb"
-AMOUNT = "DECIMAL(38, 12)"
-"""What holds every amount exactly; see ``meters.amount``."""
+AMOUNT = f"DECIMAL({INTEGER_DIGITS_MAX + DECIMALS}, {DECIMALS})"
+"""What holds every amount exactly."""
 
 # {t}: column with a JSON token or NULL; {x}: with the exact text of an awkward number or NULL.
 _NUMBER = f"COALESCE(TRY_CAST({{x}} AS {AMOUNT}), TRY_CAST({{t}} AS {AMOUNT}))"

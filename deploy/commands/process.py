@@ -11,7 +11,7 @@ from deploy.start import begin
 
 Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
-Upstream = Annotated[str | None, typer.Option(help="The aggregator, http[s]://HOST:PORT; else a socket in the data.")]
+Upstream = Annotated[str | None, typer.Option(help="The aggregator, http:// or https://HOST:PORT; else a socket.")]
 Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
 Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socket that the supervisor opened.")]
 

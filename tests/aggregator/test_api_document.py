@@ -35,7 +35,7 @@ SHORT = settings(
     deadline=None,
     database=None,
     phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # the schemas' generators are slow and wasteful, and not ours to mend
 )
 
 

@@ -117,6 +117,17 @@ def test_a_customer_that_makes_no_sense_is_refused(tenant: Tenant, body: Any, co
     assert tenant.refusal("POST", "/v1/customers/", json=body) == (422, "RequestValidationError", complaints)
 
 
+def test_the_line_of_a_threshold_is_written_in_digits(tenant: Tenant) -> None:
+    """A text is a number as in JSON, or refused: 1_0 is no ten."""
+    body = {"meter_id": tenant.meter(), "measure": "balance"}
+    for text in ("1_0", " 1", "+1", "\u0661", "NaN", "1."):
+        status, _, complaints = tenant.refusal("POST", "/v1/webhooks/thresholds", json=body | {"value": text})
+        assert (status, complaints) == (422, [("value_error", ["body", "value"])]), text
+    for text, value in (("-1.5", Decimal("-1.5")), ("1e2", 100)):
+        assert tenant.post("/v1/webhooks/thresholds", body | {"value": text})["value"] == value
+    assert len(tenant.get("/v1/webhooks/thresholds")["items"]) == 2
+
+
 def test_what_is_null_in_a_change_stays(tenant: Tenant) -> None:
     """As with Polar, null in a change of a customer is as good as nothing, metadata included."""
     made = tenant.post("/v1/customers/", {"email": "a@b", "external_id": "ann", "name": "Ann", "metadata": {"k": 1}})

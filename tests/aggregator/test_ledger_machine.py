@@ -292,6 +292,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = pytest.mark.timeout(600)(LedgerMachine.TestCase)  # some lives in other processes, on a busy machine
+# Nothing is shrunk: a step opens stores and may end a process, so a shorter story costs more than a long one read.
+# Much is filtered: a revocation that is drawn while no credit is left to revoke is drawn anew.
 TestLedger.settings = settings(
     max_examples=10, stateful_step_count=14, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

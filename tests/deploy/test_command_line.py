@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from deploy.command_line import app, global_options_first
@@ -330,17 +331,22 @@ def test_a_preview_counts_without_creating(counted: Installation) -> None:
     assert counted.answer("meters", "list") == before
 
 
-def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The words of every command."""
-    yield path
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The words of every command, and the command."""
+    yield path, command
     for name, below in getattr(command, "commands", {}).items():
         yield from commands(below, (*path, name))
 
 
-@pytest.mark.parametrize("path", list(commands(typer.main.get_command(app))), ids=" ".join)
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
     """``--help`` works for each, and a word in brackets in a help text is no markup."""
     shown = CliRunner().invoke(app, [*path, "--help"], obj=read_environment())
+    texts = [getattr(one, "help", None) or "" for one in (COMMANDS[path], *COMMANDS[path].params)]
 
     assert shown.exit_code == 0
     assert "Usage:" in shown.stdout
+    assert [Text.from_markup(text).plain for text in texts] == texts

@@ -143,7 +143,7 @@ def _groups(
 
 
 class Traffic(NamedTuple):
-    """A time's traffic: events, the bytes of their metadata and names, and the events of the busiest minute."""
+    """A time's events, the bytes of their metadata, names and external ids, and the events of the busiest minute."""
 
     events: int
     metadata_bytes: int
