@@ -6,6 +6,7 @@ with a 4xx before it ever took one gets the same body plain, and no other kind f
 
 import contextlib
 import encodings.idna  # noqa: F401 - see ``lifecycle``: the first look-up of a host would import it, in a thread
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
@@ -51,10 +52,29 @@ class HttpTransport:
                          "user-agent": "meterstream-client", "accept": "application/json"}  # fmt: skip
         self._timeout, self._connections = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)), connections
         self._compresses, self._knows_compression = gzip, False
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state of one process."""
         self._client = self._connect()
+        self._lock = threading.Lock()
+        self._sending = 0
+        self._is_closed = False
 
     def send(self, lines: Sequence[bytes]) -> Outcome:
         """Post one body; what the answer says of its events."""
+        with self._lock:
+            if self._is_closed:
+                return Unavailable("closed")
+            self._sending += 1
+        try:
+            return self._sent(lines)
+        finally:
+            with self._lock:
+                self._sending -= 1
+            self._leave()
+
+    def _sent(self, lines: Sequence[bytes]) -> Outcome:
         body = b'{"events":[' + b",".join(lines) + b"]}"
         try:
             if not self._compresses or len(body) < _GZIP_BODY_BYTES_MIN:
@@ -71,12 +91,19 @@ class HttpTransport:
 
     def after_fork(self) -> None:
         """A new pool; the old one's sockets belong to the parent."""
-        self._client = self._connect()
+        self._begin()
 
     def close(self) -> None:
-        """Close the pool."""
-        with contextlib.suppress(Exception):
-            self._client.close()
+        """Close the pool, once nothing is being sent: what is connecting meanwhile would never be closed."""
+        self._is_closed = True
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            is_last = self._is_closed and not self._sending
+        if is_last:
+            with contextlib.suppress(Exception):
+                self._client.close()
 
     def _connect(self) -> httpx.Client:
         limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)

@@ -15,7 +15,8 @@ from aggregator.directory import Directory
 from aggregator.seen import Seen
 from aggregator.step import CONFLICT, Changes, Tally, join, judge, nothing, step
 from meters.event import identity
-from tests.aggregator.records import NOW, ORGANIZATION, line, record
+from meters.log import LATEST_US
+from tests.aggregator.records import NOW, ORGANIZATION, OTHER_ORGANIZATION, line, record
 from tests.aggregator.strategies import metadata_texts
 
 
@@ -88,6 +89,26 @@ def test_an_organization_that_is_none_makes_dead_letters(admitted: bool) -> None
         (0, 0, "organization_id"), (0, 1, "organization_id"), (1, 0, "organization_id")
     ]  # fmt: skip
     assert [(row["external_id"], row["log_offset"]) for row in changes.rows.to_pylist()] == [("a", 2)]
+
+
+def test_each_tenants_rows_are_its_own() -> None:
+    """However closely their records follow each other."""
+    changes = decided(
+        record(line("a")), record(line("a"), offset=1, organization_id=OTHER_ORGANIZATION), record(line("b"), offset=2)
+    )
+
+    assert [(row["id_hi"], row["id_lo"]) for row in changes.rows.to_pylist()] == [
+        identity(ORGANIZATION, "a"), identity(OTHER_ORGANIZATION, "a"), identity(ORGANIZATION, "b")
+    ]  # fmt: skip
+    assert changes.rows.column("organization").to_pylist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("timestamp_us", "reasons"), [(LATEST_US - 1, []), (LATEST_US, ["record_time"])])
+def test_a_record_from_no_calendar_is_a_dead_letter(timestamp_us: int, reasons: list[str]) -> None:
+    """The latest time stands for all that a producer's wrong clock may say."""
+    sent = msgspec.structs.replace(record(line("a")), timestamp_us=timestamp_us)
+
+    assert reasons == decided(sent).dead["reason"].to_pylist()
 
 
 def test_the_same_bytes_again_are_a_duplicate() -> None:

@@ -71,3 +71,13 @@ def test_sums_of_large_integers_do_not_overflow(numbers: list[int]) -> None:
 def test_ten_times_a_tenth_is_one() -> None:
     """The sum that doubles get wrong."""
     assert Decimal(1) == added("sum", [[(0, Decimal("0.1"))] * 10]).total([0]).sum
+
+
+def test_ten_million_small_amounts_are_exact() -> None:
+    """Their fractions alone are more than 64 bits hold."""
+    rows, rounds, amount = np.arange(1_000_000), 10, Decimal("0.999999999999")
+    assert amount * len(rows) * rounds * 10**12 > 2**63
+    totals, amounts = MeterTotals("sum"), Amounts.of(pa.array([amount], pa.decimal128(38, 12)).take(pa.array(rows * 0)))
+    for _ in range(rounds):
+        totals.add(rows * 0, amounts, rows)
+    assert totals.total([0]).sum == amount * len(rows) * rounds

@@ -99,6 +99,9 @@ def test_what_waits_is_followed_by_its_customer() -> None:
     behind = [item(0, "e:bob", NOW_US - 3)]
     park(behind, NOW_US, 10, {})
     assert behind[0].due_us == NOW_US + 7
+    overdue = [item(0, "e:ann", 5), item(1, "e:bob", 5)]
+    park(overdue, NOW_US, 0, {"e:ann": NOW_US - 7})  # could be sent by now, and was not
+    assert [one.due_us for one in overdue] == [NOW_US - 7, 0]
 
 
 DETAIL = {"detail": [
@@ -162,6 +165,15 @@ def test_a_refusal_names_its_events() -> None:
     assert set(verdict.accused) == {1, 3}
     assert verdict.accused[1].count("Field required") == 2
     assert verdict.is_future
+
+
+def test_another_complaint_about_a_time_is_none_about_the_future() -> None:
+    """Waiting mends none but the latter."""
+    entry = {"type": "x", "loc": ["body", "events", 0, "timestamp"], "msg": "Input should be a valid datetime"}
+    verdict = judge(Answer(422, {}, json.dumps({"detail": [entry]}).encode()), 5)
+    assert isinstance(verdict, Bad)
+    assert set(verdict.accused) == {0}
+    assert not verdict.is_future
 
 
 def polars(metadata: str) -> Any:

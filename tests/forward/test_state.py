@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,18 @@ def test_a_customers_events_leave_in_the_order_in_which_they_came(tmp_path: Path
     assert [one.external_id for one in state.due(NOW_US, 10)] == ["e0", "e1"]
     assert [one.external_id for one in state.due(NOW_US + 10, 3)] == ["e0", "e1", "e2"]
     assert state.waiting_customers() == {"e:ann": NOW_US + 10}
+    state.close()
+
+
+def test_a_customer_who_is_held_is_alone_and_without_rollups(tmp_path: Path) -> None:
+    """Those have no order that could be broken."""
+    state = State(tmp_path / "forward.sqlite")
+    other = msgspec.structs.replace(item(1), who="e:bob")
+    state.mark("raw", [decide(item(0), "parked"), decide(other, "parked")], None, NOW_US)
+    state.mark("rollup", [decide(item(2, "rollup"), "parked")], None, NOW_US)
+    state.hold("e:ann", NOW_US + 9)
+    assert [one.external_id for one in state.due(NOW_US + 5, 10)] == ["e1", "e2"]
+    assert [one.external_id for one in state.due(NOW_US + 9, 10)] == ["e0", "e1", "e2"]
     state.close()
 
 

@@ -245,6 +245,21 @@ def test_the_wal_starts_over(tmp_path: Path) -> None:
         assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 2 * appender.CHECKPOINT_BYTES
 
 
+def test_what_a_dead_process_left_is_in_the_file_before_more_is_written(tmp_path: Path) -> None:
+    """Behind a sync that failed nothing is safe in the WAL; so the file alone has all that was there at the start."""
+    start_appender(tmp_path, 10, 5).communicate()
+    assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size > 0
+    with opened(tmp_path) as log:
+        append(log, b"next")
+        before = check_dense(log)
+        del before[5]
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        shutil.copy(tmp_path / FILE_NAME, alone)
+    with opened(alone) as log:
+        assert check_dense(log) == before
+
+
 def test_nobody_checkpoints_while_another_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the write lock in other hands a checkpoint is left for later, and the file stays as it is."""
     monkeypatch.setattr(appender, "CHECKPOINT_BYTES", 1)

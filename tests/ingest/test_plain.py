@@ -99,6 +99,12 @@ def test_what_is_nothing_by_any_power_of_ten_is_nothing() -> None:
     assert agreement[1] == agreement[2]
 
 
+def test_a_year_that_began_before_time_is_read_with_care() -> None:
+    """With its offset the first hour of all lies in no calendar."""
+    usual, odd = written(), written(timestamp="0001-01-01T00:30:00+01:00")
+    assert [event for event, _, _ in agreements([usual, odd])] == [usual]
+
+
 def test_one_odd_event_does_not_make_the_others_suspects() -> None:
     """In a body that does not fit as a whole, only the events that do not fit are read with care."""
     lines = [msgspec.Raw(text.encode()) for text in (written(), "5", written(metadata={"k": {}}), written())]

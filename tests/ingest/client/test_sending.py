@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,11 @@ def assert_adds_up(stats: Stats) -> None:
     """Every event captured or taken over is in exactly one place."""
     places = stats.acknowledged + stats.pending + stats.rejected + stats.dropped
     assert stats.captured + stats.adopted == places
+
+
+def join(ingestion: Ingestion) -> None:
+    """Wait for the threads of a client that was closed without patience."""
+    ingestion._sender.join(time.monotonic() + PATIENCE_S)
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -140,6 +146,7 @@ def test_an_event_that_breaks_the_server_holds_nobody_up(status: int, spool: Pat
 
         eventually(keep_going)
         ingestion.close(0)
+        join(ingestion)
         stats = ingestion.stats()
 
     assert_adds_up(stats)
@@ -226,23 +233,24 @@ def test_retry_after_is_obeyed() -> None:
 
 
 def test_while_the_server_is_away_one_request_at_a_time_asks() -> None:
-    """A storm of 429 is not answered with a storm of requests."""
-    at_once: list[int] = []
-    running = threading.Semaphore(0)
+    """A storm of 429 is not answered with a storm of requests: each is sent when the answer before it was read."""
+    failures: list[int] = []
 
     def script(events: Events, number: int) -> Bad | None:
-        at_once.append(len(server.requests))
+        failures.append(ingestion._outbox.pace.failures)
         return Bad(429) if number < 12 else None
 
     with FaultServer(script) as server, client(server) as ingestion:
-        for number in range(2000):
+        ingestion.ingest(event(0))
+        eventually(lambda: ingestion._outbox.pace.failures)  # until then several may ask
+        for number in range(1, 2000):
             ingestion.ingest(event(number))
         assert ingestion.flush(PATIENCE_S)
         stats = ingestion.stats()
 
     assert stats.acknowledged == 2000
     assert stats.retries == 11
-    del running
+    assert failures[:12] == list(range(12))
 
 
 def test_a_clock_that_is_ahead_loses_nothing() -> None:
@@ -345,6 +353,29 @@ def test_after_close_events_are_rejected_not_lost_in_silence() -> None:
 
     assert [rejection.type for rejection in rejected] == ["closed"]
     assert_adds_up(ingestion.stats())
+
+
+def test_close_leaves_no_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that was being made when it came."""
+    connecting, is_closed, made = threading.Event(), threading.Event(), list[socket.socket]()
+    connect = socket.create_connection
+
+    def slow(*arguments: Any, **options: Any) -> socket.socket:
+        connecting.set()
+        assert is_closed.wait(PATIENCE_S)
+        made.append(connect(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(socket, "create_connection", slow)
+    with FaultServer() as server:
+        ingestion = Ingestion("token", base_url=server.url, spool=None, limits=QUICK)
+        ingestion.ingest(event(1))
+        assert connecting.wait(PATIENCE_S)
+        ingestion.close(0)
+        is_closed.set()
+        join(ingestion)
+
+    assert [connection.fileno() for connection in made] == [-1]
 
 
 def test_the_log_has_no_payload(caplog: pytest.LogCaptureFixture) -> None:
