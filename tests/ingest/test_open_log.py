@@ -7,6 +7,7 @@ import pytest
 
 from ingest.log import open_log
 
+
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:6379", "embedded:", "memory:elsewhere", "postgres:x"])
 def test_an_unknown_url_says_what_is_known(url: str) -> None:
     """A URL of no known kind is an error that names the kinds there are."""
