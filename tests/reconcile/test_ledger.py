@@ -160,7 +160,7 @@ def test_what_else_was_compared_is_told_where_the_ledger_could_not_be(
     left.spoil("DELETE FROM events")
     store, task = Follower(left.data.store, is_moving=True), Task(checks=("log", "ledger"))
     with left.log() as log:
-        report = _compare(log, store, task, None, lambda _: contextlib.nullcontext(store))
+        report = _compare(log, store, task, lambda: None, lambda _: contextlib.nullcontext(store))
 
     of_log, of_ledger = report.checks
     assert [difference.cause for difference in of_log.differences] == [Cause.LOST]
