@@ -100,8 +100,9 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the line is reached at this usage and these credits."""
         if self.unit == "percent" and credited <= 0:
             return False
-        part = EXACT.divide(EXACT.multiply(self.value, credited), Decimal(100))
-        line = part if self.unit == "percent" else self.value
+        line = self.value
+        if self.unit == "percent":
+            line = EXACT.divide(EXACT.multiply(self.value, credited), Decimal(100))
         return consumed >= line if self.measure == "usage" else EXACT.subtract(credited, consumed) <= line
 
 

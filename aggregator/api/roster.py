@@ -20,13 +20,13 @@ from aggregator.store.queries.asking import Here, Patience
 from aggregator.store.queries.scope import Scope
 from aggregator.store.queries.usage import Question, Windows
 from aggregator.view import EVER, Unavailable
+from meters.aggregation import is_summable
 from meters.catalogue import Customer
 from meters.meter import Meter
 from meters.timestamp import microseconds_of
 
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
-ADDING_UP = ("count", "sum")  # what a customer used under two names is the sum of both
 NOBODY = -1  # the last place of an array, where nothing is
 
 
@@ -109,7 +109,7 @@ def _consumed(
         amounts = np.append(amounts, 0.0)
         consumed = sum((amounts[np.minimum(numbers, len(amounts) - 1)] for numbers in known), start=consumed)
         has_both = (known[0][found] != NOBODY) & (known[1][found] != NOBODY)
-        apart = found[:0] if meter.aggregation.func in ADDING_UP else found[has_both]
+        apart = found[:0] if is_summable(meter.aggregation) else found[has_both]  # used under two names
     for place in where.patience.each(apart.tolist()):
         consumption = from_memory(where.desk, customers[place], meter)
         if consumption is None:
