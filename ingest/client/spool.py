@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ SUFFIX = ".spool"
 _WAL = "-wal"  # SQLite's name for its write-ahead log
 _CHECKPOINT_PAGES = 4000  # 16 MiB of it: two syncs for some 50,000 events
 _ATTEMPTS = 5  # at making a file that nobody else takes for abandoned
+_MAKING_S = 60.0  # an empty file this old is no longer being made: its process ended in between
 
 
 class SpoolBroken(Exception):
@@ -139,11 +141,13 @@ class Spool:
         self._opened = self._path = None
 
     def claim(self) -> bool:
-        """Open an existing file; False when its process lives, or when it cannot be read."""
+        """Open an existing file; False when its process lives or just makes it, or when it cannot be read."""
         assert self._path is not None
         try:
+            if _is_being_made(self._path):
+                return False
             self._opened = _connect(self._path)
-        except sqlite3.OperationalError:
+        except (sqlite3.OperationalError, FileNotFoundError):
             return False
         except (sqlite3.DatabaseError, OSError) as error:
             logger.error("a spool cannot be read", extra={"path": str(self._path), "cause": str(error)})
@@ -151,8 +155,8 @@ class Spool:
         return True
 
     def _open(self) -> tuple[sqlite3.Connection, Journal]:
-        """A new file. For a moment it is there and not locked: whoever looks for abandoned files just then takes it,
-        finds nothing and removes it. Then it is tried again under another name."""
+        """A new file. For a moment it is there, empty, and not locked: whoever looks for abandoned files leaves it
+        alone for a while. Should it be taken and removed all the same, it is tried again under another name."""
         problem = "no file can be kept in the directory"
         for _ in range(_ATTEMPTS):
             path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
@@ -221,6 +225,12 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, Journal]:
         connection.close()
         raise
     return connection, journal
+
+
+def _is_being_made(path: Path) -> bool:
+    """Empty and new: SQLite writes its first page under the lock that keeps the file."""
+    status = path.stat()
+    return status.st_size == 0 and abs(time.time() - status.st_mtime) < _MAKING_S
 
 
 def spools(directory: Path, owners: Sequence[str]) -> list[Spool]:

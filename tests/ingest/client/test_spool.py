@@ -108,6 +108,20 @@ def test_a_new_file_is_never_taken_for_an_abandoned_one(tmp_path: Path) -> None:
     assert sorted(found + lines(tmp_path)) == sorted(written)
 
 
+def test_a_file_in_the_making_is_left_alone_and_one_never_made_is_removed(tmp_path: Path) -> None:
+    """It is empty until it is locked. A minute later nobody makes it any more: its process was killed in between."""
+    path = tmp_path / f"{OWNER}-new.spool"
+    path.touch()
+    assert [spool.claim() for spool in spools(tmp_path, [OWNER])] == [False]
+
+    an_hour_ago_s = path.stat().st_mtime - 3600
+    os.utime(path, (an_hour_ago_s, an_hour_ago_s))
+    (abandoned,) = spools(tmp_path, [OWNER])
+    assert abandoned.claim()
+    abandoned.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_fingerprint_tells_server_and_token_apart() -> None:
     """And tells nobody the token."""
     names = {fingerprint(url, token) for url in ("http://a", "http://b") for token in ("s", "t")}
