@@ -186,6 +186,18 @@ def test_kubernetes_sets_no_variable_of_ours() -> None:
     assert [name for name, spec in pods() if spec.get("enableServiceLinks", True)] == []
 
 
+def test_a_bare_machine_gets_what_the_tests_need() -> None:
+    """What a test asks for is installed with the environment or by the run, which lets no test be skipped."""
+    root = SHIPPED.parent
+    run, lock = (root / ".ci" / "run").read_text(), (root / "requirements.lock").read_text()
+    texts = "".join(path.read_text() for path in (root / "tests").rglob("*.py"))
+    packages = {package for _, package in re.findall(r'\bprogram\("([\w-]+)", "([\w-]+)"\)', texts)}
+
+    assert "export CI=true" in run
+    assert "kcat" in packages
+    assert {name for name in packages if f"\n{name}==" not in lock} <= set(run.split())
+
+
 def test_there_is_one_aggregator() -> None:
     """Its set has one replica, on a volume that one pod can have."""
     (aggregator,) = [

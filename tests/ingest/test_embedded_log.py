@@ -19,6 +19,7 @@ from ingest.log.limits import Limits
 from ingest.log.sqlite_file import FILE_NAME, create
 from ingest.log.writer import Batch
 from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
+from tests.deploy.programs import program
 
 SEED = 20261121
 KILLS = 10
@@ -340,13 +341,11 @@ def test_what_is_no_database_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [".backup '{copy}'", "VACUUM INTO '{copy}'"])
 def test_a_backup_of_a_running_log_goes_on(tmp_path: Path, command: str) -> None:
     """A copy made by SQLite's own means while the log is open holds what was acknowledged, and can be opened."""
-    if shutil.which("sqlite3") is None:
-        pytest.skip("the sqlite3 command is not installed")
     (tmp_path / "copy").mkdir()
     with opened(tmp_path) as log:
         append(log, b"a", b"b")
-        copying = ["sqlite3", str(tmp_path / FILE_NAME), command.format(copy=tmp_path / "copy" / FILE_NAME)]
-        subprocess.run(copying, check=True)
+        statement = command.format(copy=tmp_path / "copy" / FILE_NAME)
+        subprocess.run([program("sqlite3", "sqlite3"), str(tmp_path / FILE_NAME), statement], check=True)
         append(log, b"c")
         identity = log.identity(USAGE_EVENTS)
 
@@ -359,13 +358,11 @@ def test_a_backup_of_a_running_log_goes_on(tmp_path: Path, command: str) -> None
 
 def test_a_backup_is_put_back_after_a_crash(tmp_path: Path) -> None:
     """As ingest/log/README.md says: with what the crash left out of the way, the log is what it was at the backup."""
-    if shutil.which("sqlite3") is None:
-        pytest.skip("the sqlite3 command is not installed")
     copy = tmp_path / "copy.sqlite"
     with opened(tmp_path) as log:
         append(log, *(b"%d" % number for number in range(100)))
         before = check_dense(log)
-        copying = ["sqlite3", str(tmp_path / FILE_NAME), f".backup '{copy}'"]
+        copying = [program("sqlite3", "sqlite3"), str(tmp_path / FILE_NAME), f".backup '{copy}'"]
         subprocess.run(copying, check=True)
     start_appender(tmp_path, 5000, 1000).communicate()
     assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size > 0
