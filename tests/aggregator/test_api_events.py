@@ -189,6 +189,17 @@ def test_fields_are_added_up_along_a_trace(family_of_four: Tenant) -> None:
     assert leaf["metadata"]["_cost"] == {"amount": "0.1", "currency": "usd"}
 
 
+@pytest.mark.parametrize("field", ["timestamp", "name", "source"])
+def test_a_field_that_is_added_up_is_the_metadatas(tenant: Tenant, field: str) -> None:
+    """Also one that is called as a field of the event itself: its clock, say, is no part of a sum."""
+    tenant.event("root", name="root", metadata=f'{{"{field}":5}}')
+    tenant.event("child", name="child", parent_id="root", metadata=f'{{"{field}":10,"tokens":1}}')
+    tenant.event("leaf", name="leaf", parent_id="child", metadata=f'{{"{field}":"none"}}')
+    page = tenant.get("/v1/events/", aggregate_fields=field, depth=2)
+    shown = {item["name"]: item["metadata"] for item in page["items"]}
+    assert shown == {"root": {field: 15}, "child": {field: 10, "tokens": 1}, "leaf": {field: "none"}}
+
+
 def test_a_meter_selects_what_it_counts(tenant: Tenant) -> None:
     """``meter_id`` adds the meter's filter and its demand for a number; an unknown one is refused."""
     for text in ('{"tokens":1}', '{"tokens":"1"}', "{}"):
