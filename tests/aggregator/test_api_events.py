@@ -87,10 +87,22 @@ def test_numbers_in_text_are_shown_as_numbers_however_they_are_written(tenant: T
     (event,) = tenant.get("/v1/events/")["items"]
     tokens = {"input_tokens": 1000, "output_tokens": 7, "total_tokens": 7}
     assert event["metadata"] == {
-        "_cost": {"amount": "150", "currency": "usd"}, "_llm": {"vendor": "v", "model": "m", **tokens},
+        "_cost": {"amount": "150.0", "currency": "usd"}, "_llm": {"vendor": "v", "model": "m", **tokens},
     }  # fmt: skip
     (summed,) = tenant.get("/v1/events/", aggregate_fields="_cost.amount")["items"]
-    assert summed["metadata"]["_cost"]["amount"] == "150"
+    assert summed["metadata"]["_cost"]["amount"] == "150.0"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [("100", "100.0"), ('"100"', "100.0"), ("0", "0.0"), ("-5.00", "-5.0"), ("4.250e-2", "0.0425"),
+     ("1E-12", "0.000000000001")],
+)  # fmt: skip
+def test_a_cost_is_a_text_with_at_least_one_decimal(tenant: Tenant, sent: str, shown: str) -> None:
+    """As Polar, which keeps doubles, writes a whole number; in plain digits, whether it is added up or not."""
+    tenant.event(metadata=f'{{"_cost":{{"amount":{sent},"currency":"usd"}}}}')
+    pages = tenant.get("/v1/events/"), tenant.get("/v1/events/", aggregate_fields="_cost.amount")
+    assert [page["items"][0]["metadata"]["_cost"]["amount"] for page in pages] == [shown, shown]
 
 
 def test_an_event_shows_the_customer_it_names_by_either_name(tenant: Tenant) -> None:
