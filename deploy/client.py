@@ -58,10 +58,10 @@ def blaming(options: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def looking_for(message: str) -> Iterator[None]:
-    """Say this where the server has nothing of the id that was given."""
+    """Say this where the server has nothing of the id that was given, or takes it for none."""
     try:
         yield
-    except Missing:
+    except (Missing, Refused):
         raise GiveUp(message, USAGE) from None
 
 

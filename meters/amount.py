@@ -52,6 +52,12 @@ def amount_text(amount: Decimal) -> str:
     return "0" if text in ("-0", "") else text
 
 
+def decimal_text(amount: Decimal) -> str:
+    """The same with at least one decimal, as a double is written: ``812.0``, ``0.0425``; zero is ``0.0``."""
+    text = amount_text(amount)
+    return text if "." in text else f"{text}.0"
+
+
 def number_text(token: str | bytes) -> str:
     """The text of a JSON number, for ``like`` and for comparison with text.
 
@@ -62,7 +68,4 @@ def number_text(token: str | bytes) -> str:
     if not any(mark in text for mark in ".eE"):
         return "0" if text == "-0" else text
     amount = parse_amount(text)
-    if amount is None:
-        return text
-    plain = amount_text(amount)
-    return plain if "." in plain else plain + ".0"
+    return text if amount is None else decimal_text(amount)

@@ -64,14 +64,17 @@ def zone(name: str) -> ZoneInfo | None:
     return ZoneInfo(name) if name in zone_names() else None
 
 
-def range_refusal(start: datetime, end: datetime, interval: Interval) -> str | None:
-    """Why a range cannot be shown, or None. Days are counted between calendar dates, each in its own offset."""
+def range_refusal(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> str | None:
+    """Why a range cannot be shown, or None. Days are counted between calendar dates, each in its own offset.
+
+    ``kind`` is what was asked for: from ``start_timestamp`` to ``end_timestamp``, or ``date``.
+    """
     if start < START_MIN:
-        return f"start_timestamp should be {START_MIN.date()} or later"
+        return f"start_{kind} should be {START_MIN.date()} or later"
     if end > END_MAX:
-        return f"end_timestamp should be {END_MAX.date()} or earlier"
+        return f"end_{kind} should be {END_MAX.date()} or earlier"
     if start > end:
-        return "start_timestamp should be before end_timestamp"
+        return f"start_{kind} should be before end_{kind}"
     days_max = RANGE_DAYS_MAX[interval]
     if (end.date() - start.date()).days > days_max:
         return f"The interval is too small for the given range: by the {interval} it may have {days_max} days."

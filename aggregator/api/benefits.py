@@ -190,7 +190,7 @@ async def list_benefits(
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
     """The organization's benefits, newest first."""
-    chosen = order(sorting, ("created_at", "description"), "-created_at")
+    chosen = order(sorting, ("created_at", "description", "type", "user_order"), "-created_at")
     found = [
         benefit
         for benefit in desk.catalogue.benefits.benefits_of(token.organization_id)
@@ -201,7 +201,9 @@ async def list_benefits(
         and (type is None or METER_CREDIT in type)
         and has_texts(benefit.metadata, metadata)
     ]
-    found.sort(key=lambda benefit: (getattr(benefit, chosen.by), benefit.id), reverse=not chosen.ascending)
+    places = {str(one): place for place, one in enumerate(id or ())}
+    # all are of one type, and the only order of the user's is that of the ids that are asked for
+    found.sort(key=lambda one: (getattr(one, chosen.by, places.get(one.id, 0)), one.id), reverse=not chosen.ascending)
     shapes = [benefit_shape(benefit) for benefit in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 

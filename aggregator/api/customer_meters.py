@@ -18,9 +18,10 @@ from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, inclu
 from aggregator.api.roster import NotInMemory, find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
-from aggregator.store.queries import arrivals, events
+from aggregator.store.queries import arrivals, events, family
 from aggregator.store.queries.asking import Here
 from aggregator.store.queries.events import Listing
+from aggregator.store.queries.family import Identity
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.view import Unavailable
 from meters.catalogue import Customer, Token
@@ -135,7 +136,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
 
 @router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of("Event")))
 async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: str, page: WhichPage) -> Response:
-    """The events that an entry of usage is made of, newest first."""
+    """The events that an entry of usage is made of, newest first; also those that wait for their parents."""
     one = await _found(desk, token, id)
     stretch = parse_usage_id(entry_id)
     if stretch is None:
@@ -146,7 +147,16 @@ async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: st
             arrived_until=stretch[1],
         ),
         filter=one.meter.filter, aggregation=one.meter.aggregation, limit=page.limit, offset=page.offset,
+        shows_pending=True,
     )  # fmt: skip
-    found, as_of = await desk.ask(token, lambda here: events.page(here.connection, here.about(listing)))
-    shapes = [event_shape(event, token.organization_id, desk.catalogue, 0, {}) for event in found.events]
+
+    def question(here: Here) -> tuple[events.Page, dict[Identity, int]]:
+        found = events.page(here.connection, here.about(listing))
+        return found, family.descendant_counts(here.connection, [event.identity for event in found.events])
+
+    (found, children), as_of = await desk.ask(token, question)
+    shapes = [
+        event_shape(event, token.organization_id, desk.catalogue, children[event.identity], {})
+        for event in found.events
+    ]
     return answer(listed(shapes, found.total, Page(page.limit, page.offset)), as_of)

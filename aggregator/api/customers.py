@@ -31,6 +31,9 @@ _GONE = gives(None, 204)
 CUSTOMERS_AT_ONCE = 2_000
 """Customers that are looked through and sorted while everybody waits, in about 10 ms; more get a thread."""
 
+CLEARED_BY_NULL = ("external_id", "name")
+"""What null takes away in a change, as with Polar; an external id that was given cannot be taken, and is refused."""
+
 TEXT_LENGTH_MAX = 500  # an address has 254 characters by its standard; names and ids are no longer than metadata
 
 
@@ -42,6 +45,12 @@ def customers_mentioned(customers: Iterable[Customer], search: str) -> list[Cust
         for found in customers
         if any(wanted in (text or "").lower() for text in (found.name, found.email, found.external_id))
     ]
+
+
+def _subscribes(catalogue: Catalogue, customer: Customer) -> bool:
+    """Whether a subscription of the customer's goes on, be it one whose payment is late (Polar's rule)."""
+    held = catalogue.benefits.subscriptions_of(customer.id)
+    return any(one.is_active or one.status == "past_due" for one in held)
 
 
 @router.post(
@@ -64,7 +73,7 @@ async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Resp
 
 
 def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields that the body gives; null is as good as nothing."""
+    """The fields that the body gives; null is as good as nothing, but for a field that it clears."""
     if not isinstance(body, dict):
         message = "Input should be a valid dictionary or object"
         raise Malformed([detail("model_attributes_type", ("body",), message, body)])
@@ -81,7 +90,7 @@ def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
         complaints += fields["metadata"] if isinstance(fields["metadata"], list) else []
     if complaints:
         raise Malformed(complaints)
-    return fields
+    return {name: None for name in CLEARED_BY_NULL if name in body} | fields
 
 
 def _text_complaints(name: str, text: Any) -> list[Detail]:
@@ -121,9 +130,9 @@ def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, 
 async def list_customers(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
-    organization_id: Ids = None,
+    organization_id: Ids = None, active: bool | None = None,
 ) -> Response:  # fmt: skip
-    """The organization's customers, newest first."""
+    """The organization's customers, newest first; ``active`` are those with a subscription."""
     chosen = order(sorting, ("created_at", "email", "name"), "-created_at")
     as_of = desk.view.as_of
     known = desk.catalogue.customers_of(token.organization_id) if includes(organization_id, token) else []
@@ -134,6 +143,7 @@ async def list_customers(
             for customer in patience.each(known)
             if (email is None or (customer.email or "").lower() == email.lower())
             and has_texts(customer.metadata, metadata)
+            and (active is None or _subscribes(desk.catalogue, customer) is active)
         ]
         found = customers_mentioned(patience.each(found), query) if query else found
         return _in_order(found, chosen, page), len(found)
@@ -201,7 +211,7 @@ async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.patch("/v1/customers/{id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
 async def update_customer(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Change what is named in the body. An external id can be given once and stays."""
+    """Change what is named in the body; null clears a ``name``. An external id can be given once and stays."""
     return await _update(request, desk, lambda: customer_by_id(desk, token, id))
 
 

@@ -114,7 +114,8 @@ async def get_metrics(
     """Costs of the organization's events, period by period, in cents."""
     known_zone(timezone)
     noon = datetime.min.time().replace(hour=12)
-    check_range(datetime.combine(start_date, noon, UTC), datetime.combine(end_date, noon, UTC), interval)
+    start, end = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
+    check_range(start, end, interval, "date")
     wanted = _wanted(metrics)
     units = periods(start_date, end_date, interval, timezone)
     subjects = desk.subjects(token, texts(customer_id), None)

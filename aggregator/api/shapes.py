@@ -1,7 +1,8 @@
 """Things as Polar's clients expect them: every field they insist on, and digits as they were sent.
 
 Metadata goes out as the tokens that came in. The exceptions are the reserved keys: ``_cost.amount`` is a string,
-because both Python clients want one; numbers that were sent as text are numbers; unknown keys do not exist.
+because both Python clients want one, with a decimal at the least, because Polar writes doubles; numbers that were sent
+as text are numbers; unknown keys do not exist.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from aggregator.api.balances import CustomerMeter
 from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
 from meters import exact_json
-from meters.amount import amount_text, parse_amount
+from meters.amount import amount_text, decimal_text, parse_amount
 from meters.catalogue import Catalogue, Customer, meter_json
 from meters.credit import CreditGranted, MeterReset
 from meters.event import event_id
@@ -197,7 +198,7 @@ def _reserved(key: str, token: bytes) -> Json:
 def _number(key: str, token: bytes) -> str | msgspec.Raw:
     amount = parse_amount(token)
     assert amount is not None  # or the event would not have been admitted
-    return amount_text(amount) if key == "_cost" else number(amount)
+    return decimal_text(amount) if key == "_cost" else number(amount)
 
 
 def _write(fields: Json, path: list[str], amount: Decimal) -> None:
@@ -208,7 +209,7 @@ def _write(fields: Json, path: list[str], amount: Decimal) -> None:
         fields[name] = inner = inner if isinstance(inner, dict) else {}
         fields = inner
     is_cost = path == ["_cost", "amount"]
-    fields[last] = amount_text(amount) if is_cost else number(amount)
+    fields[last] = decimal_text(amount) if is_cost else number(amount)
     if is_cost:
         fields.setdefault("currency", "usd")
 

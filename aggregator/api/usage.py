@@ -48,9 +48,9 @@ def known_zone(timezone: str) -> str:
     return timezone
 
 
-def check_range(start: datetime, end: datetime, interval: Interval) -> None:
-    """Raise Refused for a range that has too many intervals."""
-    reason = range_refusal(start, end, interval)
+def check_range(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> None:
+    """Raise Refused for a range that has too many intervals; ``kind`` is what it was asked for by."""
+    reason = range_refusal(start, end, interval, kind)
     if reason is not None:
         raise Refused("value_error", ("query",), reason)
 

@@ -1,34 +1,54 @@
 """The delivery log of webhooks, and telling something again. Kept for 30 days, in the store alone."""
 
 import asyncio
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api.desk import AtDesk, Desk, answer
 from aggregator.api.errors import Conflict, NotFound
-from aggregator.api.paging import WhichPage, listed
+from aggregator.api.limits import IDENTIFIERS_MAX, SEARCH_LENGTH_MAX
+from aggregator.api.paging import Ids, Instant, WhichPage, listed, texts
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.webhook_endpoints import Reader, Writer
 from aggregator.store.queries.asking import Here
 from aggregator.store.queries.scope import aware, naive
 from aggregator.webhooks import outbox
 from meters.catalogue import Token
-from meters.webhooks import API_VERSION
+from meters.webhooks import API_VERSION, EventType
 
 router = APIRouter(tags=["webhooks"])
+Types = Annotated[list[EventType] | None, Query(max_length=IDENTIFIERS_MAX)]
+
+
+async def _sought(
+    token: Reader, endpoint_id: Ids = None, start_timestamp: Instant | None = None,
+    end_timestamp: Instant | None = None, succeeded: bool | None = None,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None,
+    http_code_class: Literal["2xx", "3xx", "4xx", "5xx"] | None = None, event_type: Types = None,
+) -> outbox.Sought:  # fmt: skip
+    """What the parameters ask for. Both timestamps are exclusive."""
+    return outbox.Sought(
+        organization_id=token.organization_id, endpoint_ids=texts(endpoint_id), types=event_type,
+        after=_stored(start_timestamp), before=_stored(end_timestamp), succeeded=succeeded,
+        code_class=int(http_code_class[0]) if http_code_class else None, text=query,
+    )  # fmt: skip
+
+
+def _stored(instant: datetime | None) -> datetime | None:
+    return None if instant is None else naive(instant)
 
 
 @router.get("/v1/webhooks/deliveries", responses=gives(page_of("WebhookDelivery")))
 async def list_webhook_deliveries(
-    desk: AtDesk, token: Reader, page: WhichPage, endpoint_id: UUID | None = None
-) -> Response:  # fmt: skip
+    desk: AtDesk, token: Reader, page: WhichPage, sought: Annotated[outbox.Sought, Depends(_sought)]
+) -> Response:
     """Every attempt to deliver a webhook, newest first, with what came of it and what was sent."""
-    wanted = None if endpoint_id is None else str(endpoint_id)
 
     def question(here: Here) -> tuple[list[dict[str, Any]], int]:
-        return outbox.deliveries(here.connection, token.organization_id, wanted, page.limit, page.offset)
+        return outbox.deliveries(here.connection, sought, page.limit, page.offset)
 
     (rows, total), as_of = await desk.ask(token, question)
     return answer(listed([_shape(row) for row in rows], total, page), as_of)
@@ -68,9 +88,9 @@ def _shape(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @router.post("/v1/webhooks/events/{id}/redeliver", status_code=202, responses=gives(ref("WebhookRedelivery"), 202))
-async def redeliver_webhook_event(desk: AtDesk, token: Writer, id: str) -> Response:
+async def redeliver_webhook_event(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Tell it again, word for word under the same ``webhook-id``, to every enabled endpoint that it was for."""
-    count = await asyncio.to_thread(_again, desk, token, id)
+    count = await asyncio.to_thread(_again, desk, token, str(id))
     return answer({"id": id, "endpoints": count}, desk.view.as_of, 202)
 
 

@@ -19,6 +19,7 @@ import duckdb
 import pyarrow as pa
 
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from meters.webhooks import EventType
 
 Status = Literal["pending", "delivered", "failed", "superseded"]
 CAUSES_AT_ONCE = 5_000
@@ -324,17 +325,43 @@ def knows(connection: Connection, organization_id: str, message_id: str) -> bool
     return row is not None
 
 
-def deliveries(
-    connection: Connection, organization_id: str, endpoint_id: str | None, limit: int, offset: int
-) -> tuple[list[dict[str, Any]], int]:
+class Sought(NamedTuple):
+    """Which attempts of the delivery log; None restricts nothing. Times are exclusive, and as the store writes them.
+
+    ``code_class`` is the first digit of a status code; ``text`` stands in the attempt's id, the message's or the code.
+    """
+
+    organization_id: str
+    endpoint_ids: Sequence[str] | None = None
+    types: Sequence[EventType] | None = None
+    after: datetime | None = None
+    before: datetime | None = None
+    succeeded: bool | None = None
+    code_class: int | None = None
+    text: str | None = None
+
+
+_HOLDS = {
+    "organization_id": "a.organization_id = $organization_id",
+    "endpoint_ids": "list_contains($endpoint_ids::VARCHAR[], a.endpoint_id)",
+    "types": "list_contains($types::VARCHAR[], m.type)",
+    "after": "a.started_at > $after",
+    "before": "a.started_at < $before",
+    "succeeded": "coalesce(a.status_code BETWEEN 200 AND 299, FALSE) = $succeeded",
+    "code_class": "a.status_code // 100 = $code_class",
+    "text": "contains(lower(concat_ws(' ', a.id, a.message_id, a.status_code)), lower($text))",
+}
+
+
+def deliveries(connection: Connection, sought: Sought, limit: int, offset: int) -> tuple[list[dict[str, Any]], int]:
     """A page of the delivery log, newest first, each attempt with its message; and how many there are."""
-    chosen = "a.organization_id = $organization AND ($endpoint IS NULL OR a.endpoint_id = $endpoint)"
-    asked = {"organization": organization_id, "endpoint": endpoint_id}
-    row = connection.execute(f"SELECT count(*) FROM webhook_attempts a WHERE {chosen}", asked).fetchone()  # noqa: S608
+    asked = {name: value for name, value in sought._asdict().items() if value is not None}
+    found = f"""FROM webhook_attempts a JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
+            WHERE {" AND ".join(_HOLDS[name] for name in asked)}"""
+    row = connection.execute(f"SELECT count(*) {found}", asked).fetchone()
     cursor = connection.execute(
-        f"""SELECT a.*, m.type, m.customer_id, m.status, m.body, m.created_at AS made_at, m.settled_at
-            FROM webhook_attempts a JOIN webhook_messages m ON m.id = a.message_id AND m.endpoint_id = a.endpoint_id
-            WHERE {chosen} ORDER BY a.started_at DESC, a.number DESC LIMIT $limit OFFSET $offset""",  # noqa: S608
+        f"""SELECT a.*, m.type, m.customer_id, m.status, m.body, m.created_at AS made_at, m.settled_at {found}
+            ORDER BY a.started_at DESC, a.number DESC LIMIT $limit OFFSET $offset""",
         asked | {"limit": limit, "offset": min(offset, 2**62)},
     )
     names = [column[0] for column in cursor.description or ()]

@@ -89,12 +89,12 @@ def deliveries(
 @app.command(epilog=EPILOG)
 def redeliver(context: typer.Context, event: Annotated[str, typer.Argument(help="An event_id of deliveries.")]) -> None:
     """Send something again, word for word and under the same id."""
-    from deploy.client import blaming, looking_for, segment
+    from deploy.client import looking_for, segment
 
     unknown = f"nothing was sent under the id {event}; `meterstream webhooks deliveries` shows them as event_id"
     here = session(context)
     path = f"/v1/webhooks/events/{segment(event, 'EVENT')}/redeliver"
-    with here.api() as api, looking_for(unknown), blaming({"id": "EVENT"}):
+    with here.api() as api, looking_for(unknown):
         show_one(api.post(path, {}), here.output)
 
 

@@ -82,6 +82,24 @@ def test_benefits_are_found_and_left_out_by_their_ids(tenant: Tenant) -> None:
     assert listed(id=ids[:2], exclude_id=ids[1:]) == {ids[0]}
 
 
+def test_benefits_come_in_every_order_of_polars(tenant: Tenant) -> None:
+    """By time, by text, by type (there is one), and as their ids are asked for."""
+    meter = tenant.meter()
+    made = []
+    for description in ("beta", "alpha", "gamma"):
+        made.append(benefit(tenant, meter, description=description))
+        tenant.server.now += timedelta(seconds=1)
+
+    def found(sorting: str, **asked: Any) -> list[int]:
+        return [made.index(one["id"]) for one in tenant.get("/v1/benefits/", sorting=sorting, **asked)["items"]]
+
+    assert found("created_at") == found("-created_at")[::-1] == [0, 1, 2]
+    assert found("description") == [1, 0, 2]
+    assert sorted(found("type")) == sorted(found("-type")) == sorted(found("user_order")) == [0, 1, 2]
+    asked = [made[2], made[0]]
+    assert (found("user_order", id=asked), found("-user_order", id=asked)) == ([2, 0], [0, 2])
+
+
 def test_members_have_no_grants(tenant: Tenant) -> None:
     """Customers have them; whoever asks for a member's is not shown everybody's."""
     id = benefit(tenant, tenant.meter())

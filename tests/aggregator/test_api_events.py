@@ -87,10 +87,22 @@ def test_numbers_in_text_are_shown_as_numbers_however_they_are_written(tenant: T
     (event,) = tenant.get("/v1/events/")["items"]
     tokens = {"input_tokens": 1000, "output_tokens": 7, "total_tokens": 7}
     assert event["metadata"] == {
-        "_cost": {"amount": "150", "currency": "usd"}, "_llm": {"vendor": "v", "model": "m", **tokens},
+        "_cost": {"amount": "150.0", "currency": "usd"}, "_llm": {"vendor": "v", "model": "m", **tokens},
     }  # fmt: skip
     (summed,) = tenant.get("/v1/events/", aggregate_fields="_cost.amount")["items"]
-    assert summed["metadata"]["_cost"]["amount"] == "150"
+    assert summed["metadata"]["_cost"]["amount"] == "150.0"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [("100", "100.0"), ('"100"', "100.0"), ("0", "0.0"), ("-5.00", "-5.0"), ("4.250e-2", "0.0425"),
+     ("1E-12", "0.000000000001")],
+)  # fmt: skip
+def test_a_cost_is_a_text_with_at_least_one_decimal(tenant: Tenant, sent: str, shown: str) -> None:
+    """As Polar, which keeps doubles, writes a whole number; in plain digits, whether it is added up or not."""
+    tenant.event(metadata=f'{{"_cost":{{"amount":{sent},"currency":"usd"}}}}')
+    pages = tenant.get("/v1/events/"), tenant.get("/v1/events/", aggregate_fields="_cost.amount")
+    assert [page["items"][0]["metadata"]["_cost"]["amount"] for page in pages] == [shown, shown]
 
 
 def test_an_event_shows_the_customer_it_names_by_either_name(tenant: Tenant) -> None:
@@ -187,6 +199,17 @@ def test_fields_are_added_up_along_a_trace(family_of_four: Tenant) -> None:
     family_of_four.event("paid", name="paid", parent_id="leaf", metadata='{"_cost":{"amount":"0.10","currency":"usd"}}')
     leaf = family_of_four.get(f"/v1/events/{family_of_four.id_of('leaf')}", aggregate_fields="_cost.amount")
     assert leaf["metadata"]["_cost"] == {"amount": "0.1", "currency": "usd"}
+
+
+@pytest.mark.parametrize("field", ["timestamp", "name", "source"])
+def test_a_field_that_is_added_up_is_the_metadatas(tenant: Tenant, field: str) -> None:
+    """Also one that is called as a field of the event itself: its clock, say, is no part of a sum."""
+    tenant.event("root", name="root", metadata=f'{{"{field}":5}}')
+    tenant.event("child", name="child", parent_id="root", metadata=f'{{"{field}":10,"tokens":1}}')
+    tenant.event("leaf", name="leaf", parent_id="child", metadata=f'{{"{field}":"none"}}')
+    page = tenant.get("/v1/events/", aggregate_fields=field, depth=2)
+    shown = {item["name"]: item["metadata"] for item in page["items"]}
+    assert shown == {"root": {field: 15}, "child": {field: 10, "tokens": 1}, "leaf": {field: "none"}}
 
 
 def test_a_meter_selects_what_it_counts(tenant: Tenant) -> None:

@@ -79,8 +79,14 @@ def test_limits_of_metrics(tenant: Tenant) -> None:
     answer = tenant.get("/v1/metrics/limits")
     assert answer["min_date"] == "2023-01-01"
     assert answer["intervals"]["week"] == {"min_days": 14, "max_days": 371}
-    for asked in ({"interval": "hour"}, {"start_date": "2022-12-31"}, {"end_date": "2023-12-31"}):
-        assert tenant.ask("GET", "/v1/metrics/", params=JANUARY | asked).status_code == 422
+    for asked, message in (
+        ({"interval": "hour"}, "The interval is too small"),
+        ({"start_date": "2022-12-31"}, "start_date should be 2023-01-01 or later"),
+        ({"end_date": "9999-12-31"}, "end_date should be "),
+        ({"end_date": "2023-12-31"}, "start_date should be before end_date"),
+    ):
+        response = tenant.ask("GET", "/v1/metrics/", params=JANUARY | asked)
+        assert (response.status_code, response.json()["detail"][0]["msg"][: len(message)]) == (422, message)
 
 
 @pytest.mark.parametrize("timezone", ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe"])

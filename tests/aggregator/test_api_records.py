@@ -1,6 +1,7 @@
 """Customers and dead letters over HTTP."""
 
 import threading
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ import pytest
 from aggregator import consumer
 from aggregator.store.store import Store
 from meters import exact_json
+from tests.aggregator.polar_story import Polar
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
 
@@ -63,6 +65,23 @@ def test_lists_of_customers(tenant: Tenant) -> None:
     assert tenant.get("/v1/customers/", limit=2)["pagination"] == {"total_count": 3, "max_page": 2}
     assert len(found(organization_id=tenant.id)) == 3
     assert found(organization_id=NOWHERE) == []
+
+
+def test_active_customers_are_those_with_a_subscription_that_goes_on(tenant: Tenant) -> None:
+    """Also one on trial, or whose payment is late; everybody else is not active."""
+    polar, start = Polar(tenant), datetime(2026, 2, 1, tzinfo=UTC)
+    tenant.customer(name="Bob")
+
+    def found(**asked: Any) -> list[str]:
+        return [customer["name"] for customer in tenant.get("/v1/customers/", sorting="name", **asked)["items"]]
+
+    for status in ("active", "trialing", "past_due", "canceled"):
+        start += timedelta(days=1)
+        polar.deliver("subscription.updated", polar.subscription(start, status=status), status)
+        assert found() == ["Ann", "Bob"]
+        active = [] if status == "canceled" else ["Ann"]
+        assert found(active="true") == active, status
+        assert found(active="false") == [name for name in ("Ann", "Bob") if name not in active], status
 
 
 def test_ids_in_bodies_mind_no_case(tenant: Tenant) -> None:
@@ -128,11 +147,15 @@ def test_the_line_of_a_threshold_is_written_in_digits(tenant: Tenant) -> None:
     assert len(tenant.get("/v1/webhooks/thresholds")["items"]) == 2
 
 
-def test_what_is_null_in_a_change_stays(tenant: Tenant) -> None:
-    """As with Polar, null in a change of a customer is as good as nothing, metadata included."""
-    made = tenant.post("/v1/customers/", {"email": "a@b", "external_id": "ann", "name": "Ann", "metadata": {"k": 1}})
-    changed = tenant.patch(f"/v1/customers/{made['id']}", dict.fromkeys(("email", "external_id", "name", "metadata")))
-    assert changed == made | {"modified_at": changed["modified_at"]}
+def test_null_in_a_change_clears_a_name_and_nothing_else(tenant: Tenant) -> None:
+    """As with Polar, an address and metadata stay, and an external id that was given cannot be taken away."""
+    made = tenant.post("/v1/customers/", {"email": "a@b", "name": "Ann", "metadata": {"k": 1}})
+    path = f"/v1/customers/{made['id']}"
+    changed = tenant.patch(path, dict.fromkeys(("email", "external_id", "name", "metadata")))
+    assert changed == made | {"modified_at": changed["modified_at"], "name": None} == tenant.get(path)
+    assert tenant.patch(path, {"external_id": "ann"})["external_id"] == "ann"
+    refusal = tenant.refusal("PATCH", path, json={"external_id": None})
+    assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "external_id"])])
 
 
 def test_names_of_customers_are_taken_once_in_an_organization(server: Server, tenant: Tenant) -> None:

@@ -1,11 +1,13 @@
 """What happens to an account, in tables that a bookkeeper can read."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.aggregator.bookkeeper import Book
+from tests.aggregator.records import line
 from tests.aggregator.serving import Server
 
 GRANT_AND_USE = """
@@ -200,3 +202,25 @@ def test_a_late_reset_divides_the_usage_of_a_quarter_hour(server: Server) -> Non
         for entry in used
     ]  # fmt: skip
     assert behind == [[1], [7], [90]]
+
+
+def test_behind_an_entry_are_the_events_that_it_counts(server: Server) -> None:
+    """As many as it says, each as lists show it; one whose parent never comes counts, so it is there, without one."""
+    book = Book(server)
+    book.tenant.event("root", name="root", metadata='{"units":1}')
+    book.tenant.event("child", name="child", parent_id="root", metadata='{"units":2}')
+    server.now += timedelta(hours=1)
+    book.tenant.send(
+        line("leaf", name="leaf", parent_id="child", metadata='{"units":3}'),
+        line("orphan", name="orphan", parent_id="never", metadata='{"units":4}'),
+    )
+    entries = book.tenant.get(f"/v1/customer-meters/{book.id}/ledger")["items"]
+    pages = [book.tenant.get(f"/v1/customer-meters/{book.id}/ledger/{entry['id']}/events") for entry in entries]
+    assert [page["pagination"]["total_count"] for page in pages] == [entry["events"] for entry in entries] == [2, 2]
+    shown = {event["name"]: event for page in pages for event in page["items"]}
+    assert {name: event["parent_id"] for name, event in shown.items()} == {
+        "root": None, "child": book.tenant.id_of("root"), "leaf": book.tenant.id_of("child"), "orphan": None,
+    }  # fmt: skip
+    listed = {event["name"]: event for event in book.tenant.get("/v1/events/")["items"]}
+    assert [event["child_count"] for event in listed.values()] == [0, 1, 2]
+    assert {name: event for name, event in shown.items() if name != "orphan"} == listed

@@ -122,6 +122,8 @@ def test_what_failed_for_good_can_be_told_again(tenant: Tenant) -> None:
     assert stranger.get("/v1/webhooks/deliveries")["items"] == []
     message = tenant.get("/v1/webhooks/deliveries")["items"][0]["webhook_event"]["id"]
     assert stranger.ask("POST", f"/v1/webhooks/events/{message}/redeliver").status_code == 404
+    refusal = tenant.refusal("POST", "/v1/webhooks/events/not-a-uuid/redeliver")
+    assert refusal == (422, "RequestValidationError", [("uuid_parsing", ["path", "id"])])
 
 
 @pytest.mark.parametrize("ended", ["DELETE", "PATCH"])

@@ -1,7 +1,8 @@
 """Events, one by one: lists, single events, and the names they go by.
 
-An event whose chain of parents is incomplete is not shown (it counts all the same). A list is found in two steps:
-the sequence numbers of the page, from the few columns that its conditions need, then those rows whole.
+An event whose chain of parents is incomplete is not shown, unless a list is of what counts: there it is like any other.
+A list is found in two steps: the sequence numbers of the page, from the few columns that its conditions need, then
+those rows whole.
 """
 
 from collections.abc import Sequence
@@ -68,7 +69,10 @@ class StoredEvent(msgspec.Struct, frozen=True):
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events, in which order. ``searched`` are the numbers of customers that ``search`` also means."""
+    """Which events, in which order. ``searched`` are the numbers of customers that ``search`` also means.
+
+    ``shows_pending``: those that wait for their parent, too.
+    """
 
     scope: Scope
     filter: Filter = EVERYTHING
@@ -81,6 +85,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 10
     offset: int = 0
     is_counted: bool = True
+    shows_pending: bool = False
 
 
 class Page(NamedTuple):
@@ -94,7 +99,7 @@ class Page(NamedTuple):
 def page(connection: duckdb.DuckDBPyConnection, listing: Listing) -> Page:
     """One page of a listing. What has to be parsed is parsed once; what has not is scanned twice rather than kept."""
     parameters = Parameters()
-    where = [VISIBLE, *_conditions(listing, parameters)]
+    where = _conditions(listing, parameters)
     matched = counted(
         listing.scope, listing.filter, listing.aggregation, parameters, keep=("seq", "timestamp"), where=where
     )
@@ -114,7 +119,7 @@ def page(connection: duckdb.DuckDBPyConnection, listing: Listing) -> Page:
 
 
 def _conditions(listing: Listing, parameters: Parameters) -> list[str]:
-    conditions = []
+    conditions = [] if listing.shows_pending else [VISIBLE]
     if listing.search is not None:
         parameters.named("search", listing.search)
         parameters.named("searched", listing.searched)

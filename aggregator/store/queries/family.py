@@ -10,11 +10,10 @@ from decimal import Decimal
 import duckdb
 from sqlglot import exp
 
-from aggregator.store.queries.scope import CONTRIBUTION, Scope, counted
+from aggregator.store.queries.scope import Scope, events_in
 from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import Parameters, fixed
+from aggregator.store.stage import Parameters, Stage, fixed
 from meters.aggregation import Aggregation
-from meters.filter import EVERYTHING
 
 Identity = tuple[int, int]
 
@@ -60,16 +59,18 @@ def _asked(tops: Sequence[Identity]) -> dict[str, list[int]]:
 
 
 def sums_below(
-    connection: duckdb.DuckDBPyConnection, organization: int, tops: Sequence[Identity], property: str
+    connection: duckdb.DuckDBPyConnection, organization: int, tops: Sequence[Identity], path: str
 ) -> dict[Identity, Decimal]:
-    """The property summed over each event and all below it; events without a number in all of them are left out."""
-    parameters = Parameters()
-    aggregation = Aggregation("sum", property)
-    events = counted(
-        Scope(organization=organization), EVERYTHING, aggregation, parameters, keep=("id_hi", "id_lo"),
-        where=[_MEMBERS],
-    )  # fmt: skip
-    query = exp.select("top_hi", "top_lo", *measures(aggregation, CONTRIBUTION)).from_("descendants")
+    """What stands at a path of the metadata, summed over each event and all below it; left out where no number does.
+
+    A path is no property of a meter: ``timestamp`` is a key here, and not the event's own.
+    """
+    parameters, stage = Parameters(), Stage()
+    sums = measures(Aggregation("sum", path), stage.number(path))
+    members = events_in(Scope(organization=organization), parameters, "*").where(fixed(_MEMBERS), copy=False)
+    events = stage.select(members.subquery("members", copy=False), ("id_hi", "id_lo"), parameters)
+    query = exp.select("top_hi", "top_lo", *sums).from_("descendants")
     query = query.join(events.subquery("events"), using=["id_hi", "id_lo"]).group_by("top_hi", "top_lo")
     rows = connection.execute(*statement(with_descendants(query, tops, parameters), parameters)).fetchall()
-    return {(hi, lo): Measured(*found).total for hi, lo, *found in rows}
+    found = {(hi, lo): Measured(*measured) for hi, lo, *measured in rows}
+    return {top: measured.total for top, measured in found.items() if measured.count}
