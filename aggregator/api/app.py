@@ -28,12 +28,11 @@ from aggregator.api import (
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.desk import Desk, Rules
+from aggregator.api.desk import Desk, Rules, View
 from aggregator.api.document import describe, install_pages
 from aggregator.api.operations import operations
 from aggregator.api.paths import Segments
 from aggregator.api.redirects import RelativeRedirects
-from aggregator.view import View
 
 __all__ = ["Rules", "create_app"]
 
