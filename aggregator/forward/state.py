@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aggregator.forward.destinations import exchange
-from aggregator.forward.opening import Unusable, explaining
+from aggregator.forward.opening import Unusable, explaining, transaction
 from aggregator.forward.planner import Item
 from aggregator.forward.request_window import BUSY_WAIT_S
 from aggregator.place import Place, format_places, parse_places
@@ -114,15 +114,8 @@ class State:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
-        with self._lock:
-            self._file.execute(begin)
-            try:
-                yield
-                self._file.execute("COMMIT")
-            except BaseException:
-                if self._file.in_transaction:  # a full disk has ended it already
-                    self._file.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._file, begin):
+            yield
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is read inside is of one moment."""
