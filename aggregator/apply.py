@@ -24,11 +24,10 @@ from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import CUSTOMER, EXTERNAL, Event, check_line
+from meters.event import CUSTOMER, EXTERNAL, Event, check_line, parse_uuid4
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
-from meters.uuid_text import parse_uuid4
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
 FIELD_SHOWN_MAX = 200  # characters of where in an event it is

@@ -11,21 +11,20 @@ too, and a new one goes on.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import duckdb
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from aggregator.continuity import break_in
+from aggregator.directory import Directory
 from aggregator.engine import Committed, Engine
+from aggregator.running import RunningTotals
 from aggregator.store.opening import MODEST, Settings, Unopenable, explaining
 from aggregator.store.store import Replaced, StillRead, Store, prepare_partitions
 from aggregator.telemetry import Telemetry
-from aggregator.view import Consumption, Snapshot, Total, Unavailable
+from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import Catalogue, Change, encode_changes
 from meters.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
@@ -40,7 +39,7 @@ logger = structlog.get_logger("aggregator")
 
 
 class Aggregator:
-    """Follows the log into the store and answers for it. Implements ``aggregator.view.View``."""
+    """Follows the log into the store and answers for it. Implements ``aggregator.api.desk.View``."""
 
     def __init__(self, log: Log, path: Path, settings: Settings = MODEST) -> None:
         self._log, self._path, self._settings = log, path, settings
@@ -153,6 +152,21 @@ class Aggregator:
         return self._now.catalogue
 
     @property
+    def ledger(self) -> Ledger:
+        """Credits and resets as of the last commit. Read only."""
+        return self._now.ledger
+
+    @property
+    def directory(self) -> Directory:
+        """Under which numbers customers' events are stored. Read only."""
+        return self._now.directory
+
+    @property
+    def totals(self) -> RunningTotals:
+        """What is kept of every meter in memory. Read only."""
+        return self._now.totals
+
+    @property
     def as_of(self) -> Mapping[int, int]:
         """The ``usage.events`` positions of the last commit."""
         return self._now.as_of
@@ -173,35 +187,6 @@ class Aggregator:
         """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
         with self._now.store.outbox() as connection:
             yield connection
-
-    def numbers(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
-        """The numbers under which a customer's events are stored: none, one or two."""
-        return self._now.directory.find(organization_id, external_customer_id, customer_id)
-
-    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
-        """The meter's running total over these customer numbers; None while it is still being counted."""
-        return self._now.totals.total(meter_id, subjects)
-
-    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
-        """Everyone's total of the meter in each span of quarter hours; None where memory does not have it."""
-        return self._now.totals.by_quarters(meter_id, bounds)
-
-    @property
-    def ledger(self) -> Ledger:
-        """Credits and resets as of the last commit. Read only."""
-        return self._now.ledger
-
-    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
-        """The meter's value over what arrived from these numbers since a time; None where memory does not have it."""
-        return self._now.totals.consumed(meter_id, subjects, since)
-
-    def arrivals(self, meter_id: str) -> npt.NDArray[np.int64] | None:
-        """When the newest counted event of each customer number arrived, in us; None while the meter is counted."""
-        return self._now.totals.arrivals(meter_id)
-
-    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
-        """What each customer number used in its window, as doubles; None where there are none to put in order by."""
-        return self._now.totals.amounts(meter_id)
 
     async def decide(self, *changes: Change) -> None:
         """Write changes to the control stream as one record, and return when they are true everywhere in here."""

@@ -140,17 +140,24 @@ class RunningTotals:
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
     def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
-        """What arrived from these numbers since a time; None while it is counted, or for what is not kept."""
+        """What arrived from these numbers since a time.
+
+        None while it is counted, for another time than the customer's newest reset, and for more distinct values than
+        are kept.
+        """
         counting = self._complete(meter_id)
         return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
 
     def arrivals(self, meter_id: str) -> Integers | None:
-        """When the newest counted event of each customer number arrived, in us; None while it is counted."""
+        """When the newest counted event of each number arrived, in us (EVER: none did); None while it is counted."""
         counting = self._complete(meter_id)
         return counting.totals.arrivals() if counting is not None else None
 
     def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
-        """What each customer number used in its window, as doubles; None while counted, and for distinct values."""
+        """What each customer number used in its window, as the nearest double, to put long lists in order by.
+
+        None while it is counted, and for distinct values.
+        """
         counting = self._complete(meter_id)
         return counting.totals.amounts() if counting is not None else None
 

@@ -11,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from aggregator.reconcile.ledger_check import Balance
-from aggregator.reconcile.store_check import Both, both_of
+from aggregator.reconcile.store_check import Both, both_of, customers_of
 from aggregator.store.queries.recount import BLOCK, Part, Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
@@ -54,7 +54,7 @@ class RunningStore:
 
     def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
         """What is kept of each meter, and the raw events up to the position that it is true for. Raises GiveUp."""
-        blocks = -(-self.customers() // BLOCK)
+        blocks = -(-customers_of(self) // BLOCK)
         hours = [row["hour"].replace(tzinfo=UTC) for row in self.ask("hours").to_pylist()]
         for meter in meters:
             found: _Blocks | None = self._put("blocks", _Blocks | None, meter, blocks=blocks, hours=hours)
@@ -72,15 +72,6 @@ class RunningStore:
         kind = list[tuple[datetime, Measured]]
         found: list[tuple[datetime, Measured]] = self._put("by-hour", kind, meter, subjects=[subject])
         return found
-
-    def customers(self) -> int:
-        """How many numbers were given."""
-        return int(self.ask("customers").to_pylist()[0]["customers"])
-
-    def who(self, subject: int) -> str:
-        """The customer's name."""
-        found = self.ask("subject", number=subject).to_pylist()
-        return str(found[0]["text"]) if found else f"number {subject}"
 
     def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
         """Total and recount of one customer or hour, true for one position; None while events flow too fast."""

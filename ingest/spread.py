@@ -14,9 +14,9 @@ from msgspec import Raw
 from ingest.admission import Admitted
 from ingest.plain import Plain
 from meters.catalogue import Catalogue
+from meters.event import parse_uuid4
 from meters.log import Entry
 from meters.partition_key import CustomerPartitions
-from meters.uuid_text import parse_uuid4
 
 REMEMBERED_MAX = 200_000
 """Customers whose partition is kept, some 30 MB in each of the two threads that spread; whoever has more pays for the

@@ -7,6 +7,7 @@ log read again gives every event the id it had before. An event without external
 Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double would bend their digits.
 """
 
+import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -22,12 +23,16 @@ from meters.exact_json import Object, decode_tokens, echo
 from meters.metadata import complaints
 from meters.refusal import DEPTH_MAX, NAME_LENGTH_MAX, Reason, Refusal
 from meters.timestamp import parse_timestamp
-from meters.uuid_text import parse_uuid4
 
 CLOCK_SKEW = timedelta(seconds=60)
 """How far ahead of ours a sender's clock may be. Polar grants nothing, which loses the usage of machines whose clock
 is a second fast; a minute is what unsynchronized ones drift between corrections, and moves no event out of its hour
 for long."""
+
+_HYPHENATED = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_UUID_FORMS = re.compile(rf"({_HYPHENATED})|([0-9a-f]{{32}})|\{{({_HYPHENATED})\}}|urn:uuid:({_HYPHENATED})")
+_VERSION = 12  # the hex digit that says the version
+_VARIANT = 16  # the hex digit that says the variant
 
 USER = "user"
 SYSTEM = "system"
@@ -72,8 +77,24 @@ def halves(number: int) -> tuple[int, int]:
 
 def event_id(hi: int, lo: int) -> str:
     """The public id of an event: its identity, written as a UUID."""
-    text = f"{hi:016x}{lo:016x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return _hyphenated(f"{hi:016x}{lo:016x}")
+
+
+def _hyphenated(digits: str) -> str:
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def parse_uuid4(value: object) -> str | Reason:
+    """The UUID in lower case with hyphens, or the reason why it is none of version 4."""
+    if not isinstance(value, str):
+        return Reason.UUID_TYPE
+    found = _UUID_FORMS.fullmatch(value.lower())
+    if not found:
+        return Reason.UUID_PARSING
+    digits = next(form for form in found.groups() if form).replace("-", "")
+    if digits[_VERSION] != "4" or digits[_VARIANT] not in "89ab":
+        return Reason.UUID_VERSION
+    return _hyphenated(digits)
 
 
 EXTERNAL = "EventCreateExternalCustomer"

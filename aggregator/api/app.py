@@ -1,9 +1,9 @@
-"""The API put together: one desk, a router per resource, errors in Polar's shapes."""
+"""The API put together: one desk, a router per resource, one for operators, errors in Polar's shapes."""
 
 from collections.abc import Callable
 from datetime import datetime
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Response
 
 from aggregator.api import (
     audit,
@@ -28,14 +28,13 @@ from aggregator.api import (
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.desk import Desk, Rules
+from aggregator.api.desk import AtDesk, Desk, Rules, View, answer
 from aggregator.api.document import describe, install_pages
-from aggregator.api.operations import operations
-from aggregator.api.paths import Segments
-from aggregator.api.redirects import RelativeRedirects
-from aggregator.view import View
+from aggregator.api.paths import RelativeRedirects, Segments
+from aggregator.api.schemas import gives, ref
 
 __all__ = ["Rules", "create_app"]
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
@@ -68,6 +67,29 @@ def create_app(
         app.include_router(router)
     app.include_router(feed.router)
     app.include_router(audit.router)
-    app.include_router(operations(metrics_text))
+    app.include_router(_operations(metrics_text))
     install_pages(app)
     return app
+
+
+def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
+    """Alive, able to answer, measured: what operators ask. None needs a token, none tells anything about a tenant."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/livez")
+    async def is_alive() -> Response:
+        """It answers, so it is."""
+        return Response(b"ok\n", media_type="text/plain")
+
+    @router.get("/readyz", responses=gives(ref("Readiness")))
+    async def is_ready(desk: AtDesk) -> Response:
+        """200 with the position of the view, or 503 while the store is being opened."""
+        as_of = desk.view.as_of
+        return answer({"status": "ready", "as_of": {str(partition): at for partition, at in as_of.items()}}, as_of)
+
+    @router.get("/metrics")
+    async def prometheus_metrics() -> Response:
+        """Counters and gauges of this process."""
+        return Response(metrics_text(), headers={"Content-Type": METRICS_TYPE})
+
+    return router

@@ -70,7 +70,7 @@ async def ask(request: Request, desk: AtDesk, token: Auditor, question: str) -> 
 async def total(request: Request, desk: AtDesk, token: Auditor) -> Response:
     """The running total of some customers together, or null."""
     asked, meter = await _asked(request, desk)
-    return _json(desk.view.total(meter.id, asked.subjects))
+    return _json(desk.view.totals.total(meter.id, asked.subjects))
 
 
 @router.post("/blocks")
@@ -100,8 +100,8 @@ def _at_once(
     spans = [(hour, hour + HOUR) for hour in hours]
     for _ in range(ATTEMPTS_MAX):
         as_of = desk.view.as_of
-        totals = [desk.view.total(meter.id, subjects) for subjects in ranges]
-        kept = desk.view.by_quarters(meter.id, spans)
+        totals = [desk.view.totals.total(meter.id, subjects) for subjects in ranges]
+        kept = desk.view.totals.by_quarters(meter.id, spans)
         if desk.view.as_of == as_of:
             return totals, kept, as_of
     return None
@@ -174,8 +174,8 @@ def _balances(desk: Desk, meter: Meter, here: Snapshot) -> Iterator[dict[str, An
 
 def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:
     if which.hour is None:
-        return desk.view.total(meter.id, [which.subject or 0])
-    found = desk.view.by_quarters(meter.id, [(which.hour, which.hour + HOUR)])
+        return desk.view.totals.total(meter.id, [which.subject or 0])
+    found = desk.view.totals.by_quarters(meter.id, [(which.hour, which.hour + HOUR)])
     return found[0] if found else None
 
 

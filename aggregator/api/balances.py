@@ -111,7 +111,7 @@ async def customer_meter(desk: Desk, customer: Customer, meter: Meter) -> Custom
 def _read(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:
     """What memory has: the account once, so that credits and usage are of the same window."""
     account = desk.view.ledger.account(customer.id, meter.id)
-    consumption = desk.view.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+    consumption = desk.view.totals.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
     return CustomerMeter(customer, meter, account, consumption or UNKNOWN)
 
 
@@ -132,7 +132,7 @@ def from_memory(desk: Desk, customer: Customer, meter: Meter) -> Consumption | N
 
 def numbers_of(desk: Desk, customer: Customer) -> list[int]:
     """The numbers under which the customer's events are stored, by either name."""
-    return desk.view.numbers(customer.organization_id, customer.external_id, customer.id)
+    return desk.view.directory.find(customer.organization_id, customer.external_id, customer.id)
 
 
 async def consumed_between(
@@ -166,7 +166,7 @@ async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Co
 
 def _last_at(desk: Desk, one: CustomerMeter) -> datetime | None:
     """When the newest event arrived that the meter counts of the customer; None where memory does not know that."""
-    arrived = desk.view.arrivals(one.meter.id)
+    arrived = desk.view.totals.arrivals(one.meter.id)
     if arrived is None:
         return None
     numbers = [number for number in numbers_of(desk, one.customer) if number < len(arrived)]

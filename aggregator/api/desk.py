@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -32,12 +32,16 @@ from aggregator.api.limits import (
     WAITS_MAX,
     WAITS_OF_ONE_MAX,
 )
+from aggregator.directory import Directory
+from aggregator.running import RunningTotals
 from aggregator.store.queries.asking import Asking, Here, Looking, Patience, Reading
-from aggregator.view import Unavailable, View
+from aggregator.view import Snapshot, Unavailable
+from aggregator.webhooks.outbox import Connection
 from meters import exact_json
 from meters.access import Denied, authorize
 from meters.catalogue import Catalogue, Change, Token
 from meters.detail import detail
+from meters.ledger import Ledger
 from meters.log import TryAgain, format_position, parse_position
 from meters.meter import Meter
 
@@ -60,6 +64,72 @@ def _interrupt(asking: _Work[Any], work: "asyncio.Future[Any]") -> None:
     if not work.done():
         asking.interrupt()
         asyncio.get_running_loop().call_later(INTERRUPT_AGAIN_S, _interrupt, asking, work)
+
+
+class View(Protocol):
+    """The aggregator, as its guests see it. They are in its process, because the store's file has one owner.
+
+    They read through ``read`` (a snapshot with the position it is true for) and from what is kept in memory, decide
+    through ``decide`` (a record in the control stream, true once the round that applied it has committed) and wait
+    through ``wait_for``. What is a property here raises Unavailable between two engines.
+    """
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Organizations, tokens, customers and meters as of the last commit. Read only."""
+        ...
+
+    @property
+    def ledger(self) -> Ledger:
+        """Credits and resets as of the last commit. Read only."""
+        ...
+
+    @property
+    def directory(self) -> Directory:
+        """Under which numbers a customer's events are stored (``events.subject``). Read only."""
+        ...
+
+    @property
+    def totals(self) -> RunningTotals:
+        """What is kept of every meter in memory; where that says None, ask the store. Read only."""
+        ...
+
+    @property
+    def as_of(self) -> Mapping[int, int]:
+        """The ``usage.events`` positions of the last commit, for answers that come from memory."""
+        ...
+
+    @property
+    def control_position(self) -> int:
+        """The ``usage.control`` position of the last commit."""
+        ...
+
+    def read(self) -> AbstractContextManager[Snapshot]:
+        """A snapshot of the store, for a thread of its own. Blocking calls; never held across an await."""
+        ...
+
+    def outbox(self) -> AbstractContextManager[Connection]:
+        """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
+        ...
+
+    async def decide(self, *changes: Change) -> None:
+        """Write changes to the control stream, all or none, and return when they are true everywhere in here.
+
+        They are one record. Raises TryAgain, Unavailable, and Refused where it is larger than the log takes.
+        """
+        ...
+
+    async def informed(self, timeout_s: float) -> bool:
+        """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
+        ...
+
+    async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
+        """Whether the view reached the ``usage.events`` position within the time."""
+        ...
+
+    async def present(self, timeout_s: float) -> bool:
+        """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
+        ...
 
 
 class Rules(NamedTuple):
@@ -170,7 +240,7 @@ class Desk:
 
     async def ask_about(self, organization_id: str, question: Callable[[Here], T]) -> Reading[T]:
         """The same where nobody shows a token."""
-        return await self._in_line(Asking(self.view, organization_id, question))
+        return await self._in_line(Asking(self.view.read, organization_id, question))
 
     async def look(self, work: Callable[[Patience], T]) -> T:
         """Have long work done over memory, in the same line. Raises Busy, TooLong, Unavailable."""
@@ -223,8 +293,9 @@ class Desk:
             return None
         organization = token.organization_id
         ids, externals = self.catalogue.identifiers(organization, customer_ids or (), external_ids or ())
-        numbers = {number for id in ids for number in self.view.numbers(organization, None, id)}
-        numbers |= {number for name in externals for number in self.view.numbers(organization, name, None)}
+        find = self.view.directory.find
+        numbers = {number for id in ids for number in find(organization, None, id)}
+        numbers |= {number for name in externals for number in find(organization, name, None)}
         return sorted(numbers)
 
 

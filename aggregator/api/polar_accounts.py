@@ -69,7 +69,7 @@ async def forget(desk: Desk, organization_id: str, polar_id: str) -> None:
 def _has_own(desk: Desk, customer: Customer) -> bool:
     meters = desk.catalogue.meters_of(customer.organization_id)
     has_account = any(desk.view.ledger.account(customer.id, meter.id) for meter in meters)
-    return has_account or bool(desk.view.numbers(customer.organization_id, customer.external_id, customer.id))
+    return has_account or bool(desk.view.directory.find(customer.organization_id, customer.external_id, customer.id))
 
 
 def _concerned(desk: Desk, customer: Customer) -> dict[str, list[str]]:

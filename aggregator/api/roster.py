@@ -71,13 +71,13 @@ def find_page(
 
 def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter], by: str) -> _Rows:
     view, each = where.desk.view, where.patience.each
-    numbers = [view.numbers(c.organization_id, c.external_id, c.id) for c in each(customers)]
+    numbers = [view.directory.find(c.organization_id, c.external_id, c.id) for c in each(customers)]
     first = np.array([found[0] if found else NOBODY for found in numbers], np.int64)
     second = np.array([found[1] if len(found) > 1 else NOBODY for found in numbers], np.int64)
     places = {customer.id: place for place, customer in enumerate(customers)}
     parts = []
     for place, meter in enumerate(each(meters)):
-        arrived = view.arrivals(meter.id)
+        arrived = view.totals.arrivals(meter.id)
         if arrived is None:
             raise Unavailable("meters are still being counted")
         newest, known = np.append(arrived, EVER), [np.where(n < len(arrived), n, NOBODY) for n in (first, second)]
@@ -103,7 +103,7 @@ def _consumed(
     where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
 ) -> Doubles:
     """What each customer used, where ``found`` says that there is a row."""
-    amounts = where.desk.view.amounts(meter.id)
+    amounts = where.desk.view.totals.amounts(meter.id)
     consumed, apart = np.zeros(len(customers)), found
     if amounts is not None:
         amounts = np.append(amounts, 0.0)

@@ -91,7 +91,7 @@ def _charted(
     """A thread: everybody's series, from memory; None where memory does not have it."""
     points, bounds = usage.spans(*between, interval, timezone)
     as_of = desk.view.as_of  # before it is read: what is read may be newer than it says, never older
-    totals = desk.view.by_quarters(meter.id, bounds)
+    totals = desk.view.totals.by_quarters(meter.id, bounds)
     if totals is None:
         return None
     parts = [measured(total) for total in totals]
@@ -116,7 +116,7 @@ async def get_customer_usage(
     externals = None if external_customer_id is None else [external_customer_id]
     subjects = desk.subjects(token, ids, externals) or []
     as_of = desk.view.as_of  # before the total is read: the total may be newer than it says, never older
-    total = desk.view.total(meter.id, subjects)
+    total = desk.view.totals.total(meter.id, subjects)
     if total is None:
         question = Question(
             filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)

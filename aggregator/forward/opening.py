@@ -1,4 +1,4 @@
-"""What it means that the forwarder's file cannot be used.
+"""The forwarder's files: a transaction, and what it means that one cannot be used.
 
 Either it is damaged, which a person must mend: nothing makes it again, because nothing else knows what was sent. Or the
 machine cannot serve it just now, which is tried again. Everything else is a bug, and is said as such.
@@ -40,3 +40,16 @@ def explaining(path: Path) -> Iterator[None]:
         if type(error) is not sqlite3.DatabaseError:  # its other kinds are wrong statements
             raise
         raise Unusable(path, error, is_damaged=True) from error
+
+
+@contextlib.contextmanager
+def transaction(file: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    """All of what is written inside, or none of it."""
+    file.execute(begin)
+    try:
+        yield
+        file.execute("COMMIT")
+    except BaseException:
+        if file.in_transaction:  # a full disk has ended it already
+            file.execute("ROLLBACK")
+        raise

@@ -12,11 +12,12 @@ clock that nobody sets, so that a step of the world's clock does not let it ask 
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from aggregator.forward.opening import transaction
 from aggregator.forward.pace import PERIOD_S, REQUESTS_MAX, free_in_us
 
 BUSY_WAIT_S = 30.0  # another process holds the file for milliseconds
@@ -76,7 +77,7 @@ class RequestWindow:
 
     def wait_s(self) -> float:
         """How long until a request may begin, for who would rather do something else meanwhile; 0 for now."""
-        with self._transaction():
+        with transaction(self._file):
             return self._wait_us(self.clock.now_us()) / 1e6
 
     def used(self) -> int:
@@ -86,21 +87,10 @@ class RequestWindow:
         with closing(self._file.execute(sql, [since_us])) as found:
             return int(found.fetchone()[0])
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._file.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._file.execute("COMMIT")
-        except BaseException:
-            if self._file.in_transaction:  # a full disk has ended it already
-                self._file.execute("ROLLBACK")
-            raise
-
     def _try(self) -> tuple[int | None, int]:
         now_us = self.clock.now_us()
         place: int | None = None
-        with self._transaction():
+        with transaction(self._file):
             wait_us = self._wait_us(now_us)
             if not wait_us:
                 place = self._file.execute("INSERT INTO requests VALUES (NULL, NULL)").lastrowid

@@ -8,7 +8,10 @@
     tallies    lane by lane: taken = accepted + waiting + dead, at every moment
     flags      what operators asked for, and what they want to see
 
-All but the flags speak of one server; those of others are kept beside them (``destinations``).
+All but the flags speak of one server. What a server took says nothing of another one: whoever tries the sandbox first
+wants production to get everything, and the sandbox, on the way back, only what came since. So each has its own place in
+the log, its own dead letters and replays, and its own sums. Those of any server but the present one stand in tables of
+the same columns and the server.
 
 It is a file beside the store and not a table in it because the store may be deleted and made again from the log, and
 what was sent stays sent. An outbox written in the store's transaction would say nothing that the store's rows do not
@@ -26,8 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aggregator.forward.destinations import exchange
-from aggregator.forward.opening import Unusable, explaining
+from aggregator.forward.opening import Unusable, explaining, transaction
 from aggregator.forward.planner import Item
 from aggregator.forward.request_window import BUSY_WAIT_S
 from aggregator.place import Place, format_places, parse_places
@@ -50,6 +52,7 @@ CREATE TABLE IF NOT EXISTS tallies (lane TEXT, name TEXT, value INTEGER, PRIMARY
 CREATE TABLE IF NOT EXISTS flags (name TEXT PRIMARY KEY, value TEXT);
 """
 BOOKS = [name for name in re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", TABLES) if name != "flags"]  # of one server
+SEEN = ("taken_last", "pending", "oldest_us", "rate")  # flags that were true of the server before
 
 
 class Replay(NamedTuple):
@@ -114,15 +117,8 @@ class State:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
-        with self._lock:
-            self._file.execute(begin)
-            try:
-                yield
-                self._file.execute("COMMIT")
-            except BaseException:
-                if self._file.in_transaction:  # a full disk has ended it already
-                    self._file.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._file, begin):
+            yield
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
         """Everything that is read inside is of one moment."""
@@ -142,9 +138,22 @@ class State:
             if left == server:
                 return None
             if left is not None:
-                exchange(self._file, BOOKS, left, server)
+                self._exchange(left, server)
             self._file.execute("INSERT OR REPLACE INTO flags VALUES ('server', ?)", [json.dumps(server)])
         return left
+
+    def _exchange(self, left: str, reached: str) -> None:
+        """Keep the books of the server that is left, and open those of the other, if there are any."""
+        for table in BOOKS:
+            found = self._rows("SELECT name FROM pragma_table_info(?)", table)
+            columns, kept = ", ".join(name for (name,) in found), f"elsewhere_{table}"
+            made = f"SELECT '' AS server, {columns} FROM {table} LIMIT 0"  # noqa: S608 (our tables)
+            self._file.execute(f"CREATE TABLE IF NOT EXISTS {kept} AS {made}")
+            self._file.execute(f"INSERT INTO {kept} SELECT ?, {columns} FROM {table}", [left])  # noqa: S608
+            self._file.execute(f"DELETE FROM {table}")  # noqa: S608
+            self._file.execute(f"INSERT INTO {table} SELECT {columns} FROM {kept} WHERE server = ?", [reached])  # noqa: S608
+            self._file.execute(f"DELETE FROM {kept} WHERE server = ?", [reached])  # noqa: S608
+        self._file.executemany("DELETE FROM flags WHERE name = ?", [(name,) for name in SEEN])
 
     def position(self, lane: str) -> dict[int, Place]:
         """Where the lane's reader stands; the beginning when it never read."""

@@ -15,14 +15,13 @@ import xxhash
 
 from aggregator.awkward import awkward_numbers
 from meters.aggregation import amount_of, is_summable
-from meters.event import Event, check_line, event_id, identity
+from meters.event import Event, check_line, event_id, identity, parse_uuid4
 from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.log import LATEST_US
 from meters.meter import Meter
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
-from meters.uuid_text import parse_uuid4
 
 _METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 

@@ -25,7 +25,7 @@ class StoppedTotals:
     """See the module. Takes part in ``store_check``; ``close`` ends its threads."""
 
     def __init__(self, stopped: StoppedStore, catalogue: Catalogue) -> None:
-        self._stopped, self._connection = stopped, stopped.connection
+        self._connection = stopped.connection
         store = Store(stopped.connection, 0)  # nothing is written: the file is open for reading only
         self._directory = store.directory()
         self._totals = RunningTotals(store, self._directory, _summable(catalogue))
@@ -44,7 +44,7 @@ class StoppedTotals:
         """What the next start would keep, and the raw events: counted for all meters in one pass."""
         with self._cursor(meters[0]) as (cursor, number):
             parts = list(recount.everything(cursor, meters, number))
-        blocks = range(-(-self.customers() // BLOCK))
+        blocks = range(-(-self._directory.subjects_count // BLOCK))
         hours = sorted(part.hour for part in parts if part.hour is not None and part.hour >= KEPT_FROM)
         for place, meter in enumerate(meters):
             totals = [self.total(meter, list(range(block * BLOCK, (block + 1) * BLOCK))) for block in blocks]
@@ -64,15 +64,6 @@ class StoppedTotals:
         """The hours of a customer."""
         with self._cursor(meter) as (cursor, number):
             return recount.by_hour(cursor, meter, number, subject)
-
-    def customers(self) -> int:
-        """How many numbers were given."""
-        return self._directory.subjects_count
-
-    def who(self, subject: int) -> str:
-        """The customer's name."""
-        found = self._stopped.ask("subject", number=subject).to_pylist()
-        return str(found[0]["text"]) if found else f"number {subject}"
 
     def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
         """Nothing moves here."""

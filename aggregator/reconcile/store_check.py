@@ -46,6 +46,11 @@ def both_of(parts: Sequence[Part], place: int, blocks: Sequence[Total], hours: M
     )
 
 
+def customers_of(store: StoreSide) -> int:
+    """How many customer numbers were given."""
+    return int(store.ask("customers").to_pylist()[0]["customers"])
+
+
 class TotalsSide(Protocol):
     """What is kept in memory, and the raw events that it should be made of."""
 
@@ -65,14 +70,6 @@ class TotalsSide(Protocol):
         """The hours of a customer; they begin in UTC."""
         ...
 
-    def customers(self) -> int:
-        """How many customer numbers were given."""
-        ...
-
-    def who(self, subject: int) -> str:
-        """The customer's name."""
-        ...
-
     def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
         """Total and recount of one customer or hour that are true for one position; None where that cannot be had."""
         ...
@@ -87,7 +84,7 @@ def check_store(store: StoreSide, totals: TotalsSide, catalogue: Catalogue, wort
     for organization_id in catalogue.organizations:
         meters = [meter for meter in catalogue.meters_of(organization_id) if _is_kept(check, totals, meter)]
         if meters:
-            _compare(check, totals, meters, worth)
+            _compare(check, store, totals, meters, worth)
     return check
 
 
@@ -171,14 +168,14 @@ def _partition(check: Check, row: dict[str, Any]) -> None:
             check.add(_broken(cause, where, f"the tally of {name} says {said}, there are {have}", abs(have - said)))
 
 
-def _compare(check: Check, totals: TotalsSide, meters: Sequence[Meter], worth: Worth) -> None:
+def _compare(check: Check, store: StoreSide, totals: TotalsSide, meters: Sequence[Meter], worth: Worth) -> None:
     """All meters of an organization: blocks of customers, then hours."""
-    customers = totals.customers()
+    customers = customers_of(store)
     for meter, both in zip(meters, totals.both(meters), strict=True):
         found: list[Difference] = []
         for block, (total, raw) in enumerate(both.blocks):
             if not _agree(meter, total, raw):
-                found += _inside(totals, meter, block, worth)
+                found += _inside(store, totals, meter, block, worth)
         check.counted.append(Counted(f"customers, {meter.name}", customers, len(found)))
         hours = [hour for hour, total, raw in both.hours if not _agree(meter, total, raw)]
         found_hours = [difference for hour in hours if (difference := _hour(totals, meter, hour, worth)) is not None]
@@ -218,7 +215,7 @@ def _agree(meter: Meter, total: Total | None, raw: Measured) -> bool:
             return total.sum == raw.total
 
 
-def _inside(totals: TotalsSide, meter: Meter, block: int, worth: Worth) -> Iterator[Difference]:
+def _inside(store: StoreSide, totals: TotalsSide, meter: Meter, block: int, worth: Worth) -> Iterator[Difference]:
     """The customers of a block that differ."""
     counted = dict(totals.by_customer(meter, block))
     for subject in range(block * BLOCK, (block + 1) * BLOCK):
@@ -226,8 +223,13 @@ def _inside(totals: TotalsSide, meter: Meter, block: int, worth: Worth) -> Itera
             continue
         again = _still_differs(totals, meter, Which(subject=subject))
         if again is not None:
-            where = f"{meter.name}, customer {totals.who(subject)}"
+            where = f"{meter.name}, customer {_who(store, subject)}"
             yield _explained(meter, where, again, _hour_of(totals, meter, subject, again), worth)
+
+
+def _who(store: StoreSide, subject: int) -> str:
+    found = store.ask("subject", number=subject).to_pylist()
+    return str(found[0]["text"]) if found else f"number {subject}"
 
 
 def _hour_of(

@@ -40,7 +40,7 @@ def create(
 
 
 def _parse_id(text: str) -> str:
-    from meters.uuid_text import parse_uuid4
+    from meters.event import parse_uuid4
 
     id = parse_uuid4(text)
     if not isinstance(id, str):

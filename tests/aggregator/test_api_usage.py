@@ -152,8 +152,8 @@ def test_a_customers_total_is_exact_and_joins_both_names(tenant: Tenant, func: s
 
 def test_charts_are_made_beside_the_event_loop(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     """The calendar's arithmetic for a year takes milliseconds, in which everybody else would wait."""
-    aggregator, where = tenant.server.aggregator, list[int]()
-    by_quarters = aggregator.by_quarters
+    totals, where = tenant.server.aggregator.totals, list[int]()
+    by_quarters = totals.by_quarters
 
     def watched(*asked: Any) -> Any:
         where.append(threading.get_ident())
@@ -161,7 +161,7 @@ def test_charts_are_made_beside_the_event_loop(tenant: Tenant, monkeypatch: pyte
 
     meter = tenant.meter(func="sum", property="n")
     tenant.event(timestamp="2026-02-01T10:00:00Z", metadata={"n": 4})
-    monkeypatch.setattr(aggregator, "by_quarters", watched)
+    monkeypatch.setattr(totals, "by_quarters", watched)
     assert tenant.get(f"/v1/meters/{meter}/quantities", **DAY)["total"] == 4
     assert where
     assert threading.get_ident() not in where

@@ -150,6 +150,6 @@ def test_answers_are_the_same_when_memory_does_not_know(
     view = tenant.server.aggregator
     for name in ("ann", "bob"):
         account = view.ledger.account(names[name], names["unique"])
-        numbers = view.numbers(tenant.id, name, names[name])
-        assert view.consumed(names["unique"], numbers, account.since if account else None) is None
+        numbers = view.directory.find(tenant.id, name, names[name])
+        assert view.totals.consumed(names["unique"], numbers, account.since if account else None) is None
     assert answers(tenant, names) == before

@@ -204,7 +204,8 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
         aggregator = Aggregator(world.log, path, SMALL)
         aggregator.start()
         aggregator._now.totals.wait()
-        unknown = [aggregator.total(made.id, aggregator.numbers(ORGANIZATION, "ann", None)) for made in metered()]
+        ann = aggregator.directory.find(ORGANIZATION, "ann", None)
+        unknown = [aggregator.totals.total(made.id, ann) for made in metered()]
         points.silent = True
         aggregator.stop()
 

@@ -20,9 +20,9 @@ from meters.event import (
     event_id,
     halves,
     identity,
+    parse_uuid4,
 )
 from meters.refusal import DEPTH_MAX, Reason, Refusal
-from meters.uuid_text import parse_uuid4
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ORGANIZATION = "1db1e1a0-0000-4000-8000-000000000000"

@@ -1,6 +1,7 @@
 """Putting a question to the store, or long work to memory: in a thread, against one snapshot, and not for ever."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, TypeVar
 
 import duckdb
@@ -10,7 +11,7 @@ from aggregator.store.queries.events import Listing
 from aggregator.store.queries.feed import Wanted
 from aggregator.store.queries.scope import Scope, organization_number
 from aggregator.store.queries.usage import Question
-from aggregator.view import View
+from aggregator.view import Snapshot
 
 T = TypeVar("T")
 Asked = TypeVar("Asked", Question, Listing, Wanted)
@@ -64,14 +65,16 @@ class Reading(NamedTuple, Generic[T]):
 class Asking(Generic[T]):
     """One question on its way. ``run`` blocks and belongs to a thread; ``interrupt`` may come from any other."""
 
-    def __init__(self, view: View, organization_id: str, question: Callable[[Here], T]) -> None:
-        self._view, self._organization_id, self._question = view, organization_id, question
+    def __init__(
+        self, read: Callable[[], AbstractContextManager[Snapshot]], organization_id: str, question: Callable[[Here], T]
+    ) -> None:
+        self._read, self._organization_id, self._question = read, organization_id, question
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._patience = Patience()
 
     def run(self) -> Reading[T]:
         """The answer. Raises TooLong, TooLarge, Unavailable."""
-        with self._view.read() as snapshot:
+        with self._read() as snapshot:
             self._connection = snapshot.connection
             try:
                 number = organization_number(snapshot.connection, self._organization_id)
