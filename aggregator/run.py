@@ -9,6 +9,8 @@ By chance no two identities share a high half, but the hash has no key: whoever 
 external ids that do. They stand in the order of their low halves and are searched like the high ones.
 
 It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
+It is synced although nobody reads it after the process: what a disk took and then could not write is zeros when it is
+read again, without an error, and what was stored would be new. A sync tells, while memory can still take the run.
 
 A search by halves in ten million words misses the processor's cache at nearly every step. So a long run has an index:
 where the high halves with the same leading bits begin. They are hashes, so that a handful of them are left to search.
@@ -69,6 +71,7 @@ class InFile:
         with open(self._descriptor, "wb", closefd=False) as file:
             for piece in pieces:
                 file.write(piece.data)
+        os.fsync(self._descriptor)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

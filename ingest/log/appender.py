@@ -6,7 +6,10 @@ clock's floor. That is why retention never removes the newest record of a partit
 After any error the connections are dropped and the next group opens others: what SQLite thinks of a transaction
 whose sync failed is not to be built upon. Whoever opens them, after an error or another process's death, first
 copies the WAL into the file. A sync that failed may have left pages that the system shows but the disk never got,
-and a commit written behind such pages would go with them when the power goes.
+and a commit written behind such pages would go with them when the power goes. Once they are copied the WAL begins
+anew, unless a reader is in a transaction just then: what is acknowledged behind such pages meanwhile is lost if the
+power goes before a later checkpoint has copied it, too. That is left as it is: to wait for readers would hold up
+everybody, and a checkpoint that starts the WAL over may copy beside another's commit.
 """
 
 import contextlib

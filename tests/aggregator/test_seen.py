@@ -1,5 +1,6 @@
 """The index of identities."""
 
+import errno
 import os
 import tempfile
 import threading
@@ -145,14 +146,32 @@ def test_no_run_is_merged_into_one_that_is_too_long(monkeypatch: pytest.MonkeyPa
 
 def test_without_room_for_a_file_the_index_is_in_memory(tmp_path: Path) -> None:
     """A directory that takes no file costs memory and changes no answer."""
+    is_in_memory_and_knows_forty(tmp_path / "gone")
+
+
+def test_where_a_file_may_not_reach_the_disk_the_index_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a disk took and then lost is read as zeros later, without an error, so that known identities look new."""
+
+    def lost(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", lost)
+    is_in_memory_and_knows_forty(tmp_path)
+
+
+def is_in_memory_and_knows_forty(directory: Path) -> None:
+    """Adds forty identities where every run should have a file, and asks for fifty."""
     with files_from(1):
-        seen = Seen(tmp_path / "gone")
+        seen = Seen(directory)
         for first in range(0, 40, 4):
             seen.add(keys([(number % 7, number) for number in range(first, first + 4)]))
         seen.settle()
         asked = keys([(number % 7, number) for number in range(50)])
         found, content = seen.find(asked.hi, asked.lo)
 
+    assert {run.InMemory} == {type(each.confirming) for each in seen._runs}
     assert found.tolist() == [number < 40 for number in range(50)]
     assert content[found].tolist() == asked.content[found].tolist()
 

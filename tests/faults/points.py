@@ -132,9 +132,9 @@ def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
         yield points
 
 
-def disk_full(point: Point) -> Exception:
-    """What a full disk raises there: DuckDB's own error from a statement, the system's from anything else."""
-    words = os.strerror(errno.ENOSPC)
+def disk_error(point: Point, number: int = errno.ENOSPC) -> Exception:
+    """What a full disk, or another error, raises there: DuckDB's own from a statement, the system's from the rest."""
+    words = os.strerror(number)
     if point[0].split()[1] in STATEMENTS:
         return duckdb.IOException(f"IO Error: {words} (injected {point})")
-    return OSError(errno.ENOSPC, words, str(point))
+    return OSError(number, words, str(point))

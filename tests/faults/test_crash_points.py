@@ -6,6 +6,7 @@ the log says up to the stored position, or not be opened yet. At the end it must
 without faults, row by row.
 """
 
+import errno
 import random
 import shutil
 import signal
@@ -34,7 +35,7 @@ from tests.faults.evidence import (
     write_sample,
 )
 from tests.faults.lives import FirstNew, start_life
-from tests.faults.points import Point, disk_full, watch
+from tests.faults.points import Point, disk_error, watch
 from tests.waiting import eventually
 
 RANDOM_ERRORS = 60
@@ -50,6 +51,11 @@ INDISPENSABLE = {
         "engine.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "opening._make",
         "opening._check",
     )
+}
+OPENING = {
+    f"{side} {name}"
+    for side in ("before", "after")
+    for name in ("connect", "opening._make", "opening._check", "Store.directory", "Store.seen")
 }
 Strike = Callable[[Point], bool]
 
@@ -115,7 +121,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made.log.close()
 
 
-def failing(world: World, path: Path, due: Strike) -> Callable[[Point], None]:
+def failing(world: World, path: Path, due: Strike, number: int = errno.ENOSPC) -> Callable[[Point], None]:
     """A strike that raises where it is due, and looks at the file before each life."""
 
     def strike(point: Point) -> None:
@@ -126,7 +132,7 @@ def failing(world: World, path: Path, due: Strike) -> Callable[[Point], None]:
                 world.offense = error
         counting = threading.current_thread().name == "history"  # may fail without consequence: see the test below
         if not counting and due(point):
-            raise disk_full(point)
+            raise disk_error(point, number)
 
     return strike
 
@@ -170,6 +176,23 @@ def test_errors_may_come_in_any_order(world: World, record_property: Callable[[s
     assert struck
 
 
+def test_a_disk_that_is_ill_while_the_store_is_opened_is_waited_for(world: World) -> None:
+    """An I/O error may pass, like a full disk: only what is wrong with the file itself is final."""
+    struck: set[str] = set()
+    lock = threading.Lock()
+
+    def due(point: Point) -> bool:
+        with lock:
+            new = point[0] in OPENING - struck
+            struck.add(point[0])
+            return new
+
+    tables = world.run("ill.duckdb", failing(world, world.directory / "ill.duckdb", due, errno.EIO))
+
+    assert world.expected == tables
+    assert set() == OPENING - struck
+
+
 @pytest.mark.timeout(240)
 def test_every_point_may_be_the_death_of_the_process(
     world: World, record_property: Callable[[str, object], None]
@@ -197,7 +220,7 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
 
     def strike(point: Point) -> None:
         if threading.current_thread().name == "history":
-            raise disk_full(point)
+            raise disk_error(point)
 
     path = world.directory / "clean.duckdb"
     with watch(strike) as points:
@@ -218,7 +241,7 @@ def test_a_view_that_has_not_read_the_decisions_says_later_instead_of_no(world: 
 
     def strike(point: Point) -> None:
         if point[0] == "before Store.commit":
-            raise disk_full(point)
+            raise disk_error(point)
 
     with watch(strike):
         aggregator = Aggregator(world.log, world.directory / "uninformed.duckdb", SMALL)

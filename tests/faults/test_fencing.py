@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from aggregator.consumer import Aggregator
@@ -84,6 +85,44 @@ def test_a_writer_that_was_replaced_cannot_commit(log: Log, tmp_path: Path) -> N
     assert isinstance(aggregator.failure, Replaced)
     assert before == after
     assert count(log, before).tallies == tallies
+    assert_store_tells(followed(log, tmp_path / STORE), count(log))
+
+
+def test_a_store_whose_position_was_moved_is_not_written(log: Log, tmp_path: Path) -> None:
+    """Nobody claimed it, and yet it is not where its writer left it: another round could count something twice."""
+    move_on = "UPDATE positions SET next_offset = next_offset + ? WHERE stream = ?"
+    aggregator = follow(log, tmp_path / STORE)
+    with aggregator._now.store.cursor() as other:
+        other.execute(move_on, [1, USAGE_EVENTS])
+    append(log, "after")
+    eventually(aggregator.ended.is_set)
+    aggregator.stop()
+    with duckdb.connect(str(tmp_path / STORE)) as back:
+        back.execute(move_on, [-1, USAGE_EVENTS])
+
+    assert isinstance(aggregator.failure, Replaced)
+    assert_store_tells(followed(log, tmp_path / STORE), count(log))
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_writer_whose_file_was_taken_away_cannot_commit(log: Log, tmp_path: Path, restored: bool) -> None:
+    """It would go on in a file without a name: a copy that was put in its place counts from where the copy stands."""
+    followed(log, tmp_path / STORE)
+    copy = Path(shutil.copy(tmp_path / STORE, tmp_path / "copy"))
+    aggregator = follow(log, tmp_path / STORE)
+    copied = copy.read_bytes()
+    if restored:
+        copy.replace(tmp_path / STORE)
+    else:
+        (tmp_path / STORE).unlink()
+    append(log, "after")
+    eventually(aggregator.ended.is_set)
+    aggregator.stop()
+
+    assert isinstance(aggregator.failure, Replaced)
+    assert "another file is at" in str(aggregator.failure)
+    if restored:
+        assert (tmp_path / STORE).read_bytes() == copied
     assert_store_tells(followed(log, tmp_path / STORE), count(log))
 
 

@@ -165,6 +165,31 @@ def test_a_failed_commit_is_never_acknowledged(tmp_path: Path, failures: int, re
     assert list(range(offset + 1)) == [record.offset for record in found]
 
 
+def test_nothing_is_left_of_a_group_that_fails_half_way(tmp_path: Path) -> None:
+    """Its first partition was written and its second could not be: the next group begins without either."""
+    path = tmp_path / "log.sqlite"
+    create(path, {USAGE_EVENTS: 1}, 1.0)
+
+    async def run() -> tuple[list[object], list[int]]:
+        writer = GroupWriter(FileAppender(path, lambda: 0, Limits()), Limits(), "test")
+        halves = [Entry(b"first half"), Entry(b"second half", partition=1)]  # for which there is no table
+        refused = await asyncio.gather(writer.submit(USAGE_EVENTS, halves), return_exceptions=True)
+        offsets = await writer.submit(USAGE_EVENTS, entry("sure"))
+        log = open_log(str(tmp_path))  # beside the writer, whose end would undo what it left open
+        found.extend(record.value for record in log.read(USAGE_EVENTS, {0: 0}, bytes_max=1000))
+        log.close()
+        await asyncio.to_thread(writer.close)
+        return list(refused), offsets
+
+    found: list[bytes] = []
+    [refused], [offset] = asyncio.run(run())
+
+    assert isinstance(refused, TryAgain)
+    assert "no such table" in str(refused)
+    assert offset == 0
+    assert found == [b"sure"]
+
+
 def test_a_waiter_whose_loop_is_gone_is_no_error(tmp_path: Path) -> None:
     """A loop that was closed before its answer came leaves the writer at work for the others."""
     gate = Gate()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, Running, line, rows
 from tests.kafka.cluster import Cluster
 from tests.ports import take_port
+from tests.waiting import eventually
 
 PLENTY = 1 << 30
 QUESTIONS = 5
@@ -146,9 +148,26 @@ def test_records_of_nobody_belong_to_whom_the_url_names(address: Address) -> Non
         assert [record.organization_id for record in found] == [ORGANIZATION, "another"]
 
 
-def believe_any_clock(kafka: Cluster, topic: str) -> None:
-    """As topics do that were not made by ``meterstream kafka init``."""
-    entry = ConfigEntry("message.timestamp.after.max.ms", str(2**63 - 1), incremental_operation=AlterConfigOpType.SET)
+def test_a_record_that_the_topic_does_not_take_is_refused(address: Address, kafka: Cluster) -> None:
+    """Its limit may be below the gateway's. To try again is of no use, and what is smaller goes on being taken."""
+    configure(kafka, address.topic(USAGE_EVENTS), "max.message.bytes", "2000")
+    with opened(address) as log:
+        eventually(lambda: refuses(log, os.urandom(3000)))  # the broker hears of the setting a moment later
+        assert append(log, b"small")
+
+
+def refuses(log: Log, value: bytes) -> bool:
+    """Whether the brokers take no such record; what may pass is raised."""
+    try:
+        append(log, value)
+    except Refused as error:
+        return "no record of this size" in str(error)
+    return False
+
+
+def configure(kafka: Cluster, topic: str, name: str, value: str) -> None:
+    """As a topic is that ``meterstream kafka init`` did not make."""
+    entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
     admin = kafka.admin()  # which has to live until the answer is there
     admin.incremental_alter_configs([resource])[resource].result(30)
@@ -157,7 +176,7 @@ def believe_any_clock(kafka: Cluster, topic: str) -> None:
 def test_times_that_no_calendar_has_hold_up_nothing(address: Address, kafka: Cluster, tmp_path: Path) -> None:
     """A producer may send microseconds for milliseconds: its events are dead letters, and what follows counts."""
     topic = address.topic(USAGE_EVENTS)
-    believe_any_clock(kafka, topic)
+    configure(kafka, topic, "message.timestamp.after.max.ms", str(2**63 - 1))
     producer = Producer({"bootstrap.servers": kafka.bootstrap})
     times_ms = [1_772_323_200_000_000, 9_200_000_000_000_000_000, 1_772_323_200_000]
     for number, time_ms in enumerate(times_ms):
