@@ -15,7 +15,16 @@ import msgspec
 from msgspec.structs import replace
 
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
+from meters.catalogue import (
+    INDIVIDUAL,
+    TEAM,
+    Catalogue,
+    Change,
+    Customer,
+    CustomerCreated,
+    CustomerDeleted,
+    CustomerUpdated,
+)
 from meters.mirror import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
 
 T = TypeVar("T")
@@ -30,6 +39,7 @@ class _Customer(msgspec.Struct):
     created_at: datetime
     modified_at: datetime | None = None
     deleted_at: datetime | None = None
+    type: str | None = None
     external_id: str | None = None
     email: str | None = None
     name: str | None = None
@@ -160,6 +170,7 @@ class _Reading:
         if known is not None and self._is_older(told, known):
             return
         fields: dict[str, Any] = {
+            "type": TEAM if told.type == TEAM else INDIVIDUAL,
             "email": told.email,
             "name": told.name,
             "metadata": told.metadata,
