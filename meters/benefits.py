@@ -82,6 +82,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     discount_id: str | None = None
     price_id: str | None = None
     seats: int | None = None
+    units: int | None = None
+    custom_field_data: dict[str, Any] = {}
     meter_ids: list[str] = []
 
     @property

@@ -105,6 +105,8 @@ class _Subscription(msgspec.Struct):
     ended_at: datetime | None = None
     discount_id: str | None = None
     seats: int | None = None
+    units: int | None = None
+    custom_field_data: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
     customer: _Customer | None = None
     prices: list[_Priced] = []

@@ -75,11 +75,8 @@ def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMe
     unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
     fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
     priced = meters_here(desk.catalogue, held.organization_id, held.meter_ids)
-    return fields | {
-        "custom_field_data": {},
-        "units": None,
-        "meters": [meter_numbers(one) | {"amount": _amount(desk, one)} for id in priced if (one := by_meter.get(id))],
-    }
+    meters = [meter_numbers(one) | {"amount": _amount(desk, one)} for id in priced if (one := by_meter.get(id))]
+    return fields | {"meters": meters}
 
 
 def _amount(desk: Desk, one: CustomerMeter) -> int:
