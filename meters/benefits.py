@@ -5,7 +5,7 @@ remembers what it credited last, because that is what is taken back when it is r
 later grants and cycles give, and nothing that was given.
 
 Subscriptions are decided elsewhere (by whoever takes the money) and mirrored here: they say which meters are paid for
-and in which period a customer is.
+and in which period a customer is. What was decided at Polar names meters as Polar does (``meters.polar_meters``).
 """
 
 from datetime import datetime
@@ -82,6 +82,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     discount_id: str | None = None
     price_id: str | None = None
     seats: int | None = None
+    units: int | None = None
+    custom_field_data: dict[str, Any] = {}
     meter_ids: list[str] = []
 
     @property
@@ -149,6 +151,11 @@ class Benefits:
     def subscriptions_of(self, customer_id: str) -> list[Subscription]:
         """Every subscription of a customer, ended ones too, oldest first."""
         return [self.subscriptions[id] for id in list(self._subscriptions_of.get(customer_id, ()))]
+
+    def priced_meters(self, organization_id: str) -> set[str]:
+        """The meters that an active subscription of one of the organization's customers has a price for."""
+        every = [one for one in list(self.subscriptions.values()) if one.organization_id == organization_id]
+        return {id for one in every if one.is_active for id in one.meter_ids}
 
     def paid_meters(self, customer_id: str) -> set[str]:
         """The meters that a customer has by an active subscription or a grant that holds."""

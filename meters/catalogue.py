@@ -9,7 +9,7 @@ decisions.
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any, get_args
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 
@@ -48,12 +48,20 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     revoked_at: datetime | None = None
 
 
+INDIVIDUAL: Final = "individual"
+TEAM: Final = "team"
+
+
 class Customer(msgspec.Struct, frozen=True, kw_only=True):
-    """Someone an organization knows. Usage may name the customer by ``id`` or by ``external_id``."""
+    """Someone an organization knows. Usage may name the customer by ``id`` or by ``external_id``.
+
+    Customers written down before ``type`` was kept are individuals.
+    """
 
     id: str
     organization_id: str
     created_at: datetime
+    type: Literal["individual", "team"] = INDIVIDUAL
     external_id: str | None = None
     email: str | None = None
     name: str | None = None

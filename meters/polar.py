@@ -2,8 +2,8 @@
 
 A customer of Polar's is the customer here that has its id, or else its external id; where there is none, one is made
 with Polar's id, and turns out to be another one when it gets the external id of that. A deletion goes by the id alone.
-A thing's newest state wins (``meters.mirror``). Types that say nothing about usage or credits are no business of this
-product and are passed over.
+A thing's newest state wins (``meters.mirror``), and that it was deleted is the newest of all. Types that say nothing
+about usage or credits are no business of this product and are passed over.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,17 @@ import msgspec
 from msgspec.structs import replace
 
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
-from meters.meter import Meter
+from meters.catalogue import (
+    INDIVIDUAL,
+    TEAM,
+    Catalogue,
+    Change,
+    Customer,
+    CustomerCreated,
+    CustomerDeleted,
+    CustomerUpdated,
+)
 from meters.mirror import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
-
-METER_KEY = "polar_meter_id"
-"""The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
 
 T = TypeVar("T")
 
@@ -34,6 +39,7 @@ class _Customer(msgspec.Struct):
     created_at: datetime
     modified_at: datetime | None = None
     deleted_at: datetime | None = None
+    type: str | None = None
     external_id: str | None = None
     email: str | None = None
     name: str | None = None
@@ -45,6 +51,7 @@ class _Benefit(msgspec.Struct):
     type: str
     created_at: datetime
     modified_at: datetime | None = None
+    is_deleted: bool = False
     description: str = ""
     metadata: dict[str, Any] = {}
     properties: dict[str, Any] = {}
@@ -98,6 +105,8 @@ class _Subscription(msgspec.Struct):
     ended_at: datetime | None = None
     discount_id: str | None = None
     seats: int | None = None
+    units: int | None = None
+    custom_field_data: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
     customer: _Customer | None = None
     prices: list[_Priced] = []
@@ -163,6 +172,7 @@ class _Reading:
         if known is not None and self._is_older(told, known):
             return
         fields: dict[str, Any] = {
+            "type": TEAM if told.type == TEAM else INDIVIDUAL,
             "email": told.email,
             "name": told.name,
             "metadata": told.metadata,
@@ -254,17 +264,21 @@ class _Reading:
         if told.is_revoked and told.revoked_at is not None:
             says_units = told.properties is not None and bool(told.properties.last_credited_units)
             self.facts.append(Revoked(told.id, _at(told.revoked_at), takes=not says_units))
-        self._benefit(told.benefit, given)
+        self.benefit(told.benefit)
         self._held(told, customer_id)
 
-    def _benefit(self, told: _Benefit, given: "_Given") -> None:
-        known = self.catalogue.benefits.benefits.get(told.id)
-        _own(known, self.organization_id)
-        if self._is_news(f"benefit:{told.id}", _version(told)):
+    def benefit(self, told: _Benefit) -> None:
+        """What the benefit gives now, or that it is no more."""
+        if told.type != METER_CREDIT:
+            return
+        given = _read(told.properties, _Given)
+        _own(self.catalogue.benefits.benefits.get(told.id), self.organization_id)
+        if self._is_news(f"benefit:{told.id}", GONE if told.is_deleted else _version(told)):
             self.changes.append(BenefitSet(Benefit(
                 id=told.id, organization_id=self.organization_id, description=told.description, units=given.units,
-                meter_id=self.meter_id(given.meter_id), rollover=given.rollover, metadata=told.metadata,
+                meter_id=given.meter_id, rollover=given.rollover, metadata=told.metadata,
                 created_at=_at(told.created_at), modified_at=_utc(told.modified_at),
+                deleted_at=_at(told.modified_at or told.created_at) if told.is_deleted else None,
             )))  # fmt: skip
 
     def _held(self, told: _Grant, customer_id: str) -> None:
@@ -278,7 +292,7 @@ class _Reading:
             id=told.id, organization_id=self.organization_id, benefit_id=told.benefit.id, customer_id=customer_id,
             created_at=_at(told.created_at), granted_at=_at(told.granted_at or told.created_at),
             modified_at=_utc(told.modified_at), revoked_at=revoked_at, subscription_id=told.subscription_id,
-            last_credited_meter_id=last.last_credited_meter_id and self.meter_id(last.last_credited_meter_id),
+            last_credited_meter_id=last.last_credited_meter_id,
             last_credited_units=last.last_credited_units, last_credited_at=_utc(last.last_credited_at),
         )))  # fmt: skip
 
@@ -296,14 +310,10 @@ class _Reading:
             fields |= {
                 "organization_id": self.organization_id,
                 "customer_id": customer_id,
-                "meter_ids": [self.meter_id(id) for id in priced],
+                "meter_ids": priced,
                 "price_id": next((one.id for one in told.prices), None),
             }
             self.changes.append(SubscriptionSet(Subscription(**fields)))
-
-    def meter_id(self, polar_id: str) -> str:
-        meter = meter_of(self.catalogue, self.organization_id, polar_id)
-        return meter.id if meter else polar_id
 
     def decisions(self, delivery_id: str, kind: str) -> list[Change]:
         """What there is to decide. Polar tells the same again and again; what is known already is not kept again."""
@@ -333,6 +343,7 @@ def read(
     reading = _Reading(catalogue, organization_id, now)
     handlers: dict[str, Callable[[], None]] = {
         "customer": lambda: reading.customer(_read(data, _Customer), is_gone=kind == "customer.deleted"),
+        "benefit": lambda: reading.benefit(_read(data, _Benefit)),
         "benefit_grant": lambda: reading.grant(_read(data, _Grant)),
         "subscription": lambda: reading.subscription(_read(data, _Subscription)),
         "order": lambda: reading.customer(_read(data, _Order).customer),
@@ -344,12 +355,6 @@ def read(
     once = catalogue.mirror.once(organization_id, reading.polar_id)
     concerned = sorted({reading.polar_id, reading.customer_id, *once})
     return News(reading.decisions(delivery_id, kind), reading.polar_id, concerned)
-
-
-def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:
-    """The organization's meter that is Polar's: of the same id, or said to be so in its metadata."""
-    said_so = (one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id)
-    return catalogue.meter(organization_id, polar_id) or next(said_so, None)
 
 
 def _own(thing: Any, organization_id: str) -> None:

@@ -91,7 +91,7 @@ SCHEMAS: Schema = {
     ),
     "PortalMeter": record(_BALANCE | {"customer_id": ID, "meter": record({"id": ID, **_STAMPS, "name": TEXT})}),
     "PortalCustomer": record(
-        {"id": ID, **_STAMPS, "email": TEXT, "email_verified": BOOLEAN, "type": TEXT, "name": nullable(TEXT)}
+        {"id": ID, **_STAMPS, "email": nullable(TEXT), "email_verified": BOOLEAN, "type": TEXT, "name": nullable(TEXT)}
         | {"oauth_accounts": OBJECT} | dict.fromkeys(UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
     ),
     "PortalSession": record({"expires_at": TIME, "return_url": nullable(TEXT)}),

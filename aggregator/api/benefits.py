@@ -3,7 +3,8 @@
 Benefits have Polar's paths and shapes. Granting is ours, for whoever does not take money through Polar: a grant is
 made, renewed (``cycle``) and revoked here, with the effects that Polar's own steps have. Every step can be repeated:
 granting what is granted and revoking what is revoked change nothing, and a cycle that names its ``at`` happens once.
-What Polar's webhooks told of is changed at Polar: its news of a step that was made here too would count it twice.
+What Polar's webhooks told of is changed at Polar, as long as it tells anything: its news of a step that was made here
+too would count it twice.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, MeterReset
 from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
+from meters.polar_meters import here
 from meters.resource import parse_metadata
 
 router = APIRouter(tags=["benefits"])
@@ -137,7 +139,7 @@ def benefit_of(desk: Desk, token: Token, id: UUID) -> Benefit:
     benefit = desk.catalogue.benefits.benefits.get(str(id))
     if benefit is None or benefit.organization_id != token.organization_id or benefit.deleted_at:
         raise NotFound
-    return benefit
+    return here(desk.catalogue, benefit)
 
 
 def _grant_of(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Customer]:
@@ -145,12 +147,14 @@ def _grant_of(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Custo
     customer = desk.catalogue.customer(token.organization_id, grant.customer_id) if grant else None
     if grant is None or grant.organization_id != token.organization_id or customer is None:
         raise NotFound
-    return grant, desk.catalogue.benefits.benefits[grant.benefit_id], customer
+    benefit = desk.catalogue.benefits.benefits[grant.benefit_id]
+    return here(desk.catalogue, grant), here(desk.catalogue, benefit), customer
 
 
 def _must_be_ours(desk: Desk, token: Token, thing: str, id: str) -> None:
-    """Of Polar's grants and benefits every step is made there and told here. Raises Refused."""
-    if desk.catalogue.mirror.is_mirrored(token.organization_id, f"{thing}:{id}"):
+    """Of Polar's grants and benefits every step is made there, while a source tells of it here. Raises Refused."""
+    is_told = bool(desk.catalogue.webhooks.sources_of(token.organization_id))
+    if is_told and desk.catalogue.mirror.is_mirrored(token.organization_id, f"{thing}:{id}"):
         raise Refused("value_error", ("path", "id"), f"This {thing} is Polar's: change it there.", id)
 
 
@@ -204,7 +208,7 @@ async def list_benefits(
     places = {str(one): place for place, one in enumerate(id or ())}
     # all are of one type, and the only order of the user's is that of the ids that are asked for
     found.sort(key=lambda one: (getattr(one, chosen.by, places.get(one.id, 0)), one.id), reverse=not chosen.ascending)
-    shapes = [benefit_shape(benefit) for benefit in cut(found, page)]
+    shapes = [benefit_shape(here(desk.catalogue, benefit)) for benefit in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
@@ -245,7 +249,7 @@ async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
-        grants = desk.catalogue.benefits.grants_by(benefit.id)
+        grants = [here(desk.catalogue, grant) for grant in desk.catalogue.benefits.grants_by(benefit.id)]
         await desk.decide_each(_all(revoked(grant, benefit, now)) for grant in grants)
         await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
     return Response(status_code=204)
@@ -270,7 +274,7 @@ async def list_grants(
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
-    shapes = [grant_shape(grant, benefit, customer) for grant, customer in cut(found, page)]
+    shapes = [grant_shape(here(desk.catalogue, grant), benefit, customer) for grant, customer in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
@@ -291,7 +295,7 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
         _must_be_ours(desk, token, "benefit", benefit.id)
         customer = named_customer(desk, token, body)
         grants = desk.catalogue.benefits.grants_of(customer.id)
-        known = next((one for one in grants if one.benefit_id == benefit.id), None)
+        known = next((here(desk.catalogue, one) for one in grants if one.benefit_id == benefit.id), None)
         grant = known or Grant(
             id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
             customer_id=customer.id, created_at=now, granted_at=now,

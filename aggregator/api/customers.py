@@ -20,7 +20,16 @@ from aggregator.api.shapes import customer_shape
 from aggregator.store.queries.asking import Patience
 from meters.access import reading, writing
 from meters.amount import amount_text
-from meters.catalogue import Catalogue, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated, Token
+from meters.catalogue import (
+    INDIVIDUAL,
+    TEAM,
+    Catalogue,
+    Customer,
+    CustomerCreated,
+    CustomerDeleted,
+    CustomerUpdated,
+    Token,
+)
 from meters.detail import Detail, detail
 from meters.resource import parse_metadata
 
@@ -60,9 +69,11 @@ def _subscribes(catalogue: Catalogue, customer: Customer) -> bool:
     responses=gives(ref("Customer"), 201),
 )
 async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Response:
-    """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``."""
-    body = await body_of(request)
-    fields = _fields(body, required=("email",))
+    """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``.
+
+    With the ``type`` ``team`` there may be no ``email``.
+    """
+    fields = _fields(await body_of(request), is_new=True)
     async with desk.deciding:
         _refuse_taken(desk.catalogue, token.organization_id, fields)
         customer = Customer(
@@ -72,17 +83,16 @@ async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Resp
     return answer(customer_shape(customer), desk.view.as_of, 201)
 
 
-def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
+def _fields(body: Any, *, is_new: bool = False) -> dict[str, Any]:
     """The fields that the body gives; null is as good as nothing, but for a field that it clears."""
     if not isinstance(body, dict):
         message = "Input should be a valid dictionary or object"
         raise Malformed([detail("model_attributes_type", ("body",), message, body)])
     refuse_organization(body)
     complaints: list[Detail] = []
-    for name in required:
-        if body.get(name) is None:
-            complaints.append(detail("missing", ("body", name), "Field required", body))
-    fields = {name: body[name] for name in ("email", "external_id", "name") if body.get(name) is not None}
+    if is_new and body.get("email") is None and body.get("type") != TEAM:
+        complaints.append(detail("missing", ("body", "email"), "Field required", body))
+    fields = {name: body[name] for name in ("type", "email", "external_id", "name") if body.get(name) is not None}
     for name, text in fields.items():
         complaints += _text_complaints(name, text)
     if body.get("metadata") is not None:
@@ -95,6 +105,9 @@ def _fields(body: Any, required: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _text_complaints(name: str, text: Any) -> list[Detail]:
     where = ("body", name)
+    if name == "type":
+        known = text in (INDIVIDUAL, TEAM)
+        return [] if known else [detail("enum", where, f"Input should be '{INDIVIDUAL}' or '{TEAM}'", text)]
     if not isinstance(text, str):
         return [detail("string_type", where, "Input should be a valid string", text)]
     if len(text) > TEXT_LENGTH_MAX:
@@ -211,7 +224,8 @@ async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.patch("/v1/customers/{id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
 async def update_customer(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
-    """Change what is named in the body; null clears a ``name``. An external id can be given once and stays."""
+    """Change what is named in the body; null clears a ``name``. An external id can be given once and stays; a team
+    stays one."""
     return await _update(request, desk, lambda: customer_by_id(desk, token, id))
 
 
@@ -244,6 +258,9 @@ async def _update(request: Request, desk: Desk, find: Callable[[], Customer]) ->
         if customer.external_id is not None and fields.get("external_id", customer.external_id) != customer.external_id:
             message = "The external ID of a customer cannot be changed."
             raise Refused("value_error", ("body", "external_id"), message, fields["external_id"])
+        if customer.type == TEAM and fields.get("type") == INDIVIDUAL:
+            message = f"Customer type cannot be downgraded from '{TEAM}' to '{INDIVIDUAL}'."
+            raise Refused("value_error", ("body", "type"), message, INDIVIDUAL)
         _refuse_taken(desk.catalogue, customer.organization_id, fields, but=customer.id)
         changed = msgspec.structs.replace(customer, modified_at=desk.now(), **fields)
         await desk.decide(CustomerUpdated(changed))

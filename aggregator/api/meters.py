@@ -16,6 +16,7 @@ from aggregator.api.schemas import gives, page_of, ref, takes
 from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.meter import Meter, new_meter, updated_meter
+from meters.polar_meters import meters_here
 
 logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
@@ -100,10 +101,15 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
 
 
 def _is_attached(desk: Desk, meter: Meter) -> bool:
-    """Whether anything is sold or given by this meter."""
-    benefits = desk.catalogue.benefits.benefits_of(meter.organization_id)
-    is_given = any(benefit.meter_id == meter.id for benefit in benefits)
-    return is_given or desk.catalogue.prices.of(meter.id) is not None
+    """Whether anything is sold or given by this meter.
+
+    A subscription is for it while somebody would tell here that it ended.
+    """
+    catalogue, organization_id = desk.catalogue, meter.organization_id
+    named = {benefit.meter_id for benefit in catalogue.benefits.benefits_of(organization_id)}
+    if catalogue.webhooks.sources_of(organization_id):
+        named |= catalogue.benefits.priced_meters(organization_id)
+    return catalogue.prices.of(meter.id) is not None or meter.id in meters_here(catalogue, organization_id, named)
 
 
 def _complaint(details: list[Any]) -> Exception:

@@ -19,7 +19,7 @@ from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
 from meters.ledger import ZERO, Account, Credit, Reset, rollover_units
 from meters.meter import Meter
 from meters.mirror import Given, Wanted
-from meters.polar import METER_KEY, meter_of
+from meters.polar_meters import METER_KEY, meter_of
 
 OURS = "polar:"
 """How the ids of movements begin that follow from what Polar told."""

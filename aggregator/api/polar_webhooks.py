@@ -20,6 +20,7 @@ from aggregator.api.errors import Malformed, json_response
 from aggregator.api.limits import POLAR_BODY_BYTES_MAX
 from aggregator.api.polar_accounts import forget, settle
 from aggregator.api.schemas import gives, ref
+from meters.benefits import BenefitSet
 from meters.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.detail import detail
 from meters.mirror import DeliveryApplied, Linked
@@ -64,11 +65,12 @@ def _about(data: Any) -> str:
 
 
 async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None]) -> News:
-    """Decide, and alone where a customer's names are concerned, by what is true then.
+    """Decide, and alone where others may decide the same, by what is true then.
 
-    No two may have the same, and none may go while it becomes somebody else's.
+    No two customers may have one name, and none may go while it becomes somebody else's. A benefit comes with the news
+    of each of its customers, and its newest state has to be the last.
     """
-    if not any(map(_is_about_names, news.changes)):
+    if not any(map(_is_of_several, news.changes)):
         await desk.decide(*news.changes)
         return news
     async with desk.deciding:
@@ -77,9 +79,9 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
         return news
 
 
-def _is_about_names(change: Change) -> bool:
+def _is_of_several(change: Change) -> bool:
     is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
-    return is_link or isinstance(change, CustomerCreated | CustomerDeleted | CustomerUpdated)
+    return is_link or isinstance(change, BenefitSet | CustomerCreated | CustomerDeleted | CustomerUpdated)
 
 
 async def _source(desk: Desk, headers: Mapping[str, str], body: bytes) -> Source | None:

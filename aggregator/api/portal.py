@@ -5,7 +5,7 @@ limit, period, part used, history of credits) in one answer. A meter is seen whe
 subscription, a grant that holds, or a credit that somebody gave directly.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from meters.access import Denied, authorize_customer
 from meters.catalogue import Customer
 from meters.ledger import Account
 from meters.meter import Meter
-from meters.polar import METER_KEY
+from meters.polar_meters import meters_here
 from meters.price import charge
 from meters.sessions import CustomerSession
 
@@ -60,16 +60,11 @@ def _customer(here: Desk, session: CustomerSession) -> Customer:
 
 def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
     """The meters that are this customer's to see."""
-    paid = here.catalogue.benefits.paid_meters(customer.id)
+    paid = meters_here(here.catalogue, customer.organization_id, here.catalogue.benefits.paid_meters(customer.id))
     for meter in here.catalogue.meters_of(customer.organization_id):
         account = here.view.ledger.account(customer.id, meter.id)
-        if meter.archived_at is None and (_is_among(meter, paid) or _is_credited(account)):
+        if meter.archived_at is None and (meter.id in paid or _is_credited(account)):
             yield meter
-
-
-def _is_among(meter: Meter, ids: Collection[str]) -> bool:
-    """Whether the meter is one of these. What Polar told of before the meter was made has Polar's id of it."""
-    return meter.id in ids or meter.metadata.get(METER_KEY) in ids
 
 
 def _is_credited(account: Account | None) -> bool:
@@ -180,6 +175,7 @@ def percentage(consumed: Decimal, limit: Decimal) -> Decimal:
 def _period(here: Desk, one: CustomerMeter) -> tuple[datetime | None, datetime | None]:
     """Since when usage counts, and until when where a subscription says so."""
     for subscription in here.catalogue.benefits.subscriptions_of(one.customer.id):
-        if subscription.is_active and _is_among(one.meter, subscription.meter_ids):
+        priced = meters_here(here.catalogue, one.customer.organization_id, subscription.meter_ids)
+        if subscription.is_active and one.meter.id in priced:
             return one.since or subscription.current_period_start, subscription.current_period_end
     return one.since, None

@@ -3,6 +3,7 @@
 from typing import Any
 
 from meters.aggregation import FUNCTIONS
+from meters.catalogue import INDIVIDUAL, TEAM
 from meters.credit import CAUSES, UNITS_MAX
 from meters.filter import Operator
 from meters.meter import NAME_LENGTH_MIN, UNITS
@@ -62,7 +63,13 @@ _METER: Schema = {
     "custom_multiplier": nullable({"type": "integer", "exclusiveMinimum": 0}),
     "metadata": METADATA,
 }
-_CUSTOMER: Schema = {"email": TEXT, "external_id": nullable(TEXT), "name": nullable(TEXT), "metadata": METADATA}
+_CUSTOMER: Schema = {
+    "type": one_of(INDIVIDUAL, TEAM),
+    "email": nullable(TEXT),
+    "external_id": nullable(TEXT),
+    "name": nullable(TEXT),
+    "metadata": METADATA,
+}
 _UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
 _PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
 UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
@@ -96,11 +103,11 @@ SCHEMAS: Schema = {
         | {"first_seen": nullable(TIME), "last_seen": nullable(TIME)}
         | {"top_customers": many(record({**_NAMED, "quantity": NUMBER}))}
     ),
-    "CustomerCreate": record(_CUSTOMER, "external_id", "name", "metadata"),
+    "CustomerCreate": record(_CUSTOMER, *_CUSTOMER),
     "Customer": record(
         {"id": ID, "organization_id": ID, **_CUSTOMER}
         | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
-        | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "type": TEXT, "avatar_url": nullable(TEXT)}
+        | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "avatar_url": nullable(TEXT)}
         | dict.fromkeys(UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
     ),
     "CustomerUpdate": record(_CUSTOMER, *_CUSTOMER),

@@ -16,7 +16,7 @@ from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
 from meters import exact_json
 from meters.amount import amount_text, decimal_text, parse_amount
-from meters.catalogue import Catalogue, Customer, meter_json
+from meters.catalogue import TEAM, Catalogue, Customer, meter_json
 from meters.credit import CreditGranted, MeterReset
 from meters.event import event_id
 from meters.facts import RESERVED, number_token
@@ -46,9 +46,9 @@ def customer_shape(customer: Customer) -> Json:
         "modified_at": customer.modified_at,
         "metadata": customer.metadata,
         "external_id": customer.external_id,
-        "email": customer.email or "",
+        "email": customer.email or (None if customer.type == TEAM else ""),
         "email_verified": False,
-        "type": "individual",
+        "type": customer.type,
         "name": customer.name,
         "organization_id": customer.organization_id,
         "deleted_at": customer.deleted_at,

@@ -19,7 +19,7 @@ from aggregator.api.shapes import customer_shape, number
 from meters.access import reading
 from meters.benefits import METER_CREDIT, Subscription
 from meters.catalogue import Customer, Token
-from meters.polar import METER_KEY
+from meters.polar_meters import here, meters_here
 from meters.price import charge
 
 router = APIRouter(tags=["customers"])
@@ -34,7 +34,7 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
     catalogue = desk.catalogue
     every = [] if customer.deleted_at else catalogue.meters_of(customer.organization_id)
     found = await customer_meters(desk, [(customer, meter) for meter in every])
-    by_meter = {str(name): one for one in found for name in (one.meter.id, one.meter.metadata.get(METER_KEY)) if name}
+    by_meter = {one.meter.id: one for one in found}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
     grants = [one for one in catalogue.benefits.grants_of(customer.id) if not one.revoked_at]
     return customer_shape(customer) | {
@@ -48,7 +48,7 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
                 "benefit_id": grant.benefit_id,
                 "benefit_type": METER_CREDIT,
                 "benefit_metadata": catalogue.benefits.benefits[grant.benefit_id].metadata,
-                "properties": grant_properties(grant),
+                "properties": grant_properties(here(catalogue, grant)),
             }
             for grant in grants
         ],
@@ -74,12 +74,9 @@ def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
 def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> dict[str, Any]:
     unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
     fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
-    priced = [by_meter[id] for id in held.meter_ids if id in by_meter]
-    return fields | {
-        "custom_field_data": {},
-        "units": None,
-        "meters": [meter_numbers(one) | {"amount": _amount(desk, one)} for one in priced],
-    }
+    priced = meters_here(desk.catalogue, held.organization_id, held.meter_ids)
+    meters = [meter_numbers(one) | {"amount": _amount(desk, one)} for id in priced if (one := by_meter.get(id))]
+    return fields | {"meters": meters}
 
 
 def _amount(desk: Desk, one: CustomerMeter) -> int:

@@ -124,6 +124,8 @@ def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
     ("body", "complaints"),
     [
         ({}, [("missing", ["body", "email"])]),
+        ({"type": "individual"}, [("missing", ["body", "email"])]),
+        ({"email": "a@b", "type": "crew"}, [("enum", ["body", "type"])]),
         ({"email": "ann"}, [("value_error", ["body", "email"])]),
         ({"email": "a@b", "name": 5}, [("string_type", ["body", "name"])]),
         ({"email": "a@b", "external_id": "x" * 501}, [("string_too_long", ["body", "external_id"])]),
@@ -156,6 +158,22 @@ def test_null_in_a_change_clears_a_name_and_nothing_else(tenant: Tenant) -> None
     assert tenant.patch(path, {"external_id": "ann"})["external_id"] == "ann"
     refusal = tenant.refusal("PATCH", path, json={"external_id": None})
     assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "external_id"])])
+
+
+def test_a_team_may_have_no_address_and_stays_a_team(tenant: Tenant) -> None:
+    """As with Polar: who was an individual may become one, and nobody the other way round."""
+    team = tenant.post("/v1/customers/", {"type": "team", "name": "Crew", "external_id": "crew"})
+    assert (team["type"], team["email"]) == ("team", None)
+    assert tenant.get("/v1/customers/external/crew/state")["type"] == "team"
+    session = tenant.post("/v1/customer-sessions/", {"customer_id": team["id"]})["token"]
+    shown = tenant.ask("GET", "/v1/customer-portal/customers/me", secret=session).json()
+    assert (shown["type"], shown["email"]) == ("team", None)
+    ann = tenant.post("/v1/customers/", {"email": "ann@example.com"})
+    assert ann["type"] == "individual"
+    assert tenant.patch(f"/v1/customers/{ann['id']}", {"type": "team"})["type"] == "team"
+    refusal = tenant.refusal("PATCH", f"/v1/customers/{ann['id']}", json={"type": "individual"})
+    assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "type"])])
+    assert tenant.patch(f"/v1/customers/{ann['id']}", {"type": "team", "name": "Ann"})["name"] == "Ann"
 
 
 def test_names_of_customers_are_taken_once_in_an_organization(server: Server, tenant: Tenant) -> None:

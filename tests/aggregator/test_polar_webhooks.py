@@ -109,6 +109,24 @@ def test_a_customer_known_by_external_id_is_the_same_one(polar: Polar) -> None:
     assert polar.tenant.ask("GET", f"/v1/customers/{known}").status_code == 404
 
 
+def test_a_team_of_polars_is_a_team(polar: Polar) -> None:
+    """It may have no address, and an individual may become one."""
+    polar.deliver("customer.created", polar.customer(), "1")
+    assert (state(polar)["type"], state(polar)["email"]) == ("individual", "ann@example.com")
+    polar.deliver("customer.updated", polar.customer(FEBRUARY, type="team", email=None), "2")
+    assert (state(polar)["type"], state(polar)["email"]) == ("team", None)
+
+
+def test_a_subscription_is_shown_as_polar_told_of_it(polar: Polar) -> None:
+    """With its seats, its units and what was asked at the checkout; where Polar told none there are none."""
+    names = ("seats", "units", "custom_field_data")
+    for id, fields in enumerate([(None, None, {}), (3, 5, {"team size": "10", "ratio": 0.5, "vat": None})]):
+        told = dict(zip(names, fields, strict=True)) if id else {}
+        polar.deliver("subscription.active", polar.subscription(JANUARY + id * PAID, **told), f"{id}")
+        (shown,) = state(polar)["active_subscriptions"]
+        assert tuple(shown[name] for name in names) == fields
+
+
 def test_what_is_polars_is_changed_there(polar: Polar) -> None:
     """No step of its grants or benefits is made here: Polar's own news of it would count it twice."""
     polar.mirrored_meter()

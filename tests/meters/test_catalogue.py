@@ -115,6 +115,14 @@ def test_fields_and_types_of_a_newer_version_are_passed_over() -> None:
     assert decode_change(line) == TokenRevoked("t1", LATER)
 
 
+def test_a_customer_of_before_there_were_teams_is_an_individual() -> None:
+    """Logs hold decisions without the field."""
+    customer = b'{"id":"c","organization_id":"o","created_at":"2026-02-01T00:00:00Z"}'
+    change = decode_change(b'{"type":"customer.created","customer":' + customer + b"}")
+    assert isinstance(change, CustomerCreated)
+    assert change.customer.type == "individual"
+
+
 @pytest.mark.parametrize(
     "line",
     [b"[]", b"{}", b'{"type":5}', b'{"type":"token.revoked"}', b'{"type":"meter.created","meter":{}}', b"\xff"],
