@@ -72,7 +72,7 @@ def _credited(
     return Step(held, [*before, credit])
 
 
-def revoked(grant: Grant, benefit: Benefit, at: datetime) -> Step:
+def revoked(grant: Grant, at: datetime) -> Step:
     """The end of a grant: what it credited last is taken back, if it ever credited, from the units of its kind.
 
     The benefit may have been edited since: whether it rolls over now says nothing of what was given.
@@ -80,10 +80,9 @@ def revoked(grant: Grant, benefit: Benefit, at: datetime) -> Step:
     held = replace(grant, revoked_at=at, modified_at=at)
     if grant.last_credited_units is None or grant.last_credited_meter_id is None:
         return Step(held, [])
-    rollover = benefit.rollover if grant.last_credited_rollover is None else grant.last_credited_rollover
     back = CreditGranted(
         id=movement_id(grant.id, grant.last_credited_at, "revoke"), organization_id=grant.organization_id,
         customer_id=grant.customer_id, meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units),
-        at=at, rollover=rollover, cause="revoke", reference=grant.id,
+        at=at, rollover=bool(grant.last_credited_rollover), cause="revoke", reference=grant.id,
     )  # fmt: skip
     return Step(held, [back])

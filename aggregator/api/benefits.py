@@ -244,7 +244,7 @@ async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
         grants = desk.catalogue.benefits.grants_by(benefit.id)
-        await desk.decide_each(_all(revoked(grant, benefit, now)) for grant in grants)
+        await desk.decide_each(_all(revoked(grant, now)) for grant in grants)
         await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
     return Response(status_code=204)
 
@@ -380,7 +380,7 @@ async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
         grant, benefit, customer = _grant_of(desk, token, id)
         _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:
-            step = revoked(grant, benefit, desk.now())
+            step = revoked(grant, desk.now())
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
