@@ -115,13 +115,30 @@ class Api:
             raise stranger(self._url) from None
         return _ours(response)
 
+    def answer(
+        self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:  # fmt: skip
+        """The answer to a request that succeeded. Raises GiveUp."""
+        try:
+            response = self.send(method, path, params=params, content=content, headers=headers)
+        except httpx.TransportError as error:
+            raise self.unreachable(error) from None
+        if not response.is_success:
+            raise refused(response)
+        return response
+
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
-        return self._json("GET", path, params=params)
+        return exact_json(self.answer("GET", path, params=params).content)
 
     def post(self, path: str, body: object, **params: Any) -> Any:
         """As ``get``, with a body."""
-        return self._json("POST", path, params=params, content=as_json(body).encode())
+        return exact_json(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
+
+    def patch(self, path: str, body: object) -> Any:
+        """As ``post``."""
+        return exact_json(self.answer("PATCH", path, content=as_json(body).encode()).content)
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
@@ -129,15 +146,6 @@ class Api:
             yield from pages(self.get, path, **params)
         except (KeyError, TypeError):  # JSON, and yet no list as Meterstream gives it
             raise stranger(self._url) from None
-
-    def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
-        try:
-            response = self.send(method, path, params=params, content=content)
-        except httpx.TransportError as error:
-            raise self.unreachable(error) from None
-        if response.is_success:
-            return exact_json(response.content)
-        raise refused(response)
 
     def unreachable(self, error: httpx.TransportError) -> GiveUp:
         """What to say when nobody answered."""

@@ -126,10 +126,7 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
     position, (since, until) = "", difference.window
     while wanted:
         given = {"start_timestamp": text(since), "end_timestamp": text(until), "position": position, "limit": 10_000}
-        response = here.send("GET", "/v1/feed/", params=given)
-        if not response.is_success:
-            raise GiveUp(f"our own events cannot be read: {response.status_code}")
-        page = msgspec.json.decode(response.content, type=FeedPage)
+        page = msgspec.json.decode(here.answer("GET", "/v1/feed/", params=given).content, type=FeedPage)
         for entry in page.items:
             item = item_of(entry, "repair")
             if wanted.pop(item.external_id, None) is not None:

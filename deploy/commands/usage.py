@@ -41,7 +41,7 @@ def usage(
 
     Intervals are shown whole, all between --start and --end: the first holds --start, the last the moment before --end.
     """
-    from deploy.client import blaming, exact_json, refused
+    from deploy.client import blaming, exact_json
     from deploy.commands.meters import find_meter
 
     here = session(context)
@@ -50,12 +50,10 @@ def usage(
     since, until = _range(start, end, Interval(interval), timezone)
     with here.api() as api, blaming(OPTIONS):
         found = find_meter(api, meter)
-        response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={
+        response = api.answer("GET", f"/v1/meters/{found['id']}/quantities", params={
             "start_timestamp": since.isoformat(), "end_timestamp": until.isoformat(), "interval": interval,
             "timezone": timezone, "external_customer_id": customer,
         })
-        if not response.is_success:
-            raise refused(response)
     answer = exact_json(response.content)
     for point in answer["quantities"]:
         beginning, _ = bucket(datetime.fromisoformat(point["timestamp"]), Interval(interval), timezone)
