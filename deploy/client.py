@@ -211,14 +211,14 @@ def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
     """The refusals of a 422: the field, and what is wrong with it."""
     try:
         entries = response.json()["detail"]
-        return [(".".join(map(str, entry["loc"][1:])), words_of(entry)) for entry in entries]
+        return [(".".join(map(str, entry["loc"][1:])), words_of(entry["msg"])) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
-def words_of(refusal: Mapping[str, Any]) -> str:
+def words_of(message: str) -> str:
     """What is wrong, without the kind of error that Polar's words begin with."""
-    return str(refusal["msg"]).removeprefix("Value error, ")
+    return message.removeprefix("Value error, ")
 
 
 def _first_line(response: httpx.Response) -> str:
