@@ -1,9 +1,7 @@
 """The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +12,7 @@ from aggregator.forward.answer import pages
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import as_json
 from deploy.settings import fits_header
+from meters import exact_json
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
@@ -130,15 +129,15 @@ class Api:
 
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
-        return exact_json(self.answer("GET", path, params=params).content)
+        return exact_json.decode(self.answer("GET", path, params=params).content)
 
     def post(self, path: str, body: object, **params: Any) -> Any:
         """As ``get``, with a body."""
-        return exact_json(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
+        return exact_json.decode(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
 
     def patch(self, path: str, body: object) -> Any:
         """As ``post``."""
-        return exact_json(self.answer("PATCH", path, content=as_json(body).encode()).content)
+        return exact_json.decode(self.answer("PATCH", path, content=as_json(body).encode()).content)
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
@@ -179,11 +178,6 @@ def _ours(response: httpx.Response) -> httpx.Response:
 def stranger(url: str) -> GiveUp:
     """What to say where somebody else answers."""
     return GiveUp(f"what answers at {url} is not Meterstream; name a server with --url (or METERSTREAM_URL)")
-
-
-def exact_json(content: bytes) -> Any:
-    """JSON with its decimals as they were written."""
-    return json.loads(content, parse_float=Decimal)
 
 
 def refused(response: httpx.Response) -> GiveUp:

@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 import httpx
 import msgspec
 
-from deploy.client import Api, exact_json, refused, words_of
+from deploy.client import Api, refused, words_of
 from deploy.giving_up import GiveUp
 from deploy.output import note
 from ingest.limits import BODY_BYTES_MAX
+from meters import exact_json
 
 INGEST_PATH = "/v1/events/ingest"
 BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
@@ -90,7 +91,7 @@ def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
     while batch:
         response = _persist(api, batch, delivery)
         if response.is_success:
-            answer = exact_json(response.content)
+            answer = exact_json.decode(response.content)
             delivery.inserted += answer["inserted"]
             delivery.duplicates += answer["duplicates"]
             delivery.log_position = response.headers.get("Log-Position", delivery.log_position)

@@ -6,12 +6,12 @@ A value that reads as a number, true or false is one; quotes make it a text (``-
 front make it one, too; what is a number for people alone (``+5``, ``5.``) is neither.
 """
 
-import json
 import re
 from decimal import Decimal
 from typing import Any
 
 from deploy.giving_up import USAGE, GiveUp
+from meters import exact_json
 from meters.metadata import JSON_NUMBER
 
 OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
@@ -39,11 +39,9 @@ def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
     if where:
         raise GiveUp("--filter and --where exclude each other; put all of it into one", USAGE)
     try:
-        parsed = json.loads(filter, parse_float=Decimal)
+        parsed = exact_json.decode(filter)
     except ValueError as error:
         raise GiveUp(f"--filter is no JSON: {error}", USAGE) from None
-    except RecursionError:
-        raise GiveUp("--filter is nested too deeply", USAGE) from None
     if not isinstance(parsed, dict):
         raise GiveUp('--filter takes an object such as {"conjunction": "and", "clauses": []}', USAGE)
     return parsed

@@ -10,6 +10,7 @@ from deploy.giving_up import USAGE, GiveUp
 from deploy.instant import parse_instant
 from deploy.output import Output, as_json, require_stdout, show, show_table, text
 from deploy.session import session
+from meters import exact_json
 from meters.window import END_MAX, START_MIN, Interval, bucket, zone
 
 OPTIONS = {"": "--start and --end", "timezone": "--timezone", "external_customer_id": "--customer"}
@@ -41,7 +42,7 @@ def usage(
 
     Intervals are shown whole, all between --start and --end: the first holds --start, the last the moment before --end.
     """
-    from deploy.client import blaming, exact_json
+    from deploy.client import blaming
     from deploy.commands.meters import find_meter
 
     here = session(context)
@@ -54,7 +55,7 @@ def usage(
             "start_timestamp": since.isoformat(), "end_timestamp": until.isoformat(), "interval": interval,
             "timezone": timezone, "external_customer_id": customer,
         })
-    answer = exact_json(response.content)
+    answer = exact_json.decode(response.content)
     for point in answer["quantities"]:
         beginning, _ = bucket(datetime.fromisoformat(point["timestamp"]), Interval(interval), timezone)
         point["timestamp"] = beginning.isoformat().replace("+00:00", "Z")
