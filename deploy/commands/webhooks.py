@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.naming import ids
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
+from deploy.where import ids
 
 if TYPE_CHECKING:
     from deploy.client import Api
