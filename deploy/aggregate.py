@@ -2,9 +2,15 @@
 
 The API is on a socket in the data directory, for the gateway beside it; on a host and port where the log is one that
 gateways on other machines share.
+
+By default the log keeps all records, so that the store can be made again from the first event on. Where an operator
+sets a bound, records older than so many days go, but never one that the store has not read: what was acknowledged is
+counted first, however long that takes. The numbers in the store stay. A store made again later only has what the log
+still holds, so ``meterstream rebuild`` then refuses.
 """
 
 import contextlib
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -17,10 +23,13 @@ from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.listening import url
 from deploy.logs import configure_logs
-from deploy.retention import trimming
 from deploy.settings import Settings
 from ingest.log import clock_us
-from meters.log import PositionLost
+from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
+
+DAY_US = 24 * 60 * 60 * 1_000_000
+
+logger = structlog.get_logger("deploy")
 
 
 def run(settings: Settings, lifeline: int | None) -> None:
@@ -59,6 +68,26 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
         ) from error
     finally:
         log.close()
+
+
+def trimming(log: Log, days: int, clock_us: Callable[[], int]) -> Callable[[Mapping[int, int]], None]:
+    """What to do now and then, given the positions up to which everything is in the store."""
+
+    def trim(as_of: Mapping[int, int]) -> None:
+        oldest_kept_us = clock_us() - days * DAY_US
+        try:
+            for place in as_of.items():  # one by one: a read of all ends at the first record, whosever it is
+                unread = log.read(USAGE_EVENTS, dict([place]), bytes_max=1)
+                if any(record.timestamp_us < oldest_kept_us for record in unread):
+                    return  # the store is that far behind: it reads first
+            removed = log.trim(USAGE_EVENTS, oldest_kept_us)
+        except TryAgain as error:
+            logger.warning("log_not_trimmed", reason=str(error))
+            return
+        if removed:
+            logger.info("log_trimmed", records=removed, days=days)
+
+    return trim
 
 
 def _say_where(address: tuple[str, int] | str) -> None:

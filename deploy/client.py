@@ -1,9 +1,7 @@
 """The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +12,7 @@ from aggregator.forward.answer import pages
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import as_json
 from deploy.settings import fits_header
+from meters import exact_json
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
@@ -115,13 +114,30 @@ class Api:
             raise stranger(self._url) from None
         return _ours(response)
 
+    def answer(
+        self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:  # fmt: skip
+        """The answer to a request that succeeded. Raises GiveUp."""
+        try:
+            response = self.send(method, path, params=params, content=content, headers=headers)
+        except httpx.TransportError as error:
+            raise self.unreachable(error) from None
+        if not response.is_success:
+            raise refused(response)
+        return response
+
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
-        return self._json("GET", path, params=params)
+        return exact_json.decode(self.answer("GET", path, params=params).content)
 
     def post(self, path: str, body: object, **params: Any) -> Any:
         """As ``get``, with a body."""
-        return self._json("POST", path, params=params, content=as_json(body).encode())
+        return exact_json.decode(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
+
+    def patch(self, path: str, body: object) -> Any:
+        """As ``post``."""
+        return exact_json.decode(self.answer("PATCH", path, content=as_json(body).encode()).content)
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
@@ -129,15 +145,6 @@ class Api:
             yield from pages(self.get, path, **params)
         except (KeyError, TypeError):  # JSON, and yet no list as Meterstream gives it
             raise stranger(self._url) from None
-
-    def _json(self, method: str, path: str, *, params: Mapping[str, Any], content: bytes | None = None) -> Any:
-        try:
-            response = self.send(method, path, params=params, content=content)
-        except httpx.TransportError as error:
-            raise self.unreachable(error) from None
-        if response.is_success:
-            return exact_json(response.content)
-        raise refused(response)
 
     def unreachable(self, error: httpx.TransportError) -> GiveUp:
         """What to say when nobody answered."""
@@ -173,11 +180,6 @@ def stranger(url: str) -> GiveUp:
     return GiveUp(f"what answers at {url} is not Meterstream; name a server with --url (or METERSTREAM_URL)")
 
 
-def exact_json(content: bytes) -> Any:
-    """JSON with its decimals as they were written."""
-    return json.loads(content, parse_float=Decimal)
-
-
 def refused(response: httpx.Response) -> GiveUp:
     """What to say about an answer that is not a success, and what to do about it."""
     match response.status_code:
@@ -203,14 +205,14 @@ def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
     """The refusals of a 422: the field, and what is wrong with it."""
     try:
         entries = response.json()["detail"]
-        return [(".".join(map(str, entry["loc"][1:])), words_of(entry)) for entry in entries]
+        return [(".".join(map(str, entry["loc"][1:])), words_of(entry["msg"])) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
-def words_of(refusal: Mapping[str, Any]) -> str:
+def words_of(message: str) -> str:
     """What is wrong, without the kind of error that Polar's words begin with."""
-    return str(refusal["msg"]).removeprefix("Value error, ")
+    return message.removeprefix("Value error, ")
 
 
 def _first_line(response: httpx.Response) -> str:

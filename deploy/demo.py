@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deploy import demo_trace as trace
-from deploy.client import Api, refused
+from deploy.client import Api
 from deploy.control import new_secret
 from deploy.demo_recount import Figures, compare, recount
 from deploy.demo_report import measure, print_report
@@ -161,9 +161,7 @@ def _await_position(api: Api, positions: list[str]) -> None:
     headers = {"Prefer": f"wait={WAIT_S}", "Log-Position": format_position(wanted)}
     deadline = time.monotonic() + CATCH_UP_PATIENCE_S
     while time.monotonic() < deadline:
-        answer = api.send("GET", "/v1/meters/", params={"limit": 1}, headers=headers)
-        if not answer.is_success:
-            raise refused(answer)
+        answer = api.answer("GET", "/v1/meters/", params={"limit": 1}, headers=headers)
         as_of = parse_position(answer.headers.get("As-Of", "")) or {}
         if all(as_of.get(partition, 0) >= offset for partition, offset in wanted.items()):
             return

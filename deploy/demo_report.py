@@ -5,17 +5,18 @@ from decimal import Decimal
 from typing import Any
 
 from deploy import demo_trace as trace
-from deploy.client import Api, exact_json
+from deploy.client import Api
 from deploy.demo_recount import Figures
 from deploy.output import show_table
 from deploy.sending import Line
+from meters import exact_json
 
 TOP = 10
 
 
 def measure(api: Api, meter_ids: dict[str, str], lines: list[Line]) -> Figures:
     """Everything that is printed, as the API answers it."""
-    events = [exact_json(line.event) for line in lines]
+    events = [exact_json.decode(line.event) for line in lines]
     names = sorted({event["external_customer_id"] for event in events})
     moments = [event["timestamp"] for event in events]
     window = {"start_timestamp": f"{min(moments)[:13]}:00:00Z", "end_timestamp": max(moments), "interval": "hour"}

@@ -4,8 +4,6 @@ import contextlib
 import time
 from datetime import UTC, datetime
 
-import httpx
-
 from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
 from deploy.giving_up import USAGE, GiveUp
 from deploy.mending import not_done, plan, rebuilt, write_down
@@ -96,8 +94,5 @@ def _told_polar(here: Session, task: Task, report: Report) -> list[Done | None]:
         return []
     wrong, unsure = confirmed(here, task, report)
     with own_server(here) as api:
-        try:
-            sent = send_again(here.settings, here.data, api, report.differences)
-            return [sent, correct(here.settings, here.data, api, wrong), unsure]
-        except httpx.TransportError as error:
-            raise api.unreachable(error) from None
+        sent = send_again(here.settings, here.data, api, report.differences)
+        return [sent, correct(here.settings, here.data, api, wrong), unsure]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-import httpx
 import msgspec
 
 from aggregator.reconcile.ledger_check import SIDES as LEDGER_SIDES
@@ -61,10 +60,7 @@ def reconcile(here: Session, task: Task) -> Report:
                 return _compare(log, stopped, task, outbox, lambda known: contextlib.closing(totals(known)))
         with own_server(here) as api:
             running = RunningStore(api)
-            try:
-                return _compare(log, running, task, outbox, lambda _: contextlib.nullcontext(running))
-            except httpx.TransportError as error:
-                raise api.unreachable(error) from None
+            return _compare(log, running, task, outbox, lambda _: contextlib.nullcontext(running))
 
 
 @contextlib.contextmanager

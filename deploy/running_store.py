@@ -15,7 +15,7 @@ from aggregator.reconcile.store_check import Both, both_of, customers_of
 from aggregator.store.queries.recount import BLOCK, Part, Which
 from aggregator.store.sql import Measured
 from aggregator.view import Total
-from deploy.client import Api, refused
+from deploy.client import Api
 from deploy.giving_up import GiveUp
 from meters.meter import Meter
 
@@ -29,7 +29,7 @@ class _Blocks(msgspec.Struct):
 
 
 class RunningStore:
-    """See the module. Raises GiveUp when the server refuses, httpx.TransportError when it goes away."""
+    """See the module. Raises GiveUp when the server refuses, or goes away."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -42,9 +42,7 @@ class RunningStore:
             with pa.ipc.new_stream(sink, asked.schema) as writer:
                 writer.write_table(asked)
             body = sink.getvalue().to_pybytes()
-        answer = self._api.send("POST", f"{_PATH}/ask/{question}", params=parameters, content=body)
-        if not answer.is_success:
-            raise refused(answer)
+        answer = self._api.answer("POST", f"{_PATH}/ask/{question}", params=parameters, content=body)
         return pa.ipc.open_stream(answer.content).read_all()
 
     def total(self, meter: Meter, subjects: list[int]) -> Total | None:
@@ -86,7 +84,4 @@ class RunningStore:
 
     def _put(self, path: str, kind: Any, meter: Meter, **asked: object) -> Any:
         body = msgspec.json.encode({"meter_id": meter.id, **asked})
-        answer = self._api.send("POST", f"{_PATH}/{path}", content=body)
-        if not answer.is_success:
-            raise refused(answer)
-        return msgspec.json.decode(answer.content, type=kind)
+        return msgspec.json.decode(self._api.answer("POST", f"{_PATH}/{path}", content=body).content, type=kind)

@@ -8,15 +8,16 @@ Polar's API.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from datetime import UTC, datetime
 
 import httpx
 import msgspec
 
-from deploy.client import Api, exact_json, refused, words_of
+from deploy.client import Api, refused, words_of
 from deploy.giving_up import GiveUp
 from deploy.output import note
 from ingest.limits import BODY_BYTES_MAX
+from meters import exact_json
 
 INGEST_PATH = "/v1/events/ingest"
 BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
@@ -90,12 +91,12 @@ def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
     while batch:
         response = _persist(api, batch, delivery)
         if response.is_success:
-            answer = exact_json(response.content)
+            answer = exact_json.decode(response.content)
             delivery.inserted += answer["inserted"]
             delivery.duplicates += answer["duplicates"]
             delivery.log_position = response.headers.get("Log-Position", delivery.log_position)
             return
-        faults = _faults(response) if response.status_code == 422 else {}
+        faults = _faults(response)
         if not faults:
             raise refused(response)
         delivery.problems += [Problem(batch[index].number, message) for index, message in sorted(faults.items())]
@@ -104,22 +105,15 @@ def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
 
 def _faults(response: httpx.Response) -> dict[int, str]:
     """The refused events of a 422 by their place in the batch, each with its first reason."""
+    from ingest.client.answer import Refused, read_answer  # brings the whole client, which few batches need
+
+    outcome = read_answer(response.status_code, response.headers, response.content, datetime.now(UTC))
     faults: dict[int, str] = {}
-    for entry in _entries(response):
-        location = entry["loc"]
-        if len(location) > 2 and location[1] == "events" and isinstance(location[2], int):
-            # Polar names the variant of an event that it tried, which nobody wrote.
-            field = ".".join(str(part) for part in location[3:] if not str(part).startswith("EventCreate"))
-            faults.setdefault(location[2], f"{field}: {words_of(entry)}" if field else words_of(entry))
+    for index, detail in outcome.details.items() if isinstance(outcome, Refused) else ():
+        # Polar names the variant of an event that it tried, which nobody wrote.
+        field = ".".join(str(part) for part in detail.loc[3:] if not str(part).startswith("EventCreate"))
+        faults[index] = ": ".join(filter(None, (field, words_of(detail.msg))))
     return faults
-
-
-def _entries(response: httpx.Response) -> list[dict[str, Any]]:
-    try:
-        detail = response.json()["detail"]
-    except (ValueError, KeyError, TypeError):
-        return []
-    return detail if isinstance(detail, list) else []
 
 
 def _persist(api: Api, batch: list[Line], delivery: Delivery) -> httpx.Response:

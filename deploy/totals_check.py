@@ -7,9 +7,10 @@ answers name the position they are true for, and only answers for the same posit
 from decimal import Decimal
 from typing import Any
 
-from deploy.client import Api, exact_json, refused
+from deploy.client import Api
 from deploy.giving_up import GiveUp
 from deploy.output import as_json
+from meters import exact_json
 
 ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
 
@@ -32,15 +33,11 @@ def compare_totals(api: Api, meter: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _recount(api: Api, meter: dict[str, Any]) -> tuple[dict[str, Any], str]:
     definition = as_json({"filter": meter["filter"], "aggregation": meter["aggregation"]}).encode()
-    response = api.send("POST", "/v1/meters/preview", content=definition)
-    if not response.is_success:
-        raise refused(response)
-    return exact_json(response.content), response.headers["As-Of"]
+    response = api.answer("POST", "/v1/meters/preview", content=definition)
+    return exact_json.decode(response.content), response.headers["As-Of"]
 
 
 def _running(api: Api, meter: dict[str, Any], customer: dict[str, Any]) -> tuple[Decimal, str]:
     who = {name: customer[name] for name in ("customer_id", "external_customer_id") if customer[name] is not None}
-    response = api.send("GET", f"/v1/meters/{meter['id']}/usage", params=who)
-    if not response.is_success:
-        raise refused(response)
+    response = api.answer("GET", f"/v1/meters/{meter['id']}/usage", params=who)
     return Decimal(response.json()["value"]), response.headers["As-Of"]

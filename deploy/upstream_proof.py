@@ -36,9 +36,9 @@ from meters.window import START_MIN
 
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
 NO_BEGIN = (
-    "where forwarding began is not known (METERSTREAM_POLAR_FROM is `now`, and it has not begun yet, or began with an "
-    "earlier version), so what seems to be missing there may have been sent another way before: nothing is repaired. "
-    "If everything was sent from here, set METERSTREAM_POLAR_FROM=beginning for this command"
+    "where forwarding began is not known (METERSTREAM_POLAR_FROM is `now`, and it has not begun yet), so what "
+    "seems to be missing there may have been sent another way before: nothing is repaired. If everything was sent from "
+    "here, set METERSTREAM_POLAR_FROM=beginning for this command"
 )
 
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import msgspec
 
-from aggregator.forward.answer import Answer, is_passing
-from aggregator.forward.pace import Circuit, jitter, retry_after_s
 from aggregator.forward.planner import ENVELOPE_BYTES
 from aggregator.forward.polar_event import item_of
 from aggregator.forward.source import FeedPage
-from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
+from aggregator.forward.upstream import BODY_BYTES_MAX, INGEST_PATH, Denied, Upstream
 from aggregator.reconcile.correction import instead
 from aggregator.reconcile.report import Difference, Done, Repair
 from aggregator.reconcile.upstream_scope import text
@@ -25,7 +23,6 @@ from deploy.settings import Settings
 from deploy.upstream_proof import connected
 
 BATCH_EVENTS = 500  # of one request: nobody waits for a repair, and Polar answers sooner
-SEND_ATTEMPTS_MAX = 10  # with growing pauses, or those that Polar asks for: several minutes of an upstream that is away
 
 
 def send_again(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
@@ -66,30 +63,11 @@ def requests(
 
 def send(upstream: Upstream, body: bytes) -> dict[str, Any]:
     """What Polar says to a request that it takes; tried again while that may help. Raises GiveUp, NoAnswer."""
-    circuit, clock = Circuit(), upstream.window.clock
-    while True:
-        asked_s: float | None = None
-        try:
-            answer = upstream.ingest(body)
-        except NoAnswer:
-            if circuit.failures + 1 >= SEND_ATTEMPTS_MAX:
-                raise
-        else:
-            if answer.is_success:
-                found: dict[str, Any] = answer.json()
-                return found
-            _give_up_if_in_vain(answer, circuit.failures + 1)
-            asked_s = retry_after_s(answer.headers.get("retry-after"), clock.now_us())
-        clock.pause(circuit.failed(clock.now_us(), asked_s, jitter()))
-
-
-def _give_up_if_in_vain(answer: Answer, attempts: int) -> None:
-    if not is_passing(answer.status):
-        raise GiveUp(f"Polar refuses the events: {answer.words()}; `meterstream forward` isolates such an event")
-    if attempts >= SEND_ATTEMPTS_MAX:
-        raise GiveUp(
-            f"Polar does not take the events now ({answer.status}); run the repair again, it changes nothing twice"
-        )
+    try:
+        found: dict[str, Any] = upstream.insist("POST", INGEST_PATH, content=body).json()
+    except Denied as error:
+        raise GiveUp(f"Polar refuses the events: {error}; `meterstream forward` isolates such an event") from error
+    return found
 
 
 def _send_all(
@@ -126,10 +104,7 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
     position, (since, until) = "", difference.window
     while wanted:
         given = {"start_timestamp": text(since), "end_timestamp": text(until), "position": position, "limit": 10_000}
-        response = here.send("GET", "/v1/feed/", params=given)
-        if not response.is_success:
-            raise GiveUp(f"our own events cannot be read: {response.status_code}")
-        page = msgspec.json.decode(response.content, type=FeedPage)
+        page = msgspec.json.decode(here.answer("GET", "/v1/feed/", params=given).content, type=FeedPage)
         for entry in page.items:
             item = item_of(entry, "repair")
             if wanted.pop(item.external_id, None) is not None:

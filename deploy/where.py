@@ -1,17 +1,23 @@
-"""Filters as a person types them: ``--where model=gpt-4 --where 'tokens>=100'``, all of which must hold.
+"""What a person types for filters, times and names.
+
+Filters are ``--where model=gpt-4 --where 'tokens>=100'``, all of which must hold.
 
     =  !=  >  >=  <  <=      compare            ~  !~      contains, does not contain
 
 A value that reads as a number, true or false is one; quotes make it a text (``--where 'zip="00123"'``). Zeros in
 front make it one, too; what is a number for people alone (``+5``, ``5.``) is neither.
+
+Times are ISO 8601, in UTC (or another zone) where they do not say. A name may mean several things.
 """
 
-import json
 import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, tzinfo
 from decimal import Decimal
 from typing import Any
 
 from deploy.giving_up import USAGE, GiveUp
+from meters import exact_json
 from meters.metadata import JSON_NUMBER
 
 OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
@@ -39,14 +45,32 @@ def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
     if where:
         raise GiveUp("--filter and --where exclude each other; put all of it into one", USAGE)
     try:
-        parsed = json.loads(filter, parse_float=Decimal)
+        parsed = exact_json.decode(filter)
     except ValueError as error:
         raise GiveUp(f"--filter is no JSON: {error}", USAGE) from None
-    except RecursionError:
-        raise GiveUp("--filter is nested too deeply", USAGE) from None
     if not isinstance(parsed, dict):
         raise GiveUp('--filter takes an object such as {"conjunction": "and", "clauses": []}', USAGE)
     return parsed
+
+
+def parse_instant(text: str, option: str, zone: tzinfo = UTC) -> datetime:
+    """The instant that was given for an option; ``zone`` is for one that does not say. Raises GiveUp."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise GiveUp(f"{option} takes a time such as 2026-03-01T00:00:00Z, and not {text!r}", USAGE) from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=zone)
+
+
+def meters_called(meters: Sequence[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:
+    """The meters of this id or name; archived ones only where there is no other."""
+    found = [meter for meter in meters if wanted in (meter["id"], meter["name"])]
+    return [meter for meter in found if not meter.get("archived_at")] or found
+
+
+def ids(things: Sequence[dict[str, Any]]) -> str:
+    """The ids of things of one name, to choose from."""
+    return ", ".join(str(one["id"]) for one in things)
 
 
 def _value(text: str, operator: str) -> str | bool | int | Decimal:

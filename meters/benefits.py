@@ -38,7 +38,7 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back.
 
     Of a grant of Polar's it is what Polar says: once units were taken back, these, negative.
-    Grants credited before ``last_credited_rollover`` was kept do not have it: theirs is what the benefit says.
+    Whether they roll over it does not say (``last_credited_rollover``): that is what the benefit says.
     """
 
     id: str

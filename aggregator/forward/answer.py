@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from decimal import Decimal
 from typing import Any, NamedTuple
+
+from meters import exact_json
 
 PAGE_ROWS = 100  # the most that Polar gives at once, and this API like it
 
@@ -22,10 +23,7 @@ class Answer(NamedTuple):
 
     def json(self) -> Any:
         """The body with exact decimals. Raises ValueError."""
-        try:
-            return json.loads(self.body, parse_float=Decimal)
-        except (ArithmeticError, RecursionError) as error:  # an exponent or a depth that nobody means
-            raise ValueError(f"no JSON that can be read: {error}") from error
+        return exact_json.decode(self.body)
 
     def words(self) -> str:
         """What the body says, in one line, for a person: its detail, or its first characters."""

@@ -168,7 +168,7 @@ class State:
                 self._file.execute("INSERT OR REPLACE INTO begins VALUES (?, ?, ?)", [lane, place, now_us])
 
     def begin_of(self, lane: str) -> Begin | None:
-        """Where the lane began; None for one that never did, or did before this was kept."""
+        """Where the lane began; None for one that never did."""
         rows = self._rows("SELECT position, began_us FROM begins WHERE name = ?", lane)
         return Begin(parse_places(rows[0][0]) or {}, rows[0][1]) if rows else None
 

@@ -1,8 +1,8 @@
 """The other side: requests to a Polar organization (or to anything that speaks its API), each within the limit.
 
-``send`` makes one request and judges nothing: the forwarder has its own rules. ``get`` and ``pages`` are for reading
-and try again by themselves: reading twice is harmless. All of them take a place of the ``RequestWindow`` first, so
-whatever shares its file shares the limit.
+``send`` makes one request and judges nothing: the forwarder has its own rules. ``insist`` tries again by itself, and so
+do ``get`` and ``pages``, which read: it is for what changes nothing when it is done twice. All of them take a place of
+the ``RequestWindow`` first, so whatever shares its file shares the limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ INGEST_PATH = "/v1/events/ingest"
 BODY_BYTES_MAX = 10_485_760  # Polar's
 ANSWER_TIMEOUT_S = 60.0  # an upstream that is busy with a large batch may take most of a minute
 CONNECT_TIMEOUT_S = 10.0
-READ_ATTEMPTS_MAX = 10  # with growing pauses: several minutes of an upstream that is away
+ATTEMPTS_MAX = 10  # with growing pauses: several minutes of an upstream that is away
 
 
 class NoAnswer(Exception):
@@ -50,7 +50,7 @@ class Upstream:
         self, server: str, token: str, window: RequestWindow, *, timeout_s: float = ANSWER_TIMEOUT_S,
         on_trouble: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        """``on_trouble`` hears, once, why a read is tried again: for whoever would wonder what takes so long."""
+        """``on_trouble`` hears, once, why a request is tried again: for whoever would wonder what takes so long."""
         self.url, self.window, self._on_trouble = base_url(server), window, on_trouble
         self._http = httpx.Client(
             base_url=self.url,
@@ -92,19 +92,27 @@ class Upstream:
     def get(self, path: str, **params: Any) -> Any:
         """The JSON of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
         given = {name: value for name, value in params.items() if value is not None}
+        return self.insist("GET", path, given).json()
+
+    def insist(
+        self, method: str, path: str, params: Mapping[str, Any] | None = None, content: bytes | None = None
+    ) -> Answer:
+        """A success; the request is made again while that helps. Raises Denied, NoAnswer."""
         circuit = Circuit()
         while True:
-            pause_s = self._pause_before_retry(circuit, path, given)
+            pause_s = self._pause_before_retry(circuit, method, path, params, content)
             if not isinstance(pause_s, float):
-                return pause_s.json()
+                return pause_s
             self.window.clock.pause(pause_s)
 
-    def _pause_before_retry(self, circuit: Circuit, path: str, params: Mapping[str, Any]) -> Answer | float:
+    def _pause_before_retry(
+        self, circuit: Circuit, method: str, path: str, params: Mapping[str, Any] | None, content: bytes | None
+    ) -> Answer | float:
         """The answer, or how long to wait before the next try."""
         try:
-            answer = self.send("GET", path, params=params)
+            answer = self.send(method, path, params=params, content=content)
         except NoAnswer as error:
-            if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
+            if circuit.failures + 1 >= ATTEMPTS_MAX:
                 raise
             self._tell(f"{self.url} does not answer: {error}")
             return circuit.failed(self.window.clock.now_us(), None, jitter())
@@ -112,7 +120,7 @@ class Upstream:
             return answer
         if not is_passing(answer.status):
             raise Denied(f"{self.url}{path} answered {answer.status}: {answer.words()}")
-        if circuit.failures + 1 >= READ_ATTEMPTS_MAX:
+        if circuit.failures + 1 >= ATTEMPTS_MAX:
             raise NoAnswer(f"{self.url}{path} still answers {answer.status}: {answer.words()}")
         self._tell(f"{self.url} answers {answer.status}: {answer.words()}")
         now_us = self.window.clock.now_us()

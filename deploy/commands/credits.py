@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from deploy.giving_up import USAGE, GiveUp
 from deploy.output import as_json, show, show_one
 from deploy.session import EPILOG, session
+from meters import exact_json
 
 app = typer.Typer(no_args_is_help=True, help="Give customers units of a meter, and take them back.")
 
@@ -25,7 +25,7 @@ def grant(
     key: Annotated[str | None, typer.Option(help="A name of your own for this: given once, however often run.")] = None,
 ) -> None:
     """Credit units. With --key a repetition of the command credits nothing more."""
-    from deploy.client import blaming, exact_json, header, refused
+    from deploy.client import blaming, header
     from deploy.commands.customers import find_customer
     from deploy.commands.meters import find_meter
 
@@ -34,10 +34,8 @@ def grant(
     with here.api() as api, blaming({"units": "UNITS", "Idempotency-Key": "--key"}):
         path = f"/v1/customers/{find_customer(api, customer)['id']}/credits"
         body = {"meter_id": find_meter(api, meter)["id"], "units": units, "rollover": rollover}
-        response = api.send("POST", path, content=as_json(body).encode(), headers=headers)
-        if not response.is_success:
-            raise refused(response)
-    show_one(exact_json(response.content), here.output)
+        response = api.answer("POST", path, content=as_json(body).encode(), headers=headers)
+    show_one(exact_json.decode(response.content), here.output)
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -60,15 +58,12 @@ def revoke(
     credit: Annotated[str, typer.Argument(help="The credit's id, as `meterstream credits list` shows it.")],
 ) -> None:
     """Take a credit back, while the period lasts in which it was given. Repeating this takes nothing more."""
-    from deploy.client import exact_json, refused, segment
+    from deploy.client import looking_for, segment
     from deploy.commands.customers import find_customer
 
+    unknown = f"there is no credit {credit}; `meterstream credits list` shows the ids"
     here = session(context)
-    with here.api() as api:
+    with here.api() as api, looking_for(unknown):
         path = f"/v1/customers/{find_customer(api, customer)['id']}/credits/{segment(credit, 'CREDIT')}"
-        response = api.send("DELETE", path)
-    if response.status_code == 404:
-        raise GiveUp(f"there is no credit {credit}; `meterstream credits list` shows the ids", USAGE)
-    if not response.is_success:
-        raise refused(response)
-    show_one(exact_json(response.content), here.output)
+        response = api.answer("DELETE", path)
+    show_one(exact_json.decode(response.content), here.output)

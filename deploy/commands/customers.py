@@ -108,16 +108,16 @@ def state(context: typer.Context, customer: Customer) -> None:
 
 def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
     """The customer of this external id, or of this id. Raises GiveUp."""
-    from deploy.client import refused, segment
+    from deploy.client import Missing, Refused, segment
 
     id = segment(wanted, "CUSTOMER")
     for path in (f"{PATH}external/{id}", f"{PATH}{id}"):
-        response = api.send("GET", path)
-        found: dict[str, Any] = response.json() if response.is_success else {}
-        if found and _is_called(found, wanted):
+        try:
+            found: dict[str, Any] = api.get(path)
+        except (Missing, Refused):  # an external id is no UUID
+            continue
+        if _is_called(found, wanted):
             return found
-        if not response.is_success and response.status_code not in (404, 422):  # 422: an external id is no UUID
-            raise refused(response)
     raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
 
 

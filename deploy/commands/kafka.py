@@ -11,6 +11,8 @@ from deploy.session import EPILOG, session
 app = typer.Typer(no_args_is_help=True, help="The log on Kafka: make its topics, and look at their settings.")
 
 LAG_COLUMNS = ("partition", "position", "end", "lag")
+POSITION, END = "meterstream_position", "meterstream_log_end"  # metrics of the aggregator
+LAG_PATIENCE_S = 10.0
 
 
 @app.command(epilog=EPILOG)
@@ -49,9 +51,42 @@ def init(
 
 def lag(context: typer.Context) -> None:
     """How many records of each partition the store has not counted yet, as the aggregator at --url measured it."""
-    from deploy.lag import measured
-
     here = session(context)
-    rows = measured(here.settings.url)
+    rows = _measured(here.settings.url)
     show(rows, LAG_COLUMNS, here.output)
     note(f"{sum(row['lag'] for row in rows)} records behind.")
+
+
+def _measured(url: str) -> list[dict[str, int]]:
+    """A row for each partition of usage.events. Raises GiveUp when nothing answers, or the aggregator is away."""
+    import httpx
+
+    from deploy.client import http_client, stranger
+
+    try:
+        with http_client(url, timeout=LAG_PATIENCE_S) as http:
+            answer = http.get("/metrics").raise_for_status()
+    except httpx.HTTPError as error:
+        raise GiveUp(f"no metrics at {url}: {error}; name a gateway or an aggregator with --url") from None
+    try:
+        found = _parsed(answer.text)
+    except ValueError:
+        raise stranger(url) from None
+    if not found[END]:
+        raise GiveUp(f"the aggregator behind {url} does not say how far it is: it starts, or is away; try again")
+    return [
+        {"partition": partition, "position": position, "end": end, "lag": max(0, end - position)}
+        for partition, end in sorted(found[END].items())
+        for position in (found[POSITION].get(partition, 0),)
+    ]
+
+
+def _parsed(metrics: str) -> dict[str, dict[int, int]]:
+    """Position and end by partition. Raises ValueError for what are no metrics."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, dict[int, int]] = {POSITION: {}, END: {}}
+    for family in text_string_to_metric_families(metrics):
+        if family.name in found:
+            found[family.name] = {int(sample.labels["partition"]): int(sample.value) for sample in family.samples}
+    return found

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
-from deploy.naming import ids, meters_called
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
+from deploy.where import ids, meters_called, parse_filter
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -139,8 +139,6 @@ def find_meter(api: "Api", wanted: str) -> dict[str, Any]:
 def _definition(
     filter: str | None, where: list[str] | None, count: bool, functions: dict[str, str | None]
 ) -> dict[str, Any]:
-    from deploy.where import parse_filter
-
     chosen = [{"func": name, "property": property} for name, property in functions.items() if property is not None]
     chosen += [{"func": "count"}] if count else []
     if len(chosen) != 1:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
-from deploy.instant import parse_instant
 from deploy.output import Output, harmless, note, show, show_table
 from deploy.session import flowing, session
+from deploy.where import parse_instant
 
 if TYPE_CHECKING:
     from aggregator.reconcile.report import Difference, Report

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.instant import parse_instant
 from deploy.output import Output, as_json, require_stdout, show, show_table, text
 from deploy.session import session
+from deploy.where import parse_instant
+from meters import exact_json
 from meters.window import END_MAX, START_MIN, Interval, bucket, zone
 
 OPTIONS = {"": "--start and --end", "timezone": "--timezone", "external_customer_id": "--customer"}
@@ -41,7 +42,7 @@ def usage(
 
     Intervals are shown whole, all between --start and --end: the first holds --start, the last the moment before --end.
     """
-    from deploy.client import blaming, exact_json, refused
+    from deploy.client import blaming
     from deploy.commands.meters import find_meter
 
     here = session(context)
@@ -50,13 +51,11 @@ def usage(
     since, until = _range(start, end, Interval(interval), timezone)
     with here.api() as api, blaming(OPTIONS):
         found = find_meter(api, meter)
-        response = api.send("GET", f"/v1/meters/{found['id']}/quantities", params={
+        response = api.answer("GET", f"/v1/meters/{found['id']}/quantities", params={
             "start_timestamp": since.isoformat(), "end_timestamp": until.isoformat(), "interval": interval,
             "timezone": timezone, "external_customer_id": customer,
         })
-        if not response.is_success:
-            raise refused(response)
-    answer = exact_json(response.content)
+    answer = exact_json.decode(response.content)
     for point in answer["quantities"]:
         beginning, _ = bucket(datetime.fromisoformat(point["timestamp"]), Interval(interval), timezone)
         point["timestamp"] = beginning.isoformat().replace("+00:00", "Z")

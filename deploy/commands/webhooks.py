@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.naming import ids
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
+from deploy.where import ids
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -58,7 +58,7 @@ def rotate(context: typer.Context, endpoint: Id) -> None:
     here = session(context)
     with here.api() as api:
         id = find_endpoint(api, endpoint)
-        show_one(_changed(api, "PATCH", f"{ENDPOINTS}/{id}/secret"), here.output)
+        show_one(api.patch(f"{ENDPOINTS}/{id}/secret", {}), here.output)
 
 
 @app.command(epilog=EPILOG)
@@ -141,17 +141,7 @@ def _switch(context: typer.Context, endpoint: str, enabled: bool) -> None:
     here = session(context)
     with here.api() as api:
         path = f"{ENDPOINTS}/{find_endpoint(api, endpoint, enabled=not enabled)}"
-        show_one(_changed(api, "PATCH", path, {"enabled": enabled}), here.output)
-
-
-def _changed(api: "Api", method: str, path: str, body: object = None) -> Any:
-    from deploy.client import exact_json, refused
-    from deploy.output import as_json
-
-    response = api.send(method, path, content=as_json({} if body is None else body).encode())
-    if not response.is_success:
-        raise refused(response)
-    return exact_json(response.content)
+        show_one(api.patch(path, {"enabled": enabled}), here.output)
 
 
 def _delivery(row: dict[str, Any]) -> dict[str, Any]:

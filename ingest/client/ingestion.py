@@ -22,7 +22,7 @@ from ingest.client.limits import DEFAULT_SPOOL, Limits
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, owned, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 from ingest.client.values import Unacceptable
@@ -84,15 +84,12 @@ class Ingestion:
             token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max
         )
         destination = getattr(self._transport, "destination", "")
-        self._owners, doubtful = owned(base_url, (token, *previous_tokens), destination)
+        self._owners = [fingerprint(base_url, one, destination) for one in (token, *previous_tokens)]
         self._is_closed = False
         self._begin()
         lifecycle.look_after(self, handle_sigterm=handle_sigterm)
         if self._directory and _has_files(self._directory, self._owners):
             self._start()
-        if self._directory and _has_files(self._directory, doubtful):
-            logger.warning("the spool has events that may be another organization's: they stay there until this token "
-                           "is among the previous_tokens", extra={"directory": str(self._directory)})  # fmt: skip
 
     def _begin(self) -> None:
         """The state of one process."""

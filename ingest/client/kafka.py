@@ -8,8 +8,7 @@ it refuses becomes a dead letter there and is not told to the client.
 
     Ingestion("", base_url="kafka://broker:9092", transport=KafkaTransport("broker:9092", ORGANIZATION_ID))
 
-A spool belongs to the address, the organization and the topic together. Files from before that was so belong to the
-address alone, and stay until somebody who knows that they are this organization's gives ``previous_tokens=("",)``.
+A spool belongs to the address, the organization and the topic together.
 
 Needs confluent-kafka.
 """

@@ -41,27 +41,9 @@ class SpoolBroken(Exception):
 
 def fingerprint(base_url: str, token: str, destination: str = "") -> str:
     """Names whose events a file holds, so that none is ever sent to another server or organization."""
-    whose = (base_url, token, destination) if destination else (base_url, token)
+    address = base_url.rstrip("/")
+    whose = (address, token, destination) if destination else (address, token)
     return sha256("\n".join(whose).encode()).hexdigest()[:16]
-
-
-def fingerprints(base_url: str, token: str, destination: str = "") -> list[str]:
-    """The name of new files, and those of files from when a slash at the end made another address."""
-    bare = base_url.rstrip("/")
-    return [fingerprint(spelling, token, destination) for spelling in dict.fromkeys((bare, bare + "/", base_url))]
-
-
-def owned(base_url: str, tokens: Sequence[str], destination: str) -> tuple[list[str], list[str]]:
-    """The names of files that are ours, with that of new ones first, and of files that may be ours.
-
-    Files from when a destination was no part of the name are anybody's who writes to that address with that token. They
-    are ours when the token is a previous one: whoever says so knows.
-    """
-    names = [name for token in tokens for name in fingerprints(base_url, token, destination)]
-    if not destination:
-        return names, []
-    names += [name for token in tokens[1:] for name in fingerprints(base_url, token)]
-    return names, [name for name in fingerprints(base_url, tokens[0]) if name not in names]
 
 
 class Spool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 
 
 @pytest.fixture
@@ -19,9 +19,5 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A running server that the tests of a file share. They must not stop it."""
-    place = Installation(tmp_path_factory.mktemp("running") / "data")
-    try:
-        place.start()
+    with started(tmp_path_factory.mktemp("running")) as place:
         yield place
-    finally:
-        place.close()

@@ -1,11 +1,13 @@
 """A real installation for tests: ``meterstream serve`` on a free port, and the command line beside it."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or while it was read
         return False
+
+
+def children(supervisor: int) -> dict[str, int]:
+    """The process ids of the gateway and the aggregator of a server, as far as they run."""
+    found = {}
+    for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found.update({name: int(pid) for name in ("gateway", "aggregate") if name.encode() in arguments})
+    return found
 
 
 class Installation:
@@ -94,11 +106,7 @@ class Installation:
     def children(self) -> dict[str, int]:
         """The process ids of the gateway and the aggregator, as far as they run."""
         assert self.server is not None
-        found = {}
-        for pid in Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split():
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found.update({name: int(pid) for name in ("gateway", "aggregate") if name.encode() in line})
-        return found
+        return children(self.server.pid)
 
     def run(self, *arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """A command against this installation."""
@@ -124,3 +132,11 @@ class Installation:
     def log(self) -> str:
         """What the server wrote to stderr."""
         return self._log.read_text()
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Installation]:
+    """A running server with its data in this folder; it ends with the block."""
+    with contextlib.closing(Installation(folder / "data")) as place:
+        place.start()
+        yield place

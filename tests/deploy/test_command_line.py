@@ -59,7 +59,7 @@ def counted(running: Installation) -> Installation:
         (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
-        (["meters", "preview", "--count", "--filter", "[" * 5000, "--token", "t"], 2, "--filter is nested too deeply"),
+        (["meters", "preview", "--count", "--filter", "[" * 5000, "--token", "t"], 2, "no JSON: nested too deeply"),
         (["meters", "create", "--name", "abc", "--sum", "", "--token", "t"], 2, "--sum takes the name of a property"),
         (["tokens", "create", "--days", "9999999"], 2, "'--days': Input should be less than or equal to 36500"),
         (["meters", "list", "--token", "\xe4"], 2, "--token: Expected a token, which has letters, digits and signs"),

@@ -38,7 +38,9 @@ def test_a_clause_reads_as_it_is_typed(text: str, property: str, operator: str, 
     assert type(clause["value"]) is type(value)
 
 
-@pytest.mark.parametrize(("filter", "where"), [(None, ["nonsense"]), ("[]", []), ("{", []), ("{}", ["a=b"])])
+@pytest.mark.parametrize(("filter", "where"), [
+    (None, ["nonsense"]), ("[]", []), ("{", []), ("{}", ["a=b"]), ('{"a":1e9999999999999999999}', []),
+])  # fmt: skip
 def test_what_is_no_filter_is_wrong_usage(filter: str | None, where: list[str]) -> None:
     """A filter that cannot be read is the person's to mend, before anything is sent."""
     with pytest.raises(GiveUp) as raised:

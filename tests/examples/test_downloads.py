@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.ports import take_port
 from tests.waiting import eventually
 
@@ -22,12 +22,8 @@ REPORTS = (("ann", 3), ("bob", 0), ("ann", 200), ("eve", 1))
 @pytest.fixture
 def installation(tmp_path: Path) -> Iterator[Installation]:
     """A Meterstream."""
-    running = Installation(tmp_path / "data")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
+    with started(tmp_path) as place:
+        yield place
 
 
 def named(installation: Installation, name: str, expected: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.ports import take_port
 from tests.sdk.interpreters import environment
 from tests.strategies.replay import Replay, stream, whole
@@ -41,12 +41,8 @@ COMPLETION = {"id": "c", "object": "chat.completion", "created": 0, "model": "gp
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A server."""
-    running = Installation(tmp_path_factory.mktemp("examples") / "data")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
+    with started(tmp_path_factory.mktemp("examples")) as place:
+        yield place
 
 
 def python() -> Path:

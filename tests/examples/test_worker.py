@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.sdk.interpreters import environment
 from tests.waiting import eventually
 
@@ -26,12 +26,8 @@ for number in range({tasks}):
 @pytest.fixture
 def installation(tmp_path: Path) -> Iterator[Installation]:
     """A server."""
-    running = Installation(tmp_path / "data")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
+    with started(tmp_path) as place:
+        yield place
 
 
 @pytest.mark.timeout(1200)  # the first run installs Celery

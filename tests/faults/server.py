@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.deploy.installation import alive
+from tests.deploy.installation import alive, children
 from tests.ports import take_port
 from tests.waiting import eventually
 
@@ -58,14 +58,9 @@ class Server:
         return False
 
     def children(self) -> dict[str, int]:
-        """The process ids of the gateway and the aggregator."""
+        """The process ids of the gateway and the aggregator, as far as they run."""
         assert self.process is not None
-        found = {}
-        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                found.update({name: int(pid) for name in ("gateway", "aggregate") if name.encode() in arguments})
-        return found
+        return children(self.process.pid)
 
     def kill(self, victim: str) -> None:
         """SIGKILL to the gateway, the aggregator, or all three processes."""

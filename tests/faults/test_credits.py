@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.waiting import eventually
 
 CREDITS, UNITS, KILLS = 24, 3, 3
@@ -21,12 +21,8 @@ PATIENCE_S = 60
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Installation]:
     """A running server."""
-    place = Installation(tmp_path / "data")
-    try:
-        place.start()
+    with started(tmp_path) as place:
         yield place
-    finally:
-        place.close()
 
 
 def kill_aggregator(place: Installation, after_s: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.forward.polar import Polar
 from tests.forward.running import Clocks
 
@@ -16,23 +16,15 @@ _numbers = count()
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """The server behind the proxy."""
-    place = Installation(tmp_path_factory.mktemp("upstream") / "data")
-    try:
-        place.start()
+    with started(tmp_path_factory.mktemp("upstream")) as place:
         yield place
-    finally:
-        place.close()
 
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """The server whose events are forwarded."""
-    place = Installation(tmp_path_factory.mktemp("ours") / "data")
-    try:
-        place.start()
+    with started(tmp_path_factory.mktemp("ours")) as place:
         yield place
-    finally:
-        place.close()
 
 
 @pytest.fixture

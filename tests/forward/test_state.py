@@ -63,7 +63,7 @@ def test_the_books_balance(tmp_path_factory: pytest.TempPathFactory, slices: lis
 
 
 def test_where_a_lane_began_is_kept(tmp_path: Path) -> None:
-    """However far it goes, and whoever says later that it begins; of a lane of an earlier version nobody knows it."""
+    """However far it goes, and whoever says later that it begins; of one that was never told to, nobody knows it."""
     state = State(tmp_path / "forward.sqlite")
     state.begin("raw", {0: (7, 0)}, NOW_US)
     state.mark("raw", [item(9)], None, NOW_US)

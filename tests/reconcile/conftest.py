@@ -1,13 +1,12 @@
 """What the tests of reconciliation start from."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.faults.evidence import write_sample
 from tests.reconcile.planting import Left
 from tests.reconcile.two_sides import TwoSides
@@ -33,14 +32,8 @@ def left(counted: Path, tmp_path: Path) -> Left:
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Installation, Installation]]:
     """Two running servers that many tests share."""
-    with contextlib.ExitStack() as opened:
-        pair = []
-        for name in ("ours", "theirs"):
-            place = Installation(tmp_path_factory.mktemp(name) / "data")
-            opened.callback(place.close)
-            place.start()
-            pair.append(place)
-        yield pair[0], pair[1]
+    with started(tmp_path_factory.mktemp("ours")) as ours, started(tmp_path_factory.mktemp("theirs")) as theirs:
+        yield ours, theirs
 
 
 @pytest.fixture

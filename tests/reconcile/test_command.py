@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.upstream import READ_ATTEMPTS_MAX, NoAnswer, Upstream
+from aggregator.forward.upstream import ATTEMPTS_MAX, NoAnswer, Upstream
 from aggregator.reconcile.page import page
 from aggregator.reconcile.report import Cause, Repair
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
@@ -112,7 +112,7 @@ def test_an_upstream_that_does_not_answer_is_told_once(tmp_path: Path) -> None:
         upstream.get("/v1/meters/")
     window.close()
 
-    assert len(pauses) == READ_ATTEMPTS_MAX - 1
+    assert len(pauses) == ATTEMPTS_MAX - 1
     assert len(told) == 1
     assert told[0].startswith("http://127.0.0.1:9 does not answer: ConnectError")
 

@@ -107,7 +107,7 @@ class _Asking:
     def __init__(self, tenant: Tenant) -> None:
         self._tenant, self._secret = tenant, tenant.token(AUDIT)
 
-    def send(self, method: str, path: str, *, params: Any = None, content: bytes = b"") -> httpx.Response:
+    def answer(self, method: str, path: str, *, params: Any = None, content: bytes = b"") -> httpx.Response:
         """One request."""
         return self._tenant.ask(method, path, secret=self._secret, params=params, content=content)
 

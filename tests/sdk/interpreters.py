@@ -5,22 +5,35 @@ Each is made once, from a pinned list with hashes, in the user's cache; a change
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 CACHE = Path.home() / ".cache" / "meterstream-tests"
 INSTALL_S_MAX = 500  # seconds; it takes ten where the packages are near
+READ_S_MAX = 100
 
 
 def interpreter(version: str) -> Path:
     """A Python that has this version of polar-sdk."""
     return environment(f"polar-sdk-{version}", Path(__file__).parent / f"requirements-{version}.txt")
+
+
+def reported(version: str, script: str, asked: object) -> Any:
+    """What a script beside this file makes, by this version of polar-sdk, of what it is asked."""
+    done = subprocess.run(
+        [interpreter(version), Path(__file__).parent / script], input=json.dumps(asked),
+        capture_output=True, text=True, check=False, timeout=READ_S_MAX,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return json.loads(done.stdout)
 
 
 def environment(name: str, requirements: Path) -> Path:

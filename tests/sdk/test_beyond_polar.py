@@ -1,7 +1,5 @@
 """What Polar's own clients make of meters whose filters Polar does not have. README says whom that concerns."""
 
-import json
-import subprocess
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conformance.tenants import Server, Tenant
-from tests.sdk.interpreters import interpreter
+from tests.sdk.interpreters import reported
 
 READERS = {"0.32.0": "beyond_0_32.py", "1.0.2": "beyond_1_0.py"}
 BEYOND: dict[str, tuple[str, Any]] = {
@@ -21,7 +19,6 @@ BEYOND: dict[str, tuple[str, Any]] = {
 READ: dict[str, tuple[str, Any]] = {"Polar's": ("gt", 5), "large integer": ("gt", 2**40)}
 """Polar itself takes the first alone; its clients do not mind the second."""
 SHOWS_FILTERS = {"meters.list", "meters.get", "meters.update", "customer_meters.list"}
-READ_S_MAX = 100
 
 
 def prepared(tenant: Tenant, operator: str, value: Any) -> list[str]:
@@ -33,17 +30,6 @@ def prepared(tenant: Tenant, operator: str, value: Any) -> list[str]:
     return [tenant.secret, meter]
 
 
-def read(version: str, asked: object) -> dict[str, dict[str, str]]:
-    """What a client of a version makes of each tenant's answers."""
-    done = subprocess.run(
-        [interpreter(version), Path(__file__).parent / READERS[version]], input=json.dumps(asked),
-        capture_output=True, text=True, check=False, timeout=READ_S_MAX,
-    )  # fmt: skip
-    assert done.stderr == ""
-    found: dict[str, dict[str, str]] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.timeout(1200)  # it may have to install both clients
 def test_clients_of_polar_cannot_read_a_meter_whose_filter_is_beyond_polars(tmp_path: Path) -> None:
     """One such meter, and every list that shows it fails in both generations; states, events, quantities are read."""
@@ -52,8 +38,8 @@ def test_clients_of_polar_cannot_read_a_meter_whose_filter_is_beyond_polars(tmp_
     try:
         server.start()
         meters = {kind: prepared(tenants[kind], *clause) for kind, clause in (BEYOND | READ).items()}
-        for version in READERS:
-            for kind, outcomes in read(version, [server.url, meters]).items():
+        for version, script in READERS.items():
+            for kind, outcomes in reported(version, script, [server.url, meters]).items():
                 failing = {way for way, outcome in outcomes.items() if outcome == "fails"}
                 assert failing == (SHOWS_FILTERS if kind in BEYOND else set()), (version, kind)
     finally:

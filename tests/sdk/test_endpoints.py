@@ -1,7 +1,5 @@
 """Webhook endpoints and deliveries, managed and read with Polar's own Python clients, of both generations."""
 
-import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,9 @@ import pytest
 
 from tests.conformance.tenants import Server, Tenant
 from tests.sdk import story
-from tests.sdk.interpreters import interpreter
+from tests.sdk.interpreters import reported
 
 SCRIPTS = {"0.32.0": "hooks_0_32.py", "1.0.2": "hooks_1_0.py"}
-READ_S_MAX = 100
 TIME_LIMIT = pytest.mark.timeout(1200)  # the first test may have to install both clients
 MANAGED = {
     "made": {"format": "raw", "events": ["customer.state_changed"], "enabled": True, "name": "ours"},
@@ -47,16 +44,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Se
         server.close()
 
 
-def reported(version: str, asked: object) -> Any:
-    """What a client of a version made of the answers."""
-    done = subprocess.run(
-        [interpreter(version), Path(__file__).parent / SCRIPTS[version]], input=json.dumps(asked),
-        capture_output=True, text=True, check=False, timeout=READ_S_MAX,
-    )  # fmt: skip
-    assert done.stderr == ""
-    return json.loads(done.stdout)
-
-
 @TIME_LIMIT
 def test_clients_of_polar_manage_endpoints_and_read_deliveries(
     server: tuple[Server, dict[str, list[Tenant]]],
@@ -67,7 +54,7 @@ def test_clients_of_polar_manage_endpoints_and_read_deliveries(
         other.read("POST", "/v1/webhooks/endpoints", body={
             "url": "https://example.com/", "events": ["customer.state_changed", "meter.threshold_reached"],
         })  # fmt: skip
-        told = reported(version, [here.url, own.secret, other.secret])
+        told = reported(version, SCRIPTS[version], [here.url, own.secret, other.secret])
         managed, delivered = MORE[version]
         assert told == {
             "managed": MANAGED | managed, "delivered": DELIVERED | delivered, "beyond": "fails"

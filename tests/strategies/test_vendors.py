@@ -5,6 +5,7 @@ there once; each of its tests is a test here, and what its events say must be wh
 """
 
 import ast
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import httpx
 import msgspec
 import pytest
 
-from tests.deploy.installation import Installation
+from tests.deploy.installation import Installation, started
 from tests.sdk.interpreters import environment
 from tests.strategies.vendor_fixtures import SERVER, TALLY, TOKEN
 
@@ -93,16 +94,8 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """All runs, two at a time."""
     folder = tmp_path_factory.mktemp("strategies")
-    installation = Installation(folder / "data")
-    try:
-        installation.start()
-        started = Runs(installation, folder)
-        try:
-            yield started
-        finally:
-            started.close()
-    finally:
-        installation.close()
+    with started(folder) as installation, contextlib.closing(Runs(installation, folder)) as all_runs:
+        yield all_runs
 
 
 @TIME_LIMIT

@@ -13,7 +13,7 @@ from confluent_kafka import Consumer, TopicPartition
 from ingest.client import Ingestion, KafkaTransport, Limits
 from ingest.client.event import EVENT_BYTES_MAX
 from ingest.client.kafka import RECORD_BYTES_MAX
-from ingest.client.spool import SUFFIX, Spool, fingerprint, fingerprints
+from ingest.client.spool import SUFFIX, Spool, fingerprint
 from ingest.log import kafka_init, open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
@@ -220,17 +220,3 @@ def test_what_another_organization_left_is_not_ours(prefix: str, tmp_path: Path)
         assert sent_from(tmp_path, brokers, prefix, 1) == [f"{ORGANIZATION}-{topic}"]
 
     assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 2
-
-
-def test_what_may_be_another_organizations_waits_for_a_word(
-    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Files that name an address alone stay until the token is said to be a previous one, and then are sent."""
-    for number, owner in enumerate(fingerprints(ADDRESS, "")):
-        leave(tmp_path, owner, f"e{number}")
-    with mock_brokers() as brokers:
-        assert sent_from(tmp_path, brokers, prefix, 0) == []
-        assert "another organization's" in caplog.text
-        assert sent_from(tmp_path, brokers, prefix, 2, previous_tokens=[""]) == ["e0", "e1"]
-
-    assert list(tmp_path.iterdir()) == []

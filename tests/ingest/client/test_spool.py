@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, fingerprints, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
 
 OWNER = "owner"
 
@@ -131,9 +131,5 @@ def test_a_fingerprint_tells_server_and_token_apart() -> None:
 
 
 def test_a_slash_at_the_end_makes_no_other_server() -> None:
-    """However an address is spelled, new files have one name, and those of every spelling are found by it."""
-    spellings = ("http://a", "http://a/")
-
-    assert {fingerprints(url, "t")[0] for url in (*spellings, "http://a//")} == {fingerprint("http://a", "t")}
-    for url in spellings:
-        assert {fingerprint(spelling, "t") for spelling in spellings} == set(fingerprints(url, "t"))
+    """However an address is spelled, what is left for its server has one name."""
+    assert len({fingerprint(url, "t") for url in ("http://a", "http://a/", "http://a//")}) == 1
