@@ -1,5 +1,6 @@
 """The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from meters import exact_json
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
+BUSY_WAIT_S_MAX = 10.0  # a server that has just begun to listen answers questions a second or two later
 DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
 
 
@@ -118,14 +120,22 @@ class Api:
         self, method: str, path: str, *, params: Mapping[str, Any] | None = None, content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:  # fmt: skip
-        """The answer to a request that succeeded. Raises GiveUp."""
-        try:
-            response = self.send(method, path, params=params, content=content, headers=headers)
-        except httpx.TransportError as error:
-            raise self.unreachable(error) from None
-        if not response.is_success:
-            raise refused(response)
-        return response
+        """The answer to a request that succeeded. Raises GiveUp.
+
+        What only asks is asked again, for a while, of a server that says when it will answer.
+        """
+        until_s = time.monotonic() + (BUSY_WAIT_S_MAX if method == "GET" else 0.0)
+        while True:
+            try:
+                response = self.send(method, path, params=params, content=content, headers=headers)
+            except httpx.TransportError as error:
+                raise self.unreachable(error) from None
+            if response.is_success:
+                return response
+            wait = response.headers.get("Retry-After", "")
+            if response.status_code != 503 or not wait.isdecimal() or time.monotonic() + int(wait) > until_s:
+                raise refused(response)
+            time.sleep(int(wait))
 
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""

@@ -15,8 +15,11 @@ from meters import exact_json
 ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
 
 
-def compare_totals(api: Api, meter: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each of the meter's largest customers. Raises GiveUp when events arrive faster than one can compare."""
+def compare_totals(api: Api, meter: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """A row for each of the meter's largest customers, and how many customers it has.
+
+    Raises GiveUp when events arrive faster than one can compare.
+    """
     for _ in range(ATTEMPTS_MAX):
         recounted, as_of = _recount(api, meter)
         rows, positions = [], {as_of}
@@ -27,7 +30,7 @@ def compare_totals(api: Api, meter: dict[str, Any]) -> list[dict[str, Any]]:
             name = customer["external_customer_id"] or customer["customer_id"]
             rows.append({"customer": name, "running": running, "recounted": recount, "equal": running == recount})
         if len(positions) == 1:
-            return rows
+            return rows, recounted["customers"]
     raise GiveUp("events arrive too quickly to compare two answers; try again when it is quieter")
 
 

@@ -71,7 +71,8 @@ def replay(
 
     here = session(context)
     number = ask_replay(here.data, since, until)
-    note(f"Replay {number} is in line; `meterstream forward status` shows it until it is done.")
+    show_one({"replay": number}, here.output)
+    note("It is in line; `meterstream forward status` shows it until it is done.")
 
 
 @app.command(epilog=EPILOG)

@@ -108,13 +108,18 @@ def preview(
 
 @app.command(epilog=EPILOG)
 def backfill(context: typer.Context, meter: Annotated[str, typer.Argument(help="A meter's id or name.")]) -> None:
-    """Count a meter's whole history again and compare it with the running totals. Exit code 3 if one differs."""
+    """Count a meter's whole history again and compare the running totals of its largest customers with that.
+
+    Exit code 3 if one differs. `meterstream reconcile` compares all customers.
+    """
     from deploy.totals_check import compare_totals
 
     here = session(context)
     note("A meter counts all history, from the first event on, so nothing has to be filled in. This counts it again.")
     with here.api() as api:
-        rows = compare_totals(api, find_meter(api, meter))
+        rows, customers = compare_totals(api, find_meter(api, meter))
+    if customers > len(rows):
+        note(f"Of {customers} customers these are the {len(rows)} largest; `meterstream reconcile` compares all.")
     show(rows, ("customer", "running", "recounted", "equal"), here.output)
     if not all(row["equal"] for row in rows):
         raise GiveUp("running totals differ from a recount; stop the server and run `meterstream rebuild`", MISMATCH)

@@ -111,6 +111,36 @@ def test_another_web_server_is_no_meterstream(stranger: str, line: str) -> None:
     assert "is not Meterstream" in done.stderr
 
 
+class Starting(BaseHTTPRequestHandler):
+    """A server that answers the second question, and that no list has anything in it."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        """Any request."""
+        Starting.asked += 1
+        answer = b'{"items":[],"pagination":{"total_count":0,"max_page":0}}' if Starting.asked > 1 else b"{}"
+        self.send_response(200 if Starting.asked > 1 else 503)
+        for name, value in {"Content-Type": "application/json", "Retry-After": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+def test_a_server_that_is_still_starting_is_asked_again() -> None:
+    """Its address is known as soon as it listens, and the next command may come a moment too early."""
+    with HTTPServer(("127.0.0.1", 0), Starting) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        done = meterstream("meters", "list", "--url", url, "--token", "t", "--output", "json")
+        server.shutdown()
+        thread.join()
+
+    assert (done.returncode, json.loads(done.stdout)) == (0, []), done.stderr
+    assert Starting.asked == 2
+
+
 def test_certificates_that_cannot_be_read_are_named() -> None:
     """The variable is, which the library behind says nothing of."""
     done = meterstream("meters", "list", "--token", "t", SSL_CERT_FILE="missing.pem")
@@ -329,6 +359,24 @@ def test_a_preview_counts_without_creating(counted: Installation) -> None:
 
     assert counted.answer("meters", "preview", "--count", "--where", "name=call")
     assert counted.answer("meters", "list") == before
+
+
+def test_totals_are_counted_again_and_it_is_said_for_whom(counted: Installation) -> None:
+    """A recount agrees with the running totals; where a meter has more customers than are compared, that is said."""
+    line = '{"name":"many","external_customer_id":"c%d","metadata":{"n":%d}}\n'
+    counted.answer("events", "send", "-", text="".join(line % (number, number) for number in range(12)))
+    counted.answer("meters", "create", "--name", "many", "--sum", "n", "--where", "name=many")
+    eventually(lambda: counted.answer("usage", "many")["total"] == 66)
+
+    done, few = (counted.run("meters", "backfill", meter, "--output", "json") for meter in ("many", "tokens"))
+
+    rows = json.loads(done.stdout)
+    assert (done.returncode, few.returncode) == (0, 0)
+    assert [(row["customer"], row["recounted"], row["equal"]) for row in rows] == [
+        (f"c{number}", number, True) for number in range(11, 1, -1)
+    ]
+    assert "Of 12 customers these are the 10 largest" in done.stderr
+    assert "customers" not in few.stderr
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -140,7 +140,8 @@ def test_a_replay_is_asked_for_by_its_times(site: Site) -> None:
     """It runs in the background; times that make no sense are refused."""
     now = datetime.now(UTC)
     before = site.status()["duplicates"]
-    site.forward("replay", "--since", (now - timedelta(hours=1)).isoformat(), "--until", now.isoformat())
+    asked = site.forward("replay", "--since", (now - timedelta(hours=1)).isoformat(), "--until", now.isoformat())
+    assert asked["replay"] >= 1
     eventually(lambda: site.status()["replays"] is None)
     assert site.status()["duplicates"] > before
     wrong = site.place.run("forward", "replay", "--since", "yesterday", "--until", "today")
