@@ -156,10 +156,7 @@ class Ingestion:
         outbox = self._outbox
         if outbox.pending:
             self._start()
-        number = outbox.hurry()
-        with outbox.changed:
-            outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
-            return outbox.is_settled(number)
+        return outbox.wait_settled(outbox.hurry(), timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""
@@ -195,7 +192,7 @@ class Ingestion:
     def stats(self) -> Stats:
         """The counters, and what is on its way."""
         outbox, sender = self._outbox, self._sender
-        with outbox.changed:
+        with outbox.turn():
             return Stats(
                 captured=outbox.taken + self._refused, adopted=outbox.adopted, acknowledged=outbox.acknowledged,
                 rejected=outbox.rejected + self._refused, dropped=outbox.dropped, pending=outbox.pending,
@@ -214,11 +211,11 @@ class Ingestion:
     def hold_still(self) -> None:
         """A fork is about to happen."""
         self._adopting.acquire()
-        self._outbox.changed.acquire()
+        self._outbox.turns.lock.acquire()
 
     def go_on(self) -> None:
         """The fork has happened, and this is the parent."""
-        self._outbox.changed.release()
+        self._outbox.turns.lock.release()
         self._adopting.release()
 
     def start_anew(self) -> None:
@@ -229,7 +226,7 @@ class Ingestion:
 
     def _start(self) -> None:
         """Start the threads, unless they run. Those that cannot be started now are tried again with a later event."""
-        with self._outbox.changed:
+        with self._outbox.turn():
             if self._is_started or self._is_closed or time.monotonic() < self._start_again_s:
                 return
             self._is_started = True
@@ -280,7 +277,7 @@ class Ingestion:
                 other.close()
 
     def _count_refused(self) -> None:
-        with self._outbox.changed:
+        with self._outbox.turn():
             self._refused += 1
 
     def _refuse(self, rejection: Rejection) -> None:

@@ -65,7 +65,7 @@ def owned(base_url: str, tokens: Sequence[str], destination: str) -> tuple[list[
 
 
 class Spool:
-    """One file, opened at the first use. Not for several threads at once: the outbox's lock guards it."""
+    """One file, opened at the first use. One thing at a time: the outbox's turns see to that."""
 
     def __init__(self, directory: Path, owner: str, path: Path | None = None) -> None:
         self.directory, self._owner, self._path = directory, owner, path
@@ -181,16 +181,12 @@ class Spool:
         connection, journal = self._opened or self._open()
         try:
             with _transaction(connection, "PRAGMA synchronous = FULL"):
-                folded = journal.needed.copy()
-                rows = [*folded.items(), *more]
+                rows = [*journal.needed.items(), *more]
                 connection.executemany("INSERT OR REPLACE INTO events VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise SpoolBroken(str(error)) from error
         with contextlib.suppress(OSError):  # events that stay in both places are found once
-            if len(journal.needed) == len(folded):
-                journal.clear()
-            else:  # one was captured meanwhile, by this thread: a finalizer or a signal handler did
-                journal.settle(list(folded))
+            journal.clear()
 
 
 @contextlib.contextmanager
