@@ -266,15 +266,16 @@ class Ingestion:
         with self._adopting:
             is_abandoned = other.claim()
         try:
-            while is_abandoned and not self._stop.is_set():
+            try:
+                while is_abandoned and not self._stop.is_set():
+                    with self._adopting:
+                        if not _move(other, self._outbox):
+                            break
+            finally:
                 with self._adopting:
-                    if not _move(other, self._outbox):
-                        break
+                    other.close()
         except SpoolBroken as error:
             logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
-        finally:
-            with self._adopting:
-                other.close()
 
     def _count_refused(self) -> None:
         with self._outbox.turn():

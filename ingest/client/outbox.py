@@ -6,7 +6,6 @@ spool, whatever else happens. Whatever is done is done in a turn; nothing slow b
 """
 
 import heapq
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ from ingest.client.pace import Pace
 from ingest.client.rejection import SpoolFull
 from ingest.client.spool import Spool, SpoolBroken
 from ingest.client.turns import Turns
-
-logger = logging.getLogger(__name__)
 
 WhenFull = Literal["block", "drop_oldest", "raise"]
 
@@ -86,11 +83,14 @@ class Outbox:
                 return self._put_late(line)
             try:  # as ``with self.turn()``, which takes as long as all the rest
                 turns.owner = me
-                return self._put(line)
+                is_taken = self._put(line)
             finally:
                 turns.owner = outer
                 if turns.late:
                     turns.catch_up()
+        if turns.complaints:
+            turns.tell()
+        return is_taken
 
     def _put(self, line: bytes) -> bool:
         if not self._has_room(len(line)) and not self._make_room(len(line)):
@@ -230,7 +230,7 @@ class Outbox:
             if self._unerased:
                 with suppress(SpoolBroken):
                     spool.delete(self._unerased)
-            spool.close()
+            self._give_up(spool)
             return len(self._unspooled)
 
     def leave(self, line: bytes, spool: Spool) -> bool:
@@ -238,14 +238,20 @@ class Outbox:
         with self.turn():
             try:
                 spool.append(1, line)
-                spool.close()
             except SpoolBroken as error:
-                logger.warning("the spool cannot be written", extra={"cause": str(error)})
+                self.turns.complain("the spool cannot be written", error)
                 return False
+            self._give_up(spool)
             self.taken += 1
             self.pending += 1
             self.held_bytes += len(line)
             return True
+
+    def _give_up(self, spool: Spool) -> None:
+        try:
+            spool.close()
+        except SpoolBroken as error:
+            self.turns.complain("the spool could not be closed in order", error)
 
     def forget(self) -> None:
         """After a fork, in the child: everything here is the parent's."""
@@ -265,7 +271,7 @@ class Outbox:
             return True
         except SpoolBroken as error:
             if not self._spool_again_s:
-                logger.warning("the spool cannot be written; events are held in memory", extra={"cause": str(error)})
+                self.turns.complain("the spool cannot be written; events are held in memory", error)
             if time.monotonic() >= self._spool_again_s:
                 self._spool_again_s = time.monotonic() + _SPOOL_RETRY_S
             self._unspooled.add(row[0])
@@ -360,7 +366,7 @@ class Outbox:
             rows = self._spool.read(self._loaded, MEMORY_EVENTS_MAX // 4)
         except SpoolBroken as error:
             self.pace.failed(time.monotonic())
-            logger.warning("the spool cannot be read", extra={"cause": str(error)})
+            self.turns.complain("the spool cannot be read", error)
             return False
         if not rows:
             self._is_behind, self._loaded = False, self._number
@@ -382,4 +388,4 @@ class Outbox:
                 self._spool.delete(self._unerased)
                 self._unerased = []
             except SpoolBroken as error:
-                logger.warning("the spool keeps what was sent until its disk works", extra={"cause": str(error)})
+                self.turns.complain("the spool keeps what was sent until its disk works", error)

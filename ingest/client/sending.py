@@ -120,11 +120,11 @@ class Sender:
         return []
 
     def _put_off(self, outcome: Unavailable) -> None:
-        """The whole client waits. The lock is held by the caller."""
+        """The whole client waits. The turn is the caller's."""
         pace = self._outbox.pace
         pace.failed(time.monotonic(), outcome.retry_after_s)
         if pace.failures == 1:
-            logger.warning("the server cannot be reached or asks to wait", extra={"cause": outcome.cause})
+            self._outbox.turns.complain("the server cannot be reached or asks to wait", outcome.cause)
 
     def _failed(self, batch: Batch, outcome: Failed) -> list[Again]:
         """Step aside; halve once it is clear that others get through."""

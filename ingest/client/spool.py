@@ -113,7 +113,8 @@ class Spool:
         return self._opened is None or not self.read(-1, 1)
 
     def close(self) -> None:
-        """Give the file up; an empty one is removed. What it holds is for the next process."""
+        """Give the file up; an empty one is removed. What it holds is for the next process. Raises SpoolBroken, and has
+        given it up all the same."""
         if self._opened is None or self._path is None:
             return
         connection, journal = self._opened
@@ -128,9 +129,10 @@ class Spool:
             if is_empty:
                 Path(f"{self._path}{_WAL}").unlink(missing_ok=True)
         except (SpoolBroken, sqlite3.Error, OSError) as error:
-            logger.warning("the spool could not be closed in order", extra={"cause": str(error)})
             journal.drop()
-        self._opened = None
+            raise SpoolBroken(str(error)) from error
+        finally:
+            self._opened = None
 
     def forget(self) -> None:
         """After a fork, in the child: everything is the parent's. Closing SQLite's file here would damage it."""

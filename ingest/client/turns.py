@@ -5,15 +5,21 @@ comes between any two steps of its thread and may capture an event there. What i
 time, in the middle of the first. So whoever holds the lock has a turn, and what the same thread captures meanwhile
 waits for the end of it.
 
+Nothing is logged in a turn, but after it: a handler may be slow, or capture events itself, and then wait for the turn
+while the turn waits for the handler's own lock.
+
 Signal handlers may raise, too: a turn is marked and unmarked by plain assignments, between which and their ``try``
 Python runs nobody else.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Condition, RLock, get_ident
+
+logger = logging.getLogger(__name__)
 
 NOBODY = 0
 
@@ -27,6 +33,7 @@ class Turns:
         self.owner = NOBODY  # the thread that is in the middle of something
         self.late: deque[bytes] = deque()
         self.late_bytes = 0
+        self.complaints: list[tuple[str, str]] = []
         self._add = add
 
     @contextmanager
@@ -41,6 +48,19 @@ class Turns:
                 self.owner = outer
                 if self.late and outer != me:
                     self.catch_up()
+        if self.complaints and outer != me:
+            self.tell()
+
+    def complain(self, message: str, cause: object) -> None:
+        """In a turn: have a warning logged after it."""
+        self.complaints.append((message, str(cause)))
+
+    def tell(self) -> None:
+        """Log the complaints, after a turn."""
+        with self.lock:
+            complaints, self.complaints = self.complaints, []
+        for message, cause in complaints:
+            logger.warning(message, extra={"cause": cause})
 
     def defer(self, line: bytes) -> None:
         """In the middle of a turn of this very thread: have a line added at the end of it."""
