@@ -153,10 +153,17 @@ class Ingestion:
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Send what was captured until now without lingering; whether all of it was settled in time."""
-        outbox = self._outbox
-        if outbox.pending:
+        return bool(self.wait_flushed(self.begin_flush(), timeout_s))
+
+    def begin_flush(self) -> int:
+        """Send what was captured until now without lingering; the number to ``wait_flushed`` for."""
+        if self._outbox.pending:
             self._start()
-        return outbox.wait_settled(outbox.hurry(), timeout_s)
+        return self._outbox.hurry()
+
+    def wait_flushed(self, number: int, timeout_s: float | None) -> bool | None:
+        """Whether all of it is settled; None when the time is up and it still may be."""
+        return self._outbox.wait_settled(number, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""

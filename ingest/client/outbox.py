@@ -201,11 +201,12 @@ class Outbox:
             self.changed.notify_all()
             return self._number
 
-    def wait_settled(self, number: int, timeout_s: float | None) -> bool:
-        """Wait until every event up to this number is settled; False when the time is up or the outbox closes."""
+    def wait_settled(self, number: int, timeout_s: float | None) -> bool | None:
+        """Wait until every event up to this number is settled; False when the outbox closes before, None when the time
+        is up."""
         with self.turn():
-            self.turns.wait_for(lambda: self.is_closing or self._is_settled(number), timeout_s)
-            return self._is_settled(number)
+            is_over = self.turns.wait_for(lambda: self.is_closing or self._is_settled(number), timeout_s)
+            return self._is_settled(number) if is_over else None
 
     def _is_settled(self, number: int) -> bool:
         if self._is_behind and self._loaded < number:
