@@ -239,7 +239,7 @@ class Ingestion:
             self._is_started = True
         is_first = not self._start_again_s
         if is_first:
-            lifecycle.started(self)
+            lifecycle.started()
         try:
             self._start_threads()
         except RuntimeError:  # the interpreter ends, or the system has no threads left: events wait where they are
