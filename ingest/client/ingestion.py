@@ -150,13 +150,17 @@ class Ingestion:
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Send what was captured until now without lingering; whether all of it was settled in time."""
-        outbox = self._outbox
-        if outbox.pending:
+        return bool(self.wait_flushed(self.begin_flush(), timeout_s))
+
+    def begin_flush(self) -> int:
+        """Send what was captured until now without lingering; the number to ``wait_flushed`` for."""
+        if self._outbox.pending:
             self._start()
-        number = outbox.hurry()
-        with outbox.changed:
-            outbox.changed.wait_for(lambda: outbox.is_settled(number) or outbox.is_closing, timeout_s)
-            return outbox.is_settled(number)
+        return self._outbox.hurry()
+
+    def wait_flushed(self, number: int, timeout_s: float | None) -> bool | None:
+        """Whether all of it is settled; None when the time is up and it still may be."""
+        return self._outbox.wait_settled(number, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Send the rest within ``timeout_s`` (``limits.close_s_max``), stop. The spool keeps what could not be sent."""
@@ -192,7 +196,7 @@ class Ingestion:
     def stats(self) -> Stats:
         """The counters, and what is on its way."""
         outbox, sender = self._outbox, self._sender
-        with outbox.changed:
+        with outbox.turn():
             return Stats(
                 captured=outbox.taken + self._refused, adopted=outbox.adopted, acknowledged=outbox.acknowledged,
                 rejected=outbox.rejected + self._refused, dropped=outbox.dropped, pending=outbox.pending,
@@ -211,11 +215,11 @@ class Ingestion:
     def hold_still(self) -> None:
         """A fork is about to happen."""
         self._adopting.acquire()
-        self._outbox.changed.acquire()
+        self._outbox.turns.lock.acquire()
 
     def go_on(self) -> None:
         """The fork has happened, and this is the parent."""
-        self._outbox.changed.release()
+        self._outbox.turns.lock.release()
         self._adopting.release()
 
     def start_anew(self) -> None:
@@ -226,13 +230,13 @@ class Ingestion:
 
     def _start(self) -> None:
         """Start the threads, unless they run. Those that cannot be started now are tried again with a later event."""
-        with self._outbox.changed:
+        with self._outbox.turn():
             if self._is_started or self._is_closed or time.monotonic() < self._start_again_s:
                 return
             self._is_started = True
         is_first = not self._start_again_s
         if is_first:
-            lifecycle.started(self)
+            lifecycle.started()
         try:
             self._start_threads()
         except RuntimeError:  # the interpreter ends, or the system has no threads left: events wait where they are
@@ -266,18 +270,19 @@ class Ingestion:
         with self._adopting:
             is_abandoned = other.claim()
         try:
-            while is_abandoned and not self._stop.is_set():
+            try:
+                while is_abandoned and not self._stop.is_set():
+                    with self._adopting:
+                        if not _move(other, self._outbox):
+                            break
+            finally:
                 with self._adopting:
-                    if not _move(other, self._outbox):
-                        break
+                    other.close()
         except SpoolBroken as error:
             logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
-        finally:
-            with self._adopting:
-                other.close()
 
     def _count_refused(self) -> None:
-        with self._outbox.changed:
+        with self._outbox.turn():
             self._refused += 1
 
     def _refuse(self, rejection: Rejection) -> None:

@@ -50,8 +50,7 @@ class Journal:
 
     def after(self, number: int, limit: int) -> list[Row]:
         """The next events that are needed after a number, in order."""
-        every = self.needed.copy()  # a collection of garbage may capture an event in the middle of this
-        return list(islice((row for row in every.items() if row[0] > number), limit))
+        return list(islice((row for row in self.needed.items() if row[0] > number), limit))
 
     def settle(self, numbers: Sequence[int]) -> None:
         """These events, which were needed until now, are needed no more."""

@@ -57,11 +57,11 @@ def look_after(client: Living, *, handle_sigterm: bool) -> None:
         signal.signal(signal.SIGTERM, _end_in_order)
 
 
-def started(client: Living) -> None:
-    """The client has something to close now. Children of multiprocessing end without the interpreter's own farewell,
-    but keep a list of their own."""
+def started() -> None:
+    """A client has something to close now. Children of multiprocessing end without the interpreter's own farewell, but
+    keep a list of their own."""
     if (library := sys.modules.get("multiprocessing.util")) is not None:
-        library.Finalize(client, client.close, exitpriority=_FIRST)
+        library.Finalize(None, _at_exit, exitpriority=_FIRST)
 
 
 def leave(client: Living) -> None:

@@ -2,17 +2,16 @@
 
 An event is in exactly one place: waiting in memory, waiting in the spool alone (when memory is full), held back for a
 later try, or in flight. It leaves when it is settled: acknowledged, rejected or dropped; until then it stays in the
-spool, whatever else happens. One lock guards everything; nothing slow but the spool's file is touched under it.
+spool, whatever else happens. Whatever is done is done in a turn; nothing slow but the spool's file is touched in one.
 """
 
 import heapq
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
-from threading import Condition, RLock
+from threading import get_ident
 from typing import Literal
 
 import msgspec
@@ -23,11 +22,11 @@ from ingest.client.limits import MEMORY_EVENTS_MAX, Limits
 from ingest.client.pace import Pace
 from ingest.client.rejection import SpoolFull
 from ingest.client.spool import Spool, SpoolBroken
-
-logger = logging.getLogger(__name__)
+from ingest.client.turns import Turns
 
 WhenFull = Literal["block", "drop_oldest", "raise"]
 
+_FULL = "as many bytes as allowed wait for the server"
 _SPOOL_RETRY_S = 1.0
 """How long events stay in memory only after the disk failed, before it is tried again."""
 
@@ -55,8 +54,8 @@ class Outbox:
 
     def __init__(self, limits: Limits, when_full: WhenFull, spool: Spool | None) -> None:
         self.limits, self.pace = limits, Pace(limits)
-        self._lock = RLock()  # a fork may happen while its owner holds it
-        self.changed = Condition(self._lock)
+        self.turns = Turns(self._add_late)
+        self.turn, self.changed = self.turns.turn, self.turns.changed
         self.taken = self.adopted = self.acknowledged = self.rejected = self.dropped = self.unspooled = 0
         self.pending = self.held_bytes = self.in_flight = self.acknowledged_batches = self.waits = 0
         self.is_closing = False
@@ -77,21 +76,56 @@ class Outbox:
 
     def put(self, line: bytes) -> bool:
         """Take one event; False when there is no room, or when it closes. Raises SpoolFull if that was chosen."""
-        with self._lock:
-            if self.held_bytes + len(line) > self.limits.held_bytes_max and not self._make_room(len(line)):
-                return False
-            if self.is_closing:
-                return False
-            self._number += 1
-            row = (self._number, line)
-            if self._write(row) and (self._is_behind or len(self._memory) >= MEMORY_EVENTS_MAX):
-                self._is_behind = True
-            else:
-                self._remember(row)
-            self.taken += 1
-            self.pending += 1
-            self.held_bytes += len(line)
-            return True
+        turns = self.turns
+        with turns.lock:
+            outer, me = turns.owner, get_ident()
+            if outer == me:
+                return self._put_late(line)
+            try:  # as ``with self.turn()``, which takes as long as all the rest
+                turns.owner = me
+                is_taken = self._put(line)
+            finally:
+                turns.owner = outer
+                if turns.late:
+                    turns.catch_up()
+        if turns.complaints:
+            turns.tell()
+        return is_taken
+
+    def _put(self, line: bytes) -> bool:
+        if not self._has_room(len(line)) and not self._make_room(len(line)):
+            return False
+        if self.is_closing:
+            return False
+        self._add(line)
+        return True
+
+    def _put_late(self, line: bytes) -> bool:
+        """In the middle of a turn of this very thread: at its end. There is no waiting for room here."""
+        if self.is_closing:
+            return False
+        if self._when_full != "drop_oldest" and not self._has_room(len(line) + self.turns.late_bytes):
+            if self._when_full == "raise":
+                raise SpoolFull(_FULL)
+            return False
+        self.turns.defer(line)
+        return True
+
+    def _add_late(self, line: bytes) -> None:
+        if self._when_full == "drop_oldest" and not self._has_room(len(line)):
+            self._make_room(len(line))
+        self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        self._number += 1
+        row = (self._number, line)
+        if self._write(row) and (self._is_behind or len(self._memory) >= MEMORY_EVENTS_MAX):
+            self._is_behind = True
+        else:
+            self._remember(row)
+        self.taken += 1
+        self.pending += 1
+        self.held_bytes += len(line)
 
     def is_nearly_full(self) -> bool:
         """Whether the largest event would find no room."""
@@ -100,7 +134,7 @@ class Outbox:
     def adopt(self, lines: Sequence[bytes]) -> None:
         """Take over events that another process has left, whatever the bound says. Raises SpoolBroken."""
         assert self._spool is not None
-        with self.changed:
+        with self.turn():
             if self.is_closing:
                 raise SpoolBroken("the client closes")
             first, self._number = self._number + 1, self._number + len(lines)
@@ -114,26 +148,31 @@ class Outbox:
 
     def take(self) -> Batch | None:
         """The next batch, once there is one and the pace allows it; None when the outbox closes."""
-        with self.changed:
-            while not self.is_closing:
+        while True:
+            with self.turn():
+                if self.is_closing:
+                    return None
                 now_s = time.monotonic()
                 wait_s = self._seconds_until_ready(now_s)
-                if wait_s is not None and wait_s <= 0 and (batch := self._form(now_s)):
-                    if not batch.tries and not batch.waits:
-                        batch.mark, batch.wait_mark = self.acknowledged_batches, self.waits
-                    self._flying.add(batch.rows[0][0])
-                    self.in_flight += 1
-                    if self._memory or self._held_back:
-                        self.changed.notify()
-                    return batch
-                self._waiting += 1
-                self.changed.wait(wait_s)
-                self._waiting -= 1
-            return None
+                if wait_s is None or wait_s > 0:
+                    self._waiting += 1
+                    self.turns.wait(wait_s)
+                    self._waiting -= 1
+                elif batch := self._form(now_s):
+                    return self._leaving(batch)
+
+    def _leaving(self, batch: Batch) -> Batch:
+        if not batch.tries and not batch.waits:
+            batch.mark, batch.wait_mark = self.acknowledged_batches, self.waits
+        self._flying.add(batch.rows[0][0])
+        self.in_flight += 1
+        if self._memory or self._held_back:
+            self.changed.notify()
+        return batch
 
     def settle(self, rows: Sequence[Row], *, is_acknowledged: bool) -> None:
         """These events of a batch in flight need nothing any more."""
-        with self.changed:
+        with self.turn():
             if is_acknowledged:
                 self.acknowledged_batches += 1
                 self.acknowledged += len(rows)
@@ -147,7 +186,7 @@ class Outbox:
 
     def land(self, batch: Batch, again: Sequence[Again] = ()) -> None:
         """A batch is not in flight any more; what is left of it is tried again."""
-        with self.changed:
+        with self.turn():
             self.in_flight -= 1
             self._flying.remove(batch.rows[0][0])
             for part, delay_s in again:
@@ -155,14 +194,21 @@ class Outbox:
             self.changed.notify_all()
 
     def hurry(self) -> int:
-        """Let nothing that is here now linger; the number to wait for in ``is_settled``."""
-        with self.changed:
+        """Let nothing that is here now linger; the number for ``wait_settled``."""
+        with self.turn():
+            self.turns.catch_up()
             self._hurry = self._number
             self.changed.notify_all()
             return self._number
 
-    def is_settled(self, number: int) -> bool:
-        """Whether every event up to this number is settled. The lock is held by the caller."""
+    def wait_settled(self, number: int, timeout_s: float | None) -> bool | None:
+        """Wait until every event up to this number is settled; False when the outbox closes before, None when the time
+        is up."""
+        with self.turn():
+            is_over = self.turns.wait_for(lambda: self.is_closing or self._is_settled(number), timeout_s)
+            return self._is_settled(number) if is_over else None
+
+    def _is_settled(self, number: int) -> bool:
         if self._is_behind and self._loaded < number:
             return False
         heads = [*self._flying, *(batch.rows[0][0] for _, _, batch in self._held_back)]
@@ -171,38 +217,46 @@ class Outbox:
 
     def stop(self) -> None:
         """Take nothing more, and give out no more batches."""
-        with self.changed:
+        with self.turn():
             self.is_closing = True
             self.changed.notify_all()
 
     def close(self) -> int:
         """Give the spool up; how many events are lost because nothing else has them."""
-        with self.changed:
+        with self.turn():
+            self.turns.catch_up()
             spool, self._spool = self._spool, None  # what is settled from now on will be sent again, and counts once
             if spool is None:
                 return self.pending
             if self._unerased:
                 with suppress(SpoolBroken):
                     spool.delete(self._unerased)
-            spool.close()
+            self._give_up(spool)
             return len(self._unspooled)
 
     def leave(self, line: bytes, spool: Spool) -> bool:
         """After ``close``: keep an event for the next process alone, in a file of its own."""
-        with self.changed:
+        with self.turn():
             try:
                 spool.append(1, line)
-                spool.close()
             except SpoolBroken as error:
-                logger.warning("the spool cannot be written", extra={"cause": str(error)})
+                self.turns.complain("the spool cannot be written", error)
                 return False
+            self._give_up(spool)
             self.taken += 1
             self.pending += 1
             self.held_bytes += len(line)
             return True
 
+    def _give_up(self, spool: Spool) -> None:
+        try:
+            spool.close()
+        except SpoolBroken as error:
+            self.turns.complain("the spool could not be closed in order", error)
+
     def forget(self) -> None:
         """After a fork, in the child: everything here is the parent's."""
+        self.turns.late.clear()
         if self._spool:
             self._spool.forget()
 
@@ -218,7 +272,7 @@ class Outbox:
             return True
         except SpoolBroken as error:
             if not self._spool_again_s:
-                logger.warning("the spool cannot be written; events are held in memory", extra={"cause": str(error)})
+                self.turns.complain("the spool cannot be written; events are held in memory", error)
             if time.monotonic() >= self._spool_again_s:
                 self._spool_again_s = time.monotonic() + _SPOOL_RETRY_S
             self._unspooled.add(row[0])
@@ -234,18 +288,18 @@ class Outbox:
         if self._waiting and len(self._memory) in (1, self.limits.batch_events_max):
             self.changed.notify()
 
+    def _has_room(self, needed_bytes: int) -> bool:
+        return self.held_bytes + needed_bytes <= self.limits.held_bytes_max
+
     def _make_room(self, needed_bytes: int) -> bool:
         """Room for an event, made as the user chose."""
-        def has_room() -> bool:
-            return self.held_bytes + needed_bytes <= self.limits.held_bytes_max
-
         if self._when_full == "raise":
-            raise SpoolFull("as many bytes as allowed wait for the server")
+            raise SpoolFull(_FULL)
         if self._when_full == "block":
             if not self._is_stuck:  # or else each event would wait as long, one after the other
-                self._is_stuck = not self.changed.wait_for(has_room, self.limits.block_s_max)
-            return has_room()
-        while not has_room() and (row := self._oldest()):
+                self._is_stuck = not self.turns.wait_for(lambda: self._has_room(needed_bytes), self.limits.block_s_max)
+            return self._has_room(needed_bytes)
+        while not self._has_room(needed_bytes) and (row := self._oldest()):
             self.dropped += 1
             self.pending -= 1
             self.held_bytes -= len(row[1])
@@ -313,7 +367,7 @@ class Outbox:
             rows = self._spool.read(self._loaded, MEMORY_EVENTS_MAX // 4)
         except SpoolBroken as error:
             self.pace.failed(time.monotonic())
-            logger.warning("the spool cannot be read", extra={"cause": str(error)})
+            self.turns.complain("the spool cannot be read", error)
             return False
         if not rows:
             self._is_behind, self._loaded = False, self._number
@@ -335,4 +389,4 @@ class Outbox:
                 self._spool.delete(self._unerased)
                 self._unerased = []
             except SpoolBroken as error:
-                logger.warning("the spool keeps what was sent until its disk works", extra={"cause": str(error)})
+                self.turns.complain("the spool keeps what was sent until its disk works", error)

@@ -98,7 +98,7 @@ class Sender:
     def _unavailable(self, batch: Batch, outcome: Unavailable) -> list[Again]:
         """The whole client waits, unless it happens again to these events when others get through: then they do."""
         outbox = self._outbox
-        with outbox.changed:
+        with outbox.turn():
             passed, waited = outbox.acknowledged_batches - batch.mark, outbox.waits - batch.wait_mark
             is_again = batch.waits > 0 and passed > 0
             is_suspect = is_again and outcome.may_be_events
@@ -120,16 +120,16 @@ class Sender:
         return []
 
     def _put_off(self, outcome: Unavailable) -> None:
-        """The whole client waits. The lock is held by the caller."""
+        """The whole client waits. The turn is the caller's."""
         pace = self._outbox.pace
         pace.failed(time.monotonic(), outcome.retry_after_s)
         if pace.failures == 1:
-            logger.warning("the server cannot be reached or asks to wait", extra={"cause": outcome.cause})
+            self._outbox.turns.complain("the server cannot be reached or asks to wait", outcome.cause)
 
     def _failed(self, batch: Batch, outcome: Failed) -> list[Again]:
         """Step aside; halve once it is clear that others get through."""
         outbox, tries = self._outbox, batch.tries + 1
-        with outbox.changed:
+        with outbox.turn():
             others_pass = outbox.acknowledged_batches > batch.mark
             delay_s = outbox.pace.backoff_s(tries)
             if not others_pass:
@@ -143,7 +143,7 @@ class Sender:
 
     def _refused(self, batch: Batch, outcome: Refused) -> list[Again]:
         """Hand over the events that the answer names, or halve until one stands alone."""
-        with self._outbox.changed:
+        with self._outbox.turn():
             self._outbox.pace.worked()
         named = {index: detail for index, detail in outcome.details.items() if 0 <= index < len(batch.rows)}
         if not named and len(batch.rows) > 1:

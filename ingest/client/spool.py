@@ -47,7 +47,7 @@ def fingerprint(base_url: str, token: str, destination: str = "") -> str:
 
 
 class Spool:
-    """One file, opened at the first use. Not for several threads at once: the outbox's lock guards it."""
+    """One file, opened at the first use. One thing at a time: the outbox's turns see to that."""
 
     def __init__(self, directory: Path, owner: str, path: Path | None = None) -> None:
         self.directory, self._owner, self._path = directory, owner, path
@@ -95,7 +95,8 @@ class Spool:
         return self._opened is None or not self.read(-1, 1)
 
     def close(self) -> None:
-        """Give the file up; an empty one is removed. What it holds is for the next process."""
+        """Give the file up; an empty one is removed. What it holds is for the next process. Raises SpoolBroken, and has
+        given it up all the same."""
         if self._opened is None or self._path is None:
             return
         connection, journal = self._opened
@@ -110,9 +111,10 @@ class Spool:
             if is_empty:
                 Path(f"{self._path}{_WAL}").unlink(missing_ok=True)
         except (SpoolBroken, sqlite3.Error, OSError) as error:
-            logger.warning("the spool could not be closed in order", extra={"cause": str(error)})
             journal.drop()
-        self._opened = None
+            raise SpoolBroken(str(error)) from error
+        finally:
+            self._opened = None
 
     def forget(self) -> None:
         """After a fork, in the child: everything is the parent's. Closing SQLite's file here would damage it."""
@@ -163,16 +165,12 @@ class Spool:
         connection, journal = self._opened or self._open()
         try:
             with _transaction(connection, "PRAGMA synchronous = FULL"):
-                folded = journal.needed.copy()
-                rows = [*folded.items(), *more]
+                rows = [*journal.needed.items(), *more]
                 connection.executemany("INSERT OR REPLACE INTO events VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise SpoolBroken(str(error)) from error
         with contextlib.suppress(OSError):  # events that stay in both places are found once
-            if len(journal.needed) == len(folded):
-                journal.clear()
-            else:  # one was captured meanwhile, by this thread: a finalizer or a signal handler did
-                journal.settle(list(folded))
+            journal.clear()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The real openai package and those who speak OpenAI's language, but not all of it."""
 
 import asyncio
+import itertools
 from typing import Any
 
 import openai
@@ -96,3 +97,17 @@ def test_embeddings_are_all_input(vendor: Replay, ingestion: RecordingIngestion)
     client.embeddings.create(model="v", input="x", encoding_format="float")
     metadata = ingestion.one()["metadata"]
     assert (metadata["inputTokens"], metadata["outputTokens"]) == (17, 0)
+
+
+@pytest.mark.parametrize(("chunks", "tokens"), [(3, (7, 5, True)), (4, (7, 2, False)), (9, (7, 2, False))])
+def test_a_usage_that_is_told_with_every_chunk_is_exact_at_the_finish(
+    vendor: Replay, ingestion: RecordingIngestion, chunks: int, tokens: tuple[int, int, bool]
+) -> None:
+    """Left before, what was told and what arrived are lower bounds."""
+    client = ingestion.strategy(OpenAIStrategy, "llm").client(plain(vendor), "ada")
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    vendor.will(CHAT, chat_stream([{**each, "usage": usage} for each in TELLING]))
+    with client.chat.completions.create(**QUESTION, stream=True) as opened:
+        list(itertools.islice(opened, chunks))
+    metadata = ingestion.one()["metadata"]
+    assert (metadata["inputTokens"], metadata["outputTokens"], "estimated" in metadata) == tokens

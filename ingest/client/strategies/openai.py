@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from ingest.client.llm import (
     LanguageModelStrategy,
     ModelCall,
@@ -137,6 +139,7 @@ class _Reader(Reader):
         self._words: list[str] = []
         self._identity: dict[str, Any] = {}
         self._has_begun = False
+        self._is_cut = False  # what the usage tells may be of a part only
         self._searches = Tokens()
         self._unpriced = "a search" if "web_search_options" in body or "-search-" in self._model else ""
 
@@ -188,14 +191,13 @@ class _Reader(Reader):
 
     def _finish(self) -> None:
         words = "".join(self._words)
-        known = self._usage is not None
         self._report(
             ModelCall(
                 vendor=self._vendor,
                 model=self._model,
-                tokens=self.tokens(self._usage) + self._searches if known else self._estimate(words),
+                tokens=self._tokens(words),
                 api_url=self._url,
-                is_estimated=not known,
+                is_estimated=self._usage is None or self._is_cut,
                 unpriced=self._unpriced,
                 terms={"service_tier": self._tier} if self._tier else {},
                 prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
@@ -204,15 +206,22 @@ class _Reader(Reader):
             **self._identity,
         )
 
+    def _tokens(self, words: str) -> Tokens:
+        if self._usage is None:
+            return self._estimate(words)
+        told = self.tokens(self._usage) + self._searches
+        least = self._estimate(words) if self._is_cut else Tokens()
+        return replace(told, input=max(told.input, least.input), output=max(told.output, least.output))
+
     def _estimate(self, words: str) -> Tokens:
         prompt = estimated_tokens(characters_in(self._request))
         return Tokens(input=prompt, output=estimated_tokens(len(words) + self._arguments))
 
 
 class _ChatReader(_Reader):
-    """Asks a stream for its usage."""
+    """Asks a stream for its usage. Some tell it with every chunk: it is whole at the finish, or behind it."""
 
-    _hides_usage = False
+    _hides_usage = _is_finished = False
 
     def ask(self, refusing: set[str]) -> None:
         """Ask for the usage, unless the caller does."""
@@ -234,11 +243,22 @@ class _ChatReader(_Reader):
     def item(self, item: Any) -> bool:
         """Read a chunk; the one with nothing but the usage is for us if we asked for it."""
         super().item(item)
-        return not (self._hides_usage and not read(item, "choices") and read(item, "usage") is not None)
+        is_usage = not read(item, "choices") and read(item, "usage") is not None
+        self._is_finished = self._is_finished or is_usage or _has_finish(item)
+        return not (self._hides_usage and is_usage)
 
     def is_last(self, item: Any) -> bool:
         """After the reason why an answer is finished comes the usage."""
-        return self._hides_usage and any(text(choice, "finish_reason") for choice in items(item, "choices"))
+        return self._hides_usage and _has_finish(item)
+
+    def end(self, is_complete: bool) -> None:
+        """Report what was seen."""
+        self._is_cut = not (is_complete or self._is_finished)
+        super().end(is_complete)
+
+
+def _has_finish(item: Any) -> bool:
+    return any(text(choice, "finish_reason") for choice in items(item, "choices"))
 
 
 class _ResponseReader(_Reader):

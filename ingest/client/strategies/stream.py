@@ -186,6 +186,10 @@ class MeteredFile:
         """Read at once, counted."""
         return self._counted(self._file.read1(*size))
 
+    def readall(self) -> Any:
+        """Read to the end, counted."""
+        return self._counted(self._file.readall())
+
     def readline(self, *size: int) -> Any:
         """Read a line, counted."""
         return self._counted(self._file.readline(*size))

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from ingest.client import AsyncIngestion, EventRefused, Limits
 from ingest.client.strategies.delta_time import DeltaTime
 from tests.ingest.client.fault_server import Bad, FaultServer
+from tests.waiting import PATIENCE_S, until
 
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, close_s_max=30)
 
@@ -91,6 +94,64 @@ def test_waiting_for_room_takes_no_thread_of_the_loops_own() -> None:
         asyncio.run(application(server))
 
     assert len(server.taken) == 20
+
+
+def test_flushes_that_take_their_time_hold_no_capture_up() -> None:
+    """However many there are; and when the client closes all of them end."""
+    limits = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, held_bytes_max=1 << 20)
+
+    async def application(server: FaultServer) -> None:
+        ingestion = AsyncIngestion("token", base_url=server.url, spool=None, limits=limits)
+        ingestion.capture(event(0))
+        flushes = asyncio.gather(*(ingestion.flush() for _ in range(20)))
+        try:
+            assert await asyncio.wait_for(ingestion.ingest(event(1)), PATIENCE_S) == "e1"
+            assert not await ingestion.flush(0)
+            assert not flushes.done()
+        finally:
+            await ingestion.close(0)
+        assert await flushes == [False] * 20
+
+    with FaultServer(lambda events, number: Bad(503)) as server:
+        asyncio.run(application(server))
+
+
+def test_a_flush_waits_for_what_was_captured_before_it() -> None:
+    """And not for what was captured since, or it would never end while there is usage."""
+    async def application(server: FaultServer) -> None:
+        ingestion = AsyncIngestion("token", base_url=server.url, spool=None, limits=QUICK)
+        ingestion.capture(event(0))
+        flush = asyncio.create_task(ingestion.flush())
+        await until(lambda: bool(server.requests))
+        ingestion.capture({**event(1), "metadata": {"is": "late"}})
+        server.script = lambda events, number: Bad(503) if events[0]["external_id"] == "e1" else None
+        assert await asyncio.wait_for(flush, PATIENCE_S)
+        assert ingestion.stats().pending == 1
+        await ingestion.close(0)
+
+    with FaultServer(lambda events, number: Bad(503)) as server:
+        asyncio.run(application(server))
+
+
+def test_a_flush_that_was_given_up_does_not_keep_the_process() -> None:
+    """Nobody waits for it any more, and the interpreter ends."""
+    code = """
+import asyncio
+from ingest.client import AsyncIngestion, Limits
+
+async def application():
+    ingestion = AsyncIngestion("token", base_url="http://127.0.0.1:1", spool=None, limits=Limits(close_s_max=0.1))
+    ingestion.capture({"name": "call", "external_customer_id": "u"})
+    try:
+        await asyncio.wait_for(ingestion.flush(), 0.1)
+    except TimeoutError:
+        print("given up")
+
+asyncio.run(application())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
+    assert done.stdout == "given up\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -162,6 +162,33 @@ def test_streams_that_are_open_at_the_end_are_left_to_the_next_process(server: F
     assert (ids, code) == (["None"] * 3, 0)
 
 
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_usage_after_the_end_of_multiprocessing_is_left_to_the_next_process(
+    server: FaultServer, tmp_path: Path, imported: str
+) -> None:
+    """Wherever ``multiprocessing`` was imported, which says its own farewell to clients."""
+    code = """
+import atexit, sys
+if sys.argv[3] == "before":
+    import multiprocessing.util
+from ingest.client import Ingestion
+
+def tell(number):
+    print(ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": f"e{number}"}))
+
+atexit.register(tell, 2)
+import multiprocessing.util
+ingestion = Ingestion("token", base_url=sys.argv[1], spool=sys.argv[2])
+tell(1)
+"""
+    command = [sys.executable, "-c", code, server.url, str(tmp_path), imported]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["e1", "e2"]
+    run("collects", server.url, tmp_path)
+
+    assert set(server.taken) == {"e1", "e2"}
+
+
 def test_threads_import_nothing(server: FaultServer) -> None:
     """A module that a thread is importing when the process forks would be locked in the child for ever."""
     code = """

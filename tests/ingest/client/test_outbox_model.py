@@ -1,11 +1,12 @@
 """The line of waiting events, driven at random: an event is in exactly one place until it is settled, whatever happens.
 
 Batches are acknowledged, refused in part, halved, put off and given back; the disk fails and recovers; memory overflows
-into the spool, and its journal into its file; the process is killed and another one takes over.
+into the spool, and its journal into its file; a signal handler or a finalizer captures in the middle of it; the process
+is killed and another one takes over.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,11 +51,15 @@ class Told:
 
 
 class Disk(Spool):
-    """A spool whose disk can fail."""
+    """A spool whose disk can fail, and in the middle of which the same thread can do something else."""
 
     is_broken = False
+    interruption: Callable[[], object] | None = None
 
     def _check(self) -> None:
+        interrupt, Disk.interruption = Disk.interruption, None
+        if interrupt:
+            interrupt()
         if Disk.is_broken:
             raise SpoolBroken("broken")
 
@@ -67,6 +72,10 @@ class Disk(Spool):
         """Fails with the disk."""
         self._check()
         super().delete(numbers)
+
+    def _fold(self, more: Sequence[Row] = ()) -> None:
+        self._check()
+        super()._fold(more)
 
 
 class Waiting(RuleBasedStateMachine):
@@ -84,7 +93,7 @@ class Waiting(RuleBasedStateMachine):
         ]
         for size in self.sizes:
             size.start()
-        Disk.is_broken = False
+        Disk.is_broken, Disk.interruption = False, None
         self.captured, self.settled, self.number, self.dropped = set[bytes](), set[bytes](), 0, 0
         self.may_come_again = set[bytes]()  # settled while the disk could not forget them
         self.live()
@@ -100,6 +109,15 @@ class Waiting(RuleBasedStateMachine):
     @rule(size=st.integers(0, 60))
     def capture(self, size: int) -> None:
         """An event."""
+        self.take(size)
+
+    @rule(size=st.integers(0, 60))
+    def capture_in_the_middle(self, size: int) -> None:
+        """The next thing that touches the disk is interrupted by an event."""
+        Disk.interruption = lambda: self.take(size)
+
+    def take(self, size: int) -> None:
+        """Hand one over; it is captured, or there is no room."""
         self.number += 1
         line = msgspec.json.encode({"external_id": f"{self.number}-{'x' * size}"})
         self.outbox._spool_again_s = 0.0  # the second in which a failed disk is left alone has passed
@@ -189,7 +207,7 @@ class Waiting(RuleBasedStateMachine):
         self.captured -= only_in_memory
         waiting = {line for _, line in self.rows()}
         expected, dropped = waiting - only_in_memory, self.captured - self.settled - waiting
-        self.outbox._spool = None
+        self.outbox._spool = Disk.interruption = None
         if self.spool._opened:
             connection, journal = self.spool._opened
             connection.close()  # without a word to anybody
@@ -232,8 +250,18 @@ class Waiting(RuleBasedStateMachine):
         spooled = [number for number, _ in self.outbox._memory if number not in self.outbox._unspooled]
         assert len(spooled) <= MEMORY_EVENTS + 1
 
+    @invariant()
+    def the_spool_is_in_order(self) -> None:
+        """What is in the file is older than what is in the journal: whoever takes over a killed process' files knows so
+        what is in both."""
+        if self.spool._opened:
+            connection, journal = self.spool._opened
+            in_file = [number for (number,) in connection.execute("SELECT number FROM events ORDER BY number")]
+            assert [*in_file, *journal.needed] == sorted({*in_file, *journal.needed})
+
     def teardown(self) -> None:
         """The end of this life."""
+        Disk.interruption = None
         for size in self.sizes:
             size.stop()
         self.outbox.close()

@@ -1,11 +1,17 @@
 """The spool's files: whose they are, and that nothing which was written to one is ever nowhere."""
 
 import os
+import shutil
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from ingest.client import journal as journal_module
+from ingest.client.journal import Row
+from ingest.client.limits import Limits
+from ingest.client.outbox import Outbox
 from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
 
 OWNER = "owner"
@@ -120,6 +126,43 @@ def test_a_file_in_the_making_is_left_alone_and_one_never_made_is_removed(tmp_pa
     assert abandoned.claim()
     abandoned.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    """When its journal moves into the file, the same thread captures an event, once."""
+    late = [b"in the middle"]
+
+    class Interrupted(Spool):
+        def _fold(self, more: Sequence[Row] = ()) -> None:
+            assert not late or outbox.put(late.pop())
+            super()._fold(more)
+
+    outbox = Outbox(Limits(linger_s=0), "block", Interrupted(tmp_path, OWNER))
+    yield outbox
+    outbox.close()
+
+
+def test_an_event_in_the_middle_of_taking_over_hides_none(outbox: Outbox) -> None:
+    """A finalizer captures while abandoned events move into the file: each of them is sent."""
+    assert outbox.put(b"before")
+    outbox.adopt([b"left", b"behind"])
+    assert outbox.put(b"after")
+    sent = [line for batch in (outbox.take(), outbox.take()) if batch for _, line in batch.rows]
+
+    assert sent == [b"before", b"left", b"behind", b"in the middle", b"after"]
+
+
+def test_an_event_in_the_middle_of_a_move_hides_none_after_a_kill(
+    outbox: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler captures while another event waits for the journal: who takes the files over finds both."""
+    monkeypatch.setattr(journal_module, "_EVENTS_MAX", 2)
+    for line in (b"a", b"b", b"c"):
+        assert outbox.put(line)
+    shutil.copytree(tmp_path, tmp_path / "killed")
+
+    assert lines(tmp_path / "killed") == [b"a", b"b", b"c", b"in the middle"]
 
 
 def test_a_fingerprint_tells_server_and_token_apart() -> None:

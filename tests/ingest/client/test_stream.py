@@ -55,6 +55,16 @@ def test_what_is_read_of_a_file_counts(stream: Stream, ingestion: RecordingInges
     assert told(ingestion) == (12, True)
 
 
+def test_what_is_read_of_a_raw_file_counts(stream: Stream, ingestion: RecordingIngestion, tmp_path: Path) -> None:
+    """Also all at once."""
+    (tmp_path / "file").write_bytes(b"first\nsecond")
+    with stream.file("u", (tmp_path / "file").open("rb", buffering=0)) as file:
+        file.read(3)
+        assert file.readall() == b"st\nsecond"
+
+    assert told(ingestion) == (12, True)
+
+
 def test_what_is_written_to_a_file_counts(stream: Stream, ingestion: RecordingIngestion, tmp_path: Path) -> None:
     """Bytes, lines, and text as UTF-8; everything else is the file's own."""
     with stream.file("u", (tmp_path / "file").open("w", encoding="utf-8")) as file:

@@ -1,7 +1,9 @@
-"""Threads that the system does not start: events wait, later ones ask again, and nothing is raised."""
+"""The client's threads beside the application's: where the system starts none events wait, later ones ask again, and
+nothing is raised; and what they log keeps nobody waiting for them."""
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import pytest
 
 from ingest.client import Ingestion
 from ingest.client import ingestion as ingestion_module
-from tests.ingest.client.fault_server import FaultServer
-from tests.ingest.client.test_sending import PATIENCE_S, QUICK, assert_adds_up, client, event
+from tests.ingest.client.fault_server import Bad, FaultServer
+from tests.ingest.client.test_sending import PATIENCE_S, QUICK, assert_adds_up, bad_for, client, event
 from tests.waiting import eventually
 
 
@@ -58,3 +60,58 @@ def test_a_client_without_threads_closes(spool: Path | None) -> None:
             with client(server, spool):
                 eventually(lambda: server.taken)
             assert set(server.taken) == {"e1"}
+
+
+class Slow(logging.Handler):
+    """Takes until another thread has captured an event, as long as it may."""
+
+    def __init__(self, ingestion: Ingestion) -> None:
+        super().__init__()
+        self.ingestion, self.waited_in_vain = ingestion, dict[str, bool]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Under the handler's own lock."""
+        capturing = threading.Thread(target=self.ingestion.ingest, args=(event(2),))
+        if record.msg not in self.waited_in_vain:
+            self.waited_in_vain[record.msg] = False  # where the capture has something to log itself
+            capturing.start()
+            capturing.join(PATIENCE_S / 4)
+            self.waited_in_vain[record.msg] = capturing.is_alive()
+
+
+@pytest.fixture
+def slow() -> Iterator[Callable[[Ingestion], Slow]]:
+    """Makes a handler of what a client logs."""
+    logger, handlers = logging.getLogger("ingest.client"), list[Slow]()
+
+    def add(ingestion: Ingestion) -> Slow:
+        handlers.append(Slow(ingestion))
+        logger.addHandler(handlers[-1])
+        return handlers[-1]
+
+    yield add
+    for handler in handlers:
+        logger.removeHandler(handler)
+
+
+def test_a_capture_waits_for_no_log_handler(spool: Path | None, slow: Callable[[Ingestion], Slow]) -> None:
+    """Least of all for one that captures, too, and that would wait for it: the sender holds nothing while it logs."""
+    with FaultServer(bad_for(1, lambda: Bad(503))) as server, client(server, spool) as ingestion:
+        handler = slow(ingestion)
+        ingestion.ingest(event(1))
+        eventually(lambda: "e2" in server.taken)
+
+    assert handler.waited_in_vain == {"the server cannot be reached or asks to wait": False}
+
+
+def test_a_capture_that_has_something_to_log_keeps_no_other_waiting(
+    tmp_path: Path, slow: Callable[[Ingestion], Slow]
+) -> None:
+    """What the disk refuses is told when the event has been taken."""
+    with FaultServer() as server, client(server, tmp_path / "spool") as ingestion:
+        handler = slow(ingestion)
+        (tmp_path / "spool").rmdir()
+        (tmp_path / "spool").touch()
+        assert ingestion.ingest(event(1)) == "e1"
+
+    assert handler.waited_in_vain == {"the spool cannot be written; events are held in memory": False}
