@@ -21,8 +21,9 @@ T = TypeVar("T", Benefit, Grant)
 
 def meter_of(catalogue: Catalogue, organization_id: str, polar_id: str) -> Meter | None:
     """The organization's meter that is Polar's: of the same id, or said to be so in its metadata."""
-    said_so = (one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id)
-    return catalogue.meter(organization_id, polar_id) or next(said_so, None)
+    if (same := catalogue.meter(organization_id, polar_id)) is not None:
+        return same
+    return next((one for one in catalogue.meters_of(organization_id) if one.metadata.get(METER_KEY) == polar_id), None)
 
 
 def meters_here(catalogue: Catalogue, organization_id: str, polar_ids: Iterable[str]) -> list[str]:
