@@ -219,13 +219,11 @@ class IngestEndpoint:
             prepared = await self._in_thread(_prepared, admitted, *where, self._large_spread)
         else:
             prepared = _prepared(admitted, *where, self._spread)
-        # What was acknowledged is known to the event loop alone, which needs no lock for it.
-        verdicts = self._recent.judge(prepared.events) if prepared.events is not None else None
         position = await self._write(prepared.entries)
         if isinstance(position, Answer):
             return position
-        if prepared.events is not None:
-            self._recent.remember(prepared.events)
+        # What was acknowledged is known to the event loop alone, which needs no lock for it.
+        verdicts = self._recent.take(prepared.events) if prepared.events is not None else None
         return await self._accepted(admitted, verdicts, preferences, position, aside)
 
     async def _write(self, entries: Sequence[Entry]) -> Mapping[int, int] | Answer:

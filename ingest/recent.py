@@ -1,9 +1,8 @@
 """What the gateway remembers of the events it has just acknowledged.
 
 A courtesy to clients that repeat a request: the answer can say "duplicate" and, where the bytes differ, "conflict".
-It is a memory of this process alone, limited in size, keyed by 64 bits, and two requests under way at the same time do
-not see each other. Nothing is decided here: every event goes to the log whatever this says, and the store, which
-knows every identity there ever was, counts each once.
+It is a memory of this process alone, limited in size and keyed by 64 bits. Nothing is decided here: every event goes to
+the log whatever this says, and the store, which knows every identity there ever was, counts each once.
 """
 
 from collections import defaultdict
@@ -32,7 +31,6 @@ class Fingerprints:
     def __init__(self, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> None:
         self.organization_id = organization_id
         self.keys = list(map(hash, external_ids))
-        self.different = set(self.keys)
         self.contents = list(map(xxh3_64_intdigest, lines))
 
 
@@ -48,36 +46,41 @@ class RecentIdentities:
         self._old: dict[str, Contents] = {}
         self._young_count = 0
 
-    def judge(self, events: Fingerprints) -> list[Verdict] | None:
-        """A verdict for each event in order; None where every one of them is new, as nearly always."""
-        old, young = self._old.get(events.organization_id, {}), self._young.get(events.organization_id, {})
-        if _all_new(events, young) and old.keys().isdisjoint(events.different):
-            return None
-        verdicts = []
-        first: Contents = {}
-        for key, content in zip(events.keys, events.contents, strict=True):
-            before = old.get(key, young.get(key, first.get(key)))
-            first.setdefault(key, content)
-            if before is None:
-                verdicts.append(Verdict.ACCEPTED)
-            else:
-                verdicts.append(Verdict.DUPLICATE if before == content else Verdict.CONFLICT)
+    def take(self, events: Fingerprints) -> list[Verdict] | None:
+        """Remember events whose append is durable. A verdict for each in order; None where all are new, as nearly always.
+
+        Of two requests with the same event, the one whose append ended first has the new one.
+        """
+        old, young = self._old.get(events.organization_id, {}), self._young[events.organization_id]
+        known = len(young)
+        verdicts = None if _are_new(events, old, young) else _verdicts(events, old, young)
+        self._young_count += len(young) - known
+        if self._young_count >= self._generation_max:
+            self._old, self._young, self._young_count = self._young, defaultdict(dict), 0
         return verdicts
 
-    def remember(self, events: Fingerprints) -> None:
-        """Take in events whose append is durable. The first content of an identity stays."""
-        if self._young_count + len(events.keys) > self._generation_max:
-            self._old, self._young, self._young_count = self._young, defaultdict(dict), 0
-        young = self._young[events.organization_id]
-        self._young_count -= len(young)
-        pairs = zip(events.keys, events.contents, strict=True)
-        if _all_new(events, young):
-            young.update(pairs)
+
+def _are_new(events: Fingerprints, old: Contents, young: Contents) -> bool:
+    """Put all of them into ``young`` where each is new, by looking each up once there; else none."""
+    if not (young.keys().isdisjoint(events.keys) and old.keys().isdisjoint(events.keys)):
+        return False
+    known = len(young)
+    young.update(zip(events.keys, events.contents, strict=True))
+    if len(young) == known + len(events.keys):
+        return True
+    for key in set(events.keys):  # one of them is there twice
+        del young[key]
+    return False
+
+
+def _verdicts(events: Fingerprints, old: Contents, young: Contents) -> list[Verdict]:
+    """What became of each. The first content of an identity stays."""
+    verdicts = []
+    for key, content in zip(events.keys, events.contents, strict=True):
+        before = old.get(key, young.get(key))
+        young.setdefault(key, content if before is None else before)
+        if before is None:
+            verdicts.append(Verdict.ACCEPTED)
         else:
-            for key, content in pairs:
-                young.setdefault(key, content)
-        self._young_count += len(young)
-
-
-def _all_new(events: Fingerprints, known: Contents) -> bool:
-    return len(events.different) == len(events.keys) and known.keys().isdisjoint(events.different)
+            verdicts.append(Verdict.DUPLICATE if before == content else Verdict.CONFLICT)
+    return verdicts

@@ -3,6 +3,7 @@
 import json
 import logging
 import uuid
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -197,27 +198,36 @@ def test_repetitions_are_counted_and_written_all_the_same(gateway: RunningGatewa
 def test_an_id_belongs_to_its_organization() -> None:
     """Two organizations may use the same external id."""
     recent = RecentIdentities()
-    recent.remember(Fingerprints("one", ["id"], [b"{}"]))
-    assert recent.judge(Fingerprints("other", ["id"], [b"{}"])) is None
-    assert recent.judge(Fingerprints("one", ["id"], [b"{}"])) == [Verdict.DUPLICATE]
+    assert recent.take(Fingerprints("one", ["id"], [b"{}"])) is None
+    assert recent.take(Fingerprints("other", ["id"], [b"{}"])) is None
+    assert recent.take(Fingerprints("one", ["id"], [b"{}"])) == [Verdict.DUPLICATE]
 
 
 def test_the_first_content_of_an_identity_stays() -> None:
-    """Of two requests under way at once, the one whose append returned first is what later ones are compared with."""
+    """Whatever came under the same id since, in the same request or in later ones, is compared with the first."""
     recent, first, second = RecentIdentities(), *(Fingerprints("o", ["id"], [text]) for text in (b"1", b"2"))
-    assert recent.judge(first) is recent.judge(second) is None
-    recent.remember(first)
-    recent.remember(second)
-    assert recent.judge(first) == [Verdict.DUPLICATE]
-    assert recent.judge(second) == [Verdict.CONFLICT]
+    twice = Fingerprints("o", ["new", "id", "new"], [b"1", b"1", b"2"])
+    assert recent.take(first) is None
+    assert recent.take(second) == [Verdict.CONFLICT]
+    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.CONFLICT]
+    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
+    assert recent.take(first) == [Verdict.DUPLICATE]
+
+
+def test_an_event_twice_in_a_request_alone_is_new_once() -> None:
+    """Nothing else of the request has to be known for it."""
+    twice = Fingerprints("o", ["id", "other", "id"], [b"1", b"1", b"2"])
+    recent = RecentIdentities()
+    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.CONFLICT]
+    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
 
 
 def test_the_memory_of_identities_is_limited_and_keeps_the_younger_ones() -> None:
     """At least one generation is remembered, never more than two."""
     recent = RecentIdentities(generation_max=10)
     for number in range(25):
-        recent.remember(Fingerprints("o", [str(number)], [b"{}"]))
-    known = [number for number in range(25) if recent.judge(Fingerprints("o", [str(number)], [b"{}"]))]
+        assert recent.take(Fingerprints("o", [str(number)], [b"{}"])) is None
+    known = [number for number in range(25) if deepcopy(recent).take(Fingerprints("o", [str(number)], [b"{}"]))]
     assert known == list(range(10, 25))
 
 
