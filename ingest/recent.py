@@ -47,7 +47,7 @@ class RecentIdentities:
         self._young_count = 0
 
     def take(self, events: Fingerprints) -> list[Verdict] | None:
-        """Remember events whose append is durable. A verdict for each in order; None where all are new, as nearly always.
+        """Remember events whose append is durable, and judge them; None where every one is new, as nearly always.
 
         Of two requests with the same event, the one whose append ended first has the new one.
         """

@@ -82,7 +82,7 @@ because a record is known again by its time; its lines are dead letters."""
 
 def has_too_many_lines(value: bytes) -> bool:
     """Whether the record of this value counts as a single line, which is none of an event."""
-    return value.count(b"\n") >= LINES_MAX
+    return len(value) >= LINES_MAX and value.count(b"\n") >= LINES_MAX
 
 
 def lines_of(value: bytes) -> list[bytes]:
