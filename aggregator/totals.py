@@ -33,14 +33,15 @@ _EXACT = Context(prec=80)
 class Amounts(NamedTuple):
     """One property's amounts in some rows, in 10^-12 units, prepared once for all meters that read it.
 
-    ``whole`` and ``fraction`` are ``units`` divided by 10^12. ``large`` marks the rows that do not fit 64 bits; their
-    128 bits stand in ``high`` and ``low``.
+    ``whole`` and ``fraction`` are ``units`` divided by 10^12; there is no ``fraction`` where every amount is whole, as
+    those of tokens and seconds are. ``large`` marks the rows that do not fit 64 bits; their 128 bits stand in ``high``
+    and ``low``.
     """
 
     low: Integers
     high: Integers
     whole: Integers
-    fraction: Integers
+    fraction: Integers | None
     large: npt.NDArray[np.bool_] | None
 
     @classmethod
@@ -50,7 +51,7 @@ class Amounts(NamedTuple):
         low, high = np.ascontiguousarray(words[0::2]), np.ascontiguousarray(words[1::2])
         fits = (high == low >> 63) & (low < _LARGEST) & (low > _LEAST)  # the high word only repeats the sign
         whole, fraction = np.divmod(low, ONE)
-        return cls(low, high, whole, fraction, None if fits.all() else ~fits)
+        return cls(low, high, whole, fraction if fraction.any() else None, None if fits.all() else ~fits)
 
     def units(self, row: int) -> int:
         """One row, of any size."""
@@ -94,8 +95,9 @@ class MeterTotals:
             np.maximum.at(self._extreme, chosen, amounts.low if every else amounts.low[rows])
         else:
             np.add.at(self._whole, chosen, amounts.whole if every else amounts.whole[rows])
-            np.add.at(self._fraction, chosen, amounts.fraction if every else amounts.fraction[rows])
-            self._carry(chosen)
+            if amounts.fraction is not None:
+                np.add.at(self._fraction, chosen, amounts.fraction if every else amounts.fraction[rows])
+                self._carry(chosen)
 
     def _carry(self, chosen: Rows) -> None:
         """Fractions that reached one become whole. A row listed twice is carried with the same result twice."""
