@@ -232,7 +232,7 @@ class Catalogue:
         self.prices = Prices()
         self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
         self._external: dict[tuple[str, str], Customer] = {}
-        self._emails: dict[tuple[str, str], str] = {}  # whose an address is, in lower case
+        self._emails: dict[tuple[str, str], dict[str, None]] = {}  # whose an address is, in lower case
         self._meters: dict[str, dict[str, Meter]] = {}
         self._living: dict[str, dict[str, Customer]] = {}
         for change in changes:
@@ -275,8 +275,10 @@ class Catalogue:
                 del self._external[name]
         if known and known.email is not None:
             address = (known.organization_id, known.email.lower())
-            if self._emails.get(address) == known.id:
-                del self._emails[address]
+            if owners := self._emails.get(address):
+                owners.pop(known.id, None)
+                if not owners:
+                    del self._emails[address]
         self.customers[customer.id] = customer
         living = self._living.setdefault(customer.organization_id, {})
         if customer.deleted_at is None:
@@ -284,7 +286,7 @@ class Catalogue:
         else:
             living.pop(customer.id, None)
         if customer.email is not None and customer.deleted_at is None:
-            self._emails.setdefault((customer.organization_id, customer.email.lower()), customer.id)
+            self._emails.setdefault((customer.organization_id, customer.email.lower()), {})[customer.id] = None
         if customer.external_id is not None and customer.deleted_at is None:
             self._external[customer.organization_id, customer.external_id] = customer
 
@@ -301,10 +303,12 @@ class Catalogue:
         """The organization's customer that it calls so itself, unless deleted."""
         return self._external.get((organization_id, external_id))
 
-    def customer_by_email(self, organization_id: str, email: str) -> Customer | None:
-        """The organization's customer with this address, whatever its case, unless deleted."""
-        id = self._emails.get((organization_id, email.lower()))
-        return self.customer(organization_id, id) if id is not None else None
+    def customers_by_email(self, organization_id: str, email: str) -> list[str]:
+        """The ids of the organization's customers with this address, whatever its case, without the deleted ones.
+
+        Here an address is given once; Polar tells of customers who share one.
+        """
+        return list(self._emails.get((organization_id, email.lower()), ()))
 
     def meter(self, organization_id: str, id: str) -> Meter | None:
         """The organization's meter of this id, archived or not."""

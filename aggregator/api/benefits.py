@@ -22,7 +22,7 @@ from aggregator.api.cuts import Overtaken, Used, carried, used_until
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
 from aggregator.api.shapes import customer_shape
@@ -187,7 +187,7 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
     return answer(benefit_shape(benefit), desk.view.as_of, 201)
 
 
-@router.get("/v1/benefits/", responses=gives(page_of("Benefit")))
+@router.get("/v1/benefits/", openapi_extra=BY_METADATA, responses=gives(page_of("Benefit")))
 async def list_benefits(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None, id: Ids = None,
     exclude_id: Ids = None, type: Texts = None,

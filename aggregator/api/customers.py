@@ -13,13 +13,24 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, MetadataTexts, Order, Page, Texts, WhichPage, includes, listed, order
+from aggregator.api.paging import (
+    BY_METADATA,
+    Ids,
+    MetadataTexts,
+    Order,
+    Page,
+    Texts,
+    WhichPage,
+    includes,
+    listed,
+    order,
+)
 from aggregator.api.paths import BY_EXTERNAL_ID
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import customer_shape
 from aggregator.store.queries.asking import Patience
 from meters.access import reading, writing
-from meters.amount import amount_text
+from meters.amount import decimal_text
 from meters.catalogue import (
     INDIVIDUAL,
     TEAM,
@@ -125,21 +136,23 @@ def refuse_organization(body: dict[str, Any]) -> None:
         raise Refused("organization_token", ("body", "organization_id"), message, given)
 
 
-def _refuse_taken(catalogue: Catalogue, organization_id: str, fields: dict[str, Any], but: str | None = None) -> None:
-    """Two customers do not share an external id or an address. ``but`` is the one that may have them already."""
+def _refuse_taken(
+    catalogue: Catalogue, organization_id: str, fields: dict[str, Any], but: Customer | None = None
+) -> None:
+    """Nobody is given another's external id or address. ``but`` is the one who keeps what it has."""
     external_id = fields.get("external_id")
     owner = catalogue.customer_by_external_id(organization_id, external_id) if external_id is not None else None
-    if owner is not None and owner.id != but:
+    if owner is not None and owner != but:
         message = "A customer with this external ID already exists."
         raise Refused("value_error", ("body", "external_id"), message, external_id)
     email = fields.get("email")
-    owner = catalogue.customer_by_email(organization_id, email) if email is not None else None
-    if owner is not None and owner.id != but:
+    present = but.email.lower() if but is not None and but.email is not None else None
+    if email is not None and email.lower() != present and catalogue.customers_by_email(organization_id, email):
         message = "A customer with this email address already exists."
         raise Refused("value_error", ("body", "email"), message, email)
 
 
-@router.get("/v1/customers/", responses=gives(page_of("Customer")))
+@router.get("/v1/customers/", openapi_extra=BY_METADATA, responses=gives(page_of("Customer")))
 async def list_customers(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
@@ -190,10 +203,11 @@ def has_texts(metadata: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if not isinstance(value, int | Decimal):
+    if isinstance(value, int):
+        return str(Decimal(value))  # of any number of digits
+    if not isinstance(value, Decimal):
         return str(value)
-    exact = Decimal(value)
-    return amount_text(exact) if abs(exact.adjusted()) <= DIGITS_MAX else str(exact)
+    return decimal_text(value) if abs(value.adjusted()) <= DIGITS_MAX else str(value)
 
 
 @router.get(BY_EXTERNAL_ID, responses=gives(ref("Customer")))
@@ -261,7 +275,7 @@ async def _update(request: Request, desk: Desk, find: Callable[[], Customer]) ->
         if customer.type == TEAM and fields.get("type") == INDIVIDUAL:
             message = f"Customer type cannot be downgraded from '{TEAM}' to '{INDIVIDUAL}'."
             raise Refused("value_error", ("body", "type"), message, INDIVIDUAL)
-        _refuse_taken(desk.catalogue, customer.organization_id, fields, but=customer.id)
+        _refuse_taken(desk.catalogue, customer.organization_id, fields, but=customer)
         changed = msgspec.structs.replace(customer, modified_at=desk.now(), **fields)
         await desk.decide(CustomerUpdated(changed))
     return answer(customer_shape(changed), desk.view.as_of)

@@ -27,7 +27,8 @@ Send `Authorization: Bearer <token>`. Every answer about usage says in `As-Of` w
 read what was just written, send the `Log-Position` of the ingestion's answer back with `Prefer: wait=5`; when the time
 is up before the view is there, the answer comes all the same and its `As-Of` says how far it got.
 
-Lists take `page` and `limit`; events, quantities and meters take `metadata[key]=value`, repeatable.
+Lists take `page` and `limit`; events, quantities, meters, customers and benefits take `metadata[key]=value`,
+repeatable.
 
 Quantities are JSON numbers with all their digits: read them as decimals where that matters."""
 

@@ -21,7 +21,19 @@ from aggregator.api.limits import (
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
 )
-from aggregator.api.paging import Ids, Instant, MetadataTexts, Page, Texts, WhichPage, includes, listed, order, texts
+from aggregator.api.paging import (
+    BY_METADATA,
+    Ids,
+    Instant,
+    MetadataTexts,
+    Page,
+    Texts,
+    WhichPage,
+    includes,
+    listed,
+    order,
+    texts,
+)
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import event_shape, name_shape
 from aggregator.store.queries import events, family
@@ -134,7 +146,7 @@ def _mentioned(desk: Desk, token: Token, search: str | None, patience: Patience)
     return desk.subjects(token, [customer.id for customer in found], None) or []
 
 
-@router.get("/v1/events/", responses=gives(page_of("Event")))
+@router.get("/v1/events/", openapi_extra=BY_METADATA, responses=gives(page_of("Event")))
 async def list_events(
     desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)],
     aggregate_fields: Fields = None,

@@ -10,7 +10,7 @@ from aggregator.api.customers import has_texts, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
 from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
 from meters.access import reading, writing
@@ -55,7 +55,7 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
     return answer(meter_json(meter), desk.view.as_of, 201)
 
 
-@router.get("/v1/meters/", responses=gives(page_of("Meter")))
+@router.get("/v1/meters/", openapi_extra=BY_METADATA, responses=gives(page_of("Meter")))
 async def list_meters(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, is_archived: bool | None = None,

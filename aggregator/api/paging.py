@@ -97,6 +97,13 @@ async def metadata_texts(request: Request) -> dict[str, list[str]]:
 
 MetadataTexts = Annotated[dict[str, list[str]], Depends(metadata_texts)]
 
+BY_METADATA = {"parameters": [{
+    "name": "metadata", "in": "query", "style": "deepObject", "explode": True,
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+    "description": "`metadata[key]=value`: what has this text at the key. Repeated for one key: any of the texts",
+}]}  # fmt: skip
+"""For the OpenAPI document, which cannot see by itself what ``metadata_texts`` reads."""
+
 
 def includes(organization_id: list[UUID] | None, token: Token) -> bool:
     """Whether an ``organization_id`` parameter leaves the token's organization in: none does, or one that names it."""

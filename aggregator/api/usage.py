@@ -16,9 +16,10 @@ from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Malformed, Refused
 from aggregator.api.limits import PREVIEW_CUSTOMERS
 from aggregator.api.meters import meter_of
-from aggregator.api.paging import Bound, Ids, MetadataTexts, Texts, texts
+from aggregator.api.paging import BY_METADATA, Bound, Ids, MetadataTexts, Texts, texts
 from aggregator.api.schemas import gives, ref, takes
 from aggregator.api.shapes import number
+from aggregator.directory import EXTERNAL
 from aggregator.store.queries import preview, usage
 from aggregator.store.queries.asking import Here, Reading
 from aggregator.store.queries.scope import NOBODY, Scope
@@ -55,7 +56,7 @@ def check_range(start: datetime, end: datetime, interval: Interval, kind: str = 
         raise Refused("value_error", ("query",), reason)
 
 
-@router.get("/v1/meters/{id}/quantities", responses=gives(ref("Quantities")))
+@router.get("/v1/meters/{id}/quantities", openapi_extra=BY_METADATA, responses=gives(ref("Quantities")))
 async def get_meter_quantities(
     desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Bound, end_timestamp: Bound,
     interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
@@ -155,17 +156,15 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     body = await body_of(request)
     filter, aggregation = _definition(body)
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
-    found, as_of = await desk.ask(
-        token, lambda here: preview.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS)
-    )
+
+    def previewed(here: Here) -> preview.Preview:
+        same = _under_two_names(desk, token.organization_id)
+        return preview.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
+
+    found, as_of = await desk.ask(token, previewed)
     whole = found.whole
     customers = [
-        {
-            "customer_id": row.who if row.kind == "customer" else None,
-            "external_customer_id": row.who if row.kind == "external" else None,
-            "quantity": number(row.measured.value(aggregation)),
-        }
-        for row in found.customers
+        _named(desk, token, row) | {"quantity": number(row.measured.value(aggregation))} for row in found.customers
     ]
     body = {
         "total": number(whole.value(aggregation)),
@@ -176,6 +175,29 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
         "top_customers": customers,
     }
     return answer(body, as_of)
+
+
+def _under_two_names(desk: Desk, organization_id: str) -> dict[int, int]:
+    """Of customers whose events name them in both ways: the number of one name to that of the other."""
+    numbers = desk.view.directory.organizations.get(organization_id)
+    if numbers is None:
+        return {}
+    same = {}
+    for id, named in list(numbers.customer.items()):  # the reader of the log goes on meanwhile
+        customer = desk.catalogue.customer(organization_id, id)
+        other = numbers.external.get(customer.external_id) if customer and customer.external_id is not None else None
+        if other is not None:
+            same[named] = other
+    return same
+
+
+def _named(desk: Desk, token: Token, row: preview.CustomerUsage) -> dict[str, str | None]:
+    """Both names of a customer, as far as they are known."""
+    if row.kind == EXTERNAL:
+        customer = desk.catalogue.customer_by_external_id(token.organization_id, row.who)
+        return {"customer_id": customer.id if customer else None, "external_customer_id": row.who}
+    customer = desk.catalogue.customer(token.organization_id, row.who)
+    return {"customer_id": row.who, "external_customer_id": customer.external_id if customer else None}
 
 
 def _definition(body: Any) -> tuple[Filter, Aggregation]:

@@ -55,6 +55,16 @@ def full(server: Server) -> Tenant:
     return tenant
 
 
+def test_what_takes_metadata_says_so() -> None:
+    """A client that is made from the document can filter by metadata wherever the server does."""
+    takes = {
+        path for path, methods in DOCUMENT["paths"].items()
+        if any(one["name"] == "metadata" for one in methods.get("get", {}).get("parameters", ()))
+    }  # fmt: skip
+    lists = {f"/v1/{name}/" for name in ("events", "meters", "customers", "benefits")}
+    assert takes == {*lists, "/v1/meters/{id}/quantities"}
+
+
 def deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
     """A webhook that an endpoint answered, and one for which it was not there."""
     now = naive(tenant.server.now)

@@ -6,12 +6,14 @@ from decimal import Decimal
 from typing import Any
 from unittest.mock import patch
 from urllib.parse import quote
+from uuid import uuid4
 
 import pytest
 
 from aggregator import consumer
 from aggregator.store.store import Store
 from meters import exact_json
+from meters.catalogue import Customer, CustomerCreated
 from tests.aggregator.polar_story import Polar
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
@@ -107,7 +109,7 @@ def test_ids_in_bodies_mind_no_case(tenant: Tenant) -> None:
 
 def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
     """An integer as it is, whatever its size; a number that is too wide to write out by its exponent."""
-    metadata = [9007199254740993, 10**400, Decimal("1E+999999"), True]
+    metadata = [9007199254740993, 10**400, Decimal("1E+999999"), True, 5, Decimal("5.0"), Decimal("1e2")]
     for place, number in enumerate(metadata):
         made = {"email": f"{place}@example.com", "name": str(number)[:9], "metadata": {"n": number}}
         assert tenant.ask("POST", "/v1/customers/", content=exact_json.encode(made)).status_code == 201
@@ -118,6 +120,8 @@ def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
     assert [found(text) for text in ("9007199254740993", "9007199254740992", "1E+999999", "true")] == [
         ["900719925"], [], ["1E+999999"], ["True"]
     ]  # fmt: skip
+    assert [found(text) for text in ("5", "5.0", "100", "100.0")] == [["5"], ["5.0"], [], ["1E+2"]]
+    assert [len(found(text)) for text in (str(10**399), "1" + 400 * "0")] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +192,22 @@ def test_names_of_customers_are_taken_once_in_an_organization(server: Server, te
     theirs = server.tenant().customer(email="ann@example.com", external_id="ann")
     assert tenant.ask("GET", f"/v1/customers/{theirs}").status_code == 404
     assert tenant.ask("GET", "/v1/customers/external/nobody").status_code == 404
+
+
+def test_an_address_that_two_customers_have_stays_theirs(server: Server, tenant: Tenant) -> None:
+    """As Polar tells of them: each may be written back as it was read, and nobody else is given it."""
+    ann = tenant.customer(email="ann@example.com", external_id="ann")
+    other = Customer(
+        id=str(uuid4()), organization_id=tenant.id, created_at=server.now, external_id="other", email="ann@example.com"
+    )
+    server.decide(CustomerCreated(other))
+    for id in (ann, other.id):
+        assert tenant.patch(f"/v1/customers/{id}", {"email": "Ann@example.com", "name": "n"})["name"] == "n"
+    assert tenant.ask("DELETE", f"/v1/customers/{ann}").status_code == 204
+    refusal = tenant.refusal("POST", "/v1/customers/", json={"email": "ann@example.com"})
+    assert refusal == (422, "PolarRequestValidationError", [("value_error", ["body", "email"])])
+    assert tenant.ask("DELETE", f"/v1/customers/{other.id}").status_code == 204
+    assert tenant.post("/v1/customers/", {"email": "ann@example.com"})["email"] == "ann@example.com"
 
 
 def dead(tenant: Tenant) -> dict[str, Any]:

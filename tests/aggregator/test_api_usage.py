@@ -199,6 +199,27 @@ def test_a_preview_says_what_a_meter_would_say(tenant: Tenant) -> None:
     assert tenant.get("/v1/meters/")["items"] == []
 
 
+@pytest.mark.parametrize(("func", "value"), [("sum", 2), ("avg", 1), ("max", 7), ("unique", 2)])
+def test_a_preview_knows_a_customer_under_both_names(tenant: Tenant, func: str, value: int) -> None:
+    """As the meter does, once it is made: one customer, one value; whoever has one name stays apart."""
+    zed = tenant.customer(external_id="zed")
+    tenant.event(external_customer_id="zed", metadata={"tokens": -5})
+    tenant.event(external_customer_id=None, customer_id=zed, metadata={"tokens": 7})
+    tenant.event(external_customer_id="ann", metadata={"tokens": -9})
+    definition = {
+        "filter": {"conjunction": "and", "clauses": []},
+        "aggregation": {"func": func, "property": "tokens"},
+    }
+
+    found = tenant.post("/v1/meters/preview", definition)
+
+    assert found["customers"] == 2
+    assert found["top_customers"][0] == {"customer_id": zed, "external_customer_id": "zed", "quantity": value}
+    assert found["top_customers"][1]["external_customer_id"] == "ann"
+    meter = tenant.post("/v1/meters/", definition | {"name": func})["id"]
+    assert Decimal(tenant.get(f"/v1/meters/{meter}/usage", customer_id=zed)["value"]) == value
+
+
 @pytest.mark.parametrize(
     ("func", "amounts", "largest"),
     [
