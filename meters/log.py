@@ -1,8 +1,9 @@
 """What a log promises.
 
 The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
-from producers, ``usage.control`` holds decisions of the operator. A stream has a fixed number of partitions;
-a partition is a dense sequence of records, numbered from 0. Two promises carry the whole system:
+from producers, ``usage.control`` holds decisions of the operator. Partitions of a stream may be added, never
+removed; the records of each are numbered from 0, without gaps unless the log allows holes. Two promises carry the
+whole system:
 
 * ``append`` returns only when the records would survive the death of every process (and, for the embedded
   log, the loss of power). What it raises for may or may not have been written: the caller answers "try
