@@ -1,4 +1,6 @@
-"""From records to rows: decide in memory what a round will write. Pure: no store, no clock, no event loop.
+"""From records to columns: every line becomes a row or a dead letter. No store, no clock, no event loop.
+
+New organizations and customers are numbered in the directory on the way.
 
 A record holds a line per event. Reading it has a fast way and a careful way with one result. The fast way decodes a
 whole record in one call and is for lines the gateway admitted; whatever it stumbles over, and every line of a foreign

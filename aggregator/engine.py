@@ -36,7 +36,7 @@ ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands 
 SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
 TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often
-ROUND_ROWS = 10  # what a round writes beside its rows, in rows
+ROUND_ROWS = 10  # positions, causes and the like, counted as so many rows towards the next checkpoint
 _STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
 
 

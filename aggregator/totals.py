@@ -100,7 +100,7 @@ class MeterTotals:
                 self._carry(chosen)
 
     def _carry(self, chosen: Rows) -> None:
-        """Fractions that reached one become whole. A row listed twice is carried with the same result twice."""
+        """Fractions that reached one become whole, once for each customer, however many rows are theirs."""
         fraction = self._fraction[chosen]
         carry = fraction // ONE
         if carry.any():
