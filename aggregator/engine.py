@@ -22,7 +22,7 @@ from aggregator.boundaries import Boundaries
 from aggregator.checkpoint import Checkpointer
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
-from aggregator.step import Changes, join, judge, nothing, step
+from aggregator.step import Effects, join, judge, nothing, step
 from aggregator.store.store import Doubt, Round, Store
 from aggregator.store.strangers import Strangers
 from aggregator.webhooks.causes import causes
@@ -166,15 +166,15 @@ class Engine:
 
     def _round(self, reading: Reading) -> None:
         batch = reading.batch
-        changes = self._decide(batch) if batch.chunks else nothing(batch)
+        effects = self._decide(batch) if batch.chunks else nothing(batch)
         decided = [(record, change) for record in reading.control for change in decode_changes(record.value)]
-        caused = causes(changes.rows, decided, self.catalogue, self.directory)
+        caused = causes(effects.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
-        round_ = Round(batch, changes, reading.control, reading.events_from, reading.control_from, caused)
+        round_ = Round(batch, effects, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
-        self._seen.add(changes.keys)
+        self._seen.add(effects.keys)
         for _, change in decided:
             self._apply(change, first_seq)
         self.strangers.note(batch.organizations, rows)
@@ -184,11 +184,11 @@ class Engine:
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
-        self._checkpointer.wrote(rows.num_rows + len(changes.dead) + ROUND_ROWS)
+        self._checkpointer.wrote(rows.num_rows + len(effects.dead) + ROUND_ROWS)
         ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
         self._observe(
             Committed(
-                batch.lines, rows.num_rows, changes.dead.num_rows, commit_s, ingested, self.as_of,
+                batch.lines, rows.num_rows, effects.dead.num_rows, commit_s, ingested, self.as_of,
                 self.control_position, self.strangers.events,
             )
         )
@@ -207,11 +207,11 @@ class Engine:
         self._boundaries.note(change)
         self.totals.changed(change, first_seq)  # the rows of the round are added after its decisions
 
-    def _decide(self, batch: Batch) -> Changes:
+    def _decide(self, batch: Batch) -> Effects:
         table, keys = join(batch)
         found, content = self._seen.find(keys.hi, keys.lo)
-        needs = judge(table, keys, found, content)
-        return step(batch, needs, self.store.stored(needs.stored_elsewhere))
+        judged = judge(table, keys, found, content)
+        return step(batch, judged, self.store.stored(judged.stored_firsts))
 
 
 def _after(decisions: list[Record], position: int) -> int:

@@ -29,7 +29,7 @@ from aggregator.apply import Batch
 from aggregator.directory import Directory
 from aggregator.letters import Place, numbered
 from aggregator.seen import Keys, Seen
-from aggregator.step import SAID, Changes, Tally
+from aggregator.step import SAID, Effects, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
@@ -72,7 +72,7 @@ class Round(NamedTuple):
     """Everything one transaction writes: a batch, what the step made of it, and control records beside it."""
 
     batch: Batch
-    changes: Changes
+    effects: Effects
     control: Sequence[Record]  # decisions: changes as JSON, a line each
     events_from: Mapping[int, int]
     control_from: int
@@ -208,7 +208,7 @@ class Store:
         Raises Replaced when the stored positions or the epoch are not the expected ones, Doubt on anything else.
         """
         self._check_place()
-        rows = self._numbered(round_.changes.rows)
+        rows = self._numbered(round_.effects.rows)
         try:
             self._connection.execute("BEGIN")
             self._write(round_, rows, seen, organization_ids)
@@ -216,7 +216,7 @@ class Store:
         except duckdb.Error as error:
             raise Doubt(str(error)) from error
         self.next_seq += rows.num_rows
-        self._next_dead += round_.changes.dead.num_rows
+        self._next_dead += round_.effects.dead.num_rows
         return rows
 
     def _check_place(self) -> None:
@@ -251,9 +251,9 @@ class Store:
             self._insert_events(rows)
             named = hierarchy.children(rows, dict(organization_ids))
             if named or self._any_pending:
-                hierarchy.resolve(connection, seen, round_.changes.keys, named)
+                hierarchy.resolve(connection, seen, round_.effects.keys, named)
                 self._any_pending = hierarchy.any_pending(connection)
-        self._bury(round_.changes.dead)
+        self._bury(round_.effects.dead)
         if round_.causes is not None:
             connection.register("caused", round_.causes)
             numbered = "INSERT INTO webhook_causes SELECT ? + row_number() OVER (), * FROM caused"
@@ -263,7 +263,7 @@ class Store:
 
     def _move(self, round_: Round) -> None:
         """Compare and set: the epoch is ours and every position is where this round began. Counts the lines."""
-        batch, tallies = round_.batch, round_.changes.tallies
+        batch, tallies = round_.batch, round_.effects.tallies
         moves = [
             (USAGE_EVENTS, partition, round_.events_from.get(partition, 0), offset, _time_us(batch.last[partition]),
              self.epoch, *tallies.get(partition, Tally()))
