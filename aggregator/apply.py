@@ -26,7 +26,7 @@ from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import CUSTOMER, EXTERNAL, Event, check_line, parse_uuid4
+from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
@@ -262,7 +262,7 @@ def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> Dea
 
 def _detail(refusal: Refusal) -> str:
     """What is wrong, with the field. A key is a stranger's: of any length, and perhaps with half a surrogate pair."""
-    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER, EXTERNAL)]
+    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER_VARIANT, EXTERNAL_VARIANT)]
     field = ".".join(parts)[:FIELD_SHOWN_MAX].encode(errors="replace").decode()
     return f"{field}: {refusal.msg}" if field else refusal.msg
 
