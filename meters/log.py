@@ -25,6 +25,7 @@ from meters.refusal import LINES_MAX
 
 USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
+COUNT_DIGITS_MAX = 18  # an offset is a 64-bit number
 
 
 def format_position(position: Mapping[int, int]) -> str:
@@ -37,14 +38,15 @@ def parse_position(text: str) -> dict[int, int] | None:
     position: dict[int, int] = {}
     for part in text.split(",") if text else []:
         partition, colon, offset = part.strip().partition(":")
-        if not (colon and _is_count(partition) and _is_count(offset)):
+        if not (colon and is_count(partition) and is_count(offset)):
             return None
         position[int(partition)] = int(offset)
     return position
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
+def is_count(text: str, digits_max: int = COUNT_DIGITS_MAX) -> bool:
+    """Whether the text is a number of so many digits at most, without a sign."""
+    return text.isascii() and text.isdigit() and len(text) <= digits_max
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

@@ -27,7 +27,7 @@ import pyarrow as pa
 from aggregator import hierarchy
 from aggregator.apply import Batch
 from aggregator.directory import Directory
-from aggregator.letters import Place, numbered
+from aggregator.letters import LetterPlace, numbered
 from aggregator.seen import Keys, Seen
 from aggregator.step import SAID, Effects, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
@@ -85,7 +85,7 @@ class Store:
     def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int, path: Path | None = None) -> None:
         """``path`` is where the file lies, for who writes: another file there means another writer."""
         self._connection = connection
-        self._place = None if path is None else (path, path.stat().st_ino)
+        self._file = None if path is None else (path, path.stat().st_ino)
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._readers_changed = threading.Condition()
         self._closing = False
@@ -103,7 +103,7 @@ class Store:
         self._next_dead: int = row[0] if row else 0
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM webhook_causes").fetchone()
         self._next_cause: int = row[0] if row else 0
-        self._replayed: dict[Place, datetime] = {}
+        self._replayed: dict[LetterPlace, datetime] = {}
         self._note_replayed(self.control(_REPLAYED))
 
     @classmethod
@@ -166,7 +166,7 @@ class Store:
 
     def seen(self) -> Seen:
         """The index of all stored identities, read in parts because all of them at once take much memory."""
-        seen = Seen(self._place[0].parent if self._place else None)
+        seen = Seen(self._file[0].parent if self._file else None)
         relation = self._connection.sql("SELECT id_hi, id_lo, content FROM events")
         for part in relation.to_arrow_reader(IDENTITIES_AT_ONCE):
             seen.add(Keys(*(np.asarray(column, np.uint64) for column in part.columns)))
@@ -207,7 +207,7 @@ class Store:
 
         Raises Replaced when the stored positions or the epoch are not the expected ones, Doubt on anything else.
         """
-        self._check_place()
+        self._check_file()
         rows = self._numbered(round_.effects.rows)
         try:
             self._connection.execute("BEGIN")
@@ -219,11 +219,11 @@ class Store:
         self._next_dead += round_.effects.dead.num_rows
         return rows
 
-    def _check_place(self) -> None:
+    def _check_file(self) -> None:
         """The epoch tells a writer of the same file; a successor on a restored or moved copy has a file of its own."""
-        if self._place is None:
+        if self._file is None:
             return
-        path, inode = self._place
+        path, inode = self._file
         try:
             if path.stat().st_ino == inode:
                 return
@@ -284,7 +284,7 @@ class Store:
                 [self._replayed[place], *place],
             )
 
-    def _note_replayed(self, values: Iterable[bytes]) -> list[Place]:
+    def _note_replayed(self, values: Iterable[bytes]) -> list[LetterPlace]:
         """Remember the dead letters that records settle: they may be read before those, when a store is rebuilt."""
         changes = (change for value in values if _REPLAYED in value for change in decode_changes(value))
         settled = [change for change in changes if isinstance(change, DeadLetterReplayed)]
