@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -69,8 +69,8 @@ class Engine:
         self._log, self.store, self._observe = log, store, observe
         self.directory = store.directory()
         self._seen: Seen = store.seen()
-        self.catalogue = Catalogue()
-        self.ledger = Ledger(self._decided_before())
+        self.catalogue, self.ledger = Catalogue(), Ledger()
+        self._load_decisions()
         with contextlib.closing(store.cursor()) as connection:
             self.strangers = Strangers(connection, self.catalogue.organizations)
         self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
@@ -87,6 +87,14 @@ class Engine:
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
             for work in (self._read_log, self._write_rounds, self._checkpointer.run)
         ]
+
+    def _load_decisions(self) -> None:
+        """Those that the store has."""
+        with self.ledger.loading():
+            for value in self.store.control():
+                for change in decode_changes(value):
+                    self.catalogue.apply(change)
+                    self.ledger.apply(change)
 
     @property
     def informed(self) -> bool:
@@ -192,13 +200,6 @@ class Engine:
                 self.control_position, self.strangers.events,
             )
         )
-
-    def _decided_before(self) -> Iterator[Change]:
-        """What the store has of decisions, each as soon as the catalogue knows it."""
-        for value in self.store.control():
-            for change in decode_changes(value):
-                self.catalogue.apply(change)
-                yield change
 
     def _apply(self, change: Change, first_seq: int) -> None:
         self._boundaries.note(change)

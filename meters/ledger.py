@@ -12,6 +12,7 @@ tell that it was decided, the earlier one stands.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -101,21 +102,24 @@ def rollover_units(account: Account, consumed: Decimal, until: datetime | None =
 
 
 class Ledger:
-    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs.
+    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs."""
 
-    What is known at a start is told as ``changes``: nobody has an account yet, so none is copied for its every credit.
-    """
-
-    def __init__(self, changes: Iterable[object] = ()) -> None:
+    def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
         self._reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
         self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most are of a few sizes
         self._derived_ids: set[str] = set()  # made of a cause: only such credits can be decided twice, at two times
-        self._is_shared = False
-        for change in changes:
-            self.apply(change)
         self._is_shared = True
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """For what is known at a start: nobody has an account yet, so none is copied for its every credit."""
+        self._is_shared = False
+        try:
+            yield
+        finally:
+            self._is_shared = True
 
     def apply(self, change: object) -> None:
         """Take in one change; others than credits and resets are somebody else's."""
