@@ -106,7 +106,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
-        self._reset: set[str] = set()  # meters that were ever reset for anybody
+        self._meters_reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
         self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most are of a few sizes
         self._derived_ids: set[str] = set()  # made of a cause: only such credits can be decided twice, at two times
@@ -127,7 +127,7 @@ class Ledger:
             case CreditGranted():
                 self._credit(change)
             case MeterReset():
-                self._cut(change)
+                self._reset(change)
             case MovementWithdrawn():
                 self._withdraw(change)
 
@@ -158,8 +158,8 @@ class Ledger:
         ))  # fmt: skip
         return False
 
-    def _cut(self, change: MeterReset) -> None:
-        self._reset.update(change.meter_ids)
+    def _reset(self, change: MeterReset) -> None:
+        self._meters_reset.update(change.meter_ids)
         for meter_id in change.meter_ids:
             units = change.rollover.get(meter_id, ZERO)
             carried = Credit(change.at, change.id, units, True, "rollover", change.reference) if units > 0 else None
@@ -202,7 +202,7 @@ class Ledger:
 
     def has_resets(self, meter_id: str) -> bool:
         """Whether anybody's window of the meter ever began anew."""
-        return meter_id in self._reset
+        return meter_id in self._meters_reset
 
     def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
         """What was decided for a request with this Idempotency-Key."""
