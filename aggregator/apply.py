@@ -1,4 +1,6 @@
-"""From records to rows: decide in memory what a round will write. Pure: no store, no clock, no event loop.
+"""From records to columns: every line becomes a row or a dead letter. No store, no clock, no event loop.
+
+New organizations and customers are numbered in the directory on the way.
 
 A record holds a line per event. Reading it has a fast way and a careful way with one result. The fast way decodes a
 whole record in one call and is for lines the gateway admitted; whatever it stumbles over, and every line of a foreign
@@ -23,8 +25,8 @@ from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
-from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
-from meters.event import CUSTOMER, EXTERNAL, Event, check_line, parse_uuid4
+from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
+from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
 from meters.timestamp import instant_of
@@ -133,7 +135,7 @@ class _Texts(NamedTuple):
         return np.flatnonzero(np.frombuffer(self.joined, np.uint8)[self.offsets[:-1]] != ord("{"))
 
 
-class _Reading:
+class _Decoding:
     """One reading of the log under way: closes a chunk when it is full or the tenant changes."""
 
     def __init__(self, directory: Directory) -> None:
@@ -184,32 +186,32 @@ class _Reading:
 
 def decode(records: Sequence[Record], directory: Directory) -> Batch:
     """Turn records into rows and dead letters. Numbers new customers in ``directory``."""
-    reading = _Reading(directory)
+    decoding = _Decoding(directory)
     last = {record.partition: record for record in records}
     for record in records:
         if record.timestamp_us >= LATEST_US:
-            _bury(record, Reason.RECORD_TIME.at(0), reading)
+            _bury(record, Reason.RECORD_TIME.at(0), decoding)
             continue
         organization = record.organization_id
         if organization is not None and organization not in directory.organizations:
             named = parse_uuid4(organization)
             if not isinstance(named, str):
-                _bury(record, Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=organization), reading)
+                _bury(record, Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=organization), decoding)
                 continue
             record = msgspec.structs.replace(record, organization_id=named)
         if has_too_many_lines(record.value):
-            _bury(record, Reason.RECORD_LINES.at(0), reading)
+            _bury(record, Reason.RECORD_LINES.at(0), decoding)
             continue
-        if not _fast(record, reading):
-            _careful(record, reading)
-    reading.close_chunk()
+        if not _fast(record, decoding):
+            _careful(record, decoding)
+    decoding.close_chunk()
     organizations, subjects = directory.take_fresh()
-    dead = reading.dead.table()
+    dead = decoding.dead.table()
     positions = {partition: record.offset + 1 for partition, record in last.items()}
-    return Batch(reading.chunks, dead, positions, last, reading.lines + dead.num_rows, organizations, subjects)
+    return Batch(decoding.chunks, dead, positions, last, decoding.lines + dead.num_rows, organizations, subjects)
 
 
-def _fast(record: Record, reading: _Reading) -> bool:
+def _fast(record: Record, decoding: _Decoding) -> bool:
     if not (record.admitted and record.organization_id):
         return False
     raws = record.value.split(b"\n")
@@ -221,11 +223,11 @@ def _fast(record: Record, reading: _Reading) -> bool:
         return False
     if len(events) != len(raws):
         return False
-    reading.add(record.organization_id, record, 0, events, raws)
+    decoding.add(record.organization_id, record, 0, events, raws)
     return True
 
 
-def _careful(record: Record, reading: _Reading) -> None:
+def _careful(record: Record, decoding: _Decoding) -> None:
     now = instant_of(record.timestamp_us)
     for number, raw in enumerate(record.value.split(b"\n")):
         if not raw.strip():
@@ -233,16 +235,16 @@ def _careful(record: Record, reading: _Reading) -> None:
         checked = check_line(raw, organization_id=record.organization_id, now=now)
         if isinstance(checked, Event):
             tenant = record.organization_id or checked.organization_id or ""
-            reading.add(tenant, record, number, [checked], [raw])
+            decoding.add(tenant, record, number, [checked], [raw])
         else:
-            reading.dead.add(_dead_letter(record, number, raw, checked))
+            decoding.dead.add(_dead_letter(record, number, raw, checked))
 
 
-def _bury(record: Record, refusal: Refusal, reading: _Reading) -> None:
+def _bury(record: Record, refusal: Refusal, decoding: _Decoding) -> None:
     """Every line of a record that says nothing as a whole: only a producer that skips the gateway gets here."""
     for number, raw in enumerate(lines_of(record.value)):
         if raw.strip():
-            reading.dead.add(_dead_letter(record, number, raw, refusal))
+            decoding.dead.add(_dead_letter(record, number, raw, refusal))
 
 
 def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> DeadLetter:
@@ -260,14 +262,14 @@ def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> Dea
 
 def _detail(refusal: Refusal) -> str:
     """What is wrong, with the field. A key is a stranger's: of any length, and perhaps with half a surrogate pair."""
-    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER, EXTERNAL)]
+    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER_VARIANT, EXTERNAL_VARIANT)]
     field = ".".join(parts)[:FIELD_SHOWN_MAX].encode(errors="replace").decode()
     return f"{field}: {refusal.msg}" if field else refusal.msg
 
 
 def _stamps(rows: _Rows) -> Microseconds:
     ingested = rows.column(lambda record: record.timestamp_us, np.int64)
-    return microseconds([event.timestamp for event in rows.events], ingested)
+    return parse_times([event.timestamp for event in rows.events], ingested)
 
 
 def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Directory) -> Chunk:
@@ -289,7 +291,7 @@ def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Director
         "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
         "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
         "external_id": pa.array(external_ids, pa.string()),
-        "parent": _texts([event.parent_id for event in events]),
+        "parent": _sparse_column([event.parent_id for event in events]),
         "member_id": _members(events),
         "external_member_id": _external_members(events),
         **_metadata(texts),
@@ -330,7 +332,7 @@ def _subjects(events: Sequence[Event | Line], organization: Organization, direct
     return np.array(numbers, np.int32)
 
 
-def _texts(values: list[str | None]) -> pa.Array:
+def _sparse_column(values: list[str | None]) -> pa.Array:
     """A column that is nearly always empty."""
     if values.count(None) == len(values):
         return pa.nulls(len(values), pa.string())
@@ -342,7 +344,7 @@ def _members(events: Sequence[Event | Line]) -> pa.Array:
     members = [event.member_id for event in events]
     if members.count(None) < len(members):
         members = [event.member_id if event.external_customer_id is None else None for event in events]
-    return _texts(members)
+    return _sparse_column(members)
 
 
 def _external_members(events: Sequence[Event | Line]) -> pa.Array:
@@ -350,7 +352,7 @@ def _external_members(events: Sequence[Event | Line]) -> pa.Array:
     members = [event.external_member_id for event in events]
     if members.count(None) < len(members):
         members = [event.external_member_id if event.external_customer_id is not None else None for event in events]
-    return _texts(members)
+    return _sparse_column(members)
 
 
 def _subject(event: Event | Line, organization: Organization, directory: Directory) -> int:
@@ -371,6 +373,7 @@ def _metadata(texts: _Texts) -> dict[str, pa.Array]:
     awkward: pa.Array = pa.nulls(rows, pa.string())
     if any_suspicious(joined):
         each = [joined[start:end] for start, end in pairwise(offsets.tolist())]
-        awkward = _texts([awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in each])
+        exact = [awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in each]
+        awkward = _sparse_column(exact)
     column = pa.StringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(joined))
     return {"metadata": column, "awkward": awkward}

@@ -12,6 +12,7 @@ escapes, so that its digits do not show: a text with both is looked at, too.
 """
 
 import re
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -57,20 +58,24 @@ def awkward_numbers(metadata: dict[str, msgspec.Raw]) -> str | None:
     found: dict[str, str] = {}
     for key, raw in metadata.items():
         token = bytes(raw)
-        pointer = "/" + key.replace("~", "~0").replace("/", "~1")
         if token[:1] == b"{":
             _, numbers = RESERVED.get(key, _NO_KEYS)
             for inner, inner_raw in _NESTED(token).items():
                 exact = number_token(bytes(inner_raw)) if inner in numbers else bytes(inner_raw)
-                _keep(found, f"{pointer}/{inner.replace('~', '~0').replace('/', '~1')}", exact)
+                _keep(found, (key, inner), exact)
         else:
-            _keep(found, pointer, token)
+            _keep(found, (key,), token)
     return _ENCODE(found).decode() if found else None
 
 
-def _keep(found: dict[str, str], pointer: str, token: bytes) -> None:
+def pointer(steps: Sequence[str]) -> str:
+    """The JSON pointer (RFC 6901) of a path, whatever its keys contain."""
+    return "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
+
+
+def _keep(found: dict[str, str], steps: Sequence[str], token: bytes) -> None:
     if _is_awkward(token):
-        found[pointer] = number_text(token)
+        found[pointer(steps)] = number_text(token)
 
 
 def _is_awkward(token: bytes) -> bool:

@@ -23,7 +23,7 @@ BACKLOG_ROUND_ROWS = 15_000  # a round of more has been waited for already
 AGAIN_S = 0.05  # DuckDB does not checkpoint while a transaction writes; a round takes about this long
 MERGES_MAX = 4  # in a quiet time; making five row groups of fifteen took 0.6 s, which a next round may have to wait
 IDLE_S = 5.0  # what is left over is folded in when nothing else happens
-EVERY_S = 600.0  # and this often whatever happens: what webhooks write is not told of here
+EVERY_S = 600.0  # at least this often: rows that webhooks write are not reported to ``wrote``
 
 
 class Checkpointer:

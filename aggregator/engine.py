@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from aggregator.boundaries import Boundaries
 from aggregator.checkpoint import Checkpointer
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
-from aggregator.step import Changes, join, judge, nothing, step
+from aggregator.step import Effects, join, judge, nothing, step
 from aggregator.store.store import Doubt, Round, Store
 from aggregator.store.strangers import Strangers
 from aggregator.webhooks.causes import causes
@@ -36,7 +36,7 @@ ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands 
 SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
 TRY_AGAIN_MAX_S = 1.0  # a log that is away is asked at least this often
-ROUND_ROWS = 10  # what a round writes beside its rows, in rows
+ROUND_ROWS = 10  # positions, causes and the like, counted as so many rows towards the next checkpoint
 _STOP_POLL_S = 0.1  # how often a blocked thread looks whether it should end
 
 
@@ -69,8 +69,8 @@ class Engine:
         self._log, self.store, self._observe = log, store, observe
         self.directory = store.directory()
         self._seen: Seen = store.seen()
-        self.catalogue = Catalogue()
-        self.ledger = Ledger(self._decided_before())
+        self.catalogue, self.ledger = Catalogue(), Ledger()
+        self._load_decisions()
         with contextlib.closing(store.cursor()) as connection:
             self.strangers = Strangers(connection, self.catalogue.organizations)
         self._boundaries = Boundaries(self.catalogue, self.ledger, self.directory)
@@ -87,6 +87,14 @@ class Engine:
             threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True)
             for work in (self._read_log, self._write_rounds, self._checkpointer.run)
         ]
+
+    def _load_decisions(self) -> None:
+        """Those that the store has."""
+        with self.ledger.loading():
+            for value in self.store.control():
+                for change in decode_changes(value):
+                    self.catalogue.apply(change)
+                    self.ledger.apply(change)
 
     @property
     def informed(self) -> bool:
@@ -166,15 +174,15 @@ class Engine:
 
     def _round(self, reading: Reading) -> None:
         batch = reading.batch
-        changes = self._decide(batch) if batch.chunks else nothing(batch)
+        effects = self._decide(batch) if batch.chunks else nothing(batch)
         decided = [(record, change) for record in reading.control for change in decode_changes(record.value)]
-        caused = causes(changes.rows, decided, self.catalogue, self.directory)
+        caused = causes(effects.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
-        round_ = Round(batch, changes, reading.control, reading.events_from, reading.control_from, caused)
+        round_ = Round(batch, effects, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
-        self._seen.add(changes.keys)
+        self._seen.add(effects.keys)
         for _, change in decided:
             self._apply(change, first_seq)
         self.strangers.note(batch.organizations, rows)
@@ -184,21 +192,14 @@ class Engine:
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
-        self._checkpointer.wrote(rows.num_rows + len(changes.dead) + ROUND_ROWS)
+        self._checkpointer.wrote(rows.num_rows + len(effects.dead) + ROUND_ROWS)
         ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
         self._observe(
             Committed(
-                batch.lines, rows.num_rows, changes.dead.num_rows, commit_s, ingested, self.as_of,
+                batch.lines, rows.num_rows, effects.dead.num_rows, commit_s, ingested, self.as_of,
                 self.control_position, self.strangers.events,
             )
         )
-
-    def _decided_before(self) -> Iterator[Change]:
-        """What the store has of decisions, each as soon as the catalogue knows it."""
-        for value in self.store.control():
-            for change in decode_changes(value):
-                self.catalogue.apply(change)
-                yield change
 
     def _apply(self, change: Change, first_seq: int) -> None:
         self._boundaries.note(change)
@@ -207,11 +208,11 @@ class Engine:
         self._boundaries.note(change)
         self.totals.changed(change, first_seq)  # the rows of the round are added after its decisions
 
-    def _decide(self, batch: Batch) -> Changes:
+    def _decide(self, batch: Batch) -> Effects:
         table, keys = join(batch)
         found, content = self._seen.find(keys.hi, keys.lo)
-        needs = judge(table, keys, found, content)
-        return step(batch, needs, self.store.stored(needs.stored_elsewhere))
+        judged = judge(table, keys, found, content)
+        return step(batch, judged, self.store.stored(judged.stored_firsts))
 
 
 def _after(decisions: list[Record], position: int) -> int:

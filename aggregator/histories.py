@@ -1,4 +1,5 @@
-"""Work in the background, by organization: at most so many threads, and what waits for one of them is done together.
+"""Work in the background, by organization: at most HISTORIES_AT_ONCE threads, and what waits for one organization is
+done in one pass.
 
 A meter that is made, and every one at a start, has its history counted, which reads all events of its organization. A
 thread for each would be as many threads as there are organizations, and a pass over the events for each meter.
@@ -10,26 +11,29 @@ from typing import Generic, TypeVar
 
 import structlog
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
 
 logger = structlog.get_logger("aggregator")
 
 
-class Histories(Generic[T]):
-    """``work`` is given an organization's id and what was added for it since it was last; it raises nothing."""
+class Histories(Generic[Item]):
+    """Calls ``work(organization_id, added)`` in a thread, with all that was added for an organization since its last.
 
-    def __init__(self, work: Callable[[str, list[T]], None]) -> None:
+    ``work`` must not raise.
+    """
+
+    def __init__(self, work: Callable[[str, list[Item]], None]) -> None:
         self._work = work
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[T]] = {}
+        self._waiting: dict[str, list[Item]] = {}
         self._working = 0
         self._threads: list[threading.Thread] = []
 
-    def add(self, organization_id: str, work: list[T]) -> None:
+    def add(self, organization_id: str, added: list[Item]) -> None:
         """Have this done, together with what waits for the same organization."""
         with self._lock:
-            self._waiting.setdefault(organization_id, []).extend(work)
+            self._waiting.setdefault(organization_id, []).extend(added)
         self.go_on()
 
     def go_on(self) -> None:
@@ -60,5 +64,5 @@ class Histories(Generic[T]):
                     self._working -= 1
                     return
                 organization_id = next(iter(self._waiting))
-                work = self._waiting.pop(organization_id)
-            self._work(organization_id, work)
+                added = self._waiting.pop(organization_id)
+            self._work(organization_id, added)

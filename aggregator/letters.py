@@ -18,7 +18,8 @@ SCHEMA = pa.schema(
      ("organization_id", TEXT), ("reason", TEXT), ("detail", TEXT), ("raw", pa.binary()),
      ("ingested_at", pa.timestamp("us"))]
 )  # fmt: skip
-Place = tuple[int, int, int]  # partition, offset and line of a dead letter
+LetterPlace = tuple[int, int, int]
+"""Partition, offset and line: where in the log. It names a dead letter for ever, also in a store made anew."""
 
 
 class DeadLetter(NamedTuple):
@@ -64,14 +65,14 @@ def columns(values: Sequence[Sequence[object]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def numbered(letters: pa.Table, first: int, replayed: dict[Place, datetime]) -> pa.Table:
+def numbered(letters: pa.Table, first: int, replayed: dict[LetterPlace, datetime]) -> pa.Table:
     """The rows of the table ``dead_letters``: in the order of the log, with numbers from ``first`` on."""
     letters = letters.unify_dictionaries().sort_by([(name, "ascending") for name in SCHEMA.names[:3]])
     numbers = pa.array(np.arange(first, first + letters.num_rows))
     return letters.add_column(0, "number", numbers).append_column("replayed_at", _replayed_at(letters, replayed))
 
 
-def _replayed_at(letters: pa.Table, replayed: dict[Place, datetime]) -> pa.Array:
+def _replayed_at(letters: pa.Table, replayed: dict[LetterPlace, datetime]) -> pa.Array:
     if not replayed:
         return pa.nulls(letters.num_rows, pa.timestamp("us"))
     places = zip(*(column.to_pylist() for column in letters.columns[:3]), strict=True)

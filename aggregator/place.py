@@ -6,18 +6,18 @@ before the place has been read. It speaks of the log and not of the store, so it
 
 from collections.abc import Mapping
 
-Place = tuple[int, int]
+from meters.log import is_count
+
+FeedPlace = tuple[int, int]
 """Offset of a record in its partition, and a line of it; in the order in which the log has them."""
 
-DIGITS_MAX = 18  # of one part: an offset is a 64-bit number
 
-
-def parse_places(text: str) -> dict[int, Place] | None:
+def parse_places(text: str) -> dict[int, FeedPlace] | None:
     """{partition: place}; the empty text is the beginning, None no text of this kind."""
-    found: dict[int, Place] = {}
+    found: dict[int, FeedPlace] = {}
     for part in filter(None, text.split(",")):
         numbers = part.split(":")
-        if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and len(n) <= DIGITS_MAX for n in numbers):
+        if len(numbers) != 3 or not all(map(is_count, numbers)):
             return None
         partition, offset, line = map(int, numbers)
         if partition in found:
@@ -26,6 +26,6 @@ def parse_places(text: str) -> dict[int, Place] | None:
     return found
 
 
-def format_places(places: Mapping[int, Place]) -> str:
+def format_places(places: Mapping[int, FeedPlace]) -> str:
     """The inverse of ``parse_places``."""
     return ",".join(f"{partition}:{offset}:{line}" for partition, (offset, line) in sorted(places.items()))

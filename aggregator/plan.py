@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 from sqlglot import exp, parse_one
 
-from aggregator.store.sql import Statement, condition, considered, statement, value
+from aggregator.store.sql import Statement, condition, considered, spelled_out, statement, value
 from aggregator.store.stage import DIALECT, Parameters, Stage
 from aggregator.totals import Amounts, Rows
 from meters.aggregation import Aggregation
@@ -26,6 +27,9 @@ from meters.property import NAME, SOURCE, is_built_in
 
 INDEXED_METERS_MIN = 8  # meters that compare one property with a text; for fewer the comparisons are as cheap
 KEPT = ("subject", "ingested_at", "timestamp")
+PREPARED_METERS_MAX = 5_000  # 45 MB of plans; the statements of further organizations are planned with every round
+ARRIVING = "arriving"  # the relation that ``PreparedPlans`` read
+_ARRIVING = f"SELECT *, 'user' AS source FROM {ARRIVING}"  # noqa: S608 - fixed text
 
 
 class Choice(NamedTuple):
@@ -100,6 +104,51 @@ def plan(
     query = exp.select(*map(exp.column, keep), *columns).from_(staged)
     sizes = len(conditions.expressions), len(keys.expressions), len(contributions.expressions)
     return Plan(choices, *sizes, written(query, parameters))
+
+
+class Prepared(NamedTuple):
+    """A plan, and what is executed for it."""
+
+    plan: Plan
+    text: str
+
+
+class PreparedPlans:
+    """Plans of organizations' meters over ``ARRIVING``, each made when it is first asked for.
+
+    While there is room DuckDB plans the statement once: that takes as long as a thousand rows.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, meters_of: Callable[[int], Sequence[Meter]]) -> None:
+        """``meters_of`` gives the meters of an organization by its number."""
+        self._connection, self._meters_of = connection, meters_of
+        self._plans: dict[int, Prepared | None] = {}
+        self._meters: dict[int, int] = {}  # by organization: how many are in its prepared statement
+
+    def of(self, organization: int) -> Prepared | None:
+        """The organization's, until it is forgotten; None where it has no meters."""
+        if organization not in self._plans:
+            meters = self._meters_of(organization)
+            compiled = plan(meters, _ARRIVING, spelled_out) if meters else None
+            self._plans[organization] = self._prepared(organization, compiled)
+        return self._plans[organization]
+
+    def forget(self, organization: int) -> None:
+        """Its meters are others now."""
+        self._plans.pop(organization, None)
+
+    def _prepared(self, organization: int, compiled: Plan | None) -> Prepared | None:
+        name = f"meters_of_{organization}"
+        if self._meters.pop(organization, 0):
+            self._connection.execute(f"DEALLOCATE {name}")
+        if compiled is None:
+            return None
+        sql, meters = compiled.statement.sql, len(compiled.choices)
+        if sum(self._meters.values()) + meters > PREPARED_METERS_MAX:
+            return Prepared(compiled, sql)
+        self._connection.execute(f"PREPARE {name} AS {sql}")
+        self._meters[organization] = meters
+        return Prepared(compiled, f"EXECUTE {name}")
 
 
 def _holds(filter: Filter, aggregation: Aggregation, stage: Stage, parameters: Parameters) -> exp.Expr:

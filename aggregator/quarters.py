@@ -5,8 +5,9 @@ from quarter hours it is three thousand additions, which numpy makes at once. Ho
 begin and end on a quarter hour, so these serve them all.
 
 They are counted as the totals of customers are, in the same columns: the quarter hours that have events are numbered in
-order of first sight, and such a number stands where a customer's would. An event may name any time that has passed, so
-those of which no chart can be asked are one to this: else a client's wrong clocks would fill the memory.
+order of first sight, and such a number stands where a customer's would. Events may carry any time that has passed. All
+quarter hours before KEPT_FROM, which no chart shows, share one number: else a client with a wrong clock would fill the
+memory.
 """
 
 import threading
@@ -22,8 +23,8 @@ from meters.window import START_MIN
 
 QUARTER_US = 15 * 60 * 1_000_000
 KEPT_FROM = START_MIN.replace(year=START_MIN.year - 1)
-"""Before it no quarter hour is kept. A chart by the year shows a whole one, and west of Greenwich START_MIN lies in the
-one before; that makes 35,000 quarter hours a year, and not one for each time that anybody ever stated."""
+"""Before it no quarter hour is kept. It is the year before START_MIN's, because a chart by the year shows whole local
+years, and west of Greenwich START_MIN lies in the year before. That bounds memory to 35,000 quarter hours a year."""
 _BEFORE = microseconds_of(KEPT_FROM) // QUARTER_US - 1  # stands for all that are not kept
 _DENSE_MAX = 100_000  # quarter hours from the first to the last of a round, three years, up to which a table finds them
 

@@ -23,21 +23,18 @@ import structlog
 
 from aggregator.directory import Directory
 from aggregator.histories import Histories
-from aggregator.plan import KEPT, Evaluated, Plan, plan
+from aggregator.plan import ARRIVING, KEPT, Evaluated, Plan, PreparedPlans, plan
 from aggregator.quarters import KEPT_FROM, Calendar, MeterQuarters
 from aggregator.store.slot import Slot
-from aggregator.store.sql import spelled_out
 from aggregator.store.store import Store
 from aggregator.totals import Integers
 from aggregator.view import EVER, Consumption, Total
-from aggregator.windows import MeterWindows, microseconds
+from aggregator.windows import MeterWindows, window_begin_us
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
-PREPARED_METERS_MAX = 5_000  # 45 MB of plans; the statements of further organizations are planned with every round
 HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short
-_ARRIVING = "SELECT *, 'user' AS source FROM arriving"
 _READ = ["subject", "ingested_at", "name", "timestamp", "metadata", "awkward"]  # what a statement of meters may look at
 _HISTORY = "SELECT * FROM events WHERE organization = $organization AND seq < $before"
 _SINCE = (
@@ -75,9 +72,7 @@ class RunningTotals:
         self._meters: dict[str, Counting] = {}
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
         self._histories = Histories(self._history)
-        self._plans: dict[int, Plan | None] = {}
-        self._prepared: dict[int, int] = {}  # meters in the statement of an organization
-        self._texts: dict[int, str] = {}  # what is executed for it
+        self._plans = PreparedPlans(self._connection, self._counted_meters)
         self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
@@ -105,7 +100,7 @@ class RunningTotals:
         if counting is not None and _means_the_same(counting.meter, meter):
             return
         if meter.organization_id in self._directory.organizations:
-            self._plans.pop(self._directory.organizations[meter.organization_id].number, None)
+            self._plans.forget(self._directory.organizations[meter.organization_id].number)
         self._meters.pop(meter.id, None)
         self._count_history([meter], before_seq)
 
@@ -114,15 +109,15 @@ class RunningTotals:
         if rows.num_rows == 0:
             return
         organizations, arriving = rows.column("organization").to_numpy(), rows.select(_READ)
-        slot = self._arriving = self._arriving or Slot(self._connection, "arriving", arriving)
+        slot = self._arriving = self._arriving or Slot(self._connection, ARRIVING, arriving)
         for number in np.unique(organizations).tolist():
-            compiled = self._plan(number)
-            if compiled is not None:
+            prepared = self._plans.of(number)
+            if prepared is not None:
                 here = organizations == number
                 slot.table = arriving if here.all() else arriving.filter(pa.array(here))
-                result = self._connection.execute(self._texts[number])
+                result = self._connection.execute(prepared.text)
                 calendar = self._calendar(self._directory.organization_ids[number])
-                _scatter(self._meters, compiled, result.to_arrow_table(), calendar)
+                _scatter(self._meters, prepared.plan, result.to_arrow_table(), calendar)
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""
@@ -146,7 +141,7 @@ class RunningTotals:
         are kept.
         """
         counting = self._complete(meter_id)
-        return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
+        return counting.totals.consumed(subjects, window_begin_us(since)) if counting is not None else None
 
     def arrivals(self, meter_id: str) -> Integers | None:
         """When the newest counted event of each number arrived, in us (EVER: none did); None while it is counted."""
@@ -209,33 +204,16 @@ class RunningTotals:
         for batch in relation.to_arrow_reader(HISTORY_ROWS):  # together they may be more than memory, or a sum, holds
             rows = pa.Table.from_batches([batch])
             since = begins[rows.column("subject").to_numpy()]
-            rows = rows.filter(pa.array(_microseconds(rows, "ingested_at") >= since))
+            rows = rows.filter(pa.array(_column_us(rows, "ingested_at") >= since))
             _scatter({meter.id: inside}, compiled, rows, self._calendar(meter.organization_id))
         return inside.totals
 
     def _calendar(self, organization_id: str) -> Calendar:
         return self._calendars.setdefault(organization_id, Calendar())
 
-    def _plan(self, organization: int) -> Plan | None:
-        if organization not in self._plans:
-            organization_id = self._directory.organization_ids[organization]
-            meters = [meter for meter in self._catalogue.meters_of(organization_id) if meter.id in self._meters]
-            self._plans[organization] = plan(meters, _ARRIVING, spelled_out) if meters else None
-            self._prepare(organization, self._plans[organization])
-        return self._plans[organization]
-
-    def _prepare(self, organization: int, compiled: Plan | None) -> None:
-        """Plan the statement once, while there is room: that takes as long as a thousand rows."""
-        name = f"meters_of_{organization}"
-        if self._prepared.pop(organization, 0):
-            self._connection.execute(f"DEALLOCATE {name}")
-        if compiled is None:
-            return
-        sql, meters = compiled.statement.sql, len(compiled.choices)
-        self._texts[organization] = sql
-        if sum(self._prepared.values()) + meters <= PREPARED_METERS_MAX:
-            self._connection.execute(f"PREPARE {name} AS {sql}")
-            self._prepared[organization], self._texts[organization] = meters, f"EXECUTE {name}"
+    def _counted_meters(self, organization: int) -> list[Meter]:
+        meters = self._catalogue.meters_of(self._directory.organization_ids[organization])
+        return [meter for meter in meters if meter.id in self._meters]
 
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
         for meter in meters:
@@ -283,7 +261,7 @@ def _means_the_same(before: Meter, after: Meter) -> bool:
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, calendar: Calendar) -> None:
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
-    arrived, quarters = _microseconds(table, "ingested_at"), calendar.numbers(_microseconds(table, "timestamp"))
+    arrived, quarters = _column_us(table, "ingested_at"), calendar.numbers(_column_us(table, "timestamp"))
     seqs = table.column("seq").to_numpy() if "seq" in table.column_names else np.zeros(0, np.int64)
     last_seq = int(seqs.max(initial=-1))
     evaluated = Evaluated(compiled, table)
@@ -298,7 +276,7 @@ def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, c
                 counting.quarters.add(quarters, contributions, rows)
 
 
-def _microseconds(table: pa.Table, column: str) -> Integers:
+def _column_us(table: pa.Table, column: str) -> Integers:
     """A column of times in microseconds since 1970."""
     times: Integers = table.column(column).to_numpy().astype("datetime64[us]").astype(np.int64)
     return times

@@ -36,24 +36,24 @@ class Tally(NamedTuple):
     dead: int = 0
 
 
-class Needs(NamedTuple):
+class Judged(NamedTuple):
     """The batch as one table with its identities, and what the index says of them."""
 
     table: pa.Table
     keys: Keys
     new: Flags
     suspects: Rows  # rows of known identity whose bytes differ
-    heads: Rows  # the first rows in this batch of the suspects' identities, each once
-    head: Rows  # for each suspect which of these it is
-    elsewhere: Flags  # for each head whether its first write is in the store, not in this batch
+    firsts: Rows  # the first rows in this batch of the suspects' identities, each once
+    first_of: Rows  # for each suspect which of these it is
+    is_stored: Flags  # for each of these whether its first write is in the store, not in this batch
 
     @property
-    def stored_elsewhere(self) -> Keys:
+    def stored_firsts(self) -> Keys:
         """Identities of suspects whose first write is in the store."""
-        return self.keys.take(self.heads[self.elsewhere])
+        return self.keys.take(self.firsts[self.is_stored])
 
 
-class Changes(NamedTuple):
+class Effects(NamedTuple):
     """What one transaction writes, besides the numbers and control records of the batch."""
 
     rows: pa.Table
@@ -69,72 +69,75 @@ def join(batch: Batch) -> tuple[pa.Table, Keys]:
     return table, Keys(*(np.concatenate(column) for column in columns))
 
 
-def judge(table: pa.Table, keys: Keys, found: Flags, content: Words) -> Needs:
+def judge(table: pa.Table, keys: Keys, found: Flags, content: Words) -> Judged:
     """Sort the rows into new, duplicate and suspect. ``found`` and ``content`` come from the index of the seen."""
     inside = repeats(keys.hi, keys.lo)
     new = inside.first & ~found
     expected = np.where(found, content, keys.content[inside.of])
     suspects = np.flatnonzero(~new & (keys.content != expected))
-    heads, head = np.unique(inside.of[suspects], return_inverse=True)
-    return Needs(table, keys, new, suspects, heads, head, found[heads])
+    firsts, first_of = np.unique(inside.of[suspects], return_inverse=True)
+    return Judged(table, keys, new, suspects, firsts, first_of, found[firsts])
 
 
-def step(batch: Batch, needs: Needs, stored: pa.Table) -> Changes:
-    """Decide. ``stored`` has what is said (``SAID``) by the first writes of ``needs.stored_elsewhere``, in order."""
-    dead, conflicts = batch.dead, needs.suspects
-    if len(needs.suspects):
-        conflicts = needs.suspects[~_repeated(batch, needs, stored)]
-        dead = pa.concat_tables([dead, _contradictions(batch, needs.table, conflicts)])
-    rows = needs.table if needs.new.all() else needs.table.filter(pa.array(needs.new))
-    keys = needs.keys if needs.new.all() else needs.keys.take(np.flatnonzero(needs.new))
-    return Changes(rows, keys, dead, _tallies(needs, conflicts, batch.dead))
+def step(batch: Batch, judged: Judged, stored: pa.Table) -> Effects:
+    """Decide. ``stored`` has what is said (``SAID``) by the first writes of ``judged.stored_firsts``, in order."""
+    dead, conflicts = batch.dead, judged.suspects
+    if len(judged.suspects):
+        conflicts = judged.suspects[~_repeated(batch, judged, stored)]
+        dead = pa.concat_tables([dead, _contradictions(batch, judged.table, conflicts)])
+    rows = judged.table if judged.new.all() else judged.table.filter(pa.array(judged.new))
+    keys = judged.keys if judged.new.all() else judged.keys.take(np.flatnonzero(judged.new))
+    return Effects(rows, keys, dead, _tallies(judged, conflicts, batch.dead))
 
 
-def nothing(batch: Batch) -> Changes:
-    """The changes of a batch without a single countable row."""
+def nothing(batch: Batch) -> Effects:
+    """The effects of a batch without a single countable row."""
     keys = Keys(*(np.zeros(0, np.uint64) for _ in range(3)))
-    return Changes(pa.table({}), keys, batch.dead, _with_dead({}, batch.dead))
+    return Effects(pa.table({}), keys, batch.dead, _with_dead({}, batch.dead))
 
 
-def _repeated(batch: Batch, needs: Needs, stored: pa.Table) -> Flags:
+def _repeated(batch: Batch, judged: Judged, stored: pa.Table) -> Flags:
     """For each suspect whether it says what the first of its identity says, in other bytes.
 
     A first write may be large and have any number of suspects, so it is compared where it is and not copied to each.
     """
-    said = needs.table.select(SAID)
-    firsts = said.take(needs.heads[~needs.elsewhere])
+    said = judged.table.select(SAID)
+    firsts = said.take(judged.firsts[~judged.is_stored])
     here = firsts.num_rows
-    if stored.num_rows != needs.elsewhere.sum():
+    if stored.num_rows != judged.is_stored.sum():
         raise AssertionError("the index knows an event that the store does not have")
     if stored.num_rows:
         firsts = pa.concat_tables([firsts, stored.cast(firsts.schema)])
-    place = np.where(needs.elsewhere, here + np.cumsum(needs.elsewhere), np.cumsum(~needs.elsewhere)) - 1
-    both = pa.concat_tables([firsts, said.take(needs.suspects)]).combine_chunks()
-    theirs, ours = place[needs.head], firsts.num_rows + np.arange(len(needs.suspects))
-    stamped = np.concatenate([chunk.stamped for chunk in batch.chunks])[needs.suspects]
-    same = np.ones(len(ours), np.bool_)
+    place = np.where(judged.is_stored, here + np.cumsum(judged.is_stored), np.cumsum(~judged.is_stored)) - 1
+    said_by_all = pa.concat_tables([firsts, said.take(judged.suspects)]).combine_chunks()
+    first_rows, suspect_rows = place[judged.first_of], firsts.num_rows + np.arange(len(judged.suspects))
+    stamped = np.concatenate([chunk.stamped for chunk in batch.chunks])[judged.suspects]
+    same = np.ones(len(suspect_rows), np.bool_)
     for name in SAID[:-1]:
-        same &= _equal(both[name], ours, theirs) | (~stamped if name == TIMESTAMP else False)
-    worded = same & ~_equal(both[METADATA], ours, theirs)  # the same but for the wording of the metadata
-    same[worded] = _mean_the_same(both[METADATA], ours[worded], theirs[worded])
+        same &= _equal(said_by_all[name], suspect_rows, first_rows) | (~stamped if name == TIMESTAMP else False)
+    metadata = said_by_all[METADATA]
+    differ_in_metadata_only = same & ~_equal(metadata, suspect_rows, first_rows)
+    same[differ_in_metadata_only] = _mean_the_same(
+        metadata, suspect_rows[differ_in_metadata_only], first_rows[differ_in_metadata_only]
+    )
     return same
 
 
-def _equal(column: pa.ChunkedArray, ours: Rows, theirs: Rows) -> Flags:
+def _equal(column: pa.ChunkedArray, suspect_rows: Rows, first_rows: Rows) -> Flags:
     """Row by row. Values are compared by numbers given to them, so none is copied; two that are missing are equal."""
     (codes,) = column.dictionary_encode("encode").chunks
     numbers: npt.NDArray[np.int32] = codes.indices.to_numpy()
-    same: Flags = numbers[ours] == numbers[theirs]
+    same: Flags = numbers[suspect_rows] == numbers[first_rows]
     return same
 
 
-def _mean_the_same(metadata: pa.ChunkedArray, ours: Rows, theirs: Rows) -> list[bool]:
-    """Row by row. Each of ``theirs`` is read once, however many are compared with it."""
-    same = [False] * len(ours)
-    for first, pairs in groupby(np.argsort(theirs, kind="stable").tolist(), lambda pair: theirs[pair]):
+def _mean_the_same(metadata: pa.ChunkedArray, suspect_rows: Rows, first_rows: Rows) -> list[bool]:
+    """Row by row. Each of ``first_rows`` is read once, however many are compared with it."""
+    same = [False] * len(suspect_rows)
+    for first, pairs in groupby(np.argsort(first_rows, kind="stable").tolist(), lambda pair: first_rows[pair]):
         meaning = _meaning(metadata[int(first)])
         for pair in pairs:
-            same[pair] = _meaning(metadata[int(ours[pair])]) == meaning
+            same[pair] = _meaning(metadata[int(suspect_rows[pair])]) == meaning
     return same
 
 
@@ -157,14 +160,14 @@ def _contradictions(batch: Batch, table: pa.Table, rows: Rows) -> pa.Table:
     return pa.Table.from_batches([letters.columns(values)])
 
 
-def _tallies(needs: Needs, conflicts: Rows, dead: pa.Table) -> dict[int, Tally]:
-    partitions = needs.table.column("log_partition").to_numpy()
+def _tallies(judged: Judged, conflicts: Rows, dead: pa.Table) -> dict[int, Tally]:
+    partitions = judged.table.column("log_partition").to_numpy()
     in_conflict = np.zeros(len(partitions), np.bool_)
     in_conflict[conflicts] = True
     tallies: dict[int, Tally] = {}
     for partition in np.unique(partitions).tolist():
         here = partitions == partition
-        stored = int((here & needs.new).sum())
+        stored = int((here & judged.new).sum())
         contrary = int((here & in_conflict).sum())
         tallies[partition] = Tally(stored, int(here.sum()) - stored - contrary, contrary, 0)
     return _with_dead(tallies, dead)

@@ -100,7 +100,7 @@ class MeterTotals:
                 self._carry(chosen)
 
     def _carry(self, chosen: Rows) -> None:
-        """Fractions that reached one become whole. A row listed twice is carried with the same result twice."""
+        """Fractions that reached one become whole, once for each customer, however many rows are theirs."""
         fraction = self._fraction[chosen]
         carry = fraction // ONE
         if carry.any():
@@ -192,28 +192,32 @@ class MeterTotals:
 
     def copy(self, subject: int, other: "MeterTotals") -> None:
         """Take over what another one has of a customer."""
-        self._merge(subject, other, keep=0, sign=1)
-
-    def take_away(self, subject: int, other: "MeterTotals") -> None:
-        """Take what another one has of a customer off: for meters whose values add up."""
-        self._merge(subject, other, keep=1, sign=-1)
+        with self._lock:
+            self._grow(subject + 1)
+            self._count[subject] = _held(other._count, subject, 0)
+            if self._func in _NONE_YET:
+                self._extreme[subject] = _held(other._extreme, subject, _NONE_YET[self._func])
+            elif self._func != "count":
+                self._whole[subject] = _held(other._whole, subject, 0)
+                self._fraction[subject] = _held(other._fraction, subject, 0)
+            self._large.pop(subject, None)
+            if subject in other._large:
+                self._large[subject] = list(other._large[subject])
 
     def clear(self, subject: int) -> None:
         """Forget a customer."""
-        self._merge(subject, MeterTotals(self._func), keep=0, sign=1)
+        self.copy(subject, MeterTotals(self._func))
 
-    def _merge(self, subject: int, other: "MeterTotals", keep: int, sign: int) -> None:
+    def take_away(self, subject: int, other: "MeterTotals") -> None:
+        """Take what another one has of a customer off: for meters whose values add up."""
         with self._lock:
             self._grow(subject + 1)
-            none_yet = _NONE_YET.get(self._func, 0)
-            for name, fill in (("_count", 0), ("_whole", 0), ("_fraction", 0), ("_extreme", none_yet)):
-                mine, theirs = getattr(self, name), getattr(other, name)
-                if len(mine):
-                    mine[subject] = keep * mine[subject] + sign * (theirs[subject] if subject < len(theirs) else fill)
-            large = sum(other._large.get(subject, [])) * sign + keep * sum(self._large.get(subject, []))
-            self._large.pop(subject, None)
-            if large:
-                self._large[subject] = [large]
+            self._count[subject] -= _held(other._count, subject, 0)
+            if self._func != "count":
+                self._whole[subject] -= _held(other._whole, subject, 0)
+                self._fraction[subject] -= _held(other._fraction, subject, 0)
+            for units in other._large.get(subject, ()):
+                self._add_large(subject, -units)
 
     def _extremes(self, found: list[int], large: list[int], count: int) -> Total:
         edges = [*[units for units in found if units != _NONE_YET[self._func]], *large]
@@ -229,6 +233,10 @@ def exact_sum(column: Integers) -> int:
 def longer(column: Integers, more: int, fill: int) -> Integers:
     """The column with so many more rows, filled."""
     return np.concatenate([column, np.full(more, fill, np.int64)])
+
+
+def _held(column: Integers, row: int, default: int) -> int:
+    return int(column[row]) if row < len(column) else default
 
 
 def _amount(units: int) -> Decimal:

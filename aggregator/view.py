@@ -1,4 +1,7 @@
-"""What the aggregator shows its guests: a snapshot, totals, and that it cannot answer now."""
+"""What the aggregator shows its guests: a snapshot, totals, and that it cannot answer now.
+
+The protocol ``View`` itself is in ``api/desk.py``.
+"""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -28,7 +31,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Total(msgspec.Struct, frozen=True):
-    """What one customer used of one meter since the beginning of the log, exact."""
+    """What was used of one meter, exact: by those, and in the time, that were asked for."""
 
     count: int
     sum: Decimal

@@ -25,9 +25,9 @@ from meters.timestamp import instant_of, microseconds_of
 
 ADDING = frozenset({"count", "sum", "avg"})
 DISTINCT_MAX = 1_000_000
-"""Values and customers of a ``unique`` meter that are kept: in 260 MB where they are UUIDs, in 400 MB at most. Nothing
-else ends them: a meter of request ids would keep every id there ever was."""
-LETTERS_MAX = 64  # of a value that is kept as it is; of a longer one the 128 bits that tell it from all others
+"""Values and customers of a ``unique`` meter that are kept: in 260 MB where they are UUIDs, in 400 MB at most. Without
+this bound a meter of request ids would keep every id there ever was."""
+IDENTITY_LENGTH_MAX = 64  # characters of a value that is kept as it is; longer ones are kept as a 128-bit hash
 
 
 class Kept(Protocol):
@@ -101,7 +101,7 @@ class DistinctValues:
 
 
 def _short(identity: str) -> str | bytes:
-    if len(identity) <= LETTERS_MAX:
+    if len(identity) <= IDENTITY_LENGTH_MAX:
         return identity
     return blake2b(identity.encode(), digest_size=16).digest()
 
@@ -236,6 +236,6 @@ def _kept(func: str) -> Kept:
     return DistinctValues() if func == "unique" else MeterTotals(func)
 
 
-def microseconds(instant: datetime | None) -> int:
-    """A time as it is kept here; None is EVER."""
+def window_begin_us(instant: datetime | None) -> int:
+    """Where a window begins, as it is kept here; None is EVER."""
     return EVER if instant is None else microseconds_of(instant)

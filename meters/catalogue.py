@@ -182,7 +182,7 @@ def decode_change(line: bytes) -> Change | None:
     """The change that a line states; None for a type that this version does not know, and for an empty line.
 
     A log that may have holes gives an empty record where nothing but the marker of a transaction is. Raises ValueError
-    for what is no change at all: the control stream is written by one process, so that is damage.
+    for what is no change at all: only our own processes write the control stream, so that is damage.
     """
     if not line:
         return None

@@ -1,4 +1,4 @@
-"""What the ledger is told: units given to a customer or taken back, and cuts after which a meter begins anew.
+"""What the ledger is told: units given to a customer or taken back, and resets after which a meter begins anew.
 
 Each is a decision in the control stream with an id of its own, so that being told twice is being told once. Each
 states the time from which it holds, ``at``, which may be before it was decided (a period ends when it was due, also
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import msgspec
 
 Cause = Literal["grant", "cycle", "revoke", "credit", "rollover"]
-"""Why units came or went: a benefit, its renewal, taking back, somebody's decision, what a cut carried over."""
+"""Why units came or went: a benefit, its renewal, taking back, somebody's decision, what a reset carried over."""
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -24,7 +24,7 @@ UNITS_MAX = 2**31 - 1
 class CreditGranted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="credit.granted"):
     """A customer has ``units`` more of a meter, or fewer where they are negative.
 
-    ``rollover``: what is left of them at a cut goes into the next window. ``reference`` names what this came from: a
+    ``rollover``: what is left of them at a reset goes into the next window. ``reference`` names what this came from: a
     grant of a benefit, or the credit that is taken back; ``id`` is made of it then. ``key`` is the request's
     Idempotency-Key and ``content`` the digest of its body.
     """
@@ -46,7 +46,7 @@ class MeterReset(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     """From ``at`` on the customer's meters count from nothing, and credits before it are gone.
 
     ``rollover`` has the units of each meter that are carried over: they are a credit with rollover at the same time.
-    They are worked out once, when the cut is decided, as with Polar. ``reference`` names what made the cut: a grant
+    They are worked out once, when the reset is decided, as with Polar. ``reference`` names what made the reset: a grant
     that was renewed, a subscription.
     """
 
@@ -60,7 +60,7 @@ class MeterReset(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class MovementWithdrawn(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="movement.withdrawn"):
-    """A credit or a cut that news from elsewhere called for turned out otherwise, as later news show.
+    """A credit or a reset that news from elsewhere called for turned out otherwise, as later news show.
 
     What was decided here is never withdrawn: it is taken back by another credit.
     """

@@ -97,8 +97,8 @@ def parse_uuid4(value: object) -> str | Reason:
     return _hyphenated(digits)
 
 
-EXTERNAL = "EventCreateExternalCustomer"
-CUSTOMER = "EventCreateCustomer"
+EXTERNAL_VARIANT = "EventCreateExternalCustomer"
+CUSTOMER_VARIANT = "EventCreateCustomer"
 """Polar's names for the two kinds of event; they stand in the place (``loc``) of a refusal."""
 
 
@@ -171,10 +171,10 @@ def _structural(value: Any, level: int) -> Iterator[Reason]:
 
 
 def _variants(record: Object) -> list[str]:
-    by_id = [CUSTOMER] if record.get("customer_id") is not None else []
+    by_id = [CUSTOMER_VARIANT] if record.get("customer_id") is not None else []
     if isinstance(record.get("external_customer_id"), str):
-        return [EXTERNAL, *by_id]
-    return by_id or [EXTERNAL]
+        return [EXTERNAL_VARIANT, *by_id]
+    return by_id or [EXTERNAL_VARIANT]
 
 
 class _Line(msgspec.Struct):
@@ -192,7 +192,7 @@ class _Form:
 
     def event(self, latest: datetime) -> Event:
         """The event; it means something only if there were no refusals."""
-        external = self._variant == EXTERNAL
+        external = self._variant == EXTERNAL_VARIANT
         return Event(
             name=self._name(),
             timestamp=self._timestamp(latest),

@@ -12,6 +12,7 @@ tell that it was decided, the earlier one stands.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -38,7 +39,7 @@ class Credit(msgspec.Struct, frozen=True, gc=False):
     reference: str | None = None
 
     @property
-    def place(self) -> tuple[datetime, str]:
+    def sort_key(self) -> tuple[datetime, str]:
         """Where it stands among others."""
         return (self.at, self.id)
 
@@ -51,7 +52,7 @@ class Reset(msgspec.Struct, frozen=True, gc=False):
     reference: str | None = None
 
     @property
-    def place(self) -> tuple[datetime, str]:
+    def sort_key(self) -> tuple[datetime, str]:
         """Where it stands among others."""
         return (self.at, self.id)
 
@@ -101,21 +102,24 @@ def rollover_units(account: Account, consumed: Decimal, until: datetime | None =
 
 
 class Ledger:
-    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs.
+    """All accounts. Changed by ``apply`` alone, which puts a new account in an old one's place: readers keep theirs."""
 
-    What is known at a start is told as ``changes``: nobody has an account yet, so none is copied for its every credit.
-    """
-
-    def __init__(self, changes: Iterable[object] = ()) -> None:
+    def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
-        self._reset: set[str] = set()  # meters that were ever reset for anybody
+        self._meters_reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
-        self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
-        self._came: set[str] = set()  # ids of credits that came from something: only these are told at two times
-        self._is_read = False
-        for change in changes:
-            self.apply(change)
-        self._is_read = True
+        self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most are of a few sizes
+        self._derived_ids: set[str] = set()  # made of a cause: only such credits can be decided twice, at two times
+        self._is_shared = True
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """For what is known at a start: nobody has an account yet, so none is copied for its every credit."""
+        self._is_shared = False
+        try:
+            yield
+        finally:
+            self._is_shared = True
 
     def apply(self, change: object) -> None:
         """Take in one change; others than credits and resets are somebody else's."""
@@ -123,7 +127,7 @@ class Ledger:
             case CreditGranted():
                 self._credit(change)
             case MeterReset():
-                self._cut(change)
+                self._reset(change)
             case MovementWithdrawn():
                 self._withdraw(change)
 
@@ -132,17 +136,17 @@ class Ledger:
             first = self._keys.setdefault((change.organization_id, change.key), change)
             if first.id != change.id:
                 return  # decided twice, because nobody could tell that it was decided
-        if change.reference is not None and self._is_told(change):
+        if change.reference is not None and self._is_known_as_early(change):
             return
-        units = self._units.setdefault(change.units, change.units)
+        units = self._interned_units.setdefault(change.units, change.units)
         self._put(change.customer_id, change.meter_id, credit=Credit(
             change.at, change.id, units, change.rollover, change.cause, change.reference
         ))  # fmt: skip
 
-    def _is_told(self, change: CreditGranted) -> bool:
+    def _is_known_as_early(self, change: CreditGranted) -> bool:
         """Whether it is known from as early a time. What is known from a later one was the repetition, and goes."""
-        if change.id not in self._came:
-            self._came.add(change.id)
+        if change.id not in self._derived_ids:
+            self._derived_ids.add(change.id)
             return False
         known = self.account(change.customer_id, change.meter_id)
         told = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
@@ -154,8 +158,8 @@ class Ledger:
         ))  # fmt: skip
         return False
 
-    def _cut(self, change: MeterReset) -> None:
-        self._reset.update(change.meter_ids)
+    def _reset(self, change: MeterReset) -> None:
+        self._meters_reset.update(change.meter_ids)
         for meter_id in change.meter_ids:
             units = change.rollover.get(meter_id, ZERO)
             carried = Credit(change.at, change.id, units, True, "rollover", change.reference) if units > 0 else None
@@ -178,7 +182,7 @@ class Ledger:
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
         accounts = self._accounts.setdefault(meter_id, {})
         known = accounts.get(customer_id) or Account()
-        account = Account(list(known.credits), list(known.resets), known.credited) if self._is_read else known
+        account = Account(list(known.credits), list(known.resets), known.credited) if self._is_shared else known
         if reset is not None:
             _insert(account.resets, reset)
         newest = credit is not None and _insert(account.credits, credit)
@@ -198,7 +202,7 @@ class Ledger:
 
     def has_resets(self, meter_id: str) -> bool:
         """Whether anybody's window of the meter ever began anew."""
-        return meter_id in self._reset
+        return meter_id in self._meters_reset
 
     def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
         """What was decided for a request with this Idempotency-Key."""
@@ -207,7 +211,7 @@ class Ledger:
 
 def _insert(held: list[Any], new: Credit | Reset) -> bool:
     """Into its place, unless it is there already; whether it is the last one now and was not there."""
-    place = bisect_left(held, new.place, key=lambda known: known.place)
+    place = bisect_left(held, new.sort_key, key=lambda known: known.sort_key)
     if place < len(held) and held[place].id == new.id:
         return False
     held.insert(place, new)

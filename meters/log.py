@@ -1,8 +1,9 @@
 """What a log promises.
 
 The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
-from producers, ``usage.control`` holds decisions of the operator. A stream has a fixed number of partitions;
-a partition is a dense sequence of records, numbered from 0. Two promises carry the whole system:
+from producers, ``usage.control`` holds decisions of the operator. Partitions of a stream may be added, never
+removed; the records of each are numbered from 0, without gaps unless the log allows holes. Two promises carry the
+whole system:
 
 * ``append`` returns only when the records would survive the death of every process (and, for the embedded
   log, the loss of power). What it raises for may or may not have been written: the caller answers "try
@@ -24,6 +25,7 @@ from meters.refusal import LINES_MAX
 
 USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
+COUNT_DIGITS_MAX = 18  # an offset is a 64-bit number
 
 
 def format_position(position: Mapping[int, int]) -> str:
@@ -36,14 +38,15 @@ def parse_position(text: str) -> dict[int, int] | None:
     position: dict[int, int] = {}
     for part in text.split(",") if text else []:
         partition, colon, offset = part.strip().partition(":")
-        if not (colon and _is_count(partition) and _is_count(offset)):
+        if not (colon and is_count(partition) and is_count(offset)):
             return None
         position[int(partition)] = int(offset)
     return position
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
+def is_count(text: str, digits_max: int = COUNT_DIGITS_MAX) -> bool:
+    """Whether the text is a number of so many digits at most, without a sign."""
+    return text.isascii() and text.isdigit() and len(text) <= digits_max
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

@@ -1,7 +1,8 @@
 """The meter: which events count, and what is made of them.
 
 A meter belongs to an organization and is never deleted, only archived. Its unit is for display and changes no number.
-What it counts may change only while nothing was billed by it, since that would rewrite an invoice.
+What it counts may change as well, since nothing bills here; ``locked`` is for whoever adds billing, where a change
+would rewrite an invoice.
 """
 
 import re

@@ -88,7 +88,7 @@ class DeliveryApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type
     periods: list[Period] = []
 
 
-Place = tuple[str, str]
+PolarKey = tuple[str, str]
 """An organization with an id of Polar's."""
 
 
@@ -137,12 +137,12 @@ class Mirror:
     """
 
     def __init__(self) -> None:
-        self._deliveries: set[Place] = set()
-        self._versions: dict[Place, str] = {}
-        self._links: dict[Place, tuple[str, ...]] = {}  # by Polar's id: the customers here that it was, the last it is
-        self._names: dict[str, tuple[Place, ...]] = {}  # Polar's ids that were ever linked to one here
-        self._stories: dict[Place, dict[str, Story]] = {}  # by customer and Polar's meter
-        self._periods: dict[Place, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
+        self._deliveries: set[PolarKey] = set()
+        self._versions: dict[PolarKey, str] = {}
+        self._links: dict[PolarKey, tuple[str, ...]] = {}  # the customers here that Polar's was, the last it is
+        self._names: dict[str, tuple[PolarKey, ...]] = {}  # Polar's ids that were ever linked to one here
+        self._stories: dict[PolarKey, dict[str, Story]] = {}  # by customer and Polar's meter
+        self._periods: dict[PolarKey, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
         self._revoked: dict[str, dict[datetime, bool]] = {}  # by grant: when it ended, and whether that takes
 
     def apply(self, change: object) -> None:
@@ -184,10 +184,10 @@ class Mirror:
             case Period(subscription_id, polar_customer_id, at):
                 self._periods.setdefault((organization_id, polar_customer_id), {})[subscription_id, at] = told
 
-    def _link(self, place: Place, customer_id: str) -> None:
-        self._links[place] = (*(id for id in self._links.get(place, ()) if id != customer_id), customer_id)
+    def _link(self, key: PolarKey, customer_id: str) -> None:
+        self._links[key] = (*(id for id in self._links.get(key, ()) if id != customer_id), customer_id)
         names = self._names.get(customer_id, ())
-        self._names[customer_id] = names if place in names else (*names, place)
+        self._names[customer_id] = names if key in names else (*names, key)
 
     def heard(self, organization_id: str, delivery_id: str) -> bool:
         """Whether the delivery was taken in before."""
@@ -212,13 +212,13 @@ class Mirror:
 
     def living(self, customer_id: str) -> list[str]:
         """Polar's customers that are this one here, without those that were deleted there."""
-        return [polar_id for _, polar_id in self._places(customer_id)]
+        return [polar_id for _, polar_id in self._keys(customer_id)]
 
-    def _places(self, customer_id: str) -> list[Place]:
+    def _keys(self, customer_id: str) -> list[PolarKey]:
         """Where the facts of a customer here are."""
         names = self._names.get(customer_id, ())
-        linked = [place for place in names if self._links[place][-1] == customer_id]
-        return [place for place in linked if not self.is_gone(place[0], f"customer:{place[1]}")]
+        linked = [key for key in names if self._links[key][-1] == customer_id]
+        return [key for key in linked if not self.is_gone(key[0], f"customer:{key[1]}")]
 
     def is_gone(self, organization_id: str, thing: str) -> bool:
         """Whether the thing was deleted at Polar."""
@@ -226,24 +226,24 @@ class Mirror:
 
     def meters(self, customer_id: str) -> Iterable[str]:
         """Polar's meters of which something is known for a customer."""
-        return dict.fromkeys(id for place in self._places(customer_id) for id in self._meters(place))
+        return dict.fromkeys(id for key in self._keys(customer_id) for id in self._meters(key))
 
-    def _meters(self, place: Place) -> set[str]:
-        priced = {id for period in list(self._periods.get(place, {}).values()) for id in period.meter_ids}
-        return priced.union(list(self._stories.get(place, ())))
+    def _meters(self, key: PolarKey) -> set[str]:
+        priced = {id for period in list(self._periods.get(key, {}).values()) for id in period.meter_ids}
+        return priced.union(list(self._stories.get(key, ())))
 
     def customers(self, meter_id: str) -> list[str]:
         """The customers of whom something is known for one of Polar's meters."""
-        found = [place for place in {**self._stories, **self._periods} if meter_id in self._meters(place)]
-        return [id for place in found for id in self._links.get(place, ())[-1:]]
+        found = [key for key in {**self._stories, **self._periods} if meter_id in self._meters(key)]
+        return [id for key in found for id in self._links.get(key, ())[-1:]]
 
     def wanted(self, customer_id: str, *meter_ids: str) -> Wanted:
         """What follows from all that is known of a customer and those of Polar's meters that are one meter here."""
         story, asked = Story(), set(meter_ids)
-        for place in self._places(customer_id):
-            for meter_id in asked.intersection(list(self._stories.get(place, ()))):
-                story.take_in(self._stories[place][meter_id])
-            periods = list(self._periods.get(place, {}).values())
+        for key in self._keys(customer_id):
+            for meter_id in asked.intersection(list(self._stories.get(key, ()))):
+                story.take_in(self._stories[key][meter_id])
+            periods = list(self._periods.get(key, {}).values())
             story.began |= {period.at for period in periods if not asked.isdisjoint(period.meter_ids)}
         return self._wanted(story)
 

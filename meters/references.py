@@ -1,7 +1,9 @@
 """Whether what an event names exists: its organization, its customer, its member.
 
-This is asked after the event itself was found good, and by whoever holds the catalogue. External customer ids are
-not asked about: usage may come before the customer, and is theirs once an operator says who they are.
+This is asked after the event itself was found good, and by whoever holds the catalogue. The gateway takes the tokens of
+organizations alone, so an event that names one is refused there; that each event names its own, as with the tokens of
+Polar's users, occurs in the conformance cases only. External customer ids are not asked about: usage may come before
+the customer, and is theirs once an operator says who they are.
 """
 
 from meters.catalogue import Catalogue

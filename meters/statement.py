@@ -16,6 +16,7 @@ from meters.aggregation import Aggregation, mean
 from meters.amount import EXACT
 from meters.credit import Cause
 from meters.ledger import ZERO, Account, Credit, Reset, floored
+from meters.log import is_count
 from meters.timestamp import instant_of, microseconds_of
 
 QUARTER = timedelta(minutes=15)
@@ -132,7 +133,7 @@ def usage_id(usage: Usage) -> str:
 def parse_usage_id(id: str) -> tuple[datetime, datetime] | None:
     """The stretch that an entry of usage is called by, or None for another text."""
     parts = id.split("-")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) <= DIGITS_MAX for part in parts):
+    if len(parts) != 2 or not all(is_count(part, DIGITS_MAX) for part in parts):
         return None
     start, end = (instant_of(int(part)) for part in parts)
     return start, end

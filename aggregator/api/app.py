@@ -12,7 +12,6 @@ from aggregator.api import (
     credits,
     customer_meters,
     customers,
-    cuts,
     dead_letters,
     errors,
     events,
@@ -21,6 +20,7 @@ from aggregator.api import (
     metrics,
     polar_webhooks,
     portal,
+    resets,
     sessions,
     states,
     usage,
@@ -59,7 +59,7 @@ def create_app(
     errors.install(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
         app.include_router(router)
-    for router in (customer_meters.router, credits.router, cuts.router, charges.router):
+    for router in (customer_meters.router, credits.router, resets.router, charges.router):
         app.include_router(router)
     for router in (benefits.router, states.router, sessions.router, portal.router):
         app.include_router(router)

@@ -18,11 +18,11 @@ from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
-from aggregator.api.cuts import Overtaken, Used, carried, used_until
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.resets import Overtaken, Used, carried, used_until
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
 from aggregator.api.shapes import customer_shape

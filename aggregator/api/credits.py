@@ -117,7 +117,7 @@ async def list_credits(
         if meter_id is None or meter.id == str(meter_id)
         for credit in _credits(desk, customer, meter.id)
     ]
-    found.sort(key=lambda one: one[0].place, reverse=True)
+    found.sort(key=lambda one: one[0].sort_key, reverse=True)
     shapes = [credit_shape(credit, customer.id, of) for credit, of in cut(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 

@@ -16,16 +16,17 @@ from aggregator.api.errors import NotFound, Refused
 from aggregator.api.paging import WhichPage, listed
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import letter_shape
+from aggregator.letters import LetterPlace
 from aggregator.store.queries import dead_letters
 from aggregator.store.queries.asking import Here
-from aggregator.store.queries.dead_letters import DeadLetter, Letters, Place, Whose
+from aggregator.store.queries.dead_letters import DeadLetter, Letters, Whose
 from meters.access import reading, writing
 from meters.catalogue import DeadLetterReplayed, Token
+from meters.log import is_count
 
 router = APIRouter(tags=["dead letters"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
 Writer = Annotated[Token, Depends(allow(writing("events")))]
-DIGITS_MAX = 18  # of a part of a place: an offset is a 64-bit number
 
 
 @router.get("/v1/dead-letters/", responses=gives(page_of("DeadLetter")))
@@ -80,9 +81,9 @@ def _whose(desk: AtDesk, token: Token) -> Whose:
     return Whose(token.organization_id, token.organization_id == known[0], known)
 
 
-def _place(id: str) -> Place | None:
+def _place(id: str) -> LetterPlace | None:
     parts = id.split("-")
-    if len(parts) != 3 or not all(p.isascii() and p.isdigit() and len(p) <= DIGITS_MAX for p in parts):
+    if len(parts) != 3 or not all(map(is_count, parts)):
         return None
     partition, offset, line = map(int, parts)
     return partition, offset, line

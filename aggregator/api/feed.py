@@ -25,7 +25,7 @@ from aggregator.api.limits import (
 from aggregator.api.paging import Ids, Instant, Texts
 from aggregator.api.schemas import gives, ref
 from aggregator.api.shapes import number
-from aggregator.place import Place, format_places, parse_places
+from aggregator.place import FeedPlace, format_places, parse_places
 from aggregator.store.queries import feed, rollup
 from aggregator.store.queries.asking import Here
 from aggregator.store.queries.feed import FeedEvent, FeedPage, Wanted
@@ -49,7 +49,7 @@ _Key = tuple[int, tuple[tuple[str, str], ...], datetime]  # meter, customer, sta
 
 async def _position(
     position: Annotated[str, Query(description="The position of an earlier answer; empty for the beginning")] = "",
-) -> dict[int, Place]:
+) -> dict[int, FeedPlace]:
     found = parse_places(position)
     if found is None:
         message = "Input should be places such as 0:18:0,1:7:2"
@@ -69,7 +69,7 @@ async def _wanted(
     return Wanted(scope=scope, filter=Filter("and", list(filters)))
 
 
-Position = Annotated[dict[int, Place], Depends(_position)]
+Position = Annotated[dict[int, FeedPlace], Depends(_position)]
 Selected = Annotated[Wanted, Depends(_wanted)]
 
 

@@ -164,8 +164,8 @@ async def _carried(desk: Desk, customer: Customer, meter: Meter, before: Account
 def _until(account: Account, at: datetime) -> Account:
     """The account as it was before a time."""
     return Account(
-        sorted((credit for credit in account.credits if credit.at < at), key=lambda credit: credit.place),
-        sorted((reset for reset in account.resets if reset.at < at), key=lambda reset: reset.place),
+        sorted((credit for credit in account.credits if credit.at < at), key=lambda credit: credit.sort_key),
+        sorted((reset for reset in account.resets if reset.at < at), key=lambda reset: reset.sort_key),
     )
 
 

@@ -150,7 +150,7 @@ def _display(here: Desk, one: CustomerMeter) -> dict[str, Any]:
     starts, ends = _period(here, one)
     price = here.catalogue.prices.of(one.meter.id)
     limit = one.credited if one.credited > 0 else None
-    credits = sorted(one.account.credits, key=lambda credit: credit.place, reverse=True) if one.account else []
+    credits = sorted(one.account.credits, key=lambda credit: credit.sort_key, reverse=True) if one.account else []
     names = ("id", "name", "unit", "custom_label", "custom_multiplier")
     return {
         "meter": {name: getattr(one.meter, name) for name in names},

@@ -39,7 +39,7 @@ from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
 from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 
 BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
@@ -180,7 +180,7 @@ class Forwarder:
                 return page
         return None
 
-    def _is_past_sent(self, position: Mapping[int, Place]) -> bool:
+    def _is_past_sent(self, position: Mapping[int, FeedPlace]) -> bool:
         """Whether a replay has everything before it that was sent. A store that is made again does not, for a while."""
         sent = self._state.position(RAW)
         return all(position.get(partition, (0, 0)) >= place for partition, place in sent.items())

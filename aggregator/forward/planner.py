@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aggregator.forward.answer import Answer, is_passing
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 
 ALONE_MAX = 8  # events that Polar names as bad are sent alone to be sure; of more than these its word is taken
 PROBE_EVENTS = 100  # of the first request after a pause: enough to learn, little to lose
@@ -50,7 +50,7 @@ class Slice(msgspec.Struct):
 
     lane: str
     items: list[Item]
-    position: dict[int, Place] | None = None
+    position: dict[int, FeedPlace] | None = None
 
     @property
     def sent(self) -> list[Item]:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from aggregator.forward.planner import Item
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 from meters.amount import amount_text, parse_amount
 from meters.facts import RESERVED, number_token
 from meters.timestamp import microseconds_of
@@ -63,7 +63,7 @@ def item_of(entry: Entry, lane: str) -> Item:
     )  # fmt: skip
 
 
-def piece_at(position: Mapping[int, Place]) -> str:
+def piece_at(position: Mapping[int, FeedPlace]) -> str:
     """The name of the piece of the log that begins there. A line is named only where it is not a record's first."""
     places = [(partition, *(place if place[1] else place[:1])) for partition, place in sorted(position.items())]
     return ",".join(":".join(map(str, place)) for place in places) or "0"

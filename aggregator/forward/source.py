@@ -14,7 +14,7 @@ import msgspec
 
 from aggregator.forward.answer import pages
 from aggregator.forward.polar_event import Entry, Group
-from aggregator.place import Place, format_places, parse_places
+from aggregator.place import FeedPlace, format_places, parse_places
 from meters.log import parse_position
 
 ANSWER_TIMEOUT_S = 60.0  # twice what a question to the store may take
@@ -62,7 +62,7 @@ class Page(NamedTuple):
     """Entries, the position behind them, and whether the feed has no more just now."""
 
     entries: list[Entry]
-    position: dict[int, Place]
+    position: dict[int, FeedPlace]
     is_last: bool
 
 
@@ -91,7 +91,7 @@ class Source:
             raise Away(f"the server's feed answers {response.status_code}: {response.text[:200]}", denied)
         return response
 
-    def page(self, position: Mapping[int, Place], selection: Selection, limit: int) -> Page:
+    def page(self, position: Mapping[int, FeedPlace], selection: Selection, limit: int) -> Page:
         """The next entries. Raises Away."""
         asked = {"position": format_places(position), "limit": limit, **selection.params()}
         response = self._get("/v1/feed/", asked)
@@ -101,20 +101,20 @@ class Source:
         is_last = all(reached.get(partition, (0, 0)) >= (end, 0) for partition, end in ends.items())
         return Page(found.items, reached, is_last)
 
-    def end(self) -> dict[int, Place]:
+    def end(self) -> dict[int, FeedPlace]:
         """Behind everything that is counted now. Raises Away."""
         ends = parse_position(self._get("/v1/feed/", {"limit": 1}).headers.get("as-of", "")) or {}
         return {partition: (end, 0) for partition, end in ends.items()}
 
-    def backlog(self, position: Mapping[int, Place], selection: Selection) -> tuple[int, int | None]:
+    def backlog(self, position: Mapping[int, FeedPlace], selection: Selection) -> tuple[int, int | None]:
         """How many entries there are from the position on, and when the oldest came in (UTC, microseconds)."""
         found = self._get("/v1/feed/backlog", {"position": format_places(position), **selection.params()}).json()
         oldest = found["oldest_ingested_at"]
         return found["events"], oldest and int(datetime.fromisoformat(oldest).timestamp() * 1e6)
 
     def rollup(
-        self, position: Mapping[int, Place], meter_ids: Sequence[str], before: datetime, window_s: int
-    ) -> tuple[list[Group], dict[int, Place]]:
+        self, position: Mapping[int, FeedPlace], meter_ids: Sequence[str], before: datetime, window_s: int
+    ) -> tuple[list[Group], dict[int, FeedPlace]]:
         """What the meters add up to from the position on, and the position behind it. Raises Away."""
         asked = {
             "position": format_places(position), "meter_id": list(meter_ids), "before": before.isoformat(),

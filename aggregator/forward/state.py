@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from aggregator.forward.opening import Unusable, explaining, transaction
 from aggregator.forward.planner import Item
 from aggregator.forward.request_window import BUSY_WAIT_S
-from aggregator.place import Place, format_places, parse_places
+from aggregator.place import FeedPlace, format_places, parse_places
 
 WAITING_MAX = 100_000  # rows; nothing more is taken from the feed while so many wait
 WAITING = "waiting"  # the lane of slices that are made of waiting rows
@@ -71,7 +71,7 @@ class Replay(NamedTuple):
 class Begin(NamedTuple):
     """Where a lane began, and when that was decided (UTC, microseconds)."""
 
-    position: dict[int, Place]
+    position: dict[int, FeedPlace]
     began_us: int
 
 
@@ -155,12 +155,12 @@ class State:
             self._file.execute(f"DELETE FROM {kept} WHERE server = ?", [reached])  # noqa: S608
         self._file.executemany("DELETE FROM flags WHERE name = ?", [(name,) for name in SEEN])
 
-    def position(self, lane: str) -> dict[int, Place]:
+    def position(self, lane: str) -> dict[int, FeedPlace]:
         """Where the lane's reader stands; the beginning when it never read."""
         rows = self._rows("SELECT position FROM lanes WHERE name = ?", lane)
         return (parse_places(rows[0][0]) or {}) if rows else {}
 
-    def begin(self, lane: str, position: Mapping[int, Place], now_us: int) -> None:
+    def begin(self, lane: str, position: Mapping[int, FeedPlace], now_us: int) -> None:
         """Where a lane that never read begins; kept, because nothing else tells it once the lane has moved on."""
         with self._transaction():
             place = format_places(position)
@@ -177,7 +177,7 @@ class State:
         return bool(self._rows("SELECT 1 FROM lanes WHERE name = ?", lane))
 
     def mark(
-        self, lane: str, items: Sequence[Item], position: Mapping[int, Place] | None, now_us: int, **answer: int
+        self, lane: str, items: Sequence[Item], position: Mapping[int, FeedPlace] | None, now_us: int, **answer: int
     ) -> None:
         """These items are done: accepted, or to be parked, or condemned. The lane moves behind them, or further.
 
@@ -248,7 +248,7 @@ class State:
             [lane, name, value],
         )
 
-    def roll(self, items: Sequence[Item], position: Mapping[int, Place]) -> None:
+    def roll(self, items: Sequence[Item], position: Mapping[int, FeedPlace]) -> None:
         """Rollups are made up to the position: they wait to be sent, as they are."""
         with self._transaction():
             self._add("taken", (item.lane for item in items))

@@ -16,6 +16,7 @@ from typing import cast
 
 from sqlglot import exp, parse_one
 
+from aggregator.awkward import pointer
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX
 from meters.facts import RESERVED
 from meters.property import NAME, SOURCE, TIMESTAMP
@@ -181,11 +182,6 @@ def built_in_column(property: str) -> exp.Expr:
 def amount_type() -> exp.Expr:
     """The type of an amount, for a cast."""
     return cast(exp.Expr, fixed(f"CAST(NULL AS {AMOUNT})").args["to"])
-
-
-def pointer(steps: Sequence[str]) -> str:
-    """The JSON pointer (RFC 6901) of a path, whatever its keys contain."""
-    return "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
 
 
 def _call(name: str, *arguments: exp.Expr) -> exp.Expr:

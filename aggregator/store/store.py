@@ -27,9 +27,9 @@ import pyarrow as pa
 from aggregator import hierarchy
 from aggregator.apply import Batch
 from aggregator.directory import Directory
-from aggregator.letters import Place, numbered
+from aggregator.letters import LetterPlace, numbered
 from aggregator.seen import Keys, Seen
-from aggregator.step import SAID, Changes, Tally
+from aggregator.step import SAID, Effects, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
 from aggregator.store.slot import Prepared
 from aggregator.view import Snapshot, Unavailable
@@ -72,7 +72,7 @@ class Round(NamedTuple):
     """Everything one transaction writes: a batch, what the step made of it, and control records beside it."""
 
     batch: Batch
-    changes: Changes
+    effects: Effects
     control: Sequence[Record]  # decisions: changes as JSON, a line each
     events_from: Mapping[int, int]
     control_from: int
@@ -85,7 +85,7 @@ class Store:
     def __init__(self, connection: duckdb.DuckDBPyConnection, epoch: int, path: Path | None = None) -> None:
         """``path`` is where the file lies, for who writes: another file there means another writer."""
         self._connection = connection
-        self._place = None if path is None else (path, path.stat().st_ino)
+        self._file = None if path is None else (path, path.stat().st_ino)
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._readers_changed = threading.Condition()
         self._closing = False
@@ -103,7 +103,7 @@ class Store:
         self._next_dead: int = row[0] if row else 0
         row = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM webhook_causes").fetchone()
         self._next_cause: int = row[0] if row else 0
-        self._replayed: dict[Place, datetime] = {}
+        self._replayed: dict[LetterPlace, datetime] = {}
         self._note_replayed(self.control(_REPLAYED))
 
     @classmethod
@@ -166,7 +166,7 @@ class Store:
 
     def seen(self) -> Seen:
         """The index of all stored identities, read in parts because all of them at once take much memory."""
-        seen = Seen(self._place[0].parent if self._place else None)
+        seen = Seen(self._file[0].parent if self._file else None)
         relation = self._connection.sql("SELECT id_hi, id_lo, content FROM events")
         for part in relation.to_arrow_reader(IDENTITIES_AT_ONCE):
             seen.add(Keys(*(np.asarray(column, np.uint64) for column in part.columns)))
@@ -207,8 +207,8 @@ class Store:
 
         Raises Replaced when the stored positions or the epoch are not the expected ones, Doubt on anything else.
         """
-        self._check_place()
-        rows = self._numbered(round_.changes.rows)
+        self._check_file()
+        rows = self._numbered(round_.effects.rows)
         try:
             self._connection.execute("BEGIN")
             self._write(round_, rows, seen, organization_ids)
@@ -216,14 +216,14 @@ class Store:
         except duckdb.Error as error:
             raise Doubt(str(error)) from error
         self.next_seq += rows.num_rows
-        self._next_dead += round_.changes.dead.num_rows
+        self._next_dead += round_.effects.dead.num_rows
         return rows
 
-    def _check_place(self) -> None:
+    def _check_file(self) -> None:
         """The epoch tells a writer of the same file; a successor on a restored or moved copy has a file of its own."""
-        if self._place is None:
+        if self._file is None:
             return
-        path, inode = self._place
+        path, inode = self._file
         try:
             if path.stat().st_ino == inode:
                 return
@@ -251,9 +251,9 @@ class Store:
             self._insert_events(rows)
             named = hierarchy.children(rows, dict(organization_ids))
             if named or self._any_pending:
-                hierarchy.resolve(connection, seen, round_.changes.keys, named)
+                hierarchy.resolve(connection, seen, round_.effects.keys, named)
                 self._any_pending = hierarchy.any_pending(connection)
-        self._bury(round_.changes.dead)
+        self._bury(round_.effects.dead)
         if round_.causes is not None:
             connection.register("caused", round_.causes)
             numbered = "INSERT INTO webhook_causes SELECT ? + row_number() OVER (), * FROM caused"
@@ -263,7 +263,7 @@ class Store:
 
     def _move(self, round_: Round) -> None:
         """Compare and set: the epoch is ours and every position is where this round began. Counts the lines."""
-        batch, tallies = round_.batch, round_.changes.tallies
+        batch, tallies = round_.batch, round_.effects.tallies
         moves = [
             (USAGE_EVENTS, partition, round_.events_from.get(partition, 0), offset, _time_us(batch.last[partition]),
              self.epoch, *tallies.get(partition, Tally()))
@@ -284,7 +284,7 @@ class Store:
                 [self._replayed[place], *place],
             )
 
-    def _note_replayed(self, values: Iterable[bytes]) -> list[Place]:
+    def _note_replayed(self, values: Iterable[bytes]) -> list[LetterPlace]:
         """Remember the dead letters that records settle: they may be read before those, when a store is rebuilt."""
         changes = (change for value in values if _REPLAYED in value for change in decode_changes(value))
         settled = [change for change in changes if isinstance(change, DeadLetterReplayed)]

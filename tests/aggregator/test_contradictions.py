@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from aggregator.apply import decode
 from aggregator.directory import Directory
 from aggregator.seen import Keys, Seen
-from aggregator.step import CONFLICT, SAID, Changes, Tally, join, judge, nothing, step
+from aggregator.step import CONFLICT, SAID, Effects, Tally, join, judge, nothing, step
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record
 from meters.refusal import LINES_MAX
@@ -87,17 +87,17 @@ class Rounds:
         self._directory, self._seen = Directory(), Seen()
         self._stored: dict[tuple[int, int], dict[str, Any]] = {}
 
-    def run(self, records: list[Record]) -> Changes:
+    def run(self, records: list[Record]) -> Effects:
         """The next one."""
         batch = decode(records, self._directory)
         if not batch.chunks:
             return nothing(batch)
         table, keys = join(batch)
-        needs = judge(table, keys, *self._seen.find(keys.hi, keys.lo))
-        changes = step(batch, needs, self._asked(needs.stored_elsewhere))
-        self._seen.add(changes.keys)
-        self._stored |= {(row["id_hi"], row["id_lo"]): row for row in changes.rows.to_pylist()}
-        return changes
+        judged = judge(table, keys, *self._seen.find(keys.hi, keys.lo))
+        effects = step(batch, judged, self._asked(judged.stored_firsts))
+        self._seen.add(effects.keys)
+        self._stored |= {(row["id_hi"], row["id_lo"]): row for row in effects.rows.to_pylist()}
+        return effects
 
     def _asked(self, keys: Keys) -> pa.Table:
         asked = [self._stored[key] for key in zip(keys.hi.tolist(), keys.lo.tolist(), strict=True)]
@@ -117,15 +117,15 @@ def test_columns_tell_what_the_lines_tell_one_by_one(rounds: list[list[tuple[str
     for lines in rounds:
         here = range(offset, offset + len(lines))
         offset += len(lines)
-        changes = following.run([record(sent[n][1], offset=n, organization_id=sent[n][0]) for n in here])
+        effects = following.run([record(sent[n][1], offset=n, organization_id=sent[n][0]) for n in here])
 
         conflicts = [n for n in here if became[n] == "conflicts"]
         contrary = [(0, n, 0, sent[n][0], CONFLICT, sent[n][1], NOW.replace(tzinfo=None)) for n in conflicts]
-        assert [tuple(letter.values()) for letter in changes.dead.drop(["detail"]).to_pylist()] == contrary
-        stored = changes.rows["log_offset"].to_pylist() if changes.rows.num_columns else []
+        assert [tuple(letter.values()) for letter in effects.dead.drop(["detail"]).to_pylist()] == contrary
+        stored = effects.rows["log_offset"].to_pylist() if effects.rows.num_columns else []
         assert stored == [n for n in here if became[n] == "stored"]
         counts = {kind: sum(became[n] == kind for n in here) for kind in ("stored", "duplicates", "conflicts")}
-        assert changes.tallies == ({0: Tally(**counts)} if lines else {})
+        assert effects.tallies == ({0: Tally(**counts)} if lines else {})
 
 
 def test_what_was_stored_before_is_compared_with_each_of_its_own(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_any_number_of_lines_may_contradict_a_large_one() -> None:
     """What they contradict is kept once, however many they are: copied for each of these it would be 25 GB."""
     large = "{" + ",".join(f'"k{number}":"{"x" * 400}"' for number in range(1_000)) + "}"
     contrary = [line("a", metadata=f'{{"n":{number}}}') for number in range(60_000)]
-    changes = Rounds().run([record(line("a", metadata=large), *contrary)])
+    effects = Rounds().run([record(line("a", metadata=large), *contrary)])
 
-    assert changes.tallies == {0: Tally(stored=1, conflicts=60_000)}
-    assert np.array_equal(changes.dead["line"].to_numpy(), np.arange(1, 60_001))
-    assert changes.dead["detail"].unique().to_pylist() == [
+    assert effects.tallies == {0: Tally(stored=1, conflicts=60_000)}
+    assert np.array_equal(effects.dead["line"].to_numpy(), np.arange(1, 60_001))
+    assert effects.dead["detail"].unique().to_pylist() == [
         "external_id 'a' was taken before with other content; the first one counts"
     ]
 
@@ -170,16 +170,16 @@ def test_any_number_of_lines_may_contradict_a_large_one() -> None:
 def test_a_record_of_more_lines_than_events_have_room_is_one_dead_letter(value: bytes, admitted: bool) -> None:
     """With all its bytes, whatever they are; what comes before and after it counts."""
     much = Record(0, 1, NOW_US, value, ORGANIZATION, admitted)
-    changes = Rounds().run([record(line("c")), much, record(line("d"), offset=2)])
+    effects = Rounds().run([record(line("c")), much, record(line("d"), offset=2)])
 
-    assert changes.tallies == {0: Tally(stored=2, dead=1)}
-    (letter,) = changes.dead.to_pylist()
+    assert effects.tallies == {0: Tally(stored=2, dead=1)}
+    (letter,) = effects.dead.to_pylist()
     assert (letter["log_offset"], letter["line"], letter["reason"]) == (1, 0, "record_lines")
     assert letter["raw"] == value
 
 
 def test_a_record_of_as_many_empty_lines_says_nothing() -> None:
     """A line without anything in it is none, so there is nothing to keep."""
-    changes = Rounds().run([Record(0, 0, NOW_US, b"\n" * LINES_MAX, ORGANIZATION)])
+    effects = Rounds().run([Record(0, 0, NOW_US, b"\n" * LINES_MAX, ORGANIZATION)])
 
-    assert (changes.dead.num_rows, changes.tallies) == (0, {})
+    assert (effects.dead.num_rows, effects.tallies) == (0, {})

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from aggregator import windows as module
 from aggregator.view import EVER
-from aggregator.windows import LETTERS_MAX, DistinctValues, MeterWindows
+from aggregator.windows import IDENTITY_LENGTH_MAX, DistinctValues, MeterWindows
 from meters.ledger import customer_meter_id
 from tests.aggregator.records import line
 from tests.aggregator.serving import Tenant
 
 BY_AMOUNT = ["consumed_units", "-consumed_units", "balance", "-balance"]
 BOUND = 6
-LONG = "a" * LETTERS_MAX
+LONG = "a" * IDENTITY_LENGTH_MAX
 VALUES = ["a", "b", LONG, LONG + "a", LONG + "b", "é" + LONG, None]
 used = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(VALUES)), max_size=12)
 

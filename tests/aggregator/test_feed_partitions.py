@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 from aggregator.store.queries import rollup
 from aggregator.store.queries.feed import FeedEvent, Wanted, backlog, page
 from aggregator.store.queries.scope import Scope, organization_number
@@ -42,7 +42,7 @@ def test_pages_cover_every_partition_once_and_in_order(tmp_path: Path, limit: in
         here = snapshot.connection
         wanted = Wanted(scope=Scope(organization=organization_number(here, ORGANIZATION)))
         found: list[FeedEvent] = []
-        position: dict[int, Place] = {}
+        position: dict[int, FeedPlace] = {}
         while backlog(here, wanted, position).events:
             events, position = page(here, wanted, position, limit)
             found += events

@@ -14,6 +14,7 @@ import pytest
 
 from aggregator import running as module
 from aggregator.histories import HISTORIES_AT_ONCE
+from aggregator.plan import PREPARED_METERS_MAX
 from aggregator.view import Consumption
 from ingest.log import open_log
 from meters.catalogue import Customer, CustomerCreated
@@ -177,16 +178,17 @@ def test_histories_wait_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: 
     assert (found.count, found.sum) == used_since(0)
 
 
-@pytest.mark.parametrize("room", [0, module.PREPARED_METERS_MAX])
+@pytest.mark.parametrize("room", [0, PREPARED_METERS_MAX])
 def test_meters_count_alike_whether_their_statement_is_planned_once_or_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """There is room for a number of plans, which says nothing about what is counted."""
-    monkeypatch.setattr(module, "PREPARED_METERS_MAX", room)
+    monkeypatch.setattr("aggregator.plan.PREPARED_METERS_MAX", room)
     with used() as log, Running(log, tmp_path / "store.duckdb") as running:
         running.catch_up()
         totals = running.engine.totals
         found = totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
-        assert [text.startswith("EXECUTE ") for text in totals._texts.values()] == [room > 0]
+        prepared = totals._plans._plans.values()
+        assert [one.text.startswith("EXECUTE ") for one in prepared if one is not None] == [room > 0]
     assert found is not None
     assert (found.count, found.sum) == used_since(0)

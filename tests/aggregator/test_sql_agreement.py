@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
+from aggregator.awkward import any_suspicious, awkward_numbers, pointer, suspicious
 from aggregator.store.sql import Measured, condition, considered, measures, statement, value
-from aggregator.store.stage import Parameters, Stage, pointer
+from aggregator.store.stage import Parameters, Stage
 from meters.aggregation import FUNCTIONS, Aggregation, Function, considers, evaluate
 from meters.event import Event
 from meters.facts import Facts, facts

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from aggregator.apply import CHUNK_EVENTS, decode
 from aggregator.directory import Directory
 from aggregator.seen import Seen
-from aggregator.step import CONFLICT, Changes, Tally, join, judge, nothing, step
+from aggregator.step import CONFLICT, Effects, Tally, join, judge, nothing, step
 from meters.event import identity
 from meters.log import LATEST_US
 from tests.aggregator.records import NOW, ORGANIZATION, OTHER_ORGANIZATION, line, record
 from tests.aggregator.strategies import metadata_texts
 
 
-def decided(*records: object, seen: Seen | None = None) -> Changes:
+def decided(*records: object, seen: Seen | None = None) -> Effects:
     """What a round over these records would write into an empty store."""
     batch = decode(records, Directory())  # type: ignore[arg-type]
     if not batch.chunks:
@@ -61,10 +61,10 @@ def test_distinct_keys_are_taken_as_they_stand(metadata: list[str]) -> None:
 def test_metadata_that_is_no_object_is_a_dead_letter(odd: str) -> None:
     """A producer may claim what only gateways know; its line is kept aside, and those around it count."""
     sent = record(line("a"), line("b", metadata=odd), line("c"))
-    changes = decided(msgspec.structs.replace(sent, distinct_keys=True))
+    effects = decided(msgspec.structs.replace(sent, distinct_keys=True))
 
-    assert [(letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()] == [(1, "dict_type")]
-    assert [row["external_id"] for row in changes.rows.to_pylist()] == ["a", "c"]
+    assert [(letter["line"], letter["reason"]) for letter in effects.dead.to_pylist()] == [(1, "dict_type")]
+    assert [row["external_id"] for row in effects.rows.to_pylist()] == ["a", "c"]
 
 
 def test_no_timestamp_means_the_time_of_ingestion() -> None:
@@ -77,30 +77,30 @@ def test_no_timestamp_means_the_time_of_ingestion() -> None:
 @pytest.mark.parametrize("admitted", [True, False])
 def test_an_organization_that_is_none_makes_dead_letters(admitted: bool) -> None:
     """Whatever a producer puts where the organization belongs, its lines are kept and the partition goes on."""
-    changes = decided(
+    effects = decided(
         record(line("a"), line("b"), organization_id="nobody", admitted=admitted),
         record(line("a"), offset=1, organization_id="", admitted=admitted),
         record(line("a"), offset=2, organization_id=ORGANIZATION.upper(), admitted=admitted),
     )
 
     assert [
-        (letter["log_offset"], letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()
+        (letter["log_offset"], letter["line"], letter["reason"]) for letter in effects.dead.to_pylist()
     ] == [
         (0, 0, "organization_id"), (0, 1, "organization_id"), (1, 0, "organization_id")
     ]  # fmt: skip
-    assert [(row["external_id"], row["log_offset"]) for row in changes.rows.to_pylist()] == [("a", 2)]
+    assert [(row["external_id"], row["log_offset"]) for row in effects.rows.to_pylist()] == [("a", 2)]
 
 
 def test_each_tenants_rows_are_its_own() -> None:
     """However closely their records follow each other."""
-    changes = decided(
+    effects = decided(
         record(line("a")), record(line("a"), offset=1, organization_id=OTHER_ORGANIZATION), record(line("b"), offset=2)
     )
 
-    assert [(row["id_hi"], row["id_lo"]) for row in changes.rows.to_pylist()] == [
+    assert [(row["id_hi"], row["id_lo"]) for row in effects.rows.to_pylist()] == [
         identity(ORGANIZATION, "a"), identity(OTHER_ORGANIZATION, "a"), identity(ORGANIZATION, "b")
     ]  # fmt: skip
-    assert changes.rows.column("organization").to_pylist() == [0, 1, 0]
+    assert effects.rows.column("organization").to_pylist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(("timestamp_us", "reasons"), [(LATEST_US - 1, []), (LATEST_US, ["record_time"])])
@@ -113,9 +113,9 @@ def test_a_record_from_no_calendar_is_a_dead_letter(timestamp_us: int, reasons: 
 
 def test_the_same_bytes_again_are_a_duplicate() -> None:
     """In one batch or in two, a repetition is counted and not stored."""
-    changes = decided(record(line("a"), line("a")), record(line("a"), line("b"), offset=1))
+    effects = decided(record(line("a"), line("a")), record(line("a"), line("b"), offset=1))
 
-    assert {0: Tally(stored=2, duplicates=2)} == changes.tallies
+    assert {0: Tally(stored=2, duplicates=2)} == effects.tallies
 
 
 @pytest.mark.parametrize(
@@ -131,58 +131,58 @@ def test_the_same_bytes_again_are_a_duplicate() -> None:
 )
 def test_other_content_under_the_same_id_is_a_conflict(again: dict[str, object], is_conflict: bool) -> None:
     """What differs in meaning is kept as a dead letter; what differs in bytes alone is a duplicate."""
-    changes = decided(record(line("a", metadata='{"a": 1, "b": 2}'), line("a", **again)))
+    effects = decided(record(line("a", metadata='{"a": 1, "b": 2}'), line("a", **again)))
 
-    assert {0: Tally(1, int(not is_conflict), int(is_conflict), 0)} == changes.tallies
-    assert [CONFLICT] * is_conflict == changes.dead["reason"].to_pylist()
+    assert {0: Tally(1, int(not is_conflict), int(is_conflict), 0)} == effects.tallies
+    assert [CONFLICT] * is_conflict == effects.dead["reason"].to_pylist()
 
 
 def test_another_id_that_meets_a_stored_one_is_a_conflict() -> None:
     """In all 128 bits, and with the same content: it is kept and told, not taken for a repetition."""
     with patch.object(xxhash, "xxh3_128_digest", return_value=bytes(16)):
-        changes = decided(record(line("a"), line("b"), line("a")))
+        effects = decided(record(line("a"), line("b"), line("a")))
 
-    assert {0: Tally(stored=1, duplicates=1, conflicts=1)} == changes.tallies
-    assert [(letter["line"], letter["reason"]) for letter in changes.dead.to_pylist()] == [(1, CONFLICT)]
+    assert {0: Tally(stored=1, duplicates=1, conflicts=1)} == effects.tallies
+    assert [(letter["line"], letter["reason"]) for letter in effects.dead.to_pylist()] == [(1, CONFLICT)]
 
 
 @pytest.mark.parametrize(("one", "other"), [("0.1", '"0.1"'), ("1", "true"), ("0", "false"), ("1", '"1"')])
 def test_a_value_of_another_type_is_another_value(one: str, other: str) -> None:
     """Meters tell them apart."""
-    changes = decided(record(line("a", metadata=f'{{"a": {one}}}'), line("a", metadata=f'{{"a": {other}}}')))
+    effects = decided(record(line("a", metadata=f'{{"a": {one}}}'), line("a", metadata=f'{{"a": {other}}}')))
 
-    assert {0: Tally(stored=1, conflicts=1)} == changes.tallies
+    assert {0: Tally(stored=1, conflicts=1)} == effects.tallies
 
 
 @pytest.mark.parametrize("admitted", [True, False])
 def test_a_member_is_one_of_its_kind_of_customer(admitted: bool) -> None:
     """Of the other kind it says nothing, whichever way a line is read."""
     customer, member = str(uuid4()), str(uuid4())
-    changes = decided(record(
+    effects = decided(record(
         line("a", member_id=member, external_member_id="m"),
         b'{"name":"call","customer_id":"%s","member_id":"%s","external_member_id":"m","external_id":"b"}'
         % (customer.encode(), member.encode()),
         admitted=admitted,
     ))  # fmt: skip
 
-    members = [(row["member_id"], row["external_member_id"]) for row in changes.rows.to_pylist()]
+    members = [(row["member_id"], row["external_member_id"]) for row in effects.rows.to_pylist()]
     assert members == [(None, "m"), (member, None)]
 
 
 def test_an_unknown_key_may_hold_any_number() -> None:
     """Nobody reads it, and no repetition of it stops anybody."""
     cost = '{"_cost": {"amount": 1, "currency": "usd", "x": %s}}' % ("9" * 5000)
-    changes = decided(record(line("a", metadata=cost), line("a", metadata=cost.replace(": 1,", ":  1,"))))
+    effects = decided(record(line("a", metadata=cost), line("a", metadata=cost.replace(": 1,", ":  1,"))))
 
-    assert {0: Tally(stored=1, duplicates=1)} == changes.tallies
+    assert {0: Tally(stored=1, duplicates=1)} == effects.tallies
 
 
 def test_a_line_that_cannot_be_counted_is_a_dead_letter_and_its_neighbours_count() -> None:
     """Bytes, place and reason are kept."""
-    changes = decided(record(line("a"), b"{not json", line("b"), offset=3, admitted=False))
+    effects = decided(record(line("a"), b"{not json", line("b"), offset=3, admitted=False))
 
-    assert {0: Tally(stored=2, dead=1)} == changes.tallies
-    (letter,) = changes.dead.to_pylist()
+    assert {0: Tally(stored=2, dead=1)} == effects.tallies
+    (letter,) = effects.dead.to_pylist()
     assert (
         letter["log_partition"], letter["log_offset"], letter["line"], letter["raw"], letter["ingested_at"]
     ) == (0, 3, 1, b"{not json", NOW.replace(tzinfo=None))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import duckdb
 import msgspec
 
+from aggregator.letters import LetterPlace
 from aggregator.store.queries.events import OFFSET_MAX
 from aggregator.store.queries.scope import aware
 
@@ -17,9 +18,6 @@ _PAGE = f"SELECT {_COLUMNS} FROM dead_letters WHERE {_OPEN} ORDER BY number DESC
 _COUNT = f"SELECT COUNT(*) FROM dead_letters WHERE {_OPEN}"  # noqa: S608 - fixed text
 _ONE = f"""SELECT {_COLUMNS} FROM dead_letters WHERE {_ITS}
     AND log_partition = $partition AND log_offset = $offset AND line = $line"""  # noqa: S608 - fixed text
-
-Place = tuple[int, int, int]
-"""Partition, offset and line: where in the log. It names a dead letter for ever, also in a store made anew."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -60,7 +58,7 @@ def page(
     return Letters([_letter(row) for row in rows], total)
 
 
-def one(connection: duckdb.DuckDBPyConnection, whose: Whose, place: Place) -> DeadLetter | None:
+def one(connection: duckdb.DuckDBPyConnection, whose: Whose, place: LetterPlace) -> DeadLetter | None:
     """The organization's dead letter of this place."""
     where = dict(zip(("partition", "offset", "line"), place, strict=True))
     rows = connection.execute(_ONE, whose._asdict() | where).fetchall()

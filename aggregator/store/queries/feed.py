@@ -14,7 +14,7 @@ import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 from aggregator.store.queries.scope import Scope, aware, counted, events_in
 from aggregator.store.sql import statement
 from aggregator.store.stage import Parameters, fixed
@@ -66,11 +66,11 @@ class FeedPage(NamedTuple):
     """Events, and the places before which nothing else is wanted."""
 
     events: list[FeedEvent]
-    position: dict[int, Place]
+    position: dict[int, FeedPlace]
 
 
 def page(
-    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place], limit: int
+    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, FeedPlace], limit: int
 ) -> FeedPage:
     """The next events from ``position`` on, at most ``limit``; a partition's in the order of the log."""
     ends = ends_of(connection)
@@ -92,7 +92,7 @@ class Part(NamedTuple):
     partition: int
     end: int
 
-    def where(self, parameters: Parameters, place: Place) -> tuple[str, ...]:
+    def where(self, parameters: Parameters, place: FeedPlace) -> tuple[str, ...]:
         """Conditions, in fixed SQL: of this partition, from the place on."""
         parameters.named("partition", self.partition)
         parameters.named("offset", place[0])
@@ -103,7 +103,9 @@ class Part(NamedTuple):
 _Found = tuple[int, int, int]  # seq, offset, line
 
 
-def _search(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, limit: int) -> tuple[list[_Found], Place]:
+def _search(
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, limit: int
+) -> tuple[list[_Found], FeedPlace]:
     """Up to ``limit`` events from the place on, and the place behind what was looked at."""
     first_offset = first(connection, part, place, "MIN(log_offset)")
     if first_offset is None:
@@ -121,7 +123,7 @@ def _search(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, lim
 
 
 def first(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, column: str, **limits: tuple[str, object]
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, column: str, **limits: tuple[str, object]
 ) -> Any:
     """An aggregate over the columns of what is wanted from the place on, without looking at metadata."""
     parameters = Parameters()
@@ -135,7 +137,7 @@ def first(
 
 
 def _span(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: int, limit: int
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, until: int, limit: int
 ) -> list[_Found]:
     parameters = Parameters()
     parameters.named("until_offset", until)
@@ -149,8 +151,8 @@ def _span(
 
 
 def _read(
-    connection: duckdb.DuckDBPyConnection, partition: int, found: Sequence[_Found], place: Place
-) -> tuple[list[FeedEvent], Place]:
+    connection: duckdb.DuckDBPyConnection, partition: int, found: Sequence[_Found], place: FeedPlace
+) -> tuple[list[FeedEvent], FeedPlace]:
     """The events whole, as many as PAGE_BYTES_MAX allows (at least one), and the place behind the last."""
     if not found:
         return [], place
@@ -192,7 +194,7 @@ class Backlog(NamedTuple):
     oldest: datetime | None
 
 
-def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place]) -> Backlog:
+def backlog(connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, FeedPlace]) -> Backlog:
     """What is wanted from ``position`` on."""
     total, oldest = 0, None
     for partition, end in ends_of(connection).items():
@@ -220,7 +222,7 @@ _EVENTS_AND_CUSTOMERS = "COUNT(*) AS events", "COUNT(*) OVER () AS customers"
 
 
 def customers(
-    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, Place], limit: int
+    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, FeedPlace], limit: int
 ) -> Customers:
     """Whose events of what is wanted stand from ``position`` on. A customer's events are all in one partition."""
     most: list[tuple[int, int]] = []

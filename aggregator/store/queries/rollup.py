@@ -13,7 +13,7 @@ import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.place import Place
+from aggregator.place import FeedPlace
 from aggregator.store.queries.feed import Part, Wanted, ends_of, first
 from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, events_in, naive
 from aggregator.store.sql import Measured, measures, statement
@@ -42,9 +42,9 @@ class Group(msgspec.Struct, frozen=True):
 
 
 def rollup(
-    connection: duckdb.DuckDBPyConnection, meters: Sequence[Wanted], position: Mapping[int, Place], before: datetime,
-    window_s: int,
-) -> tuple[list[Group], dict[int, Place]]:
+    connection: duckdb.DuckDBPyConnection, meters: Sequence[Wanted], position: Mapping[int, FeedPlace],
+    before: datetime, window_s: int,
+) -> tuple[list[Group], dict[int, FeedPlace]]:
     """Every meter by customer and window, over the events from ``position`` on that were ingested ``before``.
 
     Ends early where that is more than one answer may take; the places say where.
@@ -77,7 +77,9 @@ class _Room(NamedTuple):
         return cls(max(1, events), max(1, ROLLUP_GROUPS_MAX // meters // partitions), window_s)
 
 
-def _until(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, before: datetime, room: _Room) -> Place:
+def _until(
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, before: datetime, room: _Room
+) -> FeedPlace:
     anybody = Part(Wanted(scope=Scope(organization=part.wanted.scope.organization)), part.partition, part.end)
     newer = ("ingested_at >= $before", naive(before))
     first_newer = first(connection, anybody, place, "MIN(log_offset)", before=newer)
@@ -92,9 +94,9 @@ def _until(connection: duckdb.DuckDBPyConnection, part: Part, place: Place, befo
 
 
 def _place_behind(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: Place, taken: int,
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, until: FeedPlace, taken: int,
     window_s: int | None = None,
-) -> Place:  # fmt: skip
+) -> FeedPlace:  # fmt: skip
     """Of the event behind so many; or behind those of so many customers and windows. ``until`` where there is none."""
     parameters = Parameters()
     where = (*part.where(parameters, place), _before(parameters, until))
@@ -110,14 +112,14 @@ def _place_behind(
     return divmod(int(rows[0][0]), _LINES) if rows else until
 
 
-def _before(parameters: Parameters, until: Place) -> str:
+def _before(parameters: Parameters, until: FeedPlace) -> str:
     parameters.named("until_offset", until[0])
     parameters.named("until_line", until[1])
     return _BEFORE
 
 
 def _groups(
-    connection: duckdb.DuckDBPyConnection, part: Part, place: Place, until: Place, how: tuple[int, int]
+    connection: duckdb.DuckDBPyConnection, part: Part, place: FeedPlace, until: FeedPlace, how: tuple[int, int]
 ) -> list[Group]:
     number, window_s = how
     parameters = Parameters()

@@ -1,7 +1,7 @@
 """Beginning a customer's meters anew, by hand: the end of a period for whoever has no benefits that are renewed.
 
-The units that are carried over are worked out here, once, from all that arrived before the cut; they are part of the
-decision. A cut that names its time happens once, however often it is asked for, and is answered as the first time.
+The units that are carried over are worked out here, once, from all that arrived before the reset; they are part of the
+decision. A reset that names its time happens once, however often it is asked for, and is answered as the first time.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,13 +50,13 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     customer_by_id(desk, token, id)
     asked = await body_as(ResetCreate, request, otherwise={})
     async with desk.settling(token.organization_id, str(id)):
-        while (change := await _cut(desk, token, id, asked)) is None:
+        while (change := await _reset(desk, token, id, asked)) is None:
             pass
     return answer(reset_shape(change), desk.view.as_of, 201)
 
 
-async def _cut(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> MeterReset | None:
-    """The cut that is made, or was; None where it has to be worked out again."""
+async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> MeterReset | None:
+    """The reset that is made, or was; None where it has to be worked out again."""
     customer = customer_by_id(desk, token, id)
     at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
     used = await used_until(desk, customer, _meters(desk, token, asked), at)
@@ -89,7 +89,7 @@ def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:
 
 
 def _made(desk: Desk, reset_id: str, customer: Customer, meter_id: str) -> Decimal | None:
-    """What the cut of this id carried over; None where it is not made."""
+    """What the reset of this id carried over; None where it is not made."""
     account = desk.view.ledger.account(customer.id, meter_id)
     if account is None or not any(reset.id == reset_id for reset in account.resets):
         return None
@@ -101,7 +101,7 @@ class Overtaken(Exception):
 
 
 class Used(NamedTuple):
-    """What was used of a meter in the window that a cut would end, and all that this number depends on."""
+    """What was used of a meter in the window that a reset would end, and all that this number depends on."""
 
     external_id: str | None
     filter: Filter
@@ -111,7 +111,7 @@ class Used(NamedTuple):
 
 
 async def used_until(desk: Desk, customer: Customer, meters: Iterable[Meter], at: datetime) -> dict[str, Used]:
-    """By meter, what was used before the cut where it decides what is carried over. Raises Unavailable.
+    """By meter, what was used before the reset where it decides what is carried over. Raises Unavailable.
 
     This waits for the store, so it is asked for before ``desk.deciding`` is held, for which every tenant waits.
     """
@@ -124,9 +124,9 @@ async def used_until(desk: Desk, customer: Customer, meters: Iterable[Meter], at
 
 
 def carried(desk: Desk, customer: Customer, meter: Meter, at: datetime, used: Mapping[str, Used]) -> Decimal:
-    """The units that a cut at this time carries over: what is left of rollover credits, others used up first.
+    """The units that a reset at this time carries over: what is left of rollover credits, others used up first.
 
-    Raises Overtaken where ``used`` is not of the window that the cut ends by now.
+    Raises Overtaken where ``used`` is not of the window that the reset ends by now.
     """
     account = _that_rolls_over(desk, customer, meter, at)
     if account is None:
@@ -138,7 +138,7 @@ def carried(desk: Desk, customer: Customer, meter: Meter, at: datetime, used: Ma
 
 
 def _that_rolls_over(desk: Desk, customer: Customer, meter: Meter, at: datetime) -> Account | None:
-    """The account, where there is something that a cut at this time may carry over."""
+    """The account, where there is something that a reset at this time may carry over."""
     account = desk.view.ledger.account(customer.id, meter.id)
     if account is None or (account.since is not None and account.since >= at):
         return None
