@@ -1,8 +1,9 @@
 """The front door: one ASGI application that takes events itself and passes everything else on.
 
-``POST /v1/events/ingest`` is answered here (``ingest.endpoint``), as a bare callable without a framework, because it
-is nearly all of the traffic. So are ``/livez``, ``/readyz`` and ``/metrics``, which speak of this process. The rest
-goes to the query API (``ingest.passthrough``).
+``POST /v1/events/ingest`` is answered by ``ingest.endpoint``. Ordinary requests reach it past this module
+(``ingest.exchange``), the others through here, without a framework between, because events are nearly all of the
+traffic. ``/livez``, ``/readyz`` and ``/metrics`` speak of this process and are answered here, too. The rest goes to the
+query API (``ingest.passthrough``).
 
 The framing of a request is checked before anything else looks at it: what could be read in two ways is refused and
 the connection closed.
