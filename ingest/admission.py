@@ -77,7 +77,7 @@ class Admitted(Struct, frozen=True):
         return b"\n".join(self.lines)
 
 
-class Refused(Struct, frozen=True):
+class RefusedBody(Struct, frozen=True):
     """The whole request is refused: Polar's name for the error, and its detail list."""
 
     error: str
@@ -93,19 +93,21 @@ _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
 
-def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused:
+def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | RefusedBody:
     """Every event of the body as a line, or why not. One bad event refuses all of them, unless ``lenient``."""
     found = _admit(body, sender, now, lenient, hurry=False)
     assert found is not None
     return found
 
 
-def admit_quickly(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused | None:
+def admit_quickly(
+    body: bytes, sender: Sender, now: datetime, *, lenient: bool = False
+) -> Admitted | RefusedBody | None:
     """The same; None where more events are unusual than can be read while everybody waits."""
     return _admit(body, sender, now, lenient, hurry=True)
 
 
-def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | Refused | None:
+def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | RefusedBody | None:
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
@@ -132,10 +134,10 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
         return _too_many("values in unusual events to look at one by one")
     error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
     if refusals and not lenient:
-        return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+        return RefusedBody(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
     if len(refusals) > REFUSALS_MAX:
         some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
-        return Refused(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
+        return RefusedBody(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
     if refusals:
         refused = {refusal.index for refusal in refusals}
         kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
@@ -198,7 +200,7 @@ def _admitted(
     return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
 
 
-def _unreadable(body: bytes) -> Refused | None:
+def _unreadable(body: bytes) -> RefusedBody | None:
     if not body:
         return _refused("missing", ("body",), "Field required")
     if not body.isascii():
@@ -209,7 +211,7 @@ def _unreadable(body: bytes) -> Refused | None:
     return None
 
 
-def _no_envelope(body: bytes) -> Refused:
+def _no_envelope(body: bytes) -> RefusedBody:
     """Why the body is not ``{"events": [...]}``."""
     try:
         msgspec.json.decode(body, type=Raw)
@@ -231,17 +233,17 @@ def _no_envelope(body: bytes) -> Refused:
     return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
 
 
-def _too_many(what: str) -> Refused:
+def _too_many(what: str) -> RefusedBody:
     return _refused("too_long", ("body", "events"), f"Too many {what}; send fewer events")
 
 
-def _not_json(offset: int, reason: str) -> Refused:
+def _not_json(offset: int, reason: str) -> RefusedBody:
     entry = {"type": "json_invalid", "loc": ("body", offset), "msg": "JSON decode error", "input": {}}
-    return Refused(SCHEMA, [entry | {"ctx": {"error": reason}}])
+    return RefusedBody(SCHEMA, [entry | {"ctx": {"error": reason}}])
 
 
-def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> Refused:
-    return Refused(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
+def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> RefusedBody:
+    return RefusedBody(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
 
 
 def _entry(refusal: Refusal) -> dict[str, Any]:

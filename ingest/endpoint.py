@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import Admitted, Refused, Sender, admit, admit_quickly
+from ingest.admission import Admitted, RefusedBody, Sender, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -36,10 +36,9 @@ from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
-from meters import log as port
 from meters.access import Denied, authorize, good_token, writing
 from meters.catalogue import Catalogue, Token
-from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
+from meters.log import USAGE_EVENTS, Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
 from meters.refusal import Reason
 
 SCOPES = writing("events")
@@ -193,11 +192,11 @@ class IngestEndpoint:
                 return answers.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
             if self._tail.position != known:
                 admitted, aside = await self._judge(token, body, preferences)
-        if isinstance(admitted, Refused):
+        if isinstance(admitted, RefusedBody):
             return await self._in_thread(_unprocessable, admitted) if aside else _unprocessable(admitted)
         return await self._append(token, admitted, preferences, aside)
 
-    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | Refused, bool]:
+    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | RefusedBody, bool]:
         """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
@@ -233,9 +232,9 @@ class IngestEndpoint:
             offsets = await self._log.append(USAGE_EVENTS, entries)
         except TryAgain as error:
             return self._not_writable(error.retry_after_s)
-        except port.NoSuchPartition:  # made again with fewer; the next look at the log will tell
+        except NoSuchPartition:  # made again with fewer; the next look at the log will tell
             return self._not_writable(NOT_WRITABLE_S)
-        except port.Refused as error:
+        except Refused as error:
             return answers.problem(413, "RequestBodyTooLarge", str(error))
         telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
         self._not_writable_until_s = 0.0
@@ -264,7 +263,7 @@ class IngestEndpoint:
         return await asyncio.get_running_loop().run_in_executor(self._large_bodies, work, *arguments)
 
 
-def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
+def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | RefusedBody:
     return admit(body, sender, now, lenient=preferences.lenient)
 
 
@@ -286,15 +285,15 @@ def _authorization(headers: Headers) -> str:
     return headers.get(b"authorization", b"").decode("latin-1")
 
 
-def _names_unknown(admitted: Admitted | Refused) -> bool:
+def _names_unknown(admitted: Admitted | RefusedBody) -> bool:
     """Whether an event was refused because there is no such customer."""
     unknown, _ = Reason.CUSTOMER_UNKNOWN.value
-    if isinstance(admitted, Refused):
+    if isinstance(admitted, RefusedBody):
         return any(entry["type"] == unknown for entry in admitted.detail)
     return any(refusal.type == unknown for refusal in admitted.refusals)
 
 
-def _unprocessable(refused: Refused) -> Answer:
+def _unprocessable(refused: RefusedBody) -> Answer:
     telemetry.EVENTS_REJECTED.inc(len({entry["loc"][2] for entry in refused.detail if len(entry["loc"]) > 2}))
     found = answers.problem(422, refused.error, refused.detail)
     if len(found.body) <= ANSWER_BYTES_MAX:

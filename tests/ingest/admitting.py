@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ingest.admission import Admitted, Refused, Sender, admit
+from ingest.admission import Admitted, RefusedBody, Sender, admit
 from meters.catalogue import Catalogue, Customer, CustomerCreated
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -31,7 +31,7 @@ def sender() -> Sender:
     return Sender(ORGANIZATION, CATALOGUE, new_ids)
 
 
-def admit_text(*events: str, lenient: bool = False) -> Admitted | Refused:
+def admit_text(*events: str, lenient: bool = False) -> Admitted | RefusedBody:
     """Admit a body of events that are written out."""
     return admit(('{"events":[' + ",".join(events) + "]}").encode(), sender(), NOW, lenient=lenient)
 
@@ -43,10 +43,10 @@ def admitted(*events: str, lenient: bool = False) -> Admitted:
     return found
 
 
-def refused(body: bytes) -> Refused:
+def refused(body: bytes) -> RefusedBody:
     """Admit a body that is expected not to pass."""
     found = admit(body, sender(), NOW)
-    assert isinstance(found, Refused), found
+    assert isinstance(found, RefusedBody), found
     return found
 
 
