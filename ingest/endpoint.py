@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import Admitted, RefusedBody, Sender, admit, admit_quickly
+from ingest.admission import Admitted, RefusedBody, Tenant, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -200,13 +200,13 @@ class IngestEndpoint:
         """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
-        sender = Sender(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
+        tenant = Tenant(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
-            found = admit_quickly(body, sender, now, lenient=preferences.lenient)
+            found = admit_quickly(body, tenant, now, lenient=preferences.lenient)
             if found is not None:
                 return found, False
-        return await self._in_thread(_admit_large, body, sender, now, preferences), True
+        return await self._in_thread(_admit_large, body, tenant, now, preferences), True
 
     async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, aside: bool) -> Answer:
         if not admitted.lines:
@@ -263,8 +263,8 @@ class IngestEndpoint:
         return await asyncio.get_running_loop().run_in_executor(self._large_bodies, work, *arguments)
 
 
-def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | RefusedBody:
-    return admit(body, sender, now, lenient=preferences.lenient)
+def _admit_large(body: bytes, tenant: Tenant, now: datetime, preferences: Preferences) -> Admitted | RefusedBody:
+    return admit(body, tenant, now, lenient=preferences.lenient)
 
 
 class _Prepared(NamedTuple):

@@ -23,7 +23,7 @@ from tests.ingest.admitting import (
     admit_text,
     admitted,
     refused,
-    sender,
+    tenant,
     written,
 )
 
@@ -206,7 +206,7 @@ def test_an_event_without_a_name_of_its_own_gets_one() -> None:
 def test_an_event_is_one_line_however_it_was_laid_out() -> None:
     """Newlines between tokens become spaces; newlines within texts are escaped and stay."""
     events = [{"name": "a\nb", "external_customer_id": "u", "external_id": "x", "metadata": {"k": 1}}] * 3
-    found = admit(json.dumps({"events": events}, indent=2).replace("\n", "\r\n").encode(), sender(), NOW)
+    found = admit(json.dumps({"events": events}, indent=2).replace("\n", "\r\n").encode(), tenant(), NOW)
     assert isinstance(found, Admitted)
     assert [json.loads(line) for line in found.value.split(b"\n")] == events
 
@@ -271,7 +271,7 @@ def test_many_values_in_an_unusual_event_are_not_read_while_everybody_waits(even
 
     def quickly(keys: int) -> object:
         values = ",".join(f'"{number}":1' for number in range(keys))
-        return admit_quickly(b'{"events":[%s]}' % (event % values).encode(), sender(), NOW)
+        return admit_quickly(b'{"events":[%s]}' % (event % values).encode(), tenant(), NOW)
 
     assert quickly(HURRIED_VALUES_MAX + 1) is None
     assert isinstance(quickly(HURRIED_VALUES_MAX // 2), Admitted)
