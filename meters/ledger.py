@@ -110,12 +110,12 @@ class Ledger:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
         self._reset: set[str] = set()  # meters that were ever reset for anybody
         self._keys: dict[tuple[str, str], CreditGranted] = {}
-        self._units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most credits are of a few sizes
-        self._came: set[str] = set()  # ids of credits that came from something: only these are told at two times
-        self._is_read = False
+        self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object, and most are of a few sizes
+        self._derived_ids: set[str] = set()  # made of what a credit came from: only these can be decided at two times
+        self._is_shared = False  # once it is, readers hold accounts, and none is changed in place
         for change in changes:
             self.apply(change)
-        self._is_read = True
+        self._is_shared = True
 
     def apply(self, change: object) -> None:
         """Take in one change; others than credits and resets are somebody else's."""
@@ -132,22 +132,22 @@ class Ledger:
             first = self._keys.setdefault((change.organization_id, change.key), change)
             if first.id != change.id:
                 return  # decided twice, because nobody could tell that it was decided
-        if change.reference is not None and self._is_told(change):
+        if change.reference is not None and self._is_known_as_early(change):
             return
-        units = self._units.setdefault(change.units, change.units)
+        units = self._interned_units.setdefault(change.units, change.units)
         self._put(change.customer_id, change.meter_id, credit=Credit(
             change.at, change.id, units, change.rollover, change.cause, change.reference
         ))  # fmt: skip
 
-    def _is_told(self, change: CreditGranted) -> bool:
+    def _is_known_as_early(self, change: CreditGranted) -> bool:
         """Whether it is known from as early a time. What is known from a later one was the repetition, and goes."""
-        if change.id not in self._came:
-            self._came.add(change.id)
+        if change.id not in self._derived_ids:
+            self._derived_ids.add(change.id)
             return False
         known = self.account(change.customer_id, change.meter_id)
-        told = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
-        if told is None or told.at <= change.at:
-            return told is not None
+        first = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
+        if first is None or first.at <= change.at:
+            return first is not None
         self._withdraw(MovementWithdrawn(
             id=change.id, organization_id=change.organization_id, customer_id=change.customer_id,
             meter_id=change.meter_id,
@@ -178,7 +178,7 @@ class Ledger:
     def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
         accounts = self._accounts.setdefault(meter_id, {})
         known = accounts.get(customer_id) or Account()
-        account = Account(list(known.credits), list(known.resets), known.credited) if self._is_read else known
+        account = Account(list(known.credits), list(known.resets), known.credited) if self._is_shared else known
         if reset is not None:
             _insert(account.resets, reset)
         newest = credit is not None and _insert(account.credits, credit)
