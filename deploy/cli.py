@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from deploy.giving_up import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwritable
 
-TYPE_CHECKING = False  # as typing has it, which is most of what Ctrl-C would interrupt before main is there to take it
+TYPE_CHECKING = False  # not taken from typing: to load that takes most of the time before main can hear of Ctrl-C
 if TYPE_CHECKING:
     from deploy.settings import Settings
 
