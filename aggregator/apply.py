@@ -23,7 +23,7 @@ from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
 from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.seen import Keys
-from aggregator.timestamps import UNREADABLE, Microseconds, microseconds
+from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
 from meters.event import CUSTOMER, EXTERNAL, Event, check_line, parse_uuid4
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
@@ -267,7 +267,7 @@ def _detail(refusal: Refusal) -> str:
 
 def _stamps(rows: _Rows) -> Microseconds:
     ingested = rows.column(lambda record: record.timestamp_us, np.int64)
-    return microseconds([event.timestamp for event in rows.events], ingested)
+    return parse_times([event.timestamp for event in rows.events], ingested)
 
 
 def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Directory) -> Chunk:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from aggregator.directory import CUSTOMER, EXTERNAL, Directory
 from aggregator.running import RunningTotals
 from aggregator.view import EVER
-from aggregator.windows import microseconds
+from aggregator.windows import window_begin_us
 from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.credit import MeterReset, MovementWithdrawn
 from meters.ledger import Account, Ledger
@@ -33,7 +33,7 @@ class Boundaries:
         for customer_id, account in self._ledger.of_meter(meter.id).items():
             customer = self._catalogue.customer(meter.organization_id, customer_id)
             if account.since is not None and customer is not None:
-                found.update(dict.fromkeys(self._numbers(customer), microseconds(account.since)))
+                found.update(dict.fromkeys(self._numbers(customer), window_begin_us(account.since)))
         return found
 
     def note(self, change: Change) -> None:
@@ -85,4 +85,4 @@ class Boundaries:
 
 def _since(accounts: Mapping[str, Account], customer_id: str | None) -> int:
     account = accounts.get(customer_id) if customer_id is not None else None
-    return microseconds(account.since) if account is not None else EVER
+    return window_begin_us(account.since) if account is not None else EVER

@@ -30,7 +30,7 @@ from aggregator.store.sql import spelled_out
 from aggregator.store.store import Store
 from aggregator.totals import Integers
 from aggregator.view import EVER, Consumption, Total
-from aggregator.windows import MeterWindows, microseconds
+from aggregator.windows import MeterWindows, window_begin_us
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
 
@@ -146,7 +146,7 @@ class RunningTotals:
         are kept.
         """
         counting = self._complete(meter_id)
-        return counting.totals.consumed(subjects, microseconds(since)) if counting is not None else None
+        return counting.totals.consumed(subjects, window_begin_us(since)) if counting is not None else None
 
     def arrivals(self, meter_id: str) -> Integers | None:
         """When the newest counted event of each number arrived, in us (EVER: none did); None while it is counted."""
@@ -209,7 +209,7 @@ class RunningTotals:
         for batch in relation.to_arrow_reader(HISTORY_ROWS):  # together they may be more than memory, or a sum, holds
             rows = pa.Table.from_batches([batch])
             since = begins[rows.column("subject").to_numpy()]
-            rows = rows.filter(pa.array(_microseconds(rows, "ingested_at") >= since))
+            rows = rows.filter(pa.array(_column_us(rows, "ingested_at") >= since))
             _scatter({meter.id: inside}, compiled, rows, self._calendar(meter.organization_id))
         return inside.totals
 
@@ -283,7 +283,7 @@ def _means_the_same(before: Meter, after: Meter) -> bool:
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, calendar: Calendar) -> None:
     """Add the result of a plan to the totals of its meters."""
     subjects = table.column("subject").to_numpy().astype(np.intp)
-    arrived, quarters = _microseconds(table, "ingested_at"), calendar.numbers(_microseconds(table, "timestamp"))
+    arrived, quarters = _column_us(table, "ingested_at"), calendar.numbers(_column_us(table, "timestamp"))
     seqs = table.column("seq").to_numpy() if "seq" in table.column_names else np.zeros(0, np.int64)
     last_seq = int(seqs.max(initial=-1))
     evaluated = Evaluated(compiled, table)
@@ -298,7 +298,7 @@ def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, c
                 counting.quarters.add(quarters, contributions, rows)
 
 
-def _microseconds(table: pa.Table, column: str) -> Integers:
+def _column_us(table: pa.Table, column: str) -> Integers:
     """A column of times in microseconds since 1970."""
     times: Integers = table.column(column).to_numpy().astype("datetime64[us]").astype(np.int64)
     return times

@@ -26,7 +26,7 @@ UNREADABLE = -(2**63)
 Stamp = str | datetime | None
 
 
-def microseconds(stamps: Sequence[Stamp], default: Microseconds) -> Microseconds:
+def parse_times(stamps: Sequence[Stamp], default: Microseconds) -> Microseconds:
     """Microseconds since 1970, row by row; ``default`` where there is no time, UNREADABLE for a bad text."""
     result = default.copy()
     if all(stamp is None for stamp in stamps):

@@ -236,6 +236,6 @@ def _kept(func: str) -> Kept:
     return DistinctValues() if func == "unique" else MeterTotals(func)
 
 
-def microseconds(instant: datetime | None) -> int:
-    """A time as it is kept here; None is EVER."""
-    return EVER if instant is None else microseconds_of(instant)
+def window_begin_us(since: datetime | None) -> int:
+    """Where a window begins, as it is kept here; without a reset it is EVER."""
+    return EVER if since is None else microseconds_of(since)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.timestamps import UNREADABLE, Stamp, microseconds
+from aggregator.timestamps import UNREADABLE, Stamp, parse_times
 from meters.timestamp import microseconds_of, parse_timestamp
 
 USUAL = ["2026-03-01T10:00:00Z", "2026-03-01T10:00:00.5Z", "2024-02-29T23:59:59.123456Z"]
@@ -59,7 +59,7 @@ def test_many_are_read_as_each_is_alone(stamps: list[Stamp]) -> None:
     """Texts of all lengths, damaged ones, instants and none at all, in any order."""
     default = np.arange(len(stamps), dtype=np.int64)
     expected = [alone(stamp, missing) for missing, stamp in enumerate(stamps)]
-    assert microseconds(stamps, default).tolist() == expected
+    assert parse_times(stamps, default).tolist() == expected
 
 
 @given(st.lists(instants, min_size=1, max_size=12), lengths)
@@ -67,14 +67,14 @@ def test_usual_texts_of_one_length_are_what_the_standard_library_reads(written: 
     """Any instant of the calendar, with any number of digits that are not finer than a microsecond."""
     stamps = [text(instant)[:length] + "Z" for instant in written]
     expected = [microseconds_of(datetime.fromisoformat(stamp)) for stamp in stamps]
-    assert microseconds(stamps, np.zeros(len(stamps), np.int64)).tolist() == expected
+    assert parse_times(stamps, np.zeros(len(stamps), np.int64)).tolist() == expected
 
 
 @pytest.mark.parametrize("stamp", READABLE)
 def test_what_is_readable_is_read_among_others(stamp: str) -> None:
     """A stamp of another shape is read, and those beside it are as they would be without it."""
     default = np.array([7, 7, 7, 7], np.int64)
-    first, found, none, last = microseconds([USUAL[0], stamp, None, USUAL[2]], default).tolist()
+    first, found, none, last = parse_times([USUAL[0], stamp, None, USUAL[2]], default).tolist()
     assert (first, none, last) == (alone(USUAL[0], 0), 7, alone(USUAL[2], 0))
     assert found == alone(stamp, 0) != UNREADABLE
 
@@ -82,5 +82,5 @@ def test_what_is_readable_is_read_among_others(stamp: str) -> None:
 @pytest.mark.parametrize("stamp", UNREAD)
 def test_what_is_not_spoils_no_other(stamp: str) -> None:
     """A year 0, 30 February, a leap second, a digit of another script: unreadable alone, and the others are read."""
-    found = microseconds([USUAL[0], stamp, None, USUAL[2]], np.array([7, 7, 7, 7], np.int64)).tolist()
+    found = parse_times([USUAL[0], stamp, None, USUAL[2]], np.array([7, 7, 7, 7], np.int64)).tolist()
     assert found == [alone(USUAL[0], 0), UNREADABLE, 7, alone(USUAL[2], 0)]
