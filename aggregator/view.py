@@ -1,4 +1,7 @@
-"""What the aggregator shows its guests: a snapshot, totals, and that it cannot answer now."""
+"""What the aggregator shows its guests: a snapshot, totals, and that it cannot answer now.
+
+The ``View`` itself, by which they ask, is a protocol in ``api/desk.py``.
+"""
 
 from collections.abc import Mapping
 from datetime import datetime
