@@ -10,7 +10,7 @@ import time
 
 from prometheus_client import Gauge
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.view import Unavailable
 from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
 

@@ -22,9 +22,9 @@ import uvloop
 
 from aggregator.api import create_app
 from aggregator.api.at_once import front
-from aggregator.consumer import FINAL, Aggregator
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
+from aggregator.owner import FINAL, Aggregator
 from aggregator.store.opening import MODEST, Settings
 from aggregator.store.store import StillRead
 from aggregator.view import Unavailable

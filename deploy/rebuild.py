@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.store.opening import NotNow, Unopenable, identities_in
 from aggregator.store.store import Store
 from aggregator.view import Unavailable

@@ -15,7 +15,7 @@ from uuid import uuid4
 import httpx
 
 from aggregator.api import Rules, create_app
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.access import SCOPES, digest

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.webhooks import outbox
 from meters.log import USAGE_EVENTS
 from tests.aggregator.receiving import Delivery, Receiver, receiving, sending

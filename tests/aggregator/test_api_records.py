@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from aggregator import consumer
+from aggregator import owner
 from aggregator.store.store import Store
 from meters import exact_json
 from tests.aggregator.polar_story import Polar
@@ -212,7 +212,7 @@ def test_a_customer_asked_for_again_is_one_customer(server: Server, tenant: Tena
 
     with (
         patch.object(Store, "commit", slowly),
-        patch.object(consumer, "DECISION_TIMEOUT_S", 0.01),
+        patch.object(owner, "DECISION_TIMEOUT_S", 0.01),
         patch.object(server.aggregator, "informed", asked),
     ):
         assert tenant.ask("POST", "/v1/customers/", json=body).status_code == 503

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.store.sql import Measured
 from aggregator.view import Unavailable
 from meters.aggregation import considers, evaluate

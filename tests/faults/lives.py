@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from ingest.log import open_log
 from tests.aggregator.records import SMALL
 from tests.faults.evidence import caught_up, ends

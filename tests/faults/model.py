@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from meters.event import Event, check_line
 from meters.facts import Facts, facts
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log

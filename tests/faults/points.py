@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import duckdb
 
-from aggregator import checkpoint, consumer, engine
+from aggregator import checkpoint, engine, owner
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
 from aggregator.store import opening
@@ -32,13 +32,13 @@ CALLS: tuple[tuple[Any, str], ...] = (
     (engine, "decode"), (engine, "join"), (engine, "judge"), (engine, "step"), (engine, "nothing"),
     (Seen, "find"), (Seen, "add"), (Catalogue, "apply"), (RunningTotals, "changed"), (RunningTotals, "add"),
     (RunningTotals, "start"), (checkpoint.Checkpointer, "wrote"), (Store, "commit"), (Store, "directory"),
-    (Store, "seen"), (Store, "checkpoint"), (consumer, "prepare_partitions"), (consumer.Aggregator, "_observed"),
+    (Store, "seen"), (Store, "checkpoint"), (owner, "prepare_partitions"), (owner.Aggregator, "_observed"),
     (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (opening, "_make"), (opening, "_check"),
 )
 # Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
 HURRIED: tuple[tuple[Any, str, Any], ...] = (
     (engine, "ROUND_BYTES_MAX", 1), (engine, "_STOP_POLL_S", 0.003), (engine, "IDLE_WAIT_S", 0.003),
-    (consumer, "RESTART_DELAY_S", 0.001), (consumer, "RESTART_DELAY_MAX_S", 0.01), (checkpoint, "ROWS_BETWEEN", 1),
+    (owner, "RESTART_DELAY_S", 0.001), (owner, "RESTART_DELAY_MAX_S", 0.01), (checkpoint, "ROWS_BETWEEN", 1),
     (checkpoint, "AGAIN_S", 0.003),
 )
 
@@ -123,11 +123,11 @@ def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
     real_connect = opening._connect
     connect = points.around("connect", lambda *where: points.opened(real_connect(*where)))
     with contextlib.closing(points), contextlib.ExitStack() as patches:
-        for owner, name in CALLS:
-            label = f"{getattr(owner, '__name__', owner).rpartition('.')[2]}.{name}"
-            patches.enter_context(patch.object(owner, name, points.around(label, getattr(owner, name))))
-        for owner, name, value in HURRIED:
-            patches.enter_context(patch.object(owner, name, value))
+        for whose, name in CALLS:
+            label = f"{getattr(whose, '__name__', whose).rpartition('.')[2]}.{name}"
+            patches.enter_context(patch.object(whose, name, points.around(label, getattr(whose, name))))
+        for whose, name, value in HURRIED:
+            patches.enter_context(patch.object(whose, name, value))
         patches.enter_context(patch.object(opening, "_connect", connect))
         yield points
 

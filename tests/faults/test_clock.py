@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from ingest import endpoint
 from ingest.log import open_log
 from meters.event import CLOCK_SKEW

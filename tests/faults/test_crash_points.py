@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import Log

@@ -14,7 +14,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Store
 from deploy.data import DataDirectory

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, Record, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, SMALL

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 
 from aggregator import engine
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Store
 from ingest.log import open_log

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from aggregator import checkpoint, engine
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from ingest.log import appender, open_log
 from meters.log import Entry, Log
 from tests.aggregator.records import SMALL

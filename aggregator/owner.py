@@ -1,11 +1,11 @@
-"""The aggregator as a whole: one engine after another over one store file, and the view its guests see.
+"""The aggregator as a whole: it owns one engine after another over one store file, and the view its guests see.
 
-An engine that ends is not mended. The owner closes it, opens the store again, which says what was committed, and
-starts the next one there; between two engines reads answer "unavailable" and nothing is lost, because the log keeps
-what was acknowledged. A full disk is such a state between two engines, for as long as it is full. Three endings are
-final: another writer took over, the log lost a position, or the store file cannot be used. Then the process must stop
-and say so; guessing would make a wrong bill. Where a reader does not let go of an engine's store, the process must stop
-too, and a new one goes on.
+The log is read by the engine (``engine.py``). One that ends is not mended. Its owner closes it, opens the store again,
+which says what was committed, and starts the next one there; between two engines reads answer "unavailable" and nothing
+is lost, because the log keeps what was acknowledged. A full disk is such a state between two engines, for as long as it
+is full. Three endings are final: another writer took over, the log lost a position, or the store file cannot be used.
+Then the process must stop and say so; guessing would make a wrong bill. Where a reader does not let go of an engine's
+store, the process must stop too, and a new one goes on.
 """
 
 import asyncio

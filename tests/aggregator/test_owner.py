@@ -16,7 +16,7 @@ import duckdb
 import msgspec
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.process import START_AGAIN
 from aggregator.store import store as store_module
 from aggregator.store.store import Doubt, StillRead, Store
@@ -212,10 +212,10 @@ _HELD = """
 import sys, threading, time
 from pathlib import Path
 from aggregator import process
-from aggregator.consumer import Aggregator
+from aggregator.owner import Aggregator
 from aggregator.store import store
 from ingest.log import open_log
-from tests.aggregator.test_consumer import append
+from tests.aggregator.test_owner import append
 
 store._READERS_PATIENCE_S = 0.1
 place, start, log = Path(sys.argv[1]), Aggregator.start, open_log("memory:")
