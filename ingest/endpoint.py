@@ -185,16 +185,16 @@ class IngestEndpoint:
 
     async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
         telemetry.BODY_BYTES.inc(len(body))
-        known = dict(self._tail.position)
-        admitted, aside = await self._judge(token, body, preferences)
+        position_before = dict(self._tail.position)
+        admitted, in_thread = await self._judge(token, body, preferences)
         if _names_unknown(admitted):  # or made a moment ago, and not yet known here
             if not await self._tail.catch_up():
                 return answers.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
-            if self._tail.position != known:
-                admitted, aside = await self._judge(token, body, preferences)
+            if self._tail.position != position_before:
+                admitted, in_thread = await self._judge(token, body, preferences)
         if isinstance(admitted, RefusedBody):
-            return await self._in_thread(_unprocessable, admitted) if aside else _unprocessable(admitted)
-        return await self._append(token, admitted, preferences, aside)
+            return await self._do(in_thread, _unprocessable, admitted)
+        return await self._append(token, admitted, preferences, in_thread)
 
     async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | RefusedBody, bool]:
         """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
@@ -208,22 +208,21 @@ class IngestEndpoint:
                 return found, False
         return await self._in_thread(_admit_large, body, tenant, now, preferences), True
 
-    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, aside: bool) -> Answer:
+    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, in_thread: bool) -> Answer:
+        is_long = in_thread and bool(preferences.applied)  # else the answer is two numbers
         if not admitted.lines:
-            return await self._accepted(admitted, None, preferences, dict(self.position), aside)
+            return await self._do(is_long, _accepted, admitted, None, preferences, dict(self.position))
         if not self.position:
             return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
         where = token.organization_id, self._tail.catalogue, len(self.position)
-        if aside:
-            prepared = await self._in_thread(_prepared, admitted, *where, self._large_spread)
-        else:
-            prepared = _prepared(admitted, *where, self._spread)
+        spread = self._large_spread if in_thread else self._spread
+        prepared = await self._do(in_thread, _prepared, admitted, *where, spread)
         position = await self._write(prepared.entries)
         if isinstance(position, Answer):
             return position
         # What was acknowledged is known to the event loop alone, which needs no lock for it.
         verdicts = self._recent.take(prepared.events) if prepared.events is not None else None
-        return await self._accepted(admitted, verdicts, preferences, position, aside)
+        return await self._do(is_long, _accepted, admitted, verdicts, preferences, position)
 
     async def _write(self, entries: Sequence[Entry]) -> Mapping[int, int] | Answer:
         """Append, and say where the log stands after it."""
@@ -242,14 +241,6 @@ class IngestEndpoint:
         self._advance(position)
         return position
 
-    async def _accepted(
-        self, admitted: Admitted, verdicts: Sequence[Verdict] | None, preferences: Preferences,
-        position: Mapping[int, int], aside: bool,
-    ) -> Answer:
-        if aside and preferences.applied:  # else the answer is two numbers
-            return await self._in_thread(_accepted, admitted, verdicts, preferences, position)
-        return _accepted(admitted, verdicts, preferences, position)
-
     def _not_writable(self, retry_after_s: float) -> Answer:
         self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
         return answers.unavailable("LogUnavailable", "The log cannot write just now.", retry_after_s)
@@ -257,6 +248,10 @@ class IngestEndpoint:
     def _advance(self, written: Mapping[int, int]) -> None:
         for partition in written.keys() & self.position.keys():  # one may be gone since
             self.position[partition] = max(self.position[partition], written[partition])
+
+    async def _do(self, in_thread: bool, work: Callable[..., Made], *arguments: Any) -> Made:
+        """Do what may take long: in the thread, or here and at once."""
+        return await self._in_thread(work, *arguments) if in_thread else work(*arguments)
 
     async def _in_thread(self, work: Callable[..., Made], *arguments: Any) -> Made:
         """Do what takes long in the thread for large bodies, while the event loop serves everybody else."""
