@@ -20,12 +20,12 @@ import orjson
 from pydantic import UUID4, AwareDatetime, BaseModel, Field
 
 from benchmarks.report import Report
-from ingest.admission import Admitted, Sender, admit
+from ingest.admission import Admitted, Tenant, admit
 from ingest.endpoint import new_ids
 from ingest.shape import Shapes
 from meters.catalogue import Catalogue
 
-SENDER = Sender("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, shapes=Shapes())
+TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, shapes=Shapes())
 COST = {"_cost": {"amount": 0.0425, "currency": "usd"}}
 TOKENS = {"input_tokens": 700, "output_tokens": 112, "total_tokens": 812}
 LLM = {"_llm": {"vendor": "acme", "model": "m-1", **TOKENS}}
@@ -119,7 +119,7 @@ def usual(body: bytes, now: datetime) -> bytes:
 
 def ours(body: bytes, now: datetime) -> bytes:
     """The gateway's way."""
-    found = admit(body, SENDER, now)
+    found = admit(body, TENANT, now)
     assert isinstance(found, Admitted)
     return found.value
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from deploy.giving_up import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwritable
 
-TYPE_CHECKING = False  # as typing has it, which is most of what Ctrl-C would interrupt before main is there to take it
+TYPE_CHECKING = False  # not taken from typing: to load that takes most of the time before main can hear of Ctrl-C
 if TYPE_CHECKING:
     from deploy.settings import Settings
 
@@ -26,7 +26,10 @@ OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and leave with its exit code: 0, 1 failed, 2 wrong usage, 3 mismatch, 70 a bug of ours."""
+    """Run one command and leave with its exit code.
+
+    0 done, 1 failed, 2 wrong usage, 3 mismatch, 70 a bug of ours, 130 ended by Ctrl-C.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # some libraries do not survive an exception while they load
     try:

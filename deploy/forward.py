@@ -27,7 +27,7 @@ from deploy.giving_up import USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs
 from deploy.settings import Settings
-from deploy.where import ids, meters_called
+from deploy.typed import ids, meters_called
 from meters.access import digest
 from meters.aggregation import SUMMABLE
 from meters.catalogue import TokenCreated

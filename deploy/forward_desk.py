@@ -12,7 +12,7 @@ from aggregator.forward.state import State
 from deploy.data import DataDirectory
 from deploy.forward_file import open_state
 from deploy.giving_up import USAGE, GiveUp
-from deploy.where import parse_instant
+from deploy.typed import parse_instant
 
 LANES = ("raw", "rollup")
 

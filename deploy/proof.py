@@ -1,4 +1,7 @@
-"""One run of ``meterstream reconcile``: every check that was asked for, and the repair if one was."""
+"""The nightly proof: what was taken, what is counted and what Polar has are the same, or a report says where not.
+
+It is one run of ``meterstream reconcile``: every check that was asked for, and the repair if one was.
+"""
 
 import contextlib
 import time
@@ -6,9 +9,9 @@ from datetime import UTC, datetime
 
 from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
 from deploy.giving_up import USAGE, GiveUp
+from deploy.local_proof import Task, reconcile, timed
 from deploy.mending import not_done, plan, rebuilt, write_down
 from deploy.own_server import own_server
-from deploy.reconcile import Task, reconcile, timed
 from deploy.session import Session
 
 LOCAL = {"log", "store", "ledger"}

@@ -1,4 +1,4 @@
-"""``meterstream serve``: one process that keeps two others alive.
+"""``meterstream serve``: one process that keeps the others alive.
 
     gateway     takes events and passes reads on         needs the log
     aggregator  owns the store and answers the reads     needs the log, and the store for itself

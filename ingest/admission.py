@@ -42,8 +42,8 @@ ECHO_BYTES_MAX = 16 * 1024
 """A larger body is not sent back as the ``input`` of what is wrong with it."""
 
 
-class Sender(Struct, frozen=True):
-    """Who sends, what is known just now, and how to name an event that has no name of its own.
+class Tenant(Struct, frozen=True):
+    """Whose token sent the body, what is known just now, and how to name an event that has no name of its own.
 
     ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
     ``shapes`` remembers what keys events have, so that they are read faster.
@@ -77,7 +77,7 @@ class Admitted(Struct, frozen=True):
         return b"\n".join(self.lines)
 
 
-class Refused(Struct, frozen=True):
+class RefusedBody(Struct, frozen=True):
     """The whole request is refused: Polar's name for the error, and its detail list."""
 
     error: str
@@ -93,24 +93,26 @@ _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
 
-def admit(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused:
+def admit(body: bytes, tenant: Tenant, now: datetime, *, lenient: bool = False) -> Admitted | RefusedBody:
     """Every event of the body as a line, or why not. One bad event refuses all of them, unless ``lenient``."""
-    found = _admit(body, sender, now, lenient, hurry=False)
+    found = _admit(body, tenant, now, lenient, hurry=False)
     assert found is not None
     return found
 
 
-def admit_quickly(body: bytes, sender: Sender, now: datetime, *, lenient: bool = False) -> Admitted | Refused | None:
+def admit_quickly(
+    body: bytes, tenant: Tenant, now: datetime, *, lenient: bool = False
+) -> Admitted | RefusedBody | None:
     """The same; None where more events are unusual than can be read while everybody waits."""
-    return _admit(body, sender, now, lenient, hurry=True)
+    return _admit(body, tenant, now, lenient, hurry=True)
 
 
-def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | Refused | None:
+def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | RefusedBody | None:
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
     latest = now + CLOCK_SKEW
-    shaped = _shaped(body, sender, latest)
+    shaped = _shaped(body, tenant, latest)
     if shaped is not None:
         return shaped
     plains = read_plain(body)
@@ -122,7 +124,7 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
         lines = _decode_envelope(body).events
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
-    ids, suspects, distinct_keys = find_suspects(body, lines, sender.organization_id, sender.catalogue, latest, plains)
+    ids, suspects, distinct_keys = find_suspects(body, lines, tenant.organization_id, tenant.catalogue, latest, plains)
     values = sum(bytes(lines[index]).count(b",") for index in suspects)
     if hurry and (len(suspects) > HURRIED_EVENTS_MAX or values > HURRIED_VALUES_MAX):
         return None
@@ -130,34 +132,34 @@ def _admit(body: bytes, sender: Sender, now: datetime, lenient: bool, *, hurry: 
         return _too_many("unusual events to look at one by one")
     if values > CAREFUL_VALUES_MAX:
         return _too_many("values in unusual events to look at one by one")
-    error_name, refusals = _with_care(lines, sorted(suspects), ids, sender, now, lenient) if suspects else ("", [])
+    error_name, refusals = _with_care(lines, sorted(suspects), ids, tenant, now, lenient) if suspects else ("", [])
     if refusals and not lenient:
-        return Refused(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+        return RefusedBody(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
     if len(refusals) > REFUSALS_MAX:
         some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
-        return Refused(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
+        return RefusedBody(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
     if refusals:
         refused = {refusal.index for refusal in refusals}
         kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
         lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
     else:
         kept = range(len(lines))
-    found = _admitted(lines, ids, kept, refusals, sender, b"\n" in body)
+    found = _admitted(lines, ids, kept, refusals, tenant, b"\n" in body)
     return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
 
 
-def _shaped(body: bytes, sender: Sender, latest: datetime) -> Admitted | None:
+def _shaped(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
     """All events of the body, where they are beyond doubt because their keys are known; None to look closer."""
-    found = sender.shapes.read(body) if sender.shapes is not None else None
+    found = tenant.shapes.read(body) if tenant.shapes is not None else None
     if found is None or (found.times and (max(found.times) > latest or min(found.times) < YEAR_TWO)):
         return None
     lines = _decode_envelope(body).events
-    admitted = _admitted(lines, found.external_ids, range(len(lines)), [], sender, b"\n" in body)
+    admitted = _admitted(lines, found.external_ids, range(len(lines)), [], tenant, b"\n" in body)
     return msgspec.structs.replace(admitted, distinct_keys=True, plains=found.events)
 
 
 def _with_care(
-    lines: Sequence[Raw], suspects: Sequence[int], ids: list[str | None], sender: Sender, now: datetime, lenient: bool
+    lines: Sequence[Raw], suspects: Sequence[int], ids: list[str | None], tenant: Tenant, now: datetime, lenient: bool
 ) -> tuple[str, list[Refusal]]:
     """Read each suspect, note its external id, and collect what is wrong, in the order of the request.
 
@@ -176,7 +178,7 @@ def _with_care(
             continue
         ids[index] = event.external_id
         business += reference_refusals(
-            event, sender.catalogue, token_organization_id=sender.organization_id, index=index
+            event, tenant.catalogue, token_organization_id=tenant.organization_id, index=index
         )
     if lenient:
         return SCHEMA, sorted(schema + business, key=lambda refusal: refusal.index)
@@ -184,7 +186,7 @@ def _with_care(
 
 
 def _admitted(
-    lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], sender: Sender,
+    lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], tenant: Tenant,
     newlines: bool,
 ) -> Admitted:
     final: list[Raw | bytes] = list(lines)
@@ -192,13 +194,13 @@ def _admitted(
         final = [bytes(line).replace(b"\n", b" ") for line in final]
     named = list(ids)
     nameless = [place for place, external_id in enumerate(ids) if external_id is None] if None in ids else []
-    for place, external_id in zip(nameless, sender.new_ids(len(nameless)) if nameless else (), strict=True):
+    for place, external_id in zip(nameless, tenant.new_ids(len(nameless)) if nameless else (), strict=True):
         named[place] = external_id
         final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
     return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
 
 
-def _unreadable(body: bytes) -> Refused | None:
+def _unreadable(body: bytes) -> RefusedBody | None:
     if not body:
         return _refused("missing", ("body",), "Field required")
     if not body.isascii():
@@ -209,7 +211,7 @@ def _unreadable(body: bytes) -> Refused | None:
     return None
 
 
-def _no_envelope(body: bytes) -> Refused:
+def _no_envelope(body: bytes) -> RefusedBody:
     """Why the body is not ``{"events": [...]}``."""
     try:
         msgspec.json.decode(body, type=Raw)
@@ -231,17 +233,17 @@ def _no_envelope(body: bytes) -> Refused:
     return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
 
 
-def _too_many(what: str) -> Refused:
+def _too_many(what: str) -> RefusedBody:
     return _refused("too_long", ("body", "events"), f"Too many {what}; send fewer events")
 
 
-def _not_json(offset: int, reason: str) -> Refused:
+def _not_json(offset: int, reason: str) -> RefusedBody:
     entry = {"type": "json_invalid", "loc": ("body", offset), "msg": "JSON decode error", "input": {}}
-    return Refused(SCHEMA, [entry | {"ctx": {"error": reason}}])
+    return RefusedBody(SCHEMA, [entry | {"ctx": {"error": reason}}])
 
 
-def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> Refused:
-    return Refused(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
+def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> RefusedBody:
+    return RefusedBody(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
 
 
 def _entry(refusal: Refusal) -> dict[str, Any]:

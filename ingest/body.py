@@ -1,4 +1,4 @@
-"""A request's body, read and unpacked within limits.
+"""A request's body, read and unpacked within limits; and a whole answer, sent.
 
 Three ways to hurt a server with a body: send more than was agreed, send it slowly, or send little that unpacks to a
 lot. Each ends here in an answer, after at most the limit's worth of memory.
@@ -104,3 +104,11 @@ def _unzstd(body: bytes, bytes_max: int) -> bytes | Answer:
     except zstandard.ZstdError:
         return answers.undecodable("zstd")
     return b"".join(pieces) if stream.eof and not stream.unused_data else answers.undecodable("zstd")
+
+
+async def send_answer(send: Send, what: Answer) -> int:
+    """Send a whole answer; its status."""
+    length = (b"content-length", b"%d" % len(what.body))
+    await send({"type": "http.response.start", "status": what.status, "headers": [*what.headers, length]})
+    await send({"type": "http.response.body", "body": what.body})
+    return what.status

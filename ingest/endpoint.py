@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.admission import Admitted, Refused, Sender, admit, admit_quickly
+from ingest.admission import Admitted, RefusedBody, Tenant, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
 from ingest.limits import (
@@ -36,10 +36,9 @@ from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
-from meters import log as port
 from meters.access import Denied, authorize, good_token, writing
 from meters.catalogue import Catalogue, Token
-from meters.log import USAGE_EVENTS, Entry, Log, TryAgain, format_position
+from meters.log import USAGE_EVENTS, Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
 from meters.refusal import Reason
 
 SCOPES = writing("events")
@@ -186,45 +185,44 @@ class IngestEndpoint:
 
     async def _admit(self, token: Token, body: bytes, preferences: Preferences) -> Answer:
         telemetry.BODY_BYTES.inc(len(body))
-        known = dict(self._tail.position)
-        admitted, aside = await self._judge(token, body, preferences)
+        position_before = dict(self._tail.position)
+        admitted, in_thread = await self._judge(token, body, preferences)
         if _names_unknown(admitted):  # or made a moment ago, and not yet known here
             if not await self._tail.catch_up():
                 return answers.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
-            if self._tail.position != known:
-                admitted, aside = await self._judge(token, body, preferences)
-        if isinstance(admitted, Refused):
-            return await self._in_thread(_unprocessable, admitted) if aside else _unprocessable(admitted)
-        return await self._append(token, admitted, preferences, aside)
+            if self._tail.position != position_before:
+                admitted, in_thread = await self._judge(token, body, preferences)
+        if isinstance(admitted, RefusedBody):
+            return await self._do(in_thread, _unprocessable, admitted)
+        return await self._append(token, admitted, preferences, in_thread)
 
-    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | Refused, bool]:
+    async def _judge(self, token: Token, body: bytes, preferences: Preferences) -> tuple[Admitted | RefusedBody, bool]:
         """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
-        sender = Sender(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
+        tenant = Tenant(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
-            found = admit_quickly(body, sender, now, lenient=preferences.lenient)
+            found = admit_quickly(body, tenant, now, lenient=preferences.lenient)
             if found is not None:
                 return found, False
-        return await self._in_thread(_admit_large, body, sender, now, preferences), True
+        return await self._in_thread(_admit_large, body, tenant, now, preferences), True
 
-    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, aside: bool) -> Answer:
+    async def _append(self, token: Token, admitted: Admitted, preferences: Preferences, in_thread: bool) -> Answer:
+        is_long = in_thread and bool(preferences.applied)  # else the answer is two numbers
         if not admitted.lines:
-            return await self._accepted(admitted, None, preferences, dict(self.position), aside)
+            return await self._do(is_long, _accepted, admitted, None, preferences, dict(self.position))
         if not self.position:
             return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
         where = token.organization_id, self._tail.catalogue, len(self.position)
-        if aside:
-            prepared = await self._in_thread(_prepared, admitted, *where, self._large_spread)
-        else:
-            prepared = _prepared(admitted, *where, self._spread)
+        spread = self._large_spread if in_thread else self._spread
+        prepared = await self._do(in_thread, _prepared, admitted, *where, spread)
         position = await self._write(prepared.entries)
         if isinstance(position, Answer):
             return position
         # What was acknowledged is known to the event loop alone, which needs no lock for it.
         verdicts = self._recent.take(prepared.events) if prepared.events is not None else None
-        return await self._accepted(admitted, verdicts, preferences, position, aside)
+        return await self._do(is_long, _accepted, admitted, verdicts, preferences, position)
 
     async def _write(self, entries: Sequence[Entry]) -> Mapping[int, int] | Answer:
         """Append, and say where the log stands after it."""
@@ -233,23 +231,15 @@ class IngestEndpoint:
             offsets = await self._log.append(USAGE_EVENTS, entries)
         except TryAgain as error:
             return self._not_writable(error.retry_after_s)
-        except port.NoSuchPartition:  # made again with fewer; the next look at the log will tell
+        except NoSuchPartition:  # made again with fewer; the next look at the log will tell
             return self._not_writable(NOT_WRITABLE_S)
-        except port.Refused as error:
+        except Refused as error:
             return answers.problem(413, "RequestBodyTooLarge", str(error))
         telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
         self._not_writable_until_s = 0.0
         position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
         self._advance(position)
         return position
-
-    async def _accepted(
-        self, admitted: Admitted, verdicts: Sequence[Verdict] | None, preferences: Preferences,
-        position: Mapping[int, int], aside: bool,
-    ) -> Answer:
-        if aside and preferences.applied:  # else the answer is two numbers
-            return await self._in_thread(_accepted, admitted, verdicts, preferences, position)
-        return _accepted(admitted, verdicts, preferences, position)
 
     def _not_writable(self, retry_after_s: float) -> Answer:
         self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
@@ -259,13 +249,17 @@ class IngestEndpoint:
         for partition in written.keys() & self.position.keys():  # one may be gone since
             self.position[partition] = max(self.position[partition], written[partition])
 
+    async def _do(self, in_thread: bool, work: Callable[..., Made], *arguments: Any) -> Made:
+        """Do what may take long: in the thread, or here and at once."""
+        return await self._in_thread(work, *arguments) if in_thread else work(*arguments)
+
     async def _in_thread(self, work: Callable[..., Made], *arguments: Any) -> Made:
         """Do what takes long in the thread for large bodies, while the event loop serves everybody else."""
         return await asyncio.get_running_loop().run_in_executor(self._large_bodies, work, *arguments)
 
 
-def _admit_large(body: bytes, sender: Sender, now: datetime, preferences: Preferences) -> Admitted | Refused:
-    return admit(body, sender, now, lenient=preferences.lenient)
+def _admit_large(body: bytes, tenant: Tenant, now: datetime, preferences: Preferences) -> Admitted | RefusedBody:
+    return admit(body, tenant, now, lenient=preferences.lenient)
 
 
 class _Prepared(NamedTuple):
@@ -286,15 +280,15 @@ def _authorization(headers: Headers) -> str:
     return headers.get(b"authorization", b"").decode("latin-1")
 
 
-def _names_unknown(admitted: Admitted | Refused) -> bool:
+def _names_unknown(admitted: Admitted | RefusedBody) -> bool:
     """Whether an event was refused because there is no such customer."""
     unknown, _ = Reason.CUSTOMER_UNKNOWN.value
-    if isinstance(admitted, Refused):
+    if isinstance(admitted, RefusedBody):
         return any(entry["type"] == unknown for entry in admitted.detail)
     return any(refusal.type == unknown for refusal in admitted.refusals)
 
 
-def _unprocessable(refused: Refused) -> Answer:
+def _unprocessable(refused: RefusedBody) -> Answer:
     telemetry.EVENTS_REJECTED.inc(len({entry["loc"][2] for entry in refused.detail if len(entry["loc"]) > 2}))
     found = answers.problem(422, refused.error, refused.detail)
     if len(found.body) <= ANSWER_BYTES_MAX:

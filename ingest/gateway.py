@@ -1,8 +1,9 @@
 """The front door: one ASGI application that takes events itself and passes everything else on.
 
-``POST /v1/events/ingest`` is answered here (``ingest.endpoint``), as a bare callable without a framework, because it
-is nearly all of the traffic. So are ``/livez``, ``/readyz`` and ``/metrics``, which speak of this process. The rest
-goes to the query API (``ingest.passthrough``).
+``POST /v1/events/ingest`` is answered by ``ingest.endpoint``. Ordinary requests reach it past this module
+(``ingest.exchange``), the others through here, without a framework between, because events are nearly all of the
+traffic. ``/livez``, ``/readyz`` and ``/metrics`` speak of this process and are answered here, too. The rest goes to the
+query API (``ingest.passthrough``).
 
 The framing of a request is checked before anything else looks at it: what could be read in two ways is refused and
 the connection closed.
@@ -19,9 +20,9 @@ import msgspec
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
-from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read
+from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read, send_answer
 from ingest.endpoint import EndpointSettings, IngestEndpoint
-from ingest.passthrough import Upstream, answer
+from ingest.passthrough import Upstream
 from ingest.tail import CatalogueTail
 from meters.log import USAGE_EVENTS, Log, TryAgain
 
@@ -82,7 +83,7 @@ class Gateway:
         found = _misframed(scope["http_version"], method, headers)
         if found is None and path in _OWN:
             own = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
-            await answer(send, own)
+            await send_answer(send, own)
             return
         version = headers.get(b"polar-version", VERSION_DEFAULT)
         if found is None and version not in VERSIONS:
@@ -95,7 +96,7 @@ class Gateway:
             telemetry.count_request(found.status)
         found = found or self.endpoint.too_many(headers, datetime.now(UTC))
         if found is not None:
-            await answer(send, found)
+            await send_answer(send, found)
         else:
             await self._pass_on(scope, headers, receive, send)
 
@@ -110,12 +111,12 @@ class Gateway:
         path, length = _current(scope["raw_path"]), int(headers.get(b"content-length", b"0"))
         bytes_max = self._settings.body_bytes_max
         if length > bytes_max:
-            telemetry.count_passed_on(await answer(send, answers.too_large(bytes_max)))
+            telemetry.count_passed_on(await send_answer(send, answers.too_large(bytes_max)))
             return
         in_flight = self.endpoint.in_flight
         body = await read(receive, self._settings.body_deadline_s, in_flight, bytes_max) if length else b""
         if isinstance(body, Answer):
-            telemetry.count_passed_on(await answer(send, body))
+            telemetry.count_passed_on(await send_answer(send, body))
             return
         try:
             asker = self.endpoint.organization_of(headers, datetime.now(UTC))

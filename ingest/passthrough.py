@@ -22,7 +22,7 @@ import httptools
 
 from ingest import answers
 from ingest.answers import Answer, Headers
-from ingest.body import WITH_BODY, Message, Send
+from ingest.body import WITH_BODY, Message, Send, send_answer
 from ingest.limits import (
     PASSTHROUGH_ANSWER_DEADLINE_S,
     PASSTHROUGH_CONNECTIONS_MAX,
@@ -214,15 +214,15 @@ class Upstream:
             async with self._slots.one_of(asker):
                 return await self._pass_on(scope, path, body, send)
         except Crowded:
-            return await answer(send, _crowded())
+            return await send_answer(send, _crowded())
 
     async def _pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
         try:
             connection = await self._ask(scope["method"], _request(scope, path, body))
         except ViewUnavailable:
-            return await answer(send, _away())
+            return await send_answer(send, _away())
         except TimeoutError:
-            return await answer(send, answers.no_answer())
+            return await send_answer(send, answers.no_answer())
         try:
             await _stream(connection, scope["method"], send)
             self._keep(connection, scope["method"])
@@ -358,11 +358,3 @@ async def _stream(connection: _Connection, method: str, send: Send) -> None:
     while more:
         more = not connection.complete
         await send({"type": "http.response.body", "body": await connection.piece(), "more_body": more})
-
-
-async def answer(send: Send, what: Answer) -> int:
-    """Send a whole answer; its status."""
-    length = (b"content-length", b"%d" % len(what.body))
-    await send({"type": "http.response.start", "status": what.status, "headers": [*what.headers, length]})
-    await send({"type": "http.response.body", "body": what.body})
-    return what.status

@@ -16,7 +16,7 @@ from meters.aggregation import Aggregation, parse_aggregation
 from meters.detail import Detail, detail
 from meters.filter import Filter
 from meters.filter_json import parse_filter
-from meters.resource import parse_metadata
+from meters.resource_metadata import parse_metadata
 
 Unit = Literal["scalar", "token", "custom"]
 UNITS: tuple[Unit, ...] = get_args(Unit)

@@ -21,6 +21,7 @@ ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj"}  # a full word costs nothin
 ENVIRONMENT_HOME = "deploy/settings.py"
 IMPURE_CALLS = {"float", "open", "print", "input", "eval", "exec", "globals", "__import__"}
 ENTRANCES = {"deploy.cli"}  # started by its name
+CODE_BLOCK = re.compile(r"^```.*?^```|(?:^ {4}[^\n]*\n)+", re.DOTALL | re.MULTILINE)  # of Markdown
 FOR_APPLICATIONS = re.compile(r"ingest\.client\.(strategies\..*|prices|testing)")  # imported by who uses the client
 
 # Places and words that belong to one machine or to how the work was done, not to the product.
@@ -182,12 +183,18 @@ def test_every_room_has_a_readme() -> None:
 
 
 def test_every_module_stands_in_a_floor_plan() -> None:
-    """The README of its folder, or of one above it in the room, names each module; a strategy's name says it all."""
+    """The README of its folder, or of one above it in the room, names each module; a strategy's name says it all.
+
+    Many names are words of sentences, too. So a name ends in .py, stands in backticks, or in a block without any .py.
+    """
     def unnamed() -> Iterator[str]:
         for path in python_files(*PRODUCT):
             plans = [REPOSITORY / above / "README.md" for above in path.relative_to(REPOSITORY).parents[:-1]]
-            told = " ".join(plan.read_text(encoding="utf-8") for plan in plans if plan.is_file())
-            if path.stem not in ("__init__", "__main__") and not re.search(rf"\b{path.stem}\b", told):
+            told = "\n".join(plan.read_text(encoding="utf-8") for plan in plans if plan.is_file())
+            diagrams = "\n".join(block for block in CODE_BLOCK.findall(told) if ".py" not in block)
+            stem = re.escape(path.stem)
+            is_named = re.search(rf"\b{stem}\.py\b|`(?:[\w./]*[./])?{stem}`", told)
+            if path.stem not in ("__init__", "__main__") and not is_named and not re.search(rf"\b{stem}\b", diagrams):
                 yield place(path)
 
     assert_none(path for path in unnamed() if "/strategies/" not in path)

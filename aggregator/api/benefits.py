@@ -32,7 +32,7 @@ from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, MeterReset
 from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
 from meters.polar_meters import here
-from meters.resource import parse_metadata
+from meters.resource_metadata import parse_metadata
 
 router = APIRouter(tags=["benefits"])
 Reader = Annotated[Token, Depends(allow(reading("benefits")))]

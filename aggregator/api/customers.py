@@ -42,7 +42,7 @@ from meters.catalogue import (
     Token,
 )
 from meters.detail import Detail, detail
-from meters.resource import parse_metadata
+from meters.resource_metadata import parse_metadata
 
 router = APIRouter(tags=["customers"])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]

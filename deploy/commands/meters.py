@@ -7,7 +7,7 @@ import typer
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
-from deploy.where import ids, meters_called, parse_filter
+from deploy.typed import ids, meters_called, parse_filter
 
 if TYPE_CHECKING:
     from deploy.client import Api

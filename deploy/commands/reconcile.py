@@ -11,7 +11,7 @@ import typer
 from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.output import Output, harmless, note, show, show_table
 from deploy.session import flowing, session
-from deploy.where import parse_instant
+from deploy.typed import parse_instant
 
 if TYPE_CHECKING:
     from aggregator.reconcile.report import Difference, Report
@@ -51,9 +51,9 @@ def reconcile(
     """
     from aggregator.reconcile.page import page
     from aggregator.reconcile.report import report_json
+    from deploy.local_proof import CHECKS, Task
     from deploy.logs import configure_logs
     from deploy.proof import prove
-    from deploy.reconcile import CHECKS, Task
 
     here = session(context, page=True)
     configure_logs("reconcile", "critical")  # what goes wrong is said once, by the command

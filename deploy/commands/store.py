@@ -1,4 +1,4 @@
-"""The store's two commands: make it again, and see what is wrong."""
+"""The store's commands: make it again, go on without lost records, see what is wrong."""
 
 from pathlib import Path
 from typing import Annotated

@@ -9,7 +9,7 @@ import typer
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import Output, as_json, require_stdout, show, show_table, text
 from deploy.session import session
-from deploy.where import parse_instant
+from deploy.typed import parse_instant
 from meters import exact_json
 from meters.window import END_MAX, START_MIN, Interval, bucket, zone
 

@@ -8,7 +8,7 @@ import typer
 from deploy.giving_up import USAGE, GiveUp
 from deploy.output import note, show, show_one
 from deploy.session import EPILOG, session
-from deploy.where import ids
+from deploy.typed import ids
 
 if TYPE_CHECKING:
     from deploy.client import Api

@@ -33,14 +33,14 @@ _SPOOL_RETRY_S = 1.0
 
 class Batch(msgspec.Struct):
     """Events that travel together. ``tries`` counts what went wrong with these very events, ``waits`` how often nothing
-    could be learned but to wait. ``mark`` and ``wait_mark`` are how many batches had been acknowledged, and how many
-    had to wait, when either happened last, or when this one left first."""
+    could be learned but to wait. ``acknowledged_before`` and ``waits_before`` are how many batches had been
+    acknowledged, and how many had to wait, when either happened last, or when this one left first."""
 
     rows: list[Row]
     tries: int = 0
-    mark: int = 0
+    acknowledged_before: int = 0
     waits: int = 0
-    wait_mark: int = 0
+    waits_before: int = 0
     passes_missed: float = 0.0
     """How often a single event would have passed by now, had it had the chance that others had."""
 
@@ -163,7 +163,7 @@ class Outbox:
 
     def _leaving(self, batch: Batch) -> Batch:
         if not batch.tries and not batch.waits:
-            batch.mark, batch.wait_mark = self.acknowledged_batches, self.waits
+            batch.acknowledged_before, batch.waits_before = self.acknowledged_batches, self.waits
         self._flying.add(batch.rows[0][0])
         self.in_flight += 1
         if self._memory or self._held_back:
@@ -343,7 +343,7 @@ class Outbox:
         if self._memory or (self._is_behind and self._refill()):
             return self._head(1 if is_asking else self.limits.batch_events_max, now_s)
         if due and len(due.rows) > 1:
-            return Batch([due.rows.pop()], due.tries, due.mark, due.waits, due.wait_mark)
+            return Batch([due.rows.pop()], due.tries, due.acknowledged_before, due.waits, due.waits_before)
         return heapq.heappop(self._held_back)[2] if due else None
 
     def _head(self, events_max: int, now_s: float) -> Batch:

@@ -99,19 +99,19 @@ class Sender:
         """The whole client waits, unless it happens again to these events when others get through: then they do."""
         outbox = self._outbox
         with outbox.turn():
-            passed, waited = outbox.acknowledged_batches - batch.mark, outbox.waits - batch.wait_mark
+            passed, waited = outbox.acknowledged_batches - batch.acknowledged_before, outbox.waits - batch.waits_before
             is_again = batch.waits > 0 and passed > 0
             is_suspect = is_again and outcome.may_be_events
             batch.waits += 1
             outbox.waits += 1
-            batch.mark, batch.wait_mark = outbox.acknowledged_batches, outbox.waits
+            batch.acknowledged_before, batch.waits_before = outbox.acknowledged_batches, outbox.waits
             delay_s = outbox.pace.backoff_s(batch.waits) if is_again else 0.0
             if not is_suspect or outcome.retry_after_s is not None:
                 self._put_off(outcome)
         if not is_suspect:
             return [(batch, delay_s)]
         if len(batch.rows) > 1:
-            return [(Batch(rows, batch.tries, batch.mark, batch.waits, batch.wait_mark), delay_s)
+            return [(Batch(rows, batch.tries, batch.acknowledged_before, batch.waits, batch.waits_before), delay_s)
                     for rows in _halves(batch.rows)]  # fmt: skip
         batch.passes_missed += passed / (passed + waited)
         if batch.passes_missed < _PASSES_MISSED_MAX:
@@ -130,7 +130,7 @@ class Sender:
         """Step aside; halve once it is clear that others get through."""
         outbox, tries = self._outbox, batch.tries + 1
         with outbox.turn():
-            others_pass = outbox.acknowledged_batches > batch.mark
+            others_pass = outbox.acknowledged_batches > batch.acknowledged_before
             delay_s = outbox.pace.backoff_s(tries)
             if not others_pass:
                 outbox.pace.failed(time.monotonic())

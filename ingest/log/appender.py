@@ -23,7 +23,7 @@ import msgspec
 
 from ingest.log.limits import Limits
 from ingest.log.sqlite_file import PAGE_BYTES, connect, same_file, table_name
-from ingest.log.writer import Batch, Place
+from ingest.log.writer import Batch, PartitionName
 
 # A checkpoint holds up whoever comes meanwhile, 3 to 8 ms for each MiB: larger ones stall longer and save little.
 CHECKPOINT_BYTES = 4 << 20
@@ -57,7 +57,7 @@ class FileAppender:
         self._checked_s = 0.0
         self._status: os.stat_result | None = None
 
-    def commit(self, batches: Mapping[Place, Batch]) -> dict[Place, int]:
+    def commit(self, batches: Mapping[PartitionName, Batch]) -> dict[PartitionName, int]:
         """Write every batch in one transaction and return the first offset of each. Raises sqlite3.Error, OSError."""
         try:
             connection = self._open()
@@ -105,7 +105,7 @@ class FileAppender:
             checkpoint(self._connection, self._copier)
 
 
-def _insert(connection: sqlite3.Connection, place: Place, batch: Batch, now_us: int) -> int:
+def _insert(connection: sqlite3.Connection, place: PartitionName, batch: Batch, now_us: int) -> int:
     """Append one batch; the offset of its first record."""
     statement = _INSERT.format(table=table_name(*place))
     values = {"now_us": now_us, "heads": _encode(batch.heads).decode(), "joined": b"".join(batch.values)}

@@ -22,7 +22,7 @@ from ingest.log.limits import Limits
 from ingest.log.packing import pack
 from meters.log import Entry, Refused, TryAgain
 
-Place = tuple[str, int]  # stream, partition
+PartitionName = tuple[str, int]  # stream, number
 
 
 class Batch:
@@ -50,7 +50,7 @@ class Batch:
 class Appender(Protocol):
     """The one who writes, used by the writer's thread alone."""
 
-    def commit(self, batches: Mapping[Place, Batch]) -> dict[Place, int]:
+    def commit(self, batches: Mapping[PartitionName, Batch]) -> dict[PartitionName, int]:
         """Make the batches durable and return the first offset of each. Any exception means: not acknowledged."""
         ...
 
@@ -143,7 +143,7 @@ class GroupWriter:
         return group, True
 
     def _commit(self, group: list[Waiter]) -> list[Outcome]:
-        batches: dict[Place, Batch] = {}
+        batches: dict[PartitionName, Batch] = {}
         try:
             places = [_place(waiter, batches) for waiter in group]
             firsts = self._appender.commit(batches)
@@ -157,7 +157,7 @@ class GroupWriter:
             self._bytes -= sum(waiter.value_bytes for waiter in group)
 
 
-def _place(waiter: Waiter, batches: dict[Place, Batch]) -> list[tuple[Place, int]]:
+def _place(waiter: Waiter, batches: dict[PartitionName, Batch]) -> list[tuple[PartitionName, int]]:
     """Add the waiter's entries to their batches; where each one went."""
     places = []
     for entry in waiter.entries:

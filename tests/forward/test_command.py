@@ -18,9 +18,9 @@ from deploy.doctor import examine
 from deploy.forward import open_source, selection_of
 from deploy.forward_desk import ask_replay, status
 from deploy.giving_up import GiveUp
+from deploy.local_proof import Task
 from deploy.output import Output
 from deploy.proof import prove
-from deploy.reconcile import Task
 from deploy.session import Session
 from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation

@@ -1,4 +1,4 @@
-"""What the admission tests share: a sender, a clock that stands still, and bodies."""
+"""What the admission tests share: a tenant, a clock that stands still, and bodies."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ingest.admission import Admitted, Refused, Sender, admit
+from ingest.admission import Admitted, RefusedBody, Tenant, admit
 from meters.catalogue import Catalogue, Customer, CustomerCreated
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -21,19 +21,19 @@ CATALOGUE = Catalogue([
 ])  # fmt: skip
 
 
-def sender() -> Sender:
-    """An organization's sender, whose nameless events are called made-0, made-1 and so on."""
+def tenant() -> Tenant:
+    """An organization, whose nameless events are called made-0, made-1 and so on."""
     numbers = itertools.count()
 
     def new_ids(count: int) -> Sequence[str]:
         return [f"made-{next(numbers)}" for _ in range(count)]
 
-    return Sender(ORGANIZATION, CATALOGUE, new_ids)
+    return Tenant(ORGANIZATION, CATALOGUE, new_ids)
 
 
-def admit_text(*events: str, lenient: bool = False) -> Admitted | Refused:
+def admit_text(*events: str, lenient: bool = False) -> Admitted | RefusedBody:
     """Admit a body of events that are written out."""
-    return admit(('{"events":[' + ",".join(events) + "]}").encode(), sender(), NOW, lenient=lenient)
+    return admit(('{"events":[' + ",".join(events) + "]}").encode(), tenant(), NOW, lenient=lenient)
 
 
 def admitted(*events: str, lenient: bool = False) -> Admitted:
@@ -43,10 +43,10 @@ def admitted(*events: str, lenient: bool = False) -> Admitted:
     return found
 
 
-def refused(body: bytes) -> Refused:
+def refused(body: bytes) -> RefusedBody:
     """Admit a body that is expected not to pass."""
-    found = admit(body, sender(), NOW)
-    assert isinstance(found, Refused), found
+    found = admit(body, tenant(), NOW)
+    assert isinstance(found, RefusedBody), found
     return found
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ingest.admission import Admitted, Refused, admit, admit_quickly
+from ingest.admission import Admitted, RefusedBody, admit, admit_quickly
 from ingest.limits import (
     CAREFUL_EVENTS_MAX,
     CAREFUL_VALUES_MAX,
@@ -23,7 +23,7 @@ from tests.ingest.admitting import (
     admit_text,
     admitted,
     refused,
-    sender,
+    tenant,
     written,
 )
 
@@ -85,7 +85,7 @@ BUSINESS: list[tuple[str, str, list[str], list[Any]]] = [
 def test_an_ill_made_event_refuses_the_request(event: str, types: list[str], places: list[Any]) -> None:
     """What is wrong with the form of an event is told with its type and its place, and nothing is taken."""
     found = admit_text(GOOD, event, GOOD)
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedBody)
     assert found.error == "RequestValidationError"
     assert [entry["type"] for entry in found.detail] == types
     assert [list(entry["loc"])[:3] for entry in found.detail] == [["body", "events", 1]] * len(types)
@@ -97,7 +97,7 @@ def test_an_ill_made_event_refuses_the_request(event: str, types: list[str], pla
 def test_names_that_mean_nothing_refuse_the_request(event: str, types: list[str], places: list[Any]) -> None:
     """What an event names must exist in the organization; Polar has another error name for this."""
     found = admit_text(GOOD, event)
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedBody)
     assert found.error == "PolarRequestValidationError"
     assert [entry["type"] for entry in found.detail] == types
     assert [entry["loc"] for entry in found.detail] == [["body", "events", 1, place] for place in places]
@@ -106,7 +106,7 @@ def test_names_that_mean_nothing_refuse_the_request(event: str, types: list[str]
 def test_names_are_looked_up_only_when_every_event_is_well_made() -> None:
     """One ill-made event hides what the others name wrongly, as with Polar."""
     found = admit_text(BUSINESS[1][1], REFUSALS[0][1])
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedBody)
     assert [entry["type"] for entry in found.detail] == ["missing"]
 
 
@@ -206,7 +206,7 @@ def test_an_event_without_a_name_of_its_own_gets_one() -> None:
 def test_an_event_is_one_line_however_it_was_laid_out() -> None:
     """Newlines between tokens become spaces; newlines within texts are escaped and stay."""
     events = [{"name": "a\nb", "external_customer_id": "u", "external_id": "x", "metadata": {"k": 1}}] * 3
-    found = admit(json.dumps({"events": events}, indent=2).replace("\n", "\r\n").encode(), sender(), NOW)
+    found = admit(json.dumps({"events": events}, indent=2).replace("\n", "\r\n").encode(), tenant(), NOW)
     assert isinstance(found, Admitted)
     assert [json.loads(line) for line in found.value.split(b"\n")] == events
 
@@ -237,7 +237,7 @@ def test_a_lenient_request_hears_of_ten_mistakes_in_an_event() -> None:
 def test_a_lenient_request_with_too_many_mistakes_is_refused(event: str, told: int) -> None:
     """It has to be sent in smaller parts; the answer says so first, then what is wrong with the first events."""
     found = admit_text(*[event] * (REFUSALS_MAX // told + 1), lenient=True)
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedBody)
     assert [entry["loc"][:3] for entry in found.detail[:2]] == [("body", "events"), ["body", "events", 0]]
     assert found.detail[0]["type"] == "too_long"
     assert len(found.detail) == DETAILS_MAX
@@ -260,7 +260,7 @@ def test_events_with_more_values_than_can_be_read_one_by_one_are_refused(event: 
     """A million values in unusual events are too many, whether or not their types are plain."""
     values = ",".join(f'"{number}":1' for number in range(1000))
     found = admit_text(*[event % values] * (CAREFUL_VALUES_MAX // 1000))
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedBody)
     assert [entry["type"] for entry in found.detail] == ["too_long"]
     assert isinstance(admit_text(*[event % values] * 3), Admitted)
 
@@ -271,7 +271,7 @@ def test_many_values_in_an_unusual_event_are_not_read_while_everybody_waits(even
 
     def quickly(keys: int) -> object:
         values = ",".join(f'"{number}":1' for number in range(keys))
-        return admit_quickly(b'{"events":[%s]}' % (event % values).encode(), sender(), NOW)
+        return admit_quickly(b'{"events":[%s]}' % (event % values).encode(), tenant(), NOW)
 
     assert quickly(HURRIED_VALUES_MAX + 1) is None
     assert isinstance(quickly(HURRIED_VALUES_MAX // 2), Admitted)

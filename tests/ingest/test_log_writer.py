@@ -12,7 +12,7 @@ from ingest.log import open_log
 from ingest.log.appender import FileAppender
 from ingest.log.limits import Limits
 from ingest.log.sqlite_file import create
-from ingest.log.writer import Batch, GroupWriter, Place
+from ingest.log.writer import Batch, GroupWriter, PartitionName
 from meters.log import USAGE_EVENTS, Entry, TryAgain
 
 PARTITIONS = {USAGE_EVENTS: 2}
@@ -27,7 +27,7 @@ class Gate:
         self.opened = threading.Semaphore(0)
         self.end = 0
 
-    def commit(self, batches: Mapping[Place, Batch]) -> dict[Place, int]:
+    def commit(self, batches: Mapping[PartitionName, Batch]) -> dict[PartitionName, int]:
         """Count the entries."""
         count = sum(len(batch.heads) for batch in batches.values())
         self.groups.append(count)
@@ -49,7 +49,7 @@ class Broken(FileAppender):
     failures = 0
     reaches_disk = False
 
-    def commit(self, batches: Mapping[Place, Batch]) -> dict[Place, int]:
+    def commit(self, batches: Mapping[PartitionName, Batch]) -> dict[PartitionName, int]:
         """Fail, or do what a FileAppender does."""
         if not self.failures:
             return super().commit(batches)

@@ -12,7 +12,7 @@ from ingest import shape
 from ingest.admission import Admitted, admit
 from ingest.shape import Shapes
 from meters.event import check_event
-from tests.ingest.admitting import NOW, sender, written
+from tests.ingest.admitting import NOW, tenant, written
 from tests.ingest.event_texts import EVENTS, Pairs, repeats_a_key
 
 
@@ -37,7 +37,7 @@ def test_a_shape_changes_nothing_but_the_time_it_takes(events: list[str], times:
     events = events * times  # else hardly any two of them would have the same keys
     body = body_of(*events)
     shapes = learned(body)
-    found, usual = admit(body, msgspec.structs.replace(sender(), shapes=shapes), NOW), admit(body, sender(), NOW)
+    found, usual = admit(body, msgspec.structs.replace(tenant(), shapes=shapes), NOW), admit(body, tenant(), NOW)
     if not isinstance(found, Admitted) or not isinstance(usual, Admitted):
         assert found == usual
         return
@@ -143,8 +143,8 @@ def test_a_time_to_come_is_refused_in_a_known_shape() -> None:
     """What only the whole event tells is told: the admission looks at the times that a shape read."""
     late = written(timestamp="2026-11-21T12:02:00Z")
     shapes = learned(body_of(late, late))
-    found = admit(body_of(late, late), msgspec.structs.replace(sender(), shapes=shapes), NOW)
-    assert found == admit(body_of(late, late), sender(), NOW)
+    found = admit(body_of(late, late), msgspec.structs.replace(tenant(), shapes=shapes), NOW)
+    assert found == admit(body_of(late, late), tenant(), NOW)
     assert not isinstance(found, Admitted)
 
 

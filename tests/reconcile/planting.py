@@ -9,10 +9,10 @@ import duckdb
 
 from aggregator.reconcile.report import Check, Report
 from deploy.data import DataDirectory
+from deploy.local_proof import Task, reconcile
 from deploy.output import Output
 from deploy.proof import prove
 from deploy.rebuild import rebuild
-from deploy.reconcile import Task, reconcile
 from deploy.session import Session
 from deploy.settings import Settings
 from ingest.log import open_log

@@ -15,9 +15,9 @@ from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
+from deploy.local_proof import Task, reconcile
 from deploy.output import Output
 from deploy.own_server import own_server
-from deploy.reconcile import Task, reconcile
 from deploy.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Secret, Settings

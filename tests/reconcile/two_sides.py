@@ -17,9 +17,9 @@ from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control, new_organization, new_secret, new_token, open_control
 from deploy.data import DataDirectory
+from deploy.local_proof import Task
 from deploy.output import Output
 from deploy.proof import prove
-from deploy.reconcile import Task
 from deploy.session import Session
 from deploy.settings import Settings, Token
 from deploy.upstream_proof import Range, compare

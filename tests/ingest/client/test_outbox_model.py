@@ -181,7 +181,7 @@ class Waiting(RuleBasedStateMachine):
         """Nobody answered, or the answer was to wait: nothing is given up but a single event that was put off again
         while others passed, and of that somebody hears."""
         batch = self.flying.pop(place % len(self.flying))
-        others_passed, told = self.outbox.acknowledged_batches - batch.mark, len(self.rejected)
+        others_passed, told = self.outbox.acknowledged_batches - batch.acknowledged_before, len(self.rejected)
         again = self.sender._settled(batch, outcome)
         left = [row for part, _ in again for row in part.rows]
         if len(self.rejected) > told:

@@ -1,4 +1,4 @@
-"""The nightly proof: what was taken, what is counted and what Polar has are the same, or a report says where not.
+"""Log, store and ledger of one installation, compared.
 
 Who owns the store decides how it is asked. On a stopped server the file is opened here, for reading only. The log is
 read here in any case, so a server that runs does little more than answer questions about its rows.

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.where import parse_clause, parse_filter
+from deploy.typed import parse_clause, parse_filter
 
 
 @pytest.mark.parametrize(
