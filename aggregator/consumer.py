@@ -79,10 +79,14 @@ class Aggregator:
                 if broken:
                     raise PositionLost(broken)
                 engine = Engine(self._log, store, self._observed)
-            self.telemetry.strangers.set(engine.strangers.events)
-            engine.start()
         except BaseException:
             store.close()
+            raise
+        self.telemetry.strangers.set(engine.strangers.events)
+        try:
+            engine.start()
+        except BaseException:
+            engine.stop()  # some of its threads may run
             raise
         return engine
 
