@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ import duckdb
 import msgspec
 import pytest
 
-from aggregator.consumer import Aggregator
+from aggregator.consumer import QUESTIONS_AT_ONCE, Aggregator
 from aggregator.process import START_AGAIN
 from aggregator.store import store as store_module
 from aggregator.store.store import Doubt, StillRead, Store
@@ -41,7 +42,7 @@ from tests.aggregator.records import (
     organization,
     rows,
 )
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
 
 
 def append(log: Log, *ids: str) -> None:
@@ -152,6 +153,46 @@ def test_what_is_decided_together_is_one_record(tmp_path: Path) -> None:
     log.close()
 
 
+class Silent(MemoryLog):
+    """A log that stops to say where it ends once it is ``away``, as Kafka does for seconds, until it is ``back``."""
+
+    def __init__(self) -> None:
+        super().__init__(Disk(), lambda: 0, Limits())
+        self.away, self.back = threading.Event(), threading.Event()
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """See the port."""
+        if self.away.is_set():
+            self.back.wait()
+        return super().ends(stream)
+
+
+def test_a_log_that_does_not_answer_keeps_nobody_beyond_the_time(tmp_path: Path) -> None:
+    """Whoever waits for what is in it is told in time, and other work in threads goes on beside the question."""
+    log = Silent()
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    append(log, "a")
+
+    async def wait() -> list[bool]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        assert await aggregator.present(PATIENCE_S)
+        log.away.set()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                waits = (aggregator.present, aggregator.informed)
+                found = await asyncio.gather(*(wait(0.01) for wait in waits for _ in range(QUESTIONS_AT_ONCE)))
+                await asyncio.to_thread(len, found)
+        finally:
+            log.back.set()
+        assert await aggregator.informed(PATIENCE_S)
+        return found
+
+    assert not any(asyncio.run(wait()))
+    aggregator.stop()
+    log.close()
+
+
 def parts_of(aggregator: Aggregator) -> dict[str, weakref.ref[Any]]:
     """The engine that runs, and what it keeps in memory, without keeping it."""
     engine = aggregator._now
@@ -249,7 +290,7 @@ _HELD = """
 import sys, threading, time
 from pathlib import Path
 from aggregator import process
-from aggregator.consumer import Aggregator
+from aggregator.consumer import QUESTIONS_AT_ONCE, Aggregator
 from aggregator.store import store
 from ingest.log import open_log
 from tests.aggregator.test_consumer import append
