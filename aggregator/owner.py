@@ -11,7 +11,9 @@ process must stop too, and a new one goes on.
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -32,6 +34,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
 RESTART_DELAY_MAX_S = 10.0
 _LOOK_S = 0.1  # how soon a stop is heard
+QUESTIONS_AT_ONCE = 4  # to the log about its ends; one that is away takes seconds to say so
 DECISION_TIMEOUT_S = 30.0  # a decision is durable at once; this long we wait for it to be applied
 FINAL = (Replaced, PositionLost, Unopenable)
 
@@ -48,6 +51,7 @@ class Aggregator:
         self._thread = threading.Thread(target=self._live, name="aggregator", daemon=True)
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._lock = threading.Lock()
+        self._asking = ThreadPoolExecutor(QUESTIONS_AT_ONCE, "ends")  # of their own, so that nothing waits for them
         self.telemetry = Telemetry()
         self.ended = threading.Event()
         self.failure: Exception | None = None
@@ -65,6 +69,7 @@ class Aggregator:
     def stop(self) -> None:
         """Finish the round under way, then close the store."""
         self._stop.set()
+        self._asking.shutdown(cancel_futures=True)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -79,10 +84,14 @@ class Aggregator:
                 if broken:
                     raise PositionLost(broken)
                 engine = Engine(self._log, store, self._observed)
-            self.telemetry.strangers.set(engine.strangers.events)
-            engine.start()
         except BaseException:
             store.close()
+            raise
+        self.telemetry.strangers.set(engine.strangers.events)
+        try:
+            engine.start()
+        except BaseException:
+            engine.stop()  # some of its threads may run
             raise
         return engine
 
@@ -197,8 +206,12 @@ class Aggregator:
 
     async def informed(self, timeout_s: float) -> bool:
         """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
-        end = (await asyncio.to_thread(self._log.ends, USAGE_CONTROL)).get(0, 0)
-        return await self._wait(lambda: self._now.control_position >= end, timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        ends = await self._ends(USAGE_CONTROL, timeout_s)
+        if ends is None:
+            return False
+        end = ends.get(0, 0)
+        return await self._wait(lambda: self._now.control_position >= end, deadline_s - time.monotonic())
 
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
         """Whether the view reached the ``usage.events`` position within the time."""
@@ -209,7 +222,18 @@ class Aggregator:
 
     async def present(self, timeout_s: float) -> bool:
         """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
-        return await self.wait_for(await asyncio.to_thread(self._log.ends, USAGE_EVENTS), timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        ends = await self._ends(USAGE_EVENTS, timeout_s)
+        return ends is not None and await self.wait_for(ends, deadline_s - time.monotonic())
+
+    async def _ends(self, stream: str, timeout_s: float) -> Mapping[int, int] | None:
+        """Where a stream ends; None where nobody can say within the time. Raises TryAgain."""
+        asked = asyncio.get_running_loop().run_in_executor(self._asking, self._log.ends, stream)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asked
+        except TimeoutError:
+            return None
 
     async def _wait(self, reached: Callable[[], bool], timeout_s: float) -> bool:
         def safely() -> bool:

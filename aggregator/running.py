@@ -91,6 +91,7 @@ class RunningTotals:
         self._stopping.set()
         self.wait()
         self._connection.close()
+        del self._histories  # it holds this in turn, and in what is frozen the collector finds no cycle
 
     def changed(self, change: Change, before_seq: int) -> None:
         """Follow a change of the catalogue: a meter that is new, or means something else now, is counted anew."""

@@ -5,15 +5,18 @@ closed list; nothing can be changed. One question at a time is answered: a proof
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from decimal import Decimal
+from itertools import islice, takewhile
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.balances import from_memory, numbers_of
+from aggregator.api.balances import numbers_of
 from aggregator.api.desk import AtDesk, Desk, allow, bytes_of
 from aggregator.api.errors import NotFound
 from aggregator.store.queries import recount, usage
@@ -29,10 +32,13 @@ from meters.log import format_position
 from meters.meter import Meter
 
 T = TypeVar("T")
+Kept = TypeVar("Kept")
 ARROW = "application/vnd.apache.arrow.stream"
 BODY_BYTES_MAX = 64 * 1024 * 1024  # identities that are asked about: half a million take 8 MB
 ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
+PUBLISHED_S_MAX = 1.0  # from the commit of a round on; then there is a while until the next one
 RECOUNTED_MAX = 200  # accounts of a meter whose usage is counted again: a query each
+RECOUNTING_S_MAX = 20.0  # no account is begun after it: whoever asks waits a minute
 HOUR = timedelta(hours=1)
 
 router = APIRouter(prefix="/v1/audit", include_in_schema=False)
@@ -49,6 +55,15 @@ class Asked(msgspec.Struct):
     subjects: list[int] = []
     hours: list[datetime] = []
     which: Which | None = None
+
+
+class _Window(NamedTuple):
+    """What memory says that a customer used since the reset."""
+
+    customer_id: str
+    subjects: list[int]
+    since: datetime
+    consumed: Decimal
 
 
 @router.post("/ask/{question}")
@@ -80,31 +95,17 @@ async def blocks(request: Request, desk: AtDesk, token: Auditor) -> Response:
     Null while events flow too fast to read all blocks between two rounds.
     """
     asked, meter = await _asked(request, desk)
-    found = await asyncio.to_thread(_at_once, desk, meter, asked.blocks, asked.hours)
-    if found is None:
-        return _json(None)
-    totals, kept, as_of = found  # the snapshot is taken after them, so it has everything that they have
+    ranges = [list(range(block * BLOCK, (block + 1) * BLOCK)) for block in range(asked.blocks)]
+    spans = [(hour, hour + HOUR) for hour in asked.hours]
 
-    def question(here: Snapshot) -> list[Part]:
-        return list(recount.everything(here.connection, [meter], _number(here, meter), as_of))
+    def totals() -> tuple[list[Total | None], list[Total] | None]:
+        return [desk.view.totals.total(meter.id, one) for one in ranges], desk.view.totals.by_quarters(meter.id, spans)
 
-    parts, _ = await _read(desk, question)
-    return _json({"blocks": totals, "hours": kept, "parts": parts})
+    def parts(here: Snapshot) -> list[Part]:
+        return list(recount.everything(here.connection, [meter], _number(here, meter), here.as_of))
 
-
-def _at_once(
-    desk: Desk, meter: Meter, blocks: int, hours: Sequence[datetime]
-) -> tuple[list[Total | None], list[Total] | None, Mapping[int, int]] | None:
-    """Totals read between two rounds."""
-    ranges = [list(range(block * BLOCK, (block + 1) * BLOCK)) for block in range(blocks)]
-    spans = [(hour, hour + HOUR) for hour in hours]
-    for _ in range(ATTEMPTS_MAX):
-        as_of = desk.view.as_of
-        totals = [desk.view.totals.total(meter.id, subjects) for subjects in ranges]
-        kept = desk.view.totals.by_quarters(meter.id, spans)
-        if desk.view.as_of == as_of:
-            return totals, kept, as_of
-    return None
+    found = await _beside(desk, totals, lambda kept, here: (*kept, parts(here)))
+    return _json(dict(zip(("blocks", "hours", "parts"), found, strict=True)) if found else None)
 
 
 @router.post("/by-customer")
@@ -133,43 +134,47 @@ async def moment(request: Request, desk: AtDesk, token: Auditor) -> Response:
     asked, meter = await _asked(request, desk)
     which = asked.which or Which()
 
-    def question(here: Snapshot) -> tuple[Total, Measured] | None:
-        before = desk.view.as_of
-        running = _running(desk, meter, which)
-        if running is None or not before == here.as_of == desk.view.as_of:
+    def question(running: Total | None, here: Snapshot) -> tuple[Total, Measured] | None:
+        if running is None:
             return None
         return running, recount.part(here.connection, meter, _number(here, meter), which)
 
-    for _ in range(ATTEMPTS_MAX):
-        found, _ = await _read(desk, question)
-        if found is not None:
-            return _json(found)
-    return _json(None)
+    return _json(await _beside(desk, lambda: _running(desk, meter, which), question))
 
 
 @router.post("/balances")
 async def balances(request: Request, desk: AtDesk, token: Auditor) -> Response:
     """Every account of a meter: credits, and for the first of them usage since the reset beside its recount."""
     _, meter = await _asked(request, desk)
-    found, _ = await _read(desk, lambda here: list(_balances(desk, meter, here)))
-    return _json(found)
+    used = await _beside(
+        desk, lambda: list(islice(_windows(desk, meter), RECOUNTED_MAX)),
+        lambda windows, here: dict(_recounted(meter, windows, here)),
+    ) or {}  # fmt: skip
+
+    def rows() -> list[dict[str, Any]]:
+        accounts = list(desk.view.ledger.of_meter(meter.id).items())
+        return [{"customer_id": id, "credited": account.credited, **used.get(id, {})} for id, account in accounts]
+
+    return _json(await _in_turn(rows))
 
 
-def _balances(desk: Desk, meter: Meter, here: Snapshot) -> Iterator[dict[str, Any]]:
-    left = RECOUNTED_MAX
+def _windows(desk: Desk, meter: Meter) -> Iterator[_Window]:
     for customer_id, account in list(desk.view.ledger.of_meter(meter.id).items()):
         customer = desk.catalogue.customer(meter.organization_id, customer_id)
-        row: dict[str, Any] = {"customer_id": customer_id, "credited": account.credited}
-        consumption = from_memory(desk, customer, meter) if customer else None
-        if customer and consumption and account.since and left and desk.view.as_of == here.as_of:
-            left -= 1
-            scope = Scope(
-                organization=_number(here, meter), subjects=numbers_of(desk, customer), arrived_since=account.since
-            )
-            question = Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
-            counted = usage.value_of(here.connection, question).value(meter.aggregation)
-            row |= {"consumed": consumption.value, "recounted": counted}
-        yield row
+        if customer is not None and account.since is not None:
+            subjects = numbers_of(desk, customer)
+            consumption = desk.view.totals.consumed(meter.id, subjects, account.since)
+            if consumption is not None:
+                yield _Window(customer_id, subjects, account.since, consumption.value)
+
+
+def _recounted(meter: Meter, windows: Iterable[_Window], here: Snapshot) -> Iterator[tuple[str, dict[str, Decimal]]]:
+    organization, ends_s = _number(here, meter), time.monotonic() + RECOUNTING_S_MAX
+    for window in takewhile(lambda _: time.monotonic() < ends_s, windows):
+        scope = Scope(organization=organization, subjects=window.subjects, arrived_since=window.since)
+        question = Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
+        recounted = usage.value_of(here.connection, question).value(meter.aggregation)
+        yield window.customer_id, {"consumed": window.consumed, "recounted": recounted}
 
 
 def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:
@@ -194,8 +199,35 @@ async def _read(desk: Desk, question: Callable[[Snapshot], T]) -> tuple[T, str]:
         with desk.view.read() as snapshot:
             return question(snapshot), format_position(snapshot.as_of)
 
+    return await _in_turn(run)
+
+
+async def _beside(
+    desk: Desk, remember: Callable[[], Kept], question: Callable[[Kept, Snapshot], T | None]
+) -> T | None:
+    """A question about what memory has and a snapshot that has the same; None while events flow too fast.
+
+    A round is committed, then moves memory, then is published. So memory has all that is published before it is read,
+    and nothing that a snapshot taken afterwards does not have: where these are one position, it is memory's.
+    """
+
+    def look() -> tuple[Mapping[int, int], T | None]:
+        published = desk.view.as_of
+        kept = remember()
+        with desk.view.read() as here:
+            return here.as_of, question(kept, here) if here.as_of == published else None
+
+    for _ in range(ATTEMPTS_MAX):
+        committed, found = await _in_turn(look)
+        if found is not None:
+            return found
+        await desk.view.wait_for(committed, PUBLISHED_S_MAX)
+    return None
+
+
+async def _in_turn(work: Callable[[], T]) -> T:
     async with _one_at_a_time:
-        return await asyncio.to_thread(run)
+        return await asyncio.to_thread(work)
 
 
 def _number(here: Snapshot, meter: Meter) -> int:

@@ -174,14 +174,24 @@ def _shown(
             cause = Cause.LOST if is_ < should else Cause.DOUBLED
             what = f"the log's credits make {amount_text(should)}, the server shows {amount_text(is_)}"
             check.add(_wrong(cause, meter, customer_id, what, Repair.RESTART, quantities, worth))
-        if balance is not None and balance.recounted is not None and balance.consumed != balance.recounted:
-            different += 1
-            consumed = balance.consumed or ZERO
-            what = f"usage since the reset is {amount_text(balance.recounted)}, and shown as {amount_text(consumed)}"
-            moved = {meter.id: EXACT.subtract(consumed, balance.recounted)}
-            check.add(_wrong(Cause.CHANGED, meter, customer_id, what, Repair.RESTART, moved, worth))
     if shown:
         check.counted.append(Counted(f"balances of {meter.name} as shown", len(shown), different))
+    _used(check, meter, shown.values(), worth)
+
+
+def _used(check: Check, meter: Meter, shown: Iterable[Balance], worth: Worth) -> None:
+    """Usage since the reset, where it was counted again."""
+    recounted = [(balance, balance.recounted) for balance in shown if balance.recounted is not None]
+    different = 0
+    for balance, should in recounted:
+        consumed = balance.consumed or ZERO
+        if consumed != should:
+            different += 1
+            what = f"usage since the reset is {amount_text(should)}, and shown as {amount_text(consumed)}"
+            moved = {meter.id: EXACT.subtract(consumed, should)}
+            check.add(_wrong(Cause.CHANGED, meter, balance.customer_id, what, Repair.RESTART, moved, worth))
+    if recounted:
+        check.counted.append(Counted(f"usage of {meter.name} since resets", len(recounted), different))
 
 
 def _wrong(

@@ -9,14 +9,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import duckdb
 import msgspec
 import pytest
 
-from aggregator.owner import Aggregator
+from aggregator.owner import QUESTIONS_AT_ONCE, Aggregator
 from aggregator.process import START_AGAIN
 from aggregator.store import store as store_module
 from aggregator.store.store import Doubt, StillRead, Store
@@ -40,7 +42,7 @@ from tests.aggregator.records import (
     organization,
     rows,
 )
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
 
 
 def append(log: Log, *ids: str) -> None:
@@ -151,6 +153,53 @@ def test_what_is_decided_together_is_one_record(tmp_path: Path) -> None:
     log.close()
 
 
+class Silent(MemoryLog):
+    """A log that stops to say where it ends once it is ``away``, as Kafka does for seconds, until it is ``back``."""
+
+    def __init__(self) -> None:
+        super().__init__(Disk(), lambda: 0, Limits())
+        self.away, self.back = threading.Event(), threading.Event()
+
+    def ends(self, stream: str) -> dict[int, int]:
+        """See the port."""
+        if self.away.is_set():
+            self.back.wait()
+        return super().ends(stream)
+
+
+def test_a_log_that_does_not_answer_keeps_nobody_beyond_the_time(tmp_path: Path) -> None:
+    """Whoever waits for what is in it is told in time, and other work in threads goes on beside the question."""
+    log = Silent()
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    append(log, "a")
+
+    async def wait() -> list[bool]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        assert await aggregator.present(PATIENCE_S)
+        log.away.set()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                waits = (aggregator.present, aggregator.informed)
+                found = await asyncio.gather(*(wait(0.01) for wait in waits for _ in range(QUESTIONS_AT_ONCE)))
+                await asyncio.to_thread(len, found)
+        finally:
+            log.back.set()
+        assert await aggregator.informed(PATIENCE_S)
+        return found
+
+    assert not any(asyncio.run(wait()))
+    aggregator.stop()
+    log.close()
+
+
+def parts_of(aggregator: Aggregator) -> dict[str, weakref.ref[Any]]:
+    """The engine that runs, and what it keeps in memory, without keeping it."""
+    engine = aggregator._now
+    kept = {name: getattr(engine, name) for name in ("totals", "catalogue", "ledger", "directory", "store")}
+    return {name: weakref.ref(part) for name, part in {"engine": engine, **kept}.items()}
+
+
 def test_an_engine_that_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its index of identities may be gigabytes, and the collector looks at old things once in a blue moon."""
     log = open_log("memory:")
@@ -158,20 +207,49 @@ def test_an_engine_that_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     aggregator, commit = Aggregator(log, tmp_path / "store.duckdb", SMALL), Store.commit
     aggregator.start()
     eventually(lambda: is_present(aggregator, log))
-    ended = weakref.ref(aggregator._engine)
+    left = parts_of(aggregator)
     gc.collect()
     gc.disable()
+    gc.freeze()  # as a server does once it has started
     try:
         with patch.object(Store, "commit", side_effect=[OSError("no"), OSError("no")]):
             append(log, "b")
             eventually(lambda: aggregator.failure is not None)
-        eventually(lambda: ended() is None)
+        eventually(lambda: not [name for name, part in left.items() if part() is not None])
     finally:
+        gc.unfreeze()
         gc.enable()
     eventually(lambda: is_present(aggregator, log))
     aggregator.stop()
     log.close()
     assert Store.commit is commit
+
+
+def test_an_engine_that_fails_while_it_starts_leaves_no_thread(tmp_path: Path) -> None:
+    """Where the system has no more threads for a moment, those that there were end before the next engine begins."""
+    log = open_log("memory:")
+    append(log, "a")
+    before, refused = set(threading.enumerate()), list[str]()
+
+    class Scarce(threading.Thread):
+        """The second of an engine's threads cannot be had once."""
+
+        def start(self) -> None:
+            if self.name == "write_rounds" and not refused:
+                refused.append(self.name)
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    with patch.object(threading, "Thread", Scarce):
+        aggregator.start()
+        eventually(lambda: is_present(aggregator, log))
+    readers = [thread for thread in set(threading.enumerate()) - before if thread.name == "read_log"]
+    aggregator.stop()
+    log.close()
+    assert refused
+    assert len(readers) == 1
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_reader_that_does_not_let_go_ends_the_process_for_another_one(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import gc
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, Running, line, rows
 from tests.kafka.cluster import Cluster
 from tests.ports import take_port
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
 
 PLENTY = 1 << 30
 QUESTIONS = 5
@@ -215,6 +216,54 @@ def test_memory_is_bounded_while_brokers_answer_nothing(address: Address, kafka:
         full = [outcome for outcome in outcomes if "full" in str(outcome)]
         assert len(outcomes) - len(full) <= 5
         append_soon(log, b"last", partition=0)
+
+
+class AskedTogether(Topics):
+    """Goes on with a question about topics only when all of them are on their way."""
+
+    together = threading.Barrier(QUESTIONS, timeout=PATIENCE_S)
+
+    def describe(self, streams: Iterable[str], wait_s: float = 0.1) -> dict[str, tuple[str, int]]:
+        """See there."""
+        self.together.wait()
+        return super().describe(streams, wait_s)
+
+
+def test_questions_that_nobody_answers_do_not_wait_for_each_other() -> None:
+    """While brokers are away the last of many who ask hears of it as soon as the first one."""
+    topics = AskedTogether(parse_address(f"kafka://127.0.0.1:{take_port()}/nobody", {}), Limits())
+    with contextlib.closing(topics), ThreadPoolExecutor(QUESTIONS) as threads:
+        asked = [threads.submit(topics.learn, 0.1) for _ in range(QUESTIONS)]
+        heard = [question.exception() for question in asked]
+    assert {type(error) for error in heard} == {TryAgain}
+
+
+class Overtaken(Topics):
+    """A first question that is answered only after a second one, and with what there was when it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_address("kafka://127.0.0.1:1/nobody", {}), Limits())
+        self._answers = iter([1, 3])
+        self.asked, self.answered = threading.Event(), threading.Event()
+
+    def describe(self, streams: Iterable[str], wait_s: float = 0.0) -> dict[str, tuple[str, int]]:
+        """See there."""
+        partitions = next(self._answers)
+        self.asked.set()
+        if partitions == 1:
+            assert self.answered.wait(PATIENCE_S)
+        return dict.fromkeys(streams, ("id", partitions))
+
+
+def test_an_answer_that_comes_late_takes_no_partition_away() -> None:
+    """What a later question found is newer, and partitions are only ever added."""
+    with contextlib.closing(Overtaken()) as topics, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(topics.learn)
+        assert topics.asked.wait(PATIENCE_S)
+        newest = topics.learn()
+        topics.answered.set()
+        assert first.result() is topics.places is newest
+    assert newest.partitions[USAGE_EVENTS] == 3
 
 
 def test_a_long_outage_costs_no_threads() -> None:

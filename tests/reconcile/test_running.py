@@ -4,8 +4,12 @@ import itertools
 import json
 import signal
 import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -13,6 +17,8 @@ import pytest
 from aggregator.reconcile.report import Cause
 from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
+from aggregator.running import RunningTotals
+from aggregator.store.queries.recount import Which
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
 from deploy.local_proof import Task, reconcile
@@ -23,11 +29,17 @@ from deploy.session import Session
 from deploy.settings import Secret, Settings
 from meters.access import AUDIT
 from meters.catalogue import TokenCreated
-from tests.aggregator.records import line
+from meters.log import USAGE_EVENTS
+from meters.meter import Meter
+from tests.aggregator.records import entry, line
 from tests.aggregator.serving import Tenant, serving
 from tests.deploy.installation import Installation, meterstream
 from tests.reconcile.two_sides import TwoSides, call, numbered
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
+
+RESETS = 5
+Pair = tuple[Decimal | None, Decimal | None]
+"""What memory has, and what the raw events make."""
 
 
 def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
@@ -78,7 +90,11 @@ def test_a_token_needs_the_scope_to_see_the_rows(servers: tuple[Installation, In
 
 
 def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Installation], sides: TwoSides) -> None:
-    """Totals are read between two rounds and rows up to a position, so a busy server agrees, too."""
+    """Memory and rows are compared at one position, so a busy server agrees, too, and all that it has is compared."""
+    for number in range(RESETS):
+        names = {"external_id": f"c{number}", "email": f"c{number}@example.com"}
+        customer = sides.here.post("/v1/customers/", names)["id"]
+        sides.here.post(f"/v1/customers/{customer}/resets", {})
     stop = threading.Event()
 
     def send() -> None:
@@ -99,6 +115,8 @@ def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Insta
         sender.join()
 
     assert report.differences == []
+    counted = [one for check in report.checks for one in check.counted if one.what == "usage of tokens since resets"]
+    assert sum(one.compared for one in counted) >= RESETS
 
 
 class _Asking:
@@ -110,6 +128,59 @@ class _Asking:
     def answer(self, method: str, path: str, *, params: Any = None, content: bytes = b"") -> httpx.Response:
         """One request."""
         return self._tenant.ask(method, path, secret=self._secret, params=params, content=content)
+
+
+def _of_balance(store: RunningStore, meter: Meter) -> Pair:
+    [balance] = store.balances(meter)
+    return balance.consumed, balance.recounted
+
+
+def _of_customer(store: RunningStore, meter: Meter) -> Pair:
+    total, raw = store.same_moment(meter, Which(subject=0)) or (None, None)
+    return total and total.sum, raw and raw.total
+
+
+def _of_blocks(store: RunningStore, meter: Meter) -> Pair:
+    [both] = store.both([meter])
+    [(total, raw)] = both.blocks
+    return total.sum, raw.total
+
+
+@pytest.mark.parametrize(("ask", "tokens"), [(_of_balance, 4), (_of_customer, 5), (_of_blocks, 5)])
+def test_a_round_that_has_moved_memory_is_compared_once_it_is_published(
+    tmp_path: Path, ask: Callable[[RunningStore, Meter], Pair], tokens: int
+) -> None:
+    """In between memory is newer than the position that it is published for."""
+    with serving(tmp_path) as server:
+        tenant = server.tenant()
+        meter_id, customer = tenant.meter(func="sum", property="tokens"), tenant.customer(external_id="ann")
+        tenant.send(line("before", metadata={"tokens": 1}))
+        server.now += timedelta(seconds=1)
+        tenant.post(f"/v1/customers/{customer}/resets", {})
+        server.now += timedelta(seconds=1)
+        engine, store = server.aggregator._now, RunningStore(_Asking(tenant))
+        cut, wait_for = engine._boundaries.cut, server.aggregator.wait_for
+        has_moved, is_awaited = threading.Event(), threading.Event()
+
+        def hold(totals: RunningTotals) -> None:
+            has_moved.set()
+            assert is_awaited.wait(PATIENCE_S)
+            cut(totals)
+
+        async def wait(position: Mapping[int, int], timeout_s: float) -> bool:
+            is_awaited.set()
+            return await wait_for(position, timeout_s)
+
+        with patch.object(engine._boundaries, "cut", hold), patch.object(server.aggregator, "wait_for", wait):
+            said = entry(line("after", metadata={"tokens": 4}), organization_id=tenant.id)
+            server.run(server.log.append(USAGE_EVENTS, [said]))
+            assert has_moved.wait(PATIENCE_S)
+            try:
+                found = ask(store, engine.catalogue.meters[meter_id])
+            finally:
+                is_awaited.set()
+
+    assert found == (tokens, tokens)
 
 
 def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
