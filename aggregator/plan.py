@@ -119,16 +119,15 @@ class PreparedPlans:
     While there is room DuckDB plans the statement once: that takes as long as a thousand rows.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, meters_of: Callable[[int], Sequence[Meter]]) -> None:
-        """``meters_of`` gives the meters of an organization by its number."""
-        self._connection, self._meters_of = connection, meters_of
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self._connection = connection
         self._plans: dict[int, Prepared | None] = {}
         self._meters: dict[int, int] = {}  # by organization: how many are in its prepared statement
 
-    def of(self, organization: int) -> Prepared | None:
-        """The organization's, until it is forgotten; None where it has no meters."""
+    def of(self, organization: int, meters_of: Callable[[int], Sequence[Meter]]) -> Prepared | None:
+        """The organization's, until it is forgotten; None where it has no meters, which ``meters_of`` gives."""
         if organization not in self._plans:
-            meters = self._meters_of(organization)
+            meters = meters_of(organization)
             compiled = plan(meters, _ARRIVING, spelled_out) if meters else None
             self._plans[organization] = self._prepared(organization, compiled)
         return self._plans[organization]

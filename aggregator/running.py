@@ -72,7 +72,7 @@ class RunningTotals:
         self._meters: dict[str, Counting] = {}
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
         self._histories = Histories(self._history)
-        self._plans = PreparedPlans(self._connection, self._counted_meters)
+        self._plans = PreparedPlans(self._connection)
         self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
@@ -112,7 +112,7 @@ class RunningTotals:
         organizations, arriving = rows.column("organization").to_numpy(), rows.select(_READ)
         slot = self._arriving = self._arriving or Slot(self._connection, ARRIVING, arriving)
         for number in np.unique(organizations).tolist():
-            prepared = self._plans.of(number)
+            prepared = self._plans.of(number, self._counted_meters)
             if prepared is not None:
                 here = organizations == number
                 slot.table = arriving if here.all() else arriving.filter(pa.array(here))
