@@ -82,6 +82,8 @@ FRAMINGS: list[tuple[str, list[str], bytes, int | None, list[int]]] = [
     ("length of words", ["content-length: many"], BODY, -1, [400]),
     ("length beyond 64 bits", ["content-length: 99999999999999999999"], BODY, -1, [400]),
     ("length over the limit", [], b"", 1_000_001, [413]),
+    ("two tokens", ["authorization: x"], BODY, None, [400]),
+    ("two hosts", ["host: y"], BODY, None, [400]),
     ("CR in a header", ["x: a\rb"], BODY, None, [400]),
     ("NUL in a header", ["x: a\0b"], BODY, None, [400]),
     ("space before the colon", ["x : a"], BODY, None, [400]),
@@ -102,6 +104,13 @@ def test_an_endless_chunk_extension_is_not_read(gateway: RunningGateway) -> None
     """411 at the head, and the connection is closed: how much of the answer arrives is the network's affair."""
     body = b"%x;%s\r\n%s\r\n0\r\n\r\n" % (len(BODY), b"a" * 3_000_000, BODY)
     assert exchange(gateway, request(gateway, CHUNKED, body=body, length=-1)) in ([411], [])
+
+
+def test_a_read_of_two_tokens_is_refused(gateway: RunningGateway) -> None:
+    """Or the gateway would count it for one of them, and the query API answer it for the other."""
+    for line in ("authorization: x", "host: y"):
+        data = request(gateway, line, length=-1, body=b"").replace(b"POST /v1/events/ingest", b"GET /v1/meters/")
+        assert exchange(gateway, data) == [400]
 
 
 @pytest.mark.parametrize(
