@@ -109,6 +109,8 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         private_targets=process.private_targets,
     )  # fmt: skip
     sender = Sender(app.state.desk, private_allowed=process.private_targets)
+    if process.socket:
+        _close_to_others(process.socket)
     where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
         app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
@@ -123,6 +125,14 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
                 task.cancel()
     finally:
         await asyncio.to_thread(app.state.desk.close)
+
+
+def _close_to_others(path: Path) -> None:
+    """Lay a socket there for uvicorn to replace, which keeps its mode; a new one would be open to everybody."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as placed:
+        placed.bind(str(path))
+    path.chmod(0o600)
 
 
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:
