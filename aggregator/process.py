@@ -35,6 +35,7 @@ SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above th
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before
 HOUSEKEEPING_S = 60.0  # retention is a matter of days
 START_AGAIN = 75  # the exit code where another process can go on at once, as sysexits.h counts it
+SHUTDOWN_DEADLINE_S = 10  # requests get this to finish at a stop, as at the gateway; whoever supervises kills after 20
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
 
@@ -108,10 +109,12 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         private_targets=process.private_targets,
     )  # fmt: skip
     sender = Sender(app.state.desk, private_allowed=process.private_targets)
+    if process.socket:
+        _close_to_others(process.socket)
     where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
         app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
-        proxy_headers=False, server_header=False, **where,
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S, **where,
     )  # fmt: skip
     server = _Server(config, process.on_listening)
     try:
@@ -122,6 +125,14 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
                 task.cancel()
     finally:
         await asyncio.to_thread(app.state.desk.close)
+
+
+def _close_to_others(path: Path) -> None:
+    """Lay a socket there for uvicorn to replace, which keeps its mode; a new one would be open to everybody."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as placed:
+        placed.bind(str(path))
+    path.chmod(0o600)
 
 
 async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import NamedTuple, NoReturn, TypeVar
 
 import duckdb
@@ -84,9 +85,10 @@ class Sender:
 
     async def run(self) -> None:
         """Tell whatever is to be told, for ever."""
+        cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # or endpoints behind one address would share them
         limits = httpx.Limits(max_connections=ENDPOINTS_AT_ONCE, max_keepalive_connections=0)
         async with (
-            httpx.AsyncClient(trust_env=False, timeout=self._pace.timeout_s, limits=limits) as http,
+            httpx.AsyncClient(trust_env=False, timeout=self._pace.timeout_s, limits=limits, cookies=cookies) as http,
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(_for_ever(self._collect, self._pace.collect_s))

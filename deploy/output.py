@@ -6,6 +6,7 @@ Quantities arrive and leave as exact decimals; no number passes through a float 
 """
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,12 +77,19 @@ def harmless(text: str) -> str:
     )
 
 
+def show_json(text: str) -> None:
+    """Print JSON; on a terminal what could steer it is escaped, which is the same JSON."""
+    if sys.stdout.isatty():
+        text = "".join(one if one == "\n" or harmless(one) == one else json.dumps(one)[1:-1] for one in text)
+    print(text)
+
+
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Output) -> None:
     """Print rows: JSON with all that is known, CSV with the columns, a table with those that are not empty."""
     require_stdout()
     match output:
         case Output.json:
-            print(msgspec.json.format(as_json(list(rows)), indent=2))
+            show_json(msgspec.json.format(as_json(list(rows)), indent=2))
         case Output.csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(columns)
@@ -95,7 +103,7 @@ def show_one(row: Mapping[str, Any], output: Output) -> None:
     """Print one thing with all that is known of it."""
     require_stdout()
     if output is Output.json:
-        print(msgspec.json.format(as_json(row), indent=2))
+        show_json(msgspec.json.format(as_json(row), indent=2))
     elif output is Output.csv:
         show([row], list(row), output)
     else:
@@ -184,4 +192,5 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
 def _plain(value: object) -> object:
     if isinstance(value, Decimal):
         return f"{value:f}"
-    return as_json(value) if isinstance(value, Mapping | list | bool) else value
+    value = as_json(value) if isinstance(value, Mapping | list | bool) else value
+    return harmless(value) if isinstance(value, str) and sys.stdout.isatty() else value

@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     url: str = "http://127.0.0.1:8000"  # where the command line finds a running server
     token: Token | None = None  # the command line's, and the first one that serve makes
     retention_days: Annotated[int, msgspec.Meta(ge=0)] = 0  # records older than this leave the log; 0 keeps all
-    requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a token at one gateway, reads too; 0: no limit
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a token or customer at one gateway; 0: no limit
     polar_token: Token | None = None  # of the Polar organization that events are forwarded to; without one, none are
     polar_server: Annotated[str, msgspec.Meta(pattern=r"^(production|sandbox|https?://.+)$")] = "production"
     polar_organization: str | None = None  # whose events, by id or name; not needed where there is only one

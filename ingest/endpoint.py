@@ -36,7 +36,7 @@ from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
-from meters.access import Denied, authorize, good_token, writing
+from meters.access import Denied, authorize, good_credential, writing
 from meters.catalogue import Catalogue, Token
 from meters.log import USAGE_EVENTS, Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
 from meters.refusal import Reason
@@ -89,7 +89,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes_max: int = BODY_BYTES_MAX
     body_deadline_s: float = BODY_DEADLINE_S
     in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX
-    requests_per_minute: int = 0  # for each token; 0 sets no limit
+    requests_per_minute: int = 0  # for each token, and each customer at the portal; 0 sets no limit
 
 
 class IngestEndpoint:
@@ -158,14 +158,19 @@ class IngestEndpoint:
         return Opened(token, encoding, read_preferences(headers.get(b"prefer", b"")))
 
     def organization_of(self, headers: Headers, now: datetime) -> str:
-        """Whose good token the request shows; empty where it shows none."""
-        token = good_token(_authorization(headers), self._tail.catalogue, now)
-        return token.organization_id if token else ""
+        """Whose good token, or whose customer's session, the request shows; empty where it shows none."""
+        shown = good_credential(_authorization(headers), self._tail.catalogue, now)
+        return shown.organization_id if shown else ""
 
     def too_many(self, headers: Headers, now: datetime) -> Answer | None:
-        """The answer to a token that has had its share of requests. Whoever has no good one is refused elsewhere."""
-        token = self._settings.requests_per_minute and good_token(_authorization(headers), self._tail.catalogue, now)
-        wait_s = self._quota.wait_s(token.id, time.monotonic()) if token else 0
+        """The answer to a token or a customer who asked too often. Whoever shows neither is refused elsewhere."""
+        if not self._settings.requests_per_minute:
+            return None
+        shown = good_credential(_authorization(headers), self._tail.catalogue, now)
+        if shown is None:
+            return None
+        key = shown.id if isinstance(shown, Token) else shown.customer_id  # of whom there are fewer than of sessions
+        wait_s = self._quota.wait_s(key, time.monotonic())
         return answers.too_many_requests(wait_s) if wait_s else None
 
     async def take(self, opened: Opened, body: bytes) -> Answer:

@@ -34,6 +34,9 @@ VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
 """Versions of Polar's API in which metering is what it is here."""
 VERSION_DEFAULT = b"2026-04"
 
+ONCE = (b"host", b"authorization")
+"""Headers of which some read the first and others the last."""
+
 PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
 """The headers of a browser's question whether a page may send a request."""
 
@@ -80,7 +83,7 @@ class Gateway:
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
         headers = dict(scope["headers"])
-        found = _misframed(scope["http_version"], method, headers)
+        found = _misframed(scope, headers)
         if found is None and path in _OWN:
             own = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
             await send_answer(send, own)
@@ -201,15 +204,18 @@ def _current(path: bytes) -> bytes:
     return b"/openapi.json" if rest == b"openapi.json" and version in VERSIONS else path
 
 
-def _misframed(version: str, method: str, headers: dict[bytes, bytes]) -> Answer | None:
-    """What is wrong with how the request says where it ends, or whom it is for."""
-    if version == "1.1" and b"host" not in headers:
+def _misframed(scope: Message, headers: dict[bytes, bytes]) -> Answer | None:
+    """What is wrong with how the request says where it ends, whom it is for, or whose it is."""
+    names = [name for name, _ in scope["headers"]]
+    if any(names.count(name) > 1 for name in ONCE):
+        return answers.bad_request("A request has one Host and one Authorization header.")
+    if scope["http_version"] == "1.1" and b"host" not in headers:
         return answers.bad_request("A request needs a Host header.")
     if b"transfer-encoding" in headers:
         if b"content-length" in headers:
             return answers.bad_request("Content-Length and Transfer-Encoding exclude each other.")
         return answers.length_required()
-    if method in WITH_BODY and b"content-length" not in headers:
+    if scope["method"] in WITH_BODY and b"content-length" not in headers:
         return answers.length_required()
     return None
 

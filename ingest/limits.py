@@ -83,7 +83,7 @@ PASSTHROUGH_CONNECTIONS_MAX = 64
 
 PASSTHROUGH_CONNECTIONS_OF_ONE_MAX = 32
 """The same of one organization, half as many: whoever asks slow questions, or reads answers slowly, leaves the rest to
-others. All that show no token of an organization are one."""
+others. What shows neither a token of an organization nor a customer's session is one more."""
 
 PASSTHROUGH_ANSWER_DEADLINE_S = 60.0
 """Seconds until the query API begins to answer: the longest wait for a position, and a slow query."""
@@ -121,7 +121,8 @@ class _Allowance(msgspec.Struct):
 class RequestQuota:
     """Requests a minute for each key, as a token bucket: a minute's worth may come at once, then at the rate.
 
-    ``per_minute`` of 0 allows everything. Keys are ids of good tokens, so there are no more of them than tokens.
+    ``per_minute`` of 0 allows everything. Keys are ids of good tokens and of customers, so there are as few as
+    of those.
     """
 
     def __init__(self, per_minute: int) -> None:

@@ -98,6 +98,8 @@ class Protocol(HttpToolsProtocol):
             self.cut("head", _long_head())
         elif self.parser.get_http_version() not in ("1.1", "1.0"):
             self.cut("head", answers.bad_request("HTTP/1.1 is spoken here."))
+        elif self.parser.should_upgrade() and _has_body(self.headers):  # which the parser would take for a request
+            self.cut("head", answers.bad_request("A request with a body cannot offer another protocol (Upgrade)."))
         elif len(self.pipeline) >= PIPELINED_MAX:
             self.cut("pipeline")
         if not self.transport.is_closing() and not self._begin_exchange():
@@ -124,6 +126,11 @@ class Protocol(HttpToolsProtocol):
         self.cycle = self.answering = exchange  # type: ignore[assignment]
         exchange.begin(headers)
         return True
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """What came behind an offer without a body is lost, so what follows may be the middle of a request."""
+        if not self.transport.is_closing():
+            self.cycle.keep_alive = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answering = cycle
@@ -217,6 +224,10 @@ class Protocol(HttpToolsProtocol):
         head = b"HTTP/1.1 %d %s\r\n" % (answer.status, REASONS[answer.status])
         self.transport.write(head + b"".join([b"%s: %s\r\n" % header for header in headers]) + b"\r\n" + answer.body)
         self.transport.close()
+
+
+def _has_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
 
 
 def _long_head() -> Answer:

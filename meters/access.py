@@ -92,10 +92,10 @@ def authorize_customer(header: str | None, catalogue: Catalogue, now: datetime) 
     return session
 
 
-def good_token(header: str | None, catalogue: Catalogue, now: datetime) -> Token | None:
-    """The organization's token in an ``Authorization`` header, where it is good now, whatever it may do."""
+def good_credential(header: str | None, catalogue: Catalogue, now: datetime) -> Token | CustomerSession | None:
+    """The token or the customer's session in an ``Authorization`` header, where it is good now, whatever it may do."""
     secret = _presented(header)
-    return _good(secret, catalogue, now) if secret else None
+    return (_good(secret, catalogue, now) or _session(secret, catalogue, now)) if secret else None
 
 
 def _good(secret: str, catalogue: Catalogue, now: datetime) -> Token | None:

@@ -4,6 +4,7 @@ As with an organization's token, only the digest is kept. A session that has exp
 made, so there are never many more than the customers who look at their usage within an hour.
 """
 
+import heapq
 from datetime import datetime, timedelta
 
 import msgspec
@@ -41,16 +42,21 @@ class Sessions:
 
     def __init__(self) -> None:
         self._by_digest: dict[str, CustomerSession] = {}
+        self._ends: list[tuple[datetime, str]] = []  # a heap: nobody pays for looking through all of them
 
     def apply(self, change: object) -> None:
         """Take in one change; others than the above are somebody else's."""
         if isinstance(change, CustomerSessionCreated):
             session = change.session
-            for digest, known in list(self._by_digest.items()):  # oldest first: they expire in this order
-                if known.expires_at > session.created_at:
-                    break
-                del self._by_digest[digest]
+            while self._ends and self._ends[0][0] <= session.created_at:
+                self._forget(*heapq.heappop(self._ends))
             self._by_digest[session.sha256] = session
+            heapq.heappush(self._ends, (session.expires_at, session.sha256))
+
+    def _forget(self, expires_at: datetime, digest: str) -> None:
+        known = self._by_digest.get(digest)
+        if known and known.expires_at <= expires_at:  # else it was told again, with a later end
+            del self._by_digest[digest]
 
     def find(self, digest: str, now: datetime) -> CustomerSession | None:
         """The session of a secret's digest, unless it has expired; the instant of expiry counts as expired."""

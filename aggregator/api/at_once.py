@@ -179,7 +179,12 @@ class _Front(HttpToolsProtocol):
         """Whether an answer may be written now, and nothing has to happen after it."""
         is_busy = self.cycle is not None and not self.cycle.response_complete
         is_last = self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive()
+        is_last = is_last or self.parser.should_upgrade()
         return not (is_busy or is_last or self.flow.write_paused or self.transport.is_closing())
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An offer of another protocol is declined, and the connection closed: the parser does not read its body."""
+        self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """A body that nobody asked for is passed over."""

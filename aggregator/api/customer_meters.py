@@ -59,7 +59,7 @@ async def list_customer_meters(
             return answer(in_order(found, chosen, page), as_of)
     listing = partial(find_page, desk, customers, meters, chosen, page)
     try:
-        pairs, total = await desk.look(listing)
+        pairs, total = await desk.look(token, listing)
     except NotInMemory:
         (pairs, total), _ = await desk.ask(token, lambda here: listing(here.patience, here))
     shown = await customer_meters(desk, pairs)

@@ -174,7 +174,7 @@ async def list_customers(
         found = customers_mentioned(patience.each(found), query) if query else found
         return _in_order(found, chosen, page), len(found)
 
-    found, total = listing(Patience()) if len(known) <= CUSTOMERS_AT_ONCE else await desk.look(listing)
+    found, total = listing(Patience()) if len(known) <= CUSTOMERS_AT_ONCE else await desk.look(token, listing)
     return answer(listed([customer_shape(customer) for customer in found], total, page), as_of)
 
 

@@ -6,23 +6,25 @@ other, each against what the last one made true.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
 
-from aggregator.api.errors import BodyTooLarge, Busy, Forbidden, Malformed, json_response
+from aggregator.api.errors import BodyTooLarge, Forbidden, Malformed, json_response
 from aggregator.api.limits import (
     BODY_BYTES_MAX,
     CHANGES_AT_ONCE,
     IN_DOUBT_S,
     INTERRUPT_AGAIN_S,
     QUERIES_AT_ONCE,
+    QUERIES_OF_ONE_AT_ONCE,
+    QUERIES_OF_ONE_WAITING_MAX,
     QUERIES_WAITING_MAX,
     QUERY_S_MAX,
     RETRY_AFTER_S,
@@ -32,6 +34,7 @@ from aggregator.api.limits import (
     WAITS_MAX,
     WAITS_OF_ONE_MAX,
 )
+from aggregator.api.line import Line, Waits
 from aggregator.directory import Directory
 from aggregator.running import RunningTotals
 from aggregator.store.queries.asking import Asking, Here, Looking, Patience, Reading
@@ -64,6 +67,12 @@ def _interrupt(asking: _Work[Any], work: "asyncio.Future[Any]") -> None:
     if not work.done():
         asking.interrupt()
         asyncio.get_running_loop().call_later(INTERRUPT_AGAIN_S, _interrupt, asking, work)
+
+
+def _ended(leave: Callable[[], None], work: "asyncio.Future[Any]") -> None:
+    leave()  # now that its thread is free
+    if not work.cancelled():
+        work.exception()  # nobody may be left to hear of it
 
 
 class View(Protocol):
@@ -165,63 +174,18 @@ class Deciding:
         self._lock.release()
 
 
-class Line:
-    """So many come in at a time, and so many wait for their turn. Raises Busy for whoever comes then."""
-
-    def __init__(self, at_once: int, waiting_max: int) -> None:
-        self._turns, self._waiting_max = asyncio.Semaphore(at_once), waiting_max
-        self._waiting = 0
-
-    async def enter(self) -> None:
-        """Wait for a turn, which ``leave`` ends."""
-        if self._waiting >= self._waiting_max:
-            raise Busy
-        self._waiting += 1
-        try:
-            await self._turns.acquire()
-        finally:
-            self._waiting -= 1
-
-    def leave(self) -> None:
-        """Let the next one in."""
-        self._turns.release()
-
-    async def __aenter__(self) -> None:
-        await self.enter()
-
-    async def __aexit__(self, *_: object) -> None:
-        self.leave()
-
-
-class Waits:
-    """So many wait for something at a time, and so many of one organization. Raises Busy for whoever comes then."""
-
-    def __init__(self, most: int, of_one_max: int) -> None:
-        self._most, self._of_one_max = most, of_one_max
-        self._waiting: Counter[str] = Counter()
-
-    @contextmanager
-    def of(self, organization_id: str) -> Iterator[None]:
-        """One more, until left."""
-        if self._waiting.total() >= self._most or self._waiting[organization_id] >= self._of_one_max:
-            raise Busy
-        self._waiting[organization_id] += 1
-        try:
-            yield
-        finally:
-            self._waiting -= Counter([organization_id])  # and who has none any more is forgotten
-
-
 class Desk:
     """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
 
     def __init__(self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], rules: Rules) -> None:
         self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
-        self._asking = Line(QUERIES_AT_ONCE, QUERIES_WAITING_MAX)
+        waiting = Waits(QUERIES_WAITING_MAX, QUERIES_OF_ONE_WAITING_MAX)
+        self._asking = Line(QUERIES_AT_ONCE, QUERIES_OF_ONE_AT_ONCE, waiting)
         self._threads = ThreadPoolExecutor(QUERIES_AT_ONCE, "question")  # of their own, so that nothing waits for them
         self.waits = Waits(WAITS_MAX, WAITS_OF_ONE_MAX)
         self.deciding = Deciding(view)
-        self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
+        crowd = Waits(VERIFICATIONS_WAITING_MAX, VERIFICATIONS_WAITING_MAX)
+        self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_AT_ONCE, crowd)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
 
@@ -240,16 +204,16 @@ class Desk:
 
     async def ask_about(self, organization_id: str, question: Callable[[Here], T]) -> Reading[T]:
         """The same where nobody shows a token."""
-        return await self._in_line(Asking(self.view.read, organization_id, question))
+        return await self._in_line(organization_id, Asking(self.view.read, organization_id, question))
 
-    async def look(self, work: Callable[[Patience], T]) -> T:
+    async def look(self, token: Token, work: Callable[[Patience], T]) -> T:
         """Have long work done over memory, in the same line. Raises Busy, TooLong, Unavailable."""
-        return await self._in_line(Looking(work))
+        return await self._in_line(token.organization_id, Looking(work))
 
-    async def _in_line(self, asking: _Work[T]) -> T:
-        await self._asking.enter()  # left in ``_ended``: the thread may outlast whoever asked
+    async def _in_line(self, organization_id: str, asking: _Work[T]) -> T:
+        leave = await self._asking.enter(organization_id)
         work = asyncio.get_running_loop().run_in_executor(self._threads, asking.run)
-        work.add_done_callback(self._ended)
+        work.add_done_callback(partial(_ended, leave))  # the thread may outlast whoever asked
         try:
             await asyncio.wait({work}, timeout=QUERY_S_MAX)
         finally:
@@ -260,11 +224,6 @@ class Desk:
     def close(self) -> None:
         """Wait until the last question has ended."""
         self._threads.shutdown()
-
-    def _ended(self, work: "asyncio.Future[Any]") -> None:
-        self._asking.leave()  # now that its thread is free
-        if not work.cancelled():
-            work.exception()  # nobody may be left to hear of it
 
     async def decide(self, *changes: Change) -> None:
         """Make decisions true, all or none. The caller holds ``deciding`` from before it looked at the catalogue.

@@ -26,9 +26,19 @@ PAGE_ROWS_DEFAULT = 10
 QUERIES_AT_ONCE = 4
 """Questions that the store answers side by side; each uses every thread of DuckDB, so more only share memory."""
 
-QUERIES_WAITING_MAX = 20
-"""Questions in line behind those. At half a second each the last one waits three seconds; more are turned away. With
+QUERIES_OF_ONE_AT_ONCE = 3
+"""Of one organization, one less: whoever asks slow questions leaves others a thread."""
+
+QUERIES_WAITING_MAX = 30
+"""Questions in line behind those. At half a second each the last one waits four seconds; more are turned away. With
 those that wait for a position they are fewer than a gateway passes on at once (64), so short reads have room."""
+
+QUERIES_OF_ONE_WAITING_MAX = 20
+"""Of one organization: others find a place in line."""
+
+TURN_S_MAX = 10.0
+"""How long anything waits for its turn: behind so many slow ones it may as well come again. With QUERY_S_MAX it is less
+than a gateway waits for an answer (60 s), so nothing is worked at that nobody waits for."""
 
 QUERY_S_MAX = 30.0
 """How long a question may take: Polar's statement timeout, and half of the command line's patience."""

@@ -87,7 +87,7 @@ def _is_of_several(change: Change) -> bool:
 async def _source(desk: Desk, headers: Mapping[str, str], body: bytes) -> Source | None:
     """Whose secret signed this. With several organizations it is the secret that tells them apart. Raises Busy."""
     sources = [source for source in list(desk.catalogue.webhooks.sources.values()) if not source.deleted_at]
-    async with desk.verifying:
+    async with desk.verifying.turn():
         return await asyncio.to_thread(_signer, sources, headers, body)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.output import Output, as_json, require_stdout, show, show_table, text
+from deploy.output import Output, as_json, require_stdout, show, show_json, show_table, text
 from deploy.session import session
 from deploy.typed import parse_instant
 from meters import exact_json
@@ -68,7 +68,7 @@ def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> No
     ]
     require_stdout()
     if output is Output.json:
-        print(as_json({**answer, "as_of": as_of}))
+        show_json(as_json({**answer, "as_of": as_of}))
     elif output is Output.csv:
         show(rows, ("timestamp", "quantity"), output)
     else:

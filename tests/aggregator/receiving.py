@@ -26,7 +26,7 @@ class Delivery(NamedTuple):
 class Receiver:
     """``answers`` are the status codes of the next deliveries, then 200 for ever. None: no answer at all.
 
-    A delivery with the text ``refused`` in it is answered with 500.
+    A delivery with the text ``refused`` in it is answered with 500. Every answer sets a cookie.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,8 @@ class Receiver:
                 await reader.read()
             else:
                 location = b"location: http://127.0.0.1:1/elsewhere\r\n" if status == 307 else b""
-                writer.write(b"HTTP/1.1 %d Told\r\n%scontent-length: 0\r\n\r\n" % (status, location))
+                more = location + b"set-cookie: whose=mine\r\n"
+                writer.write(b"HTTP/1.1 %d Told\r\n%scontent-length: 0\r\n\r\n" % (status, more))
                 await writer.drain()
         writer.close()
 

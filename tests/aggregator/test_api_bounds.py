@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aggregator.api.desk import Waits
-from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX, QUERIES_AT_ONCE
+from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX, QUERIES_OF_ONE_AT_ONCE
 from aggregator.store.queries.asking import Patience, TooLong
 from meters.detail import COMPLAINTS_MAX
 from tests.aggregator.records import line
@@ -101,11 +101,12 @@ def test_a_long_list_of_memory_waits_its_turn(
     make_list_long(tenant)
     gate, desk = threading.Event(), server.app.state.desk
     headers = {"Authorization": f"Bearer {tenant.secret}"}
+    token = next(one for one in server.aggregator.catalogue.tokens.values() if one.organization_id == tenant.id)
 
     async def crowd() -> list[int]:
-        held = [asyncio.create_task(desk.look(lambda _: gate.wait(20))) for _ in range(QUERIES_AT_ONCE)]
+        held = [asyncio.create_task(desk.look(token, lambda _: gate.wait(20))) for _ in range(QUERIES_OF_ONE_AT_ONCE)]
         asking = asyncio.create_task(server.http.get(path, params=asked, headers=headers))
-        while desk._asking._waiting < 1:  # noqa: ASYNC110 - nothing tells when a request stands in line
+        while desk._asking.waits.now < 1:  # noqa: ASYNC110 - nothing tells when a request stands in line
             await asyncio.sleep(0)
         short = await server.http.get("/v1/meters/", headers=headers)
         assert not asking.done()

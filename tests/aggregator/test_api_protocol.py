@@ -273,14 +273,14 @@ def test_too_many_questions_are_turned_away(server: Server, tenant: Tenant, monk
     """A few questions run, a few wait, and who comes after is told to come back; reads from memory go on."""
     gate = threading.Event()
     desk = server.app.state.desk
-    monkeypatch.setattr(desk._asking, "_waiting_max", 2)
-    token = next(iter(server.aggregator.catalogue.tokens.values()))
+    monkeypatch.setattr(desk._asking.waits, "_most", 2)
 
     async def crowd() -> tuple[list[int], httpx.Response]:
-        held = [asyncio.create_task(desk.ask(token, lambda _: gate.wait(20))) for _ in range(limits.QUERIES_AT_ONCE)]
+        asked = [desk.ask_about(str(n), lambda _: gate.wait(20)) for n in range(limits.QUERIES_AT_ONCE)]
+        held = [asyncio.create_task(one) for one in asked]
         headers = {"Authorization": f"Bearer {tenant.secret}"}
         waiting = [asyncio.create_task(server.http.get("/v1/events/", headers=headers)) for _ in range(2)]
-        while desk._asking._waiting < 2:  # noqa: ASYNC110 - nothing tells when a request stands in line
+        while desk._asking.waits.now < 2:  # noqa: ASYNC110 - nothing tells when a request stands in line
             await asyncio.sleep(0)
         turned_away = await server.http.get("/v1/events/", headers=headers)
         from_memory = await server.http.get("/v1/meters/", headers=headers)

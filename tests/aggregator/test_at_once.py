@@ -224,3 +224,14 @@ def test_the_connection_is_closed_where_the_client_says_so(world: World, tmp_pat
     """HTTP/1.0, and HTTP/1.1 with Connection: close."""
     for last in (request(world, TOTALS[0], version="1.0"), request(world, TOTALS[0], more="connection: close\r\n")):
         assert [answer[:3] for answer in converse(world, tmp_path, last)] == [b"200"]
+
+
+def test_nothing_behind_an_offer_of_another_protocol_is_a_request(world: World, tmp_path: Path) -> None:
+    """The parser reads no body then, so the connection ends with the answer, whoever gives it."""
+    offer = "connection: upgrade\r\nupgrade: foo\r\n"
+    for path, status in ((TOTALS[0], b"200"), ("/v1/meters/{sum}", b"200"), ("/v1/nothing", b"404")):
+        smuggled = request(world, TOTALS[0])
+        first = request(world, path, more=f"{offer}content-length: {len(smuggled)}\r\n")
+        (answer,) = converse(world, tmp_path, first, smuggled)
+        assert answer[:3] == status
+        assert b"\r\nconnection: close\r\n" in answer

@@ -203,14 +203,14 @@ def test_a_cut_that_waits_for_the_store_keeps_nobody_waiting(
 ) -> None:  # fmt: skip
     """Another tenant decides meanwhile; and what is decided of this customer meanwhile is in what is carried over."""
     (tenant, customer, path), gate, desk = cutting, threading.Event(), server.app.state.desk
-    token = next(iter(server.aggregator.catalogue.tokens.values()))
     own, others = ({"Authorization": f"Bearer {one.secret}"} for one in (tenant, server.tenant()))
 
     async def crowd() -> list[httpx.Response]:
-        held = [asyncio.create_task(desk.ask(token, lambda _: gate.wait(60))) for _ in range(limits.QUERIES_AT_ONCE)]
+        asked = [desk.ask_about(str(n), lambda _: gate.wait(60)) for n in range(limits.QUERIES_AT_ONCE)]
+        held = [asyncio.create_task(one) for one in asked]
         cut = asyncio.create_task(server.http.post(path, headers=own, json={}))
         try:
-            while not desk._asking._waiting:  # noqa: ASYNC110 - nothing tells when a question stands in line
+            while not desk._asking.waits.now:  # noqa: ASYNC110 - nothing tells when a question stands in line
                 await asyncio.sleep(0)
             async with asyncio.timeout(30):
                 made = await server.http.post("/v1/customers/", headers=others, json={"email": "b@example.com"})
@@ -227,6 +227,51 @@ def test_a_cut_that_waits_for_the_store_keeps_nobody_waiting(
     (rolled,) = [one["units"] for one in tenant.get(f"/v1/customers/{customer}/credits")["items"]
                  if one["cause"] == "rollover"]  # fmt: skip
     assert rolled == 6
+
+
+def test_slow_questions_of_one_tenant_leave_room_for_others(server: Server) -> None:
+    """Whoever asks as many as may be asked is told to come back; another is answered at once."""
+    slow, other, gate, desk = server.tenant(), server.tenant(), threading.Event(), server.app.state.desk
+
+    async def crowd() -> list[int]:
+        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(limits.QUERIES_OF_ONE_AT_ONCE)]
+        held = [asyncio.create_task(one) for one in asked]
+        await asyncio.sleep(0)  # they come in
+        asked = [desk.ask_about(slow.id, lambda _: True) for _ in range(limits.QUERIES_OF_ONE_WAITING_MAX)]
+        waiting = [asyncio.create_task(one) for one in asked]
+        await asyncio.sleep(0)  # they stand in line
+        try:
+            async with asyncio.timeout(30):
+                return [(await _events(server, one)).status_code for one in (slow, other)]
+        finally:
+            gate.set()
+            await asyncio.gather(*held, *waiting)
+
+    assert server.run(crowd()) == [503, 200]
+
+
+def test_nobody_waits_long_for_a_turn(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked has gone by then, and the question would only make others wait."""
+    monkeypatch.setattr("aggregator.api.line.TURN_S_MAX", 0.05)
+    slow, gate, desk = server.tenant(), threading.Event(), server.app.state.desk
+
+    async def crowd() -> tuple[int, int]:
+        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(limits.QUERIES_OF_ONE_AT_ONCE)]
+        held = [asyncio.create_task(one) for one in asked]
+        await asyncio.sleep(0)  # they come in
+        try:
+            late = (await _events(server, slow)).status_code
+        finally:
+            gate.set()
+            await asyncio.gather(*held)
+        return late, (await _events(server, slow)).status_code
+
+    assert server.run(crowd()) == (503, 200)
+
+
+async def _events(server: Server, tenant: Tenant) -> httpx.Response:
+    """A list that is asked of the store."""
+    return await server.http.get("/v1/events/", headers={"Authorization": f"Bearer {tenant.secret}"})
 
 
 def test_nothing_was_changed_by_all_that(server: Server, owner: Owned, stranger: Tenant) -> None:

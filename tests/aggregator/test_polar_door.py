@@ -92,9 +92,9 @@ def test_a_crowd_without_a_secret_is_turned_away(server: Server, polar: Polar) -
     line = server.app.state.desk.verifying
 
     async def crowd() -> list[int]:
-        async with line:
+        async with line.turn():
             first = [asyncio.create_task(post()) for _ in range(VERIFICATIONS_WAITING_MAX)]
-            await until(lambda: line._waiting == VERIFICATIONS_WAITING_MAX)
+            await until(lambda: line.waits.now == VERIFICATIONS_WAITING_MAX)
             one_more = await post()
         return [one_more, *await asyncio.gather(*first)]
 

@@ -146,6 +146,21 @@ def test_endpoints_that_hang_keep_nobody_else_waiting(server: Server, tenant: Te
     live(tenant, story, pace=HURRY._replace(timeout_s=1, attempts_max=10))
 
 
+def test_a_cookie_of_one_endpoint_goes_to_no_other(server: Server, tenant: Tenant) -> None:
+    """Two organizations have endpoints at one address: neither, nor the same endpoint again, hears what it answered."""
+    other = server.tenant()
+
+    async def story(told: Told) -> None:
+        for number, one in enumerate((told, Told(other, told.receiver), told), 1):
+            if not one.endpoint_id:
+                await one.listen()
+            await one.customer(f"ann-{number}")
+            await one.arrived(number)
+        assert [delivery.headers.get("cookie") for delivery in told.receiver.deliveries[:3]] == [None] * 3
+
+    live(tenant, story)
+
+
 def test_whoever_makes_messages_lets_others_go_on(
     server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

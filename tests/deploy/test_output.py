@@ -1,12 +1,13 @@
 """Tables: what people copy out of them stays in one piece."""
 
 import io
+import json
 import sys
 from decimal import Decimal
 
 import pytest
 
-from deploy.output import show_table, text
+from deploy.output import Output, show, show_table, text
 
 ID = "ab06baa9-485e-4030-8776-30c548485885"
 UNFOLDED = 5  # lines of a table with one row
@@ -72,3 +73,21 @@ def test_what_strangers_wrote_steers_no_terminal(stdout: type[io.StringIO], monk
     shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
     assert name in shown
     assert not set(shown) & set("\x1b\x07\x9b\r\u202e")
+
+
+@pytest.mark.parametrize("output", [Output.csv, Output.json])
+def test_what_programs_read_steers_no_terminal_either(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a person looks at it, JSON means the same and CSV is replaced; elsewhere CSV is as it was written."""
+    name = "\x1b]0;owned\x07\x9b2J\u202eRen\u00e9e\U000e0001"
+    shown = {}
+    for stdout in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stdout", stdout())
+        show([{"name": name}], ("name",), output)
+        shown[stdout] = sys.stdout.getvalue()  # type: ignore[attr-defined]
+
+    assert not set(shown[Terminal]) & set("\x1b\x07\x9b\u202e\U000e0001")
+    if output is Output.json:
+        assert json.loads(shown[Terminal]) == json.loads(shown[io.StringIO]) == [{"name": name}]
+    else:
+        assert "Ren\u00e9e" in shown[Terminal]
+        assert name in shown[io.StringIO]

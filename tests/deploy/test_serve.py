@@ -62,9 +62,9 @@ def test_a_given_token_is_taken_and_not_shown(installation: Installation) -> Non
 
 def test_what_is_stored_is_for_its_owner_alone(running: Installation) -> None:
     """Whoever may list the data directory, as a volume's often may be, reads neither log nor store."""
-    kept = [path for path in running.data.iterdir() if path.is_file()]
+    kept = [path for path in running.data.iterdir() if not path.is_dir()]
 
-    assert {"log.sqlite", "store.duckdb"} <= {path.name for path in kept}
+    assert {"api.sock", "log.sqlite", "store.duckdb"} <= {path.name for path in kept}
     assert [path.name for path in kept if path.stat().st_mode & 0o077] == []
 
 

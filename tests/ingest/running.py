@@ -28,6 +28,7 @@ from meters.catalogue import (
     encode_change,
 )
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
+from meters.sessions import SESSION_LIFE, SESSION_PREFIX, CustomerSession, CustomerSessionCreated
 from tests.waiting import eventually
 
 PATIENCE_S = 30.0
@@ -102,6 +103,17 @@ class RunningGateway:
         self.decide(CustomerCreated(customer))
         eventually(lambda: customer.id in self.gateway.tail.catalogue.customers)
         return customer
+
+    def add_session(self) -> str:
+        """The secret of a customer's session that the gateway has heard of when this returns."""
+        customer, secret, now = self.add_customer(), SESSION_PREFIX + uuid.uuid4().hex, datetime.now(UTC)
+        session = CustomerSession(
+            id=str(uuid.uuid4()), organization_id=self.organization_id, customer_id=customer.id, sha256=digest(secret),
+            created_at=now, expires_at=now + SESSION_LIFE,
+        )
+        self.decide(CustomerSessionCreated(session))
+        eventually(lambda: self.gateway.tail.catalogue.sessions.find(session.sha256, now))
+        return secret
 
     def ingest(self, body: Any = None, *, content: bytes | None = None, **headers: str) -> httpx.Response:
         """Post events with the first token. Underscores in names of headers stand for hyphens."""

@@ -168,3 +168,44 @@ def test_a_body_that_is_no_json_is_unprocessable(
     assert answer.status_code == 422
     assert answer.json()["error"] == "RequestValidationError"
     assert [(entry["type"], entry["loc"]) for entry in answer.json()["detail"]] == [(kind, loc)]
+
+
+# ---- JSON that hurts
+
+CONTENTS = [
+    ("deep arrays", b'{"events":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("deep objects", b'{"events":[' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]}"),
+    ("deep, unread", b'{"events":[],"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("5000 digits", b'{"events":[{"name":"n","external_customer_id":"u","metadata":{"k":' + b"9" * 5000 + b"}}]}"),
+    ("1e999", b'{"events":[{"name":"n","external_customer_id":"u","metadata":{"k":1e999}}]}'),
+    ("NaN", b'{"events":[{"name":"n","external_customer_id":"u","metadata":{"k":NaN}}]}'),
+    ("BOM", b"\xef\xbb\xbf" + BODY),
+    ("UTF-16", BODY.decode().encode("utf-16")),
+    ("overlong UTF-8", BODY.replace(b"user-1", b"\xc0\xaf")),
+    ("surrogate in UTF-8", BODY.replace(b"user-1", b"\xed\xa0\x80")),
+    ("half a surrogate pair", BODY.replace(b"user-1", b"\\ud800")),
+    ("NUL", BODY.replace(b"user-1", b"\\u0000")),
+    ("half a body", BODY[:-1]),
+    ("two bodies", BODY + BODY),
+    ("commas", b'{"events":[' + b"," * 900_000 + b"]}"),
+    ("nulls", b'{"events":[' + b"null," * 150_000 + b"null]}"),
+]
+
+
+@pytest.mark.parametrize("content", [row[1] for row in CONTENTS], ids=[row[0] for row in CONTENTS])
+def test_json_that_hurts_is_unprocessable(gateway: RunningGateway, content: bytes) -> None:
+    """422 with a detail list, whatever it is, and nothing is written."""
+    before = len(gateway.lines())
+    answer = gateway.ingest(content=content)
+    assert answer.status_code == 422
+    assert json.loads(answer.content, parse_int=str)["detail"]
+    assert len(answer.content) < 300_000
+    assert len(gateway.lines()) == before
+
+
+def test_a_hundred_thousand_keys_are_taken() -> None:
+    """Polar sets no limit to keys, so they are bounded by the body alone; the line is complete."""
+    keys = {f"k{number}": number % 10 for number in range(60_000)}
+    with RunningGateway() as other:
+        assert other.ingest({"events": [event(metadata=keys)]}).status_code == 200
+        assert json.loads(other.lines()[0])["metadata"] == keys

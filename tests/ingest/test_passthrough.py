@@ -138,7 +138,8 @@ def test_the_description_is_one_for_all_versions(gateway: RunningGateway, api: Q
 
 
 def test_reads_are_of_the_same_quota(tmp_path: Path, api: QueryApi) -> None:
-    """A minute's requests are those of all kinds; whoever has no good token is refused where tokens are checked."""
+    """A minute's requests are those of all kinds, of a token or of a customer at the portal; whoever has no good one is
+    refused where tokens are checked."""
     with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}", requests_per_minute=2) as running:
         def ask(secret: str) -> int:
             return running.client.get("/v1/meters/", headers={"authorization": f"Bearer {secret}"}).status_code
@@ -146,6 +147,9 @@ def test_reads_are_of_the_same_quota(tmp_path: Path, api: QueryApi) -> None:
         assert [ask(running.secret) for _ in range(3)] == [207, 207, 429]
         assert running.ingest({"events": []}).status_code == 429
         assert [ask("guessed") for _ in range(3)] == [207, 207, 207]
+        first, other = running.add_session(), running.add_session()
+        assert [ask(first) for _ in range(3)] == [207, 207, 429]
+        assert ask(other) == 207
 
 
 def test_the_old_prefix_is_taken_off(gateway: RunningGateway, api: QueryApi) -> None:
@@ -232,6 +236,23 @@ def test_one_organization_leaves_some_of_the_api_to_others(
         assert answer.headers["retry-after"] == "1"
         assert (others, taken, list(held)) == (207, 200, [204, 204])
         assert gateway.client.get("/v1/x", headers=gateway.authorization).status_code == 207
+
+
+def test_strangers_leave_some_of_the_api_to_customers(
+    api: QueryApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A customer at the portal asks as one of the organization, and is answered while strangers hold their share."""
+    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
+    monkeypatch.setattr("ingest.passthrough.SLOT_S_MAX", 0.2)
+    with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}") as gateway, ThreadPoolExecutor(2) as clients:
+        session = {"authorization": f"Bearer {gateway.add_session()}"}
+        held = clients.map(lambda _: gateway.client.get("/v1/late").status_code, range(2))
+        eventually(lambda: len(api.asked) == 2)
+        answers = [gateway.client.get("/v1/x", headers=headers).status_code for headers in ({}, session)]
+        api.go_on.set()
+
+        assert answers == [503, 207]
+        assert list(held) == [204, 204]
 
 
 def test_answers_at_the_same_time_do_not_mix(gateway: RunningGateway, api: QueryApi) -> None:

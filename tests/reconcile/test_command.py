@@ -31,6 +31,7 @@ def test_different_is_3_until_it_is_repaired(left: Left, tmp_path: Path) -> None
     assert different.returncode == 3, different.stderr
     assert "lost: event root" in different.stdout
     assert "lost" in shown.read_text()
+    assert shown.stat().st_mode & 0o077 == 0, "it names customers and money"
     assert not planned.is_equal
     assert "made again from the log" in planned.plan[0].what
     assert repaired.is_equal
