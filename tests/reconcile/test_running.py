@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import threading
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,15 @@ class _Asking:
         return self._tenant.ask(method, path, secret=self._secret, params=params, content=content)
 
 
-def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amount", ["4", "12345678901234567890123456.123456789012"])
+def test_what_is_kept_in_memory_is_compared(tmp_path: Path, amount: str) -> None:
     """A running total that has an event twice is named with customer, hour and amount; so is the hour of everybody."""
     with serving(tmp_path) as server:
         tenant = server.tenant()
         tenant.meter(func="sum", property="tokens")
         for number in range(6):
-            tenant.send(line(f"e{number}", metadata={"tokens": number}, timestamp=f"2026-03-01T0{number}:30:00Z"))
+            metadata = f'{{"tokens":{amount if number == 4 else number}}}'
+            tenant.send(line(f"e{number}", metadata=metadata, timestamp=f"2026-03-01T0{number}:30:00Z"))
         engine = server.aggregator._now
         with engine.store.read() as snapshot:
             event = snapshot.connection.sql("SELECT * EXCLUDE source FROM events WHERE external_id = 'e4'")
@@ -132,7 +135,7 @@ def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
     assert of_customer.where == "Tokens, customer ann"
     assert of_customer.window == of_hour.window
     assert of_hour.where == "Tokens, 2026-03-01 04:00 UTC, everybody"
-    assert of_customer.quantities == of_hour.quantities == {"Tokens": 4}
+    assert of_customer.quantities == of_hour.quantities == {"Tokens": Decimal(amount)}
 
 
 def test_hours_so_old_that_no_chart_shows_them_are_no_difference(tmp_path: Path) -> None:
