@@ -165,6 +165,8 @@ _TYPE = msgspec.json.Decoder(_Typed)
 
 def encode_change(change: Change) -> bytes:
     """One line of JSON, without the newline."""
+    if isinstance(change, _MeterChange):
+        return exact_json.encode({"type": change.__struct_config__.tag, "meter": meter_json(change.meter)})
     return exact_json.encode(change)
 
 

@@ -55,6 +55,9 @@ class Token(NamedTuple):
 
     text: str
 
+    def __repr__(self) -> str:
+        return self.text
+
 
 class Object(dict[str, Any]):
     """A JSON object; of a repeated key the last value holds, and ``repeated`` names it."""

@@ -9,7 +9,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 
 import msgspec
 
-from meters.amount import DECIMALS, is_number_text
+from meters.amount import DECIMALS, is_number_text, round_amount
 from meters.detail import Detail, detail
 
 UNIT_AMOUNT_DIGITS_MAX = 17
@@ -97,7 +97,7 @@ def _unit_amount(body: dict[str, object]) -> tuple[Decimal, list[Detail]]:
     if amount is None or not amount.is_finite() or amount <= 0 or amount >= 10**whole_digits_max:
         message = f"Input should be a number of cents above 0, with at most {whole_digits_max} digits before the point"
         return Decimal(0), [detail("decimal_parsing", loc, message, given)]
-    # What is far below would be 0 once it is normalized, and written out it would fill the memory.
-    if amount.adjusted() < -DECIMALS or amount.normalize(_EXACT).as_tuple().exponent < -DECIMALS:  # type: ignore[operator]  # it is finite
+    rounded = round_amount(amount)
+    if rounded is None or rounded != amount:
         return Decimal(0), [detail("decimal_max_places", loc, f"At most {DECIMALS} decimals are taken", given)]
-    return amount, []
+    return rounded, []

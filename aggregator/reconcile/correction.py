@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from aggregator.reconcile.pairing import Seen
-from meters.aggregation import amount_of, considers
+from meters.aggregation import amount_of, considers, exact_sum
 from meters.facts import Facts, Number
 from meters.filter import matches
 from meters.meter import Meter
@@ -89,14 +89,14 @@ def _cancels(meter: Meter, one: Facts, opposite: Facts) -> bool:
     if meter.aggregation.func != "sum" or not _counts(meter, opposite):
         return False
     amounts = [amount_of(facts, meter.aggregation.property or "") for facts in (one, opposite)]
-    return sum(amount or Decimal(0) for amount in amounts) == 0
+    return exact_sum(amount or Decimal(0) for amount in amounts) == 0
 
 
 def _negated(value: Any, path: Sequence[str]) -> Any:
     """The value with the number at the path negated."""
     if not path and isinstance(value, Number):
         token = value.token.removeprefix("-") if value.token.startswith("-") else f"-{value.token}"
-        return Number(token, -value.amount)
+        return Number(token, value.amount.copy_negate())
     if path and isinstance(value, dict) and path[0] in value:
         return {**value, path[0]: _negated(value[path[0]], path[1:])}
     return value

@@ -16,6 +16,7 @@ import xxhash
 from aggregator.awkward import awkward_numbers
 from meters.aggregation import amount_of, is_summable
 from meters.event import Event, check_line, event_id, identity, parse_uuid4
+from meters.exact_json import decode_tokens
 from meters.facts import Facts, facts
 from meters.filter import matches
 from meters.log import LATEST_US
@@ -137,8 +138,8 @@ def contributions(meters: Iterable[Meter], found: Facts) -> dict[str, Decimal]:
 
 
 def _tokens(metadata: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
-    """Values with their digits: 1.0 and 1.00 are told apart."""
-    return {key: json.loads(bytes(raw), parse_float=str, parse_int=int) for key, raw in metadata.items()}
+    """Values with numbers as they were sent: 1.0, 1.00 and "1.0" are told apart, as the store does."""
+    return {key: decode_tokens(bytes(raw)) for key, raw in metadata.items()}
 
 
 def _exact(awkward: str | None) -> Any:

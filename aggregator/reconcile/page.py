@@ -9,6 +9,7 @@ from decimal import Decimal
 from html import escape
 
 from aggregator.reconcile.report import MEANING, Cause, Check, Difference, Done, Repair, Report, signed
+from meters.amount import EXACT
 
 TITLES = {
     "log": "Is everything that was taken counted?",
@@ -219,7 +220,7 @@ def _row(tag: str, cells: Sequence[str], numbers: Iterable[int] = ()) -> str:
 def money(cents: Decimal) -> str:
     """Cents as dollars."""
     sign = "-" if cents < 0 else ""
-    return f"{sign}${abs(cents) / 100:,.2f}"
+    return f"{sign}${EXACT.divide(cents.copy_abs(), 100):,.2f}"
 
 
 def _range(report: Report) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from meters.aggregation import exact_sum
 from meters.amount import amount_text
 
 SHOWN_EVENTS_MAX = 20
@@ -197,7 +198,7 @@ class Report(msgspec.Struct, kw_only=True):
     @property
     def cents(self) -> Decimal:
         """Money at stake, without signs, as far as prices are known."""
-        return sum((abs(difference.cents) for difference in self.differences if difference.cents), Decimal(0))
+        return exact_sum(difference.cents.copy_abs() for difference in self.differences if difference.cents)
 
 
 def signed(amount: Decimal) -> str:

@@ -239,7 +239,8 @@ def _hour_of(
     amount, count = _gap(meter, *both)
     if abs(count) != 1:
         return None
-    fitting = [hour for hour, part in totals.by_hour(meter, subject) if part.count == 1 and part.total == abs(amount)]
+    size = amount.copy_abs()
+    fitting = [hour for hour, part in totals.by_hour(meter, subject) if part.count == 1 and part.total == size]
     return (fitting[0], fitting[0] + _HOUR) if len(fitting) == 1 else None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 
 from aggregator.reconcile.evidence import contributions
+from meters.aggregation import exact_sum
 from meters.amount import EXACT
 from meters.catalogue import Catalogue
 from meters.facts import Facts
@@ -49,13 +50,13 @@ class Worth:
         parts = [EXACT.multiply(self._cents[id], amount) for id, amount in quantities.items() if id in self._cents]
         if not parts:
             return None
-        return sum(parts, Decimal(0)).quantize(Decimal("0.01"))
+        return exact_sum(parts).quantize(Decimal("0.01"), context=EXACT)
 
 
 def add(totals: Quantities, more: Mapping[str, Decimal], sign: int = 1) -> None:
     """Add quantities to others, in place."""
     for id, amount in more.items():
-        totals[id] = EXACT.add(totals.get(id, Decimal(0)), amount if sign > 0 else -amount)
+        totals[id] = EXACT.add(totals.get(id, Decimal(0)), amount if sign > 0 else amount.copy_negate())
 
 
 def between(there: Mapping[str, Decimal], here: Mapping[str, Decimal]) -> Quantities:

@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,15 @@ def test_behind_an_entry_are_the_events_that_it_counts(server: Server) -> None:
     listed = {event["name"]: event for event in book.tenant.get("/v1/events/")["items"]}
     assert [event["child_count"] for event in listed.values()] == [0, 1, 2]
     assert {name: event for name, event in shown.items() if name != "orphan"} == listed
+
+
+def test_behind_distinct_values_are_all_events_that_the_meter_takes(server: Server) -> None:
+    """Those that repeat a value or have none are counted in the entry, too, and change nothing else."""
+    book = Book(server, func="unique", property="units")
+    book.tenant.send(*[line(f"{number}", metadata='{"units":"x"}') for number in range(5)], line("none"))
+
+    (entry,) = book.tenant.get(f"/v1/customer-meters/{book.id}/ledger")["items"]
+
+    behind = book.tenant.get(f"/v1/customer-meters/{book.id}/ledger/{entry['id']}/events")["pagination"]["total_count"]
+    assert (entry["events"], behind) == (6, 6)
+    assert Decimal(entry["units"]) == -1

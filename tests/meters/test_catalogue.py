@@ -48,6 +48,10 @@ METER = Meter(
     created_at=NOW,
     metadata={"n": Decimal("1.50"), "i": 1, "b": True},
 )
+PREFIXED = replace(
+    METER, id="m2", filter=Filter("and", [Clause("metadata.name", Operator.EQ, "x")]),
+    aggregation=Aggregation("sum", "metadata.tokens"),
+)  # fmt: skip
 CHANGES: list[Change] = [
     OrganizationCreated(ORGANIZATION),
     TokenCreated(TOKEN),
@@ -55,6 +59,8 @@ CHANGES: list[Change] = [
     CustomerUpdated(replace(CUSTOMER, external_id="v", modified_at=LATER)),
     MeterCreated(METER),
     MeterUpdated(replace(METER, name="Renamed", aggregation=Aggregation("count"), modified_at=LATER)),
+    MeterCreated(PREFIXED),
+    MeterUpdated(replace(PREFIXED, aggregation=Aggregation("sum", "metadata.metadata.tokens"))),
     TokenRevoked("t1", LATER),
     CustomerDeleted("c1", LATER),
     DeadLetterReplayed(0, 7, 3, LATER),
@@ -140,6 +146,16 @@ def test_a_meter_survives_its_json(property: str) -> None:
     meter = replace(METER, filter=filter, aggregation=Aggregation("sum", property))
 
     assert meter_from_json(exact_json.decode(exact_json.encode(meter_json(meter)))) == meter
+
+
+def test_a_meter_of_an_older_log_counts_as_it_did() -> None:
+    """There a key that is called metadata was written without what keeps it; every other meter's line is the same."""
+    before = decode_change(exact_json.encode(MeterCreated(PREFIXED)))
+
+    assert isinstance(before, MeterCreated)
+    assert before.meter.aggregation == Aggregation("sum", "tokens")
+    assert before.meter.filter == Filter("and", [Clause("name", Operator.EQ, "x")])
+    assert encode_change(MeterCreated(METER)) == exact_json.encode(MeterCreated(METER))
 
 
 def test_changes_applied_again_change_nothing() -> None:

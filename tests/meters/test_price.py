@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meters.price import Price, charge, parse_price
+from meters.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, parse_price
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_charges(unit_amount: str, cap: int | None, consumed: str, credited: str
         {"unit_amount": "1e-13"}, {"unit_amount": 1, "cap_amount": -1}, {"unit_amount": 1, "cap_amount": 1.5},
         {"unit_amount": 1, "cap_amount": True}, {"unit_amount": "1e999999999"}, {"unit_amount": None},
         {"unit_amount": "1e-3000000000"}, {"unit_amount": "1_0"}, {"unit_amount": " 1 "}, {"unit_amount": "\u0663"},
-        {"unit_amount": "1\n"}, {"unit_amount": ""},
+        {"unit_amount": "1\n"}, {"unit_amount": ""}, {"unit_amount": "1." + "0" * 100 + "1"},
+        {"unit_amount": "99999." + "9" * 100},
     ],
 )  # fmt: skip
 def test_what_is_no_price_is_refused(body: Any) -> None:
@@ -49,8 +50,15 @@ def test_what_is_no_price_is_refused(body: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"), [("0.000000000001", "1E-12"), (5, "5"), ("99999.5", "99999.5"), ("1e2", "100")]
-)
+    ("given", "kept"),
+    [
+        ("0.000000000001", "1E-12"), (5, "5"), ("99999.5", "99999.5"), ("1e2", "100"),
+        ("99999.999999999999" + "0" * 100, "99999.999999999999"),
+    ],
+)  # fmt: skip
 def test_a_price_keeps_its_digits(given: Any, kept: str) -> None:
     """Numbers and texts of numbers are taken."""
-    assert parse_price({"unit_amount": given, "cap_amount": 10}) == Price(unit_amount=Decimal(kept), cap_amount=10)
+    price = parse_price({"unit_amount": given, "cap_amount": 10})
+    assert price == Price(unit_amount=Decimal(kept), cap_amount=10)
+    assert isinstance(price, Price)
+    assert len(price.unit_amount.as_tuple().digits) <= UNIT_AMOUNT_DIGITS_MAX

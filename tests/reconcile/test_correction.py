@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -58,6 +59,19 @@ def test_the_summed_numbers_are_negated_and_nothing_else() -> None:
 def test_what_no_event_can_take_back_is_not_tried(meters: list[Meter], metadata: dict[str, Any]) -> None:
     """A meter that is no sum, or whose filter lets only one of the two through."""
     assert takes_back(event(**metadata), meters, 0) is None
+
+
+def test_an_amount_is_negated_with_all_its_digits() -> None:
+    """A filter that knows the last of 38 lets the one through and not the other, so nothing takes it back."""
+    amount = "12345678901234567890123456.123456789012"
+    large = seen(json.loads(
+        f'{{"name":"call","timestamp":"2026-03-01T10:00:00Z","external_customer_id":"ann","metadata":{{"tokens":{amount}}}}}',
+        parse_float=Decimal,
+    ))  # fmt: skip
+    apart = Filter("and", [Clause("tokens", Operator.NE, Decimal(f"-{amount}"))])
+
+    assert takes_back(large, [meter("sum", filter=apart)], 0) is None
+    assert takes_back(large, [meter("sum")], 0) is not None
 
 
 def test_what_was_taken_back_is_known_again() -> None:

@@ -162,6 +162,39 @@ def test_a_missing_event_is_lost_once_however_often_it_came(tmp_path: Path) -> N
     assert (difference.cause, difference.count) == (Cause.LOST, 1)
 
 
+def test_a_repetition_in_other_words_is_one_whatever_numbers_it_has(tmp_path: Path) -> None:
+    """Also where a key that no meter reads holds more digits than Python reads as a number."""
+    usage = '"vendor":"v","model":"m","input_tokens":1,"output_tokens":2,"total_tokens":3'
+    said = line("a", metadata=f'{{"_llm":{{{usage},"unknown":{"9" * 5_000}}},"zero":-0}}')
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(said, said.replace(b'"name": ', b'"name":'))]))
+    left.count()
+
+    check = left.check("log")
+
+    assert check.differences == []
+    assert sum(bucket.duplicates for bucket in check.buckets) == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [("1.0", '"1.0"'), ("0", "-0"), ("1.0", "1.00"), ("1", "1.0")])
+def test_numbers_that_were_sent_otherwise_are_a_contradiction(tmp_path: Path, first: str, second: str) -> None:
+    """To both sides: whoever takes away the dead letter that the store made of it is found out."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        said = [line("a", metadata=f'{{"n":{number}}}') for number in (first, second)]
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*said)]))
+    left.count()
+    assert left.check("log").differences == []
+
+    left.spoil("DELETE FROM dead_letters")
+
+    (difference,) = left.check("log").differences
+    assert difference.cause is Cause.CONFLICT
+
+
 def test_a_row_that_no_line_says_is_unfounded(left: Left) -> None:
     """A row without a line behind it is called so."""
     left.spoil(f"INSERT INTO events SELECT * REPLACE (900 AS line, 5 AS id_hi) FROM events WHERE seq = {ROOT}")

@@ -1,6 +1,9 @@
 """What a report lists, and when it says that both sides are equal."""
 
 from datetime import UTC, datetime
+from decimal import Decimal
+
+import msgspec
 
 from aggregator.reconcile.page import page
 from aggregator.reconcile.report import DIFFERENCES_MAX, Cause, Check, Difference, Repair, Report
@@ -38,3 +41,16 @@ def test_differences_beyond_those_listed_are_counted() -> None:
 
     assert len(report.differences) == DIFFERENCES_MAX
     assert "5 more are not listed" in page(report)
+
+
+def test_money_at_stake_is_told_to_the_last_cent() -> None:
+    """However much it is; what is too much and what is too little both count."""
+    cents = Decimal("1" * 31 + ".25")
+    differences = [
+        Difference(check="log", cause=Cause.LOST, where="", what="", repair=Repair.REBUILD, cents=each)
+        for each in (cents, Decimal("-0.01"), cents.copy_negate())
+    ]
+    report = msgspec.structs.replace(report_of(), checks=[Check(name="log", sides="", differences=differences)])
+
+    assert report.cents == Decimal("2" * 31 + ".51")
+    assert f"<b>${int('2' * 29):,}.23</b>" in page(report)

@@ -183,13 +183,15 @@ def test_a_round_that_has_moved_memory_is_compared_once_it_is_published(
     assert found == (tokens, tokens)
 
 
-def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amount", ["4", "12345678901234567890123456.123456789012"])
+def test_what_is_kept_in_memory_is_compared(tmp_path: Path, amount: str) -> None:
     """A running total that has an event twice is named with customer, hour and amount; so is the hour of everybody."""
     with serving(tmp_path) as server:
         tenant = server.tenant()
         tenant.meter(func="sum", property="tokens")
         for number in range(6):
-            tenant.send(line(f"e{number}", metadata={"tokens": number}, timestamp=f"2026-03-01T0{number}:30:00Z"))
+            metadata = f'{{"tokens":{amount if number == 4 else number}}}'
+            tenant.send(line(f"e{number}", metadata=metadata, timestamp=f"2026-03-01T0{number}:30:00Z"))
         engine = server.aggregator._now
         with engine.store.read() as snapshot:
             event = snapshot.connection.sql("SELECT * EXCLUDE source FROM events WHERE external_id = 'e4'")
@@ -203,7 +205,7 @@ def test_what_is_kept_in_memory_is_compared(tmp_path: Path) -> None:
     assert of_customer.where == "Tokens, customer ann"
     assert of_customer.window == of_hour.window
     assert of_hour.where == "Tokens, 2026-03-01 04:00 UTC, everybody"
-    assert of_customer.quantities == of_hour.quantities == {"Tokens": 4}
+    assert of_customer.quantities == of_hour.quantities == {"Tokens": Decimal(amount)}
 
 
 def test_hours_so_old_that_no_chart_shows_them_are_no_difference(tmp_path: Path) -> None:

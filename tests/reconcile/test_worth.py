@@ -1,11 +1,13 @@
-"""What differences are worth, where several meters have one name."""
+"""What differences are worth, to the last digit and where several meters have one name."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
 import msgspec
+import pytest
 
-from aggregator.reconcile.worth import Worth
+from aggregator.reconcile.worth import Worth, add, between
 from meters.catalogue import Catalogue
 from meters.facts import Facts, Number
 from meters.meter import Meter
@@ -23,7 +25,7 @@ def tokens(id: str, **fields: object) -> Meter:
     return msgspec.structs.replace(meter(id, func="sum", property="tokens"), name="tokens", **fields)
 
 
-def worth(prices: dict[str, int], *meters: Meter) -> Worth:
+def worth(prices: Mapping[str, int | str], *meters: Meter) -> Worth:
     """Meters with unit prices in cents."""
     priced = [MeterPriced(meter_id=id, price=Price(unit_amount=Decimal(cents)), at=NOW) for id, cents in prices.items()]
     return Worth(Catalogue([*created(*meters), *priced]))
@@ -47,3 +49,25 @@ def test_a_meter_does_not_inherit_the_price_of_an_archived_one() -> None:
 
     assert successor.named(found) == {"tokens": 10}
     assert successor.cents(found) is None
+
+
+@pytest.mark.parametrize(
+    ("price", "cents"),
+    [("2.5", "249999999999999999999999997.50"), ("99999.999999999999", "9999999999999999899999999900000.00")],
+)
+def test_the_largest_amount_has_its_price(price: str, cents: str) -> None:
+    """Whatever an event may state can be told in cents, every one of them."""
+    priced = worth({"sum": price}, tokens("sum"))
+
+    assert priced.cents({"sum": Decimal("9" * 26)}) == Decimal(cents)
+    assert priced.cents({"sum": Decimal("-" + "9" * 26)}) == Decimal("-" + cents)
+
+
+def test_what_is_taken_away_keeps_its_digits() -> None:
+    """An amount has 38 of them, and a difference as many."""
+    amount = Decimal("12345678901234567890123456.123456789012")
+    totals = {"sum": amount}
+    add(totals, {"sum": amount}, -1)
+
+    assert totals == {"sum": 0}
+    assert between({}, {"sum": amount}) == {"sum": Decimal("-12345678901234567890123456.123456789012")}

@@ -29,29 +29,29 @@ def by_quarter(
     parameters.named("cuts", [naive(cut) for cut in cuts])
     events = counted(scope, meter.filter, meter.aggregation, parameters, keep=_KEPT, computed=_COMPUTED)
     columns = [exp.column(name) for name in (*_KEPT, CONTRIBUTION.name)]
-    is_unique = meter.aggregation.func == "unique"
-    first = fixed(_IS_FIRST) if is_unique else fixed("FALSE AS is_first")
+    first = fixed(_IS_FIRST if meter.aggregation.func == "unique" else "FALSE AS is_first")
     marked = exp.select(*columns, first, copy=False).from_(events.subquery("events", copy=False), copy=False)
     query = exp.select(
         exp.column("cut_number"), exp.column("quarter"), fixed("MAX(ingested_at) AS last_at"),
-        fixed("COUNT(*) FILTER (WHERE is_first) AS new_values"), *measures(meter.aggregation, CONTRIBUTION), copy=False,
+        fixed("COUNT(*) AS events"), fixed("COUNT(*) FILTER (WHERE is_first) AS new_values"),
+        *measures(meter.aggregation, CONTRIBUTION), copy=False,
     ).from_(marked.subquery("marked", copy=False), copy=False)  # fmt: skip
     query = query.group_by("cut_number", "quarter", copy=False).order_by("cut_number", "quarter", copy=False)
     rows = connection.execute(*statement(query, parameters)).fetchall()
     return [
-        _usage(cuts, cut_number, aware(quarter), aware(last_at), distinct, Measured(*found), is_unique)
-        for cut_number, quarter, last_at, distinct, *found in rows
+        _usage(cuts, cut_number, aware(quarter), aware(last_at), count, distinct, Measured(*found))
+        for cut_number, quarter, last_at, count, distinct, *found in rows
     ]
 
 
 def _usage(
-    cuts: Sequence[datetime], cut_number: int, quarter: datetime, last_at: datetime, distinct: int, found: Measured,
-    is_unique: bool,
+    cuts: Sequence[datetime], cut_number: int, quarter: datetime, last_at: datetime, count: int, distinct: int,
+    found: Measured,
 ) -> Usage:  # fmt: skip
     """``cut_number`` windows began before it."""
     starts = max([quarter, *cuts[cut_number - 1 : cut_number]] if cut_number else [quarter])
     ends = min([quarter + QUARTER, *cuts[cut_number : cut_number + 1]])
     return Usage(
-        arrived_from=starts, arrived_until=ends, last_at=last_at, count=found.count, sum=found.total, min=found.min,
-        max=found.max, distinct=distinct if is_unique else 0,
+        arrived_from=starts, arrived_until=ends, last_at=last_at, count=count, sum=found.total, min=found.min,
+        max=found.max, distinct=distinct,
     )  # fmt: skip
