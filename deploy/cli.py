@@ -90,7 +90,11 @@ def _nobodys_fault(error: Exception) -> GiveUp | None:
         )
     if "UnicodeEncodeError" in kinds:
         return GiveUp("an argument, or what a command was given to read, is no text (UTF-8)", USAGE)
-    return GiveUp(f"the log does not answer: {error}; try again when it does") if "TryAgain" in kinds else None
+    if "TryAgain" in kinds:
+        return GiveUp(f"the log does not answer: {error}; try again when it does")
+    if type(error).__module__ == "meters.log":  # PositionLost, or Refused, which is a name in other rooms, too
+        return GiveUp(f"the log cannot be used: {error}; `meterstream doctor` looks closer")
+    return None
 
 
 def _run(line: list[str], settings: "Settings") -> int | None:
