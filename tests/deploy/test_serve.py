@@ -166,12 +166,13 @@ def test_children_do_not_outlive_a_killed_supervisor(installation: Installation)
     eventually(lambda: counted.total() == 10)
 
 
-def test_an_interrupted_server_stops_cleanly(installation: Installation) -> None:
-    """Ctrl-C ends all three with exit code 0 and without a complaint, as SIGTERM does."""
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_server_stops_cleanly(installation: Installation, ending: signal.Signals) -> None:
+    """Ctrl-C, or a terminal that goes away, ends all three with exit code 0 and without a word, as SIGTERM does."""
     installation.start()
     children = installation.children()
 
-    assert installation.stop(signal.SIGINT) == 0
+    assert installation.stop(ending) == 0
     assert not any(alive(pid) for pid in children.values())
     assert installation.log == ""
 
