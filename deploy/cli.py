@@ -93,7 +93,11 @@ def _nobodys_fault(error: Exception) -> GiveUp | None:
         )
     if "UnicodeEncodeError" in kinds:
         return GiveUp("an argument, or what a command was given to read, is no text (UTF-8)", USAGE)
-    return GiveUp(f"the log does not answer: {error}; try again when it does") if "TryAgain" in kinds else None
+    if "TryAgain" in kinds:
+        return GiveUp(f"the log does not answer: {error}; try again when it does")
+    if type(error).__module__ == "meters.log":  # PositionLost, or Refused, which is a name in other rooms, too
+        return GiveUp(f"the log cannot be used: {error}; `meterstream doctor` looks closer")
+    return None
 
 
 def _run(line: list[str], settings: "Settings") -> int | None:
@@ -101,22 +105,23 @@ def _run(line: list[str], settings: "Settings") -> int | None:
     if plain is None:
         from deploy.command_line import run
 
-        _hear_interruptions()
+        _hear_interruptions(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         return run(line, settings)
     process, options = plain
     told = {name[2:]: value for name, value in options.items() if name not in ("--lifeline", "--socket")}
     lifeline, listener = (int(options[name]) if name in options else None for name in ("--lifeline", "--socket"))
     from deploy.start import begin
 
-    _hear_interruptions()
+    _hear_interruptions(signal.SIGINT)
     begin(process, settings.but(**told), lifeline, listener)
     return DONE
 
 
-def _hear_interruptions() -> None:
-    """Have Ctrl-C end what runs now in its own way, rather than the process at once."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _hear_interruptions(*numbers: signal.Signals) -> None:
+    """Have Ctrl-C, or another signal, end what runs now in its own way, rather than the process at once."""
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def plain_options(line: Sequence[str]) -> tuple[str, dict[str, str]] | None:

@@ -31,6 +31,28 @@ from meters.log import Log, PositionLost, Refused, TryAgain
 SOCKET_PATH_BYTES_MAX = 103
 # A server that was killed leaves its lock when the kernel has ended its children: milliseconds, unless it is busy.
 LOCK_PATIENCE_S = 3.0
+# What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
+PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
+
+
+class LostLog(msgspec.Struct, frozen=True):
+    """A directory without its log's file, and the names of the files that are there because it was."""
+
+    path: Path
+    left: list[str]
+
+    @property
+    def found(self) -> str:
+        """What is wrong."""
+        return f"there is no log.sqlite in {self.path}, but {' and '.join(self.left)} of one that was"
+
+    @property
+    def heal(self) -> str:
+        """The way on, and the one that gives up what was counted."""
+        return (
+            f"restore log.sqlite from a backup ({PUT_BACK}), or name the right place with --data or --log; only if "
+            f"nobody has that log any more, move {' and '.join(self.left)} away, and the next start begins anew"
+        )
 
 
 class DataDirectory(msgspec.Struct, frozen=True):
@@ -68,8 +90,20 @@ class DataDirectory(msgspec.Struct, frozen=True):
             raise GiveUp(f"{path} is too long for a socket ({SOCKET_PATH_BYTES_MAX} bytes); give a shorter --data")
         return path
 
+    def lost_log(self) -> "LostLog | None":
+        """What is left of an installation whose log's file is gone; a new log would take events that nobody counts."""
+        made_after_log = (self.store, self.forwarding, self.path / "log.sqlite-wal")
+        # In this order, so that a process that makes both meanwhile is not taken for a loss.
+        left = [path.name for path in made_after_log if self.has_log and os.path.exists(path)]
+        return LostLog(self.path, left) if left and not os.path.exists(self.log) else None
+
+    def _refuse_lost_log(self) -> None:
+        if lost := self.lost_log():
+            raise GiveUp(f"{lost.found}: {lost.heal}")
+
     def open_log(self) -> Log:
-        """The log, made if there is none. Raises GiveUp when it cannot be opened."""
+        """The log, made if there never was one. Raises GiveUp when it cannot be opened."""
+        self._refuse_lost_log()
         try:
             return open_log(self.log_url or f"embedded:{self.path}", secrets=self.secrets)
         except ValueError as error:
@@ -92,6 +126,7 @@ class DataDirectory(msgspec.Struct, frozen=True):
             message = f"cannot look into {self.path}: {error.strerror}; run this as the user that the server runs as"
             raise GiveUp(message) from None
         if not is_there:
+            self._refuse_lost_log()
             raise GiveUp(
                 f"there is no Meterstream data in {self.path}; start one with `meterstream serve --data {self.path}`, "
                 "or name the right place with --data"

@@ -1,21 +1,22 @@
 """What is wrong with an installation, and which command heals it.
 
 Looks from the bottom up: the directory, the log, the decisions in it, the store, how the two fit, and how far
-forwarding got. A finding that makes the next look pointless ends the visit.
+forwarding got. What is a file here is read to its end. A finding that makes the next look pointless ends the visit.
 """
 
 import contextlib
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deploy.control import Control, NotYet
-from deploy.data import DataDirectory
+from deploy.control import READ_BYTES, Control, NotYet
+from deploy.data import PUT_BACK, DataDirectory
 from deploy.giving_up import GiveUp
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
 
 if TYPE_CHECKING:
+    from aggregator.store.opening import Unopenable
     from aggregator.store.store import Store
 
 AS_OWNER = "run this as the user that the server runs as"
@@ -25,6 +26,10 @@ NAME_IT = (
     "mend the producer that names them (`meterstream orgs list` has the ids there are); "
     "`meterstream orgs create NAME --id ID` makes such an organization, and its events visible to its tokens"
 )
+NO_REBUILD = "retention has removed records of the log, so that a rebuild refuses"
+GO_BACK = f"start the version that made it; {NO_REBUILD}"
+BRING_BACK = f"restore the whole directory from a backup; {NO_REBUILD}"
+REMOVE_UNFINISHED = "remove it: a part of a store is of no use, and the next rebuild begins anew"
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
@@ -36,8 +41,6 @@ class Remedies(msgspec.Struct, frozen=True):
     foreign: str  # where it is none, or of another format
 
 
-# What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
-PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
 OF_FILE = Remedies(
     newest=f"restore the newest log.sqlite ({PUT_BACK}); only if that is the newest, meterstream rebuild counts what "
            "it still has",
@@ -63,8 +66,11 @@ class Finding(msgspec.Struct, frozen=True):
     is_blind: bool = False
 
 
-def examine(data: DataDirectory) -> Iterator[Finding]:
-    """Look at everything. Writes nothing but the store's own bookkeeping of who opened it."""
+def examine(data: DataDirectory, progress: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
+    """Look at everything; ``progress`` hears how many more records of the log were read.
+
+    Writes nothing but the store's own bookkeeping of who opened it.
+    """
     try:
         log = data.open_log() if _is_there(data) else None
     except OSError as error:
@@ -74,14 +80,17 @@ def examine(data: DataDirectory) -> Iterator[Finding]:
         found = f"{data.log_url or data.log}: {error.__cause__}" if error.__cause__ else str(error)
         yield Finding("log", found, _heal_log(data, error))
         return
+    if log is None and (lost := data.lost_log()):
+        yield Finding("log", lost.found, lost.heal)
+        return
     if log is None:
         yield Finding("data", f"there is no log in {data.path}", "give the right --data, or start `meterstream serve`")
         return
     try:
-        known = yield from _examine_log(data, log)
+        known = yield from _examine_log(data, log, progress)
         yield from _examine_store(data, log, known)
         yield from _examine_forwarding(data)
-    except PositionLost as error:
+    except (PositionLost, Refused) as error:
         yield Finding("log", str(error), _remedies(data).damaged)
     finally:
         log.close()
@@ -112,11 +121,18 @@ def _heal_log(data: DataDirectory, error: GiveUp) -> str:
     return remedies.damaged
 
 
-def _examine_log(data: DataDirectory, log: Log) -> Generator[Finding, None, Collection[str] | None]:
-    """Returns the ids of the organizations; None where the decisions cannot be read."""
+def _examine_log(
+    data: DataDirectory, log: Log, progress: Callable[[int], None]
+) -> Generator[Finding, None, Collection[str] | None]:
+    """Returns the ids of the organizations; None where the decisions cannot be read. Raises PositionLost, Refused."""
     for stream in (USAGE_EVENTS, USAGE_CONTROL):
         records = sum(log.ends(stream).values()) - sum(log.starts(stream).values())
-        yield Finding(stream, f"{records} records, up to position {_text(log.ends(stream))}")
+        extent = f"{records} records, up to position {_text(log.ends(stream))}"
+        if data.has_log:
+            _read_through(log, stream, progress)
+            yield Finding(stream, f"{extent}; every one can be read")
+        else:  # a topic may hold more than a visit has time for
+            yield Finding(stream, f"{extent}; not read, which `meterstream reconcile --check log` does")
     try:
         catalogue = Control(log).catalogue
     except NotYet as error:
@@ -135,9 +151,27 @@ def _examine_log(data: DataDirectory, log: Log) -> Generator[Finding, None, Coll
     return catalogue.organizations.keys()
 
 
+def _read_through(log: Log, stream: str, progress: Callable[[int], None]) -> None:
+    """Read what is there now. Raises PositionLost where a record is damaged, Refused where the stream is."""
+    positions, ends = log.starts(stream), log.ends(stream)
+    while any(positions[partition] < end for partition, end in ends.items()):
+        try:
+            records = log.read(stream, positions, bytes_max=READ_BYTES)
+        except PositionLost:
+            starts = log.starts(stream)
+            if all(positions[partition] >= start for partition, start in starts.items()):
+                raise
+            positions = {partition: max(positions[partition], start) for partition, start in starts.items()}
+            continue  # a server runs here, and its retention came first
+        for record in records:
+            positions[record.partition] = record.offset + 1
+        progress(len(records))
+
+
 def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
     try:
         with data.hold("look into the store"):
+            yield from _unfinished(data)
             yield from _open_store(data, log, known)
     except GiveUp as error:
         if isinstance(error.__context__, OSError):  # the lock's file could not be had, whoever runs
@@ -150,10 +184,13 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
 
 def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
     """Nothing is said where nothing was ever forwarded."""
-    from aggregator.forward.opening import Unusable
+    from aggregator.forward.opening import MEND, Unusable
     from aggregator.forward.state import State
 
     if not data.forwarding.exists():
+        return
+    if not data.forwarding.stat().st_size:  # a file that was ever used has a header
+        yield Finding("forwarding", f"{data.forwarding.name} is empty, and says nothing of what was sent", MEND)
         return
     try:
         with contextlib.closing(State(data.forwarding)) as state:
@@ -162,6 +199,25 @@ def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
         yield Finding("forwarding", reason.found, reason.heal)
         return
     yield Finding("forwarding", f"{data.forwarding.name} can be read, with what was sent to Polar")
+
+
+def _unfinished(data: DataDirectory) -> Iterator[Finding]:
+    """What a rebuild left that was killed; nobody else holds the directory, so none is under way."""
+    from deploy.rebuild import fresh_store
+
+    fresh = fresh_store(data)
+    if fresh.exists():
+        found = f"{fresh.name} ({fresh.stat().st_size:,} bytes) is what a rebuild left that did not come to its end"
+        yield Finding("rebuild", found, REMOVE_UNFINISHED)
+
+
+def _heal_store(error: "Unopenable", log: Log) -> str:
+    """A store can be made again only from a log that has its beginning."""
+    from aggregator.store.opening import REBUILD, OlderLayout
+
+    if error.heal != REBUILD or not any(log.starts(USAGE_EVENTS).values()):
+        return error.heal
+    return GO_BACK if isinstance(error, OlderLayout) else BRING_BACK
 
 
 def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
@@ -179,7 +235,8 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             with explaining(data.store):
                 store.read_through()
         except Unopenable as error:
-            yield Finding("store", str(error), error.heal)
+            heal = _heal_store(error, log)
+            yield Finding("store", str(error).removesuffix(": run meterstream rebuild"), heal)
             return
         except NotNow as error:
             yield Finding("store", str(error), "make room for it, then look again")

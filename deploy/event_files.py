@@ -2,12 +2,16 @@
 
 Every event leaves here with an external_id. One that a line lacks is made from what the line says and the number of
 its occurrence in the file (deploy/stable_ids.py), so that sending a file again, or one that has grown, counts nothing
-twice.
+twice. What is piped is not held back for long: its lines go together only with those of the same second.
 """
 
+import codecs
 import csv
+import os
 import re
-from collections.abc import Iterator, Mapping
+import select
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import islice
@@ -35,18 +39,57 @@ MEANT_AS_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
 )
 """What a person may have meant as a number: thousands set apart, a decimal comma, a plus, zeros in front."""
+OTHER_FILES = {
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    codecs.BOM_UTF16_LE + b"{\0": "UTF-16; save it as UTF-8",
+    codecs.BOM_UTF16_BE + b"\0{": "UTF-16; save it as UTF-8",
+}
+WAIT_S = 1.0  # that a line waits for others to go with it: what is piped happens now
+CHUNK_BYTES = 1024 * 1024
 
 
-def read_ndjson(file: IO[bytes], apart: str = "") -> Iterator[Line | Problem]:
-    """An event a line, empty lines skipped; ``apart`` is that of StableIds."""
+def read_ndjson(file: Iterable[bytes | None], apart: str = "") -> Iterator[Line | Problem | None]:
+    """An event a line, empty lines skipped; ``apart`` is that of StableIds. A None of ``as_they_come`` stays one.
+
+    Raises GiveUp for a file whose first bytes say that it is no text in UTF-8.
+    """
     with StableIds(apart) as ids:
         yield from _read_ndjson(file, ids)
 
 
-def _read_ndjson(file: IO[bytes], ids: StableIds) -> Iterator[Line | Problem]:
+def as_they_come(descriptor: int, wait_s: float = WAIT_S) -> Iterator[bytes | None]:
+    """The lines of a pipe, and None where one has waited for so long: whoever collects them sends what there is."""
+    unfinished = bytearray()
+    due_s: float | None = None
+    while True:
+        left_s = None if due_s is None else max(due_s - time.monotonic(), 0.0)
+        if not select.select([descriptor], [], [], left_s)[0]:
+            due_s = None
+            yield None
+            continue
+        chunk = os.read(descriptor, CHUNK_BYTES)
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield bytes(unfinished + line)
+            unfinished.clear()
+        unfinished += rest
+        if not chunk:
+            break
+        if lines and due_s is None:
+            due_s = time.monotonic() + wait_s
+    if unfinished:
+        yield bytes(unfinished)
+
+
+def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line | Problem | None]:
     decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-    for number, raw in enumerate(file, 1):
-        line = raw.strip()
+    number = 0
+    for raw in file:
+        if raw is None:
+            yield None
+            continue
+        number += 1
+        line = (raw if number > 1 else _first(raw)).strip()
         if not line:
             continue
         try:
@@ -58,6 +101,14 @@ def _read_ndjson(file: IO[bytes], ids: StableIds) -> Iterator[Line | Problem]:
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)
+
+
+def _first(raw: bytes) -> bytes:
+    """The first line without a mark of UTF-8. Raises GiveUp where every line would be complained of."""
+    for mark, way in OTHER_FILES.items():
+        if raw.startswith(mark):
+            raise GiveUp(f"the file is {way} first", USAGE)
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def _fields(decoder: "msgspec.json.Decoder[dict[str, msgspec.Raw]]", line: bytes) -> dict[str, msgspec.Raw]:

@@ -23,12 +23,15 @@ def live_no_longer_than_supervisor(lifeline: int) -> None:
 
 
 def leave_when_asked() -> None:
-    """Let SIGTERM and SIGINT end the process through its ``finally`` clauses, with exit code 0.
+    """Let SIGTERM, SIGINT and SIGHUP end the process through its ``finally`` clauses, with exit code 0.
 
-    A server takes the signals over while it runs and raises them again when it has stopped.
+    A server takes the first two over while it runs and raises them again when it has stopped. A terminal that goes away
+    is as good as SIGTERM, but not under nohup.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def _leave(*_: object) -> None:

@@ -1,8 +1,9 @@
 """The store again, from the log alone.
 
 A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it has
-caught up. Whatever stops this before the rename leaves the old store as it was. The old write-ahead log goes just
-before the rename: without it the old file is a consistent store of an earlier position, so even that moment is safe.
+caught up. Whatever stops this before the rename leaves the old store as it was, and all but a kill takes the new file
+away. The old write-ahead log goes just before the rename: without it the old file is a consistent store of an earlier
+position, so even that moment is safe.
 
 A store of another log is not thrown away: what it counted may be nowhere else. It gets another name, with its
 write-ahead log, and so does a file that cannot be asked what it was made from.
@@ -11,7 +12,7 @@ write-ahead log, and so does a file that cannot be asked what it was made from.
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from aggregator.owner import Aggregator
@@ -37,11 +38,10 @@ def rebuild(
     the log cannot be read to its end.
     """
     data.require()
-    with data.hold("rebuild the store"), private_files():
+    fresh = fresh_store(data)
+    with data.hold("rebuild the store"), private_files(), _nothing_left(fresh):
         log = data.open_log()
         try:
-            fresh = data.store.with_name(data.store.name + ".new")
-            _remove(fresh)
             _follow(log, fresh, progress)
             tallies = _finish(log, fresh)
             aside = _aside(data.store, _identities(log))
@@ -52,6 +52,22 @@ def rebuild(
         finally:
             log.close()
     return tallies
+
+
+def fresh_store(data: DataDirectory) -> Path:
+    """Where the new store grows."""
+    return _beside(data.store, ".new")
+
+
+@contextlib.contextmanager
+def _nothing_left(fresh: Path) -> Iterator[None]:
+    """Take away what a rebuild left that was killed, and what this one leaves if it comes to no end."""
+    _remove(fresh)
+    try:
+        yield
+    except BaseException:
+        _remove(fresh)
+        raise
 
 
 def _follow(log: Log, fresh: Path, progress: Callable[[int], None]) -> None:
@@ -66,7 +82,10 @@ def _follow(log: Log, fresh: Path, progress: Callable[[int], None]) -> None:
             done = reached
             aggregator.ended.wait(WAIT_S)
             if aggregator.failure:
-                raise GiveUp(f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched")
+                raise GiveUp(
+                    f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched; "
+                    "`meterstream doctor` says what heals it"
+                )
     finally:
         aggregator.stop()
 
@@ -132,7 +151,6 @@ def _keep(store: Path, aside: Path) -> None:
 
 
 def _remove(store: Path) -> None:
-    """Take away what an interrupted rebuild left."""
     for path in (store, _beside(store, ".wal")):
         path.unlink(missing_ok=True)
 

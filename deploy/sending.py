@@ -55,22 +55,23 @@ class Delivery(msgspec.Struct):
     is_told: bool = False  # that the server does not answer, and is asked again
 
 
-def batches(lines: Iterable[Line], events_max: int) -> Iterator[list[Line]]:
-    """Lines in groups that fit into a request."""
+def batches(lines: Iterable[Line | None], events_max: int) -> Iterator[list[Line]]:
+    """Lines in groups that fit into a request. A None ends a group: nobody knows when the next line comes."""
     group: list[Line] = []
     size_bytes = 0
     for line in lines:
-        if group and (len(group) == events_max or size_bytes + len(line.event) > BATCH_BYTES_MAX):
+        if group and (line is None or len(group) == events_max or size_bytes + len(line.event) > BATCH_BYTES_MAX):
             yield group
             group, size_bytes = [], 0
-        group.append(line)
-        size_bytes += len(line.event) + 1
+        if line is not None:
+            group.append(line)
+            size_bytes += len(line.event) + 1
     if group:
         yield group
 
 
 def deliver(
-    api: Api, lines: Iterable[Line], *, into: Delivery | None = None, events_max: int = BATCH_EVENTS,
+    api: Api, lines: Iterable[Line | None], *, into: Delivery | None = None, events_max: int = BATCH_EVENTS,
     progress: Callable[[int], None] | None = None,
 ) -> Delivery:
     """Send every line; ``progress`` hears how many events each batch had. Raises GiveUp when the server is lost.

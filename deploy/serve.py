@@ -118,7 +118,7 @@ class Started(msgspec.Struct, frozen=True):
 
 
 def run(settings: Settings, lifeline: int | None) -> None:
-    """Serve until SIGTERM or SIGINT. Raises GiveUp when it cannot begin or cannot go on."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises GiveUp when it cannot begin or cannot go on."""
     configure_logs("serve", settings.log_level)
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)

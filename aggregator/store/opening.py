@@ -17,7 +17,8 @@ from aggregator.store import schema
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
 _READABLE_FROM = "v1.5.0"  # the oldest DuckDB that is allowed here has to open what the newest one wrote
-_REBUILD = "meterstream rebuild"
+REBUILD = "meterstream rebuild"
+_NEWER = "start the Meterstream that made it"
 _OTHER_LOG = (
     "bring back the right log, or name it with --data or --log; if there is none any more, run meterstream rebuild, "
     "which counts this one and keeps the old store beside the new one"
@@ -29,9 +30,13 @@ _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, e
 class Unopenable(Exception):
     """The file cannot be used as it is. The message says what heals it, and so does ``heal`` by itself."""
 
-    def __init__(self, message: str, heal: str = _REBUILD) -> None:
+    def __init__(self, message: str, heal: str = REBUILD) -> None:
         super().__init__(message)
         self.heal = heal
+
+
+class OlderLayout(Unopenable):
+    """The file is of an earlier version, which can still use it; this one makes it again from a log that has all."""
 
 
 class NotNow(Exception):
@@ -110,9 +115,12 @@ def _write_ahead_log(path: Path) -> Path:
 
 
 def _check(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
-    version = connection.execute("SELECT version FROM about").fetchone()
-    if version != (schema.VERSION,):
-        raise Unopenable(f"the store has layout {version}, this program has {schema.VERSION}: run meterstream rebuild")
+    (version,) = connection.execute("SELECT version FROM about").fetchone() or (None,)
+    has = f"the store has layout {version}, this program has {schema.VERSION}"
+    if version is not None and version > schema.VERSION:
+        raise Unopenable(f"{has}: {_NEWER}", _NEWER)
+    if version != schema.VERSION:
+        raise OlderLayout(f"{has}: run meterstream rebuild")
     stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
     for stream, identity in identities.items():
         if stored.get(stream) != identity:

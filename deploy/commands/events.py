@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.giving_up import FAILED, USAGE, GiveUp
+from deploy.giving_up import INTERRUPTED, USAGE, GiveUp
 from deploy.output import harmless, note, progress_bar, show, show_one
 from deploy.session import EPILOG, Session, flowing, session
 
@@ -41,11 +41,12 @@ def send(
     event. What is meant as another one needs an external_id, a timestamp, or --anew. What comes from standard input
     happens now, so there every line without external_id is an event of its own.
     """
-    from deploy.event_files import read_ndjson
+    from deploy.event_files import as_they_come, read_ndjson
 
     is_new = anew or file == STDIN
     with _opened(file) as source:
-        _deliver(session(context), read_ndjson(source, _apart(is_new)), batch, total=None, is_new=is_new)
+        lines = as_they_come(source.fileno()) if file == STDIN else source
+        _deliver(session(context), read_ndjson(lines, _apart(is_new)), batch, total=None, is_new=is_new)
 
 
 @app.command(epilog=EPILOG, name="import")
@@ -182,7 +183,7 @@ def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None
         raise GiveUp(_not_taken(count, is_new=is_new))
 
 
-def _readable(source: Iterator[Any], delivery: "Delivery") -> Iterator["Line"]:
+def _readable(source: Iterator[Any], delivery: "Delivery") -> Iterator["Line | None"]:
     from deploy.sending import Problem
 
     for item in source:
@@ -211,7 +212,7 @@ def _ended_early(reason: BaseException, delivery: "Delivery", *, is_new: bool) -
 
     The ids of a file's lines are the same each time, those of new events are not.
     """
-    code = reason.exit_code if isinstance(reason, GiveUp) else FAILED
+    code = reason.exit_code if isinstance(reason, GiveUp) else INTERRUPTED
     why = str(reason) or "interrupted"
     if not max(delivery.safe_line, delivery.doubtful_line):
         return GiveUp(why if isinstance(reason, GiveUp) else f"{why}; nothing was sent", code)

@@ -50,7 +50,8 @@ def doctor(context: typer.Context) -> None:
     from deploy.doctor import examine
 
     here = session(context)
-    findings = list(examine(here.data))
+    with progress_bar("records", None) as advance:
+        findings = list(examine(here.data, advance))
     rows = [{"part": finding.part, "found": finding.found, "heal": finding.heal} for finding in findings]
     show(rows, ("part", "found", "heal"), here.output)
     wrong = sum(bool(finding.heal) for finding in findings)

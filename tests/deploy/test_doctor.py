@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import duckdb
 import pytest
 
+from aggregator.store.schema import VERSION
 from deploy.data import DataDirectory
 from deploy.doctor import Finding, examine
+from deploy.giving_up import GiveUp
 from deploy.rebuild import rebuild
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
@@ -73,6 +76,60 @@ def test_of_many_organizations_the_largest_are_named(tmp_path: Path) -> None:
     assert rebuild(data)["stored"] == 25
     assert found(data).found.count("(1)") == 10
     assert found(data).found.endswith("and 15 more")
+
+
+def lay_out(data: DataDirectory, version: int) -> None:
+    """Have the store say that another version made it."""
+    with contextlib.closing(duckdb.connect(str(data.store))) as connection:
+        connection.execute("UPDATE about SET version = ?", [version])
+
+
+def heal_of_store(data: DataDirectory) -> str:
+    """What the doctor advises for the store."""
+    (finding,) = (finding for finding in examine(data) if finding.part == "store")
+    return finding.heal
+
+
+def test_a_store_of_another_version_is_made_again_only_where_that_is_the_way(tmp_path: Path) -> None:
+    """A newer one is for the newer program; an older one for the older, once retention took the log's beginning."""
+    data = written(tmp_path)
+    lay_out(data, VERSION + 1)
+    assert heal_of_store(data) == "start the Meterstream that made it"
+    lay_out(data, VERSION - 1)
+    assert heal_of_store(data) == "meterstream rebuild"
+    with contextlib.closing(data.open_log()) as log:
+        assert log.trim(USAGE_EVENTS, 1 << 62) == 2
+
+    assert heal_of_store(data).startswith("start the version that made it; retention has removed records")
+    data.store.write_bytes(b"no store" * 1000)
+    assert heal_of_store(data).startswith("restore the whole directory from a backup; retention has removed records")
+
+
+def test_what_a_killed_rebuild_left_is_named_and_what_a_failed_one_made_is_gone(tmp_path: Path) -> None:
+    """A part of a store takes room and is of no use; a rebuild that fails takes it away."""
+    data = written(tmp_path)
+    left = tmp_path / "store.duckdb.new"
+    left.write_bytes(b"a part")
+    (finding,) = (finding for finding in examine(data) if finding.part == "rebuild")
+    assert finding.found.startswith("store.duckdb.new (6 bytes) is what a rebuild left")
+    with contextlib.closing(data.open_log()) as log:
+        log.trim(USAGE_EVENTS, 1 << 62)
+
+    with pytest.raises(GiveUp, match="retention removed 0; the old store is untouched; `meterstream doctor` says"):
+        rebuild(data)
+
+    assert not left.exists()
+    assert not any(finding.heal for finding in examine(data) if finding.part == "rebuild")
+
+
+def test_a_file_of_forwarding_that_was_emptied_is_to_be_restored(tmp_path: Path) -> None:
+    """Forwarding would begin anew with it, and rollups might count twice."""
+    data = written(tmp_path)
+    data.forwarding.touch()
+    (finding,) = (finding for finding in examine(data) if finding.part == "forwarding")
+
+    assert "is empty" in finding.found
+    assert "restore it from a backup, or move it away" in finding.heal
 
 
 def test_what_root_makes_again_is_the_servers(tmp_path: Path) -> None:

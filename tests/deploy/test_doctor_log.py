@@ -1,8 +1,10 @@
 """What the doctor advises where a log or a store cannot be opened: only what is damaged is to be replaced."""
 
+import asyncio
 import contextlib
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 from deploy.data import DataDirectory
 from deploy.doctor import Finding, examine
 from deploy.rebuild import rebuild
+from ingest.log.sqlite_file import PAGE_BYTES
+from meters.log import USAGE_EVENTS, Entry
 from tests.deploy.installation import meterstream
 from tests.faults.disk import SmallDisk
 
@@ -106,6 +110,58 @@ def test_a_damaged_log_is_replaced_without_what_a_crash_left(tmp_path: Path, con
     (finding,) = ill(data)
 
     assert "move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place" in finding.heal
+    assert "restore log.sqlite from a backup" in finding.heal
+
+
+def test_a_lost_log_is_restored_and_not_begun_anew(tmp_path: Path) -> None:
+    """Beside a store the doctor never recommends a start, which would make another log."""
+    data = made(tmp_path)
+    data.log.unlink()
+    (finding,) = ill(data)
+
+    assert finding.found == f"there is no log.sqlite in {tmp_path}, but store.duckdb of one that was"
+    assert "restore log.sqlite from a backup (stop everything, move" in finding.heal
+    assert "start `meterstream serve`" not in finding.heal
+
+
+def damage(data: DataDirectory, table: str) -> None:
+    """Zero the first page of a table."""
+    with contextlib.closing(sqlite3.connect(data.log)) as connection:
+        ((page,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table])
+    with data.log.open("r+b") as file:
+        file.seek((page - 1) * PAGE_BYTES)
+        file.write(bytes(PAGE_BYTES))
+
+
+@pytest.mark.parametrize("table", ["streams", "usage_events_0", "usage_control_0"])
+def test_a_log_whose_tables_are_damaged_is_restored(tmp_path: Path, table: str) -> None:
+    """It is a finding, and for every other command one line that leads to it; a bug it is for none."""
+    data = made(tmp_path)
+    damage(data, table)
+    (finding,) = ill(data)
+
+    assert "restore log.sqlite from a backup" in finding.heal
+    for command in (("doctor",), ("rebuild",), ("skip-lost",), ("reconcile", "--check", "log")):
+        done = meterstream(*command, "--data", str(tmp_path))
+        assert done.returncode == 1, (command, done.stderr)
+        assert "bug" not in done.stderr
+
+
+def test_a_record_that_cannot_be_read_is_found(tmp_path: Path) -> None:
+    """The bounds of the log are what they were: only who reads all of it knows."""
+    data = DataDirectory(tmp_path)
+    with contextlib.closing(data.open_log()) as log:
+        for number in range(3):
+            asyncio.run(log.append(USAGE_EVENTS, [Entry(b"%d" % number * 100)]))
+    rebuild(data)
+    assert ill(data) == []
+    with contextlib.closing(sqlite3.connect(data.log)) as connection:
+        connection.execute("UPDATE usage_events_0 SET value = x'00' WHERE \"offset\" = 1")
+        connection.commit()
+    steps: list[int] = []
+    (finding,) = (finding for finding in examine(data, steps.append) if finding.part == "log")
+
+    assert "usage.events partition 0 is damaged" in finding.found
     assert "restore log.sqlite from a backup" in finding.heal
 
 

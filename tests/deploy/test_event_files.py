@@ -1,14 +1,17 @@
 """Files become events: bytes kept, ids given, lines known."""
 
+import codecs
+import gzip
 import io
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from deploy import stable_ids
-from deploy.event_files import CsvFile, parse_mapping, read_ndjson
+from deploy.event_files import CsvFile, as_they_come, parse_mapping, read_ndjson
 from deploy.giving_up import USAGE, GiveUp
 from deploy.sending import EVENT_BYTES_MAX, Line, Problem, batches
 from deploy.stable_ids import StableIds
@@ -32,6 +35,43 @@ def test_an_event_line_is_passed_on_byte_by_byte() -> None:
     line = b'{"name" : "a", "external_id":"x", "metadata": {"n": 1.50, "big": 9007199254740993}}'
 
     assert list(read_ndjson(io.BytesIO(b"\n" + line + b"\n\n"))) == [Line(2, line)]
+
+
+def test_a_mark_of_utf_8_is_no_part_of_the_first_line() -> None:
+    """Windows writes one in front of NDJSON as of CSV."""
+    line = b'{"name":"a","external_id":"x"}'
+
+    assert list(read_ndjson(io.BytesIO(codecs.BOM_UTF8 + line + b"\n" + line))) == [Line(1, line), Line(2, line)]
+
+
+@pytest.mark.parametrize(("content", "complaint"), [
+    (gzip.compress(b"{}\n"), "compressed with gzip; unpack it first"),
+    ("{}\n".encode("utf-16"), "UTF-16; save it as UTF-8 first"),
+])
+def test_a_file_that_is_no_text_is_one_complaint(content: bytes, complaint: str) -> None:
+    """And not one for every line."""
+    with pytest.raises(GiveUp, match=complaint):
+        list(read_ndjson(io.BytesIO(content)))
+
+
+def test_lines_of_a_pipe_go_together_or_on_their_own() -> None:
+    """What has waited is told by a None, also while a line is unfinished; the last one needs no end."""
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb", buffering=0) as pipe:
+        lines = as_they_come(reading, wait_s=0.0)
+        pipe.write(b"a\nb\nlong")
+        assert [next(lines) for _ in range(3)] == [b"a", b"b", None]
+        pipe.write(b"er\n\nlast")
+        assert [next(lines) for _ in range(3)] == [b"longer", b"", None]
+        pipe.close()
+        assert list(lines) == [b"last"]
+
+
+def test_a_group_ends_where_nothing_follows_yet() -> None:
+    """Nothing is sent where there is nothing."""
+    a, b = Line(1, b"a"), Line(2, b"b")
+
+    assert list(batches([None, a, None, None, b], 500)) == [[a], [b]]
 
 
 @pytest.mark.parametrize("event", [b"{}", b'{"name":"a"}', b'{"name":"a","external_id":null}'])

@@ -68,6 +68,35 @@ def test_what_is_stored_is_for_its_owner_alone(running: Installation) -> None:
     assert [path.name for path in kept if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.parametrize("process", ["serve", "gateway", "aggregate"])
+@pytest.mark.parametrize("left", ["store.duckdb", "forward.sqlite", "log.sqlite-wal"])
+def test_a_lost_log_is_not_made_again(process: str, left: str, tmp_path: Path) -> None:
+    """What stands beside it says that there was one; events would be acknowledged into one that nobody counts."""
+    (tmp_path / left).write_bytes(b"of another log")
+
+    done = meterstream(process, "--data", str(tmp_path), "--port", "0", METERSTREAM_TOKEN="polar_oat_given-by-hand")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"there is no log.sqlite in {tmp_path}, but {left}" in done.stderr
+    assert "restore log.sqlite from a backup (stop everything, move log.sqlite, log.sqlite-wal" in done.stderr
+    assert f"move {left} away, and the next start begins anew" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {left, "serve.lock"}
+
+
+def test_whoever_moves_the_rest_away_begins_anew(installation: Installation) -> None:
+    """A log that nobody has any more is given up by hand, and by nothing else."""
+    installation.data.mkdir()
+    left = installation.data / "store.duckdb"
+    left.write_bytes(b"of another log")
+    assert installation.run("tokens", "list").returncode == 1
+    left.rename(installation.data / "store.duckdb.old")
+
+    installation.start()
+
+    assert "This is the first start" in installation.greeting
+    assert installation.answer("events", "send", "-", text=EVENT)["inserted"] == 1
+
+
 @pytest.mark.parametrize(("process", "address"), [("gateway", "http://127.0.0.1:"), ("aggregate", "unix:")])
 def test_a_process_by_itself_says_where_it_listens(process: str, address: str, tmp_path: Path) -> None:
     """In a line of its log, which for port 0 is the only place to learn it."""
@@ -137,12 +166,13 @@ def test_children_do_not_outlive_a_killed_supervisor(installation: Installation)
     eventually(lambda: counted.total() == 10)
 
 
-def test_an_interrupted_server_stops_cleanly(installation: Installation) -> None:
-    """Ctrl-C ends all three with exit code 0 and without a complaint, as SIGTERM does."""
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_server_stops_cleanly(installation: Installation, ending: signal.Signals) -> None:
+    """Ctrl-C, or a terminal that goes away, ends all three with exit code 0 and without a word, as SIGTERM does."""
     installation.start()
     children = installation.children()
 
-    assert installation.stop(signal.SIGINT) == 0
+    assert installation.stop(ending) == 0
     assert not any(alive(pid) for pid in children.values())
     assert installation.log == ""
 
