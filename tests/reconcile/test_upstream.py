@@ -8,9 +8,10 @@ import pytest
 
 from aggregator.reconcile import upstream_customers
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from deploy.data import DataDirectory
 from tests.deploy.installation import Installation, meterstream
 from tests.reconcile.readers import WithItsOwn
-from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
+from tests.reconcile.two_sides import NOON, TwoSides, call, item, numbered
 
 DAY = timedelta(days=1)
 
@@ -97,6 +98,39 @@ def test_a_missing_hour_is_one_difference(sides: TwoSides) -> None:
     assert difference.window == (NOON, NOON + timedelta(hours=1))
     sides.there.send()
     assert sides.check().differences == []
+
+
+def test_a_refused_event_leaves_the_others_of_its_hour_to_be_sent(sides: TwoSides, tmp_path: Path) -> None:
+    """The one that Polar does not take is a person's, with its words; the rest is sent."""
+    sides.books = DataDirectory(tmp_path)
+    sides.here.send(*(call(f"h{number}", at=NOON + timedelta(minutes=number)) for number in range(5)))
+    sides.taken(item("h3", condemned="Customer not found."))
+
+    by_repair = {one.repair: one for one in sides.check().differences}
+    done = sides.repair(list(by_repair.values()))
+
+    assert {repair: one.count for repair, one in by_repair.items()} == {Repair.SEND: 4, Repair.DECIDE: 1}
+    assert by_repair[Repair.DECIDE].where.startswith("h3: ")
+    assert "Polar refuses it: Customer not found." in by_repair[Repair.DECIDE].what
+    assert "Polar refuses it" not in by_repair[Repair.SEND].what
+    assert done is not None
+    assert "4 events were new there, 0" in done.what
+
+
+def test_an_event_that_nothing_takes_back_leaves_the_others_of_its_hour_to_be(sides: TwoSides) -> None:
+    """Three doubles are taken back; the one that no meter counts stays there, and a person is told."""
+    sides.only_sums()
+    uncounted = {**call("uncounted"), "metadata": {}}
+    sides.here.send(*numbered(6), *(call(f"c{number}") for number in range(3)), uncounted)
+    sides.forward()
+    sides.there.send(*(call(f"copy{number}") for number in range(3)), {**uncounted, "external_id": "copy"})
+
+    report = sides.prove("apply")
+
+    assert [(one.cause, one.repair, one.count) for one in report.mended] == [
+        (Cause.DOUBLED, Repair.CORRECT, 3), (Cause.DOUBLED, Repair.DECIDE, 1),
+    ]  # fmt: skip
+    assert [(one.repair, one.count) for one in report.differences] == [(Repair.DECIDE, 1)]
 
 
 def test_a_late_event_is_named_with_both_periods(sides: TwoSides) -> None:
