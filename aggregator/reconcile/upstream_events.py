@@ -98,7 +98,7 @@ class Events:
             event, cause = _either(found), found.cause
             if cause is Cause.CHANGED and found.ours and f'"{found.ours.external_id}"' in conflicts:
                 cause = Cause.CONFLICT
-            if cause is Cause.LOST and found.ours and self._scope.is_pending(found.ours.place):
+            if cause is Cause.LOST and found.ours and self._scope.is_pending(found.ours):
                 cause = Cause.LATE
             by_cause[hour(event.timestamp), cause].append(found)
         for (at, cause), pairs in sorted(by_cause.items()):

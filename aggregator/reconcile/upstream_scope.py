@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from aggregator.reconcile.pairing import Seen
 from meters.meter import Meter
 from meters.timestamp import MICROSECOND
 
@@ -73,7 +74,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     rolled: Forwarded = Forwarded()
     doubt: str = ""
     refused: Mapping[str, str] = {}  # external ids that Polar refuses for good, and its words
-    is_pending: Callable[[str], bool] = lambda _: False  # whether the event at this place of the feed is not sent yet
+    is_pending: Callable[[Seen], bool] = lambda _: False  # whether an event of ours is not sent yet
 
     def forwarded(self, both: Both) -> Forwarded:
         """How a meter's usage gets there."""

@@ -117,6 +117,20 @@ def test_a_refused_event_leaves_the_others_of_its_hour_to_be_sent(sides: TwoSide
     assert "4 events were new there, 0" in done.what
 
 
+def test_an_event_that_the_forwarder_holds_back_is_late(sides: TwoSides, tmp_path: Path) -> None:
+    """It was read from the feed and is not sent yet, for its time is in the future or Polar failed with it: a repair
+    does not send it past a pause."""
+    sides.books = DataDirectory(tmp_path)
+    sides.here.send(call("parked"), call("lost", at=NOON + timedelta(minutes=1)))
+    sides.taken(item("parked", due_us=99))
+
+    found = sides.check().differences
+
+    assert {(one.cause, one.repair, one.where.split(":")[0]) for one in found} == {
+        (Cause.LATE, Repair.WAIT, "parked"), (Cause.LOST, Repair.SEND, "lost"),
+    }  # fmt: skip
+
+
 def test_an_event_that_nothing_takes_back_leaves_the_others_of_its_hour_to_be(sides: TwoSides) -> None:
     """Three doubles are taken back; the one that no meter counts stays there, and a person is told."""
     sides.only_sums()
