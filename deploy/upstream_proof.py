@@ -15,7 +15,7 @@ import msgspec
 from aggregator.forward.forwarder import RAW, ROLLUP
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
-from aggregator.forward.upstream import Denied, NoAnswer, Upstream
+from aggregator.forward.upstream import Denied, NoAnswer, Upstream, base_url
 from aggregator.place import format_places, parse_places
 from aggregator.reconcile.pairing import Seen
 from aggregator.reconcile.remembering import Remembering, interrupted
@@ -40,6 +40,12 @@ NO_BEGIN = (
     "where forwarding began is not known (METERSTREAM_POLAR_FROM is `now`, and it has not begun yet), so what "
     "seems to be missing there may have been sent another way before: nothing is repaired. If everything was sent from "
     "here, set METERSTREAM_POLAR_FROM=beginning for this command"
+)
+
+OTHER_SERVER = (
+    "the forwarder's books are those of {books} and say nothing of {asked}, so what seems to be missing there may "
+    "never have been meant for it: nothing is repaired. Set METERSTREAM_POLAR_SERVER as the forwarder has it, or start "
+    "forwarding to this one first"
 )
 
 
@@ -121,6 +127,9 @@ def _forwarded(state: State, lane: str, selection: Mapping[str, Any]) -> Forward
 
 def _doubt(state: State, settings: Settings) -> str:
     """Why what is found may not be repaired; empty where it may."""
+    books, asked = state.flags().get("server"), base_url(settings.polar_server)
+    if books not in (None, asked):
+        return OTHER_SERVER.format(books=books, asked=asked)
     lane = ROLLUP if settings.polar_rollup else RAW
     return NO_BEGIN if settings.polar_from == "now" and state.begin_of(lane) is None else ""
 

@@ -1,10 +1,12 @@
 """Where not all of what is counted here is forwarded, the rest is no difference, and is not sent by a repair."""
 
+import contextlib
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from aggregator.forward.state import State
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
 from deploy.data import DataDirectory
 from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
@@ -68,6 +70,22 @@ def test_nothing_is_repaired_where_nobody_knows_when_forwarding_began(sides: Two
     assert {one.repair for one in report.differences} == {Repair.DECIDE}
     assert all("where forwarding began is not known" in done.what for done in report.done)
     assert sides.there.api.get("/v1/events/")["items"] == []
+
+
+def test_nothing_is_repaired_by_the_books_of_another_server(sides: TwoSides, tmp_path: Path) -> None:
+    """Tests that only the sandbox was to get are not sent to production before the forwarder itself turned there."""
+    sides.books = DataDirectory(tmp_path)
+    with contextlib.closing(State(sides.books.forwarding)) as state:
+        state.turn_to("https://sandbox-api.polar.sh")
+    sides.here.send(call("test"))
+
+    in_doubt = only(sides.check())
+    with contextlib.closing(State(sides.books.forwarding)) as state:
+        state.turn_to(sides.there.url)
+
+    assert (in_doubt.cause, in_doubt.repair) == (Cause.LOST, Repair.DECIDE)
+    assert "are those of https://sandbox-api.polar.sh" in in_doubt.payload["doubt"]
+    assert only(sides.check()).repair is Repair.SEND
 
 
 @pytest.mark.parametrize(
