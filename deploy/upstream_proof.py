@@ -103,7 +103,7 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
         with state.at_once():
             scope = Scope(
                 organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
-                settles=range_.settle > timedelta(0),
+                settles=range_.settle > timedelta(0), window=timedelta(seconds=settings.polar_rollup_seconds),
                 raw=_forwarded(state, RAW, forwarded.params()), rolled=_forwarded(state, ROLLUP, {}),
                 doubt=_doubt(state, settings),
                 refused={letter.external_id: letter.words for letter in state.dead(limit=-1)},

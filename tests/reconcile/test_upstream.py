@@ -2,6 +2,8 @@
 
 from datetime import timedelta
 from decimal import Decimal
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from aggregator.reconcile import upstream_customers
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
 from deploy.data import DataDirectory
 from tests.deploy.installation import Installation, meterstream
-from tests.reconcile.readers import WithItsOwn
+from tests.reconcile.readers import AddedAsDoubles, WithItsOwn
 from tests.reconcile.two_sides import NOON, TwoSides, call, item, numbered
 
 DAY = timedelta(days=1)
@@ -311,6 +313,28 @@ def test_a_largest_value_is_another_one_because_of_a_lost_event(sides: TwoSides)
 
     late = [one.where for one in sides.check().differences if one.cause is Cause.LATE]
     assert late == ["calls, customer bob", "peak, customer bob", "tokens, customer bob"]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "has_balance"),
+    [([0.1, 0.2, -0.3], True), ([-100, 33.3, 33.3, 33.3, 0.1], True), ([-1e8, 33333333.3, 66666666.6, 0.1], False)],
+    ids=["small", "used up", "large"],
+)
+def test_what_doubles_leave_of_a_sum_that_cancels_out_is_rounding(
+    sides: TwoSides, amounts: list[float], has_balance: bool
+) -> None:
+    """A credit note and the usage that makes up for it are nothing here, and next to nothing in doubles."""
+    for side in (sides.here, sides.there) if has_balance else ():
+        side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+    sides.here.send(*(call(f"e{number}", amount) for number, amount in enumerate(amounts)))
+    sides.forward()
+    in_doubles = Decimal(repr(reduce(add, amounts, 0.0)))
+
+    check = sides.watch(there=AddedAsDoubles(sides.there.api, sides.there.meter_id("tokens"), NOON, in_doubles))
+
+    assert in_doubles != sum(Decimal(str(amount)) for amount in amounts)
+    where = [f"tokens, {NOON:%Y-%m-%d}", *["tokens, customer ann"] * has_balance]
+    assert [(one.cause, one.where) for one in check.differences] == [(Cause.ROUNDING, each) for each in where]
 
 
 def test_what_polar_writes_itself_is_no_difference(sides: TwoSides) -> None:

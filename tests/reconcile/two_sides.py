@@ -137,11 +137,11 @@ class TwoSides:
             here or self.here.api, there or self.there.api, scope, meters, Worth(catalogue)
         ).run()
 
-    def check(self, settle: timedelta = timedelta(0)) -> Check:
-        """Compare."""
+    def check(self, settle: timedelta = timedelta(0), now: datetime | None = None) -> Check:
+        """Compare, as if it were this time."""
         range_ = Range(NOON - timedelta(days=3), None, settle)
         with contextlib.closing(self.here.data.open_log()) as log:
-            return compare(self.settings, self.books, log, self.here.api, range_, datetime.now(UTC))
+            return compare(self.settings, self.books, log, self.here.api, range_, now or datetime.now(UTC))
 
     def prove(self, repair: str | None = None) -> Report:
         """Compare and, if so asked, repair, as the command does it."""
