@@ -131,11 +131,12 @@ def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
     for _ in range(ATTEMPTS_MAX):
         ends = log.ends(USAGE_CONTROL)
         decisions, catalogue = _decisions(log), Control(log).catalogue
+        (read,) = store.ask("decided").to_pylist()
         stored = {row["log_offset"]: row["value"].encode() for row in store.ask("control").to_pylist()}
         if not isinstance(store, RunningStore):
-            return Books(decisions, stored, catalogue, None, outbox)
+            return Books(decisions, stored, read["next_offset"], catalogue, None, outbox)
         shown = {meter.id: store.balances(meter) for meter in catalogue.meters.values()}
-        books = Books(decisions, stored, catalogue, shown, outbox)
+        books = Books(decisions, stored, read["next_offset"], catalogue, shown, outbox)
         after = log.ends(USAGE_CONTROL)
         if len(stored) == len(decisions) and ends == after:
             return books
@@ -143,7 +144,7 @@ def _books(log: Log, store: StoreSide, outbox: Outbox | None) -> Books:
         time.sleep(AGAIN_S)
     if len(looks) > 1:
         raise GiveUp("decisions are taken too fast to read balances between two of them; try again when it is quieter")
-    return books  # nobody decides, and the store does not have what was decided: that is a difference
+    return books  # nobody decides, and the store lacks what it has read, or shows balances without what it has not
 
 
 def _decisions(log: Log) -> list[tuple[int, bytes]]:

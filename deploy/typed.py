@@ -56,10 +56,12 @@ def parse_filter(filter: str | None, where: list[str]) -> dict[str, Any]:
 def parse_instant(text: str, option: str, zone: tzinfo = UTC) -> datetime:
     """The instant that was given for an option; ``zone`` is for one that does not say. Raises GiveUp."""
     try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
+        given = datetime.fromisoformat(text)
+        instant = given if given.tzinfo else given.replace(tzinfo=zone)
+        instant.astimezone(UTC)  # the first and the last hours of all have no time in UTC
+    except (ValueError, OverflowError):
         raise GiveUp(f"{option} takes a time such as 2026-03-01T00:00:00Z, and not {text!r}", USAGE) from None
-    return instant if instant.tzinfo else instant.replace(tzinfo=zone)
+    return instant
 
 
 def meters_called(meters: Sequence[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:

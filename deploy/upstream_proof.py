@@ -5,7 +5,7 @@ is complete, so that an interrupted run goes on where it was.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import msgspec
 from aggregator.forward.forwarder import RAW, ROLLUP
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
-from aggregator.forward.upstream import Denied, NoAnswer, Upstream
+from aggregator.forward.upstream import Denied, NoAnswer, Upstream, base_url
 from aggregator.place import format_places, parse_places
+from aggregator.reconcile.pairing import Seen
 from aggregator.reconcile.remembering import Remembering, interrupted
 from aggregator.reconcile.report import Check
 from aggregator.reconcile.upstream_check import UpstreamCheck
@@ -39,6 +40,12 @@ NO_BEGIN = (
     "where forwarding began is not known (METERSTREAM_POLAR_FROM is `now`, and it has not begun yet), so what "
     "seems to be missing there may have been sent another way before: nothing is repaired. If everything was sent from "
     "here, set METERSTREAM_POLAR_FROM=beginning for this command"
+)
+
+OTHER_SERVER = (
+    "the forwarder's books are those of {books} and say nothing of {asked}, so what seems to be missing there may "
+    "never have been meant for it: nothing is repaired. Set METERSTREAM_POLAR_SERVER as the forwarder has it, or start "
+    "forwarding to this one first"
 )
 
 
@@ -93,13 +100,15 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
     with open_state(data) as state, connected(settings, data) as upstream:
         there = Remembering(upstream, path, key, began, go_on=before is not None)
-        scope = Scope(
-            organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
-            settles=range_.settle > timedelta(0),
-            raw=_forwarded(state, RAW, forwarded.params()), rolled=_forwarded(state, ROLLUP, {}),
-            doubt=_doubt(state, settings),
-            refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
-        )  # fmt: skip
+        with state.at_once():
+            scope = Scope(
+                organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
+                settles=range_.settle > timedelta(0), window=timedelta(seconds=settings.polar_rollup_seconds),
+                raw=_forwarded(state, RAW, forwarded.params()), rolled=_forwarded(state, ROLLUP, {}),
+                doubt=_doubt(state, settings),
+                refused={letter.external_id: letter.words for letter in state.dead(limit=-1)},
+                is_pending=_pending(state),
+            )  # fmt: skip
         check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
         there.complete()
     check.notes += [scope.doubt] if scope.doubt else []
@@ -118,6 +127,9 @@ def _forwarded(state: State, lane: str, selection: Mapping[str, Any]) -> Forward
 
 def _doubt(state: State, settings: Settings) -> str:
     """Why what is found may not be repaired; empty where it may."""
+    books, asked = state.flags().get("server"), base_url(settings.polar_server)
+    if books not in (None, asked):
+        return OTHER_SERVER.format(books=books, asked=asked)
     lane = ROLLUP if settings.polar_rollup else RAW
     return NO_BEGIN if settings.polar_from == "now" and state.begin_of(lane) is None else ""
 
@@ -128,14 +140,17 @@ def _began(scope: Scope) -> Iterator[str]:
             yield f"{what} are forwarded since {forwarded.began:%Y-%m-%d %H:%M} UTC; what came before is not compared"
 
 
-def _pending(state: State) -> Any:
-    """Whether the forwarder has yet to reach a place; nothing is pending where nobody forwards."""
-    reached = state.position("raw") if state.knows("raw") else None
+def _pending(state: State) -> Callable[[Seen], bool]:
+    """Whether the forwarder has yet to reach an event, or holds it back; nothing is pending where nobody forwards."""
+    reached = state.position(RAW) if state.knows(RAW) else None
+    waiting = state.waiting_ids()
 
-    def is_pending(place: str) -> bool:
+    def is_pending(event: Seen) -> bool:
         if reached is None:
             return False
-        ((partition, at),) = (parse_places(place) or {}).items()
+        if event.external_id in waiting:
+            return True
+        ((partition, at),) = (parse_places(event.place) or {}).items()
         return at >= reached.get(partition, (0, 0))
 
     return is_pending

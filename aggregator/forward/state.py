@@ -272,6 +272,10 @@ class State:
         """{customer: when its last waiting event is due}, of events; rollups have no order."""
         return dict(self._rows("SELECT who, MAX(due_us) FROM waiting WHERE lane <> 'rollup' GROUP BY who"))
 
+    def waiting_ids(self) -> frozenset[str]:
+        """The external ids of events that wait."""
+        return frozenset(id for (id,) in self._rows("SELECT external_id FROM waiting WHERE lane <> 'rollup'"))
+
     def waiting(self) -> tuple[int, int | None]:
         """How many wait, and when the oldest of them came in."""
         ((number, oldest_us),) = self._rows("SELECT COUNT(*), MIN(ingested_us) FROM waiting")

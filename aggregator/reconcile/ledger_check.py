@@ -48,12 +48,13 @@ class Outbox(NamedTuple):
 class Books(NamedTuple):
     """What is compared, of one moment.
 
-    ``stored`` is the store's copy of the decisions, by offset. ``shown`` are a running server's balances by meter, None
-    where none runs.
+    ``stored`` is the store's copy of the decisions, by offset; it should have all before ``stored_until``.
+    ``shown`` are a running server's balances by meter, None where none runs.
     """
 
     decisions: Decisions
     stored: Mapping[int, bytes]
+    stored_until: int
     catalogue: Catalogue
     shown: Mapping[str, Sequence[Balance]] | None
     outbox: Outbox | None
@@ -78,9 +79,9 @@ def check_ledger(books: Books, worth: Worth) -> Check:
 
 
 def _decisions(check: Check, books: Books, worth: Worth) -> None:
-    """The store's copy, up to where it is."""
+    """The store's copy, up to where it says that it is: what is missing at its end shows in no row."""
     stored = books.stored
-    ends = max(stored, default=-1) + 1
+    ends = max(books.stored_until, max(stored, default=-1) + 1)
     log = {offset: line for offset, line in books.decisions if offset < ends}
     different = [offset for offset in sorted({*log, *stored}) if log.get(offset) != stored.get(offset)]
     for offset in different:

@@ -64,7 +64,7 @@ class Balances:
         for part in _PARTS:
             ours, theirs = (getattr(row, part) for row in rows)
             is_usage = part == "consumed_units"
-            if is_usage and self._scope.settles and _moved_since(self._scope.arrived_before, *rows):
+            if is_usage and self._scope.settles and _moved_since(self._scope.usage_before(both), *rows):
                 continue  # usage is on its way, or Polar has yet to add it up
             if is_usage and moved is None:
                 continue  # those events are named already, and such a value cannot be split among them

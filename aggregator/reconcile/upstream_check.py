@@ -38,7 +38,7 @@ from aggregator.reconcile.upstream_scope import (
     since,
 )
 from aggregator.reconcile.worth import Worth
-from meters.aggregation import is_summable
+from meters.aggregation import amount_of, exact_sum, is_summable
 from meters.amount import EXACT, amount_text
 from meters.catalogue import meter_json
 from meters.filter import Filter, matches
@@ -98,7 +98,8 @@ class UpstreamCheck:
         if alike == len(there):  # no meter over there that we do not know
             self._events.meters = [both.here for both in matched]
         if self._rolled_up:
-            self.check.notes.append("events are forwarded as sums of windows, so only quantities are compared")
+            why = "events are forwarded as sums of windows"
+            self.check.notes.append(f"{why}, so only quantities are compared, without windows that are not over")
         return matched
 
     def _ours(self, both: Both) -> OwnUsage:
@@ -208,9 +209,10 @@ class UpstreamCheck:
     def _moves(self, both: Both, day: datetime) -> bool:
         """Whether the sums of a day move while they are read: it goes on, or usage of it came in just now. Events are
         compared one by one all the same."""
-        if self._scope.settles and day + DAY > self._scope.arrived_before:
+        before = self._scope.usage_before(both)
+        if self._scope.settles and day + DAY > before:
             return True
-        return self._ours(both).came_in(day_of(day), self._scope.arrived_before)
+        return self._ours(both).came_in(day_of(day), before)
 
     def _is_system(self, both: Both, day: datetime, theirs: Decimal, explained: Decimal) -> bool:
         """Whether Polar's own events make the rest of what differs."""
@@ -231,11 +233,11 @@ class UpstreamCheck:
         said = f"{amount_text(theirs)} over there, {amount_text(ours)} here"
         where, window = f"{meter.name}, {day:%Y-%m-%d}", (day, day + DAY)
         quantities = {meter.id: EXACT.subtract(theirs, explained)}
-        if near(theirs, explained):
+        events = [] if near(theirs, explained) else list(self._ours(both).feed(day_of(day)))
+        if near(theirs, explained, _without_signs(meter, events)):
             what = f"{said}: the same amounts, added as doubles"
             self._add(Cause.ROUNDING, where, what, Repair.NOTHING, window=window, quantities=quantities)
             return
-        events = list(self._ours(both).feed(day_of(day)))
         for who, reading in OTHERS.items():
             read = _read_otherwise(meter, events, who)
             if read and near(value(meter, [event.facts for event in events], reading), theirs):
@@ -336,6 +338,15 @@ def _read_otherwise(meter: Meter, events: Sequence[Seen], who: str) -> list[str]
         event.label for event in events
         if reading(meter.filter, event.facts) is not matches(meter.filter, event.facts)
     ]  # fmt: skip
+
+
+def _without_signs(meter: Meter, events: Sequence[Seen]) -> Decimal:
+    """What a sum of the events would be if none of them was negative; nothing for what is no sum."""
+    if meter.aggregation.func != "sum":
+        return Decimal(0)
+    counted = [event.facts for event in events if matches(meter.filter, event.facts)]
+    amounts = [amount_of(facts, meter.aggregation.property or "") for facts in counted]
+    return exact_sum(abs(amount) for amount in amounts if amount)
 
 
 def _reads_metadata(filter: Filter) -> bool:

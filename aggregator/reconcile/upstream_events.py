@@ -82,8 +82,8 @@ class Events:
                 self.narrow(half, content_differs)
 
     def finish(self, agreeing_hours: Callable[[Part], set[datetime]]) -> Iterator[Difference]:
-        """Pair what is left over across parts, and tell it by cause and hour. ``agreeing_hours`` are those of a day in
-        which all quantities are explained by the events that are found to differ."""
+        """Pair what is left over across parts, and tell it by hour, cause and repair. ``agreeing_hours`` are those of a
+        day in which all quantities are explained by the events that are found to differ."""
         doubled = [found for found in self.pairs if found.cause is Cause.DOUBLED]
         others = [found for found in self.pairs if found.cause is not Cause.DOUBLED]
         ours = [found.ours for found in others if found.ours is not None]
@@ -91,18 +91,39 @@ class Events:
         self.pairs = pair(ours, theirs) + doubled
         self._set_aside_unlisted(agreeing_hours)
         conflicts = self._conflicts() if any(found.cause is Cause.CHANGED for found in self.pairs) else ""
-        groups: defaultdict[tuple[datetime, Cause], list[Pair]] = defaultdict(list)
+        by_cause: defaultdict[tuple[datetime, Cause], list[Pair]] = defaultdict(list)
         for found in self.pairs:
             if self._is_on_its_way(found):
                 continue
             event, cause = _either(found), found.cause
             if cause is Cause.CHANGED and found.ours and f'"{found.ours.external_id}"' in conflicts:
                 cause = Cause.CONFLICT
-            if cause is Cause.LOST and found.ours and self._scope.is_pending(found.ours.place):
+            if cause is Cause.LOST and found.ours and self._scope.is_pending(found.ours):
                 cause = Cause.LATE
-            groups[hour(event.timestamp), cause].append(found)
-        for (at, cause), pairs in sorted(groups.items()):
-            yield self._told(cause, at, pairs)
+            by_cause[hour(event.timestamp), cause].append(found)
+        for (at, cause), pairs in sorted(by_cause.items()):
+            for repair, group in self._by_repair(cause, pairs).items():
+                yield self._told(cause, at, repair, group)
+
+    def _by_repair(self, cause: Cause, pairs: Sequence[Pair]) -> dict[Repair, list[tuple[Pair, str]]]:
+        """Each with what takes it back, if anything can: what cannot be mended must not keep its hour from being."""
+        groups: defaultdict[Repair, list[tuple[Pair, str]]] = defaultdict(list)
+        for found in pairs:
+            correction = self._correction(cause, found)
+            if cause is Cause.LATE and found.theirs is None:
+                repair = Repair.WAIT
+            elif correction:
+                repair = Repair.CORRECT
+            elif cause is Cause.LOST and not self._refusal(found):
+                repair = Repair.SEND
+            else:
+                repair = Repair.DECIDE
+            groups[repair].append((found, correction))
+        return groups
+
+    def _refusal(self, found: Pair) -> str:
+        """What Polar says of an event of ours that it refuses for good."""
+        return self._scope.refused.get(found.ours.external_id, "") if found.ours else ""
 
     def _set_aside_unlisted(self, agreeing_hours: Callable[[Part], set[datetime]]) -> None:
         """Take out of the pairs what seems lost, has a parent, and is missing in no quantity of its hour."""
@@ -196,29 +217,23 @@ class Events:
         letters = self._here.pages("/v1/dead-letters/", include_replayed=True)
         return "\n".join(letter["raw"] for letter in letters if letter["reason"] == "conflict")
 
-    def _told(self, cause: Cause, at: datetime, pairs: Sequence[Pair]) -> Difference:
+    def _told(self, cause: Cause, at: datetime, repair: Repair, group: Sequence[tuple[Pair, str]]) -> Difference:
+        pairs = [found for found, _ in group]
         quantities: Quantities = {}
         for event, sign in (signed for found in pairs for signed in _signed(found)):
             add(quantities, self._worth.of(self._scope.organization_id, event.facts), sign)
-        refused = {word for found in pairs if found.ours and (word := self._scope.refused.get(found.ours.external_id))}
-        repair, corrections = Repair.DECIDE, self._corrections(cause, pairs)
-        if cause is Cause.LATE and all(found.theirs is None for found in pairs):
-            repair = Repair.WAIT
-        elif corrections:
-            repair = Repair.CORRECT
-        elif cause is Cause.LOST and not refused:
-            repair = Repair.SEND
+        refused = {words for found in pairs if (words := self._refusal(found))}
         payload: dict[str, Any] = {}
         if repair in (Repair.SEND, Repair.CORRECT) and self._scope.doubt:
             repair, payload = Repair.DECIDE, {"doubt": self._scope.doubt}
         if repair in (Repair.SEND, Repair.CORRECT):
             sent = [(found.ours.external_id, text(found.ours.timestamp)) for found in pairs if found.ours is not None]
-            payload = {"events": sent, "corrections": corrections}
+            payload = {"events": sent, "corrections": [correction for _, correction in group if correction]}
         return Difference(
             check="upstream", cause=cause, repair=repair, count=len(pairs), window=(at, at + HOUR),
             where=_either(pairs[0]).label if len(pairs) == 1 else f"{at:%Y-%m-%d %H}:00 UTC",
             what="; ".join(dict.fromkeys([
-                *(_sentence(found, cause) for found in pairs[:3]), *(f"Polar refuses it: {word}" for word in refused),
+                *(_sentence(found, cause) for found in pairs[:3]), *(f"Polar refuses it: {words}" for words in refused),
             ])),
             events=[_either(found).label for found in pairs[:SHOWN_EVENTS_MAX]],
             quantities=self._worth.named({id: amount for id, amount in quantities.items() if amount}),
@@ -226,19 +241,16 @@ class Events:
             payload=payload,
         )  # fmt: skip
 
-    def _corrections(self, cause: Cause, pairs: Sequence[Pair]) -> list[str]:
-        """What takes back everything that is wrong over there; nothing where not all of it can be."""
-        bodies: list[str] = []
-        for found in pairs if cause in _CORRECTABLE else ():
-            body, mark = None, ""
-            if found.theirs is not None and found.theirs.is_named and not _is_elsewhere(found):
-                mark = mark_of(found.theirs)
-                body = takes_back(found.theirs, self.meters, self._taken_back[mark])
-            if body is None:
-                return []
-            self._taken_back[mark] += 1
-            bodies.append(body.decode())
-        return bodies
+    def _correction(self, cause: Cause, found: Pair) -> str:
+        """The event that takes back what is wrong over there; nothing where none can."""
+        if cause not in _CORRECTABLE or found.theirs is None or not found.theirs.is_named or _is_elsewhere(found):
+            return ""
+        mark = mark_of(found.theirs)
+        body = takes_back(found.theirs, self.meters, self._taken_back[mark])
+        if body is None:
+            return ""
+        self._taken_back[mark] += 1
+        return body.decode()
 
 
 def _signed(found: Pair) -> list[tuple[Seen, int]]:

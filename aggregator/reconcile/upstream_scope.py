@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from aggregator.reconcile.pairing import Seen
 from meters.meter import Meter
-from meters.timestamp import MICROSECOND
+from meters.timestamp import EPOCH, MICROSECOND
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 POINTS_AT_ONCE = 366  # the longest range of days that one request may ask for; of hours no more than a day is asked for
@@ -60,8 +61,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     One that arrived here at ``arrived_before`` or later may still be on its way: that it is missing is no difference.
 
-    ``raw`` is forwarded event by event, ``rolled`` as sums. ``doubt`` says why nothing may be mended over there by what
-    is found, where that is so.
+    ``raw`` is forwarded event by event, ``rolled`` as sums of a ``window``. ``doubt`` says why nothing may be mended
+    over there by what is found, where that is so.
     """
 
     organization_id: str
@@ -71,13 +72,19 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     settles: bool = False  # whether anything may be on its way at all
     raw: Forwarded = Forwarded()
     rolled: Forwarded = Forwarded()
+    window: timedelta = MICROSECOND
     doubt: str = ""
     refused: Mapping[str, str] = {}  # external ids that Polar refuses for good, and its words
-    is_pending: Callable[[str], bool] = lambda _: False  # whether the event at this place of the feed is not sent yet
+    is_pending: Callable[[Seen], bool] = lambda _: False  # whether an event of ours is not sent yet
 
     def forwarded(self, both: Both) -> Forwarded:
         """How a meter's usage gets there."""
         return self.rolled if both.is_rolled else self.raw
+
+    def usage_before(self, both: Both) -> datetime:
+        """What arrived here then or later may still be on its way: a sum is sent when its window is over."""
+        open_for = (self.arrived_before - EPOCH) % self.window if both.is_rolled else timedelta(0)
+        return self.arrived_before - open_for
 
 
 class Part(NamedTuple):
@@ -111,9 +118,10 @@ def since(series: Series, began: datetime | None) -> Series:
     return series if began is None else {at: amount for at, amount in series.items() if at >= began}
 
 
-def near(one: Decimal, other: Decimal) -> bool:
-    """Whether two quantities are the same but for the digits of doubles."""
-    return abs(one - other) <= ROUNDING * max(abs(one), abs(other))
+def near(one: Decimal, other: Decimal, without_signs: Decimal = Decimal(0)) -> bool:
+    """Whether two quantities are the same but for the digits of doubles. What cancels out has the errors of its parts,
+    which are more than it: ``without_signs`` is what these add up to, where anybody knows."""
+    return abs(one - other) <= ROUNDING * max(abs(one), abs(other), without_signs, Decimal(1))
 
 
 def days(part: Part) -> Iterator[Part]:

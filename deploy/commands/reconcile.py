@@ -1,7 +1,7 @@
 """``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,8 +61,8 @@ def reconcile(
     wanted = [one.value for one in check or [Which.all]]
     if Which.upstream in (check or []) and not here.settings.polar_token:
         raise GiveUp("--check upstream compares with Polar: set METERSTREAM_POLAR_TOKEN; nothing was compared", USAGE)
-    begin = None if since is None else parse_instant(since, "--since")
-    end = None if until is None else parse_instant(until, "--until")
+    begin = None if since is None else parse_instant(since, "--since").astimezone(UTC)
+    end = None if until is None else parse_instant(until, "--until").astimezone(UTC)
     if begin and end and begin >= end:
         raise GiveUp("--until must be later than --since; nothing was compared", USAGE)
     checks = CHECKS if "all" in wanted else tuple(one for one in CHECKS if one in wanted)

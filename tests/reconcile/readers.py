@@ -1,6 +1,8 @@
 """Readers of real servers, through which a test sees what happens at Polar and not on a quiet machine."""
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from aggregator.forward.answer import pages
@@ -56,6 +58,27 @@ class Overlapping(_Through):
             items = answer["items"]
             answer = {**answer, "items": [*self._last, *items[len(self._last):]]}
             self._last = items[-1:] if params.get("page") == 1 else []
+        return answer
+
+
+class AddedAsDoubles(_Through):
+    """The usage of one meter, on one day and by one customer alone, is told as this total."""
+
+    def __init__(self, reader: Reader, meter_id: str, day: datetime, total: Decimal) -> None:
+        super().__init__(reader)
+        self._meter_id, self._day, self._total = meter_id, f"{day:%Y-%m-%d}", total
+
+    def get(self, path: str, **params: Any) -> Answer:
+        """One question."""
+        answer = super().get(path, **params)
+        if path == f"/v1/meters/{self._meter_id}/quantities":
+            for point in answer["quantities"]:
+                is_of_day = point["timestamp"].startswith(self._day)
+                point["quantity"] = self._total if is_of_day else point["quantity"]
+        if path == "/v1/customer-meters/":
+            for row in answer["items"]:
+                is_of_meter = row["meter_id"] == self._meter_id
+                row["consumed_units"] = self._total if is_of_meter else row["consumed_units"]
         return answer
 
 

@@ -101,6 +101,21 @@ def test_a_range_that_holds_nothing_is_wrong_usage(left: Left, until: str) -> No
     assert "--until must be later than --since" in done.stderr
 
 
+def test_a_range_of_another_zone_is_compared_and_told_in_utc(left: Left, tmp_path: Path) -> None:
+    """Midnight in Berlin is no midnight in UTC, which is what days, hours and the report go by."""
+    shown = tmp_path / "report.html"
+    given = "--since", "2026-03-01T00:00:00+01:00", "--until", "2026-03-02T00:00:00-05:00"
+
+    done = meterstream(
+        "reconcile", "--data", str(left.data.path), "--check", "log", *given, "--report", str(shown),
+        "--output", "json",
+    )  # fmt: skip
+
+    found = json.loads(done.stdout)
+    assert (found["since"], found["until"]) == ("2026-02-28T23:00:00Z", "2026-03-02T05:00:00Z")
+    assert "from 2026-02-28 23:00 UTC to 2026-03-02 05:00 UTC" in shown.read_text()
+
+
 def test_an_upstream_that_does_not_answer_is_told_once(tmp_path: Path) -> None:
     """A read is tried for minutes, and whoever waits hears why, at the first of them."""
     told, pauses = [], []

@@ -2,15 +2,18 @@
 
 from datetime import timedelta
 from decimal import Decimal
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import pytest
 
 from aggregator.reconcile import upstream_customers
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from deploy.data import DataDirectory
 from tests.deploy.installation import Installation, meterstream
-from tests.reconcile.readers import WithItsOwn
-from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
+from tests.reconcile.readers import AddedAsDoubles, WithItsOwn
+from tests.reconcile.two_sides import NOON, TwoSides, call, item, numbered
 
 DAY = timedelta(days=1)
 
@@ -97,6 +100,53 @@ def test_a_missing_hour_is_one_difference(sides: TwoSides) -> None:
     assert difference.window == (NOON, NOON + timedelta(hours=1))
     sides.there.send()
     assert sides.check().differences == []
+
+
+def test_a_refused_event_leaves_the_others_of_its_hour_to_be_sent(sides: TwoSides, tmp_path: Path) -> None:
+    """The one that Polar does not take is a person's, with its words; the rest is sent."""
+    sides.books = DataDirectory(tmp_path)
+    sides.here.send(*(call(f"h{number}", at=NOON + timedelta(minutes=number)) for number in range(5)))
+    sides.taken(item("h3", condemned="Customer not found."))
+
+    by_repair = {one.repair: one for one in sides.check().differences}
+    done = sides.repair(list(by_repair.values()))
+
+    assert {repair: one.count for repair, one in by_repair.items()} == {Repair.SEND: 4, Repair.DECIDE: 1}
+    assert by_repair[Repair.DECIDE].where.startswith("h3: ")
+    assert "Polar refuses it: Customer not found." in by_repair[Repair.DECIDE].what
+    assert "Polar refuses it" not in by_repair[Repair.SEND].what
+    assert done is not None
+    assert "4 events were new there, 0" in done.what
+
+
+def test_an_event_that_the_forwarder_holds_back_is_late(sides: TwoSides, tmp_path: Path) -> None:
+    """It was read from the feed and is not sent yet, for its time is in the future or Polar failed with it: a repair
+    does not send it past a pause."""
+    sides.books = DataDirectory(tmp_path)
+    sides.here.send(call("parked"), call("lost", at=NOON + timedelta(minutes=1)))
+    sides.taken(item("parked", due_us=99))
+
+    found = sides.check().differences
+
+    assert {(one.cause, one.repair, one.where.split(":")[0]) for one in found} == {
+        (Cause.LATE, Repair.WAIT, "parked"), (Cause.LOST, Repair.SEND, "lost"),
+    }  # fmt: skip
+
+
+def test_an_event_that_nothing_takes_back_leaves_the_others_of_its_hour_to_be(sides: TwoSides) -> None:
+    """Three doubles are taken back; the one that no meter counts stays there, and a person is told."""
+    sides.only_sums()
+    uncounted = {**call("uncounted"), "metadata": {}}
+    sides.here.send(*numbered(6), *(call(f"c{number}") for number in range(3)), uncounted)
+    sides.forward()
+    sides.there.send(*(call(f"copy{number}") for number in range(3)), {**uncounted, "external_id": "copy"})
+
+    report = sides.prove("apply")
+
+    assert [(one.cause, one.repair, one.count) for one in report.mended] == [
+        (Cause.DOUBLED, Repair.CORRECT, 3), (Cause.DOUBLED, Repair.DECIDE, 1),
+    ]  # fmt: skip
+    assert [(one.repair, one.count) for one in report.differences] == [(Repair.DECIDE, 1)]
 
 
 def test_a_late_event_is_named_with_both_periods(sides: TwoSides) -> None:
@@ -263,6 +313,28 @@ def test_a_largest_value_is_another_one_because_of_a_lost_event(sides: TwoSides)
 
     late = [one.where for one in sides.check().differences if one.cause is Cause.LATE]
     assert late == ["calls, customer bob", "peak, customer bob", "tokens, customer bob"]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "has_balance"),
+    [([0.1, 0.2, -0.3], True), ([-100, 33.3, 33.3, 33.3, 0.1], True), ([-1e8, 33333333.3, 66666666.6, 0.1], False)],
+    ids=["small", "used up", "large"],
+)
+def test_what_doubles_leave_of_a_sum_that_cancels_out_is_rounding(
+    sides: TwoSides, amounts: list[float], has_balance: bool
+) -> None:
+    """A credit note and the usage that makes up for it are nothing here, and next to nothing in doubles."""
+    for side in (sides.here, sides.there) if has_balance else ():
+        side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+    sides.here.send(*(call(f"e{number}", amount) for number, amount in enumerate(amounts)))
+    sides.forward()
+    in_doubles = Decimal(repr(reduce(add, amounts, 0.0)))
+
+    check = sides.watch(there=AddedAsDoubles(sides.there.api, sides.there.meter_id("tokens"), NOON, in_doubles))
+
+    assert in_doubles != sum(Decimal(str(amount)) for amount in amounts)
+    where = [f"tokens, {NOON:%Y-%m-%d}", *["tokens, customer ann"] * has_balance]
+    assert [(one.cause, one.where) for one in check.differences] == [(Cause.ROUNDING, each) for each in where]
 
 
 def test_what_polar_writes_itself_is_no_difference(sides: TwoSides) -> None:

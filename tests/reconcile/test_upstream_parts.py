@@ -1,12 +1,17 @@
 """Where not all of what is counted here is forwarded, the rest is no difference, and is not sent by a repair."""
 
-from datetime import timedelta
+import contextlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from aggregator.forward.polar_event import ROLLUP_NAME
+from aggregator.forward.state import State
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
+from aggregator.reconcile.upstream_scope import midnight
 from deploy.data import DataDirectory
+from meters.timestamp import MICROSECOND
 from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
 
 DAY = timedelta(days=1)
@@ -70,6 +75,22 @@ def test_nothing_is_repaired_where_nobody_knows_when_forwarding_began(sides: Two
     assert sides.there.api.get("/v1/events/")["items"] == []
 
 
+def test_nothing_is_repaired_by_the_books_of_another_server(sides: TwoSides, tmp_path: Path) -> None:
+    """Tests that only the sandbox was to get are not sent to production before the forwarder itself turned there."""
+    sides.books = DataDirectory(tmp_path)
+    with contextlib.closing(State(sides.books.forwarding)) as state:
+        state.turn_to("https://sandbox-api.polar.sh")
+    sides.here.send(call("test"))
+
+    in_doubt = only(sides.check())
+    with contextlib.closing(State(sides.books.forwarding)) as state:
+        state.turn_to(sides.there.url)
+
+    assert (in_doubt.cause, in_doubt.repair) == (Cause.LOST, Repair.DECIDE)
+    assert "are those of https://sandbox-api.polar.sh" in in_doubt.payload["doubt"]
+    assert only(sides.check()).repair is Repair.SEND
+
+
 @pytest.mark.parametrize(
     "chosen", [{"polar_events": "call"}, {"polar_filter": CALLS}, {"polar_meter": "just calls"}], ids=min
 )
@@ -89,3 +110,22 @@ def test_what_is_not_selected_is_no_difference(sides: TwoSides, chosen: dict[str
     assert check.differences == []
     assert any(note.startswith("tokens: in 1 balances the usage") for note in check.notes)
     assert (lost.cause, lost.where.split(":")[0]) == (Cause.LOST, "lost")
+
+
+def test_sums_of_a_window_that_is_not_over_are_not_missed(sides: TwoSides) -> None:
+    """Usage came in long before the settle window, and its sum is sent when its own window ends: a day, here."""
+    sides.chosen, settle = {"polar_rollup_seconds": 86_400}, timedelta(minutes=15)
+    sides.only_sums()
+    summed = [("name", ROLLUP_NAME), ("meter", sides.here.meter_id("tokens"))]
+    clauses = [{"property": name, "operator": "eq", "value": value} for name, value in summed]
+    sides.there.patch(f"/v1/meters/{sides.there.meter_id('tokens')}", {
+        "filter": {"conjunction": "and", "clauses": clauses}, "aggregation": {"func": "sum", "property": "value"},
+    })  # fmt: skip
+    for side in (sides.here, sides.there):
+        side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})
+    sides.there.send({**call("sum"), "name": ROLLUP_NAME, "metadata": {**dict(summed), "value": 0}})
+    is_over = midnight(datetime.now(UTC)) + DAY + settle
+    sides.here.send(call("late", 5))
+
+    assert sides.check(settle, is_over - MICROSECOND).differences == []
+    assert {one.cause for one in sides.check(settle, is_over).differences} == {Cause.UNKNOWN, Cause.LATE}

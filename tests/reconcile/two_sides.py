@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from aggregator.forward.planner import Item
 from aggregator.forward.source import Source
 from aggregator.forward.state import State
 from aggregator.reconcile.report import Check, Difference, Done, Report
@@ -112,10 +113,10 @@ class TwoSides:
         with self._forwarder() as (source, state):
             state.begin("raw", source.end(), int(at.timestamp() * 1_000_000))
 
-    def taken(self) -> None:
-        """The forwarder's books say that it took everything that is counted here."""
+    def taken(self, *items: Item) -> None:
+        """The forwarder's books say that it took everything that is counted here, and what became of these."""
         with self._forwarder() as (source, state):
-            state.mark("raw", [], source.end(), 0)
+            state.mark("raw", items, source.end(), 0)
 
     @contextlib.contextmanager
     def _forwarder(self) -> Iterator[tuple[Source, State]]:
@@ -136,11 +137,11 @@ class TwoSides:
             here or self.here.api, there or self.there.api, scope, meters, Worth(catalogue)
         ).run()
 
-    def check(self, settle: timedelta = timedelta(0)) -> Check:
-        """Compare."""
+    def check(self, settle: timedelta = timedelta(0), now: datetime | None = None) -> Check:
+        """Compare, as if it were this time."""
         range_ = Range(NOON - timedelta(days=3), None, settle)
         with contextlib.closing(self.here.data.open_log()) as log:
-            return compare(self.settings, self.books, log, self.here.api, range_, datetime.now(UTC))
+            return compare(self.settings, self.books, log, self.here.api, range_, now or datetime.now(UTC))
 
     def prove(self, repair: str | None = None) -> Report:
         """Compare and, if so asked, repair, as the command does it."""
@@ -174,6 +175,13 @@ def call(id: str, tokens: object = 10, *, at: datetime = NOON, customer: str = "
         "name": "call", "external_id": id, "external_customer_id": customer, "timestamp": at.isoformat(),
         "metadata": {"tokens": tokens, **metadata},
     }  # fmt: skip
+
+
+def item(external_id: str, **became: Any) -> Item:
+    """An event of Ann's as the forwarder has it."""
+    return Item(
+        lane="raw", external_id=external_id, who="e:ann", timestamp_us=1, ingested_us=1, body=b"{}", **became
+    )
 
 
 def numbered(count: int) -> Iterator[Event]:

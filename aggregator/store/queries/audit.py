@@ -29,6 +29,7 @@ QUESTIONS: Mapping[str, str] = {
     "tallies": """
         SELECT t.*, p.next_offset FROM tallies t JOIN positions p USING (log_partition)
         WHERE p.stream = 'usage.events' ORDER BY 1""",
+    "decided": "SELECT coalesce(max(next_offset), 0) AS next_offset FROM positions WHERE stream = 'usage.control'",
     "control": "SELECT log_offset, value FROM control ORDER BY log_offset",
     "customers": "SELECT coalesce(max(number) + 1, 0) AS customers FROM subjects",
     "subject": "SELECT kind, text FROM subjects WHERE number = $number",
