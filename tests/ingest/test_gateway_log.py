@@ -112,7 +112,7 @@ class SlowControlLog(MemoryLog):
 def test_nobody_is_turned_away_before_the_tokens_are_known() -> None:
     """Until the control stream was read, a good token is answered "try again" and not "unknown"."""
     log = SlowControlLog(Disk(), lambda: 0, Limits())
-    with RunningGateway(log) as gateway:
+    with RunningGateway(log, is_ready=False) as gateway:
         answer = gateway.ingest({"events": [event()]})
         assert answer.status_code == 503
         assert answer.json()["error"] == "CatalogueUnavailable"
