@@ -24,8 +24,8 @@ from meters.event import event_id, identity
 from meters.log import USAGE_EVENTS, format_position
 from meters.timestamp import microseconds_of
 from tests.aggregator.records import NOW, SMALL, entry, line
+from tests.waiting import PATIENCE_S
 
-PATIENCE_S = 20
 T = TypeVar("T")
 Json = Any
 

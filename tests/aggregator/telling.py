@@ -1,6 +1,5 @@
 """A tenant who is told: an endpoint at a receiver, customers who move, and what is left to be told of them."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from meters.log import USAGE_EVENTS
 from tests.aggregator.receiving import Delivery, Receiver, receiving, sending
 from tests.aggregator.records import SMALL, entry, line
 from tests.aggregator.serving import Json, Server, Tenant
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 
 class Told:
@@ -51,7 +50,7 @@ class Told:
         lines = [line(id, external_customer_id=name) for id in ids]
         record = entry(*lines, organization_id=self.tenant.id, admitted=True)
         (offset,) = await self.tenant.server.log.append(USAGE_EVENTS, [record])
-        assert await self.tenant.server.aggregator.wait_for({0: offset + 1}, 20)
+        assert await self.tenant.server.aggregator.wait_for({0: offset + 1}, PATIENCE_S)
 
     async def credit(self, customer_id: str, meter_id: str, units: int) -> None:
         """Units by hand."""
@@ -92,7 +91,7 @@ def caused_anew(server: Server, tenant: Tenant, folder: Path) -> set[tuple[str |
     anew = Aggregator(server.log, folder / "anew.duckdb", SMALL)
     anew.start()
     try:
-        server.run(asyncio.wait_for(anew.wait_for(server.aggregator.as_of, 20), 20))
+        assert server.run(anew.wait_for(server.aggregator.as_of, PATIENCE_S))
         with anew.outbox() as connection:
             causes = outbox.take_causes(connection)
         return {(cause.customer_id, cause.text) for cause in causes if cause.organization_id == tenant.id}

@@ -11,7 +11,8 @@ from meters.access import SCOPES
 from meters.catalogue import Organization, OrganizationCreated
 from meters.log import USAGE_EVENTS
 from tests.aggregator.records import NOW, entry, line
-from tests.aggregator.serving import PATIENCE_S, Server, Tenant, serving
+from tests.aggregator.serving import Server, Tenant, serving
+from tests.waiting import PATIENCE_S
 
 BROKEN = b'{"name": '
 

@@ -19,7 +19,7 @@ from meters.catalogue import Change, Customer, CustomerCreated, OrganizationCrea
 from meters.event import event_id, identity
 from tests.deploy.installation import Installation
 
-WAIT_S = 20  # how long a read may wait for what was written; it takes milliseconds
+WAIT_S = 30  # how long a server lets a read wait, at most, for what was written; it takes milliseconds
 Json = Any
 
 
@@ -102,7 +102,7 @@ class Server:
         """Serve, and give every tenant its connection."""
         self._installation.token = self._tenants[0].secret
         self._installation.start()
-        self._http = httpx.Client(base_url=self._installation.url, timeout=WAIT_S)
+        self._http = httpx.Client(base_url=self._installation.url, timeout=2 * WAIT_S)
         for tenant in self._tenants:
             tenant.http = self._http
 

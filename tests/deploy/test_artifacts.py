@@ -243,9 +243,8 @@ def test_every_question_names_metrics_that_exist(running: Installation, tmp_path
     State(tmp_path / "forward.sqlite").close()
     forwarding = CollectorRegistry()
     forwarding.register(ForwardingMetrics(tmp_path / "forward.sqlite"))
-    eventually(lambda: "meterstream_lag_records" in running.get("/metrics").text)  # both processes' in one
-    text = running.get("/metrics").text + generate_latest(forwarding).decode()
-    for family in text_string_to_metric_families(text):
+    both = eventually(lambda: text if "meterstream_lag_records" in (text := running.get("/metrics").text) else "")
+    for family in text_string_to_metric_families(both + generate_latest(forwarding).decode()):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         shown |= {family.name + suffix for suffix in suffixes}
     unknown = {

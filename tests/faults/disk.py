@@ -13,7 +13,7 @@ SIZE_KIB = 64 << 10
 
 
 class SmallDisk:
-    """Mounted at ``path``. Needs root; elsewhere the test skips, except in CI, where that would hide a gap."""
+    """Mounted at ``path``. Without root the test skips; a root that may not mount skips it, too, but fails in CI."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._ballast = path, path / "ballast"

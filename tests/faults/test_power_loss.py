@@ -4,7 +4,6 @@ A real log and a real aggregator are recorded system call by system call (``powe
 come disks as they may be found afterwards (``power/losing.py``). Each is opened by the code that opens it in life.
 """
 
-import os
 import random
 import shutil
 from collections import Counter
@@ -22,6 +21,7 @@ from deploy.rebuild import rebuild
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record
 from tests.aggregator.records import SMALL
+from tests.deploy.programs import program
 from tests.faults.evidence import SEED, assert_store_tells, caught_up, count, ends, export, positions
 from tests.faults.power.losing import Crash, Disk, crashes
 from tests.faults.power.recording import Operation, record
@@ -63,8 +63,7 @@ def everything(log: Log, stream: str) -> list[Record]:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """Made once."""
-    if shutil.which("strace") is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("recording needs strace")
+    program("strace", "strace")
     return Recorded(tmp_path_factory.mktemp("power"))
 
 

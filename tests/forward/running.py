@@ -15,15 +15,15 @@ PATIENCE_S = 60.0
 
 
 class Clocks:
-    """Time that runs ``speed`` times as fast from now on."""
+    """Time that runs ``speed`` times as fast from now on, on a clock that a test may set ``behind_s`` behind."""
 
     def __init__(self, speed: float = 1.0) -> None:
-        self.speed = speed
+        self.speed, self.behind_s = speed, 0.0
         self._began_us, self._began = time.time_ns() // 1000, time.monotonic()
 
     def now_us(self) -> int:
         """UTC, microseconds."""
-        return self._began_us + int((time.monotonic() - self._began) * 1e6 * self.speed)
+        return self._began_us + int(((time.monotonic() - self._began) * self.speed - self.behind_s) * 1e6)
 
     def pause(self, seconds: float) -> None:
         """Wait, shorter by the same factor."""

@@ -38,9 +38,13 @@ CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class RunningGateway:
-    """A gateway on a free port. Its first organization has a token that may send events."""
+    """A gateway on a free port, ready when a test begins, unless ``is_ready`` says that it cannot be.
 
-    def __init__(self, log: Log | None = None, **settings: Any) -> None:
+    Its first organization has a token that may send events.
+    """
+
+    def __init__(self, log: Log | None = None, *, is_ready: bool = True, **settings: Any) -> None:
+        self._is_ready = is_ready
         self.log = log or open_log("memory:")
         self.organization_id = str(uuid.uuid4())
         self.secret = TOKEN_PREFIX + uuid.uuid4().hex
@@ -57,6 +61,8 @@ class RunningGateway:
     def __enter__(self) -> "RunningGateway":
         self._thread.start()
         eventually(lambda: self.server.started)
+        if self._is_ready:  # one that is started may still wait for its tokens, or for the log's partitions
+            eventually(lambda: self.gateway.tail.current and self.gateway.endpoint.writable)
         return self
 
     def __exit__(

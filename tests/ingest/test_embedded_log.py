@@ -219,10 +219,9 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize("failing", ["20", "20+", "20..26"], ids=["once", "for ever", "for a while"])
 def test_a_failed_sync_is_never_acknowledged(tmp_path: Path, failing: str) -> None:
     """When the disk says that it could not keep what was written, the answer is TryAgain until it can again."""
-    inject = ["strace", "-f", "-qq", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={failing}"]
+    strace = program("strace", "strace")
+    inject = [strace, "-f", "-qq", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={failing}"]
     command = [*inject, "-o", os.devnull, sys.executable, "-c", LONELY_APPENDER, str(tmp_path)]
-    if shutil.which("strace") is None:
-        pytest.skip("strace, which injects the errors, is not installed")
     output = subprocess.run(command, capture_output=True, text=True)
     if "ptrace" in output.stderr:
         pytest.skip("tracing a process is not allowed here")

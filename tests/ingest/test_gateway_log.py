@@ -5,7 +5,7 @@ import concurrent.futures
 import json
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from ingest.log import open_log
 from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog, Partition
 from ingest.log.places import Places
+from ingest.tail import CatalogueTail
 from meters.access import TOKEN_PREFIX
-from meters.catalogue import Customer, CustomerCreated, TokenCreated
+from meters.catalogue import Customer, CustomerCreated, Token, TokenCreated, TokenRevoked, encode_change
 from meters.event import identity
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, TryAgain, parse_position
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, Record, TryAgain, parse_position
 from tests.ingest.running import CREATED, RunningGateway, event
 from tests.waiting import eventually
 
@@ -112,7 +113,7 @@ class SlowControlLog(MemoryLog):
 def test_nobody_is_turned_away_before_the_tokens_are_known() -> None:
     """Until the control stream was read, a good token is answered "try again" and not "unknown"."""
     log = SlowControlLog(Disk(), lambda: 0, Limits())
-    with RunningGateway(log) as gateway:
+    with RunningGateway(log, is_ready=False) as gateway:
         answer = gateway.ingest({"events": [event()]})
         assert answer.status_code == 503
         assert answer.json()["error"] == "CatalogueUnavailable"
@@ -250,6 +251,35 @@ def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path, monkeypatc
             gateway.decide(CustomerCreated(customer))
             body = {"events": [{"name": "call", "customer_id": customer.id}]}
             assert gateway.ingest(body, prefer=preference).json()["inserted"] == 1
+
+
+class WaitedForLog(MemoryLog):
+    """A log that knows how long its readers would have waited for more of the control stream."""
+
+    def __init__(self) -> None:
+        super().__init__(Disk(), lambda: 0, Limits())
+        self.waits_s: list[float] = []
+
+    def read(self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0) -> list[Record]:
+        """What is there, at once."""
+        self.waits_s.append(wait_s)
+        return super().read(stream, positions, bytes_max=bytes_max)
+
+
+def test_a_decision_acts_with_the_next_look_which_is_within_a_second() -> None:
+    """Even in a log that wakes nobody: a read waits a second at most, and applies all that was decided before it."""
+    tail = CatalogueTail(log := WaitedForLog())
+    token = Token(id="t", organization_id="o", name="a token", sha256="s", scopes=[], created_at=CREATED)
+    for change in (TokenCreated(token), TokenRevoked("t", CREATED)):
+        asyncio.run(log.append(USAGE_CONTROL, [Entry(encode_change(change))]))
+        tail._read_once()
+        known = tail.catalogue.tokens["s"]
+        assert (known.revoked_at is not None) == isinstance(change, TokenRevoked)
+    for _ in range(2):
+        tail._read_once()
+
+    assert tail.current
+    assert 0 < max(log.waits_s) <= 1
 
 
 class ControlLostLog(MemoryLog):

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from ingest.exchange import Exchange
 from ingest.limits import HEAD_BYTES_MAX, MEBIBYTE, PIPELINED_MAX
-from tests.ingest.running import RunningGateway, event, receive_all
+from tests.ingest.running import PATIENCE_S, RunningGateway, event, receive_all
 from tests.waiting import eventually
 
 BODY = json.dumps({"events": [event()]}).encode()
@@ -20,9 +20,18 @@ BODY = json.dumps({"events": [event()]}).encode()
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[RunningGateway]:
-    """A gateway that loses patience soon."""
-    with RunningGateway(head_deadline_s=1.0, body_deadline_s=1.0, body_bytes_max=1_000_000) as running:
+    """A gateway that waits longer for a client than a test looks away, and takes no large bodies."""
+    with RunningGateway(body_bytes_max=1_000_000) as running:
         yield running
+
+
+@pytest.fixture
+def impatient() -> Iterator[RunningGateway]:
+    """One that soon loses patience with bodies, for those who wait until it does."""
+    with RunningGateway(body_deadline_s=1.0) as running:
+        yield running
+        assert running.lines() == []
+        eventually(lambda: running.ingest(content=BODY).status_code == 200)
 
 
 @pytest.fixture(autouse=True)
@@ -166,31 +175,25 @@ def test_a_head_just_over_the_limit_is_told_so(gateway: RunningGateway) -> None:
 
 def test_a_target_of_a_megabyte_is_cut(gateway: RunningGateway) -> None:
     """A long path is a long head."""
-    with gateway.connect() as connection:
-        try:
-            connection.sendall(b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")
-        except ConnectionError:
-            return
-        assert statuses(receive_all(connection)) in ([431], [])
+    assert exchange(gateway, b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n") in ([431], [])
 
 
 # ---- slowness
 
 
-def test_a_slow_body_is_given_up(gateway: RunningGateway) -> None:
+def test_a_slow_body_is_given_up(impatient: RunningGateway) -> None:
     """A Content-Length that promises more than comes is 408, and the connection is closed."""
-    with gateway.connect() as connection:
-        connection.sendall(request(gateway, body=BODY, length=len(BODY) + 1))
+    with impatient.connect() as connection:
+        connection.sendall(request(impatient, body=BODY, length=len(BODY) + 1))
         assert statuses(receive_all(connection)) == [408]
 
 
-def test_a_client_that_hangs_up_in_its_body_is_nobody() -> None:
+def test_a_client_that_hangs_up_in_its_body_is_nobody(gateway: RunningGateway) -> None:
     """Half a body is no request; the bytes held are given back."""
-    with RunningGateway() as gateway:  # one that waits longer for a body than anybody looks away
-        with gateway.connect() as connection:
-            connection.sendall(request(gateway, body=BODY[:20], length=len(BODY)))
-            eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 20)
-        eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 0)
+    with gateway.connect() as connection:
+        connection.sendall(request(gateway, body=BODY[:20], length=len(BODY)))
+        eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 20)
+    eventually(lambda: gateway.gateway.endpoint.in_flight.bytes == 0)
 
 
 def test_more_than_the_promised_body_is_no_part_of_it(gateway: RunningGateway) -> None:
@@ -199,9 +202,9 @@ def test_more_than_the_promised_body_is_no_part_of_it(gateway: RunningGateway) -
     assert answer in ([422, 400], [400], [])
 
 
-def test_a_refused_body_may_not_trickle_for_ever(gateway: RunningGateway) -> None:
+def test_a_refused_body_may_not_trickle_for_ever(impatient: RunningGateway) -> None:
     """Who was answered before the body came (401) has to be done with it soon."""
-    with gateway.connect() as connection:
+    with impatient.connect() as connection:
         connection.sendall(b"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\ncontent-length: 900000\r\n\r\n")
         assert statuses(connection.recv(65536)) == [401]
         eventually(lambda: cut(connection, b"x"))
@@ -227,21 +230,18 @@ def test_a_client_that_is_silent_after_a_refusal_is_let_go(unusual: list[str]) -
         assert statuses(receive_all(after)) == []
 
 
-def test_two_hundred_slow_clients_do_not_stand_in_the_way(gateway: RunningGateway) -> None:
+def test_two_hundred_slow_clients_do_not_stand_in_the_way() -> None:
     """Half heads, half bodies and silence: good clients are answered meanwhile, and the slow ones are cut in time."""
-    half_body = request(gateway, body=BODY[:10], length=len(BODY))
-    openings = [b"", b"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\n", half_body]
-    slow = [socket.create_connection(("127.0.0.1", gateway.port), timeout=10) for _ in range(200)]
-    try:
-        for number, connection in enumerate(slow):
+    with RunningGateway(head_deadline_s=1.0, body_deadline_s=1.0) as gateway, contextlib.ExitStack() as slow:
+        half_body = request(gateway, body=BODY[:10], length=len(BODY))
+        openings = [b"", b"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\n", half_body]
+        connections = [slow.enter_context(gateway.connect()) for _ in range(200)]
+        for number, connection in enumerate(connections):
             connection.sendall(openings[number % len(openings)])
         assert gateway.client.get("/livez").status_code == 200
         assert gateway.client.get("/readyz").status_code == 200
-        found = [statuses(receive_all(connection)) for connection in slow]
-    finally:
-        for connection in slow:
-            connection.close()
-    assert {tuple(answer) for answer in found} == {(408,)}
+        assert {tuple(statuses(receive_all(connection))) for connection in connections} == {(408,)}
+        assert gateway.lines() == []
 
 
 def test_a_client_that_does_not_read_is_cut() -> None:
@@ -249,7 +249,7 @@ def test_a_client_that_does_not_read_is_cut() -> None:
     with RunningGateway(write_deadline_s=0.5) as gateway, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", gateway.port))
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_S)
         echoed = request(gateway, body=b'["%s"]' % (b"x" * 16_000)) * 100
         eventually(lambda: cut(connection, echoed))
 
@@ -269,14 +269,13 @@ def test_refusals_that_nobody_reads_are_not_held() -> None:
     """Heads without a token, as many as go: the gateway reads no further, or cuts, before it holds a megabyte."""
     heads = b"POST /v1/events/ingest HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n" * 1000
     held = 0
-    with (
-        RunningGateway() as gateway,
-        unread(gateway) as (connection, there),
-        contextlib.suppress(TimeoutError, ConnectionError),
-    ):
-        for _ in range(100):
-            connection.sendall(heads)
-            held = max(held, there.transport.get_write_buffer_size())
+    with RunningGateway() as gateway, unread(gateway) as (connection, there):
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            for _ in range(100):
+                connection.sendall(heads)
+                held = max(held, there.transport.get_write_buffer_size())
+        eventually(lambda: there.flow.write_paused or there.transport.is_closing())
+        held = max(held, there.transport.get_write_buffer_size())
     assert held < MEBIBYTE
 
 
@@ -295,7 +294,7 @@ def test_answers_that_nobody_reads_are_waited_with(caplog: pytest.LogCaptureFixt
 
         eventually(lambda: ask() and there.flow.write_paused)
         assert ask() == ask()
-        eventually(lambda: there.flow.read_paused, patience_s=10)
+        eventually(lambda: there.flow.read_paused)
         assert there.transport.get_write_buffer_size() < MEBIBYTE
         connection.close()
         eventually(lambda: not there.server_state.connections and not there.tasks)
@@ -304,23 +303,29 @@ def test_answers_that_nobody_reads_are_waited_with(caplog: pytest.LogCaptureFixt
 
 def test_a_connection_is_not_closing_for_ever() -> None:
     """A little that nobody reads, too little to hold anything up, does not keep a silent client's connection."""
-    with RunningGateway(idle_deadline_s=1, write_deadline_s=0.5) as gateway, unread(gateway) as (connection, there):
-        connections = there.server_state.connections
+    with RunningGateway(idle_deadline_s=1, write_deadline_s=0.5) as gateway:
+        echoed = request(gateway, body=b'["%s"]' % (b"x" * 16_000))
+        state = gateway.server.server_state
 
-        def ask() -> int:
-            before = there.server_state.total_requests
-            connection.sendall(request(gateway, body=b'["%s"]' % (b"x" * 16_000)))
-            eventually(lambda: there.server_state.total_requests > before)
-            return int(there.transport.get_write_buffer_size())
+        def left_unread() -> int:
+            with unread(gateway) as (connection, there):
+                def ask() -> int:
+                    before = state.total_requests
+                    cut(connection, echoed)
+                    eventually(lambda: state.total_requests > before or there.transport.is_closing())
+                    return -1 if there.transport.is_closing() else int(there.transport.get_write_buffer_size())
 
-        assert 0 < eventually(ask) < HIGH_WATER_LIMIT
-        eventually(lambda: not connections, patience_s=10)
+                held: int = eventually(ask)
+                eventually(lambda: not state.connections)
+            return max(held, 0)  # none where it was silent for too long before: the next connection may be quicker
+
+        assert 0 < eventually(left_unread) < HIGH_WATER_LIMIT
 
 
 def test_connections_have_a_limit() -> None:
     """One too many is told to come back; the others go on."""
     with RunningGateway(connections_max=3) as gateway:
-        others = [socket.create_connection(("127.0.0.1", gateway.port), timeout=10) for _ in range(3)]
+        others = [socket.create_connection(("127.0.0.1", gateway.port), timeout=PATIENCE_S) for _ in range(3)]
         try:
             for connection in others:
                 connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")

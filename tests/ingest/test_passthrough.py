@@ -183,9 +183,11 @@ def test_events_are_taken_while_the_api_is_away(gateway: RunningGateway) -> None
 
 def test_metrics_are_the_gateways_and_the_aggregators(gateway: RunningGateway, api: QueryApi) -> None:
     """One page for both halves."""
-    text = gateway.client.get("/metrics").text
+    def page() -> str:  # the aggregator's half is left out where it takes long
+        return gateway.client.get("/metrics").text
+
+    text = eventually(lambda: shown if (shown := page()).endswith("aggregator_metric 1\n") else "")
     assert "meterstream_gateway_events_total" in text
-    assert text.endswith("aggregator_metric 1\n")
 
 
 def test_an_answer_without_body_has_none(gateway: RunningGateway, api: QueryApi) -> None:

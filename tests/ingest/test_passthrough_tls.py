@@ -1,7 +1,6 @@
 """A query API at an https address: reads carry tokens, so nothing is said to whoever is not known to be it."""
 
 import contextlib
-import shutil
 import socket
 import ssl
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ingest import passthrough
+from tests.deploy.programs import program
 from tests.ingest.running import PATIENCE_S, RunningGateway
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -25,9 +25,7 @@ class TlsApi:
         key = folder / "api.key"
         names = ["-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1"]
         kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        openssl = shutil.which("openssl")
-        if openssl is None:
-            pytest.skip("needs the openssl command, which makes the certificate")
+        openssl = program("openssl", "openssl")
         subprocess.run(
             [openssl, "req", "-x509", *kind, *names, "-keyout", str(key), "-out", str(self.certificate)],
             check=True, capture_output=True,

@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,12 +63,12 @@ def append(log: Log, *values: bytes, partition: int = 0) -> list[int]:
 
 def append_soon(log: Log, value: bytes, partition: int) -> None:
     """As a client does: when it is told to try again, it does."""
-    for _ in range(100):
+    def is_appended() -> bool:
         with contextlib.suppress(TryAgain):
-            append(log, value, partition=partition)
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("nothing but try again")
+            return bool(append(log, value, partition=partition))
+        return False
+
+    eventually(is_appended, look_again_s=0.05)
 
 
 def test_holes_stop_a_reader_unless_they_are_expected(address: Address, kafka: Cluster) -> None:

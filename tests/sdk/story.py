@@ -52,7 +52,7 @@ MASKED = "whsec_..."
 NOWHERE = "http://127.0.0.1:1/"
 """Nobody listens there."""
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def batch(customer_id: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import msgspec
 
 from ingest.client import Ingestion, Limits, journal, outbox
 from ingest.client.streams import WatchedStream, Watcher
+from tests.waiting import eventually
 
 LIMITS = Limits(
     linger_s=0.02, backoff_s=0.02, backoff_s_max=0.2, close_s_max=2.0, batch_events_max=200, adopt_every_s=0.2
@@ -148,14 +149,14 @@ def pools(ingestion: Ingestion) -> None:
         pool.join()
 
 
+_left: list[Path] = []
+"""What lay in the spool before this process had a client."""
+
+
 def collects(ingestion: Ingestion) -> None:
     """Captures nothing itself; what others have left is sent."""
-    deadline_s = time.monotonic() + 20
-    own = 1  # the file of this process itself
-    while len(list(Path(sys.argv[3]).glob("*.spool"))) > own or not ingestion.stats().adopted:
-        assert time.monotonic() < deadline_s, "nobody takes over what is left"
-        time.sleep(0.02)
-    assert ingestion.flush(20)
+    eventually(lambda: not any(spool.exists() for spool in _left))
+    assert ingestion.flush(PATIENCE_S)
 
 
 class Told(Watcher):
@@ -194,6 +195,7 @@ if __name__ == "__main__":
     _, name, url, directory, *rest = sys.argv
     token, close_s_max = [*rest, *["token", ""][len(rest) :]]
     spool = None if directory == "-" else directory
+    _left += Path(directory).glob("*.spool")
     bound_s = float(close_s_max or (LIMITS.close_s_max if spool else PATIENCE_S))
     limits = msgspec.structs.replace(LIMITS, close_s_max=bound_s)
     APPLICATIONS[name](Ingestion(token, base_url=url, spool=spool, limits=limits))

@@ -8,8 +8,8 @@ import pytest
 
 from ingest.client import Ingestion, Limits, Rejection, SpoolFull
 from tests.ingest.client.fault_server import Bad, FaultServer
-from tests.ingest.client.test_sending import PATIENCE_S, assert_adds_up, event
-from tests.waiting import eventually
+from tests.ingest.client.test_sending import assert_adds_up, event
+from tests.waiting import PATIENCE_S, eventually
 
 
 @pytest.fixture(params=["memory", "disk"])

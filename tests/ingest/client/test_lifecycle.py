@@ -1,6 +1,6 @@
 """Forks, signals and ends of processes: what was captured arrives, by this process or the next."""
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
@@ -15,9 +15,31 @@ from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS, PATIENCE_
 from tests.ingest.client.fault_server import Bad, FaultServer
 from tests.waiting import eventually
 
+_asked: set[str] = set()
+"""The servers of the applications of one test."""
+
+
+@pytest.fixture(autouse=True)
+def _no_application_outlives_its_test() -> Iterator[None]:
+    """Nor does a fork of one, whose parent is gone: it has the same command line, with the server of this test."""
+    _asked.clear()
+    yield
+    eventually(lambda: still_running() == [])
+
+
+def still_running() -> list[Path]:
+    """The applications of this test that have not ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            found += [process] if _asked & set(arguments) else []
+    return found
+
 
 def start(name: str, url: str, spool: Path | None, *more: str) -> subprocess.Popen[bytes]:
     """An application in a process of its own."""
+    _asked.add(url)
     command = [sys.executable, "-m", "tests.ingest.client.applications", name, url, str(spool or "-"), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -34,6 +56,12 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[list[str], int, str]:
 def run(name: str, url: str, spool: Path | None, *more: str) -> tuple[list[str], int, str]:
     """An application, to its end."""
     return finish(start(name, url, spool, *more))
+
+
+def collect(url: str, spool: Path) -> None:
+    """What others have left is sent by an application that captures nothing."""
+    ids, code, complaints = run("collects", url, spool)
+    assert (ids, code) == ([], 0), complaints
 
 
 def ready(process: subprocess.Popen[bytes]) -> None:
@@ -95,7 +123,7 @@ def test_an_absent_server_does_not_hold_the_end_up(tmp_path: Path) -> None:
         took_s = time.monotonic() - began_s
         assert not server.taken
         server.script = lambda events, number: None
-        run("collects", server.url, tmp_path)
+        collect(server.url, tmp_path)
 
     assert LIMITS.close_s_max <= took_s < LIMITS.close_s_max + 10
     assert sorted(server.taken.elements()) == sorted(ids)
@@ -105,7 +133,7 @@ def test_an_absent_server_does_not_hold_the_end_up(tmp_path: Path) -> None:
 def test_children_that_vanish_leave_their_events_to_others(server: FaultServer, tmp_path: Path) -> None:
     """A process that ends without a word has lost nothing: what it had is sent by whoever looks next."""
     ids, _, _ = run("forks_and_vanishes", server.url, tmp_path)
-    run("collects", server.url, tmp_path)
+    collect(server.url, tmp_path)
 
     assert len(ids) == 20 + CHILDREN * EVENTS
     assert set(server.taken) == set(ids)
@@ -115,7 +143,9 @@ def test_children_that_vanish_leave_their_events_to_others(server: FaultServer, 
 @pytest.mark.parametrize("has_spool", [False, True])
 def test_a_fork_may_happen_at_any_moment(server: FaultServer, tmp_path: Path, has_spool: bool) -> None:
     """Threads capture and send while the process forks: no child hangs, nothing is lost or made up."""
-    ids, code, complaints = run("forks_while_busy", server.url, tmp_path if has_spool else None)
+    ids, code, complaints = run(
+        "forks_while_busy", server.url, tmp_path if has_spool else None, "token", str(PATIENCE_S)
+    )
 
     assert code == 0, complaints
     assert set(server.taken) == set(ids)
@@ -155,7 +185,7 @@ def test_streams_that_are_open_at_the_end_are_left_to_the_next_process(server: F
     """Their usage is told after the client was closed, and is then on the disk; without a spool it is rejected."""
     ids, code, complaints = run("leaves_streams_open", server.url, tmp_path)
     assert (len(ids), code, complaints) == (3, 0, "")
-    run("collects", server.url, tmp_path)
+    collect(server.url, tmp_path)
     assert sorted(server.taken.elements()) == sorted(ids)
 
     ids, code, _ = run("leaves_streams_open", server.url, None)
@@ -184,7 +214,7 @@ tell(1)
     command = [sys.executable, "-c", code, server.url, str(tmp_path), imported]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["e1", "e2"]
-    run("collects", server.url, tmp_path)
+    collect(server.url, tmp_path)
 
     assert set(server.taken) == {"e1", "e2"}
 
@@ -225,14 +255,6 @@ def test_two_owners_never_share(tmp_path: Path) -> None:
         strangers, _, _ = run("ends", server.url, tmp_path, "token", str(PATIENCE_S))
         assert sorted(server.taken.elements()) == sorted(strangers)
         other.script = lambda events, number: None
-        run("collects", other.url, tmp_path)
+        collect(other.url, tmp_path)
 
     assert sorted(other.taken.elements()) == sorted(ids)
-
-
-def test_processes_are_gone_when_a_test_ends() -> None:
-    """No application outlives its test."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    commands = [Path(f"/proc/{pid}/cmdline") for pid in children.read_text().split()] if children.exists() else []
-
-    assert not [each for each in commands if each.exists() and b"ingest.client.applications" in each.read_bytes()]

@@ -17,11 +17,10 @@ import pytest
 from ingest.client import EventRefused, Ingestion, Limits, Rejection, Stats
 from ingest.client.limits import MEMORY_EVENTS_MAX
 from tests.ingest.client.fault_server import Bad, Events, FaultServer, Script, refusal
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
 
 QUICK = Limits(linger_s=0.005, backoff_s=0.005, backoff_s_max=0.05, batch_events_max=50, close_s_max=10)
 TOGETHER = msgspec.structs.replace(QUICK, linger_s=60)  # what is captured in a row leaves in one request
-PATIENCE_S = 20.0
 
 
 def event(number: int, **metadata: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 from ingest.client import Ingestion
 from ingest.client import ingestion as ingestion_module
 from tests.ingest.client.fault_server import Bad, FaultServer
-from tests.ingest.client.test_sending import PATIENCE_S, QUICK, assert_adds_up, bad_for, client, event
-from tests.waiting import eventually
+from tests.ingest.client.test_sending import QUICK, assert_adds_up, bad_for, client, event
+from tests.waiting import PATIENCE_S, eventually
 
 
 @pytest.fixture(params=["memory", "disk"])
