@@ -17,8 +17,6 @@ from aggregator.place import FeedPlace
 
 ALONE_MAX = 8  # events that Polar names as bad are sent alone to be sure; of more than these its word is taken
 PROBE_EVENTS = 100  # of the first request after a pause: enough to learn, little to lose
-SKEW_FIRST_US = 2_000_000  # how far behind ours we take Polar's clock to be when it calls an event's time the future
-SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
 ENVELOPE_BYTES = len(b'{"events":[]}')
 WORDS_MAX = 2_000  # characters kept of what Polar said
 
