@@ -100,12 +100,22 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
             doubt=_doubt(state, settings),
             refused={letter.external_id: letter.words for letter in state.dead(limit=-1)}, is_pending=_pending(state),
         )  # fmt: skip
-        check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
-        there.complete()
+        check = _checked(UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)), there)
     check.notes += [scope.doubt] if scope.doubt else []
     check.notes += _began(scope)
     check.notes.append(f"{there.asked} requests; {since:%Y-%m-%d} to {until - DAY:%Y-%m-%d}, {_known(scope)}")
     return check
+
+
+def _checked(check: UpstreamCheck, there: Remembering) -> Check:
+    """What the check finds; the next run asks anew, unless there was no answer to go on with. Raises GiveUp."""
+    try:
+        found = check.run()
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # answers of the right shape, and odd within
+        there.complete()
+        raise GiveUp(f"what Polar answers cannot be compared ({type(error).__name__}: {error})") from error
+    there.complete()
+    return found
 
 
 def _forwarded(state: State, lane: str, selection: Mapping[str, Any]) -> Forwarded:

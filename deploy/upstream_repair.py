@@ -5,14 +5,13 @@ limit, and are as large as the forwarder's may be.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 
-from aggregator.forward.planner import ENVELOPE_BYTES
+from aggregator.forward.planner import ENVELOPE_BYTES, Accepted, counts_of
 from aggregator.forward.polar_event import item_of
 from aggregator.forward.source import FeedPage
-from aggregator.forward.upstream import BODY_BYTES_MAX, INGEST_PATH, Denied, Upstream
+from aggregator.forward.upstream import BODY_BYTES_MAX, INGEST_PATH, Denied, NoAnswer, Upstream
 from aggregator.reconcile.correction import instead
 from aggregator.reconcile.report import Difference, Done, Repair
 from aggregator.reconcile.upstream_scope import text
@@ -61,13 +60,14 @@ def requests(
         yield _request(batch)
 
 
-def send(upstream: Upstream, body: bytes) -> dict[str, Any]:
+def send(upstream: Upstream, body: bytes) -> Accepted:
     """What Polar says to a request that it takes; tried again while that may help. Raises GiveUp, NoAnswer."""
     try:
-        found: dict[str, Any] = upstream.insist("POST", INGEST_PATH, content=body).json()
+        return counts_of(upstream.insist("POST", INGEST_PATH, content=body))
     except Denied as error:
         raise GiveUp(f"Polar refuses the events: {error}; `meterstream forward` isolates such an event") from error
-    return found
+    except ValueError as error:
+        raise NoAnswer("it took the events, and what it said to them cannot be read") from error
 
 
 def _send_all(
@@ -81,8 +81,8 @@ def _send_all(
         for difference in differences:
             for body in requests(bodies_of(difference), events_max):
                 answer = send(upstream, body)
-                inserted += answer["inserted"]
-                duplicates += answer.get("duplicates", 0)
+                inserted += answer.inserted
+                duplicates += answer.duplicates
     return inserted, duplicates
 
 

@@ -129,14 +129,18 @@ def judge(answer: Answer, count: int) -> Verdict:
     )
 
 
+def counts_of(answer: Answer) -> Accepted:
+    """What a success says of the events that were sent. Raises ValueError."""
+    said = msgspec.convert(answer.json(), _Counts)
+    return Accepted(said.inserted, said.duplicates)
+
+
 def _accepted(answer: Answer, count: int) -> Verdict:
     try:
-        said = msgspec.convert(answer.json(), _Counts)
+        said = counts_of(answer)
     except ValueError:
         return Later("an answer that cannot be read")
-    if said.inserted + said.duplicates != count:
-        return Later(f"an answer for {said.inserted + said.duplicates} of {count} events")
-    return Accepted(said.inserted, said.duplicates)
+    return said if sum(said) == count else Later(f"an answer for {sum(said)} of {count} events")
 
 
 def _bad(answer: Answer) -> Bad:

@@ -90,9 +90,16 @@ class Upstream:
         return self.send("POST", INGEST_PATH, content=body)
 
     def get(self, path: str, **params: Any) -> Any:
-        """The JSON of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
+        """The JSON object of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
         given = {name: value for name, value in params.items() if value is not None}
-        return self.insist("GET", path, given).json()
+        answer = self.insist("GET", path, given)
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):  # a page of a proxy, say
+            raise NoAnswer(f"{self.url}{path} answered {answer.status} with something else than a JSON object")
+        return found
 
     def insist(
         self, method: str, path: str, params: Mapping[str, Any] | None = None, content: bytes | None = None

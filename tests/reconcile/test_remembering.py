@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aggregator.forward.upstream import NoAnswer
 from aggregator.reconcile.pairing import seen
 from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
 from aggregator.reconcile.report import Cause
@@ -19,6 +20,21 @@ from tests.reconcile.two_sides import Side, TwoSides, call, numbered
 from tests.waiting import eventually
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+class Saying:
+    """A reader that gives the same answer to everything."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def get(self, path: str, **params: Any) -> Any:
+        """One question."""
+        return self._answer
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Never asked: pages are made of questions."""
+        raise AssertionError
 
 
 class Counting:
@@ -83,6 +99,16 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: 
 
     assert after.asked == 1
     assert {meter["name"] for meter in once_more["items"]} == {"calls", "tokens"}
+
+
+@pytest.mark.parametrize("odd", [{"error": "try later"}, {"items": []}, {"items": None, "pagination": {"max_page": 1}}])
+def test_an_answer_of_another_shape_is_asked_again(odd: object, tmp_path: Path) -> None:
+    """It ends the run like none at all; kept, it would be as wrong for the next six hours."""
+    path, whole = tmp_path / "progress", {"items": [], "pagination": {"max_page": 1}}
+    with pytest.raises(NoAnswer, match="something else than was asked for"):
+        Remembering(Saying(odd), path, "key", NOW, go_on=False).get("/v1/meters/")
+
+    assert Remembering(Saying(whole), path, "key", NOW, go_on=True).get("/v1/meters/") == whole
 
 
 def test_answers_of_another_organization_are_not_gone_on_with(

@@ -4,10 +4,13 @@ import itertools
 import json
 import signal
 import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from aggregator.reconcile.report import Cause
@@ -18,6 +21,7 @@ from deploy.control import new_secret, new_token, open_control
 from deploy.local_proof import Task, reconcile
 from deploy.output import Output
 from deploy.own_server import own_server
+from deploy.proof import prove
 from deploy.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Secret, Settings
@@ -99,6 +103,62 @@ def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Insta
         sender.join()
 
     assert report.differences == []
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers every question to Polar with 200 and the same content."""
+
+    content = b""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        """Whatever is asked."""
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    """Where Odd is asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<html>Back soon.</html>", "something else than a JSON object"),
+        (b"[]", "something else than a JSON object"),
+        (b'{"items":[]}', "something else than was asked for"),
+        (b'{"items":[{"name":"calls"}],"pagination":{"max_page":1}}', "cannot be compared"),
+    ],
+)
+def test_an_odd_answer_of_polars_costs_its_own_check_alone(
+    sides: TwoSides, odd: str, content: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has what was compared besides, and says what came; once Polar is well the same run goes through."""
+    sides.here.send(*numbered(3))
+    sides.there.url = odd
+    task = msgspec.structs.replace(sides.task, checks=("log", "upstream"))
+
+    monkeypatch.setattr(Odd, "content", content)
+    report = prove(sides.session, task)
+    monkeypatch.setattr(Odd, "content", b'{"items":[],"pagination":{"max_page":1,"total_count":0}}')
+    again = prove(sides.session, task)
+
+    log, upstream = report.checks
+    assert (log.has_failed, upstream.has_failed, report.has_failed) == (False, True, True)
+    assert words in upstream.skipped
+    assert not again.has_failed
 
 
 class _Asking:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.upstream import Upstream
+from aggregator.forward.upstream import NoAnswer, Upstream
 from deploy.giving_up import GiveUp
 from deploy.upstream_repair import requests, send
 from tests.deploy.installation import Installation
@@ -47,10 +47,22 @@ def test_a_repair_waits_as_long_as_it_is_asked_to(polar: Polar, tmp_path: Path) 
         answer = send(upstream, next(requests([EVENT % 1])))
     window.close()
 
-    assert answer == {"inserted": 0, "duplicates": 1}  # it was carried out before it was answered with 500
+    assert answer == (0, 1)  # it was carried out before it was answered with 500
     assert len(pauses) == 4
     assert pauses[0] >= 1.0  # as the header says; without one a first pause is half a second at most
     assert len(polar.arrivals_us) == 5
+
+
+def test_a_repair_whose_answer_cannot_be_read_is_not_taken_for_made(polar: Polar, tmp_path: Path) -> None:
+    """A success with half an answer: whoever repairs is told, and the events are there for the next look to find."""
+    polar.fault = lambda: "garbled"
+    window = RequestWindow(tmp_path / "requests")
+
+    with Upstream(polar.url, "polar_oat_upstream", window) as upstream, pytest.raises(NoAnswer, match="cannot be read"):
+        send(upstream, next(requests([EVENT % 3])))
+    window.close()
+
+    assert polar.committed == ["3"]
 
 
 def test_a_repair_that_is_refused_ends_at_once(polar: Polar, tmp_path: Path) -> None:
