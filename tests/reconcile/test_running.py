@@ -16,6 +16,7 @@ import pytest
 from aggregator.reconcile.report import Cause
 from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
+from deploy import own_server as its_module
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
 from deploy.local_proof import Task, reconcile
@@ -49,6 +50,28 @@ def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, 
     tokens = list((servers[0].data / "reconcile").glob("token-*"))
     assert tokens
     assert all(token.stat().st_mode & 0o077 == 0 for token in tokens)
+
+
+@pytest.mark.parametrize("kept", ["", "\0\0\0", "meterstream_unknown"])
+def test_a_token_that_is_no_good_any_more_is_made_again(
+    servers: tuple[Installation, Installation], sides: TwoSides, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power left of it, one that was revoked, or one that the restored log does not know: once."""
+    monkeypatch.setattr(its_module, "PATIENCE_S", 2.0)
+    here = Session(Settings(data=servers[0].data, polar_organization=sides.here.id), Output.json)
+    path = servers[0].data / "reconcile" / f"token-{sides.here.id}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(kept)
+
+    with own_server(here) as api:
+        assert api.get("/v1/meters/")["items"]
+    made = path.read_text()
+    with own_server(here) as api:
+        assert api.get("/v1/meters/")["items"]
+
+    assert path.read_text() == made != kept
+    assert path.stat().st_mode & 0o077 == 0
+    assert [file.name for file in path.parent.glob(f"{path.name}*")] == [path.name]
 
 
 def test_elsewhere_an_address_and_a_token_do(
