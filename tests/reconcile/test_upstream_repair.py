@@ -3,15 +3,22 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aggregator.forward.request_window import Clock, RequestWindow
 from aggregator.forward.upstream import NoAnswer, Upstream
+from deploy.client import Api
+from deploy.control import new_secret, new_token, open_control
 from deploy.giving_up import GiveUp
+from deploy.mending import REPAIRS
 from deploy.upstream_repair import requests, send
+from meters.catalogue import TokenCreated
 from tests.deploy.installation import Installation
 from tests.forward.polar import Polar
 from tests.forward.running import Clocks
+from tests.reconcile.two_sides import TwoSides, numbered
+from tests.waiting import eventually
 
 EVENT = b'{"name":"repaired","external_id":"%d","external_customer_id":"ann","timestamp":"2026-01-01T00:00:00Z"}'
 
@@ -75,3 +82,40 @@ def test_a_repair_that_is_refused_ends_at_once(polar: Polar, tmp_path: Path) -> 
     window.close()
 
     assert len(polar.arrivals_us) == 1
+
+
+def test_what_was_sent_before_polar_refused_is_told(sides: TwoSides, polar: Polar) -> None:
+    """A token that is revoked half way ends it: how much is there by then is said, and why the rest is not."""
+    sides.here.send(*numbered(3))
+    sides.chosen = {"polar_batch_events": 1}
+    missing = sides.check().differences
+    sides.there.url = polar.url
+    polar.fault = lambda: setattr(polar, "is_denied", len(polar.arrivals_us) > 2)
+
+    done = sides.repair(missing)
+
+    assert done is not None
+    assert (done.count, len(polar.committed)) == (2, 2)
+    assert "Sent to Polar again: 2 events were new there" in done.what
+    assert "Not done: the rest" in done.what
+    assert "revoked" in done.what
+
+
+def test_a_repair_that_was_not_made_is_written_down(sides: TwoSides) -> None:
+    """With a token that may only read: the differences are in the report all the same, and the record says why."""
+    sides.here.send(*numbered(3))
+    with open_control(sides.there.data) as control:
+        few, owner = new_secret(), control.organization(sides.there.id)
+        scopes = ["events:read", "meters:read", "customer_meters:read"]
+        control.decide([TokenCreated(new_token(owner, "few", few, scopes))])
+    with Api(sides.there.url, few) as api:
+        eventually(lambda: api.send("POST", "/v1/events/ingest").status_code == 403)
+        eventually(lambda: api.send("GET", "/v1/meters/").status_code == 200)
+    sides.there.token = few
+
+    report = sides.prove("apply")
+
+    written = (sides.here.data.path / "reconcile" / REPAIRS).read_text().splitlines()[-1]
+    assert sum(one.count for one in report.differences) == 3
+    assert any("Not done: the rest" in step.what for step in report.done)
+    assert msgspec.json.decode(written)["done"] == msgspec.to_builtins(report.done)
