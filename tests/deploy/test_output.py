@@ -1,12 +1,13 @@
 """Tables: what people copy out of them stays in one piece."""
 
+import csv
 import io
 import sys
 from decimal import Decimal
 
 import pytest
 
-from deploy.output import show_table, text
+from deploy.output import Output, show, show_table, text
 
 ID = "ab06baa9-485e-4030-8776-30c548485885"
 UNFOLDED = 5  # lines of a table with one row
@@ -72,3 +73,12 @@ def test_what_strangers_wrote_steers_no_terminal(stdout: type[io.StringIO], monk
     shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
     assert name in shown
     assert not set(shown) & set("\x1b\x07\x9b\r\u202e")
+
+
+@pytest.mark.parametrize("written", ["=HYPERLINK(1)", "+1+1", "-2*3", "@SUM(1)", "\t=1", "\r=1", "=\r=1"])
+def test_what_strangers_wrote_is_no_formula_in_csv(written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A spreadsheet shows it as the text that it is; numbers stay numbers, and other texts as they are."""
+    show([{"a": written, "b": "-1,200.5", "c": Decimal("-3.5"), "d": "a=b"}], ("a", "b", "c", "d"), Output.csv)
+
+    (_, row) = csv.reader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert row == [f"'{written}".replace("\r", "\n"), "-1,200.5", "-3.5", "a=b"]
