@@ -5,6 +5,8 @@ is complete, so that an interrupted run goes on where it was.
 """
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -88,10 +90,10 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     path = _progress(data)
     destination = digest(f"{settings.polar_server} {settings.polar_token}")  # the token says whose answers they are
     key = f"{destination} {organization.id} {text(since)} {text(until)}"
-    before = interrupted(path, key, now)
-    began = before or now
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
-    with open_state(data) as state, connected(settings, data) as upstream:
+    with _alone(path.parent), open_state(data) as state, connected(settings, data) as upstream:
+        before = interrupted(path, key, now)
+        began = before or now
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         scope = Scope(
             organization_id=organization.id, since=since, until=until, arrived_before=began - range_.settle,
@@ -153,6 +155,20 @@ def _pending(state: State) -> Any:
 
 def _known(scope: Scope) -> str:
     return f"what arrived before {scope.arrived_before:%Y-%m-%d %H:%M} UTC"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One comparison for a data directory: two would write and take away each other's answers. Raises GiveUp."""
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GiveUp("another comparison with Polar runs on this directory; try again when it is over") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _progress(data: DataDirectory) -> Path:

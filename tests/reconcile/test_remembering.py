@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.forward.upstream import NoAnswer
+from aggregator.forward.upstream import NoAnswer, Upstream
 from aggregator.reconcile.pairing import seen
 from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
 from aggregator.reconcile.report import Cause
@@ -130,6 +130,25 @@ def test_answers_of_another_organization_are_not_gone_on_with(
     sides.there.meter("calls")
 
     assert {one.cause for one in sides.check().differences} == {Cause.LOST}
+
+
+def test_two_runs_do_not_share_their_answers(sides: TwoSides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one on a directory is told to wait, and the first one is none the worse for it."""
+    refused: list[GiveUp] = []
+    asked = Upstream.get
+
+    def get(self: Upstream, path: str, **params: Any) -> Any:
+        monkeypatch.setattr(Upstream, "get", asked)
+        with pytest.raises(GiveUp, match="another comparison with Polar runs") as second:
+            sides.check()
+        refused.append(second.value)
+        return asked(self, path, **params)
+
+    monkeypatch.setattr(Upstream, "get", get)
+
+    assert sides.check().differences == []
+    assert len(refused) == 1
+    assert sides.check().differences == []
 
 
 @pytest.mark.parametrize(("key", "age"), [("another", timedelta(0)), ("key", GOOD_FOR)])
