@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from aggregator.forward.answer import Answer, is_passing, pages
-from aggregator.forward.pace import Circuit, jitter, retry_after_s
+from aggregator.forward.pace import Circuit, jitter, pause_after, retry_after_s
 from aggregator.forward.request_window import RequestWindow
 
 SERVERS = {"production": "https://api.polar.sh", "sandbox": "https://sandbox-api.polar.sh"}
@@ -131,7 +131,8 @@ class Upstream:
             raise NoAnswer(f"{self.url}{path} still answers {answer.status}: {answer.words()}")
         self._tell(f"{self.url} answers {answer.status}: {answer.words()}")
         now_us = self.window.clock.now_us()
-        return circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+        wish_s = circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+        return max(wish_s, pause_after(circuit.failures, jitter()))  # wishes of no time would use up the attempts
 
     def _tell(self, trouble: str) -> None:
         if self._on_trouble is not None:

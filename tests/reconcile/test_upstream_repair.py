@@ -60,6 +60,19 @@ def test_a_repair_waits_as_long_as_it_is_asked_to(polar: Polar, tmp_path: Path) 
     assert len(polar.arrivals_us) == 5
 
 
+def test_short_wishes_do_not_use_up_the_attempts(polar: Polar, tmp_path: Path) -> None:
+    """Polar answers 429 and wishes a second each time: the pauses grow all the same, to minutes together."""
+    pauses: list[float] = []
+    polar.fault = lambda: "429"
+    window = RequestWindow(tmp_path / "requests", clock=Clock(Clocks().now_us, pauses.append, Clocks().now_us))
+
+    with Upstream(polar.url, "polar_oat_upstream", window) as upstream, pytest.raises(NoAnswer, match="429"):
+        send(upstream, next(requests([EVENT % 4])))
+    window.close()
+
+    assert sum(pauses) > 60
+
+
 def test_a_repair_whose_answer_cannot_be_read_is_not_taken_for_made(polar: Polar, tmp_path: Path) -> None:
     """A success with half an answer: whoever repairs is told, and the events are there for the next look to find."""
     polar.fault = lambda: "garbled"
