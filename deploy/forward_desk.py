@@ -52,6 +52,7 @@ def status(data: DataDirectory) -> dict[str, Any]:
         "circuit": flags.get("circuit"),
         "pending": flags.get("pending"),
         "waiting": waiting,
+        "polar_clock_behind_seconds": flags.get("skew_us", 0) / 1e6,
         "oldest_unsent": _instant(min(oldest)) if oldest else None,
         "events_per_second": flags.get("rate"),
         "sent": sums["accepted"],

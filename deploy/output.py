@@ -25,6 +25,7 @@ UNLIMITED = 10_000  # columns of what is no terminal; whoever reads there cuts f
 READABLE = 8  # columns in which a text can still be read when it is folded
 BORDER = 3  # columns that a table needs between two of its own
 BLANKS_AND_JOINERS = "\u00a0\u202f\u200c\u200d"  # as names and numbers have them
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 SIGNED = re.compile(r"[+-]\d[\d,]*(\.\d+)?|0|")
 FRACTION = re.compile(r"(?<=T\d\d:\d\d:\d\d)\.\d+")
 
@@ -190,6 +191,10 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
 
 
 def _plain(value: object) -> object:
+    """A value as a cell of CSV. What strangers wrote must not be a formula in a spreadsheet."""
+    if isinstance(value, str):
+        mark = "'" if value.startswith(FORMULA) and not SIGNED.fullmatch(value) else ""
+        return mark + value.replace("\r", "\n")  # the writer quotes no CR, and what follows would be a row of its own
     if isinstance(value, Decimal):
         return f"{value:f}"
     value = as_json(value) if isinstance(value, Mapping | list | bool) else value

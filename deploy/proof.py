@@ -5,6 +5,7 @@ It is one run of ``meterstream reconcile``: every check that was asked for, and 
 
 import contextlib
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
@@ -15,6 +16,7 @@ from deploy.own_server import own_server
 from deploy.session import Session
 
 LOCAL = {"log", "store", "ledger"}
+TOLD = (Repair.SEND, Repair.CORRECT)
 COUNTED_AFTER_S = (1.0, 2.0, 4.0)
 """Pauses between looks at what Polar was just told: it counts a moment after it answered."""
 
@@ -27,16 +29,31 @@ def prove(here: Session, task: Task) -> Report:
     if task.repair == "plan":
         report.plan = plan(report)
         return report
-    made_again = rebuilt(here.data, report.differences)
-    told = _told_polar(here, task, report)
-    done = [step for step in (made_again, *told) if step is not None]
-    after = _look(here, task) if done else report
-    if any(told[:2]):
-        _until_counted(here, task, after)
-    after.mended = report.differences if done else []
-    after.done = [*done, *not_done(after)]
-    write_down(here.data, after.done, report.differences)
+    done: list[Done] = []
+    try:
+        for step in _repairs(here, task, report):
+            done.append(step)
+        is_changed = any(step.count for step in done)
+        after = _look(here, task) if is_changed else report
+        if any(step.repair in TOLD for step in done):
+            _until_counted(here, task, after)
+        done += not_done(after)
+    finally:  # what was done stays done, whatever became of the rest
+        write_down(here.data, done, report.differences)
+    after.mended = report.differences if is_changed else []
+    after.done = done
     return after
+
+
+def _repairs(here: Session, task: Task, report: Report) -> Iterator[Done]:
+    """Do what can be done, step by step, up to one that cannot be: each as it is done, and why there are no more."""
+    try:
+        made_again = rebuilt(here.data, report.differences)
+        if made_again is not None:
+            yield made_again
+        yield from _told_polar(here, task, report)
+    except GiveUp as reason:
+        yield Done(Repair.DECIDE, f"Not done: {reason}", 0)
 
 
 def _look(here: Session, task: Task) -> Report:
@@ -52,7 +69,7 @@ def _look(here: Session, task: Task) -> Report:
 def _until_counted(here: Session, task: Task, report: Report) -> None:
     """What still seems to be missing at Polar is looked at again."""
     for pause_s in COUNTED_AFTER_S:
-        if not any(one.repair in (Repair.SEND, Repair.CORRECT) for one in report.checks[-1].differences):
+        if not any(one.repair in TOLD for one in report.checks[-1].differences):
             return
         time.sleep(pause_s)
         report.checks[-1] = timed(lambda: _upstream(here, task))
@@ -90,12 +107,16 @@ def confirmed(here: Session, task: Task, report: Report) -> tuple[list[Differenc
     return sure, Done(Repair.CORRECT, what, left)
 
 
-def _told_polar(here: Session, task: Task, report: Report) -> list[Done | None]:
+def _told_polar(here: Session, task: Task, report: Report) -> Iterator[Done]:
     from deploy.upstream_repair import correct, send_again
 
     if not any(difference.check == "upstream" for difference in report.differences):
-        return []
+        return
     wrong, unsure = confirmed(here, task, report)
+    if unsure is not None:
+        yield unsure
     with own_server(here) as api:
-        sent = send_again(here.settings, here.data, api, report.differences)
-        return [sent, correct(here.settings, here.data, api, wrong), unsure]
+        for tell, differences in ((send_again, report.differences), (correct, wrong)):
+            step = tell(here.settings, here.data, api, differences)
+            if step is not None:
+                yield step

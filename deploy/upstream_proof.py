@@ -5,6 +5,8 @@ is complete, so that an interrupted run goes on where it was.
 """
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,10 +97,10 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     path = _progress(data)
     destination = digest(f"{settings.polar_server} {settings.polar_token}")  # the token says whose answers they are
     key = f"{destination} {organization.id} {text(since)} {text(until)}"
-    before = interrupted(path, key, now)
-    began = before or now
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
-    with open_state(data) as state, connected(settings, data) as upstream:
+    with _alone(path.parent), open_state(data) as state, connected(settings, data) as upstream:
+        before = interrupted(path, key, now)
+        began = before or now
         there = Remembering(upstream, path, key, began, go_on=before is not None)
         with state.at_once():
             scope = Scope(
@@ -109,12 +111,22 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
                 refused={letter.external_id: letter.words for letter in state.dead(limit=-1)},
                 is_pending=_pending(state),
             )  # fmt: skip
-        check = UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)).run()
-        there.complete()
+        check = _checked(UpstreamCheck(here, there, scope, meters, Worth(control.catalogue)), there)
     check.notes += [scope.doubt] if scope.doubt else []
     check.notes += _began(scope)
     check.notes.append(f"{there.asked} requests; {since:%Y-%m-%d} to {until - DAY:%Y-%m-%d}, {_known(scope)}")
     return check
+
+
+def _checked(check: UpstreamCheck, there: Remembering) -> Check:
+    """What the check finds; the next run asks anew, unless there was no answer to go on with. Raises GiveUp."""
+    try:
+        found = check.run()
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # answers of the right shape, and odd within
+        there.complete()
+        raise GiveUp(f"what Polar answers cannot be compared ({type(error).__name__}: {error})") from error
+    there.complete()
+    return found
 
 
 def _forwarded(state: State, lane: str, selection: Mapping[str, Any]) -> Forwarded:
@@ -158,6 +170,20 @@ def _pending(state: State) -> Callable[[Seen], bool]:
 
 def _known(scope: Scope) -> str:
     return f"what arrived before {scope.arrived_before:%Y-%m-%d %H:%M} UTC"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One comparison for a data directory: two would write and take away each other's answers. Raises GiveUp."""
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GiveUp("another comparison with Polar runs on this directory; try again when it is over") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _progress(data: DataDirectory) -> Path:

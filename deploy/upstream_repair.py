@@ -5,14 +5,13 @@ limit, and are as large as the forwarder's may be.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 
-from aggregator.forward.planner import ENVELOPE_BYTES
+from aggregator.forward.planner import ENVELOPE_BYTES, Accepted, counts_of
 from aggregator.forward.polar_event import item_of
 from aggregator.forward.source import FeedPage
-from aggregator.forward.upstream import BODY_BYTES_MAX, INGEST_PATH, Denied, Upstream
+from aggregator.forward.upstream import BODY_BYTES_MAX, INGEST_PATH, Denied, NoAnswer, Upstream
 from aggregator.reconcile.correction import instead
 from aggregator.reconcile.report import Difference, Done, Repair
 from aggregator.reconcile.upstream_scope import text
@@ -26,23 +25,23 @@ BATCH_EVENTS = 500  # of one request: nobody waits for a repair, and Polar answe
 
 
 def send_again(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
-    """Send what is missing over there, with the ids it has. Raises GiveUp."""
+    """Send what is missing over there, with the ids it has: all of it, or up to what keeps it from going on."""
     missing = [difference for difference in differences if difference.repair is Repair.SEND]
     if not missing:
         return None
-    inserted, duplicates = _send_all(settings, data, missing, lambda difference: _bodies(here, difference))
+    inserted, duplicates, end = _send_all(settings, data, missing, lambda difference: _bodies(here, difference))
     what = f"Sent to Polar again: {inserted} events were new there, {duplicates} it had already."
-    return Done(Repair.SEND, what, inserted + duplicates)
+    return Done(Repair.SEND, what + end, inserted + duplicates)
 
 
 def correct(settings: Settings, data: DataDirectory, here: Api, differences: Sequence[Difference]) -> Done | None:
-    """Take back what Polar counts wrongly, and send what is right. Raises GiveUp."""
+    """Take back what Polar counts wrongly, and send what is right: all of it, or up to what keeps it from going on."""
     wrong = [difference for difference in differences if difference.repair is Repair.CORRECT]
     if not wrong:
         return None
-    inserted, duplicates = _send_all(settings, data, wrong, lambda difference: _corrections(here, difference))
+    inserted, duplicates, end = _send_all(settings, data, wrong, lambda difference: _corrections(here, difference))
     what = f"Corrected at Polar: {inserted} events take others back or stand for them, {duplicates} it had already."
-    return Done(Repair.CORRECT, what, inserted + duplicates)
+    return Done(Repair.CORRECT, what + end, inserted + duplicates)
 
 
 def requests(
@@ -61,29 +60,33 @@ def requests(
         yield _request(batch)
 
 
-def send(upstream: Upstream, body: bytes) -> dict[str, Any]:
+def send(upstream: Upstream, body: bytes) -> Accepted:
     """What Polar says to a request that it takes; tried again while that may help. Raises GiveUp, NoAnswer."""
     try:
-        found: dict[str, Any] = upstream.insist("POST", INGEST_PATH, content=body).json()
+        return counts_of(upstream.insist("POST", INGEST_PATH, content=body))
     except Denied as error:
-        raise GiveUp(f"Polar refuses the events: {error}; `meterstream forward` isolates such an event") from error
-    return found
+        raise GiveUp(f"Polar refuses the events: {error}") from error
+    except ValueError as error:
+        raise NoAnswer("it took the events, and what it said to them cannot be read") from error
 
 
 def _send_all(
     settings: Settings, data: DataDirectory, differences: Iterable[Difference],
     bodies_of: Callable[[Difference], Iterable[bytes]],
-) -> tuple[int, int]:  # fmt: skip
-    """How many were new over there, and how many were not. Raises GiveUp."""
+) -> tuple[int, int, str]:  # fmt: skip
+    """How many were new over there, how many were not, and what is to be said of the others."""
     inserted = duplicates = 0
     events_max = min(BATCH_EVENTS, settings.polar_batch_events)
-    with connected(settings, data) as upstream:
-        for difference in differences:
-            for body in requests(bodies_of(difference), events_max):
-                answer = send(upstream, body)
-                inserted += answer["inserted"]
-                duplicates += answer.get("duplicates", 0)
-    return inserted, duplicates
+    try:
+        with connected(settings, data) as upstream:
+            for difference in differences:
+                for body in requests(bodies_of(difference), events_max):
+                    answer = send(upstream, body)
+                    inserted += answer.inserted
+                    duplicates += answer.duplicates
+    except GiveUp as reason:
+        return inserted, duplicates, f" Not done: the rest, because of this: {reason}"
+    return inserted, duplicates, ""
 
 
 def _request(batch: Sequence[bytes]) -> bytes:

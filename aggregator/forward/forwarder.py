@@ -17,8 +17,6 @@ import structlog
 
 from aggregator.forward.pace import RETRY_AFTER_MAX_S, Circuit, jitter, retry_after_s
 from aggregator.forward.planner import (
-    SKEW_FIRST_US,
-    SKEW_MAX_US,
     Accepted,
     Bad,
     Item,
@@ -35,6 +33,7 @@ from aggregator.forward.planner import (
     take,
 )
 from aggregator.forward.polar_event import item_of, piece_at, rollup_item
+from aggregator.forward.skew import SKEW_MAX_US, Skew
 from aggregator.forward.source import Away, Selection, Source
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
@@ -89,7 +88,7 @@ class Forwarder:
         self._slices: list[Slice] = []  # a stack: the next one to send is the last
         self._page: Slice | None = None  # what was read and is not yet cut into slices
         self._events_max = wishes.batch_events
-        self._skew_us = 0
+        self._skew = Skew()
         self._rolled_us = 0
         self._stopped_us = 0
         self._note_due_us = 0
@@ -134,9 +133,9 @@ class Forwarder:
         """How long nothing may be sent; 0 when it may."""
         if flags.get("paused"):
             return LOOK_S
-        if self._stopped_us:
-            if int(str(flags.get("resumed_us", 0))) <= self._stopped_us:
-                return LOOK_S
+        if self._stopped_us and int(str(flags.get("resumed_us", 0))) <= self._stopped_us:
+            return LOOK_S
+        if flags.get("stopped"):  # resumed; or a forwarder before this one stopped, and this one asks anew
             self._stopped_us = 0
             self._state.set(stopped=None)
         if 0 < self._circuit.open_until_us - now_us <= CIRCUIT_US_MAX:  # it is longer when the clock was set back
@@ -195,7 +194,7 @@ class Forwarder:
         self._is_caught_up = page.is_last
         items = [item_of(entry, lane) for entry in page.entries]
         if items:
-            park(items, now_us, self._skew_us, self._state.waiting_customers())
+            park(items, now_us, self._skew.at(now_us), self._state.waiting_customers())
             return Slice(lane, items, page.position)
         if page.position != position:
             self._state.mark(lane, [], page.position, now_us)
@@ -308,16 +307,16 @@ class Forwarder:
         """Polar's clock is behind ours: take it to be further behind; whether that parks anything of the slice."""
         now_us = self._clock.now_us()
         newest_us = max(item.timestamp_us for item in work.sent)
-        if newest_us < now_us - SKEW_MAX_US or self._skew_us >= SKEW_MAX_US:
+        if newest_us < now_us - SKEW_MAX_US or self._skew.at(now_us) >= SKEW_MAX_US:
             return False
-        self._skew_us = min(max(SKEW_FIRST_US, 2 * self._skew_us), SKEW_MAX_US)
-        logger.warning("polar_clock_behind", seconds=self._skew_us / 1e6)
+        skew_us = self._skew.grow(now_us)
+        logger.warning("polar_clock_behind", seconds=skew_us / 1e6)
         waiting = self._state.waiting_customers()
         mine = {} if work.lane == WAITING else waiting  # what waits has no one of its own to wait behind
-        park([item for item in work.items if item.is_sent], now_us, self._skew_us, mine)
+        park([item for item in work.items if item.is_sent], now_us, skew_us, mine)
         waiting |= mine
         for behind in (*reversed(self._slices), *([self._page] if self._page else [])):
-            park([item for item in behind.items if item.is_sent], now_us, self._skew_us, waiting)
+            park([item for item in behind.items if item.is_sent], now_us, skew_us, waiting)
         return True
 
     def _postpone(self, work: Slice, later: Later) -> None:
@@ -381,8 +380,8 @@ class Forwarder:
         rate = sum(events for _, events in self._sent) / (RATE_US / 1e6)
         self._state.set(
             seen_us=now_us, circuit=self._circuit.state(now_us), open_until_us=self._circuit.open_until_us,
-            rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew_us, server=self._upstream.url,
-            is_raw=self._wishes.is_raw, window_s=self._wishes.window_s,
+            rate=round(rate, 1), batch_events=self._events_max, skew_us=self._skew.at(now_us),
+            server=self._upstream.url, is_raw=self._wishes.is_raw, window_s=self._wishes.window_s,
         )  # fmt: skip
         lane, selection = (RAW, self._wishes.selection) if self._wishes.is_raw else (ROLLUP, Selection())
         pending, oldest_us = self._source.backlog(self._position(lane), selection)

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-REQUESTS_MAX = 300  # the smallest limit that Polar's pages name; its production allows 500 (a setting)
+REQUESTS_MAX = 300  # a setting: Polar's production allows 500, or 300 by another of its pages, its sandbox 100
 PERIOD_S = 60.0  # Polar counts by the minute
 PAUSE_MIN_S = 0.5  # after a first failure: most are over by then
 PAUSE_MAX_S = 60.0  # an upstream that is away for hours is asked once a minute

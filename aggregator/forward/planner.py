@@ -17,8 +17,6 @@ from aggregator.place import FeedPlace
 
 ALONE_MAX = 8  # events that Polar names as bad are sent alone to be sure; of more than these its word is taken
 PROBE_EVENTS = 100  # of the first request after a pause: enough to learn, little to lose
-SKEW_FIRST_US = 2_000_000  # how far behind ours we take Polar's clock to be when it calls an event's time the future
-SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
 ENVELOPE_BYTES = len(b'{"events":[]}')
 WORDS_MAX = 2_000  # characters kept of what Polar said
 
@@ -131,14 +129,18 @@ def judge(answer: Answer, count: int) -> Verdict:
     )
 
 
+def counts_of(answer: Answer) -> Accepted:
+    """What a success says of the events that were sent. Raises ValueError."""
+    said = msgspec.convert(answer.json(), _Counts)
+    return Accepted(said.inserted, said.duplicates)
+
+
 def _accepted(answer: Answer, count: int) -> Verdict:
     try:
-        said = msgspec.convert(answer.json(), _Counts)
+        said = counts_of(answer)
     except ValueError:
         return Later("an answer that cannot be read")
-    if said.inserted + said.duplicates != count:
-        return Later(f"an answer for {said.inserted + said.duplicates} of {count} events")
-    return Accepted(said.inserted, said.duplicates)
+    return said if sum(said) == count else Later(f"an answer for {sum(said)} of {count} events")
 
 
 def _bad(answer: Answer) -> Bad:

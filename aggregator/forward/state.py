@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS waiting (
     number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT, external_id TEXT, who TEXT, timestamp_us INTEGER,
     ingested_us INTEGER, due_us INTEGER, body BLOB);
 CREATE INDEX IF NOT EXISTS waiting_due ON waiting (due_us);
+CREATE INDEX IF NOT EXISTS waiting_who ON waiting (who, number);
 CREATE TABLE IF NOT EXISTS dead (
     external_id TEXT PRIMARY KEY, lane TEXT, words TEXT, body BLOB, ingested_us INTEGER, refused_us INTEGER);
 CREATE TABLE IF NOT EXISTS replays (
@@ -260,7 +261,10 @@ class State:
         """Waiting items whose time has come, in the order in which they came; a customer's only up to one not due."""
         rows = self._rows(
             """SELECT lane, external_id, who, timestamp_us, ingested_us, body, number FROM waiting
-               WHERE due_us <= ? ORDER BY number LIMIT ?""", now_us, limit
+               WHERE due_us <= ? AND (lane = 'rollup' OR NOT EXISTS (
+                   SELECT 1 FROM waiting AS earlier WHERE earlier.who = waiting.who AND earlier.number < waiting.number
+                   AND earlier.due_us > ? AND earlier.lane <> 'rollup'))
+               ORDER BY number LIMIT ?""", now_us, now_us, limit
         )
         return [
             Item(lane=lane, external_id=external_id, who=who, timestamp_us=timestamp_us, ingested_us=ingested_us,

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from aggregator.forward.answer import Answer, is_passing, pages
-from aggregator.forward.pace import Circuit, jitter, retry_after_s
+from aggregator.forward.pace import Circuit, jitter, pause_after, retry_after_s
 from aggregator.forward.request_window import RequestWindow
 
 SERVERS = {"production": "https://api.polar.sh", "sandbox": "https://sandbox-api.polar.sh"}
@@ -90,9 +90,16 @@ class Upstream:
         return self.send("POST", INGEST_PATH, content=body)
 
     def get(self, path: str, **params: Any) -> Any:
-        """The JSON of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
+        """The JSON object of a read, decimals exact; tried again while that helps. Raises Denied, NoAnswer."""
         given = {name: value for name, value in params.items() if value is not None}
-        return self.insist("GET", path, given).json()
+        answer = self.insist("GET", path, given)
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):  # a page of a proxy, say
+            raise NoAnswer(f"{self.url}{path} answered {answer.status} with something else than a JSON object")
+        return found
 
     def insist(
         self, method: str, path: str, params: Mapping[str, Any] | None = None, content: bytes | None = None
@@ -124,7 +131,8 @@ class Upstream:
             raise NoAnswer(f"{self.url}{path} still answers {answer.status}: {answer.words()}")
         self._tell(f"{self.url} answers {answer.status}: {answer.words()}")
         now_us = self.window.clock.now_us()
-        return circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+        wish_s = circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
+        return max(wish_s, pause_after(circuit.failures, jitter()))  # wishes of no time would use up the attempts
 
     def _tell(self, trouble: str) -> None:
         if self._on_trouble is not None:

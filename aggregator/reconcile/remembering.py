@@ -3,6 +3,8 @@
 Memory holds no more than where each answer stands there. Decimals are kept as numbers with all their digits: read as
 texts, they would be another content.
 
+An answer that is not of the shape that was asked for is not kept: it would be as wrong for every try of the next hours.
+
 The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The file
 goes when a run is complete, and is not used when it is older than a few hours or is of another range or organization.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.forward.answer import pages
+from aggregator.forward.upstream import NoAnswer
 from aggregator.reconcile.upstream_scope import Reader
 from meters import exact_json
 
@@ -43,7 +46,7 @@ class Remembering:
             path.write_text(head + "\n", encoding="utf-8")
 
     def get(self, path: str, **params: Any) -> Any:
-        """The answer, from the file where it has one."""
+        """The answer, from the file where it has one. Raises NoAnswer where it is neither a list nor quantities."""
         question = json.dumps([path, params], sort_keys=True, default=str)
         if question in self._places:
             with self._path.open("rb") as file:
@@ -51,6 +54,8 @@ class Remembering:
                 return exact_json.decode(file.readline())[1]
         found = self._reader.get(path, **params)
         self.asked += 1
+        if not _is_expected(found):
+            raise NoAnswer(f"{path} answered something else than was asked for")
         with self._path.open("ab") as file:
             self._places[question] = file.tell()
             file.write(exact_json.encode([question, found]) + b"\n")
@@ -63,6 +68,14 @@ class Remembering:
     def complete(self) -> None:
         """Forget everything: the next run asks anew."""
         self._path.unlink(missing_ok=True)
+
+
+def _is_expected(answer: Any) -> bool:
+    """Whether it is what all questions here are after: items of a list and how many pages there are, or quantities."""
+    match answer:
+        case {"items": list(), "pagination": {"max_page": int()}} | {"quantities": list(), "total": _}:
+            return True
+    return False
 
 
 def _places(path: Path) -> dict[str, int]:

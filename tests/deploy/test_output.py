@@ -1,5 +1,6 @@
 """Tables: what people copy out of them stays in one piece."""
 
+import csv
 import io
 import json
 import sys
@@ -91,3 +92,12 @@ def test_what_programs_read_steers_no_terminal_either(output: Output, monkeypatc
     else:
         assert "Ren\u00e9e" in shown[Terminal]
         assert name in shown[io.StringIO]
+
+
+@pytest.mark.parametrize("written", ["=HYPERLINK(1)", "+1+1", "-2*3", "@SUM(1)", "\t=1", "\r=1", "=\r=1"])
+def test_what_strangers_wrote_is_no_formula_in_csv(written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A spreadsheet shows it as the text that it is; numbers stay numbers, and other texts as they are."""
+    show([{"a": written, "b": "-1,200.5", "c": Decimal("-3.5"), "d": "a=b"}], ("a", "b", "c", "d"), Output.csv)
+
+    (_, row) = csv.reader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert row == [f"'{written}".replace("\r", "\n"), "-1,200.5", "-3.5", "a=b"]

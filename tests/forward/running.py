@@ -25,6 +25,10 @@ class Clocks:
         """UTC, microseconds."""
         return self._began_us + int(((time.monotonic() - self._began) * self.speed - self.behind_s) * 1e6)
 
+    def leap(self, seconds: float) -> None:
+        """So much time is gone."""
+        self._began_us += int(seconds * 1e6)
+
     def pause(self, seconds: float) -> None:
         """Wait, shorter by the same factor."""
         time.sleep(seconds / self.speed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aggregator.forward.skew import EASE_US, SKEW_FIRST_US
 from aggregator.forward.source import Selection
 from tests.deploy.installation import Installation
 from tests.forward.polar import BREAKING, FAULTS, POISON, Polar, send, stored
@@ -232,6 +233,18 @@ def test_a_refused_token_stops_until_it_is_mended(room: Room, clocks: Clocks) ->
     assert room.there() == room.here()
 
 
+def test_a_forwarder_that_follows_a_stopped_one_has_not_stopped(room: Room, clocks: Clocks) -> None:
+    """What one found is said no longer once another asks Polar anew, in the same process, too."""
+    room.send(events(room.name, 5))
+    room.polar.is_denied = True
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.state.flags().get("stopped"))
+    room.polar.is_denied = False
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(5))
+        assert "stopped" not in running.state.flags()
+
+
 def test_the_limit_holds_across_restarts(room: Room, clocks: Clocks) -> None:
     """A new process counts the requests of the one before it, those that were under way, too."""
     room.send(events(room.name, 120))
@@ -270,6 +283,24 @@ def test_an_event_of_the_future_waits_until_it_is_past(room: Room) -> None:
     there = room.there()
     assert by_customer(there) == by_customer(room.here())
     assert sorted(ids(there)) == sorted(ids(room.here()))
+
+
+def test_a_clock_that_was_mended_holds_nothing_up(room: Room) -> None:
+    """While Polar's clock is behind that is in sight, and what comes some minutes after it was mended waits no more."""
+    first, second = events(room.name, 2)
+    room.send([first])
+    room.polar.is_strict, room.polar.behind_s = True, 1.5
+    clocks = Clocks()
+    with room.forwarder(clocks) as running:
+        running.until(lambda: running.done(1) and running.state.flags()["skew_us"] == SKEW_FIRST_US)
+        room.polar.is_strict = False
+        clocks.leap(EASE_US / 1e6)
+        running.until(lambda: running.state.flags()["skew_us"] == 0)
+        clocks.leap(-EASE_US / 1e6)
+        room.send([second])
+        running.until(lambda: running.taken() == 2)
+        assert running.state.waiting()[0] == 0
+    assert ids(room.there()) == ids([first, second])
 
 
 def test_a_pause_is_kept_and_ended(room: Room, clocks: Clocks) -> None:

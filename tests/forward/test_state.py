@@ -100,6 +100,18 @@ def test_a_customers_events_leave_in_the_order_in_which_they_came(tmp_path: Path
     state.close()
 
 
+def test_an_event_waits_for_its_customers_earlier_ones(tmp_path: Path) -> None:
+    """Also where it was due before them, as when Polar's clock was found to be further behind since; nobody else does."""
+    state = State(tmp_path / "forward.sqlite")
+    first, second, other = item(0), item(1), msgspec.structs.replace(item(2), who="e:bob")
+    for one, after_us in ((first, 9), (second, 1), (other, 1)):
+        one.due_us = NOW_US + after_us
+    state.mark("raw", [first, second, other], None, NOW_US)
+    assert [one.external_id for one in state.due(NOW_US + 8, 10)] == ["e2"]
+    assert [one.external_id for one in state.due(NOW_US + 9, 10)] == ["e0", "e1", "e2"]
+    state.close()
+
+
 def test_a_customer_who_is_held_is_alone_and_without_rollups(tmp_path: Path) -> None:
     """Those have no order that could be broken."""
     state = State(tmp_path / "forward.sqlite")

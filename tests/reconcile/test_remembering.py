@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aggregator.forward.upstream import NoAnswer, Upstream
 from aggregator.reconcile.pairing import seen
 from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
 from aggregator.reconcile.report import Cause
@@ -19,6 +20,21 @@ from tests.reconcile.two_sides import Side, TwoSides, call, numbered
 from tests.waiting import eventually
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+class Saying:
+    """A reader that gives the same answer to everything."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def get(self, path: str, **params: Any) -> Any:
+        """One question."""
+        return self._answer
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Never asked: pages are made of questions."""
+        raise AssertionError
 
 
 class Counting:
@@ -85,6 +101,16 @@ def test_a_line_that_a_kill_cut_short_is_asked_again(sides: TwoSides, tmp_path: 
     assert {meter["name"] for meter in once_more["items"]} == {"calls", "tokens"}
 
 
+@pytest.mark.parametrize("odd", [{"error": "try later"}, {"items": []}, {"items": None, "pagination": {"max_page": 1}}])
+def test_an_answer_of_another_shape_is_asked_again(odd: object, tmp_path: Path) -> None:
+    """It ends the run like none at all; kept, it would be as wrong for the next six hours."""
+    path, whole = tmp_path / "progress", {"items": [], "pagination": {"max_page": 1}}
+    with pytest.raises(NoAnswer, match="something else than was asked for"):
+        Remembering(Saying(odd), path, "key", NOW, go_on=False).get("/v1/meters/")
+
+    assert Remembering(Saying(whole), path, "key", NOW, go_on=True).get("/v1/meters/") == whole
+
+
 def test_answers_of_another_organization_are_not_gone_on_with(
     servers: tuple[Installation, Installation], sides: TwoSides
 ) -> None:
@@ -104,6 +130,25 @@ def test_answers_of_another_organization_are_not_gone_on_with(
     sides.there.meter("calls")
 
     assert {one.cause for one in sides.check().differences} == {Cause.LOST}
+
+
+def test_two_runs_do_not_share_their_answers(sides: TwoSides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one on a directory is told to wait, and the first one is none the worse for it."""
+    refused: list[GiveUp] = []
+    asked = Upstream.get
+
+    def get(self: Upstream, path: str, **params: Any) -> Any:
+        monkeypatch.setattr(Upstream, "get", asked)
+        with pytest.raises(GiveUp, match="another comparison with Polar runs") as second:
+            sides.check()
+        refused.append(second.value)
+        return asked(self, path, **params)
+
+    monkeypatch.setattr(Upstream, "get", get)
+
+    assert sides.check().differences == []
+    assert len(refused) == 1
+    assert sides.check().differences == []
 
 
 @pytest.mark.parametrize(("key", "age"), [("another", timedelta(0)), ("key", GOOD_FOR)])

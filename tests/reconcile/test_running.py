@@ -4,14 +4,16 @@ import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import httpx
+import msgspec
 import pytest
 
 from aggregator.reconcile.report import Cause
@@ -19,11 +21,13 @@ from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
 from aggregator.running import RunningTotals
 from aggregator.store.queries.recount import Which
+from deploy import own_server as its_module
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
 from deploy.local_proof import Task, reconcile
 from deploy.output import Output
 from deploy.own_server import own_server
+from deploy.proof import prove
 from deploy.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Secret, Settings
@@ -57,6 +61,28 @@ def test_a_running_server_is_compared_with_its_log(servers: tuple[Installation, 
     tokens = list((servers[0].data / "reconcile").glob("token-*"))
     assert tokens
     assert all(token.stat().st_mode & 0o077 == 0 for token in tokens)
+
+
+@pytest.mark.parametrize("kept", ["", "\0\0\0", "meterstream_unknown"])
+def test_a_token_that_is_no_good_any_more_is_made_again(
+    servers: tuple[Installation, Installation], sides: TwoSides, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power left of it, one that was revoked, or one that the restored log does not know: once."""
+    monkeypatch.setattr(its_module, "PATIENCE_S", 2.0)
+    here = Session(Settings(data=servers[0].data, polar_organization=sides.here.id), Output.json)
+    path = servers[0].data / "reconcile" / f"token-{sides.here.id}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(kept)
+
+    with own_server(here) as api:
+        assert api.get("/v1/meters/")["items"]
+    made = path.read_text()
+    with own_server(here) as api:
+        assert api.get("/v1/meters/")["items"]
+
+    assert path.read_text() == made != kept
+    assert path.stat().st_mode & 0o077 == 0
+    assert [file.name for file in path.parent.glob(f"{path.name}*")] == [path.name]
 
 
 def test_elsewhere_an_address_and_a_token_do(
@@ -117,6 +143,62 @@ def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Insta
     assert report.differences == []
     counted = [one for check in report.checks for one in check.counted if one.what == "usage of tokens since resets"]
     assert sum(one.compared for one in counted) >= RESETS
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers every question to Polar with 200 and the same content."""
+
+    content = b""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        """Whatever is asked."""
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+
+@pytest.fixture
+def odd() -> Iterator[str]:
+    """Where Odd is asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<html>Back soon.</html>", "something else than a JSON object"),
+        (b"[]", "something else than a JSON object"),
+        (b'{"items":[]}', "something else than was asked for"),
+        (b'{"items":[{"name":"calls"}],"pagination":{"max_page":1}}', "cannot be compared"),
+    ],
+)
+def test_an_odd_answer_of_polars_costs_its_own_check_alone(
+    sides: TwoSides, odd: str, content: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has what was compared besides, and says what came; once Polar is well the same run goes through."""
+    sides.here.send(*numbered(3))
+    sides.there.url = odd
+    task = msgspec.structs.replace(sides.task, checks=("log", "upstream"))
+
+    monkeypatch.setattr(Odd, "content", content)
+    report = prove(sides.session, task)
+    monkeypatch.setattr(Odd, "content", b'{"items":[],"pagination":{"max_page":1,"total_count":0}}')
+    again = prove(sides.session, task)
+
+    log, upstream = report.checks
+    assert (log.has_failed, upstream.has_failed, report.has_failed) == (False, True, True)
+    assert words in upstream.skipped
+    assert not again.has_failed
 
 
 class _Asking:
