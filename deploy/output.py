@@ -191,11 +191,12 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
 
 
 def _plain(value: object) -> object:
-    """A value as a cell of CSV. What strangers wrote must not be a formula in a spreadsheet."""
-    if isinstance(value, str):
-        mark = "'" if value.startswith(FORMULA) and not SIGNED.fullmatch(value) else ""
-        return mark + value.replace("\r", "\n")  # the writer quotes no CR, and what follows would be a row of its own
+    """A value as a cell of CSV. What strangers wrote must not be a formula in a spreadsheet, nor steer a terminal."""
     if isinstance(value, Decimal):
         return f"{value:f}"
-    value = as_json(value) if isinstance(value, Mapping | list | bool) else value
-    return harmless(value) if isinstance(value, str) and sys.stdout.isatty() else value
+    text = as_json(value) if isinstance(value, Mapping | list | bool) else value
+    if not isinstance(text, str):
+        return text
+    mark = "'" if text.startswith(FORMULA) and not SIGNED.fullmatch(text) else ""
+    text = mark + text.replace("\r", "\n")  # the writer quotes no CR, and what follows would be a row of its own
+    return harmless(text) if sys.stdout.isatty() else text

@@ -114,12 +114,13 @@ def test_a_damaged_file_stops_forwarding_alone(
     monkeypatch.setenv("METERSTREAM_POLAR_TOKEN", "polar_oat_upstream")
     monkeypatch.setenv("METERSTREAM_POLAR_SERVER", quick.url)
     with contextlib.closing(Installation(tmp_path / "data")) as place:
-        place.data.mkdir()
-        data = DataDirectory(place.data)
+        place.start()
+        assert place.stop() == 0
+        data, begun = DataDirectory(place.data), place.log.count('"child": "forwarder"')
         data.forwarding.write_bytes(b"this is no database " * 500)
         place.start()
         send(place, events(name, 5))
-        eventually(lambda: place.log.count('"child": "forwarder"') >= 2)
+        eventually(lambda: place.log.count('"child": "forwarder"') >= begun + 2)
         eventually(lambda: Site(place, quick).metrics() == {"stopped": 1.0})
 
         with pytest.raises(GiveUp, match=r"forward.sqlite is damaged \(file is not a database\): stop everything"):

@@ -101,7 +101,7 @@ def test_a_customers_events_leave_in_the_order_in_which_they_came(tmp_path: Path
 
 
 def test_an_event_waits_for_its_customers_earlier_ones(tmp_path: Path) -> None:
-    """Also where it was due before them, as when Polar's clock was found to be further behind since; nobody else does."""
+    """Also where it was due before them, as when Polar's clock was found further behind since; nobody else does."""
     state = State(tmp_path / "forward.sqlite")
     first, second, other = item(0), item(1), msgspec.structs.replace(item(2), who="e:bob")
     for one, after_us in ((first, 9), (second, 1), (other, 1)):
