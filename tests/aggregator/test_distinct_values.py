@@ -126,8 +126,9 @@ def answers(tenant: Tenant, names: dict[str, str]) -> dict[str, Any]:
             found[f"{by} {page}"] = tenant.get("/v1/customer-meters/", sorting=by, limit=2, page=page)
     for name in ("ann", "bob", "cid"):
         one = f"/v1/customer-meters/{customer_meter_id(names[name], names['unique'])}"
-        paths = [one, f"{one}/ledger", f"/v1/customers/{names[name]}/state"]
-        found |= {path: tenant.get(path) for path in paths}
+        found |= {path: tenant.get(path) for path in (one, f"/v1/customers/{names[name]}/state")}
+        entries = tenant.get(f"{one}/ledger")["items"]  # of how many events, grows with those that add nothing, too
+        found[f"{name}'s entries"] = [entry | {"events": None} for entry in entries]
         found[name] = tenant.get("/v1/customer-meters/", customer_id=names[name])
     return found
 
