@@ -43,14 +43,14 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 # What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
-# failed write, a death or a loss of power may leave, a second server that plays Polar, and clients that need an
-# environment of their own.
+# failed write, a death or a loss of power may leave (and servers that die), a second server that plays Polar, and clients
+# that need an environment of their own.
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
 	tests/faults/test_process_model.py \
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_init.py \
 	tests/kafka/test_security.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
-	tests/faults/test_torn_store.py
+	tests/faults/test_torn_store.py tests/faults/test_kill.py tests/deploy/test_serve.py tests/deploy/test_doctor_log.py
 UPSTREAM := tests/forward tests/reconcile
 CLIENTS := tests/sdk tests/strategies/test_vendors.py tests/examples tests/faults/test_client.py
 
@@ -61,7 +61,7 @@ test: setup  ## every test but those of the next four (ARGS="-k tidy" for some)
 broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
 
-explorers: setup  ## errors and deaths at every point of a write, power losses, torn and damaged files; some minutes
+explorers: setup  ## errors and deaths at every point of a write, killed servers, power losses, torn and damaged files; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(EXPLORERS) $(ARGS)
 
 clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
