@@ -28,7 +28,7 @@ OPTIONS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code.
 
-    0 done, 1 failed, 2 wrong usage, 3 mismatch, 70 a bug of ours, 130 ended by Ctrl-C.
+    0 done, 1 failed, 2 wrong usage, 3 mismatch, 70 a bug of ours, 130 ended by Ctrl-C, SIGTERM or SIGHUP.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # some libraries do not survive an exception while they load

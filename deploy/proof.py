@@ -35,7 +35,7 @@ def prove(here: Session, task: Task) -> Report:
             done.append(step)
         is_changed = any(step.count for step in done)
         after = _look(here, task) if is_changed else report
-        if any(step.repair in TOLD for step in done):
+        if any(step.count for step in done if step.repair in TOLD):
             _until_counted(here, task, after)
         done += not_done(after)
     finally:  # what was done stays done, whatever became of the rest
@@ -104,7 +104,7 @@ def confirmed(here: Session, task: Task, report: Report) -> tuple[list[Differenc
     if not left:
         return sure, None
     what = f"Not corrected at Polar: {left} events that a second look did not find in the same way; run this again."
-    return sure, Done(Repair.CORRECT, what, left)
+    return sure, Done(Repair.CORRECT, what)
 
 
 def _told_polar(here: Session, task: Task, report: Report) -> Iterator[Done]:

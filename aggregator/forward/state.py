@@ -205,11 +205,19 @@ class State:
         self._file.executemany("DELETE FROM waiting WHERE number = ?", [(item.number,) for item in items])
 
     def _park(self, items: Sequence[Item]) -> None:
+        first: dict[str, tuple[int, int]] = {}  # by customer: of the events that wait again, and until when
         for item in items:
-            if item.number:
-                self._file.execute("UPDATE waiting SET due_us = ? WHERE number = ?", [item.due_us, item.number])
-            else:
+            if not item.number:
                 self._wait(item, item.due_us)
+                continue
+            self._file.execute("UPDATE waiting SET due_us = ? WHERE number = ?", [item.due_us, item.number])
+            if item.lane != "rollup":
+                number, due_us = first.get(item.who, (item.number, item.due_us))
+                first[item.who] = min(number, item.number), max(due_us, item.due_us)
+        self._file.executemany(  # what waits behind them was parked when less was assumed, and would overtake them
+            "UPDATE waiting SET due_us = MAX(due_us, ?) WHERE who = ? AND number > ? AND lane <> 'rollup'",
+            [(due_us, who, number) for who, (number, due_us) in first.items()],
+        )
 
     def hold(self, who: str, until_us: int) -> None:
         """Nothing of a customer's that waits is due before then; rollups have no order and are not held."""
@@ -261,10 +269,7 @@ class State:
         """Waiting items whose time has come, in the order in which they came; a customer's only up to one not due."""
         rows = self._rows(
             """SELECT lane, external_id, who, timestamp_us, ingested_us, body, number FROM waiting
-               WHERE due_us <= ? AND (lane = 'rollup' OR NOT EXISTS (
-                   SELECT 1 FROM waiting AS earlier WHERE earlier.who = waiting.who AND earlier.number < waiting.number
-                   AND earlier.due_us > ? AND earlier.lane <> 'rollup'))
-               ORDER BY number LIMIT ?""", now_us, now_us, limit
+               WHERE due_us <= ? ORDER BY number LIMIT ?""", now_us, limit
         )
         return [
             Item(lane=lane, external_id=external_id, who=who, timestamp_us=timestamp_us, ingested_us=ingested_us,

@@ -104,9 +104,12 @@ def test_an_event_waits_for_its_customers_earlier_ones(tmp_path: Path) -> None:
     """Also where it was due before them, as when Polar's clock was found further behind since; nobody else does."""
     state = State(tmp_path / "forward.sqlite")
     first, second, other = item(0), item(1), msgspec.structs.replace(item(2), who="e:bob")
-    for one, after_us in ((first, 9), (second, 1), (other, 1)):
+    for one, after_us in ((first, 1), (second, 2), (other, 2)):
         one.due_us = NOW_US + after_us
     state.mark("raw", [first, second, other], None, NOW_US)
+    (again,) = state.due(NOW_US + 1, 10)
+    again.due_us = NOW_US + 9
+    state.mark(WAITING, [again], None, NOW_US + 1)
     assert [one.external_id for one in state.due(NOW_US + 8, 10)] == ["e2"]
     assert [one.external_id for one in state.due(NOW_US + 9, 10)] == ["e0", "e1", "e2"]
     state.close()
