@@ -235,8 +235,7 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             with explaining(data.store):
                 store.read_through()
         except Unopenable as error:
-            heal = _heal_store(error, log)
-            yield Finding("store", str(error).removesuffix(": run meterstream rebuild"), heal)
+            yield Finding("store", error.found, _heal_store(error, log))
             return
         except NotNow as error:
             yield Finding("store", str(error), "make room for it, then look again")

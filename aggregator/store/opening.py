@@ -28,11 +28,11 @@ _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, e
 
 
 class Unopenable(Exception):
-    """The file cannot be used as it is. The message says what heals it, and so does ``heal`` by itself."""
+    """The file cannot be used as it is: what was ``found``, and what will ``heal`` it. The message says both."""
 
-    def __init__(self, message: str, heal: str = REBUILD) -> None:
-        super().__init__(message)
-        self.heal = heal
+    def __init__(self, found: str, heal: str = REBUILD) -> None:
+        super().__init__(f"{found}: {f'run {heal}' if heal == REBUILD else heal}")
+        self.found, self.heal = found, heal
 
 
 class OlderLayout(Unopenable):
@@ -118,14 +118,14 @@ def _check(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str])
     (version,) = connection.execute("SELECT version FROM about").fetchone() or (None,)
     has = f"the store has layout {version}, this program has {schema.VERSION}"
     if version is not None and version > schema.VERSION:
-        raise Unopenable(f"{has}: {_NEWER}", _NEWER)
+        raise Unopenable(has, _NEWER)
     if version != schema.VERSION:
-        raise OlderLayout(f"{has}: run meterstream rebuild")
+        raise OlderLayout(has)
     stored = dict(connection.execute("SELECT stream, identity FROM streams").fetchall())
     for stream, identity in identities.items():
         if stored.get(stream) != identity:
             was = f"the store was made from another {stream} stream ({stored.get(stream)}, the log has {identity})"
-            raise Unopenable(f"{was}: {_OTHER_LOG}", _OTHER_LOG)
+            raise Unopenable(was, _OTHER_LOG)
 
 
 def _create(connection: duckdb.DuckDBPyConnection, identities: Mapping[str, str]) -> None:
@@ -150,7 +150,7 @@ def _explained(path: Path, error: Exception) -> Exception:
     if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
         return NotNow(f"{path} cannot be opened now ({text})")
     if "Could not set lock" in text:
-        return Unopenable(f"{path} is in use by another process: stop that one first ({text})", "stop that process")
+        return Unopenable(f"{text}; {path} is in use by another process", "stop that one first")
     if os.strerror(errno.EACCES) in text:
-        return Unopenable(f"{path} cannot be opened ({text}): {_OWNER}", _OWNER)
-    return Unopenable(f"{path} cannot be opened ({text}): run meterstream rebuild")
+        return Unopenable(f"{path} cannot be opened ({text})", _OWNER)
+    return Unopenable(f"{path} cannot be opened ({text})")
