@@ -21,7 +21,7 @@ Named = tuple[str, str]  # kind and text: how events name a customer
 
 
 class Boundaries:
-    """For the writer's thread alone: note what a round decides and whom it numbers, then ``cut``."""
+    """For the writer's thread alone: note what a round decides and whom it numbers, then ``begin_windows``."""
 
     def __init__(self, catalogue: Catalogue, ledger: Ledger, directory: Directory) -> None:
         self._catalogue, self._ledger, self._directory = catalogue, ledger, directory
@@ -51,15 +51,15 @@ class Boundaries:
             if self._owner(organization_id, (kind, text)) is not None:
                 self._touched.setdefault(organization_id, {})[number] = kind, text
 
-    def cut(self, totals: RunningTotals) -> None:
+    def begin_windows(self, totals: RunningTotals) -> None:
         """Bring the windows of everyone noted to where they begin now."""
         touched, self._touched = self._touched, {}
         for organization_id, names in touched.items():
             owners = {number: self._owner(organization_id, name) for number, name in names.items()}
             for meter in self._catalogue.meters_of(organization_id):
-                if self._ledger.has_resets(meter.id) or totals.is_cut(meter.id):
+                if self._ledger.has_resets(meter.id) or totals.is_windowed(meter.id):
                     accounts = self._ledger.of_meter(meter.id)
-                    totals.cut(meter, {number: _since(accounts, owner) for number, owner in owners.items()})
+                    totals.begin_windows(meter, {number: _since(accounts, owner) for number, owner in owners.items()})
 
     def _touch(self, customer: Customer | None) -> None:
         if customer is not None:

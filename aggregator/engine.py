@@ -188,7 +188,7 @@ class Engine:
         self.strangers.note(batch.organizations, rows)
         self._boundaries.number(batch.subjects)
         self.totals.add(rows)
-        self._boundaries.cut(self.totals)
+        self._boundaries.begin_windows(self.totals)
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1

@@ -73,7 +73,7 @@ class RunningTotals:
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
         self._histories = Histories(self._history)
         self._plans = PreparedPlans(self._connection)
-        self._waiting: dict[str, dict[int, int]] = {}  # by meter: cuts among rows that are still being counted
+        self._waiting: dict[str, dict[int, int]] = {}  # by meter: windows that begin in history under way
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
 
@@ -162,32 +162,34 @@ class RunningTotals:
         counting = self._meters.get(meter_id)
         return counting if counting is not None and counting.complete.is_set() else None
 
-    def is_cut(self, meter_id: str) -> bool:
+    def is_windowed(self, meter_id: str) -> bool:
         """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""
         counting = self._meters.get(meter_id)
-        return counting is not None and counting.totals.is_cut
+        return counting is not None and counting.totals.is_windowed
 
-    def cut(self, meter: Meter, cuts: Mapping[int, int]) -> None:
+    def begin_windows(self, meter: Meter, begins: Mapping[int, int]) -> None:
         """Begin the windows of customers at other times (us, or EVER), when every stored row is in the totals.
 
         What arrived since is asked of the store, where anything did. While history is still being counted nobody knows
-        which of those rows it has; such a cut waits for ``catch_up``, and until then the store is asked instead.
+        which of those rows it has; such a window waits for ``catch_up``, and until then the store is asked instead.
         """
         counting = self._meters.get(meter.id)
         if counting is None:
             return
-        cuts = self._waiting.pop(meter.id, {}) | dict(cuts)
-        cuts = {subject: since for subject, since in cuts.items() if counting.totals.is_elsewhere(subject, since)}
+        begins = self._waiting.get(meter.id, {}) | dict(begins)
+        begins = {subject: since for subject, since in begins.items() if counting.totals.is_elsewhere(subject, since)}
         is_complete = counting.complete.is_set()  # looked at first: what history adds after this is looked for below
-        late = {subject: since for subject, since in cuts.items() if counting.totals.has_rows(subject, since)}
+        late = {subject: since for subject, since in begins.items() if counting.totals.has_rows(subject, since)}
         inside = self._inside(meter, late) if late and is_complete else None
-        if (late and inside is None) or not counting.totals.cut(cuts, inside):
-            self._waiting[meter.id] = cuts
+        if (late and inside is None) or not counting.totals.begin_windows(begins, inside):
+            self._waiting[meter.id] = begins
+        else:
+            self._waiting.pop(meter.id, None)
 
     def catch_up(self) -> None:
-        """Do what had to wait: cuts of meters whose history is counted by now, histories that could not be read."""
+        """Do what had to wait: windows of meters whose history is counted by now, histories that could not be read."""
         for meter_id in [id for id in self._waiting if self._complete(id) is not None]:
-            self.cut(self._meters[meter_id].meter, {})
+            self.begin_windows(self._meters[meter_id].meter, {})
         self._histories.go_on()
         while self._failed and self._failed[0][0] <= time.monotonic():
             _, counted = self._failed.popleft()
@@ -219,7 +221,7 @@ class RunningTotals:
     def _count_history(self, meters: list[Meter], before_seq: int) -> None:
         for meter in meters:
             windows = MeterWindows(meter.aggregation.func)
-            windows.cut(self._begins(meter))
+            windows.begin_windows(self._begins(meter))
             self._waiting.pop(meter.id, None)
             func = meter.aggregation.func
             quarters = None if func == "unique" else MeterQuarters(func, self._calendar(meter.organization_id))

@@ -100,14 +100,11 @@ class MeterTotals:
                 self._carry(chosen)
 
     def _carry(self, chosen: Rows) -> None:
-        """Fractions that reached one become whole, once for each customer, however many rows are theirs."""
-        fraction = self._fraction[chosen]
-        carry = fraction // ONE
+        """Fractions that reached one become whole. A customer of several rows is set to the same as often."""
+        carry, fraction = np.divmod(self._fraction[chosen], ONE)
         if carry.any():
-            touched = np.unique(chosen[carry != 0])
-            carry = self._fraction[touched] // ONE
-            self._whole[touched] += carry
-            self._fraction[touched] -= carry * ONE
+            self._whole[chosen] = self._whole[chosen] + carry
+            self._fraction[chosen] = fraction
 
     def _add_large(self, subject: int, units: int) -> None:
         kept = self._large.setdefault(subject, [])

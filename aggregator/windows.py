@@ -107,7 +107,7 @@ def _short(identity: str) -> str | bytes:
 
 
 class MeterWindows:
-    """One meter, by customer number. One thread cuts; adding and reading may come from any."""
+    """One meter, by customer number. One thread begins windows; adding and reading may come from any."""
 
     def __init__(self, func: str) -> None:
         self._func = func
@@ -116,18 +116,19 @@ class MeterWindows:
         self._apart: Kept = _kept(func)  # before the window where values add up, inside of it elsewhere
         self._since = np.zeros(0, np.int64)
         self._newest = np.zeros(0, np.int64)
-        self.is_cut = False
+        self.is_windowed = False
 
     def add(self, subjects: Rows, contributions: Any, rows: Rows, arrived: Integers) -> None:
         """Move on by the chosen rows: whose they are, what they contribute, and when each row arrived, in us."""
         if len(rows) == 0:
             return
-        chosen, times = subjects[rows], arrived[rows]
+        every = len(rows) == len(subjects)
+        chosen, times = (subjects, arrived) if every else (subjects[rows], arrived[rows])
         with self._lock:
             self._grow(int(chosen.max()) + 1)
             np.maximum.at(self._newest, chosen, times)
             self._whole.add(subjects, contributions, rows)
-            if self.is_cut:
+            if self.is_windowed:
                 since = self._since[chosen]
                 apart = times < since if self._func in ADDING else (since != EVER) & (times >= since)
                 if apart.any():
@@ -137,7 +138,7 @@ class MeterWindows:
         have = len(self._newest)
         if rows > have:
             self._newest = longer(self._newest, max(rows - have, have // 8, 1024), EVER)
-        if self.is_cut and len(self._since) < len(self._newest):  # nearly no meter has a window that is cut
+        if self.is_windowed and len(self._since) < len(self._newest):  # nearly no meter has windows
             self._since = longer(self._since, len(self._newest) - len(self._since), EVER)
 
     def _begins(self, subject: int) -> int:
@@ -151,16 +152,16 @@ class MeterWindows:
         """Whether something arrived from the customer at or after this time."""
         return since != EVER and subject < len(self._newest) and int(self._newest[subject]) >= since
 
-    def cut(self, cuts: Mapping[int, int], inside: "MeterWindows | None" = None) -> bool:
+    def begin_windows(self, begins: Mapping[int, int], inside: "MeterWindows | None" = None) -> bool:
         """Begin the customers' windows at these times. ``inside`` has what arrived since, if anything did.
 
         False, and nothing is done, where there is none and something arrived after all.
         """
         with self._lock:
-            if inside is None and any(self.has_rows(subject, since) for subject, since in cuts.items()):
+            if inside is None and any(self.has_rows(subject, since) for subject, since in begins.items()):
                 return False
-            self.is_cut = self.is_cut or bool(cuts)
-            for subject, since in cuts.items():
+            self.is_windowed = self.is_windowed or bool(begins)
+            for subject, since in begins.items():
                 self._grow(subject + 1)
                 self._since[subject] = since
                 self._set_apart(subject, since, inside._whole if inside is not None else _kept(self._func))

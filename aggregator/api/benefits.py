@@ -21,7 +21,7 @@ from aggregator.api.customers import has_texts
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, includes, listed, on_page, order
 from aggregator.api.resets import Overtaken, Used, carried, used_until
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
@@ -208,7 +208,7 @@ async def list_benefits(
     places = {str(one): place for place, one in enumerate(id or ())}
     # all are of one type, and the only order of the user's is that of the ids that are asked for
     found.sort(key=lambda one: (getattr(one, chosen.by, places.get(one.id, 0)), one.id), reverse=not chosen.ascending)
-    shapes = [benefit_shape(here(desk.catalogue, benefit)) for benefit in cut(found, page)]
+    shapes = [benefit_shape(here(desk.catalogue, benefit)) for benefit in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
@@ -274,7 +274,7 @@ async def list_grants(
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
-    shapes = [grant_shape(here(desk.catalogue, grant), benefit, customer) for grant, customer in cut(found, page)]
+    shapes = [grant_shape(here(desk.catalogue, grant), benefit, customer) for grant, customer in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from aggregator.api.customers import customer_by_id, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import Conflict, Malformed, NotFound, Refused
-from aggregator.api.paging import WhichPage, cut, listed
+from aggregator.api.paging import WhichPage, listed, on_page
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.shapes import credit_shape
 from meters import exact_json
@@ -118,7 +118,7 @@ async def list_credits(
         for credit in _credits(desk, customer, meter.id)
     ]
     found.sort(key=lambda one: one[0].sort_key, reverse=True)
-    shapes = [credit_shape(credit, customer.id, of) for credit, of in cut(found, page)]
+    shapes = [credit_shape(credit, customer.id, of) for credit, of in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 

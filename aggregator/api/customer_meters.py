@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Response
 from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
-from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, cut, includes, listed, order, texts
+from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, includes, listed, on_page, order, texts
 from aggregator.api.roster import NotInMemory, find_page
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
@@ -69,7 +69,7 @@ async def list_customer_meters(
 def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
     """The page of a list of customer meters. Equal ones stay as they stood, or all turn round: as in ``find_page``."""
     found = sorted(found, key=lambda one: _key(one, chosen.by))
-    rows = cut(found if chosen.ascending else found[::-1], page)
+    rows = on_page(found if chosen.ascending else found[::-1], page)
     return listed([customer_meter_shape(one) for one in rows], len(found), page)
 
 
@@ -131,7 +131,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
         return statement(one.meter.aggregation, account, usages)[::-1]
 
     entries, as_of = await desk.ask(token, question)
-    return answer(listed([entry_shape(entry) for entry in cut(entries, page)], len(entries), page), as_of)
+    return answer(listed([entry_shape(entry) for entry in on_page(entries, page)], len(entries), page), as_of)
 
 
 @router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of("Event")))

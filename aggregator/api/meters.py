@@ -10,7 +10,7 @@ from aggregator.api.customers import has_texts, refuse_organization
 from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
 from aggregator.api.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, cut, includes, listed, order
+from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, includes, listed, on_page, order
 from aggregator.api.polar_accounts import settle_meter
 from aggregator.api.schemas import gives, page_of, ref, takes
 from meters.access import reading, writing
@@ -71,7 +71,7 @@ async def list_meters(
         and has_texts(meter.metadata, metadata)
     ]
     found.sort(key=lambda meter: (getattr(meter, chosen.by), meter.id), reverse=not chosen.ascending)
-    shapes = [meter_json(meter) for meter in cut(found, page)]
+    shapes = [meter_json(meter) for meter in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 

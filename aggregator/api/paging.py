@@ -57,7 +57,7 @@ def listed(items: list[Any], total: int, page: Page) -> dict[str, Any]:
     return {"items": items, "pagination": pagination}
 
 
-def cut(items: Sequence[Any], page: Page) -> list[Any]:
+def on_page(items: Sequence[Any], page: Page) -> list[Any]:
     """The page of a list that is in memory."""
     return list(items[page.offset : page.offset + page.limit])
 

@@ -17,7 +17,7 @@ from aggregator.api.balances import CustomerMeter, customer_meter
 from aggregator.api.desk import AtDesk, Desk, answer, caught_up, desk
 from aggregator.api.errors import Forbidden, NotFound
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, Texts, WhichPage, cut, listed, order
+from aggregator.api.paging import Ids, Texts, WhichPage, listed, on_page, order
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.shapes import number, portal_customer_shape
 from aggregator.api.states import meter_numbers
@@ -95,7 +95,7 @@ async def list_portal_meters(
         if (query or "").lower() in meter.name.lower() and (wanted is None or meter.id in wanted)
     ]
     found.sort(key=lambda one: (_SORTING[chosen.by](one), one.id), reverse=not chosen.ascending)
-    return answer(listed([_shape(one) for one in cut(found, page)], len(found), page), here.view.as_of)
+    return answer(listed([_shape(one) for one in on_page(found, page)], len(found), page), here.view.as_of)
 
 
 def _moved(one: CustomerMeter) -> datetime:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from aggregator.api.bodies import body_as
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound, Refused
-from aggregator.api.paging import Ids, WhichPage, cut, includes, listed
+from aggregator.api.paging import Ids, WhichPage, includes, listed, on_page
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.webhooks import targets
 from meters.access import reading, writing
@@ -148,7 +148,7 @@ async def list_webhook_endpoints(
     """The organization's endpoints, oldest first."""
     known = desk.catalogue.webhooks.endpoints_of(token.organization_id)
     found = known if includes(organization_id, token) else []
-    shapes = [endpoint_shape(endpoint) for endpoint in cut(found, page)]
+    shapes = [endpoint_shape(endpoint) for endpoint in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 

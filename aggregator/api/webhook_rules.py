@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from aggregator.api.bodies import body_as, shaped
 from aggregator.api.desk import AtDesk, Desk, answer, body_of
 from aggregator.api.errors import NotFound, Refused
-from aggregator.api.paging import WhichPage, cut, listed
+from aggregator.api.paging import WhichPage, listed, on_page
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.webhook_endpoints import Name, Reader, Writer
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, is_number_text, parse_amount
@@ -98,7 +98,7 @@ def _check(desk: Desk, token: Token, body: ThresholdCreate, value: object) -> No
 async def list_thresholds(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
     """The organization's thresholds, oldest first."""
     found = desk.catalogue.webhooks.thresholds_of(token.organization_id)
-    return answer(listed([threshold_shape(one) for one in cut(found, page)], len(found), page), desk.view.as_of)
+    return answer(listed([threshold_shape(one) for one in on_page(found, page)], len(found), page), desk.view.as_of)
 
 
 @router.delete("/v1/webhooks/thresholds/{id}", status_code=204, responses=gives(None, 204))
@@ -139,7 +139,7 @@ async def create_source(request: Request, desk: AtDesk, token: Writer) -> Respon
 async def list_sources(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
     """The systems that are listened to, oldest first."""
     found = desk.catalogue.webhooks.sources_of(token.organization_id)
-    return answer(listed([source_shape(one) for one in cut(found, page)], len(found), page), desk.view.as_of)
+    return answer(listed([source_shape(one) for one in on_page(found, page)], len(found), page), desk.view.as_of)
 
 
 @router.delete("/v1/webhooks/sources/{id}", status_code=204, responses=gives(None, 204))

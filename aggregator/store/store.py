@@ -31,7 +31,7 @@ from aggregator.letters import LetterPlace, numbered
 from aggregator.seen import Keys, Seen
 from aggregator.step import SAID, Effects, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
-from aggregator.store.slot import Prepared
+from aggregator.store.slot import Prepared, as_written, optimizing
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record, format_position
@@ -91,11 +91,6 @@ class Store:
         self._closing = False
         self.is_dead = False  # DuckDB gave up on its instance; whoever writes has to open another
         self.epoch = epoch
-        self._insert_events = Prepared(connection, "arriving", _INSERT_EVENTS)
-        self._insert_control = Prepared(connection, "decided", "INSERT INTO control SELECT * FROM decided")
-        self._insert_subjects = Prepared(connection, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
-        self._insert_dead = Prepared(connection, "buried", "INSERT INTO dead_letters SELECT * FROM buried")
-        self._move_on = Prepared(connection, "moves", _MOVE_ON)
         self._any_pending = hierarchy.any_pending(connection)
         row = connection.execute("SELECT coalesce(max(seq) + 1, 0) FROM events").fetchone()
         self.next_seq: int = row[0] if row else 0
@@ -105,6 +100,12 @@ class Store:
         self._next_cause: int = row[0] if row else 0
         self._replayed: dict[LetterPlace, datetime] = {}
         self._note_replayed(self.control(_REPLAYED))
+        self._writing = writing = as_written(connection)
+        self._insert_events = Prepared(writing, "arriving", _INSERT_EVENTS)
+        self._insert_control = Prepared(writing, "decided", "INSERT INTO control SELECT * FROM decided")
+        self._insert_subjects = Prepared(writing, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
+        self._insert_dead = Prepared(writing, "buried", "INSERT INTO dead_letters SELECT * FROM buried")
+        self._move_on = Prepared(writing, "moves", _MOVE_ON)
 
     @classmethod
     def open(cls, path: Path, identities: Mapping[str, str], settings: Settings = MODEST) -> "Store":
@@ -137,7 +138,8 @@ class Store:
                 if self._readers:
                     raise StillRead(f"{len(self._readers)} readers of the store did not end when it was closed")
         finally:
-            self._connection.close()
+            with contextlib.closing(self._connection):
+                self._writing.close()
 
     def positions(self, stream: str) -> dict[int, int]:
         """{partition: next offset} of the last commit."""
@@ -184,9 +186,8 @@ class Store:
 
     def tallies(self) -> dict[str, int]:
         """Lines so far by what became of them: stored, duplicates, conflicts, dead."""
-        names = ("stored", "duplicates", "conflicts", "dead")
         row = self._connection.cursor().execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
-        return {name: int(count or 0) for name, count in zip(names, row or (0, 0, 0, 0), strict=True)}
+        return {name: int(count or 0) for name, count in zip(Tally._fields, row or Tally(), strict=True)}
 
     def last_read(self, stream: str) -> dict[int, tuple[int, int]]:
         """{partition: (offset, the log's time in microseconds since 1970)} of the last records that were read."""
@@ -210,9 +211,9 @@ class Store:
         self._check_file()
         rows = self._numbered(round_.effects.rows)
         try:
-            self._connection.execute("BEGIN")
+            self._writing.execute("BEGIN")
             self._write(round_, rows, seen, organization_ids)
-            self._connection.execute("COMMIT")
+            self._writing.execute("COMMIT")
         except duckdb.Error as error:
             raise Doubt(str(error)) from error
         self.next_seq += rows.num_rows
@@ -236,7 +237,7 @@ class Store:
         return rows.append_column("seq", seq) if rows.num_columns else rows
 
     def _write(self, round_: Round, rows: pa.Table, seen: Seen, organization_ids: Mapping[int, str]) -> None:
-        connection = self._connection
+        connection = self._writing
         self._move(round_)
         if round_.control:
             decisions = [record for record in round_.control if record.value]  # a marker decides nothing
@@ -251,7 +252,8 @@ class Store:
             self._insert_events(rows)
             named = hierarchy.children(rows, dict(organization_ids))
             if named or self._any_pending:
-                hierarchy.resolve(connection, seen, round_.effects.keys, named)
+                with optimizing(connection):
+                    hierarchy.resolve(connection, seen, round_.effects.keys, named)
                 self._any_pending = hierarchy.any_pending(connection)
         self._bury(round_.effects.dead)
         if round_.causes is not None:
@@ -278,7 +280,7 @@ class Store:
 
     def _mark_replayed(self, values: Sequence[bytes]) -> None:
         for place in self._note_replayed(values):
-            self._connection.execute(
+            self._writing.execute(
                 """UPDATE dead_letters SET replayed_at = ?
                    WHERE log_partition = ? AND log_offset = ? AND line = ? AND replayed_at IS NULL""",
                 [self._replayed[place], *place],

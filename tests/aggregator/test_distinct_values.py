@@ -78,7 +78,7 @@ def test_a_window_may_be_known_where_the_whole_is_not() -> None:
     with bounded(BOUND):
         windows = MeterWindows("unique")
         add(windows, [(0, str(number)) for number in range(BOUND)], 1)
-        assert windows.cut({0: 5})
+        assert windows.begin_windows({0: 5})
         add(windows, [(0, "a"), (0, "b"), (0, "a")], 7)
         found = windows.consumed([0], 5)
         assert found is not None
@@ -92,7 +92,7 @@ def test_forgetting_a_customer_makes_room() -> None:
     with bounded(BOUND):
         windows = MeterWindows("unique")
         for since in range(2, 50, 2):
-            assert windows.cut({0: since})
+            assert windows.begin_windows({0: since})
             add(windows, [(0, "a"), (0, "b"), (0, "c")], since + 1)
             found = windows.consumed([0], since)
             assert found is not None

@@ -1,4 +1,4 @@
-"""Histories that are still being counted, or could not be: cuts wait for them, and what failed is done again."""
+"""Histories that are still being counted, or could not be: windows wait for them, and what failed is done again."""
 
 import asyncio
 import threading
@@ -92,8 +92,15 @@ def test_a_window_that_begins_in_the_past_is_counted_in_pieces(
     assert max(pieces) <= 2_048
 
 
-def test_cuts_wait_while_history_is_counted(tmp_path: Path) -> None:
-    """They begin nothing anew, however many they are, and hold when the history is known."""
+def test_windows_wait_while_history_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin when it is known, however many they are, and wait until then, also while the store is asked."""
+    inside, waited = module.RunningTotals._inside, list[bool]()
+
+    def watched(totals: module.RunningTotals, meter: Any, late: Any) -> Any:
+        waited.append(meter.id in totals._waiting)
+        return inside(totals, meter, late)
+
+    monkeypatch.setattr(module.RunningTotals, "_inside", watched)
     with used() as log:
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
@@ -110,6 +117,7 @@ def test_cuts_wait_while_history_is_counted(tmp_path: Path) -> None:
             found = eventually(lambda: consumed(running, MINUTES - 1))
     count, amount = used_since(MINUTES - 1)
     assert (found.count, found.value) == (count + 1, amount + Decimal("0.5"))
+    assert waited == [True]
 
 
 def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

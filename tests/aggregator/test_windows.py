@@ -21,7 +21,7 @@ def test_usage_in_the_very_microsecond_of_a_reset_is_inside(func: str, value: ob
     amounts = pa.array(AMOUNTS, pa.decimal128(38, 12))
     used = {"unique": amounts.cast(pa.string()), "count": None}.get(func, Amounts.of(amounts))
     windows = MeterWindows(func)
-    assert windows.cut({0: SINCE_US})
+    assert windows.begin_windows({0: SINCE_US})
     arrived = np.array([SINCE_US - 1, SINCE_US, SINCE_US + 1])
     windows.add(np.zeros(3, np.intp), used, np.arange(3), arrived)
 
