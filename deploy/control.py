@@ -3,7 +3,7 @@
 A decision is a record in the log like any other; a running gateway and aggregator read it within moments, and a
 stopped one finds it when it starts. The log holds a token's digest; its secret exists in this process alone, for as
 long as it takes to show it. Two kinds that nobody is shown are kept in the data directory: the forwarder's
-(``forward.py``) and reconciliation's (``own_server.py``), which can only read.
+(``forwarding``) and reconciliation's (``proof``), which can only read.
 """
 
 import asyncio

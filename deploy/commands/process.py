@@ -48,7 +48,7 @@ def demo(
 
     The trace is --trace; without it a copy of the real one, if there is any here, and else one that is generated.
     """
-    from deploy.demo import run
+    from deploy.demo.run import run
 
     run(trace, rows)
 

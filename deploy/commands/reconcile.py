@@ -52,9 +52,9 @@ def reconcile(
     """
     from aggregator.reconcile.page import page
     from aggregator.reconcile.report import report_json
-    from deploy.local_proof import CHECKS, Task
     from deploy.logs import configure_logs
-    from deploy.proof import prove
+    from deploy.proof.local import CHECKS, Task
+    from deploy.proof.run import prove
 
     here = session(context, page=True)
     configure_logs("reconcile", "critical")  # what goes wrong is said once, by the command

@@ -1,5 +1,6 @@
 """Installations for the tests of this room."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,3 +22,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A running server that the tests of a file share. They must not stop it."""
     with started(tmp_path_factory.mktemp("running")) as place:
         yield place
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Whoever runs the tests in the background, or under nohup, has signals ignored, and so has every child."""
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gone = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGHUP, gone)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo import conclude
-from deploy.demo_recount import Figures, compare, recount
-from deploy.demo_trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
+from deploy.demo.recount import Figures, compare, recount
+from deploy.demo.run import conclude
+from deploy.demo.trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
 from deploy.giving_up import MISMATCH, GiveUp
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens

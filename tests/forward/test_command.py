@@ -15,12 +15,12 @@ from aggregator.forward.source import Selection
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
 from deploy.doctor import examine
-from deploy.forward import open_source, selection_of
-from deploy.forward_desk import ask_replay, status
+from deploy.forwarding.desk import ask_replay, status
+from deploy.forwarding.process import open_source, selection_of
 from deploy.giving_up import GiveUp
-from deploy.local_proof import Task
 from deploy.output import Output
-from deploy.proof import prove
+from deploy.proof.local import Task
+from deploy.proof.run import prove
 from deploy.session import Session
 from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation

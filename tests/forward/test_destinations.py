@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from aggregator.forward.source import Selection
-from deploy.forward import know_destination
+from deploy.forwarding.process import know_destination
 from deploy.settings import Secret, Settings
 from tests.deploy.installation import Installation
 from tests.forward.polar import POISON, Polar, send

@@ -10,7 +10,7 @@ import pytest
 from confluent_kafka import Producer
 
 from deploy.data import DataDirectory
-from deploy.forward_desk import status
+from deploy.forwarding.desk import status
 from deploy.giving_up import GiveUp
 from tests.deploy.installation import Installation, meterstream
 from tests.forward.polar import send, stored

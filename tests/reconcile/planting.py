@@ -9,9 +9,9 @@ import duckdb
 
 from aggregator.reconcile.report import Check, Report
 from deploy.data import DataDirectory
-from deploy.local_proof import Task, reconcile
 from deploy.output import Output
-from deploy.proof import prove
+from deploy.proof.local import Task, reconcile
+from deploy.proof.run import prove
 from deploy.rebuild import rebuild
 from deploy.session import Session
 from deploy.settings import Settings

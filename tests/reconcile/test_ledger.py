@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-import deploy.local_proof
+import deploy.proof.local
 from aggregator.forward.state import State
 from aggregator.reconcile.ledger_check import Balance, check_ledger
 from aggregator.reconcile.questions import StoppedStore
@@ -16,9 +16,9 @@ from aggregator.reconcile.report import Cause, Report
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.giving_up import GiveUp
-from deploy.local_proof import Task, _books, _compare, reconcile
 from deploy.output import Output
-from deploy.running_store import RunningStore
+from deploy.proof.local import Task, _books, _compare, reconcile
+from deploy.proof.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Settings
 from meters.catalogue import Customer, CustomerCreated
@@ -160,7 +160,7 @@ def test_balances_of_another_moment_than_the_decisions_are_no_differences(
     left: Left, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While decisions come in it is given up; a store that lacks one for good is what is looked for."""
-    monkeypatch.setattr(deploy.local_proof, "AGAIN_S", 0)
+    monkeypatch.setattr(deploy.proof.local, "AGAIN_S", 0)
     with left.log() as log:
         with pytest.raises(GiveUp, match="decisions are taken too fast"):
             _books(log, Follower(left.data.store, is_moving=True), None)
@@ -174,7 +174,7 @@ def test_what_else_was_compared_is_told_where_the_ledger_could_not_be(
     left: Left, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lost event is a difference also on a night on which decisions are taken too fast."""
-    monkeypatch.setattr(deploy.local_proof, "AGAIN_S", 0)
+    monkeypatch.setattr(deploy.proof.local, "AGAIN_S", 0)
     with left.log() as log:
         asyncio.run(log.append(USAGE_EVENTS, [entry(usage("a"))]))
     left.count()

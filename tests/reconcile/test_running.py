@@ -21,14 +21,14 @@ from aggregator.reconcile.store_check import check_store
 from aggregator.reconcile.worth import Worth
 from aggregator.running import RunningTotals
 from aggregator.store.queries.recount import Which
-from deploy import own_server as its_module
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
-from deploy.local_proof import Task, reconcile
 from deploy.output import Output
-from deploy.own_server import own_server
-from deploy.proof import prove
-from deploy.running_store import RunningStore
+from deploy.proof import own_server as its_module
+from deploy.proof.local import Task, reconcile
+from deploy.proof.own_server import own_server
+from deploy.proof.run import prove
+from deploy.proof.running_store import RunningStore
 from deploy.session import Session
 from deploy.settings import Secret, Settings
 from meters.access import AUDIT
@@ -241,19 +241,19 @@ def test_a_round_that_has_moved_memory_is_compared_once_it_is_published(
         tenant.post(f"/v1/customers/{customer}/resets", {})
         server.now += timedelta(seconds=1)
         engine, store = server.aggregator._now, RunningStore(_Asking(tenant))
-        cut, wait_for = engine._boundaries.cut, server.aggregator.wait_for
+        begin_windows, wait_for = engine._boundaries.begin_windows, server.aggregator.wait_for
         has_moved, is_awaited = threading.Event(), threading.Event()
 
         def hold(totals: RunningTotals) -> None:
             has_moved.set()
             assert is_awaited.wait(PATIENCE_S)
-            cut(totals)
+            begin_windows(totals)
 
         async def wait(position: Mapping[int, int], timeout_s: float) -> bool:
             is_awaited.set()
             return await wait_for(position, timeout_s)
 
-        with patch.object(engine._boundaries, "cut", hold), patch.object(server.aggregator, "wait_for", wait):
+        with patch.object(engine._boundaries, "begin_windows", hold), patch.object(server.aggregator, "wait_for", wait):
             said = entry(line("after", metadata={"tokens": 4}), organization_id=tenant.id)
             server.run(server.log.append(USAGE_EVENTS, [said]))
             assert has_moved.wait(PATIENCE_S)

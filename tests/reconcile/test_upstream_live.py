@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
-from deploy.proof import confirmed
+from deploy.proof.run import confirmed
 from tests.reconcile.readers import Interrupted, Overlapping
 from tests.reconcile.two_sides import NOON, TwoSides, call, numbered
 

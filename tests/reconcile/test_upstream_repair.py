@@ -11,8 +11,8 @@ from aggregator.forward.upstream import NoAnswer, Upstream
 from deploy.client import Api
 from deploy.control import new_secret, new_token, open_control
 from deploy.giving_up import GiveUp
-from deploy.mending import REPAIRS
-from deploy.upstream_repair import requests, send
+from deploy.proof.mending import REPAIRS
+from deploy.proof.repair import requests, send
 from meters.catalogue import TokenCreated
 from tests.deploy.installation import Installation
 from tests.forward.polar import Polar

@@ -18,13 +18,13 @@ from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control, new_organization, new_secret, new_token, open_control
 from deploy.data import DataDirectory
-from deploy.local_proof import Task
 from deploy.output import Output
-from deploy.proof import prove
+from deploy.proof.local import Task
+from deploy.proof.repair import send_again
+from deploy.proof.run import prove
+from deploy.proof.upstream import Range, compare
 from deploy.session import Session
 from deploy.settings import Settings, Token
-from deploy.upstream_proof import Range, compare
-from deploy.upstream_repair import send_again
 from meters.catalogue import OrganizationCreated, TokenCreated
 from tests.deploy.installation import Installation
 from tests.waiting import eventually

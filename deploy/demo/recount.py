@@ -1,6 +1,6 @@
 """The demonstration's auditor: adds a trace up without any of the pipeline's code.
 
-Only ``csv`` and ``Decimal``, over the file itself; from deploy.demo_trace it takes the rule (whose a request is, what a
+Only ``csv`` and ``Decimal``, over the file itself; from ``trace`` it takes the rule (whose a request is, what a
 token costs) and nothing that sends or counts.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.demo_trace import CONTEXT_CENTS, GENERATED_CENTS, customers
+from deploy.demo.trace import CONTEXT_CENTS, GENERATED_CENTS, customers
 
 
 class Figures(msgspec.Struct):

@@ -18,8 +18,8 @@ from aggregator.reconcile.upstream_scope import text
 from deploy.client import Api
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
+from deploy.proof.upstream import connected
 from deploy.settings import Settings
-from deploy.upstream_proof import connected
 
 BATCH_EVENTS = 500  # of one request: nobody waits for a repair, and Polar answers sooner
 

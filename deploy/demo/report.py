@@ -4,9 +4,9 @@ from collections import Counter
 from decimal import Decimal
 from typing import Any
 
-from deploy import demo_trace as trace
 from deploy.client import Api
-from deploy.demo_recount import Figures
+from deploy.demo import trace
+from deploy.demo.recount import Figures
 from deploy.output import show_table
 from deploy.sending import Line
 from meters import exact_json

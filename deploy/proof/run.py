@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 
 from aggregator.reconcile.report import Check, Difference, Done, Repair, Report
 from deploy.giving_up import USAGE, GiveUp
-from deploy.local_proof import Task, reconcile, timed
-from deploy.mending import not_done, plan, rebuilt, write_down
-from deploy.own_server import own_server
+from deploy.proof.local import Task, reconcile, timed
+from deploy.proof.mending import not_done, plan, rebuilt, write_down
+from deploy.proof.own_server import own_server
 from deploy.session import Session
 
 LOCAL = {"log", "store", "ledger"}
@@ -76,7 +76,7 @@ def _until_counted(here: Session, task: Task, report: Report) -> None:
 
 
 def _upstream(here: Session, task: Task) -> Check:
-    from deploy.upstream_proof import Range, compare
+    from deploy.proof.upstream import Range, compare
 
     if not here.settings.polar_token:
         return Check(name="upstream", sides="our events and Polar's", skipped="METERSTREAM_POLAR_TOKEN is not set")
@@ -108,7 +108,7 @@ def confirmed(here: Session, task: Task, report: Report) -> tuple[list[Differenc
 
 
 def _told_polar(here: Session, task: Task, report: Report) -> Iterator[Done]:
-    from deploy.upstream_repair import correct, send_again
+    from deploy.proof.repair import correct, send_again
 
     if not any(difference.check == "upstream" for difference in report.differences):
         return

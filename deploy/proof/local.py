@@ -23,10 +23,10 @@ from aggregator.reconcile.stretches import PATIENCE_S
 from aggregator.reconcile.worth import Worth
 from deploy.control import Control
 from deploy.data import DataDirectory
-from deploy.forward_file import open_state
+from deploy.forwarding.file import open_state
 from deploy.giving_up import GiveUp
-from deploy.own_server import own_server
-from deploy.running_store import RunningStore
+from deploy.proof.own_server import own_server
+from deploy.proof.running_store import RunningStore
 from deploy.session import Session
 from meters.catalogue import Catalogue
 from meters.log import USAGE_CONTROL, Log, TryAgain, format_position

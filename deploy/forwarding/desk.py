@@ -10,7 +10,7 @@ from aggregator.forward.metrics import SILENT_US
 from aggregator.forward.request_window import RequestWindow
 from aggregator.forward.state import State
 from deploy.data import DataDirectory
-from deploy.forward_file import open_state
+from deploy.forwarding.file import open_state
 from deploy.giving_up import USAGE, GiveUp
 from deploy.typed import parse_instant
 

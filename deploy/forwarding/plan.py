@@ -18,8 +18,8 @@ from aggregator.forward.state import State
 from aggregator.forward.upstream import BODY_BYTES_MAX
 from deploy.control import open_control, revoked
 from deploy.data import DataDirectory, data_directory
-from deploy.forward import open_source, wishes_of
-from deploy.forward_file import open_state
+from deploy.forwarding.file import open_state
+from deploy.forwarding.process import open_source, wishes_of
 from deploy.giving_up import GiveUp
 from deploy.settings import Settings
 from meters.access import digest

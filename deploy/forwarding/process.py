@@ -22,7 +22,7 @@ from aggregator.forward.state import State
 from aggregator.forward.upstream import Upstream, base_url
 from deploy.control import new_secret, new_token, open_control
 from deploy.data import DataDirectory, data_directory
-from deploy.forward_file import open_state
+from deploy.forwarding.file import open_state
 from deploy.giving_up import USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.logs import configure_logs

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy import demo_trace as trace
 from deploy.client import Api
 from deploy.control import new_secret
-from deploy.demo_recount import Figures, compare, recount
-from deploy.demo_report import measure, print_report
+from deploy.demo import trace
+from deploy.demo.recount import Figures, compare, recount
+from deploy.demo.report import measure, print_report
 from deploy.giving_up import MISMATCH, GiveUp
 from deploy.output import note
 from deploy.sending import Line, deliver
@@ -75,7 +75,7 @@ def conclude(measured: Figures, recounted: Figures) -> None:
 
 def _choose_trace(trace_file: Path | None, scratch: Path) -> Path:
     """The file asked for, the Azure trace where there is a copy, or a generated one of the same shape."""
-    found = trace_file or trace.find_trace(Path(__file__).resolve().parent.parent)
+    found = trace_file or trace.find_trace(Path(__file__).resolve().parents[2])
     if found:
         note(f"Trace: {found.name}.")
         return found

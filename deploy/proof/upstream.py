@@ -28,8 +28,8 @@ from aggregator.reconcile.worth import Worth
 from deploy.client import Api
 from deploy.control import Control
 from deploy.data import DataDirectory
-from deploy.forward import selection_of
-from deploy.forward_file import explained, open_state
+from deploy.forwarding.file import explained, open_state
+from deploy.forwarding.process import selection_of
 from deploy.giving_up import GiveUp
 from deploy.output import harmless, note
 from deploy.settings import Settings
