@@ -9,21 +9,23 @@ from aggregator.webhooks import outbox
 from meters.webhooks import EVENT_TYPES
 from tests.aggregator.serving import Server, Tenant
 
+LETTERS = str.maketrans("0123456789", "ghijklmnop")
 HOOKS = [f"00000000-0000-4000-8000-{number:012d}" for number in (901, 902)]
 
 
 @pytest.fixture
 def log_of_four(tenant: Tenant) -> Tenant:
     """A tenant with four attempts, a minute apart: 200 and 500 of states, 404 and silence of thresholds."""
+    ours = tenant.id.translate(LETTERS)  # ids that hold no digits, in which a search for "50" finds codes alone
     noon = datetime(2026, 3, 1, 12)  # noqa: DTZ001 (as the store writes times)
     with tenant.server.aggregator.outbox() as connection:
         for number, status in enumerate((200, 500, 404, None)):
             type, at = EVENT_TYPES[number // 2], noon + timedelta(minutes=number)
             message = outbox.Message(
-                f"{tenant.id}-Message-{number}", HOOKS[number % 2], tenant.id, type, "ann", "{}", at, at, at
+                f"{ours}-Message-{number}", HOOKS[number % 2], tenant.id, type, "ann", "{}", at, at, at
             )
             tried = outbox.Attempt(
-                f"{tenant.id}-try-{number}", message.id, message.endpoint_id, tenant.id, 1, at, 1, status, "answered"
+                f"{ours}-try-{number}", message.id, message.endpoint_id, tenant.id, 1, at, 1, status, "answered"
             )
             outbox.put_messages(connection, [message], [])
             outbox.mark(connection, [message._replace(status="failed", settled_at=at)], [tried])
