@@ -36,12 +36,12 @@ def alive(pid: int) -> bool:
 
 
 def children(supervisor: int) -> dict[str, int]:
-    """The process ids of the gateway and the aggregator of a server, as far as they run."""
+    """The process ids of the gateway, the aggregator and the forwarder of a server, as far as they run."""
     found = {}
     for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found.update({name: int(pid) for name in ("gateway", "aggregate") if name.encode() in arguments})
+            found.update({name: int(pid) for name in ("gateway", "aggregate", "forward") if name.encode() in arguments})
     return found
 
 
@@ -104,7 +104,7 @@ class Installation:
         os.close(self._lifeline)
 
     def children(self) -> dict[str, int]:
-        """The process ids of the gateway and the aggregator, as far as they run."""
+        """The process ids of the gateway, the aggregator and the forwarder, as far as they run."""
         assert self.server is not None
         return children(self.server.pid)
 

@@ -58,12 +58,12 @@ class Server:
         return False
 
     def children(self) -> dict[str, int]:
-        """The process ids of the gateway and the aggregator, as far as they run."""
+        """The process ids of the gateway, the aggregator and the forwarder, as far as they run."""
         assert self.process is not None
         return children(self.process.pid)
 
     def kill(self, victim: str) -> None:
-        """SIGKILL to the gateway, the aggregator, or all three processes."""
+        """SIGKILL to one of them, or to all processes."""
         children = self.children()
         assert self.process is not None
         pids = [self.process.pid, *children.values()] if victim == "server" else [children[victim]]

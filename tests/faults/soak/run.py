@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
+import numpy as np
 
 from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
@@ -25,16 +26,19 @@ from tests.faults.kafka_installation import own_brokers
 from tests.faults.server import TOKEN, Server
 from tests.faults.soak.ground import MEBIBYTE, Ground
 from tests.faults.soak.load import Order, run
+from tests.faults.soak.polar import Polar
 from tests.faults.soak.proof import compare, fingerprint, totals_differ, usage_of
 from tests.faults.soak.schedule import CALM_SHARE, Fault, faults
 from tests.faults.soak.strikes import Site, Wrong
-from tests.faults.soak.tally import Count, Tally
+from tests.faults.soak.tally import ACKNOWLEDGED, FORWARDED, Count, Tally, forwarded
 from tests.faults.soak.vitals import Slope, Vitals
-from tests.faults.soak.watch import CREDITED, UNITS, Watch
+from tests.faults.soak.watch import CREDITED, RECOVERY_S_MAX, UNITS, Watch
 from tests.kafka.cluster import Cluster
+from tests.waiting import eventually
 
 CONNECTIONS = 8
 PARTITIONS = 3  # of a log on Kafka
+FORWARDED_LOOK_S = 0.5  # at the end: the forwarder asks for news about as often
 PROOF_S_MAX = 1800.0  # for one command of the proof
 CALIBRATION_S = 6.0
 LOAD_SHARE = 0.7  # of what the machine does at full speed
@@ -100,7 +104,10 @@ class Soak:
 
     def run(self) -> Outcome:
         """Everything, from the first start to the last comparison."""
-        with contextlib.closing(self._ground), self._brokers() as self._cluster:
+        with (
+            contextlib.closing(self._ground), self._brokers() as self._cluster,
+            contextlib.closing(Polar(self._options.seed)) as self._polar,
+        ):  # fmt: skip
             rate = self._options.rate or int(LOAD_SHARE * self._calibrate())
             return self._endure(rate)
 
@@ -121,7 +128,10 @@ class Soak:
 
     def _endure(self, rate: int) -> Outcome:
         quota = max(QUOTA_MIN, int(QUOTA_SHARE * 60 * rate / 230 / CONNECTIONS))
-        with self._served("data", quota=quota) as place, self._sending(place, "sent", rate) as tally:
+        forwarding = self._polar.environment | {"METERSTREAM_POLAR_FILTER": FORWARDED}
+        with (
+            self._served("data", quota=quota, **forwarding) as place, self._sending(place, "sent", rate) as tally,
+        ):  # fmt: skip
             server = place.server
             self._tally, self._watch = tally, Watch(server, tally)
             self._watch.make_meters()
@@ -195,6 +205,29 @@ class Soak:
         done = place.run("reconcile", *checks, "--url", url, "--token", TOKEN)
         if done.returncode:
             self._problems.append(f"I4, I5: meterstream reconcile says {done.stdout[-2000:]} {done.stderr[-500:]}")
+        self._forwarding = self._catch_up_with_polar(place)
+
+    def _catch_up_with_polar(self, place: Place) -> dict[str, Any]:
+        """I6: Polar gets what it is to get, and the forwarder's books say the same."""
+        expected = forwarded(np.flatnonzero(np.asarray(self._tally.states) == ACKNOWLEDGED))
+        began_s = time.monotonic()
+
+        def status() -> dict[str, Any]:
+            done = place.run("forward", "status", "--output", "json")
+            return {} if done.returncode else msgspec.json.decode(done.stdout)
+
+        def is_done() -> bool:
+            return not self._polar.lacks(expected) and status().get("sent", 0) >= len(expected)
+
+        with contextlib.suppress(AssertionError):  # what is missing is told below
+            eventually(is_done, RECOVERY_S_MAX, FORWARDED_LOOK_S)
+        self._problems += self._polar.problems(expected)
+        told = status()
+        books = {name: told.get(name) for name in ("sent", "refused", "waiting")}
+        if books != {"sent": len(expected), "refused": 0, "waiting": 0}:
+            self._problems.append(f"I6: of {len(expected)} events meterstream forward status says {books}")
+        figures = {"forwarded": len(expected), "forwarded again": self._polar.duplicates}
+        return figures | {"behind s": time.monotonic() - began_s}
 
     def _outcome(self, place: Place, rate: int, vitals: Vitals) -> Outcome:
         counts = self._tally.counts
@@ -231,20 +264,21 @@ class Soak:
         if rebuilt:
             problems += _rebuild(place, one_partition=self._cluster is None)
         self._problems += problems
-        return books._asdict() | {"credits": self._watch.credits * len(CREDITED), "rebuilt": "yes" if rebuilt else "no"}
+        figures = books._asdict() | self._forwarding
+        return figures | {"credits": self._watch.credits * len(CREDITED), "rebuilt": "yes" if rebuilt else "no"}
 
     def _brokers(self) -> contextlib.AbstractContextManager[Cluster | None]:
         return own_brokers(self._options.work) if self._options.kafka else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _served(self, name: str, quota: int) -> Iterator[Place]:
+    def _served(self, name: str, quota: int, **settings: str) -> Iterator[Place]:
         data = self._ground.path / name
         log: tuple[str, ...] = ()
         if self._cluster is not None:
             url = f"kafka://{self._cluster.bootstrap}/soak-{name}"
             make_topics(parse_address(url, {}), Wanted(partitions=PARTITIONS))
             log = ("--log", url)
-        environment = self._ground.environment | {"METERSTREAM_REQUESTS_PER_MINUTE": str(quota)}
+        environment = self._ground.environment | {"METERSTREAM_REQUESTS_PER_MINUTE": str(quota)} | settings
         output = self._options.work / f"{name}.log"
         server = Server(data, output, options=log, environment=environment)
         try:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-ENDING = ("kill gateway", "kill aggregator", "kill server", "end server")
+ENDING = ("kill gateway", "kill aggregator", "kill forwarder", "kill server", "end server")
 """What ends a process. One of each in a deck stays below the crashes after which a supervisor rightly gives up."""
 
 DISK = ("fill disk", "freeze disk")
@@ -19,8 +19,8 @@ BROKER = ("kill broker", "pause broker")
 """What needs a broker."""
 
 OTHERS = (
-    "pause gateway", "pause aggregator", "step clock", "write poison", "slow clients", "long heads", "garbage",
-    "bombs", "bad bodies", "flood",
+    "pause gateway", "pause aggregator", "pause forwarder", "step clock", "write poison", "slow clients", "long heads",
+    "garbage", "bombs", "bad bodies", "flood",
 )
 PAUSE_S = (0.3, 3.0)
 CALM_SHARE = 0.4  # of a run, at its end: without kinds that end a process

@@ -26,7 +26,7 @@ CLOCK_S = 3000.0  # at most that far off, either way; Kafka refuses what is an h
 POISON = (b"{broken", b"\xff\xfe\x00", b"[]", b'{"name":"nobody\'s"}', b"NaN", b"null", b'"' + b"x" * 500_000 + b'"')
 FLOOD_S_MAX = 30.0
 AHEAD = 50  # requests of a flood that are sent before the first is answered
-_NAMES = {"gateway": "gateway", "aggregator": "aggregate"}  # of a process, as its command says it
+_NAMES = {"gateway": "gateway", "aggregator": "aggregate", "forwarder": "forward"}  # as the command says it
 TURNED_AWAY = frozenset({400, 401, 408, 411, 413, 415, 422, 429, 431, 503})
 
 
@@ -63,7 +63,7 @@ class Site:
         elif verb == "kill":
             self._kill(victim)
         elif verb == "pause":
-            with stopped(self.server.children()[_NAMES[victim]]):
+            with stopped(self._running(_NAMES[victim])):
                 time.sleep(_between(PAUSE_S, fault.strength))
         else:
             {"end server": self._end, "fill disk": self._fill, "freeze disk": self._freeze, "step clock": self._step,
@@ -74,7 +74,14 @@ class Site:
         if unexpected := set(statuses) - TURNED_AWAY:
             raise Wrong(f"{fault.kind} were answered with {sorted(unexpected)}")
 
+    def _running(self, name: str) -> int:
+        """The process, which may just be started again: nobody waited for a forwarder."""
+        pid: int = eventually(lambda: self.server.children().get(name))
+        return pid
+
     def _kill(self, victim: str) -> None:
+        if victim in _NAMES:
+            self._running(_NAMES[victim])
         self.server.kill(_NAMES.get(victim, victim))
         if victim == "server":
             self.server.start()
