@@ -2,8 +2,8 @@
 
     python -m tests.faults.soak [--minutes 60] [--seed N] [--rate LINES_A_SECOND] [--work DIRECTORY] [--kafka]
 
-Leaves its figures in benchmarks/results/soak.json if it took ten minutes or more. Exit code 3 when an invariant did
-not hold; then the data stays where it is, and the seed that is printed gives the same faults again.
+Leaves its figures in benchmarks/results/soak.json (or soak_kafka.json) if it took ten minutes or more. Exit code 3 when
+an invariant did not hold; then the data stays where it is, and the seed that is printed gives the same faults again.
 """
 
 import argparse
@@ -27,12 +27,14 @@ def main() -> None:
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`, which put back what was changed
     say(f"soak: {options.minutes:g} minutes, seed {options.seed}, in {options.work}")
-    kept = Report("soak", "a server under load while everything around it fails: what is left of the events")
+    name = "soak_kafka" if options.kafka else "soak"
+    kept = Report(name, "a server under load while everything around it fails: what is left of the events")
     outcome = Soak(options).run()
     with contextlib.nullcontext() if options.minutes >= KEPT_MINUTES_MIN else contextlib.chdir(options.work):
         report(outcome, kept)
     if kept.code:
-        print(f"\nAgain: make soak ARGS='--minutes {options.minutes:g} --seed {options.seed}'")
+        again = f"--minutes {options.minutes:g} --seed {options.seed} --rate {outcome.figures['lines/s']}"
+        print(f"\nAgain: make soak ARGS='{again}{' --kafka' * options.kafka}', as root or not as now: so are the kinds")
         print(f"What is left: {options.work}; a disk.ext4 in it can be looked into with mount -o loop")
         sys.exit(kept.code)
     shutil.rmtree(options.work, ignore_errors=True)
@@ -68,7 +70,7 @@ def report(outcome: Outcome, kept: Report) -> None:
         kept.add(**{"over time": name, "chart": sparkline(values), "max": max(values, default=0.0)})
     for problem in outcome.problems:
         kept.check(problem, False)
-    compared = "sums and balances agree, no rebuild was made" if figures["rebuilt"] == "no" else \
+    compared = "sums and balances agree, no rebuild was made" if figures.get("rebuilt") == "no" else \
         "sums, balances and a rebuild agree"  # fmt: skip
     kept.check(f"every invariant holds: nothing lost, doubled or made up; {compared}", not outcome.problems)
     kept.finish()

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
-import numpy as np
 
 from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
@@ -24,21 +23,20 @@ from ingest.log.kafka_init import Wanted, make_topics
 from meters.log import TryAgain
 from tests.faults.kafka_installation import own_brokers
 from tests.faults.server import TOKEN, Server
+from tests.faults.soak.forwarding import Forwarding
 from tests.faults.soak.ground import MEBIBYTE, Ground
 from tests.faults.soak.load import Order, run
 from tests.faults.soak.polar import Polar
 from tests.faults.soak.proof import compare, fingerprint, totals_differ, usage_of
 from tests.faults.soak.schedule import CALM_SHARE, Fault, faults
 from tests.faults.soak.strikes import Site, Wrong
-from tests.faults.soak.tally import ACKNOWLEDGED, FORWARDED, Count, Tally, forwarded
+from tests.faults.soak.tally import FORWARDED, Count, Tally
 from tests.faults.soak.vitals import Slope, Vitals
-from tests.faults.soak.watch import CREDITED, RECOVERY_S_MAX, UNITS, Watch
+from tests.faults.soak.watch import CREDITED, UNITS, Watch
 from tests.kafka.cluster import Cluster
-from tests.waiting import eventually
 
 CONNECTIONS = 8
 PARTITIONS = 3  # of a log on Kafka
-FORWARDED_LOOK_S = 0.5  # at the end: the forwarder asks for news about as often
 PROOF_S_MAX = 1800.0  # for one command of the proof
 CALIBRATION_S = 6.0
 LOAD_SHARE = 0.7  # of what the machine does at full speed
@@ -51,7 +49,7 @@ LINE_BYTES, EVENT_BYTES = 40, 300  # what a line takes in the log and an event i
 QUOTA_SHARE = 3.0  # requests a minute that a token may have, of what the sender needs
 QUOTA_MIN = 3000
 LEAK_BYTES_PER_HOUR_MAX = 64 * MEBIBYTE
-IDENTITY_BYTES = 24  # what the aggregator remembers of an event (aggregator/seen.py)
+IDENTITY_BYTES = 9  # what the aggregator remembers of an event (aggregator/seen.py)
 JUDGED_S_MIN = 600.0  # a slope over less says more about the allocator than about leaks
 
 
@@ -135,6 +133,7 @@ class Soak:
             server = place.server
             self._tally, self._watch = tally, Watch(server, tally)
             self._watch.make_meters()
+            self._forwarding = Forwarding(self._polar, tally, server.data / "forward.sqlite")
             vitals = Vitals(
                 lambda: {"supervisor": server.process.pid} | server.children() if server.process else {},
                 lambda: int(tally.counts[Count.ACKNOWLEDGED_LINES]), lambda: int(tally.counts[Count.NEXT]),
@@ -176,6 +175,8 @@ class Soak:
             site.strike(fault)
             struck_s = time.monotonic() - began_s
             recovery_s = self._watch.recover()
+            if fault.kind.endswith("forwarder"):
+                recovery_s += self._forwarding.recover()
             self._watch.give_credits()
             if found := self._watch.misses():
                 self._problems.append(f"after {fault.kind}: {found}")
@@ -205,29 +206,8 @@ class Soak:
         done = place.run("reconcile", *checks, "--url", url, "--token", TOKEN)
         if done.returncode:
             self._problems.append(f"I4, I5: meterstream reconcile says {done.stdout[-2000:]} {done.stderr[-500:]}")
-        self._forwarding = self._catch_up_with_polar(place)
-
-    def _catch_up_with_polar(self, place: Place) -> dict[str, Any]:
-        """I6: Polar gets what it is to get, and the forwarder's books say the same."""
-        expected = forwarded(np.flatnonzero(np.asarray(self._tally.states) == ACKNOWLEDGED))
-        began_s = time.monotonic()
-
-        def status() -> dict[str, Any]:
-            done = place.run("forward", "status", "--output", "json")
-            return {} if done.returncode else msgspec.json.decode(done.stdout)
-
-        def is_done() -> bool:
-            return not self._polar.lacks(expected) and status().get("sent", 0) >= len(expected)
-
-        with contextlib.suppress(AssertionError):  # what is missing is told below
-            eventually(is_done, RECOVERY_S_MAX, FORWARDED_LOOK_S)
-        self._problems += self._polar.problems(expected)
-        told = status()
-        books = {name: told.get(name) for name in ("sent", "refused", "waiting")}
-        if books != {"sent": len(expected), "refused": 0, "waiting": 0}:
-            self._problems.append(f"I6: of {len(expected)} events meterstream forward status says {books}")
-        figures = {"forwarded": len(expected), "forwarded again": self._polar.duplicates}
-        return figures | {"behind s": time.monotonic() - began_s}
+        self._forwarded, problems = self._forwarding.settle()
+        self._problems += problems
 
     def _outcome(self, place: Place, rate: int, vitals: Vitals) -> Outcome:
         counts = self._tally.counts
@@ -264,7 +244,7 @@ class Soak:
         if rebuilt:
             problems += _rebuild(place, one_partition=self._cluster is None)
         self._problems += problems
-        figures = books._asdict() | self._forwarding
+        figures = books._asdict() | self._forwarded
         return figures | {"credits": self._watch.credits * len(CREDITED), "rebuilt": "yes" if rebuilt else "no"}
 
     def _brokers(self) -> contextlib.AbstractContextManager[Cluster | None]:

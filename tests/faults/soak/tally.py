@@ -16,7 +16,8 @@ Numbers = npt.NDArray[np.int64]
 CUSTOMERS = 10_000
 SENT, ACKNOWLEDGED = 1, 2  # states of a number; 0 was never sent
 PARTITIONS_MAX = 64
-FORWARDED_TOKENS = 50  # of ten thousand
+AT_ONCE = 1_000_000  # numbers looked at
+FORWARDED_TOKENS = 50  # of ten thousand: no Polar takes as many events as a soak sends
 FORWARDED = (
     '{"conjunction":"and","clauses":'
     f'[{{"property":"tokens","operator":"lt","value":{10_000 + FORWARDED_TOKENS}}}]}}'
@@ -24,7 +25,7 @@ FORWARDED = (
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbors over everything
 _LINE = (
     b'{"name":"call","external_customer_id":"customer-CCCC","external_id":"soak-IIIIIIIIIIII",'
-    b'"timestamp":"2026-03-01T10:00:00Z","metadata":{"tokens":1TTTT,"_cost":{"amount":1.KKKK,"currency":"usd"}}}'
+    b'"timestamp":"2026-03-01THH:00:00Z","metadata":{"tokens":1TTTT,"_cost":{"amount":1.KKKK,"currency":"usd"}}}'
 )
 _DIGITS = np.array([list(b"%04d" % number) for number in range(10_000)], np.uint8)
 
@@ -35,26 +36,51 @@ class Content(NamedTuple):
     customer: Numbers
     tokens: Numbers
     cost: Numbers
+    hour: Numbers
 
 
 def content(numbers: Numbers) -> Content:
     """The content of events, by their numbers."""
     mixed = numbers.astype(np.uint64) * _MIXER
-    parts = [(mixed >> np.uint64(shift)) % np.uint64(10_000) for shift in (50, 36, 22)]
+    sizes = ((50, 10_000), (36, 10_000), (22, 10_000), (8, 24))
+    parts = [(mixed >> np.uint64(shift)) % np.uint64(size) for shift, size in sizes]
     return Content(*(part.astype(np.int64) for part in parts))
 
 
-def forwarded(numbers: Numbers) -> set[str]:
-    """The ids of those that FORWARDED lets through: one in two hundred, since no Polar takes them all."""
-    few = numbers[content(numbers).tokens < FORWARDED_TOKENS]
-    return {f"soak-{number:012d}" for number in few.tolist()}
+class Says(NamedTuple):
+    """What an event says, as another one reads it."""
+
+    customer: str
+    tokens: int
+    cost: Decimal
+
+
+def forwarded(count: int) -> Numbers:
+    """Those of the first numbers that FORWARDED lets through."""
+    few = []
+    for first in range(0, count, AT_ONCE):
+        numbers = np.arange(first, min(first + AT_ONCE, count))
+        few.append(numbers[content(numbers).tokens < FORWARDED_TOKENS])
+    return np.concatenate(few)
+
+
+def says(numbers: Numbers) -> dict[str, Says]:
+    """Events by their ids."""
+    rows = zip(numbers.tolist(), *(column.tolist() for column in content(numbers)), strict=True)
+    return {
+        f"soak-{number:012d}": Says(f"customer-{customer:04d}", 10_000 + tokens, Decimal(10_000 + cost).scaleb(-4))
+        for number, customer, tokens, cost, _ in rows
+    }
 
 
 def body(numbers: Numbers) -> bytes:
     """A request with these events."""
     lines = np.tile(np.frombuffer(_LINE + b",", np.uint8), (len(numbers), 1))
-    for slot, values in zip((b"CCCC", b"TTTT", b"KKKK"), content(numbers), strict=True):
+    *fours, hour = content(numbers)
+    for slot, values in zip((b"CCCC", b"TTTT", b"KKKK"), fours, strict=True):
         _write(lines, slot, values)
+    place = _LINE.index(b"HH")
+    lines[:, place : place + 2] = _DIGITS[hour, 2:]
     _write(lines, b"IIIIIIIIIIII", numbers)
     return b'{"events":[' + lines.tobytes()[:-1] + b"]}"
 

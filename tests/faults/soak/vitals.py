@@ -1,7 +1,8 @@
 """Memory and rate, looked at once a second, as lines of a chart and as a slope.
 
 Memory is judged in the last life of each process, which the schedule makes a long one, and only behind its first
-stretch, in which caches and the allocator find their size.
+stretch, in which caches and the allocator find their size. What a process holds for a while goes up and down by far
+more than a leak; so the slope is that of the least it held in each of a few stretches.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 PERIOD_S = 1.0
-WARM_SHARE = 0.5  # of a life: DuckDB caches what it reads, up to its limit
+WARM_SHARE = 0.2  # of a life: DuckDB caches what it reads, up to its limit
+STRETCHES = 6
 SAMPLES_MIN = 10  # of a life that has a slope
 BARS = " ▁▂▃▄▅▆▇█"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -83,9 +85,11 @@ def _slope(samples: Sequence[Sample]) -> Slope | None:
     settled = life[int(len(life) * WARM_SHARE) :]
     if len(settled) < SAMPLES_MIN:
         return None
-    at_s, _, resident, stored = (np.array(column, float) for column in zip(*settled, strict=True))
+    parts = np.array_split(np.arange(len(settled)), STRETCHES)
+    least = [min((settled[place] for place in part), key=lambda sample: sample.resident_bytes) for part in parts]
+    at_s, _, resident, stored = (np.array(column, float) for column in zip(*least, strict=True))
     hourly = [3600 * float(np.polyfit(at_s, values, 1)[0]) for values in (resident, stored)]
-    return Slope(float(at_s[-1] - at_s[0]), int(resident[-1]), *hourly)
+    return Slope(settled[-1].at_s - settled[0].at_s, settled[-1].resident_bytes, *hourly)
 
 
 def sparkline(values: Sequence[float], width: int = 72) -> str:
