@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goals
-from benchmarks.goals import GOALS, Goal, of
+from benchmarks.goals import GOALS, Goal, kept, of
 from benchmarks.page import filled, results, tables
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -78,6 +78,15 @@ def test_a_goal_of_a_long_run_takes_no_shorter_one_for_it() -> None:
     found = {row["goal"]: row["reached"] for row in goals.rows(short)}
 
     assert set(found.values()) == {"not measured"}
+
+
+def test_a_speed_is_kept_when_it_is_that_of_the_best_shorter_run() -> None:
+    """A first run that was slow by chance makes no later one look fast; one run alone says nothing."""
+    rows = [{"speed": 40.0}, {"speed": 100.0}, {"speed": 50.0}]
+
+    assert kept("speed")(rows) == 0.5
+    with pytest.raises(IndexError):
+        kept("speed")(rows[:1])
 
 
 @pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
