@@ -10,7 +10,8 @@ Rows = Sequence[Mapping[str, Any]]
 class Goal(NamedTuple):
     """A value from the rows of one result; it is reached from the bound on: up to it, or from it upward.
 
-    ``value`` raises IndexError where the run was not the one that the goal is about.
+    ``value`` raises IndexError where the run was not the one that the goal is about. What is not ``given`` in the rows,
+    such as the load that a latency is about, leaves the goal missed whatever the value.
     """
 
     what: str
@@ -18,6 +19,7 @@ class Goal(NamedTuple):
     value: Callable[[Rows], float]
     bound: float
     at_least: bool = False
+    given: Callable[[Rows], bool] = lambda rows: True
 
     def reached(self, found: float) -> bool:
         """Whether the value keeps to the bound."""
@@ -50,11 +52,14 @@ def sized(column: str, least: int, value: Callable[[Rows], float]) -> Callable[[
     return found
 
 
+AT = "at 100,000/s"  # a phase that is named after what was asked for
+ALMOST = 95_000  # events a second that are nearly what was asked for
 LONG = 50_000_000  # events of the history that the goals are about: ``make bench ARGS=--long``
 
 GOALS = (
     Goal("end to end, embedded, events/s", "end_to_end", of("events/s", phase="full speed"), 200_000, True),
-    Goal("freshness p99 at 100,000 events/s, ms", "freshness", of("fresh p99 ms", phase="at 100,000/s"), 200),
+    Goal("freshness p99 at 100,000 events/s, ms", "freshness", of("fresh p99 ms", phase=AT), 200,
+         given=lambda rows: of("events/s", phase=AT)(rows) >= ALMOST),
     Goal("end to end over Kafka, events/s", "kafka_end_to_end", of("events/s", phase="full speed"), 100_000, True),
     Goal("taken by a core, 100 events a body, events/s", "accept",
          of("events/CPU s", **{"server": "meterstream", "gateways": 1, "events a body": 100}), 400_000, True),
@@ -97,4 +102,4 @@ def _judged(goal: Goal, found: Rows) -> dict[str, Any]:
         value = goal.value(found)
     except IndexError:
         return {"measured": "", "reached": "not measured"}
-    return {"measured": value, "reached": "yes" if goal.reached(value) else "no"}
+    return {"measured": value, "reached": "yes" if goal.reached(value) and goal.given(found) else "no"}

@@ -89,6 +89,16 @@ def test_a_speed_is_kept_when_it_is_that_of_the_best_shorter_run() -> None:
         kept("speed")(rows[:1])
 
 
+@pytest.mark.parametrize(("events_a_second", "reached"), [(70_000, "no"), (99_000, "yes")])
+def test_a_latency_at_a_load_that_was_not_carried_reaches_nothing(events_a_second: int, reached: str) -> None:
+    """Fresh totals at two thirds of the load say nothing about all of it; the value is shown as it is."""
+    row = {"phase": "at 100,000/s", "events/s": events_a_second, "fresh p99 ms": 150.0}
+
+    (found,) = goals.rows({"freshness": {"rows": [row]}})
+
+    assert (found["measured"], found["reached"]) == (150.0, reached)
+
+
 @pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
 def test_what_is_not_there_is_an_error(table: str) -> None:
     """A result or a column with another name is not passed over."""
