@@ -26,6 +26,7 @@ from benchmarks.server import TOKEN, Reader, Server
 
 EXPECTED_RATE = 120_000  # events a second that full speed may reach; bodies beyond are made while sending
 EVENTS_A_BODY = 100
+NOON = "2026-03-01T00:00:00Z", "2026-03-01T12:00:00Z"  # until then, and all events of a load lie before
 EVERYTHING: dict[str, Any] = {"conjunction": "and", "clauses": []}
 
 
@@ -72,7 +73,7 @@ class Phase:
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         sender.start()
         reads = read_totals(server, lambda: results.empty() and sender.is_alive()) if rate else ([], [])
-        self.ledger = _taken(results, sender)
+        self.ledger = taken(results, sender)
         sender.join()
         server.wait_for(end_position(server))
         self.done_s = time.monotonic() - self.ledger.began_s
@@ -97,7 +98,7 @@ def end_position(server: Server) -> str:
     return position
 
 
-def _taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Process) -> Ledger:
+def taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Process) -> Ledger:
     """The sender's result; it cannot end before it, larger than a pipe, has been taken from the queue."""
     while True:
         try:
@@ -160,18 +161,17 @@ def check(server: Server, ids: list[str], ledgers: list[Ledger]) -> list[str]:
     found = {}
     for meter_id, definition in zip(ids, meters(), strict=True):
         if definition["name"] in expected:
-            found[definition["name"]] = _total(server, meter_id)
+            found[definition["name"]] = total(server, meter_id, *NOON)
     return [f"{name}: {found[name]} instead of {value}" for name, value in expected.items() if found[name] != value]
 
 
-def _total(server: Server, meter_id: str) -> Decimal:
-    parameters = {
-        "start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-01T12:00:00Z", "interval": "day",
-    }
+def total(server: Server, meter_id: str, start: str, end: str) -> Decimal:
+    """What a meter shows for all of a time."""
+    parameters = {"start_timestamp": start, "end_timestamp": end, "interval": "month"}
     answer = server.http.get(f"/v1/meters/{meter_id}/quantities", params=parameters, timeout=300)
     answer.raise_for_status()
-    total: Decimal = json.loads(answer.text, parse_float=Decimal, parse_int=Decimal)["total"]
-    return total
+    found: Decimal = json.loads(answer.text, parse_float=Decimal, parse_int=Decimal)["total"]
+    return found
 
 
 def row(name: str, phase: Phase) -> dict[str, Any]:

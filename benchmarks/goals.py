@@ -14,7 +14,7 @@ class Goal(NamedTuple):
     such as the load that a latency is about, leaves the goal missed whatever the value.
     """
 
-    what: str
+    what: str | Callable[[Rows], str]
     result: str
     value: Callable[[Rows], float]
     bound: float
@@ -52,8 +52,18 @@ def sized(column: str, least: int, value: Callable[[Rows], float]) -> Callable[[
     return found
 
 
+def balance(what: str) -> Callable[[Rows], float]:
+    """The slowest of a hundred reads at half load; beside less where a run had no more."""
+    return lambda rows: of("p99_ms", what=what, beside=_beside(rows))(rows)
+
+
+def _beside(rows: Rows) -> str:
+    return "half load" if any(row.get("beside") == "half load" for row in rows) else "streaming"
+
+
 AT = "at 100,000/s"  # a phase that is named after what was asked for
 ALMOST = 95_000  # events a second that are nearly what was asked for
+BESIDE = {"half load": "half load", "streaming": "5,000 events/s"}
 LONG = 50_000_000  # events of the history that the goals are about: ``make bench ARGS=--long``
 
 GOALS = (
@@ -75,10 +85,8 @@ GOALS = (
          sized("stored", LONG, of("resident MB")), 2048),
     Goal("a month by the day at 50 million events, idle, p99, ms", "history",
          sized("stored", LONG, of("month idle p99 ms")), 50),
-    Goal("a balance while events stream in, p99, ms", "balances",
-         of("p99_ms", what="one balance", beside="streaming"), 2),
-    Goal("the same without a gateway between, ms", "balances",
-         of("p99_ms", what="one balance, no gateway between", beside="streaming"), 2),
+    Goal(lambda rows: f"a balance at {BESIDE[_beside(rows)]}, p99, ms", "balances", balance("one balance"), 2),
+    Goal("the same without a gateway between, ms", "balances", balance("one balance, no gateway between"), 2),
     Goal("one customer's total at half load, p99, ms", "end_to_end", of("read p99 ms", phase="half load"), 5),
     Goal("the same without a gateway between, ms", "end_to_end",
          of("without gateway p99 ms", phase="half load"), 5),
@@ -94,7 +102,9 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for goal in GOALS:
         if goal.result in results:
             bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:,g}"
-            yield {"goal": goal.what, "wanted": bound, **_judged(goal, results[goal.result]["rows"])}
+            found = results[goal.result]["rows"]
+            what = goal.what if isinstance(goal.what, str) else goal.what(found)
+            yield {"goal": what, "wanted": bound, **_judged(goal, found)}
 
 
 def _judged(goal: Goal, found: Rows) -> dict[str, Any]:

@@ -107,6 +107,7 @@ async def send(
 ) -> Ledger:
     """Send for so many seconds, at ``rate`` events a second (None: as fast as answers come). Bounded by itself.
 
+    With a rate, a request's latency counts from when it was due, though it may have had to wait for its turn.
     So many bodies are ``prepared`` before the clock starts, because in life the senders are other machines.
     """
     ledger = Ledger()
@@ -130,7 +131,7 @@ async def send(
                 posted = time.perf_counter()
                 if await protocol.post(body) == b"200":
                     acknowledged.append(numbers)
-                    ledger.latencies_s.append(time.perf_counter() - posted)
+                    ledger.latencies_s.append(time.perf_counter() - (due if rate else posted))
                 else:
                     ledger.refused += 1
                     await asyncio.sleep(0.05)  # a full server says when to come back; the load must not spin on it
