@@ -67,7 +67,7 @@ class Phase:
     """One stretch of load, measured from outside."""
 
     def __init__(self, server: Server, run: int, seconds: float, rate: float | None) -> None:
-        self._before = server.processes()
+        self.seconds, self._before = seconds, server.processes()
         _, counts = freshness(server)
         results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
@@ -181,11 +181,13 @@ def row(name: str, phase: Phase) -> dict[str, Any]:
     latencies = np.array(phase.ledger.latencies_s) * 1000
     return {
         "phase": name,
+        "seconds": phase.seconds,
         "events": events,
         "events/s": phase.rate,
         "refused": phase.ledger.refused,
         "ack p50 ms": float(np.percentile(latencies, 50)),
         "ack p99 ms": float(np.percentile(latencies, 99)),
+        "longest stall ms": 1000 * phase.ledger.stall_s,
         "fresh p50 ms": quantile_ms(edges, counts, 0.5),
         "fresh p99 ms": quantile_ms(edges, counts, 0.99),
         "read p50 ms": phase.reads_ms[0][0],

@@ -34,6 +34,7 @@ class Ledger:
     refused: int = 0
     latencies_s: list[float] = field(default_factory=list)
     began_s: float = 0.0  # on the machine's monotonic clock, when the first request was due
+    stall_s: float = 0.0  # the longest time without an acknowledgement
     cpu_s: float = 0.0  # what sending cost
 
 
@@ -115,11 +116,11 @@ async def send(
     ready.reverse()
     acknowledged: list[Numbers] = []
     ledger.began_s, cpu_s = time.monotonic(), time.process_time()
-    began = time.perf_counter()
+    began = last = time.perf_counter()
     sent = 0
 
     async def connection() -> None:
-        nonlocal sent
+        nonlocal sent, last
         transport, protocol = await asyncio.get_running_loop().create_connection(lambda: _Answers(token), host, port)
         try:
             while time.perf_counter() - began < seconds:
@@ -131,7 +132,9 @@ async def send(
                 posted = time.perf_counter()
                 if await protocol.post(body) == b"200":
                     acknowledged.append(numbers)
-                    ledger.latencies_s.append(time.perf_counter() - (due if rate else posted))
+                    now = time.perf_counter()
+                    ledger.latencies_s.append(now - (due if rate else posted))
+                    ledger.stall_s, last = max(ledger.stall_s, now - last), now
                 else:
                     ledger.refused += 1
                     await asyncio.sleep(0.05)  # a full server says when to come back; the load must not spin on it

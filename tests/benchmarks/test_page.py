@@ -99,6 +99,18 @@ def test_a_latency_at_a_load_that_was_not_carried_reaches_nothing(events_a_secon
     assert (found["measured"], found["reached"]) == (150.0, reached)
 
 
+@pytest.mark.parametrize(("seconds", "reached"), [(None, "no"), (30.0, "no"), (60.0, "yes")])
+def test_a_speed_for_a_minute_takes_a_minute(seconds: float | None, reached: str) -> None:
+    """A shorter run reaches nothing, however fast it was, and the title says how long it lasted if the run does."""
+    row = {"phase": "full speed", "events/s": 300_000.0} | ({"seconds": seconds} if seconds else {})
+
+    found, stall, *_ = goals.rows({"end_to_end": {"rows": [row]}})
+
+    assert found["reached"] == reached
+    assert found["goal"].endswith(f"; over {seconds:g} s" if seconds else "events/s")
+    assert stall["reached"] == "not measured"
+
+
 @pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
 def test_what_is_not_there_is_an_error(table: str) -> None:
     """A result or a column with another name is not passed over."""
