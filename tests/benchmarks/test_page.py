@@ -71,6 +71,28 @@ def test_a_table_says_what_the_host_kept() -> None:
     assert "the host kept 37.5 % of the processors' time" in shown
 
 
+def test_a_table_of_another_machine_or_day_says_so() -> None:
+    """Numbers of other hardware are not taken for those of the machine that the page describes."""
+    here = {"cpus": 2, "cpu": "Xeon", "memory GiB": 24, "kernel": "6", "python": "3", "libraries": {},
+            "at": "2026-11-22 13:12 UTC", "command": "c", "commit": "abc"}
+    other = here | {"cpu": "EPYC", "at": "2026-11-21 09:00 UTC"}
+    page = "<!-- machine slow -->\n<!-- end -->\n<!-- table speed: who -->\n<!-- end -->"
+
+    def origin(where: dict[str, object]) -> str:
+        found = filled(page, {"slow": {"environment": here}, "speed": RESULT | {"environment": where}})
+        return found.splitlines()[-2]
+
+    assert origin(other) == "`c`, commit abc; EPYC; 2026-11-21"
+    assert origin(here | {"at": "2026-11-22 23:00 UTC"}) == "`c`, commit abc"
+
+
+def test_rows_that_look_alike_stand_once() -> None:
+    """A figure of a whole run that each of its rows carries is one line of a table of its own."""
+    twice = RESULT | {"rows": [{"who": "we", "rate": 1.0}, {"who": "we", "rate": 2.0}]}
+
+    assert filled("<!-- table speed: who -->\n<!-- end -->", {"speed": twice}).count("| we |") == 1
+
+
 def test_a_goal_of_a_long_run_takes_no_shorter_one_for_it() -> None:
     """A million events reconciled say nothing about ten million, nor a short history about a long one."""
     short = {"reconcile": {"rows": [{"log": 1_000_000, "wall s": 6.0, "peak MB": 100.0}]}}
