@@ -13,7 +13,10 @@ from prometheus_client.core import HistogramMetricFamily
 
 from aggregator.engine import Committed
 
-FRESHNESS_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
+FRESHNESS_BUCKETS_S = (
+    0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0,
+    8.0, 10.0, 60.0, 600.0,
+)  # fmt: skip
 
 
 class Freshness:

@@ -1,10 +1,12 @@
-"""How long one balance takes to read when there are a million customer meters, idle and while events stream in.
+"""How long one balance takes to read when there are a million customer meters, idle and while events stream in: a few,
+and half of what ``end_to_end`` got counted at full speed.
 
 100,000 customers with ten meters each: the customers, a credit for each of them and one event for each are written to
 the log first; the server starts over that. Then one reader asks for random balances over HTTP, one after the other,
 with and without a sender beside it. Its client only writes and reads bytes, so that the server is what is measured.
 Two baselines: the gateway's own ``/livez``, which is not passed on, and a meter, which is and takes the usual way
-through the framework. One balance is also asked of the aggregator itself, as behind a proxy (``deploy/proxy``).
+through the framework. One balance is also asked of the aggregator itself, as behind a proxy (``deploy/proxy``). At the
+end balances agree with totals, and a total over everything with the sum of what was written and acknowledged.
 
     python -m benchmarks.balances [--customers 100000] [--rate 5000] [--seconds 8]
 """
@@ -12,9 +14,10 @@ through the framework. One balance is also asked of the aggregator itself, as be
 import argparse
 import asyncio
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -23,7 +26,10 @@ from uuid import UUID
 
 import numpy as np
 
-from benchmarks.load import Bodies, send
+from benchmarks.end_to_end import end_position, taken, total
+from benchmarks.goals import of
+from benchmarks.load import Bodies, Ledger, send
+from benchmarks.page import results
 from benchmarks.report import Report
 from benchmarks.server import TOKEN, Reader, Server
 from deploy.data import DataDirectory
@@ -37,7 +43,8 @@ METERS = 10
 CREDITED = 1_000_000
 STREAMED_RUN = 8
 AT_ONCE = 5_000  # records appended in one go
-RUNS = {"idle": 0.0, "streaming": 1.0}
+HALF_LOAD = 40_000  # events a second, where full speed was not measured
+FIRST_TOKENS = 7  # of each customer's first event
 
 
 def definitions() -> list[dict[str, Any]]:
@@ -74,7 +81,7 @@ async def fill(log: Log, customers: int, meter_id: str) -> None:
             changes = []
     lines = [
         b'{"name":"chat.completion","external_customer_id":"customer-%08d","external_id":"first-%d",'
-        b'"metadata":{"tokens":7}}' % (number, number)
+        b'"metadata":{"tokens":%d}}' % (number, number, FIRST_TOKENS)
         for number in range(customers)
     ]
     for first in range(0, customers, 100):
@@ -82,10 +89,15 @@ async def fill(log: Log, customers: int, meter_id: str) -> None:
         await log.append(USAGE_EVENTS, [entry])
 
 
-def stream(port: int, customers: int, rate: float, seconds: float) -> None:
-    """The sender's process."""
-    bodies = Bodies(STREAMED_RUN, customers=customers)
-    asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate, connections=4))
+def half_load() -> float:
+    """Half of full speed from the result of ``end_to_end``."""
+    found = results().get("end_to_end")
+    return of("events/s", phase="full speed")(found["rows"]) / 2 if found else HALF_LOAD
+
+
+def stream(port: int, bodies: Bodies, rate: float, seconds: float, results: Any) -> None:
+    """The sender's process. Puts its ledger into the queue ``results``."""
+    results.put(asyncio.run(send("127.0.0.1", port, TOKEN, bodies, seconds=seconds, rate=rate)))
 
 
 def measure(address: int | Path, path: Callable[[], str], seconds: float) -> dict[str, float]:
@@ -127,18 +139,23 @@ def questions(server: Server, customers: int, meter_ids: list[str]) -> dict[str,
     }
 
 
-def check(server: Server, customers: int, meter_ids: list[str]) -> None:
-    """Some balances against the running total of the same customer."""
+def check(server: Server, customers: int, meter_ids: list[str], tokens: int) -> list[str]:
+    """Some balances against the running total of the same customer, and everybody's; the differences, in words."""
+    server.wait_for(end_position(server))
+    found = total(server, meter_ids[0], "2026-03-01T00:00:00Z", (datetime.now(UTC) + timedelta(days=1)).isoformat())
+    wrong = [] if found == tokens else [f"all tokens: {found} instead of {tokens}"]
     for number in range(0, customers, max(1, customers // 20)):
         one = exact_json.decode(
             server.http.get(f"/v1/customer-meters/{customer_meter_id(customer_id(number), meter_ids[0])}").content
         )
         usage = server.http.get(f"/v1/meters/{meter_ids[0]}/usage", params={"customer_id": customer_id(number)}).json()
-        assert (one["credited_units"], one["consumed_units"]) == (CREDITED, Decimal(usage["value"])), one
+        if (one["credited_units"], one["consumed_units"]) != (CREDITED, Decimal(usage["value"])):
+            wrong.append(f"customer {number}: {one['consumed_units']} instead of {usage['value']}")
+    return wrong
 
 
 def main() -> None:
-    """Fill, start, read, and report."""
+    """Fill, start, read, and report; exit 3 when a total is not what was written and acknowledged."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--customers", type=int, default=100_000)
     parser.add_argument("--rate", type=float, default=5_000)
@@ -152,35 +169,40 @@ def main() -> None:
         asyncio.run(fill(log, arguments.customers, meter_ids[0]))
         position = ",".join(f"{partition}:{end}" for partition, end in log.ends(USAGE_EVENTS).items())
         log.close()
-        began = time.perf_counter()
+        for what in ("the log read into an empty store", "started again"):
+            began = time.perf_counter()
+            server.start()
+            server.wait_for(position)
+            report.add(what=what, seconds=time.perf_counter() - began)
+            server.stop()
         server.start()
-        server.wait_for(position)
-        report.add(what="the log read into an empty store", seconds=time.perf_counter() - began)
-        server.stop()
-        began = time.perf_counter()
-        server.start()
-        server.wait_for(position)
-        report.add(what="started again", seconds=time.perf_counter() - began)
-        _read(server, arguments, meter_ids, report)
-        check(server, arguments.customers, meter_ids)
+        tokens = FIRST_TOKENS * arguments.customers + _read(server, arguments, meter_ids, report)
+        differences = check(server, arguments.customers, meter_ids, tokens)
         report.add(what="memory of the aggregator", peak_mb=server.processes()["aggregate"]["peak_mb"])
+    report.check("; ".join(differences) or "counted = acknowledged, balances agree", not differences)
     report.finish()
+    sys.exit(report.code)
 
 
-def _read(server: Server, arguments: argparse.Namespace, meter_ids: list[str], report: Report) -> None:
+def _read(server: Server, arguments: argparse.Namespace, meter_ids: list[str], report: Report) -> int:
+    """Rows of every question beside each load; the tokens of what was acknowledged meanwhile."""
     asked = questions(server, arguments.customers, meter_ids)
-    for name, share in RUNS.items():
-        rate = share * arguments.rate
-        seconds = arguments.seconds * len(asked) + 2
-        work = server.port, arguments.customers, rate, seconds
+    seconds = arguments.seconds * len(asked) + 2
+    tokens = 0
+    loads = {"idle": 0.0, "streaming": arguments.rate, "half load": half_load()}
+    for run, (name, rate) in enumerate(loads.items(), STREAMED_RUN):
+        ledgers: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
+        work = server.port, Bodies(run, customers=arguments.customers), rate, seconds, ledgers
         sender = multiprocessing.Process(target=stream, args=work) if rate else None
         if sender is not None:
             sender.start()
             time.sleep(1)  # until it sends
-        for what, (address, path) in asked.items():
-            report.add(what=what, beside=name, events_a_second=rate, **measure(address, path, arguments.seconds))
-        if sender is not None:
-            sender.join()
+        found = {what: measure(address, path, arguments.seconds) for what, (address, path) in asked.items()}
+        ledger = taken(ledgers, sender) if sender is not None else Ledger()
+        for what, row in found.items():
+            report.add(what=what, beside=name, events_a_second=ledger.events / seconds, **row)
+        tokens += ledger.tokens
+    return tokens
 
 
 if __name__ == "__main__":

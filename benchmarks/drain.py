@@ -1,7 +1,7 @@
 """How fast the aggregator works off a backlog: from the log on disk to stored events and ten meters' totals.
 
 The log is filled first, in records of 100 events with unique ids; then an engine reads it from the beginning, without
-a gateway or a reader beside it. At the end the totals are compared with the sums of what was written. Beside it, in the
+a gateway or a reader beside it. At the end every meter is compared with what was written. Beside it, in the
 same run, the usual consumer (``usual_stack``: a pydantic model, a row and an upsert per meter for every event, a commit
 for every 500) over a part of the same backlog, and the machine's limits for the same events.
 
@@ -26,7 +26,8 @@ import numpy as np
 from aggregator.engine import Committed, Engine
 from aggregator.process import SWITCH_INTERVAL_S
 from aggregator.store.store import Store, prepare_partitions
-from benchmarks.end_to_end import meters
+from aggregator.view import Total
+from benchmarks.end_to_end import SHOWN, expected, meters
 from benchmarks.limits import floor, lines
 from benchmarks.load import Bodies, Ledger
 from benchmarks.report import Report
@@ -107,18 +108,24 @@ def drain(log: Log, directory: Path) -> tuple[Engine, float, float, list[float]]
     return engine, time.perf_counter() - began_s, time.process_time() - cpu_s, commits
 
 
-def wrong(engine: Engine, made: Sequence[Meter], ledger: Ledger) -> list[str]:
-    """Totals that are not what was written, in words."""
-    everyone = list(range(engine.directory.subjects_count))
-    expected = {
-        "all tokens": (ledger.events, Decimal(ledger.tokens)),
-        "cost": (ledger.events, Decimal(ledger.cost_units).scaleb(-4)),
-    }
-    found = {meter.name: engine.totals.total(meter.id, everyone) for meter in made if meter.name in expected}
-    return [
-        f"{name} is {total}, not {expected[name]}"
-        for name, total in found.items() if total is None or (total.count, total.sum) != expected[name]
-    ]  # fmt: skip
+def wrong(engine: Engine, made: Sequence[Meter], definitions: Sequence[dict[str, Any]], ledger: Ledger) -> list[str]:
+    """Meters that do not show what was written, in words."""
+    everyone, differences = list(range(engine.directory.subjects_count)), []
+    for meter, definition in zip(made, definitions, strict=True):
+        total, wanted = engine.totals.total(meter.id, everyone), expected(definition, ledger)
+        found = None if total is None else shown(total, meter.aggregation.func)
+        if found != wanted:
+            differences.append(f"{meter.name} is {found}, not {wanted}")
+        if total and not definition["filter"]["clauses"] and total.count != ledger.events:
+            differences.append(f"{meter.name} counts {total.count}, not {ledger.events}")
+    return differences
+
+
+def shown(total: Total, func: str) -> Decimal | None:
+    """A running total as its meter shows it."""
+    if func == "avg":
+        return (total.sum / max(total.count, 1)).quantize(SHOWN)
+    return {"count": Decimal(total.count), "sum": total.sum, "min": total.min, "max": total.max}[func]
 
 
 def work_off(
@@ -134,7 +141,7 @@ def work_off(
     asyncio.run(fill(log, [organization, *map(MeterCreated, made)], records))
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins here (proc(5))
     engine, wall_s, cpu_s, commits = drain(log, directory)
-    differences = wrong(engine, made, ledger)
+    differences = wrong(engine, made, definitions or meters(), ledger)
     engine.stop()
     row = {
         "events": events, "events/s": events / wall_s, "CPU us/event": 1e6 * cpu_s / events, "rounds": len(commits),

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.load import MODELS, Bodies, Ledger, send
+from benchmarks.load import LATENCY_MIN_MS, MODELS, Bodies, Ledger, send
 from benchmarks.report import Report
 from benchmarks.server import TOKEN, Reader, Server
 
 EXPECTED_RATE = 120_000  # events a second that full speed may reach; bodies beyond are made while sending
 EVENTS_A_BODY = 100
+NOON = "2026-03-01T00:00:00Z", "2026-03-01T12:00:00Z"  # until then, and all events of a load lie before
+SHOWN = Decimal("1e-12")  # to which the API rounds a mean
+NAME = "chat.completion"  # of every event of a load
 EVERYTHING: dict[str, Any] = {"conjunction": "and", "clauses": []}
 
 
@@ -47,7 +50,7 @@ def meters() -> list[dict[str, Any]]:
     ]
     return [
         {"name": "all tokens", "filter": EVERYTHING, "aggregation": tokens},
-        {"name": "requests", "filter": only("name", "chat.completion"), "aggregation": {"func": "count"}},
+        {"name": "requests", "filter": only("name", NAME), "aggregation": {"func": "count"}},
         {"name": "cost", "filter": EVERYTHING, "aggregation": {"func": "sum", "property": "_cost.amount"}},
         *by_model,
         *latency,
@@ -66,13 +69,13 @@ class Phase:
     """One stretch of load, measured from outside."""
 
     def __init__(self, server: Server, run: int, seconds: float, rate: float | None) -> None:
-        self._before = server.processes()
+        self.seconds, self._before = seconds, server.processes()
         _, counts = freshness(server)
         results: multiprocessing.Queue[Ledger] = multiprocessing.Queue()
         sender = multiprocessing.Process(target=load, args=(server.port, run, seconds, rate, results))
         sender.start()
         reads = read_totals(server, lambda: results.empty() and sender.is_alive()) if rate else ([], [])
-        self.ledger = _taken(results, sender)
+        self.ledger = taken(results, sender)
         sender.join()
         server.wait_for(end_position(server))
         self.done_s = time.monotonic() - self.ledger.began_s
@@ -97,7 +100,7 @@ def end_position(server: Server) -> str:
     return position
 
 
-def _taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Process) -> Ledger:
+def taken(results: "multiprocessing.Queue[Ledger]", sender: multiprocessing.Process) -> Ledger:
     """The sender's result; it cannot end before it, larger than a pipe, has been taken from the queue."""
     while True:
         try:
@@ -151,27 +154,46 @@ def quantile_ms(edges: np.ndarray, cumulative: np.ndarray, share: float) -> floa
     return 1000 * float(low + inside * (edges[place] - low))
 
 
+def expected(definition: dict[str, Any], ledger: Ledger) -> Decimal:
+    """What a meter has to show of what was acknowledged; its filter names nothing, an event, or a model at most."""
+    clauses, aggregation = definition["filter"]["clauses"], definition["aggregation"]
+    if clauses and clauses[0]["value"] != NAME:  # tokens of a model, or of something that no event has
+        by_model = dict(zip(MODELS, ledger.model_tokens.tolist(), strict=True))
+        return Decimal(by_model.get(clauses[0]["value"].encode(), 0))
+    if aggregation["func"] == "count":
+        return Decimal(ledger.events)
+    if aggregation["func"] == "sum":
+        tokens, cost = Decimal(ledger.tokens), Decimal(ledger.cost_units).scaleb(-4)
+        return cost if aggregation["property"] == "_cost.amount" else tokens
+    return latency_ms(aggregation["func"], ledger.latency_counts)
+
+
+def latency_ms(func: str, counts: np.ndarray) -> Decimal:
+    """The least, the greatest or the mean latency, as the API shows it."""
+    (present,) = np.nonzero(counts)
+    if func == "avg":
+        mean = Decimal(int(counts @ np.arange(len(counts)))) / int(counts.sum())
+        return LATENCY_MIN_MS + mean.quantize(SHOWN)
+    return Decimal(LATENCY_MIN_MS + int(present[0 if func == "min" else -1]))
+
+
 def check(server: Server, ids: list[str], ledgers: list[Ledger]) -> list[str]:
-    """Every summable total against the sum of what was acknowledged; the differences, in words."""
-    tokens = sum(ledger.tokens for ledger in ledgers)
-    events = sum(ledger.events for ledger in ledgers)
-    cost = Decimal(sum(ledger.cost_units for ledger in ledgers)).scaleb(-4)
-    expected = {"all tokens": Decimal(tokens), "requests": Decimal(events), "cost": cost}
-    found = {}
+    """Every meter against what was acknowledged; the differences, in words."""
+    everything, differences = Ledger().include(ledgers), []
     for meter_id, definition in zip(ids, meters(), strict=True):
-        if definition["name"] in expected:
-            found[definition["name"]] = _total(server, meter_id)
-    return [f"{name}: {found[name]} instead of {value}" for name, value in expected.items() if found[name] != value]
+        found, wanted = total(server, meter_id, *NOON), expected(definition, everything)
+        if found != wanted:
+            differences.append(f"{definition['name']}: {found} instead of {wanted}")
+    return differences
 
 
-def _total(server: Server, meter_id: str) -> Decimal:
-    parameters = {
-        "start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-01T12:00:00Z", "interval": "day",
-    }
+def total(server: Server, meter_id: str, start: str, end: str) -> Decimal:
+    """What a meter shows for all of a time."""
+    parameters = {"start_timestamp": start, "end_timestamp": end, "interval": "month"}
     answer = server.http.get(f"/v1/meters/{meter_id}/quantities", params=parameters, timeout=300)
     answer.raise_for_status()
-    total: Decimal = json.loads(answer.text, parse_float=Decimal, parse_int=Decimal)["total"]
-    return total
+    found: Decimal = json.loads(answer.text, parse_float=Decimal, parse_int=Decimal)["total"]
+    return found
 
 
 def row(name: str, phase: Phase) -> dict[str, Any]:
@@ -181,11 +203,13 @@ def row(name: str, phase: Phase) -> dict[str, Any]:
     latencies = np.array(phase.ledger.latencies_s) * 1000
     return {
         "phase": name,
+        "seconds": phase.seconds,
         "events": events,
         "events/s": phase.rate,
         "refused": phase.ledger.refused,
         "ack p50 ms": float(np.percentile(latencies, 50)),
         "ack p99 ms": float(np.percentile(latencies, 99)),
+        "longest stall ms": 1000 * phase.ledger.stall_s,
         "fresh p50 ms": quantile_ms(edges, counts, 0.5),
         "fresh p99 ms": quantile_ms(edges, counts, 0.99),
         "read p50 ms": phase.reads_ms[0][0],
@@ -213,9 +237,9 @@ def main() -> None:
         half = Phase(server, 2, arguments.seconds, arguments.rate or full.rate / 2)
         report.add(**row("half load", half))
         differences = check(server, ids, [full.ledger, half.ledger])
+    report.check("; ".join(differences) or "counted = acknowledged, sums exact", not differences)
     report.finish()
-    print("\n".join(differences) if differences else "counted = acknowledged, sums exact")
-    sys.exit(3 if differences else 0)
+    sys.exit(report.code)
 
 
 if __name__ == "__main__":

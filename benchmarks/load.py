@@ -7,12 +7,14 @@ four models. What was acknowledged is summed in integers beside it: the only tru
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
 MODELS = (b"gpt-4.1-nano", b"gpt-4.1-mini", b"claude-haiku", b"gemini-flash")  # of one width
+LATENCY_MIN_MS = 1000
 _LINE = (
     b'{"name":"chat.completion","external_customer_id":"customer-CCCCCCCC","external_id":"req-RRRR-IIIIIIIIIIII",'
     b'"timestamp":"2026-03-01T10:00:00.123456Z","metadata":{"model":"MMMMMMMMMMMM","tokens":1TTTT,'
@@ -30,11 +32,22 @@ class Ledger:
     events: int = 0
     tokens: int = 0
     cost_units: int = 0
-    by_model: np.ndarray = field(default_factory=lambda: np.zeros(len(MODELS), np.int64))
+    model_tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(MODELS), np.int64))
+    latency_counts: np.ndarray = field(default_factory=lambda: np.zeros(1000, np.int64))  # from LATENCY_MIN_MS on
     refused: int = 0
     latencies_s: list[float] = field(default_factory=list)
     began_s: float = 0.0  # on the machine's monotonic clock, when the first request was due
+    stall_s: float = 0.0  # the longest time without an acknowledgement
     cpu_s: float = 0.0  # what sending cost
+
+    def include(self, others: Iterable["Ledger"]) -> "Ledger":
+        """Itself, with what others acknowledged; not with their times."""
+        for other in others:
+            self.events, self.tokens = self.events + other.events, self.tokens + other.tokens
+            self.cost_units += other.cost_units
+            self.model_tokens += other.model_tokens
+            self.latency_counts += other.latency_counts
+        return self
 
 
 class Bodies:
@@ -62,7 +75,7 @@ class Bodies:
         self._write(b"CCCCCCCC", numbers.customer)
         self._write(b"IIIIIIIIIIII", ids)
         self._write(b"TTTT", numbers.tokens)
-        self._write(b"LLLL", 1000 + numbers.tokens % 1000)
+        self._write(b"LLLL", LATENCY_MIN_MS + numbers.tokens % 1000)
         self._write(b"KKKK", numbers.cost)
         place = _LINE.index(b"MMMMMMMMMMMM")
         self._lines[:, place : place + 12] = self._models[numbers.model]
@@ -91,7 +104,9 @@ class Numbers:
         ledger.events += len(self.tokens)
         ledger.tokens += int(self.tokens.sum()) + 10_000 * len(self.tokens)
         ledger.cost_units += int(self.cost.sum()) + 10_000 * len(self.cost)
-        ledger.by_model += np.bincount(self.model, minlength=len(MODELS))
+        by_model = np.bincount(self.model, self.tokens + 10_000, len(MODELS))
+        ledger.model_tokens += by_model.astype(np.int64)
+        ledger.latency_counts += np.bincount(self.tokens % 1000, minlength=1000)
 
 
 async def send(
@@ -107,6 +122,7 @@ async def send(
 ) -> Ledger:
     """Send for so many seconds, at ``rate`` events a second (None: as fast as answers come). Bounded by itself.
 
+    With a rate, a request's latency counts from when it was due, though it may have had to wait for its turn.
     So many bodies are ``prepared`` before the clock starts, because in life the senders are other machines.
     """
     ledger = Ledger()
@@ -114,11 +130,11 @@ async def send(
     ready.reverse()
     acknowledged: list[Numbers] = []
     ledger.began_s, cpu_s = time.monotonic(), time.process_time()
-    began = time.perf_counter()
+    began = last = time.perf_counter()
     sent = 0
 
     async def connection() -> None:
-        nonlocal sent
+        nonlocal sent, last
         transport, protocol = await asyncio.get_running_loop().create_connection(lambda: _Answers(token), host, port)
         try:
             while time.perf_counter() - began < seconds:
@@ -130,7 +146,9 @@ async def send(
                 posted = time.perf_counter()
                 if await protocol.post(body) == b"200":
                     acknowledged.append(numbers)
-                    ledger.latencies_s.append(time.perf_counter() - posted)
+                    now = time.perf_counter()
+                    ledger.latencies_s.append(now - (due if rate else posted))
+                    ledger.stall_s, last = max(ledger.stall_s, now - last), now
                 else:
                     ledger.refused += 1
                     await asyncio.sleep(0.05)  # a full server says when to come back; the load must not spin on it

@@ -37,7 +37,9 @@ def results(folder: Path = RESULTS) -> dict[str, Result]:
 
 def filled(text: str, found: Mapping[str, Result]) -> str:
     """The page's text with every table made anew. Raises KeyError for a result or column that is not there."""
-    text = _TABLE.sub(lambda match: match[1] + _tables(found[match[2]], match[3]) + match[4], text)
+    named = _MACHINE.search(text)
+    machine = found[named[2]]["environment"] if named else {}
+    text = _TABLE.sub(lambda match: match[1] + _tables(found[match[2]], match[3], machine) + match[4], text)
     text = _GOALS.sub(lambda match: match[1] + _goals(found) + match[2], text)
     return _MACHINE.sub(lambda match: match[1] + _machine(found[match[2]]["environment"]) + match[3], text)
 
@@ -53,7 +55,7 @@ def tables(text: str) -> set[str]:
     return {match[2] for match in _TABLE.finditer(text)}
 
 
-def _tables(result: Result, wanted: str | None) -> str:
+def _tables(result: Result, wanted: str | None, machine: Mapping[str, Any]) -> str:
     kinds = [wanted.split(", ")] if wanted else list(dict.fromkeys(map(tuple, result["rows"])))
     made = ""
     for kind in kinds:
@@ -61,13 +63,13 @@ def _tables(result: Result, wanted: str | None) -> str:
         if not rows:
             raise KeyError(f"{result['benchmark']} has no row with {wanted}")
         made += f"{_table(kind, rows)}\n"
-    return made + f"{_origin(result)}\n"
+    return made + f"{_origin(result['environment'], machine)}\n"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     numbers = [any(isinstance(row[column], int | float) for row in rows) for column in columns]
     lines = [_line(columns), _line("---:" if number else "---" for number in numbers)]
-    lines += [_line(shown(row[column]) for column in columns) for row in rows]
+    lines += dict.fromkeys(_line(shown(row[column]) for column in columns) for row in rows)  # what is alike stands once
     return "\n".join(lines) + "\n"
 
 
@@ -80,13 +82,15 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _origin(result: Result) -> str:
-    where = result["environment"]
+def _origin(where: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """How a table was made, with processor and day where they are not those of the page's machine."""
+    other = [f"; {where[key][:end]}" for key, end in (("cpu", None), ("at", len("2026-01-01")))
+             if key in machine and where[key][:end] != machine[key][:end]]
     load = where.get("load", 0)
     beside = "" if load < _LOW else f"; other work kept {load} processes busy"
     stolen = where.get("stolen %", 0)
     withheld = "" if stolen < _STOLEN_LOW else f"; the host kept {stolen} % of the processors' time"
-    return f"`{where['command']}`, commit {where['commit']}{beside}{withheld}"
+    return f"`{where['command']}`, commit {where['commit']}{''.join(other)}{beside}{withheld}"
 
 
 def _machine(where: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goals
-from benchmarks.goals import GOALS, Goal, of
+from benchmarks.goals import GOALS, Goal, kept, of
 from benchmarks.page import filled, results, tables
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -71,6 +71,28 @@ def test_a_table_says_what_the_host_kept() -> None:
     assert "the host kept 37.5 % of the processors' time" in shown
 
 
+def test_a_table_of_another_machine_or_day_says_so() -> None:
+    """Numbers of other hardware are not taken for those of the machine that the page describes."""
+    here = {"cpus": 2, "cpu": "Xeon", "memory GiB": 24, "kernel": "6", "python": "3", "libraries": {},
+            "at": "2026-11-22 13:12 UTC", "command": "c", "commit": "abc"}
+    other = here | {"cpu": "EPYC", "at": "2026-11-21 09:00 UTC"}
+    page = "<!-- machine slow -->\n<!-- end -->\n<!-- table speed: who -->\n<!-- end -->"
+
+    def origin(where: dict[str, object]) -> str:
+        found = filled(page, {"slow": {"environment": here}, "speed": RESULT | {"environment": where}})
+        return found.splitlines()[-2]
+
+    assert origin(other) == "`c`, commit abc; EPYC; 2026-11-21"
+    assert origin(here | {"at": "2026-11-22 23:00 UTC"}) == "`c`, commit abc"
+
+
+def test_rows_that_look_alike_stand_once() -> None:
+    """A figure of a whole run that each of its rows carries is one line of a table of its own."""
+    twice = RESULT | {"rows": [{"who": "we", "rate": 1.0}, {"who": "we", "rate": 2.0}]}
+
+    assert filled("<!-- table speed: who -->\n<!-- end -->", {"speed": twice}).count("| we |") == 1
+
+
 def test_a_goal_of_a_long_run_takes_no_shorter_one_for_it() -> None:
     """A million events reconciled say nothing about ten million, nor a short history about a long one."""
     short = {"reconcile": {"rows": [{"log": 1_000_000, "wall s": 6.0, "peak MB": 100.0}]}}
@@ -78,6 +100,37 @@ def test_a_goal_of_a_long_run_takes_no_shorter_one_for_it() -> None:
     found = {row["goal"]: row["reached"] for row in goals.rows(short)}
 
     assert set(found.values()) == {"not measured"}
+
+
+def test_a_speed_is_kept_when_it_is_that_of_the_best_shorter_run() -> None:
+    """A first run that was slow by chance makes no later one look fast; one run alone says nothing."""
+    rows = [{"speed": 40.0}, {"speed": 100.0}, {"speed": 50.0}]
+
+    assert kept("speed")(rows) == 0.5
+    with pytest.raises(IndexError):
+        kept("speed")(rows[:1])
+
+
+@pytest.mark.parametrize(("events_a_second", "reached"), [(70_000, "no"), (99_000, "yes")])
+def test_a_latency_at_a_load_that_was_not_carried_reaches_nothing(events_a_second: int, reached: str) -> None:
+    """Fresh totals at two thirds of the load say nothing about all of it; the value is shown as it is."""
+    row = {"phase": "at 100,000/s", "events/s": events_a_second, "fresh p99 ms": 150.0}
+
+    (found,) = goals.rows({"freshness": {"rows": [row]}})
+
+    assert (found["measured"], found["reached"]) == (150.0, reached)
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(None, "no"), (30.0, "no"), (60.0, "yes")])
+def test_a_speed_for_a_minute_takes_a_minute(seconds: float | None, reached: str) -> None:
+    """A shorter run reaches nothing, however fast it was, and the title says how long it lasted if the run does."""
+    row = {"phase": "full speed", "events/s": 300_000.0} | ({"seconds": seconds} if seconds else {})
+
+    found, stall, *_ = goals.rows({"end_to_end": {"rows": [row]}})
+
+    assert found["reached"] == reached
+    assert found["goal"].endswith(f"; over {seconds:g} s" if seconds else "events/s")
+    assert stall["reached"] == "not measured"
 
 
 @pytest.mark.parametrize("table", ["table slow: who", "table speed: size"])
