@@ -1,5 +1,6 @@
 """What every test may ask for, and what a run says at its end."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from hypothesis import HealthCheck, settings
 from tests.faults.disk import SmallDisk
 from tests.kafka.cluster import Cluster
 from tests.kafka.shared import shared_broker, stop_brokers
+
+# What somebody's shell says about a server of theirs is not for the tests' servers.
+for name in [name for name in os.environ if name.startswith("METERSTREAM_")]:
+    del os.environ[name]
 
 # Nothing asserts a duration, of an example neither: two processes that share a core take turns of any length.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])

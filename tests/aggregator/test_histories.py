@@ -111,6 +111,7 @@ def test_windows_wait_while_history_is_counted(tmp_path: Path, monkeypatch: pyte
                 reset(log, minute)
             eventually(lambda: running.engine.control_position == log.ends(USAGE_CONTROL)[0])
             eventually(lambda: dict(running.engine.as_of) == log.ends(USAGE_EVENTS))
+            eventually(lambda: passes.begun)
             assert passes.begun == [["m"]]
             assert consumed(running, MINUTES - 1) is None
             passes.free.set()

@@ -111,7 +111,7 @@ def test_names_that_are_slow_keep_nobody_else_waiting(server: Server, tenant: Te
         other = Told(stranger, told.receiver)
         await other.listen("customer.state_changed")
         await other.customer("eve")
-        await told.arrived(1)
+        await told.arrived(1, passing=MOMENT)  # a good lookup may be late as well, on a busy machine
         await until(lambda: rows(server, tried, tenant.id) == [(names.LOOKUPS_AT_ONCE,)])
         found = (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]
         assert {one["outcome"] for one in found} == {"the name could not be resolved in 0.1 s"}

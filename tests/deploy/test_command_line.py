@@ -193,7 +193,7 @@ def test_usage_is_exact_in_every_form(counted: Installation) -> None:
     assert answer["as_of"].startswith("0:")
 
     rows = list(csv.DictReader(io.StringIO(counted.run(*usage, "--output", "csv").stdout)))
-    assert rows[-1]["quantity"] == "0.3"
+    assert [row["quantity"] for row in rows if row["quantity"] != "0"] == ["0.3"]  # midnight may have come since
     assert len(rows) == len(answer["quantities"])
 
     chart = counted.run(*usage, "--chart").stdout
