@@ -9,6 +9,7 @@ A read without waiting gives whatever was acknowledged before it, as the port pr
 it fetches in the background. So the brokers are asked for the ends first, unless enough is at hand.
 """
 
+import operator
 import threading
 import time
 from collections import deque
@@ -40,6 +41,11 @@ FETCH_S_MAX = 5.0
 HELD_BYTES_MAX = 32 * MEBIBYTE
 """Bytes held for a partition that does not answer, before the others are read without it: the aggregator reads 8 MiB at
 once, and a partition of a slower broker may be some such rounds behind."""
+
+_headers_of = operator.methodcaller("headers")
+"""Asks a message for its headers. A header's name that is no UTF-8 makes confluent-kafka 2.x return a result and set an
+error at once, which a call that CPython has specialised does not look for: it is SIGSEGV there. A call from C is never
+specialised, and raises SystemError each time."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -191,8 +197,7 @@ class Reader:
     def _record(self, message: Message, partition: int, offset: int) -> Record:
         timestamp_us = min(max(message.timestamp()[1], 0) * 1000, LATEST_US)
         organization, admitted, distinct_keys = self._organization, False, False
-        headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
-        for name, value in headers:
+        for name, value in _headers(message):
             content = value or b""
             if name == ORGANIZATION:
                 organization = content.decode("utf-8", "replace")
@@ -216,6 +221,17 @@ class Reader:
 
     def _lost(self, partition: int, position: int, why: str) -> PositionLost:
         return PositionLost(f"{self._topic} has no record {position} in partition {partition}: {why}")
+
+
+def _headers(message: Message) -> list[tuple[str, bytes | None]]:
+    """Of a record; where one's name cannot be read, an organization that nobody is, which makes its lines dead letters.
+
+    Whose they are may stand in what cannot be read, so they are not taken for the default's either.
+    """
+    try:
+        return _headers_of(message) or []
+    except SystemError:
+        return [(ORGANIZATION, b"")]
 
 
 def _settings(stream: str, address: Address, limits: Limits) -> dict[str, Any]:
