@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
-from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
+from ingest.log.kafka_writer import ADMITTED, ORGANIZATION
 from ingest.log.limits import MEBIBYTE, Limits
 from ingest.log.places import take_in_order
 from meters.log import LATEST_US, USAGE_EVENTS, PositionLost, Record, TryAgain
@@ -34,6 +34,10 @@ the records do. A change of positions may have to wait as long."""
 
 CONTROL_FETCH = {"fetch.wait.max.ms": 200}
 """Decisions are rare, and each is handed on at once; between two of them brokers are asked five times a second."""
+
+UNPACKED_BYTES_MAX = 1_000_000_000
+"""librdkafka's bound of an answer, and of what zstd unpacks from it, for which it tries ever larger buffers. A batch
+beyond it could never be read. It takes no memory of its own: how much brokers send at once the fetch's bounds say."""
 
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived."""
@@ -250,6 +254,6 @@ def _settings(stream: str, address: Address, limits: Limits) -> dict[str, Any]:
         "fetch.error.backoff.ms": 100,
         "fetch.message.max.bytes": fetch_bytes,
         "fetch.max.bytes": FETCHED_BYTES_MAX,
-        "receive.message.max.bytes": FETCHED_BYTES_MAX + limits.value_bytes_max + RECORD_OVERHEAD_BYTES,
+        "receive.message.max.bytes": UNPACKED_BYTES_MAX,
         "queued.max.messages.kbytes": FETCHED_BYTES_MAX // 1024,
     }
