@@ -57,7 +57,9 @@ class KafkaTransport:
         self._settings = {
             "bootstrap.servers": brokers, "acks": "all", "compression.type": "lz4", "linger.ms": 1,
             "delivery.timeout.ms": int(timeout_s * 1000), "request.timeout.ms": int(timeout_s * 1000),
-            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger, **(settings or {}),
+            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger,
+            "allow.auto.create.topics": False,  # what brokers make when asked in passing keeps records for a week
+            **(settings or {}),
         }  # fmt: skip
         self._topic, self._organization_id, self._timeout_s = topic, organization_id, timeout_s
         self.destination = f"{organization_id}\n{topic}"
