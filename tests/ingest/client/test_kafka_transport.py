@@ -13,7 +13,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
-from ingest.client.answer import Unavailable
+from ingest.client.answer import Taken, Unavailable
 from ingest.client.event import EVENT_BYTES_MAX
 from ingest.client.kafka import RECORD_BYTES_MAX
 from ingest.client.spool import SUFFIX, Spool, fingerprint
@@ -146,6 +146,24 @@ def test_a_topic_that_is_not_there_loses_nothing(kafka: Cluster, prefix: str, tm
         assert ingestion.flush(60)
 
     assert [msgspec.json.decode(record.value)["external_id"] for record in records(url)] == ["e"]
+
+
+def test_a_topic_made_again_with_fewer_partitions_is_written_to(kafka: Cluster, prefix: str) -> None:
+    """By the same transport: it learns how many there are, and where each customer belongs now."""
+    address = parse_address(f"kafka://{kafka.bootstrap}/{prefix}", {})
+    topic, admin = address.topic(USAGE_EVENTS), kafka.admin()
+    lines = [b'{"external_customer_id":"user-%d"}' % number for number in range(20)]
+    sent = transport(kafka.bootstrap, prefix)
+    make_topics(address, Wanted(partitions=PARTITIONS))
+    eventually(lambda: sent.send(lines) == Taken())
+    admin.delete_topics([topic])[topic].result(30)
+    eventually(lambda: topic not in admin.list_topics(timeout=20).topics)
+    make_topics(address, Wanted(partitions=1))
+    eventually(lambda: sent.send(lines) == Taken())
+    sent.close()
+
+    [record] = written(kafka.bootstrap, topic)[1][-1:]
+    assert record.value.split(b"\n") == lines
 
 
 @contextlib.contextmanager
