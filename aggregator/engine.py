@@ -20,6 +20,7 @@ import numpy.typing as npt
 from aggregator.apply import Batch, decode
 from aggregator.boundaries import Boundaries
 from aggregator.checkpoint import Checkpointer
+from aggregator.readable import Readable
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
 from aggregator.step import Effects, join, judge, nothing, step
@@ -67,6 +68,7 @@ class Engine:
 
     def __init__(self, log: Log, store: Store, observe: Callable[[Committed], None]) -> None:
         self._log, self.store, self._observe = log, store, observe
+        self._readable = Readable()
         self.directory = store.directory()
         self._seen: Seen = store.seen()
         self.catalogue, self.ledger = Catalogue(), Ledger()
@@ -145,7 +147,8 @@ class Engine:
     def _read(self, stream: str, positions: Mapping[int, int], wait_s: float) -> list[Record]:
         """Read once; a log that asks to try again is asked again after as long as it said."""
         try:
-            return self._log.read(stream, positions, bytes_max=ROUND_BYTES_MAX, wait_s=wait_s)
+            with self._readable.asking(stream):
+                return self._log.read(stream, positions, bytes_max=ROUND_BYTES_MAX, wait_s=wait_s)
         except TryAgain as later:
             self.ended.wait(min(later.retry_after_s, TRY_AGAIN_MAX_S))
             return []

@@ -11,6 +11,7 @@ import time
 from prometheus_client import Gauge
 
 from aggregator.owner import Aggregator
+from aggregator.readable import Readable
 from aggregator.view import Unavailable
 from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
 
@@ -23,6 +24,7 @@ class LagWatch:
 
     def __init__(self, log: Log, aggregator: Aggregator) -> None:
         self._log, self._aggregator = log, aggregator
+        self._readable = Readable()
         registry = aggregator.telemetry.registry
         self._end = Gauge("meterstream_log_end", "Next offset that the log will give", ["partition"], registry=registry)
         self._lag = Gauge(
@@ -41,13 +43,15 @@ class LagWatch:
     def _watch(self) -> None:
         pause_s = FIRST_LOOK_S
         while not self._stopping.wait(pause_s):
-            with contextlib.suppress(TryAgain, Unavailable, PositionLost):  # said elsewhere, by those who stop for it
+            with contextlib.suppress(TryAgain, Unavailable, PositionLost):  # said by whoever stops, or waits, for it
                 self._look()
                 pause_s = LOOK_S
 
     def _look(self) -> None:
         as_of = self._aggregator.as_of
-        for partition, end in self._log.ends(USAGE_EVENTS).items():
+        with self._readable.asking(f"the end of {USAGE_EVENTS}"):
+            ends = self._log.ends(USAGE_EVENTS)
+        for partition, end in ends.items():
             position = as_of.get(partition, 0)
             self._aggregator.telemetry.position.labels(str(partition)).set(position)
             self._end.labels(str(partition)).set(end)

@@ -16,7 +16,7 @@ Needs confluent-kafka.
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -57,14 +57,16 @@ class KafkaTransport:
         self._settings = {
             "bootstrap.servers": brokers, "acks": "all", "compression.type": "lz4", "linger.ms": 1,
             "delivery.timeout.ms": int(timeout_s * 1000), "request.timeout.ms": int(timeout_s * 1000),
-            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger, **(settings or {}),
+            "message.max.bytes": RECORD_BYTES_MAX, "logger": _logger,
+            "allow.auto.create.topics": False,  # what brokers make when asked in passing keeps records for a week
+            **(settings or {}),
         }  # fmt: skip
         self._topic, self._organization_id, self._timeout_s = topic, organization_id, timeout_s
         self.destination = f"{organization_id}\n{topic}"
         self._lock = threading.Lock()
         self._producer: Any = None
         self._partitions = 0
-        self._partition = lru_cache(_CUSTOMERS_MAX)(self._partition_of)
+        self._partition = self._cached()
 
     def send(self, lines: Sequence[bytes]) -> Outcome:
         """Write the events and wait until every broker that must have them has them."""
@@ -84,6 +86,9 @@ class KafkaTransport:
             return Taken()
         if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE):
             return Refused(error.name())
+        if error.code() == KafkaError._UNKNOWN_PARTITION:
+            self.close()  # or what it still holds would keep it
+            self._producer = None  # the topic was made again with fewer: the next batch learns how many
         return Unavailable(error.name())
 
     def after_fork(self) -> None:
@@ -94,9 +99,10 @@ class KafkaTransport:
 
     def close(self) -> None:
         """Give up what nobody waits for any more."""
-        if self._producer is not None:
-            self._producer.purge()
-            self._producer.flush(_POLL_S)
+        producer = self._producer
+        if producer is not None:
+            producer.purge()
+            producer.flush(_POLL_S)
 
     def _connected(self) -> Any:
         from confluent_kafka import KafkaException, Producer
@@ -107,7 +113,8 @@ class KafkaTransport:
                 topic = producer.list_topics(self._topic, self._timeout_s).topics[self._topic]
                 if topic.error is not None:
                     raise KafkaException(topic.error)
-                self._partitions, self._producer = len(topic.partitions), producer
+                self._partitions, self._partition = len(topic.partitions), self._cached()
+                self._producer = producer
             return producer
 
     def _by_partition(self, lines: Sequence[bytes]) -> dict[int, list[bytes]]:
@@ -116,6 +123,9 @@ class KafkaTransport:
             whose = msgspec.json.decode(line, type=_Whose)
             groups[self._partition(whose.external_customer_id or whose.customer_id or "")].append(line)
         return groups
+
+    def _cached(self) -> Callable[[str], int]:
+        return lru_cache(_CUSTOMERS_MAX)(self._partition_of)
 
     def _partition_of(self, customer: str) -> int:
         return partition_of(partition_key(self._organization_id, customer), self._partitions)

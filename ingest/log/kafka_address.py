@@ -35,7 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What may stand behind the question mark, by Kafka's names where Kafka has one."""
 
     security_protocol: str = "PLAINTEXT"
-    sasl_mechanism: str = "PLAIN"
+    sasl_mechanism: str = ""  # PLAIN when empty
     sasl_username: str = ""
     ssl_ca: str = ""  # a file of certificates to trust; the system's when empty
     ssl_certificate: str = ""  # this client's own, where brokers ask for one
@@ -75,7 +75,7 @@ class Address(msgspec.Struct, frozen=True):
             "ssl.key.password": self.secrets.get(KEY_PASSWORD, ""),
         }
         if options.security_protocol.startswith("SASL"):
-            settings["sasl.mechanism"] = options.sasl_mechanism
+            settings["sasl.mechanism"] = options.sasl_mechanism or "PLAIN"
             settings["sasl.username"] = options.sasl_username
             settings["sasl.password"] = self.secrets.get(PASSWORD, "")
         return {name: value for name, value in settings.items() if value}
@@ -83,6 +83,8 @@ class Address(msgspec.Struct, frozen=True):
 
 def parse_address(url: str, secrets: Mapping[str, str]) -> Address:
     """Read the URL. Raises ValueError saying what is wrong with it."""
+    if "#" in url:
+        raise ValueError("a kafka URL has no #, which would cut off what follows: write %23 where a value has one")
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise ValueError("a kafka URL has no user: say ?sasl_username=NAME, and give the password beside it")
@@ -103,7 +105,7 @@ def parse_address(url: str, secrets: Mapping[str, str]) -> Address:
 def _check(options: Options, secrets: Mapping[str, str]) -> None:
     chosen = {
         "security_protocol": (options.security_protocol, _PROTOCOLS),
-        "sasl_mechanism": (options.sasl_mechanism, _MECHANISMS),
+        "sasl_mechanism": (options.sasl_mechanism or "PLAIN", _MECHANISMS),
         "compression": (options.compression, _COMPRESSIONS),
         "holes": (options.holes, ("refused", "allowed")),
     }
@@ -119,8 +121,18 @@ def _check(options: Options, secrets: Mapping[str, str]) -> None:
             raise ValueError(f"{name} is a number from {least:g} to {most:g}, and not {number:g}")
     if options.organization and not _UUID.fullmatch(options.organization):
         raise ValueError("organization is the id of one, a UUID in lower case")
-    sasl = options.security_protocol.startswith("SASL")
+    _check_protocol(options, secrets)
+
+
+def _check_protocol(options: Options, secrets: Mapping[str, str]) -> None:
+    """Whoever says how to encrypt, or who they are, is never spoken to in another way."""
+    protocol = options.security_protocol
+    sasl, tls = protocol.startswith("SASL"), protocol.endswith("SSL")
     if sasl and not (options.sasl_username and secrets.get(PASSWORD)):
-        raise ValueError(f"{options.security_protocol} needs sasl_username, and the password from the environment")
-    if options.sasl_username and not sasl:
-        raise ValueError("sasl_username needs security_protocol=SASL_SSL (or SASL_PLAINTEXT, which encrypts nothing)")
+        raise ValueError(f"{protocol} needs sasl_username, and the password from the environment")
+    for name in ("sasl_username", "sasl_mechanism"):
+        if getattr(options, name) and not sasl:
+            raise ValueError(f"{name} needs security_protocol=SASL_SSL (or SASL_PLAINTEXT, which encrypts nothing)")
+    for name in ("ssl_ca", "ssl_certificate", "ssl_key"):
+        if getattr(options, name) and not tls:
+            raise ValueError(f"{name} needs security_protocol=SSL or SASL_SSL: {protocol} encrypts nothing")

@@ -9,6 +9,7 @@ A read without waiting gives whatever was acknowledged before it, as the port pr
 it fetches in the background. So the brokers are asked for the ends first, unless enough is at hand.
 """
 
+import operator
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from ingest.log.kafka_address import Address
 from ingest.log.kafka_topics import Topics, quiet
-from ingest.log.kafka_writer import ADMITTED, ORGANIZATION, RECORD_OVERHEAD_BYTES
+from ingest.log.kafka_writer import ADMITTED, ORGANIZATION
 from ingest.log.limits import MEBIBYTE, Limits
 from ingest.log.places import take_in_order
 from meters.log import LATEST_US, USAGE_EVENTS, PositionLost, Record, TryAgain
@@ -34,12 +35,21 @@ the records do. A change of positions may have to wait as long."""
 CONTROL_FETCH = {"fetch.wait.max.ms": 200}
 """Decisions are rare, and each is handed on at once; between two of them brokers are asked five times a second."""
 
+UNPACKED_BYTES_MAX = 1_000_000_000
+"""librdkafka's bound of an answer, and of what zstd unpacks from it, for which it tries ever larger buffers. A batch
+beyond it could never be read. It takes no memory of its own: how much brokers send at once the fetch's bounds say."""
+
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived."""
 
 HELD_BYTES_MAX = 32 * MEBIBYTE
 """Bytes held for a partition that does not answer, before the others are read without it: the aggregator reads 8 MiB at
 once, and a partition of a slower broker may be some such rounds behind."""
+
+_headers_of = operator.methodcaller("headers")
+"""Asks a message for its headers. A header's name that is no UTF-8 makes confluent-kafka 2.x return a result and set an
+error at once, which a call that CPython has specialised does not look for: it is SIGSEGV there. A call from C is never
+specialised, and raises SystemError each time."""
 
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
@@ -191,8 +201,7 @@ class Reader:
     def _record(self, message: Message, partition: int, offset: int) -> Record:
         timestamp_us = min(max(message.timestamp()[1], 0) * 1000, LATEST_US)
         organization, admitted, distinct_keys = self._organization, False, False
-        headers: list[tuple[str, bytes | None]] = message.headers() or []  # type: ignore[assignment]
-        for name, value in headers:
+        for name, value in _headers(message):
             content = value or b""
             if name == ORGANIZATION:
                 organization = content.decode("utf-8", "replace")
@@ -218,6 +227,17 @@ class Reader:
         return PositionLost(f"{self._topic} has no record {position} in partition {partition}: {why}")
 
 
+def _headers(message: Message) -> list[tuple[str, bytes | None]]:
+    """Of a record; where one's name cannot be read, an organization that nobody is, which makes its lines dead letters.
+
+    Whose they are may stand in what cannot be read, so they are not taken for the default's either.
+    """
+    try:
+        return _headers_of(message) or []
+    except SystemError:
+        return [(ORGANIZATION, b"")]
+
+
 def _settings(stream: str, address: Address, limits: Limits) -> dict[str, Any]:
     fetch_bytes = max(MEBIBYTE, min(FETCHED_BYTES_MAX // 4, limits.value_bytes_max))
     return {
@@ -234,6 +254,6 @@ def _settings(stream: str, address: Address, limits: Limits) -> dict[str, Any]:
         "fetch.error.backoff.ms": 100,
         "fetch.message.max.bytes": fetch_bytes,
         "fetch.max.bytes": FETCHED_BYTES_MAX,
-        "receive.message.max.bytes": FETCHED_BYTES_MAX + limits.value_bytes_max + RECORD_OVERHEAD_BYTES,
+        "receive.message.max.bytes": UNPACKED_BYTES_MAX,
         "queued.max.messages.kbytes": FETCHED_BYTES_MAX // 1024,
     }

@@ -151,6 +151,7 @@ def _settings(address: Address, limits: Limits) -> dict[str, Any]:
     delivery_ms = int(options.delivery_timeout_s * 1000)
     return {
         **quiet(address.client()),
+        "allow.auto.create.topics": False,  # what brokers make when asked in passing keeps records for a week
         "acks": "all",
         "max.in.flight.requests.per.connection": IN_FLIGHT_MAX,
         "delivery.timeout.ms": delivery_ms,

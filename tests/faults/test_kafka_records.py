@@ -19,6 +19,7 @@ from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key
 from tests.aggregator.records import ORGANIZATION
 from tests.deploy.installation import meterstream
+from tests.deploy.programs import program
 from tests.faults.evidence import SEED, assert_store_tells, count, every, export, usage
 from tests.faults.figures import told
 from tests.faults.kafka_installation import PARTITIONS, TOKEN, KafkaInstallation, recovery_s, stored_ids
@@ -46,6 +47,9 @@ POISON = {  # what a record holds, and lines of it that are no events
     "good and bad lines": (usage("mixed-1") + b"\n{broken\n" + usage("mixed-2"), 1),
     "a binary header": (usage("headed"), 0),
 }
+MISNAMED = usage("misnamed", organization_id=ORGANIZATION)
+"""A line that would count, beside a header whose name is no UTF-8: whose it is may stand in what cannot be read."""
+
 IN_BAD_COMPANY = {"mixed-1", "mixed-2", "headed"}
 """Ids of good lines among these."""
 
@@ -59,6 +63,13 @@ def produce(installation: KafkaInstallation, records: list[tuple[bytes | None, i
         where = {"key": partition_key(ORGANIZATION, "ann")} if partition is None else {"partition": partition}
         producer.produce(topic, value, headers=[("trace", b"\xff\x00")], **where)
     assert producer.flush(30) == 0
+
+
+def produce_misnamed(installation: KafkaInstallation, line: bytes) -> None:
+    """Send a line with a header named in Latin-1, which Python's client has no way to say."""
+    topic = f"{installation.prefix}.{USAGE_EVENTS}"
+    to = ("-P", "-b", installation.cluster.bootstrap, "-t", topic, "-p", "0")
+    subprocess.run([program("kcat", "kcat"), *to, "-H", b"caf\xe9=1"], input=line, check=True, capture_output=True)
 
 
 def test_poison_becomes_dead_letters_and_holds_up_nothing(
@@ -76,17 +87,18 @@ def test_poison_becomes_dead_letters_and_holds_up_nothing(
         installation.start()
         books.sent = {f"good-{number}" for number in range(GOOD)} | IN_BAD_COMPANY
         produce(installation, records)
+        produce_misnamed(installation, MISNAMED)
         books.acknowledged = [*books.sent]
         installation.catch_up()
         letters = installation.ask("/v1/dead-letters/", limit="100").json()["items"]
         outcome, counted, _ = installation.end(books)
-    more = f"{len(records)} records, {len(POISON)} kinds, {counted.tallies}"
+    more = f"{len(records) + 1} records, {len(POISON) + 1} kinds, {counted.tallies}"
     record_property(
         "figures", told("poison", outcome, "none, nothing stops", more, seed="none, nothing is drawn")
     )
 
     assert (outcome.lost, outcome.doubled) == (0, 0)
-    assert outcome.dead == counted.tallies["dead"] == sum(bad for _, bad in POISON.values())
+    assert outcome.dead == counted.tallies["dead"] == sum(bad for _, bad in POISON.values()) + 1
     assert len(letters) == outcome.dead
     assert all(letter["reason"] for letter in letters)
     assert counted.tallies["stored"] == outcome.stored == outcome.acked == GOOD + len(IN_BAD_COMPANY)

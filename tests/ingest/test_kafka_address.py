@@ -7,7 +7,7 @@ import certifi
 import pytest
 
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
+from ingest.log.kafka_address import PASSWORD, parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.kafka_writer import Writer
 from ingest.log.limits import Limits
@@ -28,6 +28,37 @@ def test_a_pause_for_more_records_is_shorter_than_any_delivery(number: str) -> N
     """Or there would be no time left to deliver."""
     with pytest.raises(ValueError, match="linger_ms is a number from 0 to 500, and not"):
         parse_address(f"{URL}?linger_ms={number}", {})
+
+
+@pytest.mark.parametrize("protocol", ["", "security_protocol=SASL_PLAINTEXT&sasl_username=me&"])
+@pytest.mark.parametrize("option", ["ssl_ca", "ssl_certificate", "ssl_key"])
+def test_certificates_are_not_for_plain_text(protocol: str, option: str) -> None:
+    """Whoever names one wants TLS, and is told how to say so."""
+    with pytest.raises(ValueError, match=f"{option} needs security_protocol=SSL or SASL_SSL"):
+        parse_address(f"{URL}?{protocol}{option}=a.pem", {PASSWORD: "secret"})
+
+
+@pytest.mark.parametrize("protocol", ["", "security_protocol=SSL&"])
+@pytest.mark.parametrize("option", ["sasl_mechanism=SCRAM-SHA-512", "sasl_mechanism=PLAIN", "sasl_username=me"])
+def test_a_login_is_not_for_a_protocol_without_one(protocol: str, option: str) -> None:
+    """A mechanism without one is no more than a name without one: nobody would be asked for a password."""
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} needs security_protocol=SASL_SSL"):
+        parse_address(f"{URL}?{protocol}{option}", {PASSWORD: "secret"})
+
+
+def test_a_login_is_plain_unless_another_is_named() -> None:
+    """By either protocol that has one."""
+    for named, mechanism in (("", "PLAIN"), ("&sasl_mechanism=SCRAM-SHA-256", "SCRAM-SHA-256")):
+        url = f"{URL}?security_protocol=SASL_SSL&sasl_username=me{named}"
+        assert parse_address(url, {PASSWORD: "secret"}).client()["sasl.mechanism"] == mechanism
+
+
+@pytest.mark.parametrize("end", ["#", "?security_protocol=SSL&ssl_ca=a#b.pem", "-a#b?linger_ms=0"])
+def test_nothing_of_a_url_is_cut_off(end: str) -> None:
+    """What stands behind a # is no part of it: options there would count for nothing."""
+    with pytest.raises(ValueError, match="write %23"):
+        parse_address(f"{URL}{end}", {})
+    assert parse_address(f"{URL}?security_protocol=SSL&ssl_ca=a%23b.pem", {}).options.ssl_ca == "a#b.pem"
 
 
 @pytest.mark.parametrize("delivery_timeout_s", [1, 300])

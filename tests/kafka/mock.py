@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 from confluent_kafka import Producer
 
+PARTITIONS = 4  # of each topic; a mock has no other number
+
 
 @contextlib.contextmanager
-def mock_brokers(brokers: int = 3) -> Iterator[str]:
-    """Their addresses, while the block lasts. Topics make themselves, with four partitions."""
+def mock_brokers(*topics: str, brokers: int = 3) -> Iterator[str]:
+    """Their addresses, while the block lasts. They have these topics, and make whatever else a client asks them to."""
     owner = Producer({"bootstrap.servers": "", "test.mock.num.brokers": brokers, "log_level": 0})
     found = owner.list_topics(timeout=10).brokers.values()
+    for topic in topics:
+        assert len(owner.list_topics(topic, timeout=10).topics[topic].partitions) == PARTITIONS
     yield ",".join(f"{broker.host}:{broker.port}" for broker in found)
     owner.flush(0)  # the cluster lives as long as its owner

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import os
+import random
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,18 @@ def test_a_record_that_the_topic_does_not_take_is_refused(address: Address, kafk
     with opened(address) as log:
         eventually(lambda: refuses(log, os.urandom(3000)))  # the broker hears of the setting a moment later
         assert append(log, b"small")
+
+
+def test_the_largest_record_is_read_however_well_it_was_packed(address: Address) -> None:
+    """librdkafka unpacks zstd into three times as much until it is enough: its bound is far above any record's size."""
+    ids = random.Random(1)
+    largest = b"".join(b"%-128s" % line(ids.randbytes(16).hex()) for _ in range(Limits().value_bytes_max // 128))
+    with opened(address, "?compression=zstd") as log:
+        append(log, largest, b"after it")
+
+        [found] = log.read(USAGE_EVENTS, {0: 0}, bytes_max=1)
+        assert found.value == largest
+        assert [record.value for record in log.read(USAGE_EVENTS, {0: 1}, bytes_max=1)] == [b"after it"]
 
 
 def refuses(log: Log, value: bytes) -> bool:

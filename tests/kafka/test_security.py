@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -18,23 +19,31 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
+from ingest.client import KafkaTransport
+from ingest.client.answer import Taken, Unavailable
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Unreachable, Wanted, make_topics
+from ingest.log.kafka_address import Address, parse_address
+from ingest.log.kafka_init import Finding, Unreachable, Wanted, make_topics
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, TryAgain
+from tests.aggregator.records import ORGANIZATION
 from tests.kafka.cluster import running
 from tests.kafka.jars import Missing
 from tests.kafka.shared import need_kafka
 from tests.ports import take_port
 from tests.waiting import eventually
 
+USERS = ("gateway", "aggregator", "serve", "producer", "init", "stranger")
 STORE_PASSWORD = "changeit"
 PASSWORDS = {"PLAIN": "plain-secret-1", "SCRAM-SHA-512": "scram-secret-2"}
 WRONG = "not-the-password-3"
-PREFIX = "guarded"
+PREFIX, FRESH = "guarded", "fresh"  # topics that are there, and topics that a user makes
 
 GATEWAY = {USAGE_EVENTS: ("WRITE", "DESCRIBE"), USAGE_CONTROL: ("READ", "DESCRIBE")}
 AGGREGATOR = {USAGE_EVENTS: ("READ", "DESCRIBE"), USAGE_CONTROL: ("READ", "WRITE", "DESCRIBE")}
+SERVE = {stream: tuple({*GATEWAY[stream], *AGGREGATOR[stream]}) for stream in GATEWAY}
+PRODUCER = {USAGE_EVENTS: ("WRITE", "DESCRIBE")}
+INIT = dict.fromkeys(GATEWAY, ("CREATE", "DESCRIBE", "DESCRIBE_CONFIGS"))
+REPAIR = dict.fromkeys(GATEWAY, ("ALTER_CONFIGS",))
 """What each process needs, as the documentation of the log tells operators."""
 
 
@@ -45,15 +54,15 @@ class Guarded(NamedTuple):
     certificate: Path
     admin: AdminClient
 
-    def url(self, user: str, mechanism: str) -> str:
+    def url(self, user: str, mechanism: str, prefix: str = PREFIX) -> str:
         """The log's URL for the user."""
         login = f"security_protocol=SASL_SSL&sasl_mechanism={mechanism}&sasl_username={user}"
-        return f"kafka://{self.address}/{PREFIX}?{login}&ssl_ca={self.certificate}"
+        return f"kafka://{self.address}/{prefix}?{login}&ssl_ca={self.certificate}"
 
-    def allow(self, user: str, topics: Mapping[str, tuple[str, ...]]) -> None:
+    def allow(self, user: str, topics: Mapping[str, tuple[str, ...]], prefix: str = PREFIX) -> None:
         """Give the user these permissions."""
         bindings = [
-            AclBinding(ResourceType.TOPIC, f"{PREFIX}.{topic}", ResourcePatternType.LITERAL, f"User:{user}", "*",
+            AclBinding(ResourceType.TOPIC, f"{prefix}.{topic}", ResourcePatternType.LITERAL, f"User:{user}", "*",
                        AclOperation[operation], AclPermissionType.ALLOW)
             for topic, operations in topics.items() for operation in operations
         ]  # fmt: skip
@@ -81,7 +90,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """The broker, its topics, and users of both mechanisms for gateway and aggregator."""
     folder, port = tmp_path_factory.mktemp("guarded"), take_port()
     module = "org.apache.kafka.common.security"
-    users = " ".join(f'user_{user}="{PASSWORDS["PLAIN"]}"' for user in ("gateway", "aggregator", "stranger"))
+    users = " ".join(f'user_{user}="{PASSWORDS["PLAIN"]}"' for user in USERS)
     settings = {
         "listeners": "PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},"
                      f"SECURE://localhost:{port}",
@@ -105,6 +114,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             place = Guarded(f"localhost:{port}", certificate, cluster.admin())
             place.allow("gateway", GATEWAY)
             place.allow("aggregator", AGGREGATOR)
+            place.allow("serve", SERVE)
+            place.allow("producer", PRODUCER)
+            place.allow("init", INIT, FRESH)
             yield place
     except (Missing, FileNotFoundError) as reason:
         need_kafka(Missing(str(reason)))
@@ -141,6 +153,49 @@ def test_the_documented_permissions_are_enough(guarded: Guarded, mechanism: str)
     finally:
         gateway.close()
         aggregator.close()
+
+
+def test_serve_needs_what_both_need(guarded: Guarded) -> None:
+    """It appends and reads both streams."""
+    log = open_log(guarded.url("serve", "PLAIN"), secrets={"password": PASSWORDS["PLAIN"]})
+    try:
+        for stream in GATEWAY:
+            end = soon(functools.partial(log.ends, stream))[0]
+            assert asyncio.run(log.append(stream, [Entry(b"{}")])) == [end]
+            assert [record.value for record in log.read(stream, {0: end}, bytes_max=100)] == [b"{}"]
+    finally:
+        log.close()
+
+
+def test_other_producers_need_no_more_than_to_write(guarded: Guarded) -> None:
+    """As the client does that writes straight to Kafka. Decisions are not theirs."""
+    url = parse_address(guarded.url("producer", "PLAIN"), {"password": PASSWORDS["PLAIN"]})
+    for stream, outcome in ((USAGE_EVENTS, Taken), (USAGE_CONTROL, Unavailable)):
+        settings = url.client() | {"log_level": 0}
+        sent = KafkaTransport(url.servers, ORGANIZATION, topic=url.topic(stream), settings=settings)
+        with contextlib.closing(sent):
+            assert isinstance(sent.send([b'{"external_customer_id":"ann"}']), outcome)
+
+
+def test_making_topics_needs_no_permission_for_the_cluster(guarded: Guarded) -> None:
+    """To make them and to look at them takes three for each; to change their settings takes one more."""
+    address = parse_address(guarded.url("init", "PLAIN", FRESH), {"password": PASSWORDS["PLAIN"]})
+    made = make_topics(address, Wanted(partitions=2))
+    assert {finding.topic for finding in made} == {address.topic(stream) for stream in INIT}
+    assert not any(finding.wrong for finding in [*made, *make_topics(address, Wanted(partitions=2))])
+
+    other = Wanted(partitions=2, retention_days=30, repair=True)
+    with pytest.raises(Unreachable, match="authorization failed"):
+        make_topics(address, other)
+    guarded.allow("init", REPAIR, FRESH)
+    assert "changed from -1" in str(eventually(lambda: repaired(address, other)))
+
+
+def repaired(address: Address, wanted: Wanted) -> list[Finding]:
+    """What was found; nothing before brokers have heard of the permission."""
+    with contextlib.suppress(Unreachable):
+        return make_topics(address, wanted)
+    return []
 
 
 def test_a_wrong_password_is_said_and_not_shown(guarded: Guarded) -> None:

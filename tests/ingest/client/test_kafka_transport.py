@@ -1,5 +1,7 @@
 """Events straight into the log on a real Kafka broker: the same ids, in the partitions where the gateway puts them."""
 
+import asyncio
+import contextlib
 import socket
 import uuid
 from collections.abc import Iterator
@@ -11,15 +13,16 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
+from ingest.client.answer import Taken, Unavailable
 from ingest.client.event import EVENT_BYTES_MAX
 from ingest.client.kafka import RECORD_BYTES_MAX
 from ingest.client.spool import SUFFIX, Spool, fingerprint
 from ingest.log import kafka_init, open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES
+from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES, Writer
 from ingest.log.limits import Limits as LogLimits
-from meters.log import USAGE_EVENTS, Record
+from meters.log import USAGE_EVENTS, Entry, Record, TryAgain
 from meters.partition_key import partition_key, partition_of
 from tests.kafka.cluster import Cluster
 from tests.kafka.mock import mock_brokers
@@ -83,7 +86,7 @@ def prefix() -> str:
 def bootstrap(request: pytest.FixtureRequest, prefix: str) -> Iterator[str]:
     """Brokers with the topic: real ones, and the mock that is everywhere."""
     if request.param == "mock":
-        with mock_brokers() as addresses:
+        with mock_brokers(f"{prefix}.{USAGE_EVENTS}") as addresses:
             yield addresses
     else:
         real: Cluster = request.getfixturevalue("kafka")
@@ -135,7 +138,7 @@ def test_the_log_reads_what_was_written(kafka: Cluster, prefix: str) -> None:
 def test_a_topic_that_is_not_there_loses_nothing(kafka: Cluster, prefix: str, tmp_path: Path) -> None:
     """The events wait in the spool until it is made."""
     url = f"kafka://{kafka.bootstrap}/{prefix}"
-    sent = transport(kafka.bootstrap, prefix, **{"allow.auto.create.topics": False})
+    sent = transport(kafka.bootstrap, prefix)
     with Ingestion("", base_url=url, spool=tmp_path, limits=QUICK, transport=sent) as ingestion:
         ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e"})
         assert not ingestion.flush(0.5)
@@ -143,6 +146,51 @@ def test_a_topic_that_is_not_there_loses_nothing(kafka: Cluster, prefix: str, tm
         assert ingestion.flush(60)
 
     assert [msgspec.json.decode(record.value)["external_id"] for record in records(url)] == ["e"]
+
+
+def test_a_topic_made_again_with_fewer_partitions_is_written_to(kafka: Cluster, prefix: str) -> None:
+    """By the same transport: it learns how many there are, and where each customer belongs now."""
+    address = parse_address(f"kafka://{kafka.bootstrap}/{prefix}", {})
+    topic, admin = address.topic(USAGE_EVENTS), kafka.admin()
+    lines = [b'{"external_customer_id":"user-%d"}' % number for number in range(20)]
+    sent = transport(kafka.bootstrap, prefix)
+    make_topics(address, Wanted(partitions=PARTITIONS))
+    eventually(lambda: sent.send(lines) == Taken())
+    admin.delete_topics([topic])[topic].result(30)
+    eventually(lambda: topic not in admin.list_topics(timeout=20).topics)
+    make_topics(address, Wanted(partitions=1))
+    eventually(lambda: sent.send(lines) == Taken())
+    sent.close()
+
+    [record] = written(kafka.bootstrap, topic)[1][-1:]
+    assert record.value.split(b"\n") == lines
+
+
+@contextlib.contextmanager
+def no_topics() -> Iterator[str]:
+    """Brokers that make whatever they are asked for, and in the end were asked for nothing."""
+    with mock_brokers() as brokers:
+        yield brokers
+        consumer = Consumer({"bootstrap.servers": brokers, "group.id": "test", "log_level": 0})
+        with contextlib.closing(consumer):
+            assert consumer.list_topics(timeout=20).topics == {}
+
+
+def test_a_topic_is_not_made_in_passing(prefix: str) -> None:
+    """One that brokers make by themselves has their number of partitions, and keeps records for a week."""
+    with no_topics() as brokers:
+        assert isinstance(transport(brokers, prefix).send([b'{"external_customer_id":"u"}']), Unavailable)
+
+
+def test_gateways_make_no_topic_in_passing(prefix: str) -> None:
+    """Nor do they where the topic went after they knew it."""
+    async def write(writer: Writer) -> list[int]:
+        return await writer.submit(f"{prefix}.{USAGE_EVENTS}", [Entry(b"{}")], 1)
+
+    with no_topics() as brokers:
+        address = parse_address(f"kafka://{brokers}?delivery_timeout_s=1", {})
+        with contextlib.closing(Writer(address, LogLimits())) as gateway, pytest.raises(TryAgain):
+            asyncio.run(write(gateway))
 
 
 def test_an_event_that_the_brokers_find_too_large_is_handed_over(kafka: Cluster, prefix: str) -> None:
@@ -216,7 +264,7 @@ def test_what_another_organization_left_is_not_ours(prefix: str, tmp_path: Path)
     for organization, where in ((ORGANIZATION, topic), ("another", topic), (ORGANIZATION, "another")):
         destination = KafkaTransport("anywhere", organization, topic=where).destination
         leave(tmp_path, fingerprint(ADDRESS, "", destination), f"{organization}-{where}")
-    with mock_brokers() as brokers:
+    with mock_brokers(topic) as brokers:
         assert sent_from(tmp_path, brokers, prefix, 1) == [f"{ORGANIZATION}-{topic}"]
 
     assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 2
