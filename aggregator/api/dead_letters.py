@@ -33,6 +33,7 @@ Writer = Annotated[Token, Depends(allow(writing("events")))]
 async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
     """The lines that could not be counted, newest first, with their reason and their bytes.
 
+    Of a line of more than 16 KiB, which then ``is_cut``, these are the first; ``/v1/dead-letters/{id}`` has all of it.
     Lines of no known organization are shown to the first one that was made, the operator's.
     """
 
@@ -47,7 +48,7 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
 
 @router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
 async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
-    """One dead letter."""
+    """One dead letter, with all its bytes."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter), as_of)
 

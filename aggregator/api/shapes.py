@@ -227,7 +227,10 @@ def name_shape(name: EventName) -> Json:
 
 
 def letter_shape(letter: DeadLetter) -> Json:
-    """A dead letter. ``raw`` is its line; bytes that are no UTF-8 are written as \\xNN."""
+    """A dead letter.
+
+    ``raw`` is its line, or the beginning where it ``is_cut``; bytes that are no UTF-8 are written as \\xNN.
+    """
     place = letter.log_partition, letter.log_offset, letter.line
     return {
         "id": "-".join(map(str, place)),
@@ -237,6 +240,7 @@ def letter_shape(letter: DeadLetter) -> Json:
         "reason": letter.reason,
         "detail": letter.detail,
         "raw": letter.raw.decode("utf-8", "backslashreplace"),
+        "is_cut": len(letter.raw) < letter.raw_bytes,
         "ingested_at": letter.ingested_at,
         "replayed_at": letter.replayed_at,
     }
