@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 PACKED_AT_ONCE = 10_000
+PART_BYTES = 16 << 10  # of a letter in one row of the store: DuckDB has 2,048 of them in memory at once, so 32 MiB
 TEXT = pa.dictionary(pa.int32(), pa.string())  # the same few texts, a million times
 SCHEMA = pa.schema(
     [("log_partition", pa.int32()), ("log_offset", pa.int64()), ("line", pa.int32()),
      ("organization_id", TEXT), ("reason", TEXT), ("detail", TEXT), ("raw", pa.binary()),
      ("ingested_at", pa.timestamp("us"))]
 )  # fmt: skip
+_REST = pa.schema([*list(SCHEMA)[:3], ("part", pa.int32()), ("raw", pa.binary())])
 LetterPlace = tuple[int, int, int]
 """Partition, offset and line: where in the log. It names a dead letter for ever, also in a store made anew."""
 
@@ -69,7 +72,24 @@ def numbered(letters: pa.Table, first: int, replayed: dict[LetterPlace, datetime
     """The rows of the table ``dead_letters``: in the order of the log, with numbers from ``first`` on."""
     letters = letters.unify_dictionaries().sort_by([(name, "ascending") for name in SCHEMA.names[:3]])
     numbers = pa.array(np.arange(first, first + letters.num_rows))
-    return letters.add_column(0, "number", numbers).append_column("replayed_at", _replayed_at(letters, replayed))
+    raw = SCHEMA.get_field_index("raw")
+    begun = letters.set_column(raw, "raw", pc.binary_slice(letters["raw"], 0, PART_BYTES))
+    begun = begun.add_column(raw + 1, "raw_bytes", pc.binary_length(letters["raw"]))
+    return begun.add_column(0, "number", numbers).append_column("replayed_at", _replayed_at(letters, replayed))
+
+
+def rests(letters: pa.Table) -> pa.Table:
+    """The rows of the table ``dead_rests``: what a row of ``dead_letters`` does not take, in parts."""
+    long = letters.filter(pc.greater(pc.binary_length(letters["raw"]), PART_BYTES))
+    rows = [
+        (*place, part, raw[start : start + PART_BYTES])
+        for *place, raw in zip(*(long[name].to_pylist() for name in (*SCHEMA.names[:3], "raw")), strict=True)
+        for part, start in enumerate(range(PART_BYTES, len(raw), PART_BYTES))
+    ]
+    if not rows:
+        return _REST.empty_table()
+    values = zip(*rows, strict=True)
+    return pa.table([pa.array(list(one), type) for one, type in zip(values, _REST.types, strict=True)], schema=_REST)
 
 
 def _replayed_at(letters: pa.Table, replayed: dict[LetterPlace, datetime]) -> pa.Array:

@@ -33,6 +33,7 @@ Writer = Annotated[Token, Depends(allow(writing("events")))]
 async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
     """The lines that could not be counted, newest first, with their reason and their bytes.
 
+    Of a line of more than 16 KiB, which then ``is_cut``, these are the first; ``/v1/dead-letters/{id}`` has all of it.
     Lines of no known organization are shown to the first one that was made, the operator's.
     """
 
@@ -42,14 +43,14 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
         )
 
     (letters, total), as_of = await desk.ask(token, question)
-    return answer(listed([letter_shape(letter) for letter in letters], total, page), as_of)
+    return answer(listed([letter_shape(letter, token.organization_id) for letter in letters], total, page), as_of)
 
 
 @router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
 async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
-    """One dead letter."""
+    """One dead letter, with all its bytes."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
-    return answer(letter_shape(letter), as_of)
+    return answer(letter_shape(letter, token.organization_id), as_of)
 
 
 @router.post("/v1/dead-letters/{id}/replay", responses=gives(ref("DeadLetter")))
@@ -65,7 +66,7 @@ async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: 
         async with desk.deciding:
             await desk.decide(DeadLetterReplayed(*place, desk.now()))
         letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
-    return answer(letter_shape(letter), as_of)
+    return answer(letter_shape(letter, token.organization_id), as_of)
 
 
 def _find(here: Here, desk: AtDesk, token: Token, id: str) -> DeadLetter:

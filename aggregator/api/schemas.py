@@ -150,8 +150,9 @@ SCHEMAS: Schema = {
     "Metrics": record({"periods": many(OBJECT), "totals": OBJECT, "metrics": OBJECT}),
     "MetricsLimits": record({"min_date": {"type": "string", "format": "date"}, "intervals": OBJECT}),
     "DeadLetter": record(
-        {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "reason": TEXT, "detail": TEXT}
-        | {"raw": TEXT, "ingested_at": TIME, "replayed_at": nullable(TIME)}
+        {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "organization_id": nullable(TEXT)}
+        | {"is_own": BOOLEAN, "reason": TEXT, "detail": TEXT, "raw": TEXT, "is_cut": BOOLEAN, "ingested_at": TIME}
+        | {"replayed_at": nullable(TIME)}
     ),
     "FeedPage": record(
         {"items": many(record({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}

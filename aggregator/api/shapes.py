@@ -226,17 +226,23 @@ def name_shape(name: EventName) -> Json:
     }
 
 
-def letter_shape(letter: DeadLetter) -> Json:
-    """A dead letter. ``raw`` is its line; bytes that are no UTF-8 are written as \\xNN."""
+def letter_shape(letter: DeadLetter, asking: str) -> Json:
+    """A dead letter, for the organization that asks. ``organization_id`` is what its record named, if anything.
+
+    ``raw`` is its line, or the beginning where it ``is_cut``; bytes that are no UTF-8 are written as \\xNN.
+    """
     place = letter.log_partition, letter.log_offset, letter.line
     return {
         "id": "-".join(map(str, place)),
         "log_partition": letter.log_partition,
         "log_offset": letter.log_offset,
         "line": letter.line,
+        "organization_id": letter.organization_id,
+        "is_own": letter.organization_id == asking,
         "reason": letter.reason,
         "detail": letter.detail,
         "raw": letter.raw.decode("utf-8", "backslashreplace"),
+        "is_cut": len(letter.raw) < letter.raw_bytes,
         "ingested_at": letter.ingested_at,
         "replayed_at": letter.replayed_at,
     }

@@ -213,7 +213,7 @@ class LogCheck:
     def _check_letter(self, partition: int, lines: Lines, number: int, letter: dict[str, Any]) -> None:
         reading = self._read(partition, lines, number)
         what = ""
-        if letter["raw"] != lines.raws[number]:
+        if b"".join([letter["raw"], *(letter["rests"] or ())]) != lines.raws[number]:
             what = "the dead letter has other bytes than the line"
         elif isinstance(reading, Reading) and letter["reason"] != "conflict":
             what = f"the line can be counted, and is a dead letter ({letter['reason']})"

@@ -215,7 +215,9 @@ class Events:
     def _conflicts(self) -> str:
         """The lines that contradicted an event that was first, as text to look for ids in."""
         letters = self._here.pages("/v1/dead-letters/", include_replayed=True)
-        return "\n".join(letter["raw"] for letter in letters if letter["reason"] == "conflict")
+        contrary = (letter for letter in letters if letter["reason"] == "conflict")
+        whole = (self._here.get(f"/v1/dead-letters/{one['id']}") if one["is_cut"] else one for one in contrary)
+        return "\n".join(letter["raw"] for letter in whole)
 
     def _told(self, cause: Cause, at: datetime, repair: Repair, group: Sequence[tuple[Pair, str]]) -> Difference:
         pairs = [found for found, _ in group]

@@ -8,10 +8,14 @@ here: they are read from the metadata text when asked for, so a new meter counts
 The two long texts are packed with zstd: as small as what DuckDB would choose, at half the cost of a checkpoint, because
 nothing else is tried first.
 
+A dead letter may be a whole record of 24 MiB. DuckDB handles 2,048 values of a column at once, whatever their size, and
+a hundred of those are more than its memory: so ``dead_letters`` has the beginning of the bytes, and ``dead_rests`` the
+others in parts (``aggregator.letters``).
+
 A file of another layout is not changed: it is refused, and ``meterstream rebuild`` makes the store again from the log.
 """
 
-VERSION = 4
+VERSION = 5
 
 TABLES = """
 CREATE TABLE about (version INTEGER, writer_epoch BIGINT);
@@ -41,8 +45,10 @@ CREATE TABLE hierarchy (
 );
 CREATE TABLE dead_letters (
     number BIGINT, log_partition INTEGER, log_offset BIGINT, line INTEGER, organization_id VARCHAR,
-    reason VARCHAR, detail VARCHAR, raw BLOB, ingested_at TIMESTAMP, replayed_at TIMESTAMP
+    reason VARCHAR, detail VARCHAR, raw BLOB, raw_bytes INTEGER, -- of all its parts
+    ingested_at TIMESTAMP, replayed_at TIMESTAMP
 );
+CREATE TABLE dead_rests (log_partition INTEGER, log_offset BIGINT, line INTEGER, part INTEGER, raw BLOB);
 CREATE VIEW tallies AS
     SELECT log_partition, stored, duplicates, conflicts, dead FROM positions WHERE stream = 'usage.events';
 CREATE TABLE control (log_offset BIGINT, value VARCHAR);

@@ -27,7 +27,7 @@ import pyarrow as pa
 from aggregator import hierarchy
 from aggregator.apply import Batch
 from aggregator.directory import Directory
-from aggregator.letters import LetterPlace, numbered
+from aggregator.letters import LetterPlace, numbered, rests
 from aggregator.seen import Keys, Seen
 from aggregator.step import SAID, Effects, Tally
 from aggregator.store.opening import MODEST, Settings, explaining, open_file
@@ -105,6 +105,7 @@ class Store:
         self._insert_control = Prepared(writing, "decided", "INSERT INTO control SELECT * FROM decided")
         self._insert_subjects = Prepared(writing, "numbered", "INSERT INTO subjects SELECT * FROM numbered")
         self._insert_dead = Prepared(writing, "buried", "INSERT INTO dead_letters SELECT * FROM buried")
+        self._insert_rests = Prepared(writing, "buried_rests", "INSERT INTO dead_rests SELECT * FROM buried_rests")
         self._move_on = Prepared(writing, "moves", _MOVE_ON)
 
     @classmethod
@@ -298,6 +299,8 @@ class Store:
     def _bury(self, dead: pa.Table) -> None:
         if dead.num_rows:
             self._insert_dead(numbered(dead, self._next_dead, self._replayed))
+            if (long := rests(dead)).num_rows:
+                self._insert_rests(long)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Snapshot]:

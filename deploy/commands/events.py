@@ -94,7 +94,7 @@ def list_events(
 
 @app.command(epilog=EPILOG)
 def dead(context: typer.Context) -> None:
-    """What arrived and cannot be counted, with the reason and its bytes."""
+    """What arrived and cannot be counted, with the reason and its bytes, up to 16 KiB of them."""
     here = session(context)
     with here.api() as api:
         show(list(api.pages("/v1/dead-letters/")), DEAD_COLUMNS, here.output)
@@ -105,9 +105,12 @@ def replay(
     context: typer.Context,
     id: Annotated[str, typer.Argument(help="The dead letter's id, as `meterstream events dead` shows it.")],
     file: Annotated[Path | None, typer.Option(help="The mended event; without it the letter goes as it is.")] = None,
-    drop: Annotated[bool, typer.Option("--drop", help="Send nothing: it is not worth it.")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Send nothing: not worth it, or sent otherwise.")] = False,
 ) -> None:
-    """Send a dead letter again, mended if a file is given, and take it off the list once it is in."""
+    """Send a dead letter again, mended if a file is given, and take it off the list once it is in.
+
+    It counts for the organization of the token, so one that names another organization, or none, is not sent.
+    """
     from deploy.client import looking_for, segment
     from deploy.sending import deliver
 
@@ -119,11 +122,24 @@ def replay(
         with looking_for(f"there is no dead letter {id}; `meterstream events dead` shows the ids"):
             letter = api.get(path)
         if not drop:
+            _check_own(letter)
             event = _event(_content(file) if file else letter["raw"].encode(), str(file or id), id)
             delivery = deliver(api, [event])
             if delivery.problems:
                 raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
         show_one(api.post(f"{path}/replay", {}), here.output)
+
+
+def _check_own(letter: dict[str, Any]) -> None:
+    """Whose a letter is that names nobody known, only its producer knows. Raises GiveUp."""
+    if letter["is_own"]:
+        return
+    named = letter["organization_id"]
+    raise GiveUp(
+        f"{letter['id']} names {'no organization' if named is None else f'the organization {named!r}'}, and would "
+        "count for the one of your token: give its event to `meterstream events send` with a token of the organization "
+        "that it belongs to, and take it off this list with --drop"
+    )
 
 
 def _content(file: Path) -> bytes:

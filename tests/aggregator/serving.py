@@ -16,6 +16,7 @@ import httpx
 
 from aggregator.api import Rules, create_app
 from aggregator.owner import Aggregator
+from aggregator.store.opening import Settings
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.access import SCOPES, digest
@@ -43,11 +44,11 @@ def exact_text(text: bytes) -> Json:
 class Server:
     """The app, in this process, with an event loop of its own; ``run`` lets a coroutine run on it."""
 
-    def __init__(self, path: Path, rules: Rules) -> None:
+    def __init__(self, path: Path, rules: Rules, settings: Settings) -> None:
         self._runner = asyncio.Runner()
         self.now = NOW
         self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
-        self.aggregator = Aggregator(self.log, path / "store.duckdb", SMALL)
+        self.aggregator = Aggregator(self.log, path / "store.duckdb", settings)
         numbers = count(1)
         self.app = create_app(
             self.aggregator,
@@ -195,9 +196,9 @@ class Tenant:
 
 
 @contextmanager
-def serving(path: Path, rules: Rules = Rules()) -> Iterator[Server]:  # noqa: B008 - an immutable value
+def serving(path: Path, rules: Rules = Rules(), settings: Settings = SMALL) -> Iterator[Server]:  # noqa: B008 - an immutable value
     """A running API without any organization."""
-    server = Server(path, rules)
+    server = Server(path, rules, settings)
     try:
         yield server
     finally:

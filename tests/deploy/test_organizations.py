@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from deploy.data import DataDirectory
-from meters.log import USAGE_CONTROL
-from tests.aggregator.records import OTHER_ORGANIZATION, decisions, organization
-from tests.deploy.installation import meterstream
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.aggregator.records import OTHER_ORGANIZATION, decisions, entry, line, organization
+from tests.deploy.installation import Installation, meterstream
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -35,6 +36,42 @@ def test_what_says_which_organization_is_named(two: Path, line: str, names: str)
     assert done.returncode == 2
     assert f"say which organization with {names} (an id or a name); there are: " in done.stderr
     assert OTHER_ORGANIZATION in done.stderr
+
+
+@pytest.mark.parametrize("named", [None, "acme", OTHER_ORGANIZATION])
+def test_a_letter_that_is_not_the_tokens_own_is_never_counted_as_its(
+    running: Installation, tmp_path: Path, named: str | None
+) -> None:
+    """With a file or without, it stays on the list, and it is said what to do; --drop takes it off."""
+    (event := tmp_path / "event.json").write_bytes(line("stray"))
+    value = b"{broken" if named == OTHER_ORGANIZATION else event.read_bytes()
+    with contextlib.closing(DataDirectory(running.data).open_log()) as log:
+        asyncio.run(log.append(USAGE_EVENTS, [entry(value, organization_id=named, admitted=False)]))
+    (letter,) = eventually(lambda: running.answer("events", "dead"))
+    assert letter["organization_id"] == named
+
+    for more in ([], ["--file", str(event)]):
+        done = running.run("events", "replay", letter["id"], *more)
+        assert done.returncode == 1, done.stdout
+        assert f"names {'no organization' if named is None else f'the organization {named!r}'}, and" in done.stderr
+        assert "`meterstream events send` with a token of the organization that it belongs to" in done.stderr
+    assert running.answer("events", "dead") == [letter]
+    assert running.answer("events", "replay", letter["id"], "--drop")["replayed_at"]
+    assert running.answer("events", "dead") == running.answer("events", "list") == []
+
+
+def test_a_letter_of_the_tokens_own_organization_is_sent_again(running: Installation, tmp_path: Path) -> None:
+    """Mended, it counts and leaves the list."""
+    (own,) = running.answer("orgs", "list")
+    with contextlib.closing(DataDirectory(running.data).open_log()) as log:
+        asyncio.run(log.append(USAGE_EVENTS, [entry(b"{broken", organization_id=own["id"], admitted=False)]))
+    (letter,) = eventually(lambda: running.answer("events", "dead"))
+    assert (letter["organization_id"], letter["is_own"]) == (own["id"], True)
+    (mended := tmp_path / "mended.json").write_bytes(line("mended", name="mended"))
+
+    assert running.answer("events", "replay", letter["id"], "--file", str(mended))["replayed_at"]
+    assert not running.answer("events", "dead")
+    eventually(lambda: len(running.answer("events", "list", "--name", "mended")) == 1)
 
 
 def test_two_of_one_name_are_made_where_it_is_meant(two: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from aggregator.letters import PART_BYTES
 from aggregator.reconcile import elsewhere, stretches
 from aggregator.reconcile.log_check import LogCheck, Range
 from aggregator.reconcile.questions import StoppedStore
@@ -128,6 +129,22 @@ def test_a_missing_dead_letter_is_lost(left: Left) -> None:
     causes = [difference.cause for difference in left.check("log").differences]
 
     assert sorted(causes) == [Cause.CONFLICT, Cause.LOST]
+
+
+def test_every_part_of_a_large_dead_letter_is_compared(tmp_path: Path) -> None:
+    """What the store keeps in parts is the line, from the first to the last of them."""
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(b"{broken " + b"x" * 5 * PART_BYTES, b"{small", admitted=False)]))
+    left.count()
+    assert left.report().differences == []
+
+    left.spoil("DELETE FROM dead_rests WHERE part = 4")
+
+    (difference,) = left.check("log").differences
+    assert difference.cause is Cause.CHANGED
+    assert "the dead letter has other bytes than the line" in difference.what
 
 
 def test_a_record_of_too_many_lines_is_one_dead_letter_to_both_sides(tmp_path: Path) -> None:

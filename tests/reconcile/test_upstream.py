@@ -173,10 +173,12 @@ def test_a_changed_quantity_is_named_with_both_contents(sides: TwoSides) -> None
     assert difference.quantities == {"tokens": Decimal(1)}
 
 
-def test_a_conflict_is_told_from_a_change(sides: TwoSides) -> None:
-    """Where the other content was refused here as a contradiction, that is the reason."""
+@pytest.mark.parametrize("more", [{}, dict.fromkeys(map(str, range(40)), "x" * 500)], ids=["short", "long"])
+def test_a_conflict_is_told_from_a_change(sides: TwoSides, more: dict[str, str]) -> None:
+    """Where the other content was refused here as a contradiction, that is the reason, wherever its line has the id."""
     sides.here.send(*numbered(4))
-    sides.here.send(call("e2", 99, at=NOON + timedelta(days=2, minutes=2)))
+    contrary = call("e2", 99, at=NOON + timedelta(days=2, minutes=2), **more)
+    sides.here.send(dict(reversed(contrary.items())))
     sides.forward(lambda event: {**event, "metadata": {"tokens": 99}} if event["external_id"] == "e2" else event)
 
     assert only(sides.check()).cause is Cause.CONFLICT

@@ -42,7 +42,10 @@ QUESTIONS: Mapping[str, str] = {
         WHERE e.log_partition = $partition AND e.log_offset >= $since AND e.log_offset < $until
         ORDER BY 1""".replace("PRINT", _PRINT),
     "dead": """
-        SELECT log_offset << 24 | line AS key, reason, raw FROM dead_letters
+        SELECT log_offset << 24 | line AS key, reason, raw, rests FROM dead_letters LEFT JOIN (
+            SELECT log_partition, log_offset, line, list(raw ORDER BY part) AS rests FROM dead_rests
+            WHERE log_partition = $partition AND log_offset >= $since AND log_offset < $until GROUP BY ALL
+        ) USING (log_partition, log_offset, line)
         WHERE log_partition = $partition AND log_offset >= $since AND log_offset < $until ORDER BY 1""",
     "at": """
         SELECT e.*, e.log_offset << 24 | e.line AS key, o.id AS organization_id, s.kind, s.text AS who
