@@ -27,6 +27,13 @@ PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
 
 Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before once more, unless it names its id.")]
 
+Map = Annotated[
+    list[str],
+    typer.Option(
+        help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens; in double quotes what has a comma in it."
+    ),
+]
+
 
 @app.command(epilog=EPILOG)
 @flowing
@@ -56,7 +63,7 @@ def send(
 def import_csv(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
-    map: Annotated[list[str], typer.Option(help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens.")] = [],  # noqa: B006 (typer copies it)
+    map: Map = [],  # noqa: B006 (typer copies it)
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
