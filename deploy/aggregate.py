@@ -60,7 +60,7 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
         )  # fmt: skip
         run_aggregator(log, process)
     except (Unopenable, Replaced) as error:
-        raise GiveUp(f"{error}; `meterstream doctor --data {data.path}` looks closer") from error
+        raise GiveUp(f"{data.healing(str(error))}; `meterstream doctor --data {data.path}` looks closer") from error
     except PositionLost as error:
         raise GiveUp(
             f"the log and the store do not belong together any more: {error}; stop here, keep both, and see "

@@ -18,6 +18,7 @@ from meters import exact_json
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
 BUSY_WAIT_S_MAX = 10.0  # a server that has just begun to listen answers questions a second or two later
+LEFT_OUT = "Field required"  # the server's words
 DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
 
 
@@ -36,12 +37,19 @@ class Refused(GiveUp):
 
     def _told(self, options: Mapping[str, str]) -> str:
         lines = [
-            ": ".join(filter(None, (options.get(field, options.get(field.partition(".")[0], field)), message)))
-            for field, message in self._complaints
+            ": ".join(filter(None, (_named(field, message, options), message))) for field, message in self._complaints
         ]
         hidden = len(lines) - DETAILS_SHOWN_MAX
         shown = lines[:DETAILS_SHOWN_MAX] + ([f"and {hidden} more"] if hidden > 0 else [])
         return "; ".join(shown) or self._otherwise
+
+
+def _named(field: str, message: str, options: Mapping[str, str]) -> str:
+    """The option with which a field was given; the path below it says something to who left a part of it out."""
+    outer, _, inner = field.partition(".")
+    if field in options or outer not in options:
+        return options.get(field, field)
+    return f"{options[outer]}: {inner}" if message == LEFT_OUT else options[outer]
 
 
 class Missing(GiveUp):
@@ -204,7 +212,10 @@ def refused(response: httpx.Response) -> GiveUp:
             return Missing(f"not found: {response.request.url.path}")
         case 422:
             return Refused(_complaints(response), _first_line(response))
-        case 429 | 503:
+        case 429:
+            wait = response.headers.get("Retry-After", "a few")
+            return GiveUp(f"this token's requests are limited; there is room again in {wait} s")
+        case 503:
             wait = response.headers.get("Retry-After", "a few")
             return GiveUp(f"the server is busy or still starting; try again in {wait} s")
         case status:

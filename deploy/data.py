@@ -16,6 +16,7 @@ process ended, so there is never a stale one to remove by hand.
 import contextlib
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.settings import Settings
+from deploy.settings import Settings, read_environment
 from ingest.log import open_log
 from meters.log import Log, PositionLost, Refused, TryAgain
 
@@ -31,6 +32,7 @@ from meters.log import Log, PositionLost, Refused, TryAgain
 SOCKET_PATH_BYTES_MAX = 103
 # A server that was killed leaves its lock when the kernel has ended its children: milliseconds, unless it is busy.
 LOCK_PATIENCE_S = 3.0
+REBUILD = "meterstream rebuild"
 # What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
 PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
 
@@ -110,6 +112,12 @@ class DataDirectory(msgspec.Struct, frozen=True):
             raise GiveUp(f"--log: {error}", USAGE) from None
         except (TryAgain, Refused, PositionLost) as error:
             raise GiveUp(f"{error}; `meterstream doctor --data {self.path}` looks closer") from error
+
+    def healing(self, remedy: str) -> str:
+        """The remedy with the --data that its command needs here, which is none for the usual place."""
+        if self.path == read_environment().data:
+            return remedy
+        return remedy.replace(REBUILD, f"{REBUILD} --data {shlex.quote(str(self.path))}")
 
     def make(self) -> None:
         """Make the directory if there is none; only its owner may look inside. Raises GiveUp."""

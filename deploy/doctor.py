@@ -235,14 +235,14 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             with explaining(data.store):
                 store.read_through()
         except Unopenable as error:
-            yield Finding("store", error.found, _heal_store(error, log))
+            yield Finding("store", error.found, data.healing(_heal_store(error, log)))
             return
         except NotNow as error:
             yield Finding("store", str(error), "make room for it, then look again")
             return
         tallies = ", ".join(f"{count} {name}" for name, count in store.tallies().items())
         yield Finding("store", f"opens, and every row can be read; {tallies}")
-        newest = _remedies(data).newest
+        newest = data.healing(_remedies(data).newest)
         fits = [_fit(stream, store.positions(stream), log, newest) for stream in identities]
         yield from fits
         if not any(fit.heal for fit in fits) and (broken := break_in(log, store)):

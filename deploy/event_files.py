@@ -35,6 +35,7 @@ RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
 IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
 TEXTS_SHOWN_MAX = 5  # cells of one column tend to be alike
 TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
+SECONDS_MIN = 100_000_000  # in 1973; a smaller number is a year, or a day such as 20260301
 MEANT_AS_A_NUMBER = re.compile(
     r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
 )
@@ -130,7 +131,7 @@ def _fields(decoder: "msgspec.json.Decoder[dict[str, msgspec.Raw]]", line: bytes
 def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
     """``name=model,metadata.tokens=Tokens`` as {"name": "model", ...}. Raises GiveUp for what no event has."""
     mapping: dict[str, str] = {}
-    for part in (part for option in options for part in option.split(",")):
+    for part in (part for option in options for part in _parts(option, flag)):
         field, equals, value = part.partition("=")
         field = field.strip()
         if not equals:
@@ -140,6 +141,14 @@ def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
             raise GiveUp(f"{flag}: events have no {field!r}; only {', '.join(FIELDS)} and metadata.NAME", USAGE)
         mapping[field] = value.strip()
     return mapping
+
+
+def _parts(option: str, flag: str) -> list[str]:
+    """What stands between the commas; one with a comma in itself is quoted as in the file. Raises GiveUp."""
+    try:
+        return next(csv.reader([option], strict=True, skipinitialspace=True), []) or [""]
+    except csv.Error as error:
+        raise GiveUp(f"{flag} is read as a line of CSV, and {option!r} is none: {error}", USAGE) from None
 
 
 class CsvFile(msgspec.Struct, frozen=True):
@@ -287,7 +296,10 @@ def _value(text: str) -> object:
 def _instant(text: str) -> str:
     """A time with its offset; without one it is UTC. A number is seconds or milliseconds, as the server reads it."""
     if JSON_NUMBER.fullmatch(text):
-        return _written_out(text)
+        number = _written_out(text)
+        if 0 <= Decimal(number) < SECONDS_MIN and Decimal(number) % 1 == 0:
+            raise ValueError(f"timestamp: {text!r} is no time; write a day as 2026-03-01, or the seconds since 1970")
+        return number
     try:
         instant = datetime.fromisoformat(text)
     except ValueError:

@@ -7,6 +7,7 @@ Polar's API.
 """
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
@@ -18,6 +19,7 @@ from deploy.giving_up import GiveUp
 from deploy.output import note
 from ingest.limits import BODY_BYTES_MAX
 from meters import exact_json
+from meters.log import parse_position
 
 INGEST_PATH = "/v1/events/ingest"
 BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
@@ -49,6 +51,7 @@ class Delivery(msgspec.Struct):
     inserted: int = 0
     duplicates: int = 0
     log_position: str = ""
+    records: dict[int, "array[int]"] = {}  # that hold them: offsets by partition, a few bytes for each batch
     problems: list[Problem] = []
     safe_line: int = 0  # up to here every line was answered for
     doubtful_line: int = 0  # up to here lines went out, and nobody said what became of them
@@ -96,6 +99,8 @@ def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
             delivery.inserted += answer["inserted"]
             delivery.duplicates += answer["duplicates"]
             delivery.log_position = response.headers.get("Log-Position", delivery.log_position)
+            for partition, end in (parse_position(response.headers.get("Log-Position", "")) or {}).items():
+                delivery.records.setdefault(partition, array("q")).append(end - 1)
             return
         faults = _faults(response)
         if not faults:

@@ -34,7 +34,7 @@ from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.listening import listen, url
 from deploy.logs import configure_logs
 from deploy.output import note
-from deploy.settings import Settings
+from deploy.settings import Settings, read_environment
 from meters.access import digest
 
 BROKERS_LOOK_S = 1.0  # between two looks for brokers that are away, or for topics that are not there yet
@@ -114,7 +114,7 @@ class Started(msgspec.Struct, frozen=True):
     url: str
     data: str
     secret: str | None  # of the token that this start made
-    drawn: bool  # the secret was drawn here rather than given
+    given: str  # what stands for a secret that was given, where it works; empty if it was drawn here
 
 
 def run(settings: Settings, lifeline: int | None) -> None:
@@ -127,7 +127,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
         secret = _first_secret(data, settings)
         address = url(settings.host, listener.getsockname()[1])
-        started = Started(address, str(data.path), secret, drawn=not settings.token)
+        started = Started(address, str(data.path), secret, _given(settings))
         lifeline, held_end = os.pipe()
         try:
             children = _children(data, listener, lifeline, lock)
@@ -141,6 +141,13 @@ def run(settings: Settings, lifeline: int | None) -> None:
             os.close(lifeline)
     if failure:
         raise failure
+
+
+def _given(settings: Settings) -> str:
+    """The variable that holds the token, or words in the place of one that no variable of the shell has."""
+    if not settings.token:
+        return ""
+    return "$METERSTREAM_TOKEN" if settings.token == read_environment().token else "<the token you gave>"
 
 
 def _first_secret(data: DataDirectory, settings: Settings) -> str | None:
@@ -214,10 +221,10 @@ def _greet(started: Started) -> None:
     print(f"Meterstream listens on {started.url}, data in {started.data}. Ctrl-C stops it.", flush=True)
     if started.secret is None:
         return
-    token = started.secret if started.drawn else "$METERSTREAM_TOKEN"
-    quote = "'" if started.drawn else '"'
+    token = started.given or started.secret
+    quote = '"' if started.given else "'"
     event = '{"events":[{"name":"llm.call","external_customer_id":"ada","metadata":{"tokens":812}}]}'
-    shown = f"Its token, shown this once:\n\n  {token}\n" if started.drawn else "Its token is the one you gave.\n"
+    shown = "Its token is the one you gave.\n" if started.given else f"Its token, shown this once:\n\n  {token}\n"
     print(
         f"\nThis is the first start: there is now an organization called default. {shown}\n"
         f"Send it an event:\n\n  curl -i {started.url}/v1/events/ingest \\\n"

@@ -74,6 +74,7 @@ _UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
 _PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
 UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
 _NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
+_COUNTED: Schema = COUNT | {"description": "Events that count; for a meter of `unique`, its distinct values"}
 
 SCHEMAS: Schema = {
     "Filter": record(
@@ -97,7 +98,7 @@ SCHEMAS: Schema = {
     "Quantities": record(
         {"quantities": many(record({"timestamp": TIME, "quantity": NUMBER})), "total": NUMBER}
     ),
-    "Usage": record({"meter_id": ID, **_NAMED, "value": TEXT, "count": COUNT}),
+    "Usage": record({"meter_id": ID, **_NAMED, "value": TEXT, "count": _COUNTED}),
     "Preview": record(
         {"total": NUMBER, "events": COUNT, "customers": COUNT}
         | {"first_seen": nullable(TIME), "last_seen": nullable(TIME)}

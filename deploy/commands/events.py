@@ -14,6 +14,8 @@ from deploy.output import harmless, note, progress_bar, show, show_one
 from deploy.session import EPILOG, Session, flowing, session
 
 if TYPE_CHECKING:
+    from deploy.client import Api
+    from deploy.conflicts import Conflicts
     from deploy.sending import Delivery, Line
 
 app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
@@ -24,6 +26,13 @@ STDIN = Path("-")
 PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
 
 Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before once more, unless it names its id.")]
+
+Map = Annotated[
+    list[str],
+    typer.Option(
+        help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens; in double quotes what has a comma in it."
+    ),
+]
 
 
 @app.command(epilog=EPILOG)
@@ -54,7 +63,7 @@ def send(
 def import_csv(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
-    map: Annotated[list[str], typer.Option(help="FIELD=COLUMN,... such as name=kind,metadata.tokens=Tokens.")] = [],  # noqa: B006 (typer copies it)
+    map: Map = [],  # noqa: B006 (typer copies it)
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
@@ -181,22 +190,45 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None, *, is_new: bool) -> None:
-    """Send what the source yields, show how far it is, and end with exit code 1 when a line was not taken."""
+    """Send what the source yields, show how far it is, and end with exit code 1 when a line does not count."""
     from deploy.sending import Delivery, deliver
 
     delivery = Delivery()
     try:
         with here.api() as api, progress_bar("events", total) as advance:
             deliver(api, _readable(source, delivery), into=delivery, events_max=batch, progress=advance)
+            conflicts = _conflicts(api, delivery)
     except (KeyboardInterrupt, GiveUp) as reason:
         _show_problems(delivery)
         raise _ended_early(reason, delivery, is_new=is_new) from None
     count = len(delivery.problems)
     summary = {"inserted": delivery.inserted, "duplicates": delivery.duplicates, "refused": count}
-    show_one(summary | {"log_position": delivery.log_position}, here.output)
+    found = {"conflicts": conflicts.events if conflicts else None, "log_position": delivery.log_position}
+    show_one(summary | found, here.output)
     _show_problems(delivery)
-    if count:
-        raise GiveUp(_not_taken(count, is_new=is_new))
+    ends = [_do_not_count(conflicts)] if conflicts and conflicts.events else []
+    ends += [_not_taken(count, is_new=is_new)] if count else []
+    if ends:
+        raise GiveUp("; ".join(ends))
+
+
+def _conflicts(api: "Api", delivery: "Delivery") -> "Conflicts | None":
+    """The events whose external_id was taken; None where nobody can say. All is sent, so that alone is no failure."""
+    from deploy.conflicts import find_conflicts
+
+    try:
+        return find_conflicts(api, delivery)
+    except GiveUp as reason:
+        note(f"whether an external id was taken with other content could not be looked up: {reason}")
+        return None
+
+
+def _do_not_count(conflicts: "Conflicts") -> str:
+    more = "" if conflicts.is_all else " or more"
+    return (
+        f"{conflicts.events:,}{more} events have an external id that was taken with other content, and do not count; "
+        "`meterstream events dead` shows them"
+    )
 
 
 def _readable(source: Iterator[Any], delivery: "Delivery") -> Iterator["Line | None"]:

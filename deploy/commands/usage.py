@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.giving_up import USAGE, GiveUp
-from deploy.output import Output, as_json, require_stdout, show, show_json, show_table, text
+from deploy.output import Output, as_json, note, require_stdout, show, show_json, show_table, text
 from deploy.session import session
 from deploy.typed import parse_instant
 from meters import exact_json
@@ -66,14 +66,16 @@ def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> No
     rows = [
         {"timestamp": point["timestamp"], "quantity": Decimal(point["quantity"])} for point in answer["quantities"]
     ]
+    total = f"Total {text(Decimal(answer['total']))}, as of log position {as_of}."
     require_stdout()
     if output is Output.json:
         show_json(as_json({**answer, "as_of": as_of}))
     elif output is Output.csv:
         show(rows, ("timestamp", "quantity"), output)
+        note(total)
     else:
         show_table(rows, ("timestamp", "quantity"), chart="quantity" if chart else "")
-        print(f"Total {text(Decimal(answer['total']))}, as of log position {as_of}.")
+        print(total)
 
 
 def _range(start: str | None, end: str | None, interval: Interval, timezone: str) -> tuple[datetime, datetime]:

@@ -1,19 +1,18 @@
 """The demonstration's auditor: adds a trace up without any of the pipeline's code.
 
-Only ``csv`` and ``Decimal``, over the file itself; from ``trace`` it takes the rule (whose a request is, what a
-token costs) and nothing that sends or counts.
+Only ``csv`` and ``Decimal``, over the file itself; from ``trace`` it takes the rule (whose a request is, when it was,
+what a token costs) and nothing that sends or counts.
 """
 
 import csv
 from collections import Counter
-from datetime import datetime
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from deploy.demo.trace import CONTEXT_CENTS, GENERATED_CENTS, customers
+from deploy.demo.trace import CONTEXT_CENTS, GENERATED_CENTS, customers, moment
 
 
 class Figures(msgspec.Struct):
@@ -41,7 +40,7 @@ def recount(path: Path, rows: int | None) -> Figures:
     with path.open(newline="") as file:
         for row, customer in zip(islice(csv.DictReader(file), rows), customers(), strict=False):
             context, generated = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            hour = f"{datetime.fromisoformat(row['TIMESTAMP']):%Y-%m-%dT%H}"
+            hour = f"{moment(row['TIMESTAMP']):%Y-%m-%dT%H}"
             tokens_of[customer] += context + generated
             requests_of[customer] += 1
             tokens_at[hour] += context + generated

@@ -29,6 +29,7 @@ BODY_EVENTS = 100
 CONNECTIONS = 4  # so that the log's group commit has something to group
 START_PATIENCE_S = 60.0  # two processes on a machine that is busy with other things
 CATCH_UP_PATIENCE_S = 120.0
+PROBLEMS_SHOWN_MAX = 3  # of what one connection sent; whoever has more of them has one cause
 WAIT_S = 20  # that one answer may be kept back; the server's own limit is 30
 METERS: dict[str, dict[str, str]] = {
     "tokens": {"func": "sum", "property": "tokens"},
@@ -49,9 +50,11 @@ def run(trace_file: Path | None, rows: int | None) -> None:
     """The whole demonstration. Raises GiveUp, with exit code 3 when a figure differs from the recount."""
     with tempfile.TemporaryDirectory(prefix="meterstream-demo-") as scratch:
         path = _choose_trace(trace_file, Path(scratch))
-        lines = [trace.event(request, number, path.stem) for number, request in enumerate(trace.read_trace(path, rows))]
-        if not lines:
+        requests = list(trace.read_trace(path, rows))
+        if not requests:
             raise GiveUp(f"{path} has no rows")
+        trace.check_span(requests)
+        lines = [trace.event(request, path.stem) for request in requests]
         note(f"{len(lines):,} requests, spread over {trace.CUSTOMERS} customers (Zipf, seed {trace.SEED}).")
         note(f"Priced at {trace.CONTEXT_CENTS} cents a context token, {trace.GENERATED_CENTS} cents a generated token.")
         with running_server(Path(scratch) / "data") as (url, token), Api(url, token) as api:
@@ -147,8 +150,12 @@ def _parts(lines: list[Line]) -> list[list[Line]]:
 def _send_part(url: str, token: str, part: list[Line]) -> str:
     with Api(url, token) as api:
         delivery = deliver(api, part, events_max=BODY_EVENTS)
+    if delivery.problems:
+        hidden = len(delivery.problems) - PROBLEMS_SHOWN_MAX
+        shown = [f"line {problem.line}: {problem.message}" for problem in delivery.problems[:PROBLEMS_SHOWN_MAX]]
+        raise GiveUp("; ".join(shown + ([f"and {hidden} more"] if hidden > 0 else [])))
     if delivery.inserted != len(part):
-        raise GiveUp(f"the server took {delivery.inserted} of {len(part)} events; {delivery.problems[:3]}", MISMATCH)
+        raise GiveUp(f"the server took {delivery.inserted} of {len(part)} events", MISMATCH)
     return delivery.log_position
 
 

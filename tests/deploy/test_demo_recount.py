@@ -9,7 +9,8 @@ import pytest
 from deploy.demo.recount import Figures, compare, recount
 from deploy.demo.run import conclude
 from deploy.demo.trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
-from deploy.giving_up import MISMATCH, GiveUp
+from deploy.giving_up import MISMATCH, USAGE, GiveUp
+from tests.deploy.installation import meterstream
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -97,7 +98,7 @@ def test_a_generated_trace_is_one(tmp_path: Path) -> None:
 
     assert len(requests) == 50
     assert requests == sorted(requests)
-    assert b'"_cost":{"amount":' in event(requests[0], 0, "made").event
+    assert b'"_cost":{"amount":' in event(requests[0], "made").event
 
 
 def test_a_copy_of_the_trace_is_found_beside_the_repository(tmp_path: Path) -> None:
@@ -119,3 +120,65 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(GiveUp, match="TIMESTAMP, ContextTokens, GeneratedTokens"):
         list(read_trace(path, None))
+
+
+def trace_of(tmp_path: Path, *rows: str) -> Path:
+    """A trace with these rows."""
+    (path := tmp_path / "given.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    return path
+
+
+def test_times_may_say_their_offset(tmp_path: Path) -> None:
+    """The reader and the recount take them for the same moments, in UTC."""
+    path = trace_of(tmp_path, "2023-11-16T20:15:46.6805900+02:00,1,1", "2023-11-16T18:30:00Z,1,1")
+
+    times = [f"{request.timestamp:%H:%M:%S.%f%z}" for request in read_trace(path, None)]
+
+    assert times == ["18:15:46.680590+0000", "18:30:00.000000+0000"]
+    assert recount(path, None).requests_by_hour == {"2023-11-16T18": 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("2023-11-16 18:15:46,1", "the row has no cell for GeneratedTokens"),
+        ("2023-11-16 18:15:46,1,x", "invalid literal"),
+        ("yesterday,1,1", "Invalid isoformat string: 'yesterday'"),
+        ("0001-01-01T00:00:00+14:00,1,1", "date value out of range"),
+    ],
+)
+def test_a_row_that_is_none_is_named(tmp_path: Path, row: str, complaint: str) -> None:
+    """It is wrong usage, with the line of the file."""
+    path = trace_of(tmp_path, "2023-11-16 18:15:45,1,1", "", row)
+
+    with pytest.raises(GiveUp, match=f"line 4, cannot be read as a trace: {complaint}") as raised:
+        list(read_trace(path, None))
+
+    assert raised.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("first", "way"),
+    [("2023-11-08", "shown for 7 days; take its first rows"), ("2022-12-31", "shown from 2023-01-01 to")],
+)
+def test_a_trace_that_cannot_be_shown_is_refused_first(tmp_path: Path, first: str, way: str) -> None:
+    """Nothing is sent of one whose hours the API would not show, and no server is started."""
+    path = trace_of(tmp_path, "2023-11-16 18:15:45,1,1", f"{first} 18:15:45,1,1")
+
+    done = meterstream("demo", "--trace", str(path))
+
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert f"the trace goes from {first} to 2023-11-16" in done.stderr
+    assert way in done.stderr
+    assert "Priced at" not in done.stderr
+
+
+def test_a_row_that_the_server_refuses_is_named(tmp_path: Path) -> None:
+    """It is what the trace says that is wrong, and not one of two ways to count."""
+    path = trace_of(tmp_path, "2023-11-16 18:15:45,1,1", f"2023-11-16 18:15:46,{'9' * 30},1")
+
+    done = meterstream("demo", "--trace", str(path))
+
+    assert done.returncode == 1
+    assert "line 3: metadata.tokens: Number should have at most" in done.stderr
+    assert "Problem(" not in done.stderr

@@ -90,13 +90,26 @@ def heal_of_store(data: DataDirectory) -> str:
     return finding.heal
 
 
+def test_a_remedy_names_the_directory_unless_that_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the default, or METERSTREAM_DATA, is found without; a path with a blank is one word."""
+    remedy = "run meterstream rebuild"
+    named = "run meterstream rebuild --data 'my data'"
+    monkeypatch.delenv("METERSTREAM_DATA", raising=False)
+    assert DataDirectory(Path("data")).healing(remedy) == remedy
+    assert DataDirectory(Path("my data")).healing(remedy) == named
+
+    monkeypatch.setenv("METERSTREAM_DATA", "my data")
+
+    assert DataDirectory(Path("my data")).healing(remedy) == remedy
+
+
 def test_a_store_of_another_version_is_made_again_only_where_that_is_the_way(tmp_path: Path) -> None:
     """A newer one is for the newer program; an older one for the older, once retention took the log's beginning."""
     data = written(tmp_path)
     lay_out(data, VERSION + 1)
     assert heal_of_store(data) == "start the Meterstream that made it"
     lay_out(data, VERSION - 1)
-    assert heal_of_store(data) == "meterstream rebuild"
+    assert heal_of_store(data) == f"meterstream rebuild --data {data.path}"
     with contextlib.closing(data.open_log()) as log:
         assert log.trim(USAGE_EVENTS, 1 << 62) == 2
 

@@ -181,11 +181,32 @@ def test_a_time_whose_digits_are_lost_is_named(tmp_path: Path, cell: str) -> Non
     assert isinstance(good, Line)
 
 
+@pytest.mark.parametrize("cell", ["20260301", "2026", "0", "20260301.0", "99999999"])
+def test_a_day_without_dashes_is_named(tmp_path: Path, cell: str) -> None:
+    """As seconds it would be a time in the 1970s, which nobody means."""
+    problem, good = csv_file(tmp_path, f"user,at,total\nada,{cell},1\nbob,100000000,1\n").lines()
+
+    message = f"timestamp: {cell!r} is no time; write a day as 2026-03-01, or the seconds since 1970"
+    assert problem == Problem(2, message)
+    assert isinstance(good, Line)
+
+
+def test_a_column_with_a_comma_is_quoted(tmp_path: Path) -> None:
+    """Each option is a line of CSV; what is none is refused."""
+    options = ['external_customer_id=user, "metadata.net=total, net"', "metadata.x=a=b"]
+
+    assert parse_mapping(options, "--map") == {
+        "external_customer_id": "user", "metadata.net": "total, net", "metadata.x": "a=b",
+    }
+    with pytest.raises(GiveUp, match="--map is read as a line of CSV"):
+        parse_mapping(['"metadata.net=total, net'], "--map")
+
+
 def test_a_file_that_grew_or_was_mended_repeats_what_was_there(tmp_path: Path) -> None:
     """Rows keep their ids whatever stands before, behind and between them; equal ones are counted through."""
-    rows = ["ada,1,1,", "ada,1,1,", "bob,2,2,"]
+    rows = ["ada,,1,", "ada,,1,", "bob,,2,"]
     header = "user,at,total,note"
-    text, grown = ("\n".join([header, *lines]) + "\n" for lines in (rows, ["new,1,1,", rows[0], *rows[:2], "bob,2,3,"]))
+    text, grown = ("\n".join([header, *lines]) + "\n" for lines in (rows, ["new,,1,", rows[0], *rows[:2], "bob,,3,"]))
 
     first, second = ids(csv_file(tmp_path, text).lines()), ids(csv_file(tmp_path, grown).lines())
 
@@ -197,7 +218,7 @@ def test_a_file_that_grew_or_was_mended_repeats_what_was_there(tmp_path: Path) -
 @pytest.mark.parametrize(("row", "cells"), [("ada,1,1,234,", 5), ("ada", 1), ("ada,1,1", 3)])
 def test_a_row_with_cells_too_many_or_too_few_is_named(tmp_path: Path, row: str, cells: int) -> None:
     """A comma inside a number that nobody quoted would be another number, and what is missing is not guessed."""
-    problem, good = csv_file(tmp_path, f"user,at,total,note\n{row}\n\nada,1,1,\n").lines()
+    problem, good = csv_file(tmp_path, f"user,at,total,note\n{row}\n\nada,,1,\n").lines()
 
     assert problem == Problem(2, f"the row has {cells} cells, and the header has 4")
     assert isinstance(good, Line)
@@ -205,7 +226,7 @@ def test_a_row_with_cells_too_many_or_too_few_is_named(tmp_path: Path, row: str,
 
 def test_a_column_without_a_name_is_no_hindrance(tmp_path: Path) -> None:
     """Tables have one that were written with their index; its cells make rows different."""
-    file = csv_file(tmp_path, ",user,at,total\n0,ada,1,1\n1,ada,1,1\n")
+    file = csv_file(tmp_path, ",user,at,total\n0,ada,,1\n1,ada,,1\n")
     assert len(set(ids(file.lines()))) == 2
 
 
@@ -229,8 +250,8 @@ def test_what_is_set_makes_other_events_and_how_metadata_is_read_does_not(tmp_pa
 @pytest.mark.parametrize("cell", ["1,234.50", "050", "+5", ".5", "5.", "1 000", "12%", "1,5"])
 def test_a_cell_that_looks_like_a_number_and_is_none_is_refused_unless_it_is_meant(tmp_path: Path, cell: str) -> None:
     """It would be text, which no meter adds up; the first ones are named. What is a number or plainly text is fine."""
-    plain = "".join(f"u,1,{text},\n" for text in ("5", " 50 ", "10.0.0.1", "2026-03-01", "a5"))
-    file = csv_file(tmp_path, f'user,at,total,note\n{plain}' + f'u,1,1,"{cell}"\n' * 7)
+    plain = "".join(f"u,,{text},\n" for text in ("5", " 50 ", "10.0.0.1", "2026-03-01", "a5"))
+    file = csv_file(tmp_path, f'user,at,total,note\n{plain}' + f'u,,1,"{cell}"\n' * 7)
 
     with pytest.raises(GiveUp, match=r"nothing was sent") as raised:
         file.check()
@@ -254,7 +275,7 @@ def test_a_value_for_all_lines_that_looks_like_a_number_is_refused_likewise(tmp_
 
 def test_blanks_around_a_number_are_nothing(tmp_path: Path) -> None:
     """' 50 ' is 50."""
-    file = csv_file(tmp_path, "user,at,total,note\nu,1, 50 ,\n")
+    file = csv_file(tmp_path, "user,at,total,note\nu,, 50 ,\n")
 
     assert b'"tokens":50,' in b"".join(line.event for line in file.lines() if isinstance(line, Line))
     file.check()

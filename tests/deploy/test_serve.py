@@ -187,7 +187,7 @@ def test_what_a_restart_cannot_heal_ends_everything(installation: Installation) 
     done = meterstream("serve", "--data", str(installation.data), "--port", "0")
 
     assert done.returncode == 1
-    assert "meterstream rebuild" in done.stderr
+    assert f"meterstream rebuild --data {installation.data}" in done.stderr
     assert "the aggregator cannot run" in done.stderr
     assert installation.run("doctor").returncode == 1
     assert installation.run("rebuild").returncode == 0
@@ -208,6 +208,24 @@ def test_a_rebuild_beside_a_server_is_refused(running: Installation) -> None:
     assert "a server runs here" in seen.stdout
     assert "the store was not looked at" in seen.stderr
     assert "Nothing is wrong." not in seen.stderr
+
+
+@pytest.mark.parametrize(("by_option", "shown"), [(True, "<the token you gave>"), (False, "$METERSTREAM_TOKEN")])
+def test_a_token_that_was_given_is_not_shown(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, by_option: bool, shown: str
+) -> None:
+    """The first request names the variable only where there is one; nothing shows the secret."""
+    installation.token = "polar_oat_given-by-hand"
+    if not by_option:
+        monkeypatch.setenv("METERSTREAM_TOKEN", installation.token)
+    installation.start(*(("--token", installation.token) if by_option else ()))
+    assert installation.server is not None
+    assert installation.server.stdout is not None
+    lines = iter(installation.server.stdout.readline, "")
+    greeting = "".join(next(lines) for _ in range(7))
+
+    assert f'-H "Authorization: Bearer {shown}"' in greeting
+    assert installation.token not in greeting
 
 
 def test_a_token_that_nobody_knows_is_doubted(installation: Installation) -> None:

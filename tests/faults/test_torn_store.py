@@ -182,7 +182,8 @@ def test_the_doctor_names_the_damage_and_a_rebuild_heals_it(
     well = doctor(tmp_path)
 
     assert ill.returncode == 1
-    assert ["meterstream rebuild"] == [finding["heal"] for finding in json.loads(ill.stdout) if finding["heal"]]
+    heals = [finding["heal"] for finding in json.loads(ill.stdout) if finding["heal"]]
+    assert heals == [f"meterstream rebuild --data {tmp_path}"]
     assert healed.returncode == 0, healed.stderr
     assert well.returncode == 0, well.stdout
     assert installed.tables == export(tmp_path / STORE)
