@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
+import httpx
 import pytest
 
 from aggregator.api import Rules
@@ -15,7 +16,7 @@ from meters.log import USAGE_EVENTS
 from tests.aggregator.polar_story import Polar, numbers
 from tests.aggregator.records import entry, line
 from tests.aggregator.serving import Server, Tenant, serving
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 INSTANT, SECOND = timedelta(milliseconds=1), timedelta(seconds=1)
 
@@ -121,3 +122,25 @@ def test_a_meter_that_becomes_polars_holds_up_no_decision(server: Server, tenant
     with meanwhile(server, arriving(tenant, 30, stamped=-INSTANT), deciding(server.tenant())):
         polar.mirrored_meter()
     assert numbers(polar) == [(120, 0, 120)]
+
+
+def test_a_credit_is_not_taken_back_while_its_window_ends(tenant: Tenant) -> None:
+    """Whoever takes it back meanwhile hears that it is gone; units of the new window would be taken for it."""
+    server, meter, customer = tenant.server, tenant.meter(), tenant.customer()
+    path, headers = f"/v1/customers/{customer}/credits", {"Authorization": f"Bearer {tenant.secret}"}
+    made = tenant.post(path, {"meter_id": meter, "units": 5})
+    tenant.post(path, {"meter_id": meter, "units": 100, "rollover": True})
+    server.now += timedelta(days=1)
+    settling, taking = server.app.state.desk.settling(tenant.id, customer), list[asyncio.Task[httpx.Response]]()
+
+    async def take_back() -> None:
+        taking.append(asyncio.create_task(server.http.delete(f"{path}/{made['id']}", headers=headers)))
+        await until(lambda: taking[0].done() or bool(settling._waiters))
+
+    async def answer() -> int:
+        return (await taking[0]).status_code
+
+    with meanwhile(server, take_back):
+        tenant.post(f"/v1/customers/{customer}/resets", {})
+    assert server.run(answer()) == 422
+    assert tenant.get("/v1/customer-meters/")["items"][0]["credited_units"] == 100
