@@ -41,7 +41,8 @@ def movement_id(grant_id: str, at: datetime | None, what: str) -> str:
 def granted(grant: Grant, benefit: Benefit, at: datetime, account: Account | None) -> Step:
     """The first credit of a grant, or of one that was revoked and is given again."""
     counts_at, id = in_window(account, at), movement_id(grant.id, grant.revoked_at, "grant")
-    held = replace(grant, granted_at=at, revoked_at=None, modified_at=None if grant.created_at == at else at)
+    modified_at = None if grant.created_at == at else at
+    held = replace(grant, granted_at=at, is_granted=True, revoked_at=None, modified_at=modified_at)
     return _credited(held, benefit, counts_at, "grant", [], id)
 
 

@@ -119,7 +119,7 @@ def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> dict[str,
         "created_at": grant.created_at,
         "modified_at": grant.modified_at,
         "granted_at": grant.granted_at,
-        "is_granted": grant.revoked_at is None,
+        "is_granted": grant.is_held,
         "revoked_at": grant.revoked_at,
         "is_revoked": grant.revoked_at is not None,
         "subscription_id": grant.subscription_id,
@@ -275,7 +275,7 @@ async def list_grants(
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
-        if is_granted in (None, grant.revoked_at is None)
+        if is_granted in (None, grant.is_held)
         and _is_among(grant.customer_id, customer_id)
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
@@ -306,7 +306,7 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
             id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
             customer_id=customer.id, created_at=now, granted_at=now,
         )  # fmt: skip
-        if known is None or known.revoked_at is not None:
+        if known is None or not known.is_held:
             step = granted(grant, benefit, now, desk.view.ledger.account(customer.id, benefit.meter_id))
             await desk.decide(*_all(step))
             grant = step.grant
