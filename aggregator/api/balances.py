@@ -156,10 +156,10 @@ async def consumed_between(
 async def _settled(desk: Desk, until: datetime) -> None:
     """Wait until what was stamped before a time is in the log; once, since a clock may stand. Raises Unavailable."""
     wait_s = (until - desk.now()).total_seconds() + desk.rules.settled_s
-    if wait_s > PRESENT_S_MAX:
-        raise Unavailable("the clock here is still to come to this time: send it again then", PRESENT_S_MAX)
-    if wait_s > 0:
+    if 0 < wait_s <= PRESENT_S_MAX:
         await sleep(wait_s)
+    if desk.now() < until:
+        raise Unavailable("the clock here is still to come to this time: send it again then", PRESENT_S_MAX)
 
 
 async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Consumption]:

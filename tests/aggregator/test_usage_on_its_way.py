@@ -29,15 +29,17 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def meanwhile(server: Server, *works: Callable[[], Awaitable[None]]) -> Iterator[list[float]]:
-    """The server's time stands still, but for when it waits: then these are done, once, and the time has passed."""
+def meanwhile(
+    server: Server, *works: Callable[[], Awaitable[None]], stands: bool = False
+) -> Iterator[list[float]]:  # fmt: skip
+    """The server's time stands still, but for when it waits: then these are done, once, and time passes if it may."""
     waits, left = list[float](), list(works)
 
     async def passing(seconds: float) -> None:
         waits.append(seconds)
         while left:
             await left.pop(0)()
-        server.now += timedelta(seconds=seconds)
+        server.now += timedelta(seconds=0 if stands else seconds)
 
     with patch("aggregator.api.balances.sleep", passing):
         yield waits
@@ -99,14 +101,16 @@ def test_a_cut_of_polars_waits_until_the_clock_here_has_passed_it(server: Server
     assert numbers(polar) == [(120, 0, 120)]
 
 
-def test_a_cut_of_polars_that_is_far_ahead_is_told_again(server: Server, tenant: Tenant) -> None:
+@pytest.mark.parametrize("ahead", [timedelta(seconds=PRESENT_S_MAX), SECOND])
+def test_a_cut_of_polars_that_the_clock_does_not_reach_is_told_again(
+    server: Server, tenant: Tenant, ahead: timedelta
+) -> None:  # fmt: skip
     """Polar delivers again what was not accepted; once the time has come it is credited, by all that came before."""
     polar = Polar(tenant)
     polar.mirrored_meter()
     polar.deliver("benefit_grant.created", polar.grant(server.now - timedelta(days=40), rollover=True), "1")
-    ahead = timedelta(seconds=PRESENT_S_MAX)
     renewed = polar.grant(server.now + ahead, units=50)
-    with meanwhile(server):
+    with meanwhile(server, stands=True):
         assert polar.deliver("benefit_grant.cycled", renewed, "2").status_code == 503
         server.run(arriving(tenant, 30, stamped=ahead - INSTANT)())
         server.now += ahead
