@@ -37,8 +37,9 @@ class Benefit(msgspec.Struct, frozen=True, kw_only=True):
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """A customer has a benefit, until it is revoked. ``last_credited_*`` is what revoking takes back.
 
-    Of a grant of Polar's it is what Polar says: once units were taken back, these, negative.
-    Whether they roll over it does not say (``last_credited_rollover``): that is what the benefit says.
+    Of a grant of Polar's it is what Polar says: once units were taken back, these, negative. Whether they roll over it
+    does not say (``last_credited_rollover``): that is what the benefit says. ``is_granted`` is false where Polar could
+    not give it, or not yet.
     """
 
     id: str
@@ -49,11 +50,17 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     granted_at: datetime
     modified_at: datetime | None = None
     revoked_at: datetime | None = None
+    is_granted: bool = True
     subscription_id: str | None = None
     last_credited_meter_id: str | None = None
     last_credited_units: int | None = None
     last_credited_at: datetime | None = None
     last_credited_rollover: bool | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the customer has the benefit now."""
+        return self.is_granted and self.revoked_at is None
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +167,7 @@ class Benefits:
     def paid_meters(self, customer_id: str) -> set[str]:
         """The meters that a customer has by an active subscription or a grant that holds."""
         priced = {id for one in self.subscriptions_of(customer_id) if one.is_active for id in one.meter_ids}
-        granted = {self.benefits[one.benefit_id].meter_id for one in self.grants_of(customer_id) if not one.revoked_at}
+        granted = {self.benefits[one.benefit_id].meter_id for one in self.grants_of(customer_id) if one.is_held}
         return priced | granted
 
 

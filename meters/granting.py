@@ -6,7 +6,7 @@ taken back of when that was credited. So deciding the same step twice decides it
 of the first time.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import NamedTuple
 from uuid import UUID, uuid5
@@ -15,7 +15,10 @@ from msgspec.structs import replace
 
 from meters.benefits import Benefit, Grant
 from meters.credit import Cause, CreditGranted, MeterReset
-from meters.ledger import Account
+from meters.ledger import Account, in_window
+
+INSTANT = timedelta(microseconds=1)
+"""The least by which one movement is after another: at one time their ids would decide."""
 
 
 class Step(NamedTuple):
@@ -35,10 +38,12 @@ def movement_id(grant_id: str, at: datetime | None, what: str) -> str:
     return f"{grant_id}:{at.isoformat(timespec='microseconds') if at else '0'}:{what}"
 
 
-def granted(grant: Grant, benefit: Benefit, at: datetime) -> Step:
+def granted(grant: Grant, benefit: Benefit, at: datetime, account: Account | None) -> Step:
     """The first credit of a grant, or of one that was revoked and is given again."""
-    held = replace(grant, granted_at=at, revoked_at=None, modified_at=None if grant.created_at == at else at)
-    return _credited(held, benefit, at, "grant", [], movement_id(grant.id, grant.revoked_at, "grant"))
+    counts_at, id = in_window(account, at), movement_id(grant.id, grant.revoked_at, "grant")
+    modified_at = None if grant.created_at == at else at
+    held = replace(grant, granted_at=at, is_granted=True, revoked_at=None, modified_at=modified_at)
+    return _credited(held, benefit, counts_at, "grant", [], id)
 
 
 def needs_reset(grant: Grant, account: Account | None) -> bool:
@@ -47,13 +52,13 @@ def needs_reset(grant: Grant, account: Account | None) -> bool:
     return account is None or since is None or not any(reset.at > since for reset in account.resets)
 
 
-def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None, since: datetime | None) -> Step:
+def cycled(grant: Grant, benefit: Benefit, at: datetime, reset: MeterReset | None, account: Account | None) -> Step:
     """The renewal of a grant at ``at``, after the reset that it needs.
 
-    Where something else has begun the meter anew ``since`` then, it is that window's: before it, it would be gone.
+    Where something else has begun the meter anew since then, it is that window's: before it, it would be gone.
     """
     id = movement_id(grant.id, at, "cycle")
-    counts_at = at if reset is not None or since is None else max(at, since)
+    counts_at = at if reset is not None else in_window(account, at)
     return _credited(replace(grant, modified_at=at), benefit, counts_at, "cycle", [reset] if reset else [], id)
 
 
@@ -72,18 +77,20 @@ def _credited(
     return Step(held, [*before, credit])
 
 
-def revoked(grant: Grant, benefit: Benefit, at: datetime) -> Step:
+def revoked(grant: Grant, benefit: Benefit, at: datetime, account: Account | None) -> Step:
     """The end of a grant: what it credited last is taken back, if it ever credited, from the units of its kind.
 
+    That is after it was given or carried over, also where the clock has gone back: before it, there is nothing to take.
     The benefit may have been edited since: whether it rolls over now says nothing of what was given.
     """
     held = replace(grant, revoked_at=at, modified_at=at)
     if grant.last_credited_units is None or grant.last_credited_meter_id is None:
         return Step(held, [])
     rollover = benefit.rollover if grant.last_credited_rollover is None else grant.last_credited_rollover
+    given = [known for known in (grant.last_credited_at, account.since if account else None) if known is not None]
     back = CreditGranted(
         id=movement_id(grant.id, grant.last_credited_at, "revoke"), organization_id=grant.organization_id,
         customer_id=grant.customer_id, meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units),
-        at=at, rollover=rollover, cause="revoke", reference=grant.id,
+        at=max([at, *(known + INSTANT for known in given)]), rollover=rollover, cause="revoke", reference=grant.id,
     )  # fmt: skip
     return Step(held, [back])

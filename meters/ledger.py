@@ -80,6 +80,11 @@ class Account(msgspec.Struct, gc=False):
         return (credit for credit in self.credits if since is None or credit.at >= since)
 
 
+def in_window(account: Account | None, at: datetime) -> datetime:
+    """When something that is given now counts: where the clock has gone back behind the window, with its beginning."""
+    return at if account is None or account.since is None else max(at, account.since)
+
+
 def floored(units: Iterable[Decimal]) -> Decimal:
     """The running sum that never falls below zero."""
     total = ZERO

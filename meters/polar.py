@@ -71,6 +71,7 @@ class _Grant(msgspec.Struct):
     modified_at: datetime | None = None
     granted_at: datetime | None = None
     revoked_at: datetime | None = None
+    is_granted: bool = True
     is_revoked: bool = False
     subscription_id: str | None = None
     customer: _Customer | None = None
@@ -291,7 +292,8 @@ class _Reading:
         self.changes.append(GrantSet(Grant(
             id=told.id, organization_id=self.organization_id, benefit_id=told.benefit.id, customer_id=customer_id,
             created_at=_at(told.created_at), granted_at=_at(told.granted_at or told.created_at),
-            modified_at=_utc(told.modified_at), revoked_at=revoked_at, subscription_id=told.subscription_id,
+            modified_at=_utc(told.modified_at), revoked_at=revoked_at, is_granted=told.is_granted,
+            subscription_id=told.subscription_id,
             last_credited_meter_id=last.last_credited_meter_id,
             last_credited_units=last.last_credited_units, last_credited_at=_utc(last.last_credited_at),
         )))  # fmt: skip

@@ -48,8 +48,8 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application. It reads through ``view``, and takes time and ids from ``now`` and ``new_id``.
 
-    ``metrics_text`` is what ``/metrics`` shows; ``rules`` are what billing has to say about meters; with
-    ``private_targets`` webhooks may go to addresses that are not public.
+    ``metrics_text`` is what ``/metrics`` shows; ``rules`` are what billing has to say about meters, and when usage is
+    all there; with ``private_targets`` webhooks may go to addresses that are not public.
     """
     app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
     app.state.desk = Desk(view, now, new_id, rules)

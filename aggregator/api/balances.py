@@ -5,6 +5,7 @@ reset. Only while a meter's history is still being counted, and for a meter of m
 is the store asked instead.
 """
 
+from asyncio import sleep
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -140,14 +141,25 @@ async def consumed_between(
 ) -> Decimal:
     """The meter's value over what arrived in a stretch of time, counted from the store. Raises Unavailable.
 
-    What is decided by it is decided for ever, so it is told only when everything that has arrived is counted.
+    What is decided by it is decided for ever, so it is told only when everything that has arrived is counted, and
+    nothing that belongs to it can still be on its way.
     """
+    await _settled(desk, until)
     if not await desk.view.present(PRESENT_S_MAX):
         raise Unavailable("usage that came before this is still being counted", PRESENT_S_MAX)
     asked = _question(desk, customer, meter, since, until)
     organization_id = customer.organization_id
     measured, _ = await desk.ask_about(organization_id, lambda here: usage.value_of(here.connection, here.about(asked)))
     return measured.value(meter.aggregation)
+
+
+async def _settled(desk: Desk, until: datetime) -> None:
+    """Wait until what was stamped before a time is in the log; once, since a clock may stand. Raises Unavailable."""
+    wait_s = (until - desk.now()).total_seconds() + desk.rules.settled_s
+    if 0 < wait_s <= PRESENT_S_MAX:
+        await sleep(wait_s)
+    if desk.now() < until:
+        raise Unavailable("the clock here is still to come to this time: send it again then", PRESENT_S_MAX)
 
 
 async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Consumption]:

@@ -31,6 +31,7 @@ from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, MeterReset
 from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
+from meters.ledger import Account
 from meters.polar_meters import here
 from meters.resource_metadata import parse_metadata
 
@@ -118,7 +119,7 @@ def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> dict[str,
         "created_at": grant.created_at,
         "modified_at": grant.modified_at,
         "granted_at": grant.granted_at,
-        "is_granted": grant.revoked_at is None,
+        "is_granted": grant.is_held,
         "revoked_at": grant.revoked_at,
         "is_revoked": grant.revoked_at is not None,
         "subscription_id": grant.subscription_id,
@@ -250,9 +251,14 @@ async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
         grants = [here(desk.catalogue, grant) for grant in desk.catalogue.benefits.grants_by(benefit.id)]
-        await desk.decide_each(_all(revoked(grant, benefit, now)) for grant in grants)
+        await desk.decide_each(_all(revoked(grant, benefit, now, _credited(desk, grant))) for grant in grants)
         await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
     return Response(status_code=204)
+
+
+def _credited(desk: Desk, grant: Grant) -> Account | None:
+    """Where a grant's last credit went."""
+    return desk.view.ledger.account(grant.customer_id, grant.last_credited_meter_id or "")
 
 
 def _all(step: Step) -> list[Any]:
@@ -269,7 +275,7 @@ async def list_grants(
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
-        if is_granted in (None, grant.revoked_at is None)
+        if is_granted in (None, grant.is_held)
         and _is_among(grant.customer_id, customer_id)
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
@@ -300,8 +306,8 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
             id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
             customer_id=customer.id, created_at=now, granted_at=now,
         )  # fmt: skip
-        if known is None or known.revoked_at is not None:
-            step = granted(grant, benefit, now)
+        if known is None or not known.is_held:
+            step = granted(grant, benefit, now, desk.view.ledger.account(customer.id, benefit.meter_id))
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of, 201)
@@ -376,7 +382,7 @@ def _cycle(
             id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
             meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,
         )  # fmt: skip
-    return cycled(grant, benefit, at, begun, account.since if account else None)
+    return cycled(grant, benefit, at, begun, account)
 
 
 @router.post("/v1/benefit-grants/{id}/revoke", responses=gives(ref("BenefitGrant")))
@@ -386,7 +392,7 @@ async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
         grant, benefit, customer = _grant_of(desk, token, id)
         _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:
-            step = revoked(grant, benefit, desk.now())
+            step = revoked(grant, benefit, desk.now(), _credited(desk, grant))
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of)

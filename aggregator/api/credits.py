@@ -24,7 +24,7 @@ from meters.access import reading, writing
 from meters.catalogue import Customer, Token
 from meters.credit import UNITS_MAX, CreditGranted, revocation_id
 from meters.detail import detail
-from meters.ledger import Credit
+from meters.ledger import Credit, in_window
 
 router = APIRouter(tags=["credits"])
 Reader = Annotated[Token, Depends(allow(reading("customers") | {"customer_meters:read"}))]
@@ -50,9 +50,11 @@ async def give_credits(
     with _only(desk, token, idempotency_key):
         async with desk.deciding:
             known = _decided(desk, token, idempotency_key, content)
+            account = desk.view.ledger.account(customer.id, meter_id)
             credit = known or CreditGranted(
                 id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, meter_id=meter_id,
-                units=Decimal(units), rollover=rollover, at=desk.now(), key=idempotency_key, content=content,
+                units=Decimal(units), rollover=rollover, at=in_window(account, desk.now()), key=idempotency_key,
+                content=content,
             )  # fmt: skip
             if known is None:
                 await desk.decide(credit)
@@ -131,13 +133,13 @@ def _credits(desk: Desk, customer: Customer, meter_id: str) -> list[Credit]:
 async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: str) -> Response:
     """Take a credit back, while the window lasts in which it was given. Repeating this takes nothing more."""
     customer = customer_by_id(desk, token, id)
-    async with desk.deciding:
+    async with desk.settling(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
         credit, meter_id = _credit(desk, token, customer, credit_id)
         taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
         change = taken or CreditGranted(
             id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
-            meter_id=meter_id, units=-credit.units, rollover=credit.rollover, at=desk.now(), cause="revoke",
-            reference=credit.id,
+            meter_id=meter_id, units=-credit.units, rollover=credit.rollover, at=max(desk.now(), credit.at),
+            cause="revoke", reference=credit.id,
         )  # fmt: skip
         if isinstance(change, CreditGranted):
             account = desk.view.ledger.account(customer.id, meter_id)

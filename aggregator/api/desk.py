@@ -28,6 +28,7 @@ from aggregator.api.limits import (
     QUERIES_WAITING_MAX,
     QUERY_S_MAX,
     RETRY_AFTER_S,
+    SETTLED_S,
     VERIFICATIONS_AT_ONCE,
     VERIFICATIONS_WAITING_MAX,
     WAIT_S_MAX,
@@ -142,9 +143,13 @@ class View(Protocol):
 
 
 class Rules(NamedTuple):
-    """What billing has to say about a meter; nothing bills yet, so nothing is forbidden."""
+    """What billing has to say about a meter (nothing bills yet, so nothing is forbidden), and when usage is all there.
+
+    ``settled_s`` after a moment everything that was stamped before it is in the log.
+    """
 
     is_billed: Callable[[Meter], bool] = _never
+    settled_s: float = SETTLED_S
 
 
 class Deciding:

@@ -81,6 +81,10 @@ SEARCH_LENGTH_MAX = 1000
 PRESENT_S_MAX = 5.0
 """Seconds that a decision about a balance waits for usage that came before it; then it is to be asked for again."""
 
+SETTLED_S = 1.0
+"""Seconds after a moment until what was stamped before it is in the log, where no clock is far behind. What a gateway
+stamped is durable long before: a group commit takes milliseconds. Who counts earlier leaves out usage on its way."""
+
 DEPTH_MAX = 5
 """Levels of a trace that may be asked for (Polar's limit)."""
 

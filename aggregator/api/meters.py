@@ -22,6 +22,7 @@ logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
 Reader = Annotated[Token, Depends(allow(reading("meters")))]
 Writer = Annotated[Token, Depends(allow(writing("meters")))]
+METERS = "meters"  # their changes wait for each other: nobody else may wait while what Polar told is counted
 
 
 def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
@@ -43,11 +44,12 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
     body = await body_of(request)
     if isinstance(body, dict):
         refuse_organization(body)
-    async with desk.deciding:
-        meter = new_meter(body, id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now())
-        if isinstance(meter, list):
-            raise Malformed(meter)
-        await desk.decide(MeterCreated(meter))
+    async with desk.settling(token.organization_id, METERS):
+        async with desk.deciding:
+            meter = new_meter(body, id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now())
+            if isinstance(meter, list):
+                raise Malformed(meter)
+            await desk.decide(MeterCreated(meter))
         try:
             await settle_meter(desk, meter)
         except PASSING:  # the meter is made; whoever were told otherwise would make another one
@@ -86,15 +88,16 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     """Change what is named in the body."""
     meter_of(desk, token, id)
     body = await body_of(request)
-    async with desk.deciding:
-        meter = meter_of(desk, token, id)
-        changed = updated_meter(meter, body, modified_at=desk.now(), locked=desk.rules.is_billed(meter))
-        if isinstance(changed, list):
-            raise _complaint(changed)
-        if changed.archived_at and not meter.archived_at and _is_attached(desk, meter):
-            message = "This meter is still attached to a price or a benefit."
-            raise Refused("value_error", ("body", "is_archived"), message, True)
-        await desk.decide(MeterUpdated(changed))
+    async with desk.settling(token.organization_id, METERS):
+        async with desk.deciding:
+            meter = meter_of(desk, token, id)
+            changed = updated_meter(meter, body, modified_at=desk.now(), locked=desk.rules.is_billed(meter))
+            if isinstance(changed, list):
+                raise _complaint(changed)
+            if changed.archived_at and not meter.archived_at and _is_attached(desk, meter):
+                message = "This meter is still attached to a price or a benefit."
+                raise Refused("value_error", ("body", "is_archived"), message, True)
+            await desk.decide(MeterUpdated(changed))
         if body.get("metadata") is not None:  # also as it was: what follows from it may not have been done
             await settle_meter(desk, changed)
     return answer(meter_json(changed), desk.view.as_of)

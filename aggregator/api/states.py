@@ -36,7 +36,7 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
     found = await customer_meters(desk, [(customer, meter) for meter in every])
     by_meter = {one.meter.id: one for one in found}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
-    grants = [one for one in catalogue.benefits.grants_of(customer.id) if not one.revoked_at]
+    grants = [one for one in catalogue.benefits.grants_of(customer.id) if one.is_held]
     return customer_shape(customer) | {
         "active_subscriptions": [_subscription(desk, one, by_meter) for one in subscriptions],
         "granted_benefits": [

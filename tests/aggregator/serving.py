@@ -28,6 +28,7 @@ from tests.aggregator.records import NOW, SMALL, entry, line
 from tests.waiting import PATIENCE_S
 
 T = TypeVar("T")
+AT_ONCE = Rules(settled_s=0)  # the clock stands while a test asks, so nothing is on its way
 Json = Any
 
 
@@ -196,7 +197,11 @@ class Tenant:
 
 
 @contextmanager
+<<<<<<< HEAD
 def serving(path: Path, rules: Rules = Rules(), settings: Settings = SMALL) -> Iterator[Server]:  # noqa: B008 - an immutable value
+=======
+def serving(path: Path, rules: Rules = AT_ONCE) -> Iterator[Server]:
+>>>>>>> 659fc94d0ae717e81111659671485ad089a15b8f
     """A running API without any organization."""
     server = Server(path, rules, settings)
     try:

@@ -102,6 +102,21 @@ def test_the_steps_for_polars_grants_are_made_here_once_nobody_tells_of_them(pol
     assert archiving(polar, meter) == 200
 
 
+def test_what_polar_could_not_grant_is_not_shown(polar: Polar) -> None:
+    """Neither in the customer's state nor, with its meter, in the portal, until it is granted; nor once it is not."""
+    polar.mirrored_meter()
+    granted = polar.grant(JANUARY)
+    session: Json = {}
+    for place, is_granted in enumerate([False, True, False]):
+        told = {"is_granted": is_granted, "modified_at": text(JANUARY + place * DAY)}
+        told |= {} if is_granted else {"granted_at": None, "properties": {}}
+        assert polar.deliver("benefit_grant.updated", granted | told, f"{place}").json() == {"status": "accepted"}
+        session = session or polar.tenant.post("/v1/customer-sessions/", {"external_customer_id": "ann"})
+        portal = polar.tenant.ask("GET", "/v1/customer-portal/usage", secret=session["token"]).json()["items"]
+        assert (len(state(polar)["granted_benefits"]), len(portal)) == (is_granted, is_granted)
+        assert polar.tenant.get(f"/v1/benefit-grants/{polar.grant_id}")["is_granted"] is is_granted
+
+
 def deletion(polar: Polar) -> list[Delivery]:
     """A benefit is granted and deleted at Polar, which ends the grant; what came before may be dated later."""
     granted = polar.grant(JANUARY)

@@ -235,7 +235,8 @@ def test_usage_and_rollover_cross_a_renewal(polar: Polar) -> None:
     for number in range(30):  # they arrive now, before a cut that the clock has reached by the time it is told
         polar.tenant.event(f"use-{number}", external_customer_id="ann")
     assert numbers(polar) == [(100, 30, 70)]
-    renewed = polar.grant(now + timedelta(seconds=1), units=50)
+    polar.tenant.server.now += timedelta(seconds=1)
+    renewed = polar.grant(polar.tenant.server.now, units=50)
     polar.deliver("benefit_grant.cycled", renewed, "2")
     assert numbers(polar) == [(120, 0, 120)]
 

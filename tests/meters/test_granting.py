@@ -20,11 +20,11 @@ GRANT = Grant(id="g", organization_id="org", benefit_id="b", customer_id="c", cr
 @pytest.mark.parametrize("is_polars", [False, True])
 def test_a_grant_knows_what_kind_of_units_it_gave(is_polars: bool) -> None:
     """An edited benefit changes nothing of it; a grant of Polar's, which does not say, goes by the benefit."""
-    line = encode_change(GrantSet(granted(GRANT, BENEFIT, T0).grant))
+    line = encode_change(GrantSet(granted(GRANT, BENEFIT, T0, None).grant))
     if is_polars:
         line = line.replace(b',"last_credited_rollover":true', b"")
     told = decode_change(line)
     assert isinstance(told, GrantSet)
-    (back,) = revoked(told.grant, replace(BENEFIT, rollover=False), T0 + timedelta(days=1)).movements
+    (back,) = revoked(told.grant, replace(BENEFIT, rollover=False), T0 + timedelta(days=1), None).movements
     assert isinstance(back, CreditGranted)
     assert back.rollover is not is_polars
