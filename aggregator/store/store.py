@@ -299,8 +299,7 @@ class Store:
     def _bury(self, dead: pa.Table) -> None:
         if dead.num_rows:
             self._insert_dead(numbered(dead, self._next_dead, self._replayed))
-            if (long := rests(dead)).num_rows:
-                self._insert_rests(long)
+            self._insert_rests(rests(dead))
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Snapshot]:
@@ -358,16 +357,14 @@ class Store:
         ``merges_max`` bounds how many runs of small row groups are rewritten as large ones meanwhile. A table that is
         being rewritten takes no rows, so a round waits for as long.
         """
-        connection = self._connection.cursor()
         try:
-            connection.execute("SET GLOBAL max_vacuum_tasks = ?", [merges_max])
-            connection.execute("CHECKPOINT")
+            with contextlib.closing(self._connection.cursor()) as connection:
+                connection.execute("SET GLOBAL max_vacuum_tasks = ?", [merges_max])
+                connection.execute("CHECKPOINT")
         except duckdb.TransactionException:
             return False
         except duckdb.Error as error:
             raise Doubt(str(error)) from error
-        finally:
-            connection.close()
         return True
 
 
@@ -397,7 +394,6 @@ def _control_table(control: Sequence[Record]) -> pa.Table:
 
 
 def _subjects_table(subjects: Sequence[tuple[int, int, str, str]]) -> pa.Table:
-    columns = zip(*subjects, strict=True)
-    types = (pa.int32(), pa.int32(), pa.string(), pa.string())
-    names = ("number", "organization", "kind", "text")
-    return pa.table({n: pa.array(list(c), t) for n, c, t in zip(names, columns, types, strict=True)})
+    types = {"number": pa.int32(), "organization": pa.int32(), "kind": pa.string(), "text": pa.string()}
+    columns = zip(types.items(), zip(*subjects, strict=True), strict=True)
+    return pa.table({name: pa.array(list(column), type) for (name, type), column in columns})

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from deploy.giving_up import INTERRUPTED, USAGE, GiveUp
@@ -133,10 +134,27 @@ def replay(
         if not drop:
             _check_own(letter)
             event = _event(_content(file) if file else letter["raw"].encode(), str(file or id), id)
+            _check_new(letter, event.event)
             delivery = deliver(api, [event])
             if delivery.problems:
                 raise GiveUp(f"{id} stays on the list: {delivery.problems[0].message}; mend it and give it with --file")
         show_one(api.post(f"{path}/replay", {}), here.output)
+
+
+def _check_new(letter: dict[str, Any], event: bytes) -> None:
+    """A letter counts once, and one whose external id was taken counts only under another. Raises GiveUp."""
+    if letter["replayed_at"]:
+        raise GiveUp(f"{letter['id']} was taken off the list at {letter['replayed_at']}, and is not sent again")
+    if letter["reason"] == "conflict" and _external_id(letter["raw"].encode()) == _external_id(event):
+        raise GiveUp(
+            f"{letter['id']} stays on the list: its external_id was taken with other content, which counts; give the "
+            "mended event another one with --file, or take the letter off the list with --drop"
+        )
+
+
+def _external_id(event: bytes) -> object:
+    found = msgspec.json.decode(event)
+    return found.get("external_id") if isinstance(found, dict) else None
 
 
 def _check_own(letter: dict[str, Any]) -> None:

@@ -197,11 +197,7 @@ class Tenant:
 
 
 @contextmanager
-<<<<<<< HEAD
-def serving(path: Path, rules: Rules = Rules(), settings: Settings = SMALL) -> Iterator[Server]:  # noqa: B008 - an immutable value
-=======
-def serving(path: Path, rules: Rules = AT_ONCE) -> Iterator[Server]:
->>>>>>> 659fc94d0ae717e81111659671485ad089a15b8f
+def serving(path: Path, rules: Rules = AT_ONCE, settings: Settings = SMALL) -> Iterator[Server]:
     """A running API without any organization."""
     server = Server(path, rules, settings)
     try:

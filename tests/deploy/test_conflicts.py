@@ -34,6 +34,26 @@ def test_an_import_that_reads_the_rows_otherwise_does_not_count(running: Install
     assert f"2 {DO_NOT_COUNT}; `meterstream events dead` shows them" in other.stderr
 
 
+def test_a_conflict_is_replayed_under_another_id_alone(running: Installation, tmp_path: Path) -> None:
+    """As it is it would be one again; mended it counts, and its letter is done with and goes in no second time."""
+    event = '{"name":"twice","external_customer_id":"ada","external_id":"%s","metadata":{"tokens":%d}}\n'
+    running.answer("events", "send", "-", text=event % ("taken", 1))
+    assert running.run("events", "send", "-", text=event % ("taken", 2)).returncode == 1
+    letter = next(one for one in running.answer("events", "dead") if '"taken"' in one["raw"])
+    (mended := tmp_path / "mended.json").write_text(event % ("another", 2))
+    (same := tmp_path / "same.json").write_text(event % ("taken", 3))
+    replay = ("events", "replay", letter["id"])
+
+    refused = [running.run(*replay), running.run(*replay, "--file", str(same))]
+    taken = running.answer(*replay, "--file", str(mended))
+    again = running.run(*replay, "--file", str(mended))
+
+    assert [done.returncode for done in (*refused, again)] == [1, 1, 1]
+    assert all("stays on the list: its external_id was taken" in done.stderr for done in refused)
+    assert taken["replayed_at"]
+    assert "is not sent again" in again.stderr
+
+
 def test_conflicts_are_known_after_a_restart_and_on_every_page(installation: Installation) -> None:
     """A gateway that has just started takes them all for new; there are more of them than a page of letters has."""
     installation.start()
