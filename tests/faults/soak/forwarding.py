@@ -42,12 +42,13 @@ class Forwarding:
         expected, began_s = self.expected(), time.monotonic()
         try:
             self.recover()
-            eventually(lambda: self._books()["raw"]["accepted"] >= len(expected), PATIENCE_S, LOOK_AGAIN_S)
+            eventually(lambda: self._books()["raw"].get("accepted", 0) >= len(expected), PATIENCE_S, LOOK_AGAIN_S)
         except AssertionError:
             pass  # what is missing is told with the rest
         figures = {"forwarded": self._polar.inserted, "forwarded again": self._polar.sent - self._polar.inserted}
         figures["behind s"] = round(time.monotonic() - began_s, 1)
-        return figures, differences(expected, *self._polar.taken()) + self._against_books(len(expected))
+        told = books_differ(self._books(), len(expected), self._polar.inserted)
+        return figures, differences(expected, *self._polar.taken()) + told
 
     def _books(self) -> dict[str, dict[str, int]]:
         state = State(self._state)
@@ -56,9 +57,6 @@ class Forwarding:
             return {"raw": {}, "": {}} | state.tallies() | {"waiting": {"": waiting}}
         finally:
             state.close()
-
-    def _against_books(self, expected: int) -> list[str]:
-        return books_differ(self._books(), expected, self._polar.inserted)
 
 
 def differences(expected: Mapping[str, Says], taken: Mapping[str, Says], changed: set[str]) -> list[str]:
