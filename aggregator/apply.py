@@ -7,13 +7,14 @@ whole record in one call and is for lines the gateway admitted; whatever it stum
 producer, goes the careful way, line by line, where a line that cannot be counted becomes a dead letter with its
 bytes, its place and the reason. Nothing is dropped and nothing stalls the partition.
 
+A third way, for most lines of a busy server, makes no object of a line at all (``quick``). What it does not take goes
+the fast way.
+
 Rows come out as Arrow columns, in chunks: small enough that no step holds the interpreter for long, large enough
 that Python's cost is shared by thousands of events. The order of rows is the order of the log.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -21,9 +22,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from aggregator.awkward import any_suspicious, awkward_numbers, suspicious
+from aggregator.batch import Batch, Chunk
+from aggregator.columns import Span, Texts, metadata, of_records, places, sparse
 from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
+from aggregator.quick import Quick
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
 from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
@@ -59,39 +62,6 @@ class PlainLine(Line, gc=False):
 
 _DECODE_LINES = msgspec.json.Decoder(Line).decode_lines
 _DECODE_PLAIN_LINES = msgspec.json.Decoder(PlainLine).decode_lines
-_DECODE_METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-class Chunk(NamedTuple):
-    """Rows of one organization, as columns."""
-
-    rows: pa.RecordBatch
-    keys: Keys
-    raws: list[bytes]
-    stamped: list[bool]  # whether the line carried its own timestamp
-    organization_id: str
-
-
-class Batch(NamedTuple):
-    """What one reading of the log says. ``positions`` are the next offsets after it, for the partitions it moved, and
-    ``last`` the records before those.
-    """
-
-    chunks: list[Chunk]
-    dead: pa.Table  # of ``aggregator.letters``
-    positions: dict[int, int]
-    last: dict[int, Record]
-    lines: int
-    organizations: list[tuple[int, str]]
-    subjects: list[tuple[int, int, str, str]]
-
-
-class _Span(NamedTuple):
-    """Consecutive lines of one record."""
-
-    record: Record
-    first_line: int
-    lines: int
 
 
 class _Rows:
@@ -101,45 +71,35 @@ class _Rows:
         self.organization_id = organization_id
         self.events: list[Event | Line] = []
         self.raws: list[bytes] = []
-        self.spans: list[_Span] = []
+        self.spans: list[Span] = []
 
     def add(self, record: Record, first_line: int, events: Sequence[Event | Line], raws: list[bytes]) -> None:
         self.events += events
         self.raws += raws
-        self.spans.append(_Span(record, first_line, len(events)))
-
-    def column(self, of_record: Callable[[Record], int], dtype: type[np.signedinteger]) -> np.ndarray:
-        values = np.array([of_record(span.record) for span in self.spans], dtype)
-        return np.repeat(values, [span.lines for span in self.spans])
-
-    def line_numbers(self) -> np.ndarray:
-        return np.concatenate([np.arange(s.first_line, s.first_line + s.lines, dtype=np.int32) for s in self.spans])
+        self.spans.append(Span(record, first_line, len(events)))
 
 
-class _Texts(NamedTuple):
-    """The metadata of lines as JSON, end to end, and where each begins; one more offset says where the last ends."""
+def _texts(events: Sequence[Event | Line]) -> Texts:
+    """The metadata of lines: of a plain line as it stands, of any other written anew with each key once."""
+    texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
+    offsets = np.zeros(len(texts) + 1, np.int32)
+    offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
+    return Texts(b"".join(texts), offsets)
 
-    joined: bytes
-    offsets: npt.NDArray[np.int32]
 
-    @classmethod
-    def of(cls, events: Sequence[Event | Line]) -> "_Texts":
-        """The text of a plain line as it stands, of any other written anew with each key once."""
-        texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
-        offsets = np.zeros(len(texts) + 1, np.int32)
-        offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
-        return cls(b"".join(texts), offsets)
-
-    def no_objects(self) -> npt.NDArray[np.intp]:
-        """The rows whose text is another kind of JSON value."""
-        return np.flatnonzero(np.frombuffer(self.joined, np.uint8)[self.offsets[:-1]] != ord("{"))
+def _no_objects(texts: Texts) -> npt.NDArray[np.intp]:
+    """The rows whose text is another kind of JSON value."""
+    return np.flatnonzero(np.frombuffer(texts.joined, np.uint8)[texts.offsets[:-1]] != ord("{"))
 
 
 class _Decoding:
     """One reading of the log under way: closes a chunk when it is full or the tenant changes."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, quick: Quick) -> None:
         self.directory = directory
+        self._quick = quick
+        self._plain: list[Span] = []  # of records that may be read quickly, before those of ``_rows``
+        self._plain_lines = 0
         self.chunks: list[Chunk] = []
         self.dead = Letters()
         self.lines = 0
@@ -156,19 +116,42 @@ class _Decoding:
         self._rows.add(record, first_line, events, raws)
         self.lines += len(events)
 
+    def add_plain(self, record: Record) -> None:
+        """Take a record whose lines the gateway admitted, and which give no key twice."""
+        is_another = bool(self._plain) and self._plain[0].record.organization_id != record.organization_id
+        if is_another or self._plain_lines >= CHUNK_EVENTS:
+            self.read_plain()
+        lines = record.value.count(b"\n") + 1
+        self._plain.append(Span(record, 0, lines))
+        self._plain_lines += lines
+
+    def read_plain(self) -> None:
+        """Read what was taken, at once or record by record."""
+        spans, self._plain, lines, self._plain_lines = self._plain, [], self._plain_lines, 0
+        if self._quick.pays(lines):
+            self.close_chunk()  # what comes before
+            chunk = self._quick.read(spans, self.directory)
+            if chunk is not None:
+                self.chunks.append(chunk)
+                self.lines += lines
+                return
+        for span in spans:
+            if not _fast(span.record, self):
+                _careful(span.record, self)
+
     def close_chunk(self) -> None:
         rows, self._rows = self._rows, _Rows("")
         if not rows.events:
             return
         # Only a producer that claims to be the gateway has a line that is taken out here.
-        texts = _Texts.of(rows.events)
-        if len(odd := texts.no_objects()):
+        texts = _texts(rows.events)
+        if len(odd := _no_objects(texts)):
             rows = self._without(rows, set(odd.tolist()), Reason.DICT_TYPE.at(0, "metadata"))
-            texts = _Texts.of(rows.events)
+            texts = _texts(rows.events)
         stamps = _stamps(rows)
         if len(odd := np.flatnonzero(stamps == UNREADABLE)):
             rows = self._without(rows, set(odd.tolist()), Reason.DATETIME_PARSING.at(0, "timestamp"))
-            texts, stamps = _Texts.of(rows.events), _stamps(rows)
+            texts, stamps = _texts(rows.events), _stamps(rows)
         if rows.events:
             self.chunks.append(_chunk(rows, stamps, texts, self.directory))
 
@@ -184,9 +167,9 @@ class _Decoding:
         return kept
 
 
-def decode(records: Sequence[Record], directory: Directory) -> Batch:
+def decode(records: Sequence[Record], directory: Directory, quick: Quick | None = None) -> Batch:
     """Turn records into rows and dead letters. Numbers new customers in ``directory``."""
-    decoding = _Decoding(directory)
+    decoding = _Decoding(directory, quick or Quick())
     last = {record.partition: record for record in records}
     for record in records:
         if record.timestamp_us >= LATEST_US:
@@ -202,8 +185,13 @@ def decode(records: Sequence[Record], directory: Directory) -> Batch:
         if has_too_many_lines(record.value):
             _bury(record, Reason.RECORD_LINES.at(0), decoding)
             continue
+        if record.admitted and record.distinct_keys and record.organization_id:
+            decoding.add_plain(record)
+            continue
+        decoding.read_plain()
         if not _fast(record, decoding):
             _careful(record, decoding)
+    decoding.read_plain()
     decoding.close_chunk()
     organizations, subjects = directory.take_fresh()
     dead = decoding.dead.table()
@@ -268,20 +256,18 @@ def _detail(refusal: Refusal) -> str:
 
 
 def _stamps(rows: _Rows) -> Microseconds:
-    ingested = rows.column(lambda record: record.timestamp_us, np.int64)
+    ingested = of_records(rows.spans, lambda record: record.timestamp_us, np.int64)
     return parse_times([event.timestamp for event in rows.events], ingested)
 
 
-def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Directory) -> Chunk:
+def _chunk(rows: _Rows, stamps: Microseconds, texts: Texts, directory: Directory) -> Chunk:
     organization = directory.organization(rows.organization_id)
     events, raws = rows.events, rows.raws
     external_ids = _external_ids(rows)
-    ingested = rows.column(lambda record: record.timestamp_us, np.int64)
+    ingested = of_records(rows.spans, lambda record: record.timestamp_us, np.int64)
     keys = _keys(organization.id_bytes, external_ids, raws)
     columns = {
-        "log_partition": rows.column(lambda record: record.partition, np.int32),
-        "log_offset": rows.column(lambda record: record.offset, np.int64),
-        "line": rows.line_numbers(),
+        **places(rows.spans),
         "id_hi": keys.hi,
         "id_lo": keys.lo,
         "content": keys.content,
@@ -291,12 +277,12 @@ def _chunk(rows: _Rows, stamps: Microseconds, texts: _Texts, directory: Director
         "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
         "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
         "external_id": pa.array(external_ids, pa.string()),
-        "parent": _sparse_column([event.parent_id for event in events]),
+        "parent": sparse([event.parent_id for event in events]),
         "member_id": _members(events),
         "external_member_id": _external_members(events),
-        **_metadata(texts),
+        **metadata(texts),
     }
-    stamped = [event.timestamp is not None for event in events]
+    stamped = np.array([event.timestamp is not None for event in events])
     return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, rows.organization_id)
 
 
@@ -304,12 +290,12 @@ def _external_ids(rows: _Rows) -> list[str]:
     """The dedupe keys. A line without one, from a producer that skips the gateway, is known by its place."""
     ids = [event.external_id for event in rows.events]
     if None in ids:
-        places = [
+        known_by = [
             f"{span.record.partition}:{span.record.offset}:{span.first_line + line}"
             for span in rows.spans
             for line in range(span.lines)
         ]
-        ids = [key if key is not None else place for key, place in zip(ids, places, strict=True)]
+        ids = [key if key is not None else place for key, place in zip(ids, known_by, strict=True)]
     return ids  # type: ignore[return-value]  # every None was replaced
 
 
@@ -332,19 +318,12 @@ def _subjects(events: Sequence[Event | Line], organization: Organization, direct
     return np.array(numbers, np.int32)
 
 
-def _sparse_column(values: list[str | None]) -> pa.Array:
-    """A column that is nearly always empty."""
-    if values.count(None) == len(values):
-        return pa.nulls(len(values), pa.string())
-    return pa.array(values, pa.string())
-
-
 def _members(events: Sequence[Event | Line]) -> pa.Array:
     """A member belongs to a ``customer_id``; beside an external customer it says nothing."""
     members = [event.member_id for event in events]
     if members.count(None) < len(members):
         members = [event.member_id if event.external_customer_id is None else None for event in events]
-    return _sparse_column(members)
+    return sparse(members)
 
 
 def _external_members(events: Sequence[Event | Line]) -> pa.Array:
@@ -352,28 +331,11 @@ def _external_members(events: Sequence[Event | Line]) -> pa.Array:
     members = [event.external_member_id for event in events]
     if members.count(None) < len(members):
         members = [event.external_member_id if event.external_customer_id is not None else None for event in events]
-    return _sparse_column(members)
+    return sparse(members)
 
 
 def _subject(event: Event | Line, organization: Organization, directory: Directory) -> int:
     external = event.external_customer_id
     if external is not None:
-        known = organization.external.get(external)
-        return known if known is not None else directory.number_external(organization, external)
-    customer = parse_uuid4(event.customer_id)  # upper case, braces and missing hyphens name the same customer
-    customer = customer if isinstance(customer, str) else str(event.customer_id)
-    known = organization.customer.get(customer)
-    return known if known is not None else directory.number_customer(organization, customer)
-
-
-def _metadata(texts: _Texts) -> dict[str, pa.Array]:
-    """Metadata as text, one line each, keys unique, tokens as sent; and the numbers that need exact text."""
-    joined, offsets = texts
-    rows = len(offsets) - 1
-    awkward: pa.Array = pa.nulls(rows, pa.string())
-    if any_suspicious(joined):
-        each = [joined[start:end] for start, end in pairwise(offsets.tolist())]
-        exact = [awkward_numbers(_DECODE_METADATA(text)) if suspicious(text) else None for text in each]
-        awkward = _sparse_column(exact)
-    column = pa.StringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(joined))
-    return {"metadata": column, "awkward": awkward}
+        return directory.number_of(organization, external, is_external=True)
+    return directory.number_of(organization, str(event.customer_id), is_external=False)

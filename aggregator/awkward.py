@@ -79,7 +79,7 @@ def _keep(found: dict[str, str], steps: Sequence[str], token: bytes) -> None:
 
 
 def _is_awkward(token: bytes) -> bool:
-    if not (token[:1].isdigit() or token[:1] == b"-"):
+    if not (token.isascii() and (token[:1].isdigit() or token[:1] == b"-")):
         return False
     if b"e" in token or b"E" in token:
         return True

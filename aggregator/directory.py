@@ -8,6 +8,8 @@ under both identifiers has two numbers (attribution is by join at read time, con
 
 from typing import NamedTuple
 
+from meters.event import parse_uuid4
+
 EXTERNAL = "external"
 CUSTOMER = "customer"
 
@@ -46,6 +48,16 @@ class Directory:
     def number_customer(self, organization: Organization, customer_id: str) -> int:
         """The number of a customer that is named by ``customer_id``."""
         return self._number(organization.number, organization.customer, CUSTOMER, customer_id)
+
+    def number_of(self, organization: Organization, text: str, *, is_external: bool) -> int:
+        """The number of a customer whom an event names, given now if there is none yet."""
+        if is_external:
+            known = organization.external.get(text)
+            return known if known is not None else self.number_external(organization, text)
+        customer = parse_uuid4(text)  # upper case, braces and missing hyphens name the same customer
+        customer = customer if isinstance(customer, str) else text
+        known = organization.customer.get(customer)
+        return known if known is not None else self.number_customer(organization, customer)
 
     def _number(self, organization: int, known: dict[str, int], kind: str, text: str) -> int:
         number = known[text] = self.subjects_count

@@ -17,9 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.apply import Batch, decode
+from aggregator.apply import decode
+from aggregator.batch import Batch
 from aggregator.boundaries import Boundaries
 from aggregator.checkpoint import Checkpointer
+from aggregator.quick import Quick
 from aggregator.readable import Readable
 from aggregator.running import RunningTotals
 from aggregator.seen import Seen
@@ -70,6 +72,7 @@ class Engine:
         self._log, self.store, self._observe = log, store, observe
         self._readable = Readable()
         self.directory = store.directory()
+        self._quick = Quick()
         self._seen: Seen = store.seen()
         self.catalogue, self.ledger = Catalogue(), Ledger()
         self._load_decisions()
@@ -137,7 +140,7 @@ class Engine:
             records = self._read(USAGE_EVENTS, events, 0 if decisions else IDLE_WAIT_S)
             if not records and not decisions:
                 continue
-            reading = Reading(decode(records, self.directory), decisions, dict(events), control)
+            reading = Reading(decode(records, self.directory, self._quick), decisions, dict(events), control)
             events.update(reading.batch.positions)
             control = _after(decisions, control)
             self._hand_over(reading)

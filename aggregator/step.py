@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from aggregator import letters
-from aggregator.apply import Batch
+from aggregator.batch import Batch
 from aggregator.run import Words
 from aggregator.seen import Keys, repeats
 from meters.exact_json import decode_tokens
@@ -150,12 +150,13 @@ def _contradictions(batch: Batch, table: pa.Table, rows: Rows) -> pa.Table:
     """The dead letters of rows in conflict."""
     told = table.select(["log_partition", "log_offset", "line", "external_id", "ingested_at"]).take(rows)
     partitions, offsets, lines, ids, ingested = (column.to_pylist() for column in told.columns)
-    owners = np.repeat(np.arange(len(batch.chunks)), [len(chunk.raws) for chunk in batch.chunks])[rows]
-    raws = [raw for chunk in batch.chunks for raw in chunk.raws]
+    begins = np.cumsum([0, *(len(chunk.raws) for chunk in batch.chunks)])
+    owners = np.searchsorted(begins, rows, "right") - 1
+    raws = [batch.chunks[owner].raws[row] for owner, row in zip(owners, rows - begins[owners], strict=True)]
     details = [f"external_id {id!r} was taken before with other content; the first one counts" for id in ids]
     values = (
         partitions, offsets, lines, [batch.chunks[owner].organization_id for owner in owners.tolist()],
-        [CONFLICT] * len(rows), details, [raws[row] for row in rows.tolist()], ingested,
+        [CONFLICT] * len(rows), details, raws, ingested,
     )  # fmt: skip
     return pa.Table.from_batches([letters.columns(values)])
 

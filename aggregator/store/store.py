@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from aggregator import hierarchy
-from aggregator.apply import Batch
+from aggregator.batch import Batch
 from aggregator.directory import Directory
 from aggregator.letters import LetterPlace, numbered, rests
 from aggregator.seen import Keys, Seen

@@ -67,6 +67,15 @@ def test_metadata_that_is_no_object_is_a_dead_letter(odd: str) -> None:
     assert [row["external_id"] for row in effects.rows.to_pylist()] == ["a", "c"]
 
 
+@pytest.mark.parametrize("amount", ["1é", "1111111111111111é", "1é1e5", "1e", "1-2e5", "1111111111111111.2.3"])
+def test_a_number_that_is_none_is_kept_as_it_is(amount: str) -> None:
+    """Of such a producer nobody has looked at it; it stalls nothing, and a meter of amounts passes it over."""
+    sent = record(line("a", metadata='{"_cost":{"amount":"%s","currency":"usd"}}' % amount))
+    (row,) = decided(msgspec.structs.replace(sent, distinct_keys=True)).rows.to_pylist()
+
+    assert amount in row["metadata"]
+
+
 def test_no_timestamp_means_the_time_of_ingestion() -> None:
     """The record's time is the default."""
     (row,) = decided(record(line("r1"))).rows.to_pylist()
