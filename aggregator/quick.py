@@ -4,7 +4,6 @@ What ``kernels`` takes for ordinary becomes a chunk; whatever else, and everythi
 ``apply``. Both make the same rows, which a property test shows.
 """
 
-import importlib
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -225,6 +224,8 @@ class Quick:
 
     def _load(self) -> None:
         try:
-            self._kernels = importlib.import_module("aggregator.kernels")
+            import aggregator.kernels as kernels
+
+            self._kernels = kernels
         except Exception as error:  # slower, never wrong
             logger.warning("quick_reading_off", reason=str(error))
