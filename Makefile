@@ -39,7 +39,7 @@ run: setup  ## start Meterstream on 127.0.0.1:8000, data in ./data
 demo: setup  ## meter an LLM trace (TRACE=file; generated where no real one is) end to end and check every total against a recount
 	@$(BIN)/meterstream demo $(if $(TRACE),--trace "$(TRACE)") $(if $(DEMO_ROWS),--rows $(DEMO_ROWS)) $(ARGS)
 
-kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3", "--version 3.9"); needs Java 17 and Maven
+kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--port 9192 --data DIR", "--nodes 3", "--version 3.9"); needs Java 17 and Maven
 	@exec $(BIN)/python -m tests.kafka $(ARGS)
 
 # What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
@@ -48,7 +48,7 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--nodes 3"
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
 	tests/faults/test_process_model.py \
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_init.py \
-	tests/kafka/test_security.py
+	tests/kafka/test_make_kafka.py tests/kafka/test_security.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
 	tests/faults/test_torn_store.py tests/faults/test_kill.py tests/deploy/test_serve.py tests/deploy/test_doctor_log.py
 UPSTREAM := tests/forward tests/reconcile

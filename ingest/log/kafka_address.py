@@ -136,3 +136,5 @@ def _check_protocol(options: Options, secrets: Mapping[str, str]) -> None:
     for name in ("ssl_ca", "ssl_certificate", "ssl_key"):
         if getattr(options, name) and not tls:
             raise ValueError(f"{name} needs security_protocol=SSL or SASL_SSL: {protocol} encrypts nothing")
+    if bool(options.ssl_certificate) != bool(options.ssl_key):
+        raise ValueError("ssl_certificate and ssl_key go together: name both, the same file twice where it holds both")

@@ -6,6 +6,7 @@ installation may start before its topics are made.
 
 import contextlib
 import itertools
+import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -27,6 +28,11 @@ OPENING_S_MAX = 1.0
 """Seconds that opening waits for the brokers; without them it goes on, and the first use asks again."""
 
 FUTURE_GRACE_S = 0.5  # librdkafka keeps its own time, and is asked to be punctual
+
+NAME_A_CERTIFICATE = "they want a client's certificate: name one that they trust with ssl_certificate and ssl_key"
+# The alerts of TLS about the other side's certificate (bad, unsupported, revoked, expired, unknown, of an unknown
+# authority, required); OpenSSL has changed their words before, and their numbers are the protocol's.
+_UNCERTIFIED = re.compile(r"SSL alert number (4[2-68]|116)\b")
 
 
 class Topics:
@@ -140,7 +146,7 @@ class Complaint:
     def __call__(self, error: KafkaError) -> None:
         """librdkafka's ``error_cb``."""
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says the same without the reason
-            self.last = error.str()
+            self.last = error.str() + (f"; {NAME_A_CERTIFICATE}" if _UNCERTIFIED.search(error.str()) else "")
 
 
 def make_admin(address: Address, complaint: Complaint) -> AdminClient:

@@ -28,11 +28,9 @@ class Apart:
     """An aggregator and gateways that share brokers and nothing else, and a token."""
 
     def __init__(self, log_url: str, folder: Path) -> None:
+        """Nothing is asked of the brokers yet, which may come later; ``prepare`` before ``start``."""
         self.log_url, self.folder = log_url, folder
-        meterstream("kafka", "init", "--log", log_url, "--partitions", str(PARTITIONS))
-        organization = answer("orgs", "create", "acme", "--log", log_url)
-        self.organization_id = organization["id"]
-        self.token = self.new_token()
+        self.organization_id, self.token = "", "polar_oat_of_nobody_yet"
         where = ["--log", log_url, "--port"]
         api_port, ports = take_port(), (take_port(), take_port())
         self.aggregator = Process("aggregator", ["aggregate", *where, str(api_port), "--data", str(folder)], folder)
@@ -46,6 +44,12 @@ class Apart:
         self.http = httpx.Client(timeout=PATIENCE_S)
         self.started: set[str] = set()
 
+    def prepare(self) -> None:
+        """Make the topics, an organization and a token."""
+        answer("kafka", "init", "--log", self.log_url, "--partitions", str(PARTITIONS))
+        self.organization_id = answer("orgs", "create", "acme", "--log", self.log_url)["id"]
+        self.token = self.new_token()
+
     def new_token(self) -> str:
         """A token made on the command line, without any server."""
         done = meterstream("tokens", "create", "--name", "test", "--log", self.log_url)
@@ -55,9 +59,17 @@ class Apart:
 
     def start(self) -> None:
         """Start all, and wait until each serves."""
+        self.launch()
+        self.await_service()
+
+    def launch(self) -> None:
+        """Start all."""
         for process in (self.aggregator, *self.gateways):
             process.start()
             self.started.add(process.name)
+
+    def await_service(self) -> None:
+        """Wait until each serves."""
         eventually(lambda: all(self.status(f"{url}/readyz") == 200 for url in self.urls))
         eventually(lambda: self.status(f"{self.api_url}/v1/meters/") == 200)
 

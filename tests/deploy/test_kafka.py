@@ -29,7 +29,7 @@ from tests.deploy.apart import PARTITIONS, Apart, answer, usage
 from tests.deploy.installation import PATIENCE_S, Installation, meterstream
 from tests.deploy.programs import program
 from tests.deploy.test_readme import README
-from tests.faults.kafka_installation import Process
+from tests.faults.kafka_installation import Process, own_brokers
 from tests.kafka.cluster import Cluster
 from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
@@ -50,6 +50,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     """Two gateways and an aggregator that run; the tests of this module share them, and add to what is there."""
     place = Apart(f"kafka://{shared_broker().bootstrap}", tmp_path_factory.mktemp("apart"))
     try:
+        place.prepare()
         place.start()
         yield place
     finally:
@@ -133,21 +134,30 @@ def test_a_gateway_waits_for_its_topics_and_says_so(apart: Apart, log_url: str) 
         gateway.stop()
 
 
-def test_brokers_that_do_not_answer_are_named(tmp_path: Path) -> None:
-    """A gateway without brokers lives too, and says where it looks for them."""
-    port, nobody = take_port(), take_port()
-    gateway = Process("lonely", ["gateway", "--log", f"kafka://127.0.0.1:{nobody}", "--port", str(port)], tmp_path)
-    gateway.start()
+def test_brokers_may_come_after_all_others(tmp_path: Path) -> None:
+    """Gateways and an aggregator that were started first say whom they wait for, refuse for now, and serve then."""
+    with own_brokers(tmp_path, start=False) as cluster:
+        place = Apart(f"kafka://{cluster.bootstrap}", tmp_path)
+        with contextlib.closing(place):
+            place.launch()
+            url = place.urls[0]
+            eventually(lambda: all(place.status(f"{each}/livez") == 200 for each in place.urls))
+            waiting = eventually(lambda: "waiting_for" in (found := place.http.get(f"{url}/readyz")).json() and found)
+            assert (waiting.status_code, waiting.json()["ready"]) == (503, False)
+            assert f"the brokers at {cluster.bootstrap} do not answer" in waiting.json()["waiting_for"]
+            refused = place.ingest(url, usage("too early"))
+            assert (refused.status_code, refused.json()["error"]) == (503, "CatalogueUnavailable")
+            assert int(refused.headers["retry-after"]) > 0
+            assert place.gateways[1].stop() == 0
+            eventually(lambda: f"the brokers at {cluster.bootstrap} do not answer" in place.aggregator.output)
 
-    def waiting() -> str:
-        with contextlib.suppress(httpx.TransportError):
-            return str(httpx.get(f"http://127.0.0.1:{port}/readyz").json().get("waiting_for", ""))
-        return ""
-
-    try:
-        assert f"127.0.0.1:{nobody}" in eventually(waiting)
-    finally:
-        assert gateway.stop() == 0
+            cluster.start()
+            place.prepare()
+            place.gateways[1].start()
+            place.await_service()
+            taken = place.ingest(url, usage("in time"))
+            assert taken.status_code == 200, taken.text
+            assert place.names(taken.headers["log-position"]) == {"in time"}
 
 
 def test_gateways_and_aggregator_apart_are_one_service(apart: Apart) -> None:

@@ -38,6 +38,13 @@ def test_certificates_are_not_for_plain_text(protocol: str, option: str) -> None
         parse_address(f"{URL}?{protocol}{option}=a.pem", {PASSWORD: "secret"})
 
 
+@pytest.mark.parametrize("option", ["ssl_certificate", "ssl_key"])
+def test_a_certificate_has_its_key(option: str) -> None:
+    """One without the other would not be shown to anybody, and brokers would ask for it in vain."""
+    with pytest.raises(ValueError, match="go together: name both"):
+        parse_address(f"{URL}?security_protocol=SSL&{option}=a.pem", {})
+
+
 @pytest.mark.parametrize("protocol", ["", "security_protocol=SSL&"])
 @pytest.mark.parametrize("option", ["sasl_mechanism=SCRAM-SHA-512", "sasl_mechanism=PLAIN", "sasl_username=me"])
 def test_a_login_is_not_for_a_protocol_without_one(protocol: str, option: str) -> None:

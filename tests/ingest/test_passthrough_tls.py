@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ingest import passthrough
-from tests.deploy.programs import program
+from tests.certificates import make_certificate
 from tests.ingest.running import PATIENCE_S, RunningGateway
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -21,15 +20,7 @@ class TlsApi:
     """A query API that speaks TLS with a certificate of its own, and answers everything with ``ok``."""
 
     def __init__(self, folder: Path) -> None:
-        self.certificate = folder / "api.pem"
-        key = folder / "api.key"
-        names = ["-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1"]
-        kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        openssl = program("openssl", "openssl")
-        subprocess.run(
-            [openssl, "req", "-x509", *kind, *names, "-keyout", str(key), "-out", str(self.certificate)],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        self.certificate, key = make_certificate(folder, "api", reached_as="IP:127.0.0.1")
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.load_cert_chain(self.certificate, key)
         self._listener = socket.create_server(("127.0.0.1", 0))

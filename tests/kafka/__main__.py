@@ -2,12 +2,15 @@
 
 import argparse
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.kafka.cluster import running
+from tests.kafka.cluster import Cluster, running
 from tests.kafka.jars import VERSIONS, Missing, release
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
@@ -19,21 +22,42 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=9092, help="of the first node; the others' follow")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"Kafka {release(options.version)} starts ...", flush=True)
-    with tempfile.TemporaryDirectory(prefix="meterstream-kafka-") as temporary:
-        try:
+    try:
+        _refuse_taken(options.data, range(options.port, options.port + options.nodes))
+        print(f"Kafka {release(options.version)} starts ...", flush=True)
+        with tempfile.TemporaryDirectory(prefix="meterstream-kafka-") as temporary:
             folder = options.data or Path(temporary) / "cluster"
             with running(folder, options.version, options.nodes, port=options.port) as cluster:
-                print(f"Kafka listens on {cluster.bootstrap}. Ctrl-C stops it. Try:\n", flush=True)
-                print(f"  meterstream kafka init --log kafka://{cluster.bootstrap}", flush=True)
-                print(f"  meterstream serve --log kafka://{cluster.bootstrap}\n", flush=True)
-                signal.pause()
-        except Missing as reason:
-            print(f"make kafka: {reason}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("Kafka stops.", flush=True)
+                _wait_for_the_end(cluster)
+    except Missing as reason:
+        print(f"make kafka: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Kafka stops.", flush=True)
     return 0
+
+
+def _wait_for_the_end(cluster: Cluster) -> None:
+    """Say what to try, and wait for a signal. Further ones count for nothing: the broker is to close its files."""
+    print(f"Kafka listens on {cluster.bootstrap}. Ctrl-C stops it. Try:\n", flush=True)
+    print(f"  meterstream kafka init --log kafka://{cluster.bootstrap}", flush=True)
+    print(f"  meterstream serve --log kafka://{cluster.bootstrap}\n", flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    signal.sigwait(STOPPING)
+    print("Kafka stops.", flush=True)
+
+
+def _refuse_taken(data: Path | None, ports: range) -> None:
+    """Raises Missing where another broker listens, to whom everybody would talk, or has its data."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise Missing(f"port {port} is taken ({error.strerror}); give another with --port") from None
+    if data is not None and (data / "node-1").exists():
+        raise Missing(f"{data} has an earlier broker's data; give a new folder with --data")
 
 
 if __name__ == "__main__":
