@@ -159,7 +159,8 @@ class Quick:
             return False
         self._lines += lines
         if self._kernels is None and self._loading is None and self._lines > LOAD_AFTER_LINES:
-            self._loading = threading.Thread(target=self._load, name="load-kernels", daemon=True)
+            # No daemon: a compiler that is in the way of the interpreter's end would end it with a signal.
+            self._loading = threading.Thread(target=self._load, name="load-kernels")
             self._loading.start()
         return self._kernels is not None
 
