@@ -26,6 +26,9 @@ LINES_MIN = 200
 LOAD_AFTER_LINES = 10_000
 """Lines that could have been read quickly, before that is made ready: a server with few events has no use for it."""
 
+BYTES_MAX = 64 * 1024 * 1024
+"""Of a chunk, ten times a round: places are 32-bit numbers, and each byte takes four more while quotes are found."""
+
 SLOTS_MIN = 256
 Numbers32 = npt.NDArray[np.int32]
 
@@ -167,6 +170,8 @@ class Quick:
     def read(self, spans: Sequence[Span], directory: Directory) -> Chunk | None:
         """The lines of whole records of one organization, which say that no key is given twice; None if any is odd."""
         lines = sum(span.lines for span in spans)
+        if sum(len(span.record.value) for span in spans) > BYTES_MAX:
+            return None
         found = _Read.of(self._kernels, b"\n".join([span.record.value for span in spans]), lines)
         if found is None:
             return None
