@@ -26,7 +26,7 @@ from aggregator.batch import Batch, Chunk
 from aggregator.columns import Span, Texts, metadata, of_records, places, sparse
 from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
-from aggregator.quick import Quick
+from aggregator.quick import CHUNK_LINES, Quick
 from aggregator.seen import Keys
 from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
 from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
@@ -119,7 +119,7 @@ class _Decoding:
     def add_plain(self, record: Record) -> None:
         """Take a record whose lines the gateway admitted, and which give no key twice."""
         is_another = bool(self._plain) and self._plain[0].record.organization_id != record.organization_id
-        if is_another or self._plain_lines >= CHUNK_EVENTS:
+        if is_another or self._plain_lines >= CHUNK_LINES:
             self.read_plain()
         lines = record.value.count(b"\n") + 1
         self._plain.append(Span(record, 0, lines))
