@@ -17,6 +17,16 @@ from aggregator.store import schema
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
 _READABLE_FROM = "v1.5.0"  # the oldest DuckDB that is allowed here has to open what the newest one wrote
+ROW_GROUP_ROWS = 10_240
+"""A round of so many rows is written to the file at once, and only its place to the write-ahead log. Files made with
+other sizes are read and written as they are."""
+
+_ATTACH = f"ATTACH ? AS store (ROW_GROUP_SIZE {ROW_GROUP_ROWS})"
+_ATTACH_TO_READ = f"ATTACH ? AS store (ROW_GROUP_SIZE {ROW_GROUP_ROWS}, READ_ONLY)"
+_USE = "USE store"
+BEGIN = f"{_USE}; BEGIN"
+"""How a transaction begins on a cursor that DuckDB made."""
+
 REBUILD = "meterstream rebuild"
 _NEWER = "start the Meterstream that made it"
 _OTHER_LOG = (
@@ -85,19 +95,40 @@ def explaining(path: Path) -> Iterator[None]:
 
 
 def _connect(path: Path, settings: Settings, *, read_only: bool = False) -> duckdb.DuckDBPyConnection:
-    return duckdb.connect(
-        str(path),
-        read_only,
-        config={
-            "memory_limit": settings.memory_limit,
-            "threads": settings.threads,
-            "temp_directory": f"{path}.tmp",
-            "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
-            "storage_compatibility_version": _READABLE_FROM,  # of a new file; one that is there keeps its own
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        },
-    )
+    """The file, attached to an empty database: only so its row groups get another size than they have by themselves."""
+    with contextlib.ExitStack() as undo:
+        connection = duckdb.connect(
+            ":memory:",
+            config={
+                "memory_limit": settings.memory_limit,
+                "threads": settings.threads,
+                "temp_directory": f"{path}.tmp",
+                "checkpoint_threshold": _NO_AUTOMATIC_CHECKPOINT,
+                "storage_compatibility_version": _READABLE_FROM,  # of a new file; one that is there keeps its own
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            },
+        )
+        undo.callback(connection.close)
+        connection.execute(_ATTACH_TO_READ if read_only else _ATTACH, [str(path)])
+        connection.execute(_USE)
+        undo.pop_all()
+    return connection
+
+
+def another(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    """Another connection to the same file; DuckDB's own would be one to the empty database."""
+    with contextlib.ExitStack() as undo:
+        made = connection.cursor()
+        undo.callback(made.close)  # an instance that is half open would be found again by the next opener
+        made.execute(_USE)
+        undo.pop_all()
+    return made
+
+
+def is_the_end(error: Exception) -> bool:
+    """Whether the database serves nobody any more until it is opened again; DuckDB says so in two ways."""
+    return isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error)
 
 
 def _make(path: Path, identities: Mapping[str, str], settings: Settings) -> None:

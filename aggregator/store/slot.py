@@ -14,15 +14,17 @@ from collections.abc import Iterator
 import duckdb
 import pyarrow as pa
 
+from aggregator.store.opening import another
+
 
 def as_written(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Another connection to the file, which executes statements as they are written."""
     with contextlib.ExitStack() as undo:
-        another = connection.cursor()
-        undo.callback(another.close)  # an instance that is half open would be found again by the next opener
-        another.execute("PRAGMA disable_optimizer")
+        made = another(connection)
+        undo.callback(made.close)  # an instance that is half open would be found again by the next opener
+        made.execute("PRAGMA disable_optimizer")
         undo.pop_all()
-    return another
+    return made
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from aggregator.directory import Directory
 from aggregator.letters import LetterPlace, numbered, rests
 from aggregator.seen import Keys, Seen
 from aggregator.step import SAID, Effects, Tally
-from aggregator.store.opening import MODEST, Settings, explaining, open_file
+from aggregator.store.opening import BEGIN, MODEST, Settings, another, explaining, is_the_end, open_file
 from aggregator.store.slot import Prepared, as_written, optimizing
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue import DeadLetterReplayed, decode_changes
@@ -187,7 +187,7 @@ class Store:
 
     def tallies(self) -> dict[str, int]:
         """Lines so far by what became of them: stored, duplicates, conflicts, dead."""
-        row = self._connection.cursor().execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
+        row = another(self._connection).execute("SELECT sum(COLUMNS(* EXCLUDE log_partition)) FROM tallies").fetchone()
         return {name: int(count or 0) for name, count in zip(Tally._fields, row or Tally(), strict=True)}
 
     def last_read(self, stream: str) -> dict[int, tuple[int, int]]:
@@ -306,10 +306,10 @@ class Store:
         """A consistent snapshot on a connection of its own. Raises Unavailable when the store is closed or dead."""
         connection = self._reader()
         try:
-            connection.execute("BEGIN")
+            connection.execute(BEGIN)
             yield Snapshot(connection, _positions(connection, USAGE_EVENTS))
         except Exception as error:
-            self.is_dead |= isinstance(error, duckdb.FatalException)
+            self.is_dead |= is_the_end(error)
             if self._closing or self.is_dead:
                 raise Unavailable("the store is being opened again") from error
             raise
@@ -338,18 +338,18 @@ class Store:
         """
         connection = self._reader()
         try:
-            connection.execute("BEGIN")
+            connection.execute(BEGIN)
             yield connection
             connection.execute("COMMIT")
         except duckdb.Error as error:
-            self.is_dead |= isinstance(error, duckdb.FatalException)
+            self.is_dead |= is_the_end(error)
             raise Unavailable(f"the outbox cannot be written now: {error}") from error
         finally:
             self._let_go(connection)
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Another connection to the same file, for a thread of its own."""
-        return self._connection.cursor()
+        return another(self._connection)
 
     def checkpoint(self, merges_max: int = 0) -> bool:
         """Fold the write-ahead log into the file; False when DuckDB asks to try later. Raises Doubt.
@@ -358,7 +358,7 @@ class Store:
         being rewritten takes no rows, so a round waits for as long.
         """
         try:
-            with contextlib.closing(self._connection.cursor()) as connection:
+            with contextlib.closing(another(self._connection)) as connection:
                 connection.execute("SET GLOBAL max_vacuum_tasks = ?", [merges_max])
                 connection.execute("CHECKPOINT")
         except duckdb.TransactionException:

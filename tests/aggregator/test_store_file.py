@@ -11,7 +11,7 @@ from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import Running, entry, line, rows
 
-_FORMAT = "SELECT tags['storage_version'] FROM duckdb_databases() WHERE NOT internal"
+_FORMAT = "SELECT tags['storage_version'] FROM duckdb_databases() WHERE database_name = current_database()"
 
 
 def test_every_duckdb_that_is_allowed_can_open_the_file(tmp_path: Path) -> None:
