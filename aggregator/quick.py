@@ -69,11 +69,13 @@ class _Numbers:
         return found
 
     def put(self, hi: Words, lo: Words, numbers: Numbers32) -> None:
-        self._count += len(numbers)  # one too many where a customer is put twice, which does no harm
+        numbers, rows = np.unique(numbers, return_index=True)  # a customer who is new may have many lines
+        hi, lo = hi[rows], lo[rows]
+        self._count += len(numbers)
         if 2 * self._count > len(self._table[2]):
             old = self._table
-            self._table = self._free(1 << (4 * self._count - 1).bit_length())
             here = old[2] != self._kernels.UNKNOWN
+            self._table = self._free(1 << (2 * self._count).bit_length())
             self._kernels.put_numbers(*self._table, *(column[here] for column in old))
         self._kernels.put_numbers(*self._table, hi, lo, numbers)
 

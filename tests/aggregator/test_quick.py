@@ -192,6 +192,21 @@ def test_customers_keep_their_numbers_while_the_table_grows() -> None:
         assert_same(found, decode([sent], plain))
 
 
+def test_the_table_grows_with_customers_not_with_their_lines() -> None:
+    """A program that sends a hundred events of one customer at a time must not fill the memory."""
+    swift, directory = Quick(kernels), Directory()
+    for offset in range(20):
+        told = [
+            b'{"name":"n","external_id":"%d-%d","external_customer_id":"%d"}'
+            % (offset, number, 50 * offset + number % 50)
+            for number in range(2000)
+        ]
+        decode([msgspec.structs.replace(record(*told, offset=offset), distinct_keys=True)], directory, swift)
+    external, own = swift._numbers[0]
+
+    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, quick.SLOTS_MIN)
+
+
 def test_it_is_made_ready_when_it_pays() -> None:
     """The first lines are read one by one; then a thread loads what is compiled, and it is used."""
     swift = Quick()
