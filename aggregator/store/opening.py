@@ -35,6 +35,7 @@ _OTHER_LOG = (
 )
 _OWNER = "run this as the user that the server runs as, or give that user the file with chown"
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_STILL_OPEN = "is already attached"  # in this process, by whoever is about to let go
 
 
 class Unopenable(Exception):
@@ -72,7 +73,7 @@ def open_file(path: Path, identities: Mapping[str, str], settings: Settings) -> 
         if not path.exists():
             _make(path, identities, settings)
         connection = _connect(path, settings)
-        undo.callback(connection.close)  # an instance that is half open would be found again by the next opener
+        undo.callback(connection.close)  # an instance that is half open would be in the next opener's way
         _check(connection, identities)
         epoch = _claim_epoch(connection)
         undo.pop_all()
@@ -120,7 +121,7 @@ def another(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Another connection to the same file; DuckDB's own would be one to the empty database."""
     with contextlib.ExitStack() as undo:
         made = connection.cursor()
-        undo.callback(made.close)  # an instance that is half open would be found again by the next opener
+        undo.callback(made.close)  # an instance that is half open would be in the next opener's way
         made.execute(_USE)
         undo.pop_all()
     return made
@@ -178,7 +179,8 @@ def _claim_epoch(connection: duckdb.DuckDBPyConnection) -> int:
 def _explained(path: Path, error: Exception) -> Exception:
     """What an error while opening means. DuckDB tells the system's reasons by their text alone."""
     text = str(error).splitlines()[0]
-    if isinstance(error, duckdb.OutOfMemoryException) or any(os.strerror(number) in text for number in _PASSING):
+    passing = any(why in text for why in (*map(os.strerror, _PASSING), _STILL_OPEN))
+    if isinstance(error, duckdb.OutOfMemoryException) or passing:
         return NotNow(f"{path} cannot be opened now ({text})")
     if "Could not set lock" in text:
         return Unopenable(f"{text}; {path} is in use by another process", "stop that one first")

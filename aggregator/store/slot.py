@@ -21,7 +21,7 @@ def as_written(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnecti
     """Another connection to the file, which executes statements as they are written."""
     with contextlib.ExitStack() as undo:
         made = another(connection)
-        undo.callback(made.close)  # an instance that is half open would be found again by the next opener
+        undo.callback(made.close)  # an instance that is half open would be in the next opener's way
         made.execute("PRAGMA disable_optimizer")
         undo.pop_all()
     return made

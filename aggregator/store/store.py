@@ -65,7 +65,7 @@ class Replaced(Exception):
 
 
 class StillRead(Exception):
-    """A reader did not let go, so this process would be given the same instance again: only another one begins anew."""
+    """A reader did not let go, so this process cannot open the file again: only another one begins anew."""
 
 
 class Round(NamedTuple):
@@ -125,8 +125,8 @@ class Store:
     def close(self) -> None:
         """Let go of the file, as soon as nobody reads any more; queries that run are interrupted.
 
-        DuckDB keeps an instance while anyone holds a part of it, and hands it to whoever opens the file next. So
-        waiting is what makes sure that the next one starts from the file. Raises StillRead when it was in vain.
+        DuckDB keeps an instance while anyone holds a part of it, and lets nobody else in this process open the file.
+        Raises StillRead when waiting was in vain.
         """
         deadline = time.monotonic() + _READERS_PATIENCE_S
         try:

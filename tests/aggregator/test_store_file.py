@@ -5,6 +5,8 @@ from contextlib import closing
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
+
 from aggregator.store import opening
 from aggregator.store.store import Store
 from ingest.log import open_log
@@ -34,6 +36,30 @@ def test_a_file_of_another_format_is_followed_on(tmp_path: Path) -> None:
         assert store.tallies() == {"stored": 2, "duplicates": 1, "conflicts": 0, "dead": 0}
         assert rows(store, _FORMAT) == made
     log.close()
+
+
+def test_a_file_with_larger_groups_is_followed_on(tmp_path: Path) -> None:
+    """As all were that were made before a round had a group of its own."""
+    log, path = open_log("memory:"), tmp_path / "store.duckdb"
+    for made, attach in enumerate(["ATTACH ? AS store", opening._ATTACH]):
+        lines = [line(f"{made} {number}") for number in range(opening.ROW_GROUP_ROWS + 5)]
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
+        with patch.object(opening, "_ATTACH", attach), Running(log, path) as running:
+            store = running.catch_up().store
+            assert store.checkpoint()
+            assert store.tallies()["stored"] == (made + 1) * len(lines)
+    log.close()
+
+
+def test_a_file_that_is_open_here_is_opened_later(tmp_path: Path) -> None:
+    """Whoever had it is about to let go: nobody is told to make the store again."""
+    where = tmp_path / "store.duckdb", {USAGE_EVENTS: "a", USAGE_CONTROL: "b"}
+    with closing(Store.open(*where)) as store:
+        epoch = store.epoch
+        with pytest.raises(opening.NotNow):
+            Store.open(*where)
+    with closing(Store.open(*where)) as store:
+        assert store.epoch == epoch + 1
 
 
 def test_decisions_are_read_in_parts_and_in_order(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One writer, one log, one store: whoever is not the one stops and says so, before it can make a number wrong."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import duckdb
 import pytest
 
 from aggregator.owner import Aggregator
+from aggregator.store import opening
 from aggregator.store.opening import Unopenable
 from aggregator.store.store import Replaced, Store
 from deploy.data import DataDirectory
@@ -74,13 +76,14 @@ def test_a_second_process_is_refused_with_one_clear_line(log: Log, tmp_path: Pat
 def test_a_writer_that_was_replaced_cannot_commit(log: Log, tmp_path: Path) -> None:
     """A newer writer has the higher epoch: the older one's next round is refused, whole, and it ends for good."""
     aggregator = follow(log, tmp_path / STORE)
-    newer = Store.open(tmp_path / STORE, identities(log), SMALL)
-    before = newer.positions(USAGE_EVENTS)
+    before = aggregator._now.store.positions(USAGE_EVENTS)
+    with aggregator._now.store.cursor() as newer:
+        assert opening._claim_epoch(newer) == aggregator._now.store.epoch + 1
     append(log, "after")
     eventually(aggregator.ended.is_set)
-    after, tallies = newer.positions(USAGE_EVENTS), newer.tallies()
-    newer.close()
     aggregator.stop()
+    with contextlib.closing(Store.open(tmp_path / STORE, identities(log), SMALL)) as store:
+        after, tallies = store.positions(USAGE_EVENTS), store.tallies()
 
     assert isinstance(aggregator.failure, Replaced)
     assert before == after
