@@ -98,7 +98,7 @@ class _Decoding:
     def __init__(self, directory: Directory, quick: Quick) -> None:
         self.directory = directory
         self._quick = quick
-        self._plain: list[Span] = []  # of records that may be read quickly, before those of ``_rows``
+        self._plain: list[Span] = []  # of records that may be read quickly, behind those of ``_rows``
         self._plain_lines = 0
         self.chunks: list[Chunk] = []
         self.dead = Letters()

@@ -8,7 +8,7 @@ Quotes are found first, in a loop without branches. Where a text has no backslas
 whatever stands in it, so most of a line is jumped over.
 
 Numba compiles this module when it is first imported, in some four seconds, and keeps the result beside it, or where
-NUMBA_CACHE_DIR says; from then on importing takes 0.6 s. ``quick`` imports it, in a thread, when that pays.
+NUMBA_CACHE_DIR says; from then on importing takes 0.6 to 0.9 s. ``quick`` imports it, in a thread, when that pays.
 """
 
 import sys
@@ -192,13 +192,13 @@ def _scan_line(text: Any, at: Any, quotes: Any, quotes_count: Any, quote: Any, s
             at, quote, state = at + 1, quote + 2, _VALUE
         elif byte == _COMMA and state == _DONE:
             at, state = at + 1, _KEY if in_object else _VALUE
-        elif byte == (_OBJECT_END if in_object else _LIST_END) and (state == _DONE or state == _OPENED):  # noqa: SIM109
+        elif byte == (_OBJECT_END if in_object else _LIST_END) and state in (_DONE, _OPENED):
             at, depth, objects, state = at + 1, depth - 1, objects >> 1, _DONE
             if depth == 1 and field == METADATA:
                 spans[field, 1] = at
-        elif state == _KEY or state == _DONE or (state == _OPENED and in_object):  # noqa: SIM109
+        elif state in (_KEY, _DONE) or (state == _OPENED and in_object):
             return ODD, quote
-        elif byte == _OBJECT or byte == _LIST:  # noqa: SIM109
+        elif byte in (_OBJECT, _LIST):
             known = depth == 1 and field != MISSING
             if depth == _DEPTH_MAX or (byte == _LIST and (depth == 0 or known)) or (known and field != METADATA):
                 return ODD, quote
@@ -283,25 +283,28 @@ def hash_texts(text: Any, spans: Any, field: Any, room: Any, prefix_bytes: Any, 
             hi[row], lo[row] = _hash_128(uint64(base), uint64(prefix_bytes + end - begin))
 
 
+@_kernel(uint64(uint64[::1], uint64[::1], int32[::1], uint64, uint64))
+def _slot(hi: Any, lo: Any, numbers: Any, own_hi: Any, own_lo: Any) -> Any:
+    """Where a hash is, or belongs, in a table with open addresses: a power of two slots, some free (UNKNOWN)."""
+    mask = np.uint64(len(numbers) - 1)
+    slot = own_lo & mask
+    while numbers[slot] != UNKNOWN and not (lo[slot] == own_lo and hi[slot] == own_hi):
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
 @_kernel(void(uint64[::1], uint64[::1], int32[::1], uint64[::1], uint64[::1], int32[::1]))
 def find_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, found: Any) -> Any:
-    """Look hashes up in a table with open addresses: a power of two slots, some of them free (UNKNOWN)."""
-    mask = np.uint64(len(numbers) - 1)
+    """Look hashes up in such a table."""
     for row in range(len(his)):
-        slot = los[row] & mask
-        while numbers[slot] != UNKNOWN and not (lo[slot] == los[row] and hi[slot] == his[row]):
-            slot = (slot + np.uint64(1)) & mask
-        found[row] = numbers[slot]
+        found[row] = numbers[_slot(hi, lo, numbers, his[row], los[row])]
 
 
 @_kernel(void(uint64[::1], uint64[::1], int32[::1], uint64[::1], uint64[::1], int32[::1]))
 def put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) -> Any:
     """Put hashes with their numbers into such a table; it must have room for them."""
-    mask = np.uint64(len(numbers) - 1)
     for row in range(len(his)):
-        slot = los[row] & mask
-        while numbers[slot] != UNKNOWN and not (lo[slot] == los[row] and hi[slot] == his[row]):
-            slot = (slot + np.uint64(1)) & mask
+        slot = _slot(hi, lo, numbers, his[row], los[row])
         hi[slot], lo[slot], numbers[slot] = his[row], los[row], put[row]
 
 
