@@ -28,11 +28,11 @@ from aggregator.directory import Directory, Organization
 from aggregator.letters import DeadLetter, Letters
 from aggregator.quick import CHUNK_LINES, Quick
 from aggregator.seen import Keys
-from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
+from aggregator.timestamps import Microseconds, parse_times
 from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.refusal import Reason, Refusal
-from meters.timestamp import instant_of
+from meters.timestamp import UNREADABLE, instant_of
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
 FIELD_SHOWN_MAX = 200  # characters of where in an event it is

@@ -18,7 +18,8 @@ from aggregator.columns import Span, Texts, metadata, of_records, places
 from aggregator.directory import Directory, Organization
 from aggregator.run import Words
 from aggregator.seen import Keys
-from aggregator.timestamps import UNREADABLE, Microseconds, parse_times
+from aggregator.timestamps import Microseconds, parse_times
+from meters.timestamp import UNREADABLE
 
 LINES_MIN = 200
 """Fewer take longer than one by one."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from meters.timestamp import microseconds_of, parse_timestamp
+from meters.timestamp import UNREADABLE, microseconds_of, parse_timestamp
 
 Microseconds = npt.NDArray[np.int64]
 _USUAL_LENGTH_MIN = len("2026-03-01T10:00:00Z")  # with less, Arrow also takes an hour alone, which is no time to us
@@ -22,7 +22,6 @@ _USUAL_LENGTH_MAX = len("2026-03-01T10:00:00.123456Z")
 _USUAL = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?Z$"
 _FINER = r"(\.\d{6})\d+Z$"
 _YEAR_ONE = -62_135_596_800_000_000  # Arrow also takes a year 0
-UNREADABLE = -(2**63)
 Stamp = str | datetime | None
 
 

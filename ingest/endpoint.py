@@ -31,7 +31,8 @@ from ingest.limits import (
     InFlight,
     RequestQuota,
 )
-from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.quick import Quick
+from ingest.recent import SEED, Fingerprints, RecentIdentities, Verdict
 from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
@@ -106,6 +107,7 @@ class IngestEndpoint:
         self._spread = Spread()
         self._large_spread = Spread()  # for the thread alone, as the other one is for the event loop alone
         self._shapes = Shapes()
+        self._quick = Quick(SEED)
         self._turns = Turns()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
@@ -205,7 +207,7 @@ class IngestEndpoint:
         """What is admitted, and whether that is so much that the rest of the work is for the thread as well."""
         if TURN_BYTES_MIN <= len(body) <= INLINE_BODY_BYTES_MAX:
             await self._turns.take()
-        tenant = Tenant(token.organization_id, self._tail.catalogue, new_ids, shapes=self._shapes)
+        tenant = Tenant(token.organization_id, self._tail.catalogue, new_ids, self._shapes, self._quick.read)
         now = datetime.now(UTC)
         if len(body) <= INLINE_BODY_BYTES_MAX:
             found = admit_quickly(body, tenant, now, lenient=preferences.lenient)
@@ -277,7 +279,11 @@ class _Prepared(NamedTuple):
 def _prepared(
     admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int, spread: Spread
 ) -> _Prepared:
-    events = Fingerprints(organization_id, admitted.external_ids, admitted.lines) if admitted.named else None
+    events = None
+    if admitted.fingerprints is not None:
+        events = Fingerprints(organization_id, *admitted.fingerprints)
+    elif admitted.named:
+        events = Fingerprints.of(organization_id, admitted.external_ids, admitted.lines)
     return _Prepared(events, spread.entries(admitted, organization_id, catalogue, partitions))
 
 

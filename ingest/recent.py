@@ -5,15 +5,21 @@ It is a memory of this process alone, limited in size and keyed by 64 bits. Noth
 the log whatever this says, and the store, which knows every identity there ever was, counts each once.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 GENERATION_MAX = 100_000
 """Identities in one of the two generations, some 20 MB each. A client repeats within seconds, and the younger
 generation alone holds five seconds of 20,000 events a second."""
+
+
+SEED = int.from_bytes(os.urandom(8))
+"""Of the hashes of external ids, another one in each process: nobody can choose ids that fall on each other."""
 
 
 class Verdict(StrEnum):
@@ -25,13 +31,18 @@ class Verdict(StrEnum):
     REJECTED = "rejected"
 
 
-class Fingerprints:
+class Fingerprints(NamedTuple):
     """Events of an organization as two numbers each: who it is, and what it says."""
 
-    def __init__(self, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> None:
-        self.organization_id = organization_id
-        self.keys = list(map(hash, external_ids))
-        self.contents = list(map(xxh3_64_intdigest, lines))
+    organization_id: str
+    keys: list[int]
+    contents: list[int]
+
+    @classmethod
+    def of(cls, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> "Fingerprints":
+        """Those that ``ingest.kernels`` makes, too."""
+        keys = [xxh3_64_intdigest(external_id.encode(), SEED) for external_id in external_ids]
+        return cls(organization_id, keys, list(map(xxh3_64_intdigest, lines)))
 
 
 Contents = dict[int, int]  # by identity

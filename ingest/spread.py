@@ -61,8 +61,7 @@ class Spread:
             return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        whos = _named(admitted.value) if admitted.plains is None else admitted.plains
-        places = self._places(whos, organization_id, catalogue)
+        places = self._places(_whos(admitted), organization_id, catalogue)
         if len(set(places)) == 1:
             return [_entry(admitted.value, places[0], organization_id, admitted)]
         lines: dict[int, list[bytes]] = {}
@@ -101,8 +100,12 @@ class Spread:
         return found
 
 
-def _named(lines: bytes) -> list[_Named]:
-    return [_Named(_text(who.external_customer_id), _text(who.customer_id)) for who in _decode_lines(lines)]
+def _whos(admitted: Admitted) -> Sequence[_Named | Plain]:
+    if admitted.customers is not None:
+        return [_Named(name, None) for name in admitted.customers]
+    if admitted.plains is not None:
+        return admitted.plains
+    return [_Named(_text(who.external_customer_id), _text(who.customer_id)) for who in _decode_lines(admitted.value)]
 
 
 def _text(raw: Raw) -> str | None:

@@ -18,6 +18,8 @@ WATERSHED = Decimal(20_000_000_000)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+UNREADABLE = -(2**63)
+"""Stands for microseconds since 1970 where there is no instant."""
 _NUMBER_LENGTH_MAX = 1000  # characters of a number in text; a million digits take tens of milliseconds
 _MAGNITUDE_MAX = 20  # decimal digits; the last microsecond of the year 9999 has 18
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)  # one way to match: a long text takes no long time

@@ -81,7 +81,7 @@ def test_a_large_body_is_taken_whole(gateway: RunningGateway, encode: Any) -> No
 
 TWELVE = {USAGE_EVENTS: 12, USAGE_CONTROL: 1}
 LASTING = {function.__code__: function.__name__ for function in (
-    Fingerprints.__init__, Spread.entries, endpoint._accepted, endpoint._unprocessable)}  # fmt: skip
+    Fingerprints.of.__func__, Spread.entries, endpoint._accepted, endpoint._unprocessable)}  # fmt: skip
 
 
 class Workers:

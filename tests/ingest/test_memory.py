@@ -35,7 +35,7 @@ finally:
     log.close()
 """
 
-HEAVY = ("duckdb", "pyarrow", "numpy", "fastapi", "starlette", "pydantic", "httpx", "rich", "typer", "sqlglot")
+HEAVY = ("duckdb", "pyarrow", "numpy", "numba", "fastapi", "starlette", "pydantic", "httpx", "rich", "typer", "sqlglot")
 LOADED = f"import sys, ingest.log, ingest.server; print([name for name in {HEAVY} if name in sys.modules])"
 
 GROWTH_BYTES_MAX = 160 * MEBIBYTE

@@ -1,0 +1,295 @@
+"""Ordinary bodies, read by compiled loops: what is checked, cut into lines and hashed, without an object for an event.
+
+``read`` takes ``{"events": [...]}`` where every event has a name, an external customer and an external id, no key
+twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd, and for
+``ingest.shape`` and ``ingest.plain`` to read. A length is counted in bytes here, so a text in another alphabet may
+look too long and is read by them, too. The body has to be UTF-8.
+
+``ingest.quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import boolean, int32, int64, types, uint8, uint64
+
+from meters.compiled import (
+    BACKSLASH,
+    BLANK,
+    COLON,
+    COMMA,
+    FALSE,
+    LIST,
+    LIST_END,
+    MINUS,
+    MISSING,
+    NEWLINE,
+    NULL,
+    OBJECT,
+    OBJECT_END,
+    ODD,
+    POINT,
+    QUOTE,
+    TRUE,
+    ZERO,
+    Bytes,
+    Ends,
+    Text,
+    after_blanks,
+    after_digits,
+    hash_64,
+    hash_64_seeded,
+    kernel,
+    keys_table,
+    place_of,
+    read_time,
+    text_at,
+)
+from meters.refusal import COST_INTEGER_DIGITS_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX
+
+_KEYS_MAX = 32  # of one event's metadata: each is compared with all before it
+_INTEGER_DIGITS_MAX = 18  # surely fit into 64 bits
+_ENVELOPE, _ENVELOPE_ENDS = keys_table("events")
+_TEXT, _NULLABLE, _NAME, _TIME, _METADATA, _COUNT, _CENTS, _CURRENCY = range(8)  # kinds of values
+_EVENT, _EVENT_ENDS = keys_table(
+    "name", "external_customer_id", "external_id", "timestamp", "metadata", "customer_id", "member_id",
+    "external_member_id", "parent_id",
+)  # fmt: skip
+_EVENT_KINDS = np.array([_NAME, _TEXT, _TEXT, _TIME, _METADATA] + [_NULLABLE] * 4, np.int32)
+_EVENT_NEEDED = 0b111
+_CUSTOMER, _ID = 1, 2
+_COST, _COST_ENDS = keys_table("amount", "currency")
+_COST_KINDS = np.array([_CENTS, _CURRENCY], np.int32)
+_COST_NEEDED = 0b11
+_LLM, _LLM_ENDS = keys_table(
+    "vendor", "model", "input_tokens", "output_tokens", "total_tokens", "cached_input_tokens"
+)
+_LLM_KINDS = np.array([_TEXT] * 2 + [_COUNT] * 4, np.int32)
+_LLM_NEEDED = 0b11111
+_RESERVED, _RESERVED_ENDS = keys_table("_cost", "_llm")
+_USD, _USD_ENDS = keys_table("usd")
+_EVENT_BYTES_MIN = len('{"name":"","external_customer_id":"","external_id":""}')
+
+Places = int32[:, ::1]
+
+
+class Found(NamedTuple):
+    """Events as lines, and where in them is what: six places each, of the line, its external id and its customer.
+
+    ``keys`` are hashes of the external ids, which depend on the seed, ``contents`` those of the lines.
+    """
+
+    value: bytes
+    places: npt.NDArray[np.int32]
+    keys: list[int]
+    contents: list[int]
+
+
+@kernel(int64(Text, int64, int64, int64))
+def _after(text: Any, at: Any, byte: Any, end: Any) -> Any:
+    """Behind a byte and the blanks around it."""
+    at = after_blanks(text, at)
+    return after_blanks(text, at + 1) if text[at] == byte else end
+
+
+@kernel(int64(Text, int64, int64))
+def _after_text(text: Any, at: Any, end: Any) -> Any:
+    """Behind a text that has no escape and no control character."""
+    if text[at] != QUOTE:
+        return end
+    at += 1
+    while text[at] != QUOTE and text[at] != BACKSLASH and text[at] >= BLANK:
+        at += 1
+    return at + 1 if text[at] == QUOTE else end
+
+
+@kernel(types.UniTuple(int64, 3)(Text, int64, int64))
+def _key(text: Any, at: Any, end: Any) -> Any:
+    """Where a key begins and ends, and where its value begins."""
+    after = _after_text(text, at, end)
+    return at + 1, after - 1, _after(text, after, COLON, end)
+
+
+@kernel(int64(Text, int64, Bytes, int64))
+def _after_word(text: Any, at: Any, word: Any, end: Any) -> Any:
+    for place in range(len(word)):
+        if text[at + place] != word[place]:
+            return end
+    return at + len(word)
+
+
+@kernel(int64(Text, int64, int64, boolean, int64))
+def _after_number(text: Any, at: Any, digits_max: Any, whole: Any, end: Any) -> Any:
+    """Behind a number without exponent that has so many digits before its point, and none after it if ``whole``."""
+    at += text[at] == MINUS
+    begin, at = at, after_digits(text, at)
+    if not 1 <= at - begin <= digits_max or (text[begin] == ZERO and at - begin > 1):
+        return end
+    if whole or text[at] != POINT:
+        return at
+    begin, at = at + 1, after_digits(text, at + 1)
+    return at if 1 <= at - begin <= _INTEGER_DIGITS_MAX else end
+
+
+@kernel(int64(Text, int64, int64))
+def _after_value(text: Any, at: Any, end: Any) -> Any:
+    """Behind an ordinary value of metadata."""
+    if text[at] == QUOTE:
+        after = _after_text(text, at, end)
+        return after if 1 <= after - at - 2 <= STRING_LENGTH_MAX else end
+    if text[at] == TRUE[0]:
+        return _after_word(text, at, TRUE, end)
+    if text[at] == FALSE[0]:
+        return _after_word(text, at, FALSE, end)
+    return _after_number(text, at, _INTEGER_DIGITS_MAX, False, end)
+
+
+@kernel(int64(Text, int64, int64, int64))
+def _after_known(text: Any, at: Any, kind: Any, end: Any) -> Any:
+    """Behind a value whose kind its key says."""
+    if kind == _COUNT:
+        return _after_number(text, at, _INTEGER_DIGITS_MAX, True, end)
+    if kind == _CENTS:
+        return _after_number(text, at, COST_INTEGER_DIGITS_MAX, False, end)
+    if kind == _NULLABLE and text[at] == NULL[0]:
+        return _after_word(text, at, NULL, end)
+    after = _after_text(text, at, end)
+    if kind == _NAME and after - at - 2 > NAME_LENGTH_MAX:
+        return end
+    if kind == _CURRENCY and place_of(text, at + 1, after - 1, _USD, _USD_ENDS) == MISSING:
+        return end
+    return after
+
+
+@kernel(int64(Text, int64, Bytes, Ends, Ends, int64, int64))
+def _after_reserved(text: Any, at: Any, names: Any, ends: Any, kinds: Any, needed: Any, end: Any) -> Any:
+    """Behind an object of known keys."""
+    seen, more = 0, True
+    at = _after(text, at, OBJECT, end)
+    while more:
+        first, last, at = _key(text, at, end)
+        place = place_of(text, first, last, names, ends)
+        if place == MISSING or (seen >> place) & 1:
+            return end
+        seen |= 1 << place
+        at = after_blanks(text, _after_known(text, at, kinds[place], end))
+        more = text[at] == COMMA
+        at = _after(text, at, COMMA if more else OBJECT_END, end)
+    return at if seen & needed == needed else end
+
+
+@kernel(boolean(Text, int64, int64, Places, int64))
+def _is_new(text: Any, begin: Any, end: Any, keys: Any, count: Any) -> Any:
+    """Whether none of so many keys is the same."""
+    for known in range(count):
+        first, last = keys[known]
+        if last - first == end - begin:
+            same = 0
+            while same < end - begin and text[begin + same] == text[first + same]:
+                same += 1
+            if same == end - begin:
+                return False
+    return True
+
+
+@kernel(int64(Text, int64, Places, int64))
+def _after_metadata(text: Any, at: Any, keys: Any, end: Any) -> Any:
+    at = _after(text, at, OBJECT, end)
+    if text[at] == OBJECT_END:
+        return _after(text, at, OBJECT_END, end)
+    count, more = 0, True
+    while more:
+        first, last, at = _key(text, at, end)
+        if at == end or count == len(keys) or not _is_new(text, first, last, keys, count):
+            return end
+        keys[count, 0], keys[count, 1] = first, last
+        count += 1
+        reserved = place_of(text, first, last, _RESERVED, _RESERVED_ENDS)
+        if reserved == MISSING:
+            at = _after_value(text, at, end)
+        elif reserved == 0:
+            at = _after_reserved(text, at, _COST, _COST_ENDS, _COST_KINDS, _COST_NEEDED, end)
+        else:
+            at = _after_reserved(text, at, _LLM, _LLM_ENDS, _LLM_KINDS, _LLM_NEEDED, end)
+        at = after_blanks(text, at)
+        more = text[at] == COMMA
+        at = _after(text, at, COMMA if more else OBJECT_END, end)
+    return at
+
+
+@kernel(int64(Text, int64, int64, int64, int32[::1], Places, int64))
+def _after_event(
+    text: Any, at: Any, earliest_us: Any, latest_us: Any, places: Any, keys: Any, end: Any
+) -> Any:
+    """Behind an event whose time lies between two; ``places`` are filled."""
+    seen, more = 0, True
+    places[0], at = at, _after(text, at, OBJECT, end)
+    while more:
+        first, last, at = _key(text, at, end)
+        place = place_of(text, first, last, _EVENT, _EVENT_ENDS)
+        if at == end or place == MISSING or (seen >> place) & 1:
+            return end
+        seen |= 1 << place
+        begin, kind = at, _EVENT_KINDS[place]
+        at = _after_metadata(text, at, keys, end) if kind == _METADATA else _after_known(text, at, kind, end)
+        if kind == _TIME and not (at < end and earliest_us <= read_time(text, begin + 1, at - 1) <= latest_us):
+            return end
+        if place == _ID:
+            places[2], places[3] = begin + 1, at - 1
+        elif place == _CUSTOMER:
+            places[4], places[5] = begin + 1, at - 1
+        at = after_blanks(text, at)
+        more = text[at] == COMMA
+        places[1] = at + 1
+        at = _after(text, at, COMMA if more else OBJECT_END, end)
+    return at if seen & _EVENT_NEEDED == _EVENT_NEEDED else end
+
+
+# It keeps the interpreter's lock: to wait for it again takes longer than a body.
+@kernel(int64(Bytes, int64, int64, uint64, Places, uint64[::1], uint64[::1], uint8[::1], Places), lock=True)
+def _read(
+    body: Any, earliest_us: Any, latest_us: Any, seed: Any, places: Any, keys: Any, contents: Any, joined: Any,
+    metadata_keys: Any,
+) -> Any:
+    """How many events there are, or ODD. Whatever is odd ends at the 0 behind the body, where nothing goes on."""
+    address, end = uint64(body.ctypes.data), len(body)
+    text = text_at(address)
+    first, last, at = _key(text, _after(text, 0, OBJECT, end), end)
+    if place_of(text, first, last, _ENVELOPE, _ENVELOPE_ENDS) == MISSING:
+        return ODD
+    at = _after(text, at, LIST, end)
+    out, row, more = 0, 0, True
+    while more:
+        if row == len(places):
+            return ODD
+        at = _after_event(text, at, earliest_us, latest_us, places[row], metadata_keys, end)
+        if at == end:
+            return ODD
+        first, length = places[row, 0], places[row, 1] - places[row, 0]
+        contents[row] = hash_64(address + uint64(first), uint64(length))
+        keys[row] = hash_64_seeded(address + uint64(places[row, 2]), uint64(places[row, 3] - places[row, 2]), seed)
+        for place in range(length):
+            joined[out + place] = text[first + place]
+        for place in range(6):
+            places[row, place] += out - first
+        out += length
+        joined[out] = NEWLINE
+        out, row = out + 1, row + 1
+        more = text[at] == COMMA
+        at = _after(text, at, COMMA if more else LIST_END, end)
+    return row if text[at] == OBJECT_END and after_blanks(text, at + 1) == end else ODD
+
+
+def read(body: bytes, earliest_us: int, latest_us: int, seed: int) -> Found | None:
+    """The events of a body in UTF-8 whose times lie between two, in microseconds since 1970; None if any is odd."""
+    text = np.frombuffer(body, np.uint8)
+    rows_max = len(body) // _EVENT_BYTES_MIN + 1
+    places, joined = np.empty((rows_max, 6), np.int32), np.empty(len(body) + 1, np.uint8)
+    keys, contents = np.empty(rows_max, np.uint64), np.empty(rows_max, np.uint64)
+    metadata_keys = np.empty((_KEYS_MAX, 2), np.int32)
+    rows = _read(text, earliest_us, latest_us, seed, places, keys, contents, joined, metadata_keys)
+    if rows == ODD:
+        return None
+    value = joined[: places[rows - 1, 1]].tobytes()
+    return Found(value, places[:rows], keys[:rows].tolist(), contents[:rows].tolist())
