@@ -54,7 +54,7 @@ class Tenant(Struct, frozen=True):
     catalogue: Catalogue
     new_ids: Callable[[int], Sequence[str]]
     shapes: Shapes | None = None
-    quick: Callable[[bytes, int, int], Any] | None = None
+    quick: Callable[[bytes, int, int, str], Any] | None = None
 
 
 class Admitted(Struct, frozen=True):
@@ -74,7 +74,7 @@ class Admitted(Struct, frozen=True):
     distinct_keys: bool = False
     plains: Sequence[Plain] | None = None
     customers: Sequence[str] | None = None
-    fingerprints: tuple[list[int], list[int]] | None = None
+    fingerprints: tuple[Sequence[int], Sequence[int]] | None = None
     joined: bytes = b""
 
     @property
@@ -190,7 +190,9 @@ def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: 
 
 def _quickly(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
     """All events of the body, where compiled loops are ready and find nothing odd; None to look closer."""
-    found = tenant.quick(body, _EARLIEST_US, microseconds_of(latest)) if tenant.quick is not None else None
+    if tenant.quick is None:
+        return None
+    found = tenant.quick(body, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
     if found is None:
         return None
     lines, ids, customers = (found.places[:, first : first + 2] for first in (0, 2, 4))

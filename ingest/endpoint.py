@@ -32,7 +32,7 @@ from ingest.limits import (
     RequestQuota,
 )
 from ingest.quick import Quick
-from ingest.recent import SEED, Fingerprints, RecentIdentities, Verdict
+from ingest.recent import Fingerprints, RecentIdentities, Verdict
 from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
@@ -103,11 +103,11 @@ class IngestEndpoint:
         self._tail = tail
         self._settings = settings
         self._quota = RequestQuota(settings.requests_per_minute)
-        self._recent = RecentIdentities()
         self._spread = Spread()
         self._large_spread = Spread()  # for the thread alone, as the other one is for the event loop alone
         self._shapes = Shapes()
-        self._quick = Quick(SEED)
+        self._quick = Quick()
+        self._recent = RecentIdentities(table=self._quick.table)
         self._turns = Turns()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
@@ -281,7 +281,7 @@ def _prepared(
 ) -> _Prepared:
     events = None
     if admitted.fingerprints is not None:
-        events = Fingerprints(organization_id, *admitted.fingerprints)
+        events = Fingerprints(*admitted.fingerprints)
     elif admitted.named:
         events = Fingerprints.of(organization_id, admitted.external_ids, admitted.lines)
     return _Prepared(events, spread.entries(admitted, organization_id, catalogue, partitions))

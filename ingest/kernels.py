@@ -8,6 +8,7 @@ look too long and is read by them, too. The body has to be UTF-8.
 ``ingest.quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ from meters.compiled import (
     Text,
     after_blanks,
     after_digits,
+    copy_bytes,
     hash_64,
     hash_64_seeded,
     kernel,
@@ -71,7 +73,13 @@ _RESERVED, _RESERVED_ENDS = keys_table("_cost", "_llm")
 _USD, _USD_ENDS = keys_table("usd")
 _EVENT_BYTES_MIN = len('{"name":"","external_customer_id":"","external_id":""}')
 
+_TAKEN_MAX = 10_000  # of events that a table takes at once, so that it is never full
+_ACCEPTED, _DUPLICATE, _CONFLICT = range(3)
+_FREE = 0  # instead of a key
+
 Places = int32[:, ::1]
+Slots = uint64[:, ::1]  # a key and a content each
+Words = npt.NDArray[np.uint64]
 
 
 class Found(NamedTuple):
@@ -82,8 +90,8 @@ class Found(NamedTuple):
 
     value: bytes
     places: npt.NDArray[np.int32]
-    keys: list[int]
-    contents: list[int]
+    keys: Words
+    contents: Words
 
 
 @kernel(int64(Text, int64, int64, int64))
@@ -269,8 +277,7 @@ def _read(
         first, length = places[row, 0], places[row, 1] - places[row, 0]
         contents[row] = hash_64(address + uint64(first), uint64(length))
         keys[row] = hash_64_seeded(address + uint64(places[row, 2]), uint64(places[row, 3] - places[row, 2]), seed)
-        for place in range(length):
-            joined[out + place] = text[first + place]
+        copy_bytes(uint64(joined.ctypes.data) + uint64(out), address + uint64(first), uint64(length))
         for place in range(6):
             places[row, place] += out - first
         out += length
@@ -292,4 +299,60 @@ def read(body: bytes, earliest_us: int, latest_us: int, seed: int) -> Found | No
     if rows == ODD:
         return None
     value = joined[: places[rows - 1, 1]].tobytes()
-    return Found(value, places[:rows], keys[:rows].tolist(), contents[:rows].tolist())
+    return Found(value, places[:rows], keys[:rows], contents[:rows])
+
+
+@kernel(int64(Slots, uint64))
+def _slot(table: Any, key: Any) -> Any:
+    """Where a key is, or belongs, in a table with open addresses: a power of two slots, some of them free."""
+    mask = np.uint64(len(table) - 1)
+    slot = (key >> np.uint64(1)) & mask  # its lowest bit is set in every key
+    while table[slot, 0] != _FREE and table[slot, 0] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@kernel(types.UniTuple(int64, 2)(Slots, Slots, uint64[::1], uint64[::1], uint8[::1]), lock=True)
+def _take(young: Any, old: Any, keys: Any, contents: Any, codes: Any) -> Any:
+    """Judge events and put them into ``young``; how many are there for the first time, and how many known at all."""
+    put, known = 0, 0
+    for row in range(len(keys)):
+        key = keys[row] | np.uint64(1)
+        place, before = _slot(young, key), _slot(old, key)
+        content = contents[row]
+        is_young, is_old = young[place, 0] == key, old[before, 0] == key
+        first = old[before, 1] if is_old else young[place, 1] if is_young else content
+        codes[row] = _ACCEPTED
+        if is_young or is_old:
+            codes[row] = _DUPLICATE if first == content else _CONFLICT
+            known += 1
+        if not is_young:
+            young[place, 0], young[place, 1] = key, first
+            put += 1
+    return put, known
+
+
+class Table:
+    """The keys and contents of the last events, up to ``generation_max`` to twice as many, in 16 bytes each.
+
+    It has two generations of slots, of which half are free at least.
+    """
+
+    def __init__(self, generation_max: int) -> None:
+        self._max = generation_max
+        slots = 1 << (2 * (generation_max + _TAKEN_MAX)).bit_length()
+        self._young, self._old = np.zeros((slots, 2), np.uint64), np.zeros((slots, 2), np.uint64)
+        self._count = 0
+
+    def take(self, keys: Sequence[int], contents: Sequence[int]) -> list[int] | None:
+        """Remember events, and say for each 0 (new), 1 (known) or 2 (with another content); None if all are new."""
+        all_keys, all_contents = np.asarray(keys, np.uint64), np.asarray(contents, np.uint64)
+        codes, known = np.empty(len(all_keys), np.uint8), 0
+        for begin in range(0, len(codes), _TAKEN_MAX):
+            some = slice(begin, begin + _TAKEN_MAX)
+            put, repeated = _take(self._young, self._old, all_keys[some], all_contents[some], codes[some])
+            self._count, known = self._count + put, known + repeated
+            if self._count >= self._max:
+                self._young, self._old, self._count = self._old, self._young, 0
+                self._young.fill(_FREE)
+        return codes.tolist() if known else None

@@ -8,6 +8,8 @@ import logging
 import threading
 from typing import Any
 
+from ingest.recent import seed_of
+
 LOAD_AFTER_BYTES = 2 * 1024 * 1024
 """Of bodies, before loops are loaded: some ten thousand events. A server with few events has no use for them."""
 
@@ -17,17 +19,20 @@ logger = logging.getLogger("ingest.quick")
 class Quick:
     """For one event loop and its thread."""
 
-    def __init__(self, seed: int, kernels: Any = None) -> None:
-        """``seed`` is of the hashes of external ids. With ``kernels`` they are used from the first body on."""
-        self._seed = seed
+    def __init__(self, kernels: Any = None) -> None:
+        """With ``kernels`` they are used from the first body on."""
         self._kernels = kernels
         self._loading: threading.Thread | None = None
         self._bytes = 0
 
-    def read(self, body: bytes, earliest_us: int, latest_us: int) -> Any:
+    def table(self, generation_max: int) -> Any:
+        """``ingest.kernels.Table``, if loops are ready; None otherwise."""
+        return None if self._kernels is None else self._kernels.Table(generation_max)
+
+    def read(self, body: bytes, earliest_us: int, latest_us: int, organization_id: str) -> Any:
         """The events of a body as ``ingest.kernels.Found``, if loops are ready and find nothing odd; None otherwise."""
         if self._kernels is not None:
-            return self._kernels.read(body, earliest_us, latest_us, self._seed)
+            return self._kernels.read(body, earliest_us, latest_us, seed_of(organization_id))
         self._bytes += len(body)
         if self._loading is None and self._bytes > LOAD_AFTER_BYTES:
             # No daemon: a compiler that is in the way of the interpreter's end would end it with a signal.

@@ -6,20 +6,15 @@ the log whatever this says, and the store, which knows every identity there ever
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 GENERATION_MAX = 100_000
-"""Identities in one of the two generations, some 20 MB each. A client repeats within seconds, and the younger
-generation alone holds five seconds of 20,000 events a second."""
-
-
-SEED = int.from_bytes(os.urandom(8))
-"""Of the hashes of external ids, another one in each process: nobody can choose ids that fall on each other."""
+"""Identities in one of the two generations, some 20 MB each, or 4 MB in a table of compiled loops. A client repeats
+within seconds, and the younger generation alone holds five seconds of 20,000 events a second."""
 
 
 class Verdict(StrEnum):
@@ -31,18 +26,27 @@ class Verdict(StrEnum):
     REJECTED = "rejected"
 
 
-class Fingerprints(NamedTuple):
-    """Events of an organization as two numbers each: who it is, and what it says."""
+_BY_CODE = (Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.CONFLICT)  # as compiled loops say it
+_SEED = int.from_bytes(os.urandom(8))  # another one in each process: nobody can choose ids that fall on each other
 
-    organization_id: str
-    keys: list[int]
-    contents: list[int]
+
+class Fingerprints(NamedTuple):
+    """Events as two 64-bit numbers each: who it is, of whom, and what it says. ``ingest.kernels`` makes them, too."""
+
+    keys: Sequence[int]
+    contents: Sequence[int]
 
     @classmethod
     def of(cls, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> "Fingerprints":
-        """Those that ``ingest.kernels`` makes, too."""
-        keys = [xxh3_64_intdigest(external_id.encode(), SEED) for external_id in external_ids]
-        return cls(organization_id, keys, list(map(xxh3_64_intdigest, lines)))
+        """Of an organization's events, by their external ids and lines."""
+        seed = seed_of(organization_id)
+        keys = [xxh3_64_intdigest(external_id.encode(), seed) for external_id in external_ids]
+        return cls(keys, list(map(xxh3_64_intdigest, lines)))
+
+
+def seed_of(organization_id: str) -> int:
+    """Of the hashes of an organization's external ids."""
+    return xxh3_64_intdigest(organization_id.encode(), _SEED)
 
 
 Contents = dict[int, int]  # by identity
@@ -51,47 +55,34 @@ Contents = dict[int, int]  # by identity
 class RecentIdentities:
     """Identity to content, for the last 100,000 to 200,000 identities that were acknowledged."""
 
-    def __init__(self, generation_max: int = GENERATION_MAX) -> None:
-        self._generation_max = generation_max
-        self._young: defaultdict[str, Contents] = defaultdict(dict)  # by organization
-        self._old: dict[str, Contents] = {}
-        self._young_count = 0
+    def __init__(self, generation_max: int = GENERATION_MAX, table: Callable[[int], Any] = lambda _: None) -> None:
+        """``table`` makes ``ingest.kernels.Table`` for so many identities, when it can; it is asked until then."""
+        self._generation_max, self._make_table = generation_max, table
+        self._young: Contents = {}
+        self._old: Contents = {}
+        self._table: Any = None
 
     def take(self, events: Fingerprints) -> list[Verdict] | None:
         """Remember events whose append is durable, and judge them; None where every one is new, as nearly always.
 
         Of two requests with the same event, the one whose append ended first has the new one.
         """
-        old, young = self._old.get(events.organization_id, {}), self._young[events.organization_id]
-        known = len(young)
-        verdicts = None if _are_new(events, old, young) else _verdicts(events, old, young)
-        self._young_count += len(young) - known
-        if self._young_count >= self._generation_max:
-            self._old, self._young, self._young_count = self._young, defaultdict(dict), 0
-        return verdicts
+        if self._table is None and (table := self._make_table(self._generation_max)) is not None:
+            for known in (self._old, self._young):
+                table.take(list(known), list(known.values()))
+            self._table, self._old, self._young = table, {}, {}
+        if self._table is not None:
+            codes = self._table.take(events.keys, events.contents)
+            return None if codes is None else [_BY_CODE[code] for code in codes]
+        verdicts = [self._verdict(key, content) for key, content in zip(events.keys, events.contents, strict=True)]
+        if len(self._young) >= self._generation_max:
+            self._old, self._young = self._young, {}
+        return verdicts if any(verdict is not Verdict.ACCEPTED for verdict in verdicts) else None
 
-
-def _are_new(events: Fingerprints, old: Contents, young: Contents) -> bool:
-    """Put all of them into ``young`` where each is new, by looking each up once there; else none."""
-    if not (young.keys().isdisjoint(events.keys) and old.keys().isdisjoint(events.keys)):
-        return False
-    known = len(young)
-    young.update(zip(events.keys, events.contents, strict=True))
-    if len(young) == known + len(events.keys):
-        return True
-    for key in set(events.keys):  # one of them is there twice
-        del young[key]
-    return False
-
-
-def _verdicts(events: Fingerprints, old: Contents, young: Contents) -> list[Verdict]:
-    """What became of each. The first content of an identity stays."""
-    verdicts = []
-    for key, content in zip(events.keys, events.contents, strict=True):
-        before = old.get(key, young.get(key))
-        young.setdefault(key, content if before is None else before)
+    def _verdict(self, key: int, content: int) -> Verdict:
+        """What became of one. The first content of an identity stays."""
+        before = self._old.get(key, self._young.get(key))
+        self._young.setdefault(key, content if before is None else before)
         if before is None:
-            verdicts.append(Verdict.ACCEPTED)
-        else:
-            verdicts.append(Verdict.DUPLICATE if before == content else Verdict.CONFLICT)
-    return verdicts
+            return Verdict.ACCEPTED
+        return Verdict.DUPLICATE if before == content else Verdict.CONFLICT

@@ -52,6 +52,7 @@ if sys.platform == "win32" or None in map(address_of_symbol, _SYMBOLS):
     raise ImportError("this build of xxhash does not show its functions in C")
 hash_64 = types.ExternalFunction("XXH3_64bits", uint64(uint64, uint64))
 hash_64_seeded = types.ExternalFunction("XXH3_64bits_withSeed", uint64(uint64, uint64, uint64))
+copy_bytes = types.ExternalFunction("memcpy", uint64(uint64, uint64, uint64))  # to an address, from another, so many
 
 _THIS = zlib.crc32(pkgutil.get_data("meters", "compiled.py") or b"")
 

@@ -3,13 +3,11 @@
 import json
 import logging
 import uuid
-from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 
-from ingest.recent import Fingerprints, RecentIdentities, Verdict
 from meters.access import TOKEN_PREFIX
 from meters.catalogue import TokenCreated
 from tests.ingest.running import RunningGateway, event
@@ -193,42 +191,6 @@ def test_repetitions_are_counted_and_written_all_the_same(gateway: RunningGatewa
     assert answer.json()["duplicates"] == 2
     assert [row["verdict"] for row in answer.json()["events"]] == ["conflict", "duplicate", "accepted"]
     assert len(gateway.lines()) == before + 5
-
-
-def test_an_id_belongs_to_its_organization() -> None:
-    """Two organizations may use the same external id."""
-    recent = RecentIdentities()
-    assert recent.take(Fingerprints.of("one", ["id"], [b"{}"])) is None
-    assert recent.take(Fingerprints.of("other", ["id"], [b"{}"])) is None
-    assert recent.take(Fingerprints.of("one", ["id"], [b"{}"])) == [Verdict.DUPLICATE]
-
-
-def test_the_first_content_of_an_identity_stays() -> None:
-    """Whatever came under the same id since, in the same request or in later ones, is compared with the first."""
-    recent, first, second = RecentIdentities(), *(Fingerprints.of("o", ["id"], [text]) for text in (b"1", b"2"))
-    twice = Fingerprints.of("o", ["new", "id", "new"], [b"1", b"1", b"2"])
-    assert recent.take(first) is None
-    assert recent.take(second) == [Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
-    assert recent.take(first) == [Verdict.DUPLICATE]
-
-
-def test_an_event_twice_in_a_request_alone_is_new_once() -> None:
-    """Nothing else of the request has to be known for it."""
-    twice = Fingerprints.of("o", ["id", "other", "id"], [b"1", b"1", b"2"])
-    recent = RecentIdentities()
-    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
-
-
-def test_the_memory_of_identities_is_limited_and_keeps_the_younger_ones() -> None:
-    """At least one generation is remembered, never more than two."""
-    recent = RecentIdentities(generation_max=10)
-    for number in range(25):
-        assert recent.take(Fingerprints.of("o", [str(number)], [b"{}"])) is None
-    known = [number for number in range(25) if deepcopy(recent).take(Fingerprints.of("o", [str(number)], [b"{}"]))]
-    assert known == list(range(10, 25))
 
 
 # ---- what a client may prefer
