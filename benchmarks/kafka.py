@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.process import SWITCH_INTERVAL_S
-from benchmarks.accept import GATEWAYS_MAX, SHAPES, logged, measure, prepare
+from benchmarks.accept import GATEWAYS_MAX, SHAPES, WARM_UP, logged, measure, prepare
 from benchmarks.drain import work_off
-from benchmarks.end_to_end import Phase, check, meters, row
+from benchmarks.end_to_end import Phase, check, meters, row, warmed
 from benchmarks.limits import kafka_producer
 from benchmarks.load import Bodies
 from benchmarks.report import Report
@@ -36,7 +36,6 @@ from meters.log import USAGE_EVENTS, Log, format_position
 from tests.kafka.cluster import Cluster, running
 from tests.kafka.jars import Missing
 
-WARM_UP = ((100, 32),)  # events a body, connections
 USUAL_TOPIC = "usual"
 USUAL_CONSUMED_MAX = 40_000  # some seconds of its consumer's work
 BROKER = {"num.network.threads": "2", "num.io.threads": "4"}  # more than the tests give it, the same for both
@@ -122,10 +121,10 @@ def drain(report: Report, cluster: Cluster, folder: Path, events: int) -> None:
 
 def end_to_end(report: Report, cluster: Cluster, seconds: float) -> None:
     """From a POST to a number over Kafka, at full speed and at half of it, the broker on the same cores."""
-    url, ledgers = topics(cluster, "end"), []
+    url = topics(cluster, "end")
     with Server("--log", url) as server:
         ids = server.create_meters(meters())
-        rate = None
+        rate, ledgers = None, [warmed(server)]
         for run, name in enumerate(("full speed", "half load"), 1):
             before_s = usage(cluster.nodes[0].pid)["cpu_s"]
             phase = Phase(server, run, seconds, rate)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ingest import kernels, quick
 from ingest.admission import Admitted, admit
 from ingest.quick import Quick
-from ingest.recent import Fingerprints, RecentIdentities
+from ingest.recent import Fingerprints
 from ingest.spread import Spread
 from meters.event import check_event
 from tests.ingest.admitting import CATALOGUE, NOW, ORGANIZATION, tenant, written
