@@ -1,5 +1,5 @@
 """How long one balance takes to read when there are a million customer meters, idle and while events stream in: a few,
-and half of what ``end_to_end`` got counted at full speed.
+and what ``end_to_end`` takes for half of the load.
 
 100,000 customers with ten meters each: the customers, a credit for each of them and one event for each are written to
 the log first; the server starts over that. Then one reader asks for random balances over HTTP, one after the other,
@@ -90,9 +90,9 @@ async def fill(log: Log, customers: int, meter_id: str) -> None:
 
 
 def half_load() -> float:
-    """Half of full speed from the result of ``end_to_end``."""
+    """What ``end_to_end`` took for half of the load."""
     found = results().get("end_to_end")
-    return of("events/s", phase="full speed")(found["rows"]) / 2 if found else HALF_LOAD
+    return of("events/s", phase="half load")(found["rows"]) if found else HALF_LOAD
 
 
 def stream(port: int, bodies: Bodies, rate: float, seconds: float, results: Any) -> None:
