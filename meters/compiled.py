@@ -50,9 +50,9 @@ _SYMBOLS = ("XXH3_64bits", "XXH3_64bits_withSeed", "XXH3_128bits")
 load_library_permanently(_xxhash.__file__)
 if sys.platform == "win32" or None in map(address_of_symbol, _SYMBOLS):
     raise ImportError("this build of xxhash does not show its functions in C")
-hash_64 = types.ExternalFunction("XXH3_64bits", uint64(uint64, uint64))
-hash_64_seeded = types.ExternalFunction("XXH3_64bits_withSeed", uint64(uint64, uint64, uint64))
-copy_bytes = types.ExternalFunction("memcpy", uint64(uint64, uint64, uint64))  # to an address, from another, so many
+hash_64: Any = types.ExternalFunction("XXH3_64bits", uint64(uint64, uint64))
+hash_64_seeded: Any = types.ExternalFunction("XXH3_64bits_withSeed", uint64(uint64, uint64, uint64))
+copy_bytes: Any = types.ExternalFunction("memcpy", uint64(uint64, uint64, uint64))  # to, from, how many
 
 _THIS = zlib.crc32(pkgutil.get_data("meters", "compiled.py") or b"")
 
