@@ -45,5 +45,6 @@ class Quick:
             import ingest.kernels as kernels
 
             self._kernels = kernels
+            logger.info("bodies are read by compiled loops from now on")
         except Exception as error:  # slower, never wrong
             logger.warning("bodies are read without compiled loops, at half the speed: %s", error)

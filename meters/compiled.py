@@ -2,8 +2,8 @@
 
 The loops themselves are ``ingest.kernels`` and ``aggregator.kernels``. They read what is ordinary, as strictly as
 the careful reading of ``meters.event`` and ``meters.timestamp`` does; whatever differs is ODD or UNREADABLE here, and
-for the careful reading to judge. All they can do wrong is to take something odd for ordinary, and property tests hold
-them against it there.
+for the careful reading to judge. All they can do wrong is to take something odd for ordinary, or to look beyond a
+text; property tests hold them against the careful reading, with damaged texts.
 
 Numba compiles each of these modules when it is first imported, in a few seconds, and keeps the result beside it, or
 where NUMBA_CACHE_DIR says; from then on importing takes less than a second. Who needs them imports them in a thread.
@@ -54,15 +54,15 @@ hash_64: Any = types.ExternalFunction("XXH3_64bits", uint64(uint64, uint64))
 hash_64_seeded: Any = types.ExternalFunction("XXH3_64bits_withSeed", uint64(uint64, uint64, uint64))
 copy_bytes: Any = types.ExternalFunction("memcpy", uint64(uint64, uint64, uint64))  # to, from, how many
 
-_THIS = zlib.crc32(pkgutil.get_data("meters", "compiled.py") or b"")
+_MEANT = zlib.crc32(b"".join(pkgutil.get_data("meters", name) or b"" for name in ("compiled.py", "refusal.py")))
 
 
 def kernel(signature: Any, *, lock: bool = False) -> Callable[[Function], Function]:
     """Compile a function for one signature, to run without the interpreter's lock or with it."""
 
     def compiled(function: Function) -> Function:
-        # What is kept has this module's functions in it, so its name says which ones.
-        function.__qualname__ += f".{_THIS:x}"
+        # What Numba keeps has this module's functions and the limits of refusals in it, so its name says which ones.
+        function.__qualname__ += f".{_MEANT:x}"
         try:
             return cast(Function, njit(signature, nogil=not lock, cache=True)(function))
         except RuntimeError:  # no folder to keep it in: it is compiled again by the next process

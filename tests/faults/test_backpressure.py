@@ -21,11 +21,12 @@ from tests.waiting import eventually
 
 BODIES, EVENTS_A_BODY = 200, 40  # 40 MB, in the gateway's hands one after the other
 FILLERS, FILLER_BYTES = 10, 250  # few large events, because the gateway remembers a window of recent ids on purpose
-WARM_BODIES = 20  # until the allocator has its size
+WARM_BODIES = 20  # until compiled loops are asked for, and as many again until the allocator has its size
+LOADED = "read by compiled loops"  # says the gateway then
 HEAVY_BODIES, EVENTS_A_HEAVY_BODY = 120, 200  # 120 MB, twice what the log lets wait; or 1.2 GB
 PATIENCE_S = 300.0
 HELD_BYTES_MAX = 3 * IN_FLIGHT_BYTES_MAX  # bodies in pieces and whole, lines on their way, what the allocator keeps
-GROWTH_BYTES_MAX = 16 << 20  # two fifths of what is sent; the page cache of the log and the recent ids have their part
+GROWTH_BYTES_MAX = 16 << 20  # half of what is sent then; the page cache of the log and the recent ids have their part
 
 
 def test_a_stopped_aggregator_costs_the_gateway_no_memory(
@@ -48,6 +49,8 @@ def test_a_stopped_aggregator_costs_the_gateway_no_memory(
                 sent += len(body)
                 answers.append(server.client.post("/v1/events/ingest", content=body).status_code)
                 if number == WARM_BODIES:
+                    eventually(lambda: LOADED in (tmp_path / "server.log").read_text())
+                if number == 2 * WARM_BODIES:
                     memory = resident_bytes(gateway)
                     for _ in range(3):  # readers that give up waiting must not be in anybody's way
                         with pytest.raises(httpx.ReadTimeout):
