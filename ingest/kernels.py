@@ -290,6 +290,8 @@ def _read(
 
 def read(body: bytes, earliest_us: int, latest_us: int, seed: int) -> Found | None:
     """The events of a body in UTF-8 whose times lie between two, in microseconds since 1970; None if any is odd."""
+    if type(body) is not bytes:  # behind others there need be no 0
+        return None
     text = np.frombuffer(body, np.uint8)
     rows_max = len(body) // _EVENT_BYTES_MIN + 1
     places, joined = np.empty((rows_max, 6), np.int32), np.empty(len(body) + 1, np.uint8)

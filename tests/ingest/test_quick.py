@@ -178,6 +178,13 @@ def test_a_gateway_with_few_events_loads_nothing() -> None:
     assert swift._loading is None
 
 
+def test_nothing_but_bytes_is_read() -> None:
+    """Loops end at the 0 that Python keeps behind them, and behind other buffers need not."""
+    body = f'{{"events":[{written()}]}}'.encode()
+    assert kernels.read(body, -(2**62), 2**62, 1) is not None
+    assert kernels.read(memoryview(body), -(2**62), 2**62, 1) is None
+
+
 def test_pieces_can_be_asked_for_one_by_one() -> None:
     """As a list of lines and ids can."""
     found, _ = both(f'{{"events":[{written()},{written(external_id="€").replace(chr(92) + "u20ac", "é")}]}}'.encode())
