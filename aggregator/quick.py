@@ -19,6 +19,7 @@ from aggregator.directory import Directory, Organization
 from aggregator.run import Words
 from aggregator.seen import Keys
 from aggregator.timestamps import Microseconds, parse_times
+from meters.log import Pieces
 from meters.timestamp import UNREADABLE
 
 LINES_MIN = 200
@@ -37,20 +38,6 @@ SLOTS_MIN = 256
 Numbers32 = npt.NDArray[np.int32]
 
 logger = structlog.get_logger("aggregator")
-
-
-class _Raws(Sequence[bytes]):
-    """The lines, each made when it is asked for: nearly none ever is."""
-
-    def __init__(self, joined: bytes, bounds: Numbers32) -> None:
-        self._joined, self._bounds = joined, bounds
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    def __getitem__(self, row: Any) -> Any:
-        begin, end = self._bounds[row]
-        return self._joined[begin:end]
 
 
 class _Numbers:
@@ -206,7 +193,7 @@ class Quick:
             "external_member_id": found.sparse(fields.EXTERNAL_MEMBER_ID, external),
             **metadata(found.texts(fields.METADATA)),
         }
-        raws = _Raws(found.joined, found.lines)
+        raws = Pieces(found.joined, found.lines)
         stamped = found.has(fields.TIMESTAMP)
         return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, organization_id)
 

@@ -31,6 +31,7 @@ from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
 from ingest.shape import Shapes
 from meters.catalogue import Catalogue
 from meters.event import CLOCK_SKEW, check_event
+from meters.log import Pieces
 from meters.references import reference_refusals
 from meters.refusal import DEPTH_MAX, Refusal
 from meters.timestamp import microseconds_of
@@ -83,37 +84,20 @@ class Admitted(Struct, frozen=True):
         return self.joined or b"\n".join(self.lines)
 
 
-class Lines(Sequence[bytes]):
-    """Pieces of a record's value, each made when it is asked for: nearly none ever is."""
-
-    def __init__(self, value: bytes, places: Any) -> None:
-        self._value, self._places = value, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, row: Any) -> Any:
-        begin, end = self._places[row]
-        return self._value[begin:end]
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self._value[begin:end] for begin, end in self._places.tolist())
-
-
 class Texts(Sequence[str]):
-    """The same, as texts."""
+    """Pieces of a record's value, as texts."""
 
     def __init__(self, value: bytes, places: Any) -> None:
-        self._lines = Lines(value, places)
+        self._pieces = Pieces(value, places)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._pieces)
 
     def __getitem__(self, row: Any) -> Any:
-        return self._lines[row].decode()
+        return self._pieces[row].decode()
 
     def __iter__(self) -> Iterator[str]:
-        return (line.decode() for line in self._lines)
+        return (piece.decode() for piece in self._pieces)
 
 
 class RefusedBody(Struct, frozen=True):
@@ -197,7 +181,7 @@ def _quickly(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
         return None
     lines, ids, customers = (found.places[:, first : first + 2] for first in (0, 2, 4))
     return Admitted(
-        Lines(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
+        Pieces(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
         distinct_keys=True, customers=Texts(found.value, customers), fingerprints=(found.keys, found.contents),
         joined=found.value,
     )  # fmt: skip

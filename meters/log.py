@@ -15,9 +15,9 @@ A position is always the offset of the *next* record: after offset 7 the positio
 Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -86,6 +86,26 @@ because a record is known again by its time; its lines are dead letters."""
 def has_too_many_lines(value: bytes) -> bool:
     """Whether the record of this value counts as a single line, which is none of an event."""
     return len(value) >= LINES_MAX and value.count(b"\n") >= LINES_MAX
+
+
+class Pieces(Sequence[bytes]):
+    """Pieces of a record's value, each made when it is asked for: nearly none ever is.
+
+    ``places`` is an array of two columns: where each begins and ends.
+    """
+
+    def __init__(self, value: bytes, places: Any) -> None:
+        self._value, self._places = value, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: Any) -> Any:
+        begin, end = self._places[row]
+        return self._value[begin:end]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self._value[begin:end] for begin, end in self._places.tolist())
 
 
 def lines_of(value: bytes) -> list[bytes]:

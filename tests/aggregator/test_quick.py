@@ -16,7 +16,7 @@ from aggregator.batch import Batch, Chunk
 from aggregator.columns import Span
 from aggregator.directory import Directory
 from aggregator.quick import Quick
-from meters.log import Record
+from meters.log import Pieces, Record
 from tests.aggregator.records import ORGANIZATION, OTHER_ORGANIZATION, record
 from tests.aggregator.strategies import metadata_texts
 from tests.aggregator.test_timestamps import alone, anything
@@ -188,7 +188,7 @@ def test_customers_keep_their_numbers_while_the_table_grows() -> None:
         ]
         sent = msgspec.structs.replace(record(*told, offset=offset), distinct_keys=True)
         found = decode([sent], directory, swift)
-        assert isinstance(found.chunks[0].raws, quick._Raws)
+        assert isinstance(found.chunks[0].raws, Pieces)
         assert_same(found, decode([sent], plain))
 
 
