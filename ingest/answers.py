@@ -1,5 +1,7 @@
 """What the gateway says when it does not say yes: every status, its body and its headers, in Polar's shapes."""
 
+from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -8,6 +10,9 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 JSON = (b"content-type", b"application/json")
 CLOSE = (b"connection", b"close")
+
+VERSION_DEFAULT = b"2026-04"
+"""The version of Polar's API that an answer is of, unless the request names another."""
 
 ANY_ORIGIN: Headers = (
     (b"access-control-allow-origin", b"*"),
@@ -18,12 +23,25 @@ does, so a page can do no more than whoever gave it the token."""
 _PREFLIGHT_S = 600  # how long a browser may remember what it was told; ten minutes, Starlette's default
 
 
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
 class Answer(msgspec.Struct, frozen=True):
     """A whole response. ``headers`` are lower case and without the length, which is added when it is sent."""
 
     status: int
     body: bytes
     headers: Headers = (JSON,)
+
+
+def written(found: Answer, default_headers: Iterable[tuple[bytes, bytes]], *, keep: bool) -> bytes:
+    """The whole answer as bytes, where the request named no version; ``keep`` says whether the connection stays."""
+    headers = [*default_headers, *found.headers, (b"polar-version", VERSION_DEFAULT)]
+    if not keep and CLOSE not in found.headers:
+        headers.append(CLOSE)
+    head = b"".join([b"%s: %s\r\n" % header for header in headers])
+    first = _STATUS_LINES.get(found.status, b"HTTP/1.1 %d \r\n" % found.status)
+    return b"%s%scontent-length: %d\r\n\r\n%s" % (first, head, len(found.body), found.body)
 
 
 def problem(status: int, error: str, detail: Any, *headers: tuple[bytes, bytes]) -> Answer:

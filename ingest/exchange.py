@@ -12,17 +12,13 @@ request, and whether to keep the connection. A request that follows before the a
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from collections.abc import Callable
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint, Opened
-from ingest.gateway import VERSION_DEFAULT
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
-_SHOWN = ((b"polar-version", VERSION_DEFAULT),)
 _UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
 
 Headers = list[tuple[bytes, bytes]]
@@ -113,26 +109,10 @@ class Exchange:
         if self.disconnected:
             return
         keep = self.keep_alive and answers.CLOSE not in found.headers
-        self._write(_written(found, self._default_headers, keep), keep)
+        self._write(answers.written(found, self._default_headers, keep=keep), keep)
         self._done()
 
     def _give_back(self) -> None:
         self._endpoint.in_flight.give_back(self._held)
         self._held = 0
         self._pieces = []
-
-
-def _written(found: Answer, default_headers: Headers, keep: bool) -> bytes:
-    lines = [STATUS_LINE[found.status]]
-    lines += _lines(default_headers)
-    lines += _lines(found.headers)
-    lines += _lines(_SHOWN)
-    if not keep and answers.CLOSE not in found.headers:
-        lines += _lines([answers.CLOSE])
-    lines.append(b"content-length: %d\r\n\r\n" % len(found.body))
-    lines.append(found.body)
-    return b"".join(lines)
-
-
-def _lines(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    return [b"%s: %s\r\n" % header for header in headers]

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.answers import Answer
+from ingest.answers import VERSION_DEFAULT, Answer
 from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read, send_answer
 from ingest.endpoint import EndpointSettings, IngestEndpoint
 from ingest.passthrough import Upstream
@@ -32,7 +32,6 @@ OLD_PREFIX_NOTICE = (b"x-polar-deprecation-notice", b"Leave out /api: the path b
 
 VERSIONS = frozenset({b"2026-04", b"2026-10", b"2027-01"})
 """Versions of Polar's API in which metering is what it is here."""
-VERSION_DEFAULT = b"2026-04"
 
 ONCE = (b"host", b"authorization")
 """Headers of which some read the first and others the last."""
@@ -66,7 +65,7 @@ class Gateway:
         self._settings = settings
         self.tail = CatalogueTail(log)
         self.endpoint = IngestEndpoint(log, self.tail, settings)
-        self._upstream = Upstream(settings.upstream or "unix:")
+        self.upstream = Upstream(settings.upstream or "unix:")
         self.failure: Exception | None = None  # that ended a background task; the process has to end for it
         self._looked = asyncio.Event()  # at the log, with success
         self._trouble = ""  # why the log could not be read at the last look
@@ -123,7 +122,7 @@ class Gateway:
             return
         try:
             asker = self.endpoint.organization_of(headers, datetime.now(UTC))
-            telemetry.count_passed_on(await self._upstream.pass_on(scope, path, body, send, asker))
+            telemetry.count_passed_on(await self.upstream.pass_on(scope, path, body, send, asker))
         finally:
             in_flight.give_back(len(body))
 
@@ -142,7 +141,7 @@ class Gateway:
     async def metrics(self) -> Answer:
         """``/metrics``: this process's, then the aggregator's when it answers."""
         own = telemetry.exposition()
-        others = await self._upstream.get("/metrics", METRICS_PATIENCE_S) if self._settings.upstream else None
+        others = await self.upstream.get("/metrics", METRICS_PATIENCE_S) if self._settings.upstream else None
         return Answer(200, own + (others or b""), ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
 
     async def _live(self, receive: Receive, send: Send) -> None:
@@ -158,7 +157,7 @@ class Gateway:
             await receive()
             self.tail.stop()
             looking.cancel()
-        self._upstream.close()
+        self.upstream.close()
         self.endpoint.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -85,6 +85,9 @@ PASSTHROUGH_CONNECTIONS_OF_ONE_MAX = 32
 """The same of one organization, half as many: whoever asks slow questions, or reads answers slowly, leaves the rest to
 others. What shows neither a token of an organization nor a customer's session is one more."""
 
+RELAYED_MAX = 16
+"""Reads that are out at the query API by the short way, which knows no shares; further ones take the usual way."""
+
 PASSTHROUGH_ANSWER_DEADLINE_S = 60.0
 """Seconds until the query API begins to answer: the longest wait for a position, and a slow query."""
 

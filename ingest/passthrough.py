@@ -13,8 +13,8 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Iterable
-from typing import cast
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -55,7 +55,7 @@ class Crowded(Exception):
     """So many requests are at the query API that this one did not get there."""
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One HTTP/1.1 connection to the query API, one request at a time.
 
     What arrives is parsed and kept at once; whoever waits is woken once for all that came together. Most answers come
@@ -71,6 +71,7 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
+        self._tell: Callable[[], None] | None = None
         self._writable = True
         self.begin()
 
@@ -93,16 +94,35 @@ class _Connection(asyncio.Protocol):
         if not self.status:
             raise ViewUnavailable
 
+    def ask_and_tell(self, request: bytes, tell: Callable[[], None]) -> None:
+        """Send the request, and call whenever something arrives or the connection is lost."""
+        self.asked, self._tell = True, tell
+        self.transport.write(request)
+
+    def forget_to_tell(self) -> None:
+        """Call nobody any more."""
+        self._tell = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the answer is whole, or will not be soon: it is broken off, or so long that it waits for a reader."""
+        return self.complete or self.closed or self._buffered > BUFFER_BYTES
+
+    def body(self) -> bytes:
+        """What has arrived of the body, and was not taken."""
+        arrived, self._chunks, self._buffered = self._chunks, [], 0
+        return arrived[0] if len(arrived) == 1 else b"".join(arrived)
+
     async def piece(self) -> bytes:
         """What has arrived of the body, at least a byte unless it is complete. Raises ViewUnavailable, TimeoutError."""
         while not (self._chunks or self.complete):
             if self.closed:
                 raise ViewUnavailable
             await self._news(PASSTHROUGH_IDLE_DEADLINE_S)
-        arrived, self._chunks, self._buffered = self._chunks, [], 0
+        arrived = self.body()
         if not self.complete and not self.closed:
             self.transport.resume_reading()
-        return b"".join(arrived)
+        return arrived
 
     def close(self) -> None:
         """Let go of the socket."""
@@ -122,6 +142,8 @@ class _Connection(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self._tell is not None:
+            self._tell()
 
     # asyncio calls these
 
@@ -201,7 +223,7 @@ class Upstream:
         self._address = address
         self._tls = ssl.create_default_context() if address.startswith("https:") else None
         self._is_distrust_said = False
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
         self._slots = _Slots()
 
     async def pass_on(self, scope: Message, path: bytes, body: bytes, send: Send, asker: str = "") -> int:
@@ -218,14 +240,14 @@ class Upstream:
 
     async def _pass_on(self, scope: Message, path: bytes, body: bytes, send: Send) -> int:
         try:
-            connection = await self._ask(scope["method"], _request(scope, path, body))
+            connection = await self._ask(scope["method"], request_of(scope, path, body))
         except ViewUnavailable:
             return await send_answer(send, _away())
         except TimeoutError:
             return await send_answer(send, answers.no_answer())
         try:
             await _stream(connection, scope["method"], send)
-            self._keep(connection, scope["method"])
+            self.keep(connection, scope["method"])
         except (ViewUnavailable, TimeoutError):
             connection.close()
         except BaseException:
@@ -254,9 +276,9 @@ class Upstream:
         while self._idle:
             self._idle.pop().close()
 
-    async def _ask(self, method: str, request: bytes) -> _Connection:
+    async def _ask(self, method: str, request: bytes) -> Connection:
         """A connection on which the answer has begun. Raises ViewUnavailable, TimeoutError."""
-        kept = self._kept()
+        kept = self.kept()
         if kept is not None:
             try:
                 return await _exchange(kept, request)
@@ -266,7 +288,8 @@ class Upstream:
                     raise
         return await _exchange(await self._connect(), request)
 
-    def _kept(self) -> _Connection | None:
+    def kept(self) -> Connection | None:
+        """A connection that an earlier request left behind; None where there is none."""
         now_s = asyncio.get_running_loop().time()
         while self._idle:
             connection = self._idle.pop()
@@ -276,23 +299,24 @@ class Upstream:
             connection.close()
         return None
 
-    def _keep(self, connection: _Connection, method: str) -> None:
+    def keep(self, connection: Connection, method: str) -> None:
+        """Leave the connection to another request, if its answer is whole and it may be used again."""
         if method != "HEAD" and connection.reusable and not connection.closed:
             connection.idle_since_s = asyncio.get_running_loop().time()
             self._idle.append(connection)
         else:
             connection.close()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         kind, _, path = self._address.partition(":")
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 if kind == "unix":
-                    return (await loop.create_unix_connection(_Connection, path))[1]
+                    return (await loop.create_unix_connection(Connection, path))[1]
                 parts = urlsplit(self._address)
                 host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-                return (await loop.create_connection(_Connection, host, port, ssl=self._tls))[1]
+                return (await loop.create_connection(Connection, host, port, ssl=self._tls))[1]
         except (OSError, TimeoutError) as error:
             if isinstance(error, ssl.SSLError):
                 self._say_distrust(error)
@@ -328,7 +352,8 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
     return tuple([header for header in headers if header[0] not in dropped])
 
 
-def _request(scope: Message, path: bytes, body: bytes) -> bytes:
+def request_of(scope: Mapping[str, Any], path: bytes, body: bytes) -> bytes:
+    """The request to the query API, as bytes."""
     target = path + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     lines = [b"%s %s HTTP/1.1" % (scope["method"].encode(), target)]
     lines += [b"%s: %s" % header for header in end_to_end(scope["headers"], HOP_BY_HOP | {b"content-length"})]
@@ -337,7 +362,7 @@ def _request(scope: Message, path: bytes, body: bytes) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-async def _exchange(connection: _Connection, request: bytes) -> _Connection:
+async def _exchange(connection: Connection, request: bytes) -> Connection:
     """Send the request and wait for the answer's head; the connection is closed if there is none."""
     try:
         await connection.ask(request)
@@ -347,7 +372,7 @@ async def _exchange(connection: _Connection, request: bytes) -> _Connection:
     return connection
 
 
-async def _stream(connection: _Connection, method: str, send: Send) -> None:
+async def _stream(connection: Connection, method: str, send: Send) -> None:
     """Send the answer on as it comes. The server cuts a client that does not read."""
     headers = end_to_end(connection.headers, NOT_PASSED_BACK)
     await send({"type": "http.response.start", "status": connection.status, "headers": headers})

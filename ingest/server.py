@@ -7,6 +7,7 @@ with a few assignments.
 """
 
 import asyncio
+import functools
 import re
 import resource
 import socket
@@ -31,6 +32,7 @@ from ingest.limits import (
     SHUTDOWN_DEADLINE_S,
     WRITE_DEADLINE_S,
 )
+from ingest.relay import Relay
 from meters.log import Log
 
 # The log's thread wants the interpreter several times for each commit, and its turn comes no sooner: with Python's own
@@ -66,6 +68,7 @@ class Protocol(HttpToolsProtocol):
 
     connections_max = CONNECTIONS_MAX  # GatewayServer sets both in a class of its own
     endpoint: IngestEndpoint
+    relay: Relay
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head, or send the client away."""
@@ -138,7 +141,9 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answering = cycle
-        super()._start_asgi_task(cycle, app)
+        go_on = functools.partial(super()._start_asgi_task, cycle, app)
+        if self.blocked_since_s is not None or not self.relay.take(cycle, self._write, go_on):
+            go_on()
 
     def _write(self, data: bytes, keep_alive: bool) -> None:
         self.transport.write(data)
@@ -242,9 +247,12 @@ class GatewayServer(uvicorn.Server):
     """uvicorn around a gateway, sweeping its connections."""
 
     def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
+        self.relay = shared = Relay(gateway.upstream, is_open=not settings.requests_per_minute)
+
         class Limited(Protocol):
             connections_max = settings.connections_max
             endpoint = gateway.endpoint
+            relay = shared
 
         self._settings = settings
         self._gateway = gateway

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ingest.gateway import VERSION_DEFAULT, VERSIONS
+from ingest.answers import VERSION_DEFAULT
+from ingest.gateway import VERSIONS
 from tests.deploy.installation import Installation
 from tests.deploy.programs import program
 from tests.ports import take_port

@@ -290,7 +290,7 @@ def test_an_aggregator_that_falls_silent_keeps_nothing(monkeypatch: pytest.Monke
                 else:
                     assert b" 504 " in client.recv(65536)
                 receive_all(silent)
-            assert gateway.gateway._upstream._slots.all._value == PASSTHROUGH_CONNECTIONS_MAX
+            assert gateway.gateway.upstream._slots.all._value == PASSTHROUGH_CONNECTIONS_MAX
 
 
 def test_bodies_to_the_api_have_a_limit_and_a_length(gateway: RunningGateway, api: QueryApi) -> None:
