@@ -247,6 +247,8 @@ class Aggregator:
             if safely():
                 return True
             self._waiters.append((safely, future))
+        if (engine := self._engine) is not None:
+            engine.awaited.set()
         try:
             async with asyncio.timeout(timeout_s):  # wait_for would lose a cancellation that comes with the result
                 await future

@@ -110,6 +110,7 @@ class Running:
     def _until(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + CAUGHT_UP_TIMEOUT_S
         done = False
+        self.engine.awaited.set()
         with self._moved:
             while not (done or self.engine.ended.is_set()) and time.monotonic() < deadline:
                 done = self._moved.wait_for(reached, timeout=LOOK_AGAIN_S)

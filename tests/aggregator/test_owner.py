@@ -71,6 +71,20 @@ def test_two_clocks_make_no_other_log(tmp_path: Path) -> None:
     log.close()
 
 
+def test_whoever_waits_does_not_wait_for_a_quiet_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far apart rounds with few events are: a position that somebody waits for is the next round's."""
+    monkeypatch.setattr("aggregator.engine.QUIET_ROUND_PERIOD_S", 3600.0)
+    log = open_log("memory:")
+    aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+    aggregator.start()
+    for id in "abc":
+        append(log, id)
+        assert asyncio.run(aggregator.wait_for(log.ends(USAGE_EVENTS), PATIENCE_S))
+    asyncio.run(aggregator.decide(organization()))
+    aggregator.stop()
+    log.close()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_store_made_again_counts_the_same_of_two_that_contradict(tmp_path: Path, first: int) -> None:
     """One id for two customers lies in two partitions: the first by time counts, whenever they are read."""
