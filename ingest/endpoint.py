@@ -22,6 +22,7 @@ from ingest import answers, telemetry
 from ingest.admission import Admitted, RefusedBody, Tenant, admit, admit_quickly
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read, unpack
+from ingest.gather import Gather
 from ingest.limits import (
     ANSWER_BYTES_MAX,
     BODY_BYTES_MAX,
@@ -39,7 +40,7 @@ from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
 from meters.access import Denied, authorize, good_credential, writing
 from meters.catalogue import Catalogue, Token
-from meters.log import USAGE_EVENTS, Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
+from meters.log import Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
 from meters.refusal import Reason
 
 SCOPES = writing("events")
@@ -99,7 +100,7 @@ class IngestEndpoint:
     def __init__(self, log: Log, tail: CatalogueTail, settings: EndpointSettings) -> None:
         self.in_flight = InFlight(settings.in_flight_bytes_max)
         self.position: dict[int, int] = {}  # of every partition of usage.events, as far as this process knows
-        self._log = log
+        self._gather = Gather(log)
         self._tail = tail
         self._settings = settings
         self._quota = RequestQuota(settings.requests_per_minute)
@@ -233,18 +234,15 @@ class IngestEndpoint:
 
     async def _write(self, entries: Sequence[Entry]) -> Mapping[int, int] | Answer:
         """Append, and say where the log stands after it."""
-        began_s = time.perf_counter()
         try:
-            offsets = await self._log.append(USAGE_EVENTS, entries)
+            position = await self._gather.append(entries)
         except TryAgain as error:
             return self._not_writable(error.retry_after_s)
         except NoSuchPartition:  # made again with fewer; the next look at the log will tell
             return self._not_writable(NOT_WRITABLE_S)
         except Refused as error:
             return answers.problem(413, "RequestBodyTooLarge", str(error))
-        telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
         self._not_writable_until_s = 0.0
-        position = {entry.partition: offset + 1 for entry, offset in zip(entries, offsets, strict=True)}
         self._advance(position)
         return position
 

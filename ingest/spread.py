@@ -61,7 +61,10 @@ class Spread:
             return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        places = self._places(_whos(admitted), organization_id, catalogue)
+        if admitted.customers is not None:
+            places = self._places_of(admitted.customers, organization_id)
+        else:
+            places = self._places(_whos(admitted), organization_id, catalogue)
         if len(set(places)) == 1:
             return [_entry(admitted.value, places[0], organization_id, admitted)]
         lines: dict[int, list[bytes]] = {}
@@ -69,6 +72,17 @@ class Spread:
             lines.setdefault(place, []).append(line)
         values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
         return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
+
+    def _places_of(self, names: Sequence[str], organization_id: str) -> list[int]:
+        """Where customers belong by name."""
+        known = self._known.setdefault(organization_id, {})
+        texts = list(names)
+        places = [known.get(name) for name in texts]
+        if None in places:
+            for row, name in enumerate(texts):
+                if places[row] is None:
+                    places[row] = self._place_of(name, organization_id, known)
+        return places  # type: ignore[return-value]  # every None was replaced
 
     def _places(self, whos: Sequence[_Named | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
@@ -87,6 +101,9 @@ class Spread:
             id = parse_uuid4(who.customer_id)
             customer = catalogue.customer(organization_id, id) if isinstance(id, str) else None
             return self._hash(organization_id).of((customer and customer.external_id) or str(id))
+        return self._place_of(name, organization_id, known)
+
+    def _place_of(self, name: str, organization_id: str, known: dict[str | None, int]) -> int:
         place = self._hash(organization_id).of(name)
         if len(name) <= REMEMBERED_LENGTH_MAX:
             known[name] = place
@@ -101,8 +118,6 @@ class Spread:
 
 
 def _whos(admitted: Admitted) -> Sequence[_Named | Plain]:
-    if admitted.customers is not None:
-        return [_Named(name, None) for name in admitted.customers]
     if admitted.plains is not None:
         return admitted.plains
     return [_Named(_text(who.external_customer_id), _text(who.customer_id)) for who in _decode_lines(admitted.value)]
