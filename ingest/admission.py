@@ -63,8 +63,8 @@ class Admitted(Struct, frozen=True):
 
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
     empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
-    were parsed, if none had to be read with care. Of events that compiled loops read there are ``customers`` instead,
-    ``fingerprints`` (see ``ingest.recent``) and ``joined``, the lines end to end.
+    were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints`` instead
+    (see ``ingest.recent``), ``joined``, the lines end to end, and ``spread``, which gives them by partition.
     """
 
     lines: Sequence[Raw | bytes]
@@ -74,9 +74,9 @@ class Admitted(Struct, frozen=True):
     refusals: list[Refusal]
     distinct_keys: bool = False
     plains: Sequence[Plain] | None = None
-    customers: Sequence[str] | None = None
     fingerprints: tuple[Sequence[int], Sequence[int]] | None = None
     joined: bytes = b""
+    spread: Callable[[bytes, int], list[tuple[int, bytes]]] | None = None
 
     @property
     def value(self) -> bytes:
@@ -179,11 +179,10 @@ def _quickly(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
     found = tenant.quick(body, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
     if found is None:
         return None
-    lines, ids, customers = (found.places[:, first : first + 2] for first in (0, 2, 4))
+    lines, ids = found.places[:, 0:2], found.places[:, 2:4]
     return Admitted(
         Pieces(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
-        distinct_keys=True, customers=Texts(found.value, customers), fingerprints=(found.keys, found.contents),
-        joined=found.value,
+        distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import boolean, int32, int64, types, uint8, uint64
 
+from ingest.partitions import spread
 from meters.compiled import (
     BACKSLASH,
     BLANK,
@@ -92,6 +93,10 @@ class Found(NamedTuple):
     places: npt.NDArray[np.int32]
     keys: Words
     contents: Words
+
+    def spread(self, begun: bytes, partitions: int) -> list[tuple[int, bytes]]:
+        """The lines by partition; see ``ingest.partitions``."""
+        return spread(self.value, self.places, begun, partitions)
 
 
 @kernel(int64(Text, int64, int64, int64))

@@ -1,8 +1,9 @@
 """From a request's lines to one record for each partition that they belong to.
 
-Where there is one partition nothing is looked at. Where there are more, the customers are those that admission parsed,
-or are read from all lines in one call, and a customer's partition is computed once and remembered, because the hash of
-Kafka costs Python more than everything else that is done to an event.
+Where there is one partition nothing is looked at. Lines that compiled loops read are spread by them, too
+(``ingest.partitions``). Of others the customers are those that admission parsed, or are read from all lines in one
+call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
+everything else that is done to an event.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ingest.plain import Plain
 from meters.catalogue import Catalogue
 from meters.event import parse_uuid4
 from meters.log import Entry
-from meters.partition_key import CustomerPartitions
+from meters.partition_key import CustomerPartitions, partition_key
 
 REMEMBERED_MAX = 200_000
 """Customers whose partition is kept, some 30 MB in each of the two threads that spread; whoever has more pays for the
@@ -61,10 +62,11 @@ class Spread:
             return [_entry(admitted.value, 0, organization_id, admitted)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        if admitted.customers is not None:
-            places = self._places_of(admitted.customers, organization_id)
-        else:
-            places = self._places(_whos(admitted), organization_id, catalogue)
+        if admitted.spread is not None:
+            begun = partition_key(organization_id, "")
+            parts = admitted.spread(begun, partitions)
+            return [_entry(value, place, organization_id, admitted) for place, value in parts]
+        places = self._places(_whos(admitted), organization_id, catalogue)
         if len(set(places)) == 1:
             return [_entry(admitted.value, places[0], organization_id, admitted)]
         lines: dict[int, list[bytes]] = {}
@@ -72,17 +74,6 @@ class Spread:
             lines.setdefault(place, []).append(line)
         values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
         return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
-
-    def _places_of(self, names: Sequence[str], organization_id: str) -> list[int]:
-        """Where customers belong by name."""
-        known = self._known.setdefault(organization_id, {})
-        texts = list(names)
-        places = [known.get(name) for name in texts]
-        if None in places:
-            for row, name in enumerate(texts):
-                if places[row] is None:
-                    places[row] = self._place_of(name, organization_id, known)
-        return places  # type: ignore[return-value]  # every None was replaced
 
     def _places(self, whos: Sequence[_Named | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
@@ -101,9 +92,6 @@ class Spread:
             id = parse_uuid4(who.customer_id)
             customer = catalogue.customer(organization_id, id) if isinstance(id, str) else None
             return self._hash(organization_id).of((customer and customer.external_id) or str(id))
-        return self._place_of(name, organization_id, known)
-
-    def _place_of(self, name: str, organization_id: str, known: dict[str | None, int]) -> int:
         place = self._hash(organization_id).of(name)
         if len(name) <= REMEMBERED_LENGTH_MAX:
             known[name] = place

@@ -9,10 +9,10 @@ clients do by default; librdkafka calls it ``murmur2_random``).
 import struct
 from collections.abc import Iterable
 
-_SEED = 0x9747B28C
-_MULTIPLIER = 0x5BD1E995
-_WORD = 0xFFFFFFFF
-_POSITIVE = 0x7FFFFFFF
+SEED, MULTIPLIER = 0x9747B28C, 0x5BD1E995
+WORD, POSITIVE = 0xFFFFFFFF, 0x7FFFFFFF
+"""The constants of Kafka's hash: what it begins with and multiplies by, which bits are kept, and which at last."""
+
 _BLOCK_BYTES = 4
 
 
@@ -23,12 +23,12 @@ def partition_key(organization_id: str, customer: str) -> bytes:
 
 def partition_of(key: bytes, partitions: int) -> int:
     """The partition of the key among so many."""
-    return (murmur2(key) & _POSITIVE) % partitions
+    return (murmur2(key) & POSITIVE) % partitions
 
 
 def murmur2(data: bytes) -> int:
     """MurmurHash2 with the seed that Kafka took, as an unsigned 32-bit number."""
-    return _end(_mixed(_SEED ^ len(data), _blocks(data)), data)
+    return _end(_mixed(SEED ^ len(data), _blocks(data)), data)
 
 
 class CustomerPartitions:
@@ -50,8 +50,8 @@ class CustomerPartitions:
         length = self._begun_bytes + len(rest)
         digest = self._beginnings.get(length)
         if digest is None:
-            digest = self._beginnings[length] = _mixed(_SEED ^ length, _blocks(self._begun))
-        return (_end(_mixed(digest, _blocks(rest)), rest) & _POSITIVE) % self._partitions
+            digest = self._beginnings[length] = _mixed(SEED ^ length, _blocks(self._begun))
+        return (_end(_mixed(digest, _blocks(rest)), rest) & POSITIVE) % self._partitions
 
 
 def _blocks(data: bytes) -> tuple[int, ...]:
@@ -60,8 +60,8 @@ def _blocks(data: bytes) -> tuple[int, ...]:
 
 def _mixed(digest: int, blocks: Iterable[int]) -> int:
     for block in blocks:
-        block = block * _MULTIPLIER & _WORD
-        digest = digest * _MULTIPLIER & _WORD ^ (block ^ block >> 24) * _MULTIPLIER & _WORD
+        block = block * MULTIPLIER & WORD
+        digest = digest * MULTIPLIER & WORD ^ (block ^ block >> 24) * MULTIPLIER & WORD
     return digest
 
 
@@ -69,6 +69,6 @@ def _end(digest: int, data: bytes) -> int:
     """Mix in what is left behind the blocks, and finish."""
     left = len(data) % _BLOCK_BYTES
     if left:
-        digest = (digest ^ int.from_bytes(data[-left:], "little")) * _MULTIPLIER & _WORD
-    digest = (digest ^ digest >> 13) * _MULTIPLIER & _WORD
+        digest = (digest ^ int.from_bytes(data[-left:], "little")) * MULTIPLIER & WORD
+    digest = (digest ^ digest >> 13) * MULTIPLIER & WORD
     return digest ^ digest >> 15
