@@ -148,9 +148,11 @@ class Connection(asyncio.Protocol):
     # asyncio calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are of no class of asyncio's
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of an answer; of none that was asked for, and the connection is closed."""
         if self.complete or not self.asked:  # nobody asked for it, so nobody may ever take it for an answer
             self.close()
             return
@@ -163,29 +165,36 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The query API, or this side, let go."""
         self.closed = True
         self._wake()
 
     def pause_writing(self) -> None:
+        """The query API reads more slowly than the request is written."""
         self._writable = False
 
     def resume_writing(self) -> None:
+        """It has caught up."""
         self._writable = True
         self._wake()
 
     # the parser calls these
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """A header of the answer."""
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        """Its head is whole."""
         self.status = self._parser.get_status_code()
 
     def on_body(self, data: bytes) -> None:
+        """Some of its body."""
         self._chunks.append(data)
         self._buffered += len(data)
 
     def on_message_complete(self) -> None:
+        """It is whole."""
         self.complete = True
         self.reusable = bool(self._parser.should_keep_alive())
 

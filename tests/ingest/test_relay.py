@@ -231,7 +231,9 @@ def test_a_client_that_leaves_keeps_nothing(gateway: RunningGateway, api: Asked)
         client.sendall(b"GET /v1/customer-meters/1 HTTP/1.1\r\nhost: h\r\n\r\n")
         assert arrived.wait(PATIENCE_S)
     go_on.set()
-    assert eventually(lambda: gateway.client.get(BALANCES).status_code == 200 and api.connections == 1)
+    eventually(lambda: gateway.server.relay._out == 0)
+    assert gateway.client.get(BALANCES).status_code == 200
+    assert api.connections == 1
 
 
 def test_few_are_out_at_once(gateway: RunningGateway, api: Asked) -> None:
