@@ -34,7 +34,7 @@ FULL = {
 LONG = {
     **FULL,
     "end_to_end": ["--seconds", "60"],
-    "history": ["--sizes", "1000000", "10000000", "50000000"],
+    "history": ["--sizes", "1000000", "10000000", "50000000", "--customers", "100000"],
     "reconcile": ["--events", "10000000"],
     "kafka": ["--seconds", "10", "--events", "1000000"],
 }
