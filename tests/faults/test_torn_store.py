@@ -52,6 +52,7 @@ class Installed:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "ROUND_BYTES_MAX", 1)  # a record a round: many commits to be cut between
             patch.setattr(engine, "ROUND_PERIOD_S", 0)
+            patch.setattr(engine, "QUIET_ROUND_PERIOD_S", 0)
             aggregator = Aggregator(log, self.data / STORE, SMALL)
             aggregator.start()
             eventually(lambda: caught_up(aggregator, ends(log)))

@@ -23,8 +23,8 @@ from tests.waiting import eventually
 STORE = "store.duckdb"
 RECORDS = 12  # beside the sample
 SMALL_STEPS = (
-    (engine, "ROUND_BYTES_MAX", 1), (engine, "ROUND_PERIOD_S", 0), (checkpoint, "ROWS_BETWEEN", 40),
-    (checkpoint, "AGAIN_S", 0.003), (appender, "CHECKPOINT_BYTES", 50_000),
+    (engine, "ROUND_BYTES_MAX", 1), (engine, "ROUND_PERIOD_S", 0), (engine, "QUIET_ROUND_PERIOD_S", 0),
+    (checkpoint, "ROWS_BETWEEN", 40), (checkpoint, "AGAIN_S", 0.003), (appender, "CHECKPOINT_BYTES", 50_000),
 )
 
 
