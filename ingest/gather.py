@@ -76,8 +76,9 @@ class Gather:
         except Refused as error:
             if len(requests) == 1:
                 _fail(requests, error)
-            for request in requests if len(requests) > 1 else ():
-                await self._write([request])
+            else:
+                for request in requests:
+                    await self._write([request])
         except Exception as error:
             _fail(requests, error)
 
