@@ -24,6 +24,7 @@ from ingest.passthrough import NOT_PASSED_BACK, Connection, Upstream, end_to_end
 _READS = re.compile(rb"/v1/(customer-meters/[^/]*|meters/[^/]+/usage|customers/(external/)?[^/]+/state)")
 _UNUSUAL = frozenset({
     b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin", b"prefer",
+    b"log-position",  # which may have to be waited for
 })  # fmt: skip
 _WITHOUT_BODY = frozenset({204, 304})
 
@@ -118,5 +119,3 @@ def _ordinary(cycle: RequestResponseCycle) -> bool:
         and headers.get(b"connection", b"keep-alive").lower() == b"keep-alive"
         and _UNUSUAL.isdisjoint(headers)
     )
-
-
