@@ -125,7 +125,7 @@ def test_some_reads_take_the_short_way(gateway: RunningGateway, path: str, statu
     [
         NOT_SHORT, {"prefer": "wait=5"}, {"log-position": "0:7"}, {"origin": "https://shop.example"},
         {"connection": "close"}, {"expect": "x"},
-    ],  # fmt: skip
+    ],
 )
 @pytest.mark.usefixtures("no_asgi")
 def test_what_has_more_to_say_takes_the_other(gateway: RunningGateway, headers: dict[str, str]) -> None:
