@@ -22,7 +22,7 @@ from pydantic import UUID4, AwareDatetime, BaseModel, Field
 from benchmarks.report import Report
 from ingest import kernels
 from ingest.admission import Admitted, Tenant, admit
-from ingest.endpoint import new_ids
+from ingest.intake import new_ids
 from ingest.quick import Quick
 from ingest.shape import Shapes
 from meters.catalogue import Catalogue

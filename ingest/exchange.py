@@ -10,21 +10,17 @@ To uvicorn an exchange is the connection's cycle: it asks whether the answer is 
 request, and whether to keep the connection. A request that follows before the answer waits in uvicorn's own line.
 """
 
-import asyncio
-import logging
 from collections.abc import Callable
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
-from ingest.endpoint import IngestEndpoint, Opened
+from ingest.endpoint import IngestEndpoint
+from ingest.intake import Opened
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
 _UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
 
 Headers = list[tuple[bytes, bytes]]
-
-logger = logging.getLogger("ingest.exchange")
-
 
 def ordinary(method: bytes, url: bytes, headers: Headers) -> dict[bytes, bytes] | None:
     """The headers of an ordinary ingest request by name; None for any other request."""
@@ -80,26 +76,18 @@ class Exchange:
         self._held += len(piece)
         self._pieces.append(piece)
 
-    def complete(self) -> "asyncio.Task[None] | None":
-        """The body is whole: the task that asks the endpoint, unless there is an answer already."""
+    def complete(self) -> None:
+        """The body is whole: ask the endpoint, unless there is an answer already."""
         if self.response_complete or self._opened is None:
-            return None
+            return
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces = []
-        return asyncio.get_running_loop().create_task(self._run(self._opened, body))
+        self._endpoint.intake.take(self._opened, body, self.answer)
 
     def abandon(self) -> None:
         """The client is gone before its body was whole."""
         self.disconnected = True
         self._give_back()
-
-    async def _run(self, opened: Opened, body: bytes) -> None:
-        try:
-            found = await self._endpoint.take(opened, body)
-        except Exception:
-            logger.exception("an ingest request failed")
-            found = answers.failed()
-        self.answer(found)
 
     def answer(self, found: Answer) -> None:
         """Send the whole answer, once, and let go of the body."""

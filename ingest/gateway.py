@@ -132,7 +132,7 @@ class Gateway:
 
     async def ready(self) -> Answer:
         """``/readyz``: tokens are known, and the log writes as far as anyone could tell."""
-        checks = {"catalogue": self.tail.current, "log": self.endpoint.writable}
+        checks = {"catalogue": self.tail.current, "log": self.endpoint.intake.writable}
         ready = all(checks.values())
         trouble = self._trouble or self.tail.trouble
         waiting = {"waiting_for": trouble} if trouble and not ready else {}
@@ -158,7 +158,7 @@ class Gateway:
             self.tail.stop()
             looking.cancel()
         self.upstream.close()
-        self.endpoint.close()
+        self.endpoint.intake.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch(self, work: Coroutine[None, None, None]) -> None:
@@ -171,7 +171,7 @@ class Gateway:
     async def _look_at_log(self) -> float:
         """Learn which partitions there are; the seconds until the next look."""
         try:
-            self.endpoint.learn(await asyncio.to_thread(self._log.ends, USAGE_EVENTS))
+            self.endpoint.intake.learn(await asyncio.to_thread(self._log.ends, USAGE_EVENTS))
         except TryAgain as error:
             if not self._trouble:
                 logger.warning("the log cannot be read yet: %s", error)

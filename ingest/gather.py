@@ -8,12 +8,14 @@ organization as one record. Whoever comes alone is written at once, and nobody w
 A request is answered when the appends of its lines have returned, never before; what an append raises, all of its
 requests hear. Only a refusal, which is final, is of one request's making: then each is appended by itself. A partition
 whose broker is away holds up those who write to it, and nobody else: each has a lane of its own.
+
+Nothing here is a task: a lane has several appends for each request, and a task costs more than what it would do.
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 from ingest import telemetry
 from meters.log import USAGE_EVENTS, Entry, Log, Refused
@@ -27,6 +29,9 @@ RECORD_BYTES_MAX = 256 * 1024
 GROUP_BYTES_MAX = 1024 * 1024
 """Of what is gathered: more is appended at once, however many appends are under way."""
 
+Tell = Callable[[Mapping[int, int] | Exception], None]
+"""Hears, by partition, the position behind a request's lines, or why they may not be there. Never raises."""
+
 
 class Gather:
     """In front of a log's stream of events, for one event loop."""
@@ -35,22 +40,20 @@ class Gather:
         self._log = log
         self._lanes: dict[int, _Lane] = {}
 
-    async def append(self, entries: Sequence[Entry]) -> Mapping[int, int]:
-        """Make a request's entries durable, at most one for a partition; by partition, the position behind them.
+    def put(self, entries: Sequence[Entry], tell: Tell) -> None:
+        """Make a request's entries durable, one or more and at most one for a partition, and tell it.
 
-        Raises what ``Log.append`` does.
+        What is told instead is what ``Log.append`` raises.
         """
-        offsets = [self._lane(entry.partition).put(entry) for entry in entries]
-        position: dict[int, int] = {}
-        failure: Exception | None = None
-        for entry, offset in zip(entries, offsets, strict=True):
-            try:
-                position[entry.partition] = await offset + 1
-            except Exception as error:  # heard of each, raised once
-                failure = error
-        if failure is not None:
-            raise failure
-        return position
+        request = _Request(len(entries), tell)
+        for entry in entries:
+            self._lane(entry.partition).put(entry, request)
+
+    def append(self, entries: Sequence[Entry]) -> "asyncio.Future[Mapping[int, int]]":
+        """The same, for a task. Raises what ``Log.append`` does."""
+        told: asyncio.Future[Mapping[int, int]] = asyncio.get_running_loop().create_future()
+        self.put(entries, functools.partial(_resolve, told))
+        return told
 
     def _lane(self, partition: int) -> "_Lane":
         lane = self._lanes.get(partition)
@@ -59,11 +62,33 @@ class Gather:
         return lane
 
 
-class _Waiting(NamedTuple):
-    """An entry, and the future of its record's offset."""
+class _Request:
+    """What is known of a request's entries."""
 
-    entry: Entry
-    offset: "asyncio.Future[int]"
+    __slots__ = ("failure", "left", "position", "tell")
+
+    def __init__(self, entries: int, tell: Tell) -> None:
+        self.left, self.tell = entries, tell
+        self.position: dict[int, int] = {}
+        self.failure: Exception | None = None
+
+    def written(self, partition: int, offset: int) -> None:
+        """One of them is durable."""
+        self.position[partition] = offset + 1
+        self._count()
+
+    def failed(self, error: Exception) -> None:
+        """One of them may not be."""
+        self.failure = error
+        self._count()
+
+    def _count(self) -> None:
+        self.left -= 1
+        if not self.left:
+            self.tell(self.position if self.failure is None else self.failure)
+
+
+_Group = list[tuple[Entry, _Request]]
 
 
 class _Lane:
@@ -71,55 +96,54 @@ class _Lane:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._waiting: list[_Waiting] = []
+        self._waiting: _Group = []
         self._waiting_bytes = 0
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way = 0
 
-    def put(self, entry: Entry) -> "asyncio.Future[int]":
+    def put(self, entry: Entry, request: _Request) -> None:
         """Wait in line."""
-        loop = asyncio.get_running_loop()
-        one = _Waiting(entry, loop.create_future())
-        if not self._waiting and len(self._under_way) < UNDER_WAY_MAX:
-            loop.call_soon(self._begin)  # with whatever else this round of the loop brings
-        self._waiting.append(one)
+        if not self._waiting and self._under_way < UNDER_WAY_MAX:
+            asyncio.get_running_loop().call_soon(self._begin)  # with whatever else this round of the loop brings
+        self._waiting.append((entry, request))
         self._waiting_bytes += len(entry.value)
         if self._waiting_bytes >= GROUP_BYTES_MAX:
             self._begin()
-        return one.offset
 
     def _begin(self) -> None:
-        if not self._waiting:
-            return
-        group, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        task = asyncio.get_running_loop().create_task(self._write(group))
-        self._under_way.add(task)
-        task.add_done_callback(self._ended)
+        if self._waiting:
+            group, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            self._write(group)
 
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._under_way.discard(task)
-        if len(self._under_way) < UNDER_WAY_MAX:
+    def _write(self, group: _Group) -> None:
+        entries, places = together([entry for entry, _ in group])
+        told = functools.partial(self._told, group, places, time.perf_counter())
+        self._under_way += 1
+        try:
+            self._log.submit(USAGE_EVENTS, entries).add_done_callback(told)
+        except Exception as error:
+            self._under_way -= 1
+            self._fail(group, error)
+
+    def _told(self, group: _Group, places: Sequence[int], began_s: float, offsets: "asyncio.Future[list[int]]") -> None:
+        self._under_way -= 1
+        try:
+            found = offsets.result()
+        except Exception as error:
+            self._fail(group, error)
+        else:
+            telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
+            for (entry, request), place in zip(group, places, strict=True):
+                request.written(entry.partition, found[place])
+        if self._under_way < UNDER_WAY_MAX:
             self._begin()
 
-    async def _write(self, group: Sequence[_Waiting]) -> None:
-        try:
-            await self._append(group)
-        except Refused as error:
-            if len(group) == 1:
-                _fail(group, error)
-            else:
-                for one in group:
-                    await self._write([one])
-        except Exception as error:
-            _fail(group, error)
-
-    async def _append(self, group: Sequence[_Waiting]) -> None:
-        entries, places = together([one.entry for one in group])
-        began_s = time.perf_counter()
-        offsets = await self._log.append(USAGE_EVENTS, entries)
-        telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
-        for one, place in zip(group, places, strict=True):
-            if not one.offset.done():  # or whoever waited for it is gone
-                one.offset.set_result(offsets[place])
+    def _fail(self, group: _Group, error: Exception) -> None:
+        if isinstance(error, Refused) and len(group) > 1:
+            for one in group:
+                self._write([one])
+        else:
+            for _, request in group:
+                request.failed(error)
 
 
 def together(waiting: Sequence[Entry]) -> tuple[list[Entry], list[int]]:
@@ -149,7 +173,10 @@ def _one(entries: list[Entry]) -> Entry:
     return Entry(value, first.partition, first.organization_id, first.admitted, first.distinct_keys)
 
 
-def _fail(group: Sequence[_Waiting], error: Exception) -> None:
-    for one in group:
-        if not one.offset.done():
-            one.offset.set_exception(error)
+def _resolve(told: "asyncio.Future[Mapping[int, int]]", outcome: Mapping[int, int] | Exception) -> None:
+    if told.done():  # whoever waited is gone
+        return
+    if isinstance(outcome, Exception):
+        told.set_exception(outcome)
+    else:
+        told.set_result(outcome)

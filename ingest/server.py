@@ -170,9 +170,8 @@ class Protocol(HttpToolsProtocol):
             self._await_next()
         elif self.exchange is None:
             super().on_message_complete()
-        elif (task := self.exchange.complete()) is not None:
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+        else:
+            self.exchange.complete()
 
     def _await_next(self) -> None:
         """The rest of an answered body came: uvicorn ended its wait for the next request then, and began no other."""

@@ -7,6 +7,7 @@ to the query API and again on its way back. In turns it waits for one.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 TURN_BYTES_MIN = 8 * 1024
 """Bytes of a body that is worth a turn: a smaller one is checked in the time of a few looks at the sockets."""
@@ -16,26 +17,21 @@ class Turns:
     """A line, first come first served. For one event loop."""
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()
         self._taken = False  # in this round of the loop
 
-    async def take(self) -> None:
-        """Wait until nobody else had a turn in this round of the loop; the turn ends with the next ``await``."""
-        loop = asyncio.get_running_loop()
-        if not self._taken:
+    def do(self, work: Callable[[], object]) -> None:
+        """Do it in this round of the loop, unless somebody else had a turn in it; else in one of the next."""
+        if self._taken:
+            self._waiting.append(work)
+        else:
             self._taken = True
-            loop.call_soon(self._next)
-            return
-        turn = loop.create_future()
-        self._waiting.append(turn)
-        await turn
+            asyncio.get_running_loop().call_soon(self._next)
+            work()
 
     def _next(self) -> None:
-        """Another round: whoever is first in line runs in it, unless nobody waits for it any more."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                asyncio.get_running_loop().call_soon(self._next)
-                return
-        self._taken = False
+        """Another round: it is the turn of whoever is first in line."""
+        self._taken = bool(self._waiting)
+        if self._taken:
+            asyncio.get_running_loop().call_soon(self._next)
+            self._waiting.popleft()()

@@ -15,6 +15,7 @@ A position is always the offset of the *next* record: after offset 7 the positio
 Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
 """
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -147,6 +148,13 @@ class Log(Protocol):
         together is one entry.
 
         Raises TryAgain when the log is full, slow or closing; Refused for what can never be taken.
+        """
+        ...
+
+    def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
+        """The same, of one entry at least, for whoever has an event loop and needs no task: the future of the offsets.
+
+        Raises at once what is known at once, and TryAgain, too, while the log's partitions are not known.
         """
         ...
 

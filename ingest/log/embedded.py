@@ -5,6 +5,7 @@ writer's thread with its group commit (``writer``, ``appender``), reading is one
 ``sqlite_file`` knows what lies on the disk. This module puts them together.
 """
 
+import asyncio
 import sqlite3
 import time
 from collections import deque
@@ -51,8 +52,12 @@ class EmbeddedLog:
 
     async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
         """Make the entries durable and return their offsets. Raises TryAgain, Refused."""
+        return await self.submit(stream, entries) if entries else []
+
+    def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
+        """Queue the entries and return the future of their offsets. Raises TryAgain, Refused."""
         self._places.check_entries(stream, entries, self._limits)
-        return await self._writer.submit(stream, entries) if entries else []
+        return self._writer.submit(stream, entries)
 
     def read(
         self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0

@@ -52,14 +52,16 @@ class KafkaLog:
 
     async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
         """Make the entries durable and return their offsets. Raises TryAgain, Refused."""
-        places = self._topics.places
-        if places is None:
-            places = await asyncio.to_thread(self._topics.learn)
-        places.check_entries(stream, entries, self._limits)
-        writer = self._writing()
-        if not entries:
-            return []
-        return await writer.submit(self._address.topic(stream), entries, self._clock_us() // 1000)
+        if self._topics.places is None:
+            await asyncio.to_thread(self._topics.learn)
+        return await self.submit(stream, entries) if entries else []
+
+    def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
+        """Hand the entries to the client and return the future of their offsets. Raises TryAgain, Refused."""
+        if self._topics.places is None:
+            raise TryAgain("the brokers have not said yet which partitions there are", self._limits.retry_after_s)
+        self._topics.places.check_entries(stream, entries, self._limits)
+        return self._writing().submit(self._address.topic(stream), entries, self._clock_us() // 1000)
 
     def read(
         self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0

@@ -4,6 +4,7 @@ What the death of a process leaves behind is the ``Disk``: two logs on one disk 
 disk can be told to be full, so that a test can ask what its subject does about TryAgain.
 """
 
+import asyncio
 import threading
 import time
 import uuid
@@ -80,6 +81,15 @@ class MemoryLog:
 
     async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
         """Keep the entries and return their offsets. Raises TryAgain, Refused."""
+        return await self.submit(stream, entries)
+
+    def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
+        """Keep the entries and return the future of their offsets. Raises TryAgain, Refused."""
+        kept: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        kept.set_result(self._keep(stream, entries))
+        return kept
+
+    def _keep(self, stream: str, entries: Sequence[Entry]) -> list[int]:
         self._disk.places.check_entries(stream, entries, self._limits)
         with self._disk.changed:
             self._check_open()

@@ -62,7 +62,7 @@ class RunningGateway:
         self._thread.start()
         eventually(lambda: self.server.started)
         if self._is_ready:  # one that is started may still wait for its tokens, or for the log's partitions
-            eventually(lambda: self.gateway.tail.current and self.gateway.endpoint.writable)
+            eventually(lambda: self.gateway.tail.current and self.gateway.endpoint.intake.writable)
         return self
 
     def __exit__(

@@ -80,7 +80,7 @@ def test_partitions_that_are_gone_are_forgotten() -> None:
         assert (answer.status_code, answer.json()["error"]) == (503, "LogUnavailable")
         assert int(answer.headers["retry-after"]) >= 1
         assert gateway.client.get("/readyz").json()["checks"]["log"] is False
-        gateway.gateway.endpoint.learn(gateway.log.ends(USAGE_EVENTS))
+        gateway.gateway.endpoint.intake.learn(gateway.log.ends(USAGE_EVENTS))
         written = parse_position(gateway.ingest(body).headers["log-position"])
         assert written.keys() == {0, 1}
         assert parse_position(gateway.ingest({"events": []}).headers["log-position"]) == written
@@ -139,9 +139,12 @@ class HeldLog(MemoryLog):
 
     let_go = threading.Event()
 
-    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+    def submit(self, stream: str, entries: Sequence[Entry]) -> asyncio.Future[list[int]]:
         """Durable now, acknowledged later."""
-        offsets = await super().append(stream, entries)
+        return asyncio.ensure_future(self._append(stream, entries))
+
+    async def _append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        offsets = await super().submit(stream, entries)
         if stream == USAGE_EVENTS:
             await asyncio.to_thread(self.let_go.wait)
         return offsets

@@ -25,13 +25,16 @@ class Slow(MemoryLog):
         self.may_return = asyncio.Event()
         self.waiting = self.most_waiting = 0
 
-    async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+    def submit(self, stream: str, entries: Sequence[Entry]) -> asyncio.Future[list[int]]:
         """See the port."""
+        return asyncio.ensure_future(self._append(stream, entries))
+
+    async def _append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
         self.waiting += 1
         self.most_waiting = max(self.waiting, self.most_waiting)
         try:
             await self.may_return.wait()
-            return await super().append(stream, entries)
+            return await super().submit(stream, entries)
         finally:
             self.waiting -= 1
 
@@ -112,7 +115,7 @@ def test_what_comes_meanwhile_is_one_record() -> None:
         gather = Gather(log)
         asked = []
         for number in range(40):
-            asked.append(asyncio.create_task(gather.append([Entry(b'{"n":%d}' % number, 0, "a", True)])))
+            asked.append(asyncio.ensure_future(gather.append([Entry(b'{"n":%d}' % number, 0, "a", True)])))
             await turns()
         assert log.most_waiting == UNDER_WAY_MAX
         log.may_return.set()
@@ -132,7 +135,7 @@ def test_much_does_not_wait_for_company() -> None:
         gather = Gather(log)
         value = b'{"n":"%s"}' % (b"x" * (RECORD_BYTES_MAX // 3))
         count = 4 * GROUP_BYTES_MAX // len(value)
-        asked = [asyncio.create_task(gather.append([Entry(value, 0, "a", True)])) for _ in range(count)]
+        asked = [asyncio.ensure_future(gather.append([Entry(value, 0, "a", True)])) for _ in range(count)]
         await turns()
         assert log.most_waiting > UNDER_WAY_MAX
         log.may_return.set()
@@ -181,7 +184,8 @@ def test_one_that_does_not_wait_any_more_is_written_all_the_same() -> None:
     async def run() -> None:
         log = Slow(disk())
         gather = Gather(log)
-        asked = [asyncio.create_task(gather.append([Entry(b'{"n":%d}' % number, 0, "a", True)])) for number in range(9)]
+        entries = [Entry(b'{"n":%d}' % number, 0, "a", True) for number in range(9)]
+        asked = [asyncio.ensure_future(gather.append([entry])) for entry in entries]
         await turns()
         asked[4].cancel()
         log.may_return.set()
@@ -204,16 +208,16 @@ def test_a_partition_that_stands_still_holds_up_nobody_else() -> None:
     """Requests for others are answered; those that have lines for it, too, wait."""
 
     class Away(Slow):
-        async def append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+        def submit(self, stream: str, entries: Sequence[Entry]) -> asyncio.Future[list[int]]:
             if entries[0].partition == 0:
-                return await super().append(stream, entries)
-            return await MemoryLog.append(self, stream, entries)
+                return super().submit(stream, entries)
+            return MemoryLog.submit(self, stream, entries)
 
     async def run() -> None:
         log = Away(disk())
         gather = Gather(log)
         entries = [Entry(b"{}", partition, "a", True) for partition in range(2)]
-        held = [asyncio.create_task(gather.append(of)) for of in ([entries[0]], entries) for _ in range(5)]
+        held = [asyncio.ensure_future(gather.append(of)) for of in ([entries[0]], entries) for _ in range(5)]
         for _ in range(5):
             assert 1 in await gather.append([entries[1]])
         assert not any(task.done() for task in held)

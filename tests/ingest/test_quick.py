@@ -151,7 +151,7 @@ def test_a_repetition_is_known_whichever_way_it_came_before() -> None:
         first, later = event(external_id="a"), event(external_id="b")
         escaped = json.dumps({"events": [later | {"metadata": {"a": "\n"}}]})
         assert gateway.ingest({"events": [first]}).json() == {"inserted": 1, "duplicates": 0}
-        loading = gateway.gateway.endpoint._quick._loading
+        loading = gateway.gateway.endpoint.intake._quick._loading
         assert loading is not None
         loading.join()
         assert gateway.ingest({"events": [first]}).json() == {"inserted": 0, "duplicates": 1}

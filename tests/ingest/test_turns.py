@@ -1,7 +1,7 @@
 """Turns at the event loop: one in a round of the loop, in the order of asking."""
 
 import asyncio
-import contextlib
+import functools
 
 import pytest
 import uvloop
@@ -26,22 +26,21 @@ class Rounds:
         self._handle.cancel()
 
 
-async def turns_of(count: int, cancelled: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
+async def turns_of(count: int) -> list[tuple[int, int]]:
     """(who, in which round) of so many that ask together, in the order of their turns."""
     turns, rounds, had = Turns(), Rounds(), list[tuple[int, int]]()
+    ended = [asyncio.Event(), asyncio.Event()]
 
-    async def one(number: int) -> None:
-        await turns.take()
+    def one(number: int) -> None:
         had.append((number, rounds.count))
+        if number >= count - 1:
+            ended[number - count + 1].set()
 
-    tasks = [asyncio.create_task(one(number)) for number in range(count)]
-    await asyncio.sleep(0)
-    for number in cancelled:
-        tasks[number].cancel()
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    await one(count)  # whoever comes later finds the line as it should be
+    for number in range(count):
+        turns.do(functools.partial(one, number))
+    await ended[0].wait()
+    turns.do(functools.partial(one, count))  # whoever comes later finds the line as it should be
+    await ended[1].wait()
     rounds.stop()
     return had
 
@@ -56,8 +55,17 @@ def test_one_turn_in_a_round(run: object) -> None:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_who_is_gone_takes_no_turn(run: object) -> None:
-    """A cancelled one is passed over, first, last or between."""
-    had = run(turns_of(6, cancelled=frozenset({1, 2, 5})))  # type: ignore[operator]
+def test_what_fails_costs_its_own_turn_alone(run: object) -> None:
+    """Those behind it have theirs."""
 
-    assert [number for number, _ in had] == [0, 3, 4, 6]
+    async def three() -> list[int]:
+        turns, had, told, ended = Turns(), list[int](), list[object](), asyncio.Event()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        turns.do(lambda: had.append(0))
+        turns.do(lambda: 1 // 0)
+        turns.do(lambda: had.append(2) or ended.set())
+        await ended.wait()
+        assert [type(error) for error in told] == [ZeroDivisionError]
+        return had
+
+    assert run(three()) == [0, 2]  # type: ignore[operator]
