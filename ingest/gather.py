@@ -119,7 +119,7 @@ class _Lane:
         told = functools.partial(self._told, group, places, time.perf_counter())
         self._under_way += 1
         try:
-            self._log.submit(USAGE_EVENTS, entries).add_done_callback(told)
+            asyncio.ensure_future(self._log.submit(USAGE_EVENTS, entries)).add_done_callback(told)
         except Exception as error:
             self._under_way -= 1
             self._fail(group, error)

@@ -15,8 +15,7 @@ A position is always the offset of the *next* record: after offset 7 the positio
 Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
 """
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -151,8 +150,8 @@ class Log(Protocol):
         """
         ...
 
-    def submit(self, stream: str, entries: Sequence[Entry]) -> "asyncio.Future[list[int]]":
-        """The same, of one entry at least, for whoever has an event loop and needs no task: the future of the offsets.
+    def submit(self, stream: str, entries: Sequence[Entry]) -> Awaitable[list[int]]:
+        """The same, of one entry at least, begun when this returns: the future of the offsets, of the running event loop.
 
         Raises at once what is known at once, and TryAgain, too, while the log's partitions are not known.
         """
