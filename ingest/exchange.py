@@ -58,9 +58,9 @@ class Exchange:
         self._held = 0
         self._opened: Opened | None = None
 
-    def begin(self, headers: dict[bytes, bytes]) -> None:
-        """The head is whole; it may be refused without its body."""
-        opened = self._endpoint.open(headers, int(headers[b"content-length"]))
+    def begin(self, headers: dict[bytes, bytes], length: int) -> None:
+        """The head is whole, and announces a body of so many bytes; it may be refused without it."""
+        opened = self._endpoint.open(headers, length)
         if isinstance(opened, Answer):
             self.answer(opened)
         else:

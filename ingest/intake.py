@@ -42,6 +42,8 @@ from meters.refusal import Reason
 NOT_WRITABLE_S = 5.0
 """How long a failed append keeps ``/readyz`` at no: long enough to be seen, short enough for traffic to try again."""
 
+_UNKNOWN, _ = Reason.CUSTOMER_UNKNOWN.value
+
 Written = Mapping[int, int]  # by partition, the position behind
 Tell = Callable[[Answer], None]
 Made = TypeVar("Made")
@@ -62,8 +64,13 @@ class Preferences(NamedTuple):
         return b", ".join(names)
 
 
+_NONE = Preferences(lenient=False, representation=False)
+
+
 def read_preferences(header: bytes) -> Preferences:
     """The preferences known here; others are ignored, as they may be."""
+    if not header:
+        return _NONE
     asked = {b"".join(part.partition(b";")[0].split()).lower() for part in header.split(b",")}
     return Preferences(b"handling=lenient" in asked, b"return=representation" in asked)
 
@@ -298,10 +305,9 @@ async def _told(take: Callable[[Tell], None]) -> Answer:
 
 def _names_unknown(admitted: Admitted | RefusedBody) -> bool:
     """Whether an event was refused because there is no such customer."""
-    unknown, _ = Reason.CUSTOMER_UNKNOWN.value
     if isinstance(admitted, RefusedBody):
-        return any(entry["type"] == unknown for entry in admitted.detail)
-    return any(refusal.type == unknown for refusal in admitted.refusals)
+        return any(entry["type"] == _UNKNOWN for entry in admitted.detail)
+    return bool(admitted.refusals) and any(refusal.type == _UNKNOWN for refusal in admitted.refusals)
 
 
 def _unprocessable(refused: RefusedBody) -> Answer:

@@ -51,7 +51,9 @@ from meters.compiled import (
 )
 from meters.refusal import COST_INTEGER_DIGITS_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX
 
-_KEYS_MAX = 32  # of one event's metadata: each is compared with all before it
+# Where the keys of one event's metadata are, of which each is compared with all before it. There is one such place,
+# since nobody else runs while it is used.
+_METADATA_KEYS = np.empty((32, 2), np.int32)
 _INTEGER_DIGITS_MAX = 18  # surely fit into 64 bits
 _ENVELOPE, _ENVELOPE_ENDS = keys_table("events")
 _TEXT, _NULLABLE, _NAME, _TIME, _METADATA, _COUNT, _CENTS, _CURRENCY = range(8)  # kinds of values
@@ -301,8 +303,7 @@ def read(body: bytes, earliest_us: int, latest_us: int, seed: int) -> Found | No
     rows_max = len(body) // _EVENT_BYTES_MIN + 1
     places, joined = np.empty((rows_max, 6), np.int32), np.empty(len(body) + 1, np.uint8)
     keys, contents = np.empty(rows_max, np.uint64), np.empty(rows_max, np.uint64)
-    metadata_keys = np.empty((_KEYS_MAX, 2), np.int32)
-    rows = _read(text, earliest_us, latest_us, seed, places, keys, contents, joined, metadata_keys)
+    rows = _read(text, earliest_us, latest_us, seed, places, keys, contents, joined, _METADATA_KEYS)
     if rows == ODD:
         return None
     value = joined[: places[rows - 1, 1]].tobytes()

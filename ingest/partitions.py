@@ -64,7 +64,7 @@ def spread(value: bytes, places: npt.NDArray[np.int32], begun: bytes, partitions
 
     The columns of ``places`` say where in the value lines, external ids and customers begin and end.
     """
-    key = np.empty(len(begun) + int((places[:, _CUSTOMER + 1] - places[:, _CUSTOMER]).max()), np.uint8)
+    key = np.empty(len(begun) + len(value), np.uint8)  # longer than any: to look for the longest takes more
     key[: len(begun)] = np.frombuffer(begun, np.uint8)
     joined, ends = np.empty(len(value) + 1, np.uint8), np.zeros(partitions, np.int64)
     chosen = np.empty(len(places), np.int64)

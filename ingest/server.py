@@ -23,6 +23,7 @@ from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
 from ingest.exchange import Exchange, ordinary
 from ingest.gateway import Gateway, GatewaySettings
+from ingest.heads import KnownHead, known_head
 from ingest.limits import (
     CONNECTIONS_MAX,
     HEAD_BYTES_MAX,
@@ -40,6 +41,7 @@ from meters.log import Log
 SWITCH_INTERVAL_S = 0.0005
 SWEEP_TICKS = 10  # uvicorn ticks ten times a second
 DESCRIPTORS_SPARE = 256  # for the log, the query API, and what Python opens
+KNOWN_TIMES_MAX = 8  # heads of a connection that are remembered: a client whose heads differ gains nothing
 OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2
 # Java's client offers HTTP/2 on every first request. The parser would stop for it, before the body; an offer may be
 # declined, so it is made invisible to the parser.
@@ -80,19 +82,30 @@ class Protocol(HttpToolsProtocol):
         self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
         self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
         self.body_since_s: float | None = None  # its body still arrives
+        self.known: KnownHead | None = None  # the head of the last ordinary ingest request
+        self.known_times_left = KNOWN_TIMES_MAX
+        self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
+        self.piece = b""  # of data, if the parser is at its first head
         super().connection_made(transport)
         if len(self.connections) > self.connections_max:
             self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, and measure what it holds of an unfinished head."""
+        if self.body_left:
+            self._go_on(data)
+            return
         if self.head_since_s is None and not self.in_message:
+            if self.known is not None and self._begin_known(self.known, data):
+                return
+            self.piece = data
             self.head_since_s = self.loop.time()
             self.head_bytes = 0
         self.head_bytes += len(data)
         if self.head_since_s is not None and b"h2c" in data[:OFFER_BYTES]:
             data = _H2C_OFFER.sub(rb"\1x-declined: h2c", data, count=1)
         super().data_received(data)
+        self.piece = b""
         if self.head_since_s is not None and self.head_bytes > HEAD_BYTES_MAX:
             self.cut("head", _long_head())
 
@@ -111,6 +124,34 @@ class Protocol(HttpToolsProtocol):
             self.cut("pipeline")
         if not self.transport.is_closing() and not self._begin_exchange():
             super().on_headers_complete()
+        self.piece = b""
+
+    def _begin_known(self, known: KnownHead, data: bytes) -> bool:
+        """Begin a request without the parser, if its head is the known one; False leaves the data to the parser."""
+        found = known.find(data)
+        if found is None or len(data) - found[1] > found[0] or not found[0]:  # another request may follow
+            return False
+        if self.blocked_since_s is not None or self.pipeline or self.transport.is_closing():
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        self.body_left, begin = found
+        self.in_message = True
+        self._unset_keepalive_if_required()
+        self._begin(known.headers, self.body_left, keep_alive=True)
+        if len(data) > begin:
+            self._go_on(data[begin:])
+        return True
+
+    def _go_on(self, data: bytes) -> None:
+        """More of a body behind a known head; what follows it is for the parser."""
+        mine, rest = (data, b"") if len(data) <= self.body_left else (data[: self.body_left], data[self.body_left :])
+        self.body_left -= len(mine)
+        self.on_body(mine)
+        if not self.body_left:
+            self.on_message_complete()
+        if rest and not self.transport.is_closing():
+            self.data_received(rest)
 
     def _begin_exchange(self) -> bool:
         """Take the short way if the request is an ordinary one, the first in line, and the client reads its answers."""
@@ -125,14 +166,21 @@ class Protocol(HttpToolsProtocol):
             return False
         if self.cycle is not None and not self.cycle.response_complete:
             return False
+        keep_alive = self.parser.should_keep_alive()
+        if self.piece and keep_alive and self.known_times_left:
+            self.known_times_left -= 1
+            self.known = known_head(self.piece, headers)
+        self._begin(headers, int(headers[b"content-length"]), keep_alive=keep_alive)
+        return True
+
+    def _begin(self, headers: dict[bytes, bytes], length: int, *, keep_alive: bool) -> None:
         self.body_since_s = self.loop.time()
         self.exchange = exchange = Exchange(
-            self.endpoint, self.server_state.default_headers, keep_alive=self.parser.should_keep_alive(),
+            self.endpoint, self.server_state.default_headers, keep_alive=keep_alive,
             write=self._write, done=self.on_response_complete,
         )  # fmt: skip
         self.cycle = self.answering = exchange  # type: ignore[assignment]
-        exchange.begin(headers)
-        return True
+        exchange.begin(headers, length)
 
     def _unsupported_upgrade_warning(self) -> None:
         """What came behind an offer without a body is lost, so what follows may be the middle of a request."""

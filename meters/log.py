@@ -151,7 +151,7 @@ class Log(Protocol):
         ...
 
     def submit(self, stream: str, entries: Sequence[Entry]) -> Awaitable[list[int]]:
-        """The same, of one entry at least, begun when this returns: the future of the offsets, of the running event loop.
+        """The same, of one entry at least, and begun when this returns: the future of the offsets, of the running loop.
 
         Raises at once what is known at once, and TryAgain, too, while the log's partitions are not known.
         """

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ ORGANIZATION, ADMITTED = "organization", "admitted"
 
 LOOK_S_MAX = 1.0  # for the brokers to say which partitions there are; answers wait meanwhile
 POLL_S = 0.05  # how soon a close is heard; answers wake the poll at once
+PAUSE_S = 0.003  # after answers, so that those of several partitions wake the event loop once
 RECORD_OVERHEAD_BYTES = 64 * 1024  # headers, and what a batch adds to its records
 IN_FLIGHT_MAX = 5  # requests under way to one broker, which takes them one by one: enough to hide the way there
 
@@ -110,8 +112,9 @@ class Writer:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._producer.poll(POLL_S)
-            self._answer()
+            if self._producer.poll(POLL_S):
+                self._answer()
+                time.sleep(PAUSE_S)
             if self._look_again.is_set():
                 self._look_again.clear()
                 with contextlib.suppress(KafkaException):
