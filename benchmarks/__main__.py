@@ -20,7 +20,7 @@ FULL = {
     "admission": [],
     "passthrough": [],
     "log_append": ["--seconds", "2"],
-    "accept": ["--seconds", "3"],
+    "accept": ["--seconds", "4.5"],
     "drain": ["--events", "1000000"],
     "end_to_end": ["--seconds", "30"],
     "freshness": ["--seconds", "10"],
@@ -29,7 +29,7 @@ FULL = {
     "reconcile": ["--events", "1000000"],
     "balances": ["--seconds", "5"],
     "client": [],
-    "kafka": ["--seconds", "3", "--events", "300000"],
+    "kafka": ["--seconds", "4.5", "--events", "300000"],
 }
 LONG = {
     **FULL,
@@ -42,7 +42,7 @@ QUICK = {
     "admission": ["--repeat", "1"],
     "passthrough": ["--requests", "200"],
     "log_append": ["--seconds", "0.2"],
-    "accept": ["--seconds", "0.5"],
+    "accept": ["--seconds", "1.5"],
     "drain": ["--events", "50000"],
     "end_to_end": ["--seconds", "2"],
     "freshness": ["--seconds", "1"],
@@ -51,7 +51,7 @@ QUICK = {
     "reconcile": ["--events", "50000"],
     "balances": ["--seconds", "1", "--customers", "5000"],
     "client": ["--events", "10000", "--seconds", "1"],
-    "kafka": ["--seconds", "0.5", "--events", "50000"],
+    "kafka": ["--seconds", "1.5", "--events", "50000"],
 }
 
 

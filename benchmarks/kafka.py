@@ -6,7 +6,7 @@ event, with the same care; its consumer upserts for every event. The broker's ow
 records as large as an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
 At the end the topics are read back: they hold what was acknowledged, and the totals are what was written.
 
-    python -m benchmarks.kafka [--seconds 5] [--events 600000]
+    python -m benchmarks.kafka [--seconds 4.5] [--events 600000]
 """
 
 import argparse
@@ -17,10 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from aggregator.process import SWITCH_INTERVAL_S
-from benchmarks.accept import GATEWAYS_MAX, SHAPES, WARM_UP, logged, measure, prepare
+from benchmarks.accept import GATEWAYS_MAX, logged, prepare
+from benchmarks.contenders import SHAPES, TURNS, contender, in_turns
 from benchmarks.drain import work_off
 from benchmarks.end_to_end import Phase, check, meters, row, warmed
 from benchmarks.limits import kafka_producer
@@ -54,36 +54,34 @@ def ends(url: str) -> dict[int, int]:
         return dict(log.ends(USAGE_EVENTS))
 
 
-def usual_accept(report: Report, cluster: Cluster, seconds: float) -> list[dict[str, Any]]:
-    """The usual stack's rows; its topic holds a record for each event that it acknowledged."""
-    url, topic = topics(cluster, USUAL_TOPIC), f"{USUAL_TOPIC}.{USAGE_EVENTS}"
-    command = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, topic, "PORT"]
-    (_, *rows), acknowledged = measure(command, seconds, WARM_UP + SHAPES)
-    found = sum(ends(url).values())
-    report.check(f"the usual stack acknowledged {acknowledged:,}, in its topic are {found:,}", found == acknowledged)
-    return rows
-
-
 def accept(report: Report, cluster: Cluster, folder: Path, seconds: float) -> None:
     """What gateways take, what the usual stack takes, what Kafka's own producer gets through."""
-    usual = usual_accept(report, cluster, seconds)
-    url, acknowledged, broker = topics(cluster, "ours"), 0, cluster.nodes[0].pid
+    broker, theirs, url = cluster.nodes[0].pid, topics(cluster, USUAL_TOPIC), topics(cluster, "ours")
     prepare(url)
     linger = f"{url}?linger_ms={LINGER_MS}"  # batches fill as long as in the usual stack
-    command = ["-m", "deploy.cli", "gateway", "--log", linger, "--data", str(folder / "gateway"), "--port", "PORT"]
-    for servers in range(1, GATEWAYS_MAX + 1):
-        before_s = usage(broker)["cpu_s"]
-        (_, *rows), taken = measure(command, seconds, WARM_UP + SHAPES, servers, 10 * servers)
-        acknowledged += taken
-        broker_us = 1e6 * (usage(broker)["cpu_s"] - before_s) / taken
-        for found, other in zip(rows, usual, strict=True):
-            times = other["CPU us/event"] / found["CPU us/event"]
-            report.add(server="meterstream", **found, **{"times usual per CPU": times})
-        report.add(gateways=servers, **{"broker us/event": broker_us})  # over all bodies, the warm-up's among them
-    in_topic = logged(url)
+    stack = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, f"{USUAL_TOPIC}.{USAGE_EVENTS}", "PORT"]
+    gateway = ["-m", "deploy.cli", "gateway", "--log", linger, "--data", str(folder / "gateway"), "--port", "PORT"]
+    with contextlib.ExitStack() as undo:
+        usual = undo.enter_context(contender(stack))
+        ours = [undo.enter_context(contender(gateway, servers)) for servers in range(1, GATEWAYS_MAX + 1)]
+        broker_s, taken = [0.0] * (1 + len(ours)), [0] * (1 + len(ours))
+        for shape, number, one in in_turns([usual, *ours]):
+            before_s = usage(broker)["cpu_s"]
+            taken[number] += one.take(shape, seconds / TURNS)
+            broker_s[number] += usage(broker)["cpu_s"] - before_s
+    found = sum(ends(theirs).values())
+    is_all = found == usual.acknowledged
+    report.check(f"the usual stack acknowledged {usual.acknowledged:,}, in its topic are {found:,}", is_all)
+    in_topic, acknowledged = logged(url), sum(one.acknowledged for one in ours)
     report.check(f"gateways acknowledged {acknowledged:,}, in their topic are {in_topic:,}", in_topic == acknowledged)
-    for other in usual:
-        report.add(server="usual stack", **other)
+    for number, one in enumerate(ours, 1):
+        for shape in SHAPES:
+            row, other = one.row(shape), usual.row(shape)
+            times = other["CPU us/event"] / row["CPU us/event"]
+            report.add(server="meterstream", **row, **{"times usual per CPU": times})
+        report.add(gateways=one.servers, **{"broker us/event": 1e6 * broker_s[number] / taken[number]})  # of all bodies
+    for shape in SHAPES:
+        report.add(server="usual stack", **usual.row(shape))
     event_bytes = len(Bodies(0).make()[0]) // 100
     topics(cluster, "limit")
     records = int(100_000 * seconds)
@@ -140,7 +138,7 @@ def end_to_end(report: Report, cluster: Cluster, seconds: float) -> None:
 def main() -> None:
     """Run and report; exit 3 when something that was acknowledged is missing or a total is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=4.5)
     parser.add_argument("--events", type=int, default=600_000)
     arguments = parser.parse_args()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
