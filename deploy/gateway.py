@@ -1,6 +1,7 @@
 """The gateway's process: a log, and a socket to the world. With its log on Kafka it needs no data of its own."""
 
 import gc
+import os
 import socket
 
 import structlog
@@ -17,12 +18,17 @@ from ingest.server import run as run_server
 # in a cycle; at Python's own 700 an event cost about a tenth more CPU.
 GARBAGE_THRESHOLD = 100_000
 
+NICENESS_BESIDE_AGGREGATOR = 5
+"""Where both share a machine and want all of it, events are taken a little more slowly instead of being counted ever
+later: at full speed 146,000 events/s with a freshness of 0.6 s at p99, instead of 152,000 with 2.4 s and growing."""
+
 
 def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
     """Serve until SIGTERM, on the supervisor's listening socket or on one of its own. Raises GiveUp."""
     leave_when_asked()
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
+        os.nice(NICENESS_BESIDE_AGGREGATOR)
     configure_logs("gateway", settings.log_level)
     data = data_directory(settings)
     if data.has_log:

@@ -152,6 +152,13 @@ def test_a_killed_child_comes_back_and_nothing_is_lost(installation: Installatio
     eventually(lambda: counted.total() == 20)
 
 
+def test_the_gateway_yields_to_the_aggregator(running: Installation) -> None:
+    """Where both want all of a machine, what was taken is counted first."""
+    niceness = {name: os.getpriority(os.PRIO_PROCESS, pid) for name, pid in running.children().items()}
+
+    assert niceness["gateway"] > niceness["aggregate"]
+
+
 def test_children_do_not_outlive_a_killed_supervisor(installation: Installation) -> None:
     """SIGKILL of the supervisor ends both children; the next start finds everything that was acknowledged."""
     counted = Counted(installation)
