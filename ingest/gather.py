@@ -14,6 +14,7 @@ Nothing here is a task: a lane has several appends for each request, and a task 
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -30,7 +31,9 @@ GROUP_BYTES_MAX = 1024 * 1024
 """Of what is gathered: more is appended at once, however many appends are under way."""
 
 Tell = Callable[[Mapping[int, int] | Exception], None]
-"""Hears, by partition, the position behind a request's lines, or why they may not be there. Never raises."""
+"""Hears, by partition, the position behind a request's lines, or why they may not be there."""
+
+logger = logging.getLogger("ingest.gather")
 
 
 class Gather:
@@ -84,8 +87,12 @@ class _Request:
 
     def _count(self) -> None:
         self.left -= 1
-        if not self.left:
+        if self.left:
+            return
+        try:
             self.tell(self.position if self.failure is None else self.failure)
+        except Exception:  # the others of its group are to be told all the same
+            logger.exception("a request could not be told")
 
 
 _Group = list[tuple[Entry, _Request]]
@@ -115,10 +122,10 @@ class _Lane:
             self._write(group)
 
     def _write(self, group: _Group) -> None:
-        entries, places = together([entry for entry, _ in group])
-        told = functools.partial(self._told, group, places, time.perf_counter())
         self._under_way += 1
         try:
+            entries, places = together([entry for entry, _ in group])
+            told = functools.partial(self._told, group, places, time.perf_counter())
             asyncio.ensure_future(self._log.submit(USAGE_EVENTS, entries)).add_done_callback(told)
         except Exception as error:
             self._under_way -= 1

@@ -3,7 +3,8 @@
 A client sends the same head with every request, but for the length of the body. To parse it takes a dozen calls from
 the parser into Python, as much as everything else that is done for a request of one event. So a connection remembers
 the bytes of its last ordinary head; what begins with the same bytes, other digits of the length apart, is that head.
-A client's head is compared with its own earlier one alone, so the time that takes tells nobody anything.
+A head is compared with an earlier one of its own connection alone, whose sender knows it, so the time that takes tells
+nobody anything.
 """
 
 import re

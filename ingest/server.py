@@ -82,16 +82,16 @@ class Protocol(HttpToolsProtocol):
         self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
         self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
         self.body_since_s: float | None = None  # its body still arrives
-        self.known: KnownHead | None = None  # the head of the last ordinary ingest request
+        self.known: KnownHead | None = None  # the head of an ordinary ingest request, of the last that was remembered
         self.known_times_left = KNOWN_TIMES_MAX
         self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
-        self.piece = b""  # of data, if the parser is at its first head
+        self.piece = b""  # of data that begins with a message, until the parser had its head
         super().connection_made(transport)
         if len(self.connections) > self.connections_max:
             self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, and measure what it holds of an unfinished head."""
+        """Feed the parser, and measure what it holds of an unfinished head; it need not see a known one."""
         if self.body_left:
             self._go_on(data)
             return
@@ -108,6 +108,12 @@ class Protocol(HttpToolsProtocol):
         self.piece = b""
         if self.head_since_s is not None and self.head_bytes > HEAD_BYTES_MAX:
             self.cut("head", _long_head())
+
+    def on_message_begin(self) -> None:
+        """A head begins, maybe behind a body in the same piece: from here on it is awaited, and the parser's alone."""
+        super().on_message_begin()
+        if self.head_since_s is None:
+            self.head_since_s, self.head_bytes = self.loop.time(), 0
 
     def on_headers_complete(self) -> None:
         """A head is whole: measure it once more, since it may have come in one piece."""
@@ -144,7 +150,8 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _go_on(self, data: bytes) -> None:
-        """More of a body behind a known head; what follows it is for the parser."""
+        """More of a body behind a known head, and what follows it."""
+        self._unset_keepalive_if_required()  # the request may be refused, and so answered, already
         mine, rest = (data, b"") if len(data) <= self.body_left else (data[: self.body_left], data[self.body_left :])
         self.body_left -= len(mine)
         self.on_body(mine)

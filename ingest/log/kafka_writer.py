@@ -30,7 +30,7 @@ ORGANIZATION, ADMITTED = "organization", "admitted"
 """Names of the headers that carry ``Entry.organization_id``, and ``Entry.admitted``: "1", or "2" with distinct keys."""
 
 LOOK_S_MAX = 1.0  # for the brokers to say which partitions there are; answers wait meanwhile
-POLL_S = 0.05  # how soon a close is heard; answers wake the poll at once
+POLL_S = 0.05  # how soon a close is heard; answers wake the poll
 PAUSE_S = 0.003  # after answers, so that those of several partitions wake the event loop once
 RECORD_OVERHEAD_BYTES = 64 * 1024  # headers, and what a batch adds to its records
 IN_FLIGHT_MAX = 5  # requests under way to one broker, which takes them one by one: enough to hide the way there
@@ -42,7 +42,7 @@ Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class Call:
-    """One call of ``append``: a future, and what is known of its entries so far. Changed by the thread alone."""
+    """What was submitted at once: a future, and what is known of its entries so far. Changed by the thread alone."""
 
     __slots__ = ("error", "future", "left", "offsets")
 

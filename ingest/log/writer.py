@@ -64,7 +64,7 @@ class Appender(Protocol):
 
 
 class Waiter(msgspec.Struct, eq=False):
-    """One call of ``append``: its entries, and the future that gets their offsets."""
+    """What was submitted at once: its entries, and the future that gets their offsets."""
 
     stream: str
     entries: Sequence[Entry]

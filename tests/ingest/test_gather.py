@@ -225,3 +225,20 @@ def test_a_partition_that_stands_still_holds_up_nobody_else() -> None:
         assert all(0 in position for position in await asyncio.gather(*held))
 
     asyncio.run(run())
+
+
+def test_one_that_cannot_be_told_keeps_nobody_from_it() -> None:
+    """Those of its group are told, and what waits behind it is written."""
+
+    async def run() -> None:
+        log = Slow(disk())
+        gather, told = Gather(log), list[object]()
+        entry = Entry(b"{}", 0, "a", True)
+        for number in range(9):
+            gather.put([entry], told.append if number % 2 else lambda _: 1 // 0)
+            await turns()
+        log.may_return.set()
+        assert await gather.append([entry])
+        assert len(told) == 4
+
+    asyncio.run(run())

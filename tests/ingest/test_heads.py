@@ -160,14 +160,86 @@ def test_every_request_has_its_answer_however_they_are_cut(gateway: RunningGatew
             one.close()
 
     expected = [alone(kind) for kind in kinds]
-    for _ in range(60):
+    for _ in range(100):
         connection = Connection(gateway)
         chosen = choose.choices(range(len(kinds)), [8, 4] + [1] * (len(kinds) - 2), k=6)
-        for together in (chosen[:1], chosen[1:2], chosen[2:3], chosen[3:]):
-            data = b"".join([connection.request(kinds[kind][0], **kinds[kind][1]) for kind in together])
-            cuts = sorted(choose.sample(range(len(data)), choose.randrange(4)))
-            connection.send(*[data[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(data)], strict=True)])
-            assert [connection.answer() for _ in together] == [expected[kind] for kind in together]
+        groups, ahead = [chosen[:1], chosen[1:2], chosen[2:3], chosen[3:]], 0
+        asked = [b"".join([connection.request(kinds[kind][0], **kinds[kind][1]) for kind in group]) for group in groups]
+        for group, data, following in zip(groups, asked, [*asked[1:], b""], strict=True):
+            left, ahead = data[ahead:], choose.choice([0, choose.randrange(len(following))]) if following else 0
+            left += following[:ahead]  # the next one begins in the same piece
+            cuts = sorted(choose.sample(range(len(left)), min(len(left), choose.randrange(4))))
+            connection.send(*[left[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(left)], strict=True)])
+            assert [connection.answer() for _ in group] == [expected[kind] for kind in group]
+        connection.close()
+
+
+def ask(path: str, *headers: str) -> bytes:
+    """A head, as far as these lines."""
+    return "\r\n".join([f"GET {path} HTTP/1.1", "host: t", *headers]).encode()
+
+
+def test_the_parser_keeps_a_head_that_it_has_begun(gateway: RunningGateway, connection: Connection) -> None:
+    """What follows a beginning is its end, however much it looks like a known head."""
+    first = connection.request(body(1))
+    connection.send(first + ask("/evil", "x-value: "))
+    assert connection.answer()[0] == 200
+    before = len(gateway.lines())
+    connection.send(connection.request(body(2)))
+    # Behind the value stands a line that is no header's, or a second length: nothing of it is an event.
+    assert connection.answer()[0] in (400, 503)
+    assert len(gateway.lines()) == before
+
+
+def test_the_end_of_a_head_is_no_head(gateway: RunningGateway) -> None:
+    """Two requests with the same end and other tokens are of the tokens that each of them shows."""
+    connection = Connection(gateway)
+    content = body(1)
+    end = f"\r\nhost: t\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+    for secret, status in ((gateway.secret, 200), ("wrong", 401)) * 2:
+        head = f"POST /v1/events/ingest HTTP/1.1\r\nauthorization: Bearer {secret}"
+        connection.send(ask("/v1/other") + b"\r\n\r\n" + head.encode())
+        assert connection.answer()[0] == 503  # nobody is there to be asked
+        connection.send(end)
+        assert connection.answer()[0] == status
+    connection.close()
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60, 100])
+def test_heads_in_two_pieces_are_heads(gateway: RunningGateway, cut: int) -> None:
+    """Each piece ends within the head of the next request, again and again."""
+    connection = Connection(gateway)
+    request = connection.request(body(1))
+    connection.send(request + request[:cut])
+    for _ in range(2 * KNOWN_TIMES_MAX):
+        assert connection.answer() == (200, {"inserted": 1, "duplicates": 0})
+        connection.send(request[cut:] + request[:cut])
+    connection.answer()
+    connection.send(request[cut:])
+    connection.answer()
+    connection.send(request)
+    assert connection.answer()[0] == 200
+    connection.close()
+
+
+def test_a_refused_body_has_its_time_to_arrive() -> None:
+    """The wait for a next request begins when the body has come."""
+    with RunningGateway(idle_deadline_s=1, body_bytes_max=1000) as gateway:
+        connection = Connection(gateway)
+        for _ in range(3):
+            connection.send(connection.request(body(1)))
+            assert connection.answer()[0] == 200
+        refused = connection.request(b" " * 2000)
+        connection.send(refused[:-1000])
+        assert connection.answer()[0] == 413
+        (protocol,) = gateway.server.server_state.connections
+        connection.send(refused[-1000:-500])
+        eventually(lambda: protocol.body_left == 500)  # type: ignore[union-attr]
+        assert protocol.timeout_keep_alive_task is None  # type: ignore[union-attr]
+        connection.send(refused[-500:])
+        eventually(lambda: protocol.timeout_keep_alive_task is not None)  # type: ignore[union-attr]
+        connection.send(connection.request(body(1)))
+        assert connection.answer()[0] == 200
         connection.close()
 
 
