@@ -26,6 +26,7 @@ from tests.waiting import eventually
 
 PROGRAM = """
 import socket, sys
+import ingest.kernels  # which takes its memory once, when there is much to read
 from ingest.log import open_log
 from ingest.server import ServerSettings, run
 log = open_log("embedded:" + sys.argv[1])
