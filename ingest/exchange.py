@@ -22,6 +22,7 @@ _UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-versi
 
 Headers = list[tuple[bytes, bytes]]
 
+
 def ordinary(method: bytes, url: bytes, headers: Headers) -> dict[bytes, bytes] | None:
     """The headers of an ordinary ingest request by name; None for any other request."""
     if url not in URLS or method != b"POST":

@@ -9,7 +9,7 @@ A request is answered when the appends of its lines have returned, never before;
 requests hear. Only a refusal, which is final, is of one request's making: then each is appended by itself. A partition
 whose broker is away holds up those who write to it, and nobody else: each has a lane of its own.
 
-Nothing here is a task: a lane has several appends for each request, and a task costs more than what it would do.
+Nothing here is a task: a request may have entries in every lane, and a task costs more than what it would do for one.
 """
 
 import asyncio

@@ -307,7 +307,7 @@ def _names_unknown(admitted: Admitted | RefusedBody) -> bool:
     """Whether an event was refused because there is no such customer."""
     if isinstance(admitted, RefusedBody):
         return any(entry["type"] == _UNKNOWN for entry in admitted.detail)
-    return bool(admitted.refusals) and any(refusal.type == _UNKNOWN for refusal in admitted.refusals)
+    return any(refusal.type == _UNKNOWN for refusal in admitted.refusals)
 
 
 def _unprocessable(refused: RefusedBody) -> Answer:
