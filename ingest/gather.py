@@ -1,9 +1,10 @@
 """Requests that come together are written together: one record for each partition, not one for each request.
 
 A record costs the log, its brokers and every reader something, whatever is in it. A body of a hundred events is twelve
-records in as many partitions of Kafka, and a body of one event is one, too short to be packed. So while appends to a
-partition are under way, what comes for it meanwhile is gathered and goes into the next one, the lines of an
-organization as one record. Whoever comes alone is written at once, and nobody waits for company.
+records in as many partitions of Kafka, and a body of one event is one, too short to be packed. So while an append to
+a partition is under way, what comes for it meanwhile is gathered and goes into the next one, the lines of an
+organization as one record. Whoever comes alone is written at once, and nobody waits for company. A second append at a
+time would leave no disk idle for a moment, but two small ones cost more than one: a tenth of a gateway's CPU.
 
 A request is answered when the appends of its lines have returned, never before; what an append raises, all of its
 requests hear. Only a refusal, which is final, is of one request's making: then each is appended by itself. A partition
@@ -21,14 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from ingest import telemetry
 from meters.log import USAGE_EVENTS, Entry, Log, Refused
 
-UNDER_WAY_MAX = 2
-"""Appends to a partition at once: one that the disk or the brokers work on, and one that waits for them."""
-
 RECORD_BYTES_MAX = 256 * 1024
 """Of lines put together: by then a record's own cost is forgotten, and it is far from what any broker takes."""
 
 GROUP_BYTES_MAX = 1024 * 1024
-"""Of what is gathered: more is appended at once, however many appends are under way."""
+"""Of what is gathered: more is appended at once, whatever is under way."""
 
 Tell = Callable[[Mapping[int, int] | Exception], None]
 """Hears, by partition, the position behind a request's lines, or why they may not be there."""
@@ -109,7 +107,7 @@ class _Lane:
 
     def put(self, entry: Entry, request: _Request) -> None:
         """Wait in line."""
-        if not self._waiting and self._under_way < UNDER_WAY_MAX:
+        if not self._waiting and not self._under_way:
             asyncio.get_running_loop().call_soon(self._begin)  # with whatever else this round of the loop brings
         self._waiting.append((entry, request))
         self._waiting_bytes += len(entry.value)
@@ -141,7 +139,7 @@ class _Lane:
             telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
             for (entry, request), place in zip(group, places, strict=True):
                 request.written(entry.partition, found[place])
-        if self._under_way < UNDER_WAY_MAX:
+        if not self._under_way:
             self._begin()
 
     def _fail(self, group: _Group, error: Exception) -> None:
