@@ -4,7 +4,8 @@ A record costs the log, its brokers and every reader something, whatever is in i
 records in as many partitions of Kafka, and a body of one event is one, too short to be packed. So while an append to
 a partition is under way, what comes for it meanwhile is gathered and goes into the next one, the lines of an
 organization as one record. Whoever comes alone is written at once, and nobody waits for company. A second append at a
-time would leave no disk idle for a moment, but two small ones cost more than one: a tenth of a gateway's CPU.
+time would leave no disk idle for a moment, but two small ones cost more than one: on the embedded log a tenth of a
+gateway's CPU.
 
 A request is answered when the appends of its lines have returned, never before; what an append raises, all of its
 requests hear. Only a refusal, which is final, is of one request's making: then each is appended by itself. A partition
