@@ -57,7 +57,7 @@ class NotNow(Exception):
 class Settings(NamedTuple):
     """How much of the machine the store may use."""
 
-    memory_limit: str = "512MB"  # for what it keeps of the file, and for queries; more goes to its directory
+    memory_limit: str = "448MB"  # for what it keeps of the file, and for queries; more goes to its directory
     threads: int = 2
 
 
