@@ -21,12 +21,15 @@ import uvicorn
 import uvloop
 
 from aggregator.api import create_app
-from aggregator.api.at_once import front
+from aggregator.api.at_once import AtOnce, front
+from aggregator.api.borrowed import Borrowed
+from aggregator.api.desk import Desk
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
 from aggregator.owner import FINAL, Aggregator
 from aggregator.store.opening import MODEST, Settings
 from aggregator.store.store import StillRead
+from aggregator.telemetry import Telemetry
 from aggregator.view import Unavailable
 from aggregator.webhook_sender import Sender
 from meters.log import Log
@@ -42,6 +45,7 @@ _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for go
 class Process(NamedTuple):
     """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None.
 
+    ``lending`` is a unix socket's path, too: there gateways lend connections (``aggregator.api.borrowed``).
     ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
     is the file in which a forwarder says how far it got, for ``/metrics``; with ``private_targets`` webhooks may go to
     addresses that are not public. ``on_listening`` hears the address, a path or a host and a port, once it is open.
@@ -49,6 +53,7 @@ class Process(NamedTuple):
 
     store: Path
     socket: Path | None = None
+    lending: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0
     settings: Settings = MODEST
@@ -91,16 +96,25 @@ def _keep_house(aggregator: Aggregator, housekeeping: Callable[[Mapping[int, int
 
 
 class _Server(uvicorn.Server):
-    """Tells where it listens: port 0 is any."""
+    """Tells where it listens, since port 0 is any; takes connections that gateways lend, and gives them back."""
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[Any], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, process: Process, desk: Desk, telemetry: Telemetry) -> None:
         super().__init__(config)
-        self._on_listening = on_listening
+        self._process = process
+        own_headers = lambda: self.server_state.default_headers  # noqa: E731 - uvicorn makes them anew each second
+        self._borrowed = Borrowed(AtOnce(desk), own_headers, telemetry.borrowed_reads.inc)
+        telemetry.borrowed.set_function(lambda: len(self._borrowed.connections))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._on_listening is not None:
-            self._on_listening(self.servers[0].sockets[0].getsockname())
+        if self._process.lending is not None:
+            self._borrowed.listen(self._process.lending)
+        if self._process.on_listening is not None:
+            self._process.on_listening(self.servers[0].sockets[0].getsockname())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._borrowed.close()
+        await super().shutdown(sockets)
 
 
 async def _serve(aggregator: Aggregator, process: Process) -> None:
@@ -116,7 +130,7 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
         proxy_headers=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S, **where,
     )  # fmt: skip
-    server = _Server(config, process.on_listening)
+    server = _Server(config, process, app.state.desk, aggregator.telemetry)
     try:
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]

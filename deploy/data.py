@@ -3,6 +3,7 @@
     log.sqlite      the log, the only truth          any process may append, one aggregator reads; none with Kafka
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
+    lend.sock       the aggregator's, too            the gateway lends it connections of clients that only read
     forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
     reconcile/      tokens, an interrupted run,      ``meterstream reconcile`` alone
                     and the record of repairs
@@ -91,6 +92,11 @@ class DataDirectory(msgspec.Struct, frozen=True):
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
             raise GiveUp(f"{path} is too long for a socket ({SOCKET_PATH_BYTES_MAX} bytes); give a shorter --data")
         return path
+
+    @property
+    def lending(self) -> Path:
+        """Where the aggregator takes connections that gateways lend; beside ``socket``, and no longer."""
+        return self.path / "lend.sock"
 
     def lost_log(self) -> "LostLog | None":
         """What is left of an installation whose log's file is gone; a new log would take events that nobody counts."""

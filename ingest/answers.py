@@ -6,13 +6,12 @@ from typing import Any
 
 import msgspec
 
+from meters.access import API_VERSION_DEFAULT
+
 Headers = tuple[tuple[bytes, bytes], ...]
 
 JSON = (b"content-type", b"application/json")
 CLOSE = (b"connection", b"close")
-
-VERSION_DEFAULT = b"2026-04"
-"""The version of Polar's API that an answer is of, unless the request names another."""
 
 ANY_ORIGIN: Headers = (
     (b"access-control-allow-origin", b"*"),
@@ -36,7 +35,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 def written(found: Answer, default_headers: Iterable[tuple[bytes, bytes]], *, keep: bool) -> bytes:
     """The whole answer as bytes, where the request named no version; ``keep`` says whether the connection stays."""
-    headers = [*default_headers, *found.headers, (b"polar-version", VERSION_DEFAULT)]
+    headers = [*default_headers, *found.headers, (b"polar-version", API_VERSION_DEFAULT)]
     if not keep and CLOSE not in found.headers:
         headers.append(CLOSE)
     head = b"".join([b"%s: %s\r\n" % header for header in headers])

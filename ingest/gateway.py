@@ -19,11 +19,12 @@ from datetime import UTC, datetime
 import msgspec
 
 from ingest import answers, telemetry
-from ingest.answers import VERSION_DEFAULT, Answer
+from ingest.answers import Answer
 from ingest.body import WITH_BODY, Gone, Message, Receive, Send, read, send_answer
 from ingest.endpoint import EndpointSettings, IngestEndpoint
 from ingest.passthrough import Upstream
 from ingest.tail import CatalogueTail
+from meters.access import API_VERSION_DEFAULT
 from meters.log import USAGE_EVENTS, Log, TryAgain
 
 INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest", "/api/v1/events/ingest/"})
@@ -87,7 +88,7 @@ class Gateway:
             own = await _OWN[path](self) if method in ("GET", "HEAD") else answers.method_not_allowed("GET, HEAD")
             await send_answer(send, own)
             return
-        version = headers.get(b"polar-version", VERSION_DEFAULT)
+        version = headers.get(b"polar-version", API_VERSION_DEFAULT)
         if found is None and version not in VERSIONS:
             found = answers.not_found()
         send = functools.partial(_send_with, send, _shown(version, path, headers))
@@ -221,7 +222,7 @@ def _misframed(scope: Message, headers: dict[bytes, bytes]) -> Answer | None:
 
 def _shown(version: bytes, path: str, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     """What every answer says of the API: its version, that an old path is old, and to a browser that it may read."""
-    shown = [(b"polar-version", version if version in VERSIONS else VERSION_DEFAULT)]
+    shown = [(b"polar-version", version if version in VERSIONS else API_VERSION_DEFAULT)]
     shown += [OLD_PREFIX_NOTICE] if path.startswith("/api/v1/") else []
     return [*shown, *answers.ANY_ORIGIN] if b"origin" in headers else shown
 

@@ -37,14 +37,18 @@ class Relay:
         self._is_open = is_open
         self._out = 0
 
+    def may_take(self, cycle: RequestResponseCycle) -> bool:
+        """Whether the request is an ordinary read, and such may go the short way at all."""
+        return self._is_open and _ordinary(cycle)
+
     def take(
         self, cycle: RequestResponseCycle, write: Callable[[bytes, bool], None], otherwise: Callable[[], None]
     ) -> bool:
-        """Ask what the request asks, if it is an ordinary read; False leaves it to the caller.
+        """Ask what the request asks, which is an ordinary read; False leaves it to the caller.
 
         ``write`` sends bytes to the client, and whether to keep its connection; ``otherwise`` goes the ASGI way.
         """
-        if not self._is_open or self._out >= RELAYED_MAX or not _ordinary(cycle):
+        if self._out >= RELAYED_MAX:
             return False
         connection = self._upstream.kept()
         if connection is None:

@@ -17,6 +17,9 @@ from meters.sessions import CustomerSession
 TOKEN_PREFIX = "polar_oat_"  # noqa: S105 - a prefix, not a secret
 """How every token begins, because Polar's clients look at it."""
 
+API_VERSION_DEFAULT = b"2026-04"
+"""The version of Polar's API that an answer is of, unless the request names another."""
+
 SCOPES = (
     "events:read",
     "events:write",

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ingest.answers import VERSION_DEFAULT
 from ingest.gateway import VERSIONS
+from meters.access import API_VERSION_DEFAULT
 from tests.deploy.installation import Installation
 from tests.deploy.programs import program
 from tests.ports import take_port
@@ -131,7 +131,7 @@ def test_every_answer_names_its_version_once(through: httpx.Client, method: str,
     answer = through.request(method, path, json={"events": []} if method == "POST" else None, headers=headers)
 
     assert answer.status_code == 200
-    assert answer.headers.get_list("polar-version") == [(version or VERSION_DEFAULT).decode()]
+    assert answer.headers.get_list("polar-version") == [(version or API_VERSION_DEFAULT).decode()]
 
 
 @pytest.mark.parametrize("path", [PORTAL, "/v1/meters/", "/v1/events/ingest"])
@@ -142,7 +142,7 @@ def test_a_browser_is_told_that_its_page_may_ask(through: httpx.Client, path: st
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "*"
     assert "Authorization" in answer.headers["access-control-allow-headers"]
-    assert answer.headers.get_list("polar-version") == [VERSION_DEFAULT.decode()]
+    assert answer.headers.get_list("polar-version") == [API_VERSION_DEFAULT.decode()]
 
 
 @pytest.mark.parametrize("version", [None, *sorted(VERSIONS)])
@@ -157,7 +157,7 @@ def test_a_page_may_read_what_it_asked_for(through: httpx.Client, version: bytes
     assert (answer.status_code, refused.status_code) == (200, 401)
     for each in (answer, refused):
         assert each.headers.get_list("access-control-allow-origin") == ["*"]
-        assert each.headers.get_list("polar-version") == [(version or VERSION_DEFAULT).decode()]
+        assert each.headers.get_list("polar-version") == [(version or API_VERSION_DEFAULT).decode()]
 
 
 def test_all_reads_can_be_sent_through_a_gateway(running: Installation, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_all_reads_can_be_sent_through_a_gateway(running: Installation, tmp_path
     headers = {"authorization": f"Bearer {running.token}"}
     before = passed_on(running)
     with proxy(tmp_path, [running.url.removeprefix("http://")], f"127.0.0.1:{take_port()}", changed) as url:
-        for version in ({}, {"polar-version": VERSION_DEFAULT.decode()}):
+        for version in ({}, {"polar-version": API_VERSION_DEFAULT.decode()}):
             assert httpx.get(f"{url}/v1/meters/", headers=headers | version, timeout=30).status_code == 200
 
     assert passed_on(running) == before + 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ingest.heads import LENGTH_DIGITS_MAX, KnownHead, known_head
-from ingest.server import KNOWN_TIMES_MAX
+from ingest.protocol import KNOWN_TIMES_MAX
 from tests.ingest.running import RunningGateway, event
 from tests.waiting import eventually
 

@@ -1,0 +1,294 @@
+"""One client's connection: uvicorn's protocol with a clock, a ruler and shorter ways.
+
+uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So a request whose head is long or is no
+HTTP/1.1 is answered and cut here, and what the server's sweep needs to find the late ones is noted on the way; a
+request pays for that with a few assignments. Ordinary requests do not become ASGI's: those with events are exchanges
+(``ingest.exchange``), reads of what memory knows are relayed (``ingest.relay``), and a connection of nothing but such
+reads is lent (``ingest.lending``).
+"""
+
+import asyncio
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from ingest import answers, telemetry
+from ingest.answers import Answer
+from ingest.endpoint import IngestEndpoint
+from ingest.exchange import Exchange, ordinary
+from ingest.heads import KnownHead, known_head
+from ingest.lending import Lender, reads_before
+from ingest.limits import CONNECTIONS_MAX, HEAD_BYTES_MAX, PIPELINED_MAX
+from ingest.relay import Relay
+
+KNOWN_TIMES_MAX = 8  # heads of a connection that are remembered: a client whose heads differ gains nothing
+OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2
+# Java's client offers HTTP/2 on every first request. The parser would stop for it, before the body; an offer may be
+# declined, so it is made invisible to the parser.
+_H2C_OFFER = re.compile(rb"^((?:[^\r\n]+\r\n)+)upgrade:[ \t]*h2c(?=\r\n)", re.IGNORECASE)
+REASONS = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}
+
+
+class Protocol(HttpToolsProtocol):
+    """See the module. ``lent_times`` says how often the connection was lent before it came back to this process."""
+
+    connections_max = CONNECTIONS_MAX  # GatewayServer sets both in a class of its own
+    endpoint: IngestEndpoint
+    relay: Relay
+    lender: Lender
+    lent_times = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head, or send the client away."""
+        self.head_since_s: float | None = self.loop.time()  # None while no head is awaited
+        self.head_bytes = 0
+        self.in_message = False  # between the end of a head and the end of its body
+        self.unread_since_s: float | None = None  # a body still arrives though its request is answered
+        self.blocked_since_s: float | None = None  # the client does not read
+        self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
+        self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
+        self.body_since_s: float | None = None  # its body still arrives
+        self.known: KnownHead | None = None  # the head of an ordinary ingest request, of the last that was remembered
+        self.known_times_left = KNOWN_TIMES_MAX
+        self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
+        self.piece = b""  # of data that begins with a message, until the parser had its head
+        self.reads = 0  # in a row, of those that may take the short way
+        super().connection_made(transport)
+        if self.lent_times:  # it was here before, and is between two requests
+            self.head_since_s = None
+            self._await_next()
+        if len(self.connections) > self.connections_max:
+            self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, and measure what it holds of an unfinished head; it need not see a known one."""
+        if self.body_left:
+            self._go_on(data)
+            return
+        if self.head_since_s is None and not self.in_message:
+            if self.known is not None and self._begin_known(self.known, data):
+                return
+            self.piece = data
+            self.head_since_s = self.loop.time()
+            self.head_bytes = 0
+        self.head_bytes += len(data)
+        if self.head_since_s is not None and b"h2c" in data[:OFFER_BYTES]:
+            data = _H2C_OFFER.sub(rb"\1x-declined: h2c", data, count=1)
+        super().data_received(data)
+        self.piece = b""
+        if self.head_since_s is not None and self.head_bytes > HEAD_BYTES_MAX:
+            self.cut("head", _long_head())
+
+    def on_message_begin(self) -> None:
+        """A head begins, maybe behind a body in the same piece: from here on it is awaited, and the parser's alone."""
+        super().on_message_begin()
+        if self.head_since_s is None:
+            self.head_since_s, self.head_bytes = self.loop.time(), 0
+
+    def on_headers_complete(self) -> None:
+        """A head is whole: measure it once more, since it may have come in one piece."""
+        self.head_since_s = None
+        self.in_message = True
+        head_bytes = len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
+        if head_bytes > HEAD_BYTES_MAX:
+            self.cut("head", _long_head())
+        elif self.parser.get_http_version() not in ("1.1", "1.0"):
+            self.cut("head", answers.bad_request("HTTP/1.1 is spoken here."))
+        elif self.parser.should_upgrade() and _has_body(self.headers):  # which the parser would take for a request
+            self.cut("head", answers.bad_request("A request with a body cannot offer another protocol (Upgrade)."))
+        elif len(self.pipeline) >= PIPELINED_MAX:
+            self.cut("pipeline")
+        if not self.transport.is_closing() and not self._begin_exchange():
+            super().on_headers_complete()
+        self.piece = b""
+
+    def _begin_known(self, known: KnownHead, data: bytes) -> bool:
+        """Begin a request without the parser, if its head is the known one; False leaves the data to the parser."""
+        found = known.find(data)
+        if found is None or len(data) - found[1] > found[0] or not found[0]:  # another request may follow
+            return False
+        if self.blocked_since_s is not None or self.pipeline or self.transport.is_closing():
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        self.body_left, begin = found
+        self.in_message = True
+        self._unset_keepalive_if_required()
+        self._begin(known.headers, self.body_left, keep_alive=True)
+        if len(data) > begin:
+            self._go_on(data[begin:])
+        return True
+
+    def _go_on(self, data: bytes) -> None:
+        """More of a body behind a known head, and what follows it."""
+        self._unset_keepalive_if_required()  # the request may be refused, and so answered, already
+        mine, rest = (data, b"") if len(data) <= self.body_left else (data[: self.body_left], data[self.body_left :])
+        self.body_left -= len(mine)
+        self.on_body(mine)
+        if not self.body_left:
+            self.on_message_complete()
+        if rest and not self.transport.is_closing():
+            self.data_received(rest)
+
+    def _begin_exchange(self) -> bool:
+        """Take the short way if the request is an ordinary one, the first in line, and the client reads its answers."""
+        self.exchange = None
+        if self.timeout_keep_alive_task is not None:  # the request before was answered within this piece of data
+            self._unset_keepalive_if_required()
+            return False  # thousands of refusals may fit into a piece, and are written only after it
+        if self.blocked_since_s is not None:  # the ASGI way waits with its answer, and holds what follows
+            return False
+        headers = ordinary(self.parser.get_method(), self.url, self.headers)
+        if headers is None or self.parser.get_http_version() != "1.1":
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        keep_alive = self.parser.should_keep_alive()
+        if self.piece and keep_alive and self.known_times_left:
+            self.known_times_left -= 1
+            self.known = known_head(self.piece, headers)
+        self._begin(headers, int(headers[b"content-length"]), keep_alive=keep_alive)
+        return True
+
+    def _begin(self, headers: dict[bytes, bytes], length: int, *, keep_alive: bool) -> None:
+        self.reads = 0
+        self.body_since_s = self.loop.time()
+        self.exchange = exchange = Exchange(
+            self.endpoint, self.server_state.default_headers, keep_alive=keep_alive,
+            write=self._write, done=self.on_response_complete,
+        )  # fmt: skip
+        self.cycle = self.answering = exchange  # type: ignore[assignment]
+        exchange.begin(headers, length)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """What came behind an offer without a body is lost, so what follows may be the middle of a request."""
+        if not self.transport.is_closing():
+            self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.answering = cycle
+        go_on = functools.partial(super()._start_asgi_task, cycle, app)
+        is_read = self.relay.may_take(cycle)
+        self.reads = self.reads + 1 if is_read else 0
+        if not is_read or self.blocked_since_s is not None or not self.relay.take(cycle, self._write, go_on):
+            go_on()
+
+    def _lend(self) -> None:
+        """Hand the connection over if it is between two requests, with nothing of it left here."""
+        is_between = self.head_since_s is None and not self.in_message and self.cycle.response_complete
+        is_empty = not self.pipeline and not self.transport.get_write_buffer_size()
+        if not is_between or not is_empty or self.transport.is_closing():
+            return
+        self.transport.pause_reading()
+        if self.lender.lend(self.transport.get_extra_info("socket").fileno(), self.lent_times):
+            self.transport.abort()  # which closes the descriptor here; the other one keeps the connection
+        else:
+            self.reads = 0
+            self.transport.resume_reading()
+
+    def _write(self, data: bytes, keep_alive: bool) -> None:
+        self.transport.write(data)
+        if not keep_alive:
+            self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        """Bytes of a body, unless the request was cut."""
+        if self.transport.is_closing():
+            return
+        if self.exchange is not None:
+            self.exchange.add(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The end of a body, unless the request was cut."""
+        self.in_message = False
+        self.unread_since_s = None
+        if self.transport.is_closing():
+            return  # a body that was held is let go of when the connection is lost
+        self.body_since_s = None
+        if self.cycle.response_complete:
+            self._await_next()
+        elif self.exchange is None:
+            super().on_message_complete()
+        else:
+            self.exchange.complete()
+
+    def _await_next(self) -> None:
+        """The rest of an answered body came: uvicorn ended its wait for the next request then, and began no other."""
+        if self.timeout_keep_alive_task is None:
+            let_go = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, let_go)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: let go of a body that will not become whole."""
+        if self.exchange is not None and self.body_since_s is not None:
+            self.exchange.abandon()
+        if self.answering is not None:  # uvicorn tells the last request in line only
+            self.answering.disconnected = True
+        super().connection_lost(exc)
+
+    def body_late(self) -> None:
+        """A body took too long: answer, and close."""
+        self.body_since_s = None
+        if self.exchange is not None and not self.exchange.response_complete:
+            self.exchange.answer(answers.timed_out())
+
+    def on_response_complete(self) -> None:
+        """An answer was sent; what is left of the body has to come soon, and is thrown away."""
+        if self.in_message:
+            self.unread_since_s = self.loop.time()
+        super().on_response_complete()
+        if self.pipeline:  # uvicorn reads on all the same, faster than it answers
+            self.flow.pause_reading()
+        elif self.reads >= reads_before(self.lent_times):
+            self.loop.call_soon(self._lend)  # behind the answer, which the transport writes at the end of the turn
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn answers to bytes that are no HTTP."""
+        self.cut("head", answers.bad_request("This is no HTTP/1.1 request."))
+
+    def pause_writing(self) -> None:
+        """The client does not read its answer."""
+        self.blocked_since_s = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self.blocked_since_s = None
+        super().resume_writing()
+
+    def abandon(self) -> None:
+        """End the connection with what the client leaves unread."""
+        telemetry.CONNECTIONS_CUT.labels("unread").inc()
+        self.transport.abort()
+
+    def cut(self, reason: str, answer: Answer | None = None) -> None:
+        """Close the connection, with an answer unless another one is under way."""
+        if self.transport.is_closing():
+            return
+        telemetry.CONNECTIONS_CUT.labels(reason).inc()
+        if answer is None or (self.cycle is not None and not self.cycle.response_complete):
+            self.transport.abort()
+            return
+        others = [header for header in answer.headers if header != answers.CLOSE]
+        headers = (*others, answers.CLOSE, (b"content-length", b"%d" % len(answer.body)))
+        head = b"HTTP/1.1 %d %s\r\n" % (answer.status, REASONS[answer.status])
+        self.transport.write(head + b"".join([b"%s: %s\r\n" % header for header in headers]) + b"\r\n" + answer.body)
+        self.transport.close()
+
+
+def _has_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
+
+
+def _long_head() -> Answer:
+    return answers.problem(431, "RequestHeaderFieldsTooLarge", f"A head may have {HEAD_BYTES_MAX} bytes.")
