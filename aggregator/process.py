@@ -112,8 +112,12 @@ class _Server(uvicorn.Server):
         if self._process.on_listening is not None:
             self._process.on_listening(self.servers[0].sockets[0].getsockname())
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    def give_back(self) -> None:
+        """All that gateways lent."""
         self._borrowed.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.give_back()
         await super().shutdown(sockets)
 
 
@@ -149,9 +153,10 @@ def _close_to_others(path: Path) -> None:
     path.chmod(0o600)
 
 
-async def _watch(aggregator: Aggregator, server: uvicorn.Server) -> None:
+async def _watch(aggregator: Aggregator, server: _Server) -> None:
     while not aggregator.ended.is_set():  # noqa: ASYNC110 (set by a thread, which knows no loop)
         await asyncio.sleep(_WATCH_S)
     if isinstance(aggregator.failure, StillRead):
+        server.give_back()
         os._exit(START_AGAIN)  # a server that ends waits for its readers; nothing needs it, as after a kill
     server.should_exit = True

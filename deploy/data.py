@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,9 +95,9 @@ class DataDirectory(msgspec.Struct, frozen=True):
         return path
 
     @property
-    def lending(self) -> Path:
-        """Where the aggregator takes connections that gateways lend; beside ``socket``, and no longer."""
-        return self.path / "lend.sock"
+    def lending(self) -> Path | None:
+        """Where the aggregator takes connections that gateways lend. Tried on Linux alone, and so only there."""
+        return self.path / "lend.sock" if sys.platform == "linux" else None
 
     def lost_log(self) -> "LostLog | None":
         """What is left of an installation whose log's file is gone; a new log would take events that nobody counts."""

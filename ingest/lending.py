@@ -10,13 +10,12 @@ The two talk over a unix socket, one connection for each gateway: a byte with a 
 says how often the connection was lent, and each time it has to read twice as much before it is lent again: a
 connection that carries reads and events by turns soon stays.
 
-That the process beside is killed takes the connections with it that it has. Whatever is wrong otherwise, nothing is
-lent, and reads go on through ``ingest.relay``.
+That the process beside is killed takes the connections with it that it has, and while it stands still so do they. Where
+it is away, or has enough of them, nothing is lent, and reads go on through ``ingest.relay``.
 """
 
 import asyncio
-import contextlib
-import errno
+import os
 import socket
 from collections.abc import Callable
 
@@ -30,8 +29,6 @@ TIMES_MAX = 10
 
 CONNECT_AGAIN_S = 1.0
 """Between two attempts to reach the process beside; it restarts in about a second."""
-
-_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ETOOMANYREFS)  # the other side has not taken the ones before yet
 
 TakeBack = Callable[[socket.socket, int], None]
 
@@ -57,9 +54,7 @@ class Lender:
             return False
         try:
             socket.send_fds(channel, [bytes([min(times, TIMES_MAX)])], [descriptor])
-        except OSError as error:
-            if error.errno not in _NOT_NOW:
-                self.close()
+        except OSError:  # it takes no more just now, or none any more: then the channel's end is behind what comes back
             return False
         telemetry.CONNECTIONS_LENT.inc()
         return True
@@ -76,31 +71,33 @@ class Lender:
         if self._path is None or loop.time() < self._connect_from_s:
             return None
         self._connect_from_s = loop.time() + CONNECT_AGAIN_S
-        with contextlib.ExitStack() as undo:
-            channel = undo.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            channel = socket.socket(socket.AF_UNIX)
+        except OSError:
+            return None
+        try:
             channel.setblocking(False)
-            try:
-                channel.connect(self._path)  # on this machine it is there at once or not at all
-            except OSError:
-                return None
-            undo.pop_all()
+            channel.connect(self._path)  # on this machine it is there at once or not at all
+        except OSError:
+            channel.close()
+            return None
         loop.add_reader(channel, self._hear)
         self._channel = channel
         return channel
 
     def _hear(self) -> None:
-        """Take back what was handed back, one a turn; the end of the channel is the other process's."""
-        assert self._channel is not None
-        try:
-            said, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            said, descriptors = b"", []
-        for descriptor in descriptors:
-            connection = socket.socket(fileno=descriptor)
-            connection.set_inheritable(False)
-            connection.setblocking(False)
-            self._take_back(connection, said[0])
-        if not said:
-            self.close()
+        """Take back all that was handed back: of a channel that broke nobody is told twice. Its end is the other's."""
+        while self._channel is not None:
+            try:
+                said, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                said, descriptors = b"", []
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+                connection = socket.socket(fileno=descriptor)
+                connection.setblocking(False)
+                self._take_back(connection, said[0])
+            if not said:
+                self.close()

@@ -60,12 +60,12 @@ class Protocol(HttpToolsProtocol):
         self.known_times_left = KNOWN_TIMES_MAX
         self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
         self.piece = b""  # of data that begins with a message, until the parser had its head
-        self.reads = 0  # in a row, of those that may take the short way
+        self.reads = 0  # in a row, answered the short way
         super().connection_made(transport)
         if self.lent_times:  # it was here before, and is between two requests
             self.head_since_s = None
             self._await_next()
-        if len(self.connections) > self.connections_max:
+        if len(self.connections) > self.connections_max and not self.lent_times:
             self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
 
     def data_received(self, data: bytes) -> None:
@@ -177,9 +177,14 @@ class Protocol(HttpToolsProtocol):
         self.answering = cycle
         go_on = functools.partial(super()._start_asgi_task, cycle, app)
         is_read = self.relay.may_take(cycle)
-        self.reads = self.reads + 1 if is_read else 0
-        if not is_read or self.blocked_since_s is not None or not self.relay.take(cycle, self._write, go_on):
+        if not is_read:
+            self.reads = 0
+        if not is_read or self.blocked_since_s is not None or not self.relay.take(cycle, self._write_read, go_on):
             go_on()
+
+    def _write_read(self, data: bytes, keep_alive: bool) -> None:
+        self.reads = self.reads + 1 if data.startswith(b"HTTP/1.1 200 ") else 0  # nothing is lent to who may not read
+        self._write(data, keep_alive)
 
     def _lend(self) -> None:
         """Hand the connection over if it is between two requests, with nothing of it left here."""
@@ -250,7 +255,7 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:  # uvicorn reads on all the same, faster than it answers
             self.flow.pause_reading()
         elif self.reads >= reads_before(self.lent_times):
-            self.loop.call_soon(self._lend)  # behind the answer, which the transport writes at the end of the turn
+            self.loop.call_soon(self._lend)  # a transport may write the answer at the end of this turn
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn answers to bytes that are no HTTP."""

@@ -10,17 +10,20 @@ the gateway's affair, but for one thing: who does not read an answer is cut here
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import httptools
+import structlog
 
 from aggregator.api.at_once import AtOnce
 from meters.access import API_VERSION_DEFAULT
 
-CONNECTIONS_MAX = 256
-"""Held at once; a process often may open 1,024 files, and the gateway answers the others as well."""
+CONNECTIONS_MAX = 64
+"""Held at once, as many as a gateway has questions out: each may have a read of 3 ms ready in one turn of the loop. The
+gateway answers the others."""
 
 HEAD_BYTES_MAX = 16 * 1024
 """Looked at of a request; the head of a read is far smaller."""
@@ -29,19 +32,22 @@ SILENT_S = 5.0
 """After so long without a request a connection goes back to the gateway, whose deadline then begins."""
 
 UNREAD_S = 30.0
-"""After so long without room for more of an answer a connection is cut, as at the gateway."""
+"""An answer that is not taken within this is cut off, and its connection with it."""
 
 SWEEP_S = 1.0
-CHANNELS_WAITING_MAX = 16
+GATEWAYS_WAITING_MAX = 16
 
 _CONCERNS_GATEWAY = frozenset({
     b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin", b"prefer",
+    b"proxy-connection",
 })  # fmt: skip
 _HEAD = (
     b"HTTP/1.1 200 OK\r\n%sas-of: %s\r\ncontent-type: application/json\r\npolar-version: "
     + API_VERSION_DEFAULT
     + b"\r\ncontent-length: %d\r\n\r\n%s"
 )
+
+logger = structlog.get_logger("aggregator.api.borrowed")
 
 DefaultHeaders = Callable[[], list[tuple[bytes, bytes]]]
 
@@ -67,7 +73,7 @@ class Borrowed:
         self._listener = listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         path.chmod(0o600)
-        listener.listen(CHANNELS_WAITING_MAX)
+        listener.listen(GATEWAYS_WAITING_MAX)
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
         self._sweep()
@@ -78,39 +84,57 @@ class Borrowed:
             return
         if self._sweeping is not None:
             self._sweeping.cancel()
+        self._accept()
         self._loop.remove_reader(self._listener)
         self._listener.close()
         self._listener = None
-        for connection in list(self.connections):
-            connection.give_back()
         for channel in list(self._channels.values()):
+            channel.shutdown(socket.SHUT_RD)  # what was lent until now can be read, and nothing more is lent
+            while self._borrow(channel):
+                pass
+            for connection in self._of(channel):
+                connection.give_back()
             self._end(channel)
 
     def _accept(self) -> None:
+        """Every gateway that waits."""
         assert self._listener is not None
-        with contextlib.suppress(OSError):  # it is gone again, or there are no descriptors left
-            channel, _ = self._listener.accept()
-            channel.setblocking(False)
-            self._channels[channel.fileno()] = channel
-            self._loop.add_reader(channel, self._hear, channel)
+        with contextlib.suppress(OSError):  # there is none, it is gone again, or no descriptors are left
+            while True:
+                channel, _ = self._listener.accept()
+                channel.setblocking(False)
+                self._channels[channel.fileno()] = channel
+                self._loop.add_reader(channel, self._hear, channel)
 
     def _hear(self, channel: socket.socket) -> None:
-        """Take one connection that a gateway lends; a gateway that ended has ended with all of its connections."""
+        """Take all that a gateway lends; one that ended has ended with its connections, and nobody is told twice."""
+        try:
+            while self._borrow(channel):
+                pass
+        except BlockingIOError:
+            return
+        for connection in self._of(channel):
+            connection.close()
+        self._end(channel)
+
+    def _borrow(self, channel: socket.socket) -> bool:
+        """Take one connection; False at the end of the channel. Raises BlockingIOError when there is none now."""
         try:
             said, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
         except BlockingIOError:
-            return
+            raise
         except OSError:
-            said, descriptors = b"", []
+            return False
         for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
             connection = _Connection(self, channel, socket.socket(fileno=descriptor), said[0])
             self.connections.add(connection)
             if len(self.connections) > CONNECTIONS_MAX:
                 connection.give_back()
-        if not said:
-            for connection in [one for one in self.connections if one.channel is channel]:
-                connection.close()
-            self._end(channel)
+        return bool(said)
+
+    def _of(self, channel: socket.socket) -> "list[_Connection]":
+        return [one for one in self.connections if one.channel is channel]
 
     def _end(self, channel: socket.socket) -> None:
         self._loop.remove_reader(channel)
@@ -131,9 +155,8 @@ class _Connection:
         self.channel = channel
         self._borrowed, self._socket, self._times = borrowed, connection, times
         self._loop = asyncio.get_running_loop()
-        self._since_s = self._loop.time()  # of the last request, or of the last bytes that a client took
+        self._since_s = self._loop.time()  # of the last request
         self._unsent = b""
-        connection.set_inheritable(False)
         connection.setblocking(False)
         self._loop.add_reader(connection, self._look)
 
@@ -169,7 +192,11 @@ class _Connection:
         if not piece:  # the client hung up
             self.close()
             return
-        answer = self._answer(piece)
+        answer = None
+        try:
+            answer = self._answer(piece)
+        except Exception as error:  # the bytes are still there: left with this process it would be asked for ever
+            logger.error("borrowed_read_failed", reason=repr(error))
         if answer is None:
             self.give_back()
             return
@@ -196,8 +223,6 @@ class _Connection:
             self.close()
             return
         is_waiting, self._unsent = bool(self._unsent), answer[sent:]
-        if sent:
-            self._since_s = self._loop.time()
         if self._unsent and not is_waiting:  # no further request is looked at until the client has this answer
             self._loop.remove_reader(self._socket)
             self._loop.add_writer(self._socket, self._send_on)
@@ -240,7 +265,7 @@ def _read(piece: bytes) -> _Request | None:
         return None
     if request.complete != 1 or not piece.endswith(b"\r\n\r\n"):
         return None
-    is_plain = parser.get_method() == b"GET" and parser.get_http_version() == "1.1" and parser.should_keep_alive()
+    is_plain = parser.get_method() == b"GET" and parser.get_http_version() == "1.1"
     headers = dict(request.headers)
     is_usual = headers.get(b"connection", b"keep-alive").lower() == b"keep-alive" and b"host" in headers
     return request if is_plain and is_usual and _CONCERNS_GATEWAY.isdisjoint(headers) else None

@@ -137,6 +137,11 @@ def test_a_client_that_never_reads_is_cut(
         client = await gateway.lend()
         await asyncio.get_running_loop().sock_sendall(client, gateway.read)
         await until(lambda: not gateway.borrowed.connections)
+        found = await asyncio.get_running_loop().sock_recv(client, 1_000_000)
+        assert found.startswith(b"HTTP/1.1 200 OK")
+        assert _whole(found) == 0
+        with pytest.raises(BlockingIOError):
+            gateway.channel.recv(1)
         client.close()
 
     play(scenario)
@@ -193,15 +198,38 @@ def test_a_gateway_that_ends_takes_its_own_connections_along(play: Callable[[Sce
 
 
 def test_a_stop_gives_everything_back(play: Callable[[Scenario], list[int]]) -> None:
-    """And leaves the socket to the next process."""
+    """Also what was lent and not looked at yet; a gateway that comes too late lends nothing."""
+
+    async def scenario(gateway: Gateway) -> None:
+        held = await gateway.lend()
+        late, lent = socket.socketpair()
+        socket.send_fds(gateway.channel, [b"\0"], [lent.fileno()])
+        gateway.borrowed.close()
+        clients = {b"a": held, b"b": late}
+        for said, client in clients.items():
+            client.send(said)
+        back = [(await gateway.returned())[1] for _ in clients]
+        assert {one.recv(10) for one in back} == set(clients)
+        with pytest.raises(BrokenPipeError):
+            socket.send_fds(gateway.channel, [b"\0"], [lent.fileno()])
+        for one in (held, late, lent, *back):
+            one.close()
+
+    play(scenario)
+
+
+def test_a_read_that_fails_is_left_to_the_gateway(
+    play: Callable[[Scenario], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was: the bytes are still in the connection, which must not be looked at for ever."""
+    monkeypatch.setattr(AtOnce, "answer", None)
 
     async def scenario(gateway: Gateway) -> None:
         client = await gateway.lend()
-        gateway.borrowed.close()
+        client.send(gateway.read)
         _, back = await gateway.returned()
-        await asyncio.get_running_loop().sock_sendall(client, b"x")
-        assert back.recv(10) == b"x"
+        assert back.recv(10_000) == gateway.read
         client.close()
         back.close()
 
-    play(scenario)
+    assert play(scenario) == []

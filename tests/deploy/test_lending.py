@@ -46,8 +46,12 @@ class Place:
 
     def metric(self, name: str) -> int:
         """One number of ``/metrics``."""
-        lines = self.installation.get("/metrics").text.splitlines()
-        return next((int(float(line.split()[1])) for line in lines if line.startswith(f"{name} ")), -1)
+
+        def found() -> list[int]:
+            lines = self.installation.get("/metrics").text.splitlines()
+            return [int(float(line.split()[1])) for line in lines if line.startswith(f"{name} ")]
+
+        return int(eventually(found)[0])  # the aggregator's are left out where it does not answer in time
 
     def borrowed(self) -> int:
         """Connections that the aggregator has."""
@@ -81,11 +85,11 @@ class Client:
         return int(first.split()[1]), headers, self._reader.read(int(headers["content-length"]))
 
     def read_until_lent(self, place: Place) -> Answer:
-        """Read so often that the connection is lent; the last answer."""
+        """Read so often that the connection, a new one, is lent; the last answer."""
         lent = place.metric("meterstream_gateway_connections_lent_total")
-        for _ in range(READS_BEFORE):
-            self.ask(place.read())
-        eventually(lambda: place.metric("meterstream_gateway_connections_lent_total") > lent)
+        while place.metric("meterstream_gateway_connections_lent_total") == lent:
+            for _ in range(READS_BEFORE):
+                self.ask(place.read())
         return self.ask(place.read())
 
     def close(self) -> None:
@@ -111,27 +115,27 @@ def client(place: Place) -> Iterator[Client]:
 def test_a_reader_is_answered_without_the_gateway_and_sees_no_difference(place: Place, client: Client) -> None:
     """The same status, headers and body, and the gateway passes nothing on meanwhile."""
     status, headers, body = client.ask(place.read())
-    assert (status, json.loads(body)["value"]) == (200, "0")
+    assert (status, set(json.loads(body)) >= {"value"}) == (200, True)
     client.read_until_lent(place)
     reads = place.metric("meterstream_borrowed_reads_total")
 
     lent_status, lent_headers, lent_body = client.ask(place.read())
 
-    assert place.metric("meterstream_borrowed_reads_total") == reads + 1
+    assert place.metric("meterstream_borrowed_reads_total") > reads
     assert (lent_status, lent_body) == (status, body)
     assert lent_headers | {"date": ""} == headers | {"date": ""}
 
 
 def test_an_event_on_a_lent_connection_is_taken_and_then_read(place: Place, client: Client) -> None:
     """The connection goes back with the whole request, body and all."""
-    client.read_until_lent(place)
+    before = int(json.loads(client.read_until_lent(place)[2])["value"])
 
     status, headers, body = client.ask(place.event(-1))
 
     assert (status, json.loads(body)["inserted"]) == (200, 1)
     position = headers["log-position"]
     waiting = place.head("GET", place.total, f"log-position: {position}", "prefer: wait=60")
-    assert json.loads(client.ask(waiting)[2])["value"] == "1"
+    assert json.loads(client.ask(waiting)[2])["value"] == str(before + 1)
 
 
 @pytest.mark.parametrize(("request_", "status"), [
@@ -153,7 +157,9 @@ def test_a_token_that_is_revoked_ends_the_reads(place: Place, client: Client) ->
     """At once: it is looked up for every read."""
     made = place.installation.answer("tokens", "create", "--name", "short")
     asking = place.head("GET", place.total, token=made["token"])
-    eventually(lambda: client.ask(asking)[0] == 200)
+    other = Client(place)
+    eventually(lambda: other.ask(asking)[0] == 200)
+    other.close()
     client.read_until_lent(place)
     assert client.ask(asking)[0] == 200
     place.installation.run("tokens", "revoke", made["id"])
@@ -186,6 +192,7 @@ def _descriptors(place: Place) -> int:
 def test_whatever_comes_each_request_has_its_own_answer(place: Place) -> None:
     """Random requests, in random pieces, alone or together, on connections that come and go between the processes."""
     chance = random.Random(SEED)
+    reads = place.metric("meterstream_borrowed_reads_total")
     kinds = {
         place.read(): 200,
         place.head("GET", place.total, "polar-version: 2026-04"): 200,
@@ -208,21 +215,24 @@ def test_whatever_comes_each_request_has_its_own_answer(place: Place) -> None:
             answers = [first, *(client.answer() for _ in asked[1:])]
             assert [answer[0] for answer in answers] == [kinds.get(one, 200) for one in asked], (SEED, round_, asked)
         client.close()
+    assert place.metric("meterstream_borrowed_reads_total") > reads + ROUNDS
 
 
 def test_a_stopping_aggregator_gives_connections_back(installation: Installation) -> None:
     """The client's next read is answered on the same connection: 503 while nobody can, then 200."""
     installation.start()
     place = Place(installation)
-    client = Client(place)
-    client.read_until_lent(place)
+    clients = [Client(place) for _ in range(8)]
+    for client in clients:
+        client.read_until_lent(place)
 
     aggregator = installation.children()["aggregate"]
     os.kill(aggregator, signal.SIGTERM)
 
     eventually(lambda: installation.children().get("aggregate", aggregator) != aggregator)
-    eventually(lambda: client.ask(place.read())[0] == 200)
-    client.close()
+    for client in clients:
+        eventually(lambda client=client: client.ask(place.read())[0] == 200)
+        client.close()
 
 
 def test_a_killed_process_takes_no_more_than_its_connections(installation: Installation) -> None:

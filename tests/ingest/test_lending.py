@@ -3,14 +3,16 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from ingest.lending import READS_BEFORE, TIMES_MAX, Lender, reads_before
 from tests.ingest.running import RunningGateway
 from tests.ingest.test_relay import BALANCES, Asked, whole
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -76,6 +78,34 @@ def test_a_channel_that_takes_no_more_keeps_what_is_there(tmp_path: Path) -> Non
         listener.bind(str(path))
         listener.listen()
         asyncio.run(lending(listener))
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_came_back_before_the_end_is_taken_back(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """All of it, though the channel is of no use any more for whoever lends, and breaks with something unread in it."""
+    path, back = tmp_path / "lend.sock", list[socket.socket]()
+    mine, client = socket.socketpair()
+
+    async def lending(listener: socket.socket) -> None:
+        lender = Lender(str(path), lambda connection, _: back.append(connection))
+        assert lender.lend(mine.fileno(), 0)
+        channel, _ = listener.accept()
+        for _ in range(5):
+            socket.send_fds(channel, [b"\1"], [mine.fileno()])
+        channel.close()  # with what was lent unread
+        assert not lender.lend(mine.fileno(), 0)
+        await until(lambda: len(back) == 5)
+        lender.close()
+
+    with mine, client, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(lending(listener))
+    for connection in back:
+        connection.close()
 
 
 def test_each_time_takes_twice_as_many_reads_up_to_a_bound() -> None:
