@@ -1,7 +1,8 @@
 """One life of the aggregator: open the store, follow the log, end at the first doubt.
 
-Two threads in a pipeline, because DuckDB works outside the interpreter's lock: the reader turns the next records into
-columns while the writer commits the ones before; a third checkpoints. A round is: decode, look up, decide, write
+Two threads in a pipeline, because DuckDB works outside the interpreter's lock: in a backlog the reader turns the next
+records into columns while the writer commits the ones before; otherwise it waits for the writer, so that nothing lies
+between the two. A third checkpoints. A round is: decode, look up, decide, write
 once, then move what is kept in memory (identities, catalogue, totals) and publish the new position. Memory moves only
 after the commit, and only this engine's: when anything fails in or around the commit, or a checkpoint does, the engine
 ends, and the next one starts from what the store says.
@@ -36,7 +37,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
 ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands of events, so these come no faster
-SMALL_ROUND_LINES = 5_000  # from here on the events themselves take longer than the period
+BACKLOG_ROUND_LINES = 15_000  # a round of as many has been waited for; smaller ones are read when they can be written
 QUIET_ROUND_LINES = 2_000  # below some 12,000 events a second rounds come half as often: a third less work, and reads
 QUIET_ROUND_PERIOD_S = 0.16  # are answered sooner beside it; whoever waits for a position has the shorter period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
@@ -89,6 +90,7 @@ class Engine:
         self._checkpointer = Checkpointer(store)
         self.rounds = 0
         self.awaited = threading.Event()  # set by whoever waits for something to be counted
+        self._written = threading.Event()  # the round that was handed over last, or one before it
         self.ended = threading.Event()
         self.failure: Exception | None = None
         self._threads = [
@@ -148,9 +150,11 @@ class Engine:
             reading = Reading(decode(records, self.directory, self._quick), decisions, dict(events), control)
             events.update(reading.batch.positions)
             control = _after(decisions, control)
+            self._written.clear()
             self._hand_over(reading)
-            if reading.batch.lines < SMALL_ROUND_LINES and not decisions:
+            if reading.batch.lines < BACKLOG_ROUND_LINES and not decisions:
                 self.ended.wait(max(0.0, began_s + ROUND_PERIOD_S - time.monotonic()))
+                self._await_writer()
             if reading.batch.lines < QUIET_ROUND_LINES and not decisions:
                 self.awaited.wait(max(0.0, began_s + QUIET_ROUND_PERIOD_S - time.monotonic()))
 
@@ -170,6 +174,11 @@ class Engine:
             except queue.Full:
                 continue
 
+    def _await_writer(self) -> None:
+        """Read as late as possible: what is read while a round is being written would be a round behind ever after."""
+        while not self.ended.is_set() and not self._written.wait(_STOP_POLL_S):
+            pass
+
     def _write_rounds(self) -> None:
         while not self.ended.is_set():
             try:
@@ -178,6 +187,7 @@ class Engine:
                 self._catch_up()
                 continue
             self._round(reading)
+            self._written.set()
             self._catch_up()
 
     def _catch_up(self) -> None:

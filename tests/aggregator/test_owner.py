@@ -85,6 +85,38 @@ def test_whoever_waits_does_not_wait_for_a_quiet_round(tmp_path: Path, monkeypat
     log.close()
 
 
+def test_nothing_is_read_while_a_round_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in a backlog: what is read later is fresher, and what came meanwhile is one round, not two in line."""
+    for period in ("ROUND_PERIOD_S", "QUIET_ROUND_PERIOD_S"):
+        monkeypatch.setattr(f"aggregator.engine.{period}", 0.0)
+    log, commit, writing, read_meanwhile = open_log("memory:"), Store.commit, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        writing.set()
+        read_meanwhile.wait(0.2)  # long enough for a reader that does not wait; one that does is not held up for long
+        try:
+            return commit(*arguments)
+        finally:
+            writing.clear()
+
+    def read(stream: str, *arguments: Any, **options: Any) -> list[Record]:
+        if stream == USAGE_EVENTS and writing.is_set():
+            read_meanwhile.set()
+        return unwatched(stream, *arguments, **options)
+
+    unwatched = log.read
+    monkeypatch.setattr(log, "read", read)
+    monkeypatch.setattr(Store, "commit", slow)
+    with contextlib.closing(log):
+        aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
+        aggregator.start()
+        for id in "abc":
+            append(log, id)
+            eventually(lambda: is_present(aggregator, log))
+        aggregator.stop()
+    assert not read_meanwhile.is_set()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_store_made_again_counts_the_same_of_two_that_contradict(tmp_path: Path, first: int) -> None:
     """One id for two customers lies in two partitions: the first by time counts, whenever they are read."""
