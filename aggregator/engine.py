@@ -37,7 +37,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
 ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands of events, so these come no faster
-BACKLOG_ROUND_LINES = 15_000  # a round of as many has been waited for; smaller ones are read when they can be written
+BACKLOG_ROUND_BYTES = 4_500_000  # a larger round was waited for; smaller ones are read when they can be written
 QUIET_ROUND_LINES = 2_000  # below some 12,000 events a second rounds come half as often: a third less work, and reads
 QUIET_ROUND_PERIOD_S = 0.16  # are answered sooner beside it; whoever waits for a position has the shorter period
 IDLE_WAIT_S = 0.05  # how long to wait for events before looking at the control stream again
@@ -152,7 +152,7 @@ class Engine:
             control = _after(decisions, control)
             self._written.clear()
             self._hand_over(reading)
-            if reading.batch.lines < BACKLOG_ROUND_LINES and not decisions:
+            if sum(len(record.value) for record in records) < BACKLOG_ROUND_BYTES and not decisions:
                 self.ended.wait(max(0.0, began_s + ROUND_PERIOD_S - time.monotonic()))
                 self._await_writer()
             if reading.batch.lines < QUIET_ROUND_LINES and not decisions:
