@@ -89,9 +89,10 @@ class Borrowed:
         self._listener.close()
         self._listener = None
         for channel in list(self._channels.values()):
-            channel.shutdown(socket.SHUT_RD)  # what was lent until now can be read, and nothing more is lent
-            while self._borrow(channel):
-                pass
+            with contextlib.suppress(OSError):  # of a gateway that is gone
+                channel.shutdown(socket.SHUT_RD)  # what was lent until now can be read, and nothing more is lent
+                while self._borrow(channel):
+                    pass
             for connection in self._of(channel):
                 connection.give_back()
             self._end(channel)
