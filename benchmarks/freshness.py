@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.accept import measure
+from benchmarks.contenders import contender
 from benchmarks.end_to_end import Phase, check, meters, row, warmed
 from benchmarks.limits import floor
 from benchmarks.load import Bodies
@@ -23,7 +23,7 @@ from benchmarks.usual_stack import Store
 
 RATE = 100_000  # events a second that are asked for besides, whatever full speed is
 SHARES = (0.25, 0.5, 0.75, 1.0)
-EVENTS, CONNECTIONS = 100, 32  # a body, at once
+SHAPE = EVENTS, CONNECTIONS = 100, 32  # a body, at once
 
 
 def ours(report: Report, seconds: float) -> float:
@@ -47,12 +47,13 @@ def usual(report: Report, seconds: float, ours_us: float) -> None:
     """The row of the usual stack, and the ratios."""
     with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as directory:
         file = str(Path(directory) / "usual.sqlite")
-        command = ["-m", "benchmarks.usual_stack", file, "PORT", "--meters"]
-        (found,), acknowledged = measure(command, seconds, ((EVENTS, CONNECTIONS),))
+        with contender(["-m", "benchmarks.usual_stack", file, "PORT", "--meters"]) as stack:
+            taken = stack.take(SHAPE, seconds)
         counted, _ = Store(file, metered=True).total("all tokens")
+    found, acknowledged = stack.row(SHAPE), stack.acknowledged
     report.check(f"the usual stack acknowledged {acknowledged:,} and counted {counted:,}", counted == acknowledged)
     limits = floor(Bodies(0, EVENTS).make()[0], EVENTS, CONNECTIONS)
-    report.add(phase="usual stack, as fast as it goes", events=acknowledged, **{
+    report.add(phase="usual stack, as fast as it goes", events=taken, **{
         name: found[name] for name in ("events/s", "ack p50 ms", "ack p99 ms")
     })  # fmt: skip
     usual_us = found["CPU us/event"]

@@ -1,11 +1,13 @@
 """The benchmarks' page agrees with the results that lie beside it."""
 
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as every
 from benchmarks import goals
 from benchmarks.goals import GOALS, Goal, kept, of
 from benchmarks.page import filled, results, tables
@@ -33,6 +35,12 @@ def test_a_result_tells_where_it_comes_from_and_that_its_numbers_hold(name: str)
 
     assert {"cpus", "machine", "kernel", "python", "libraries", "commit", "command"} <= set(where)
     assert [what for what, right in RESULTS[name]["checks"].items() if not right] == []
+
+
+@pytest.mark.parametrize("name", every.FULL)
+def test_every_benchmark_loads(name: str) -> None:
+    """A benchmark that is run once a week still finds what it takes from the others."""
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
 
 
 def test_every_plot_is_there_and_shown() -> None:
