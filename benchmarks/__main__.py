@@ -36,7 +36,7 @@ LONG = {
     "end_to_end": ["--seconds", "60"],
     "history": ["--sizes", "1000000", "10000000", "50000000", "--customers", "100000"],
     "reconcile": ["--events", "10000000"],
-    "kafka": ["--seconds", "10", "--events", "1000000"],
+    "kafka": ["--seconds", "10", "--events", "1000000", "--end-to-end-seconds", "60"],
 }
 QUICK = {
     "admission": ["--repeat", "1"],
@@ -51,7 +51,7 @@ QUICK = {
     "reconcile": ["--events", "50000"],
     "balances": ["--seconds", "1", "--customers", "5000"],
     "client": ["--events", "10000", "--seconds", "1"],
-    "kafka": ["--seconds", "1.5", "--events", "50000"],
+    "kafka": ["--seconds", "1.5", "--events", "50000", "--end-to-end-seconds", "1.5"],
 }
 
 

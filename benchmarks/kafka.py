@@ -6,7 +6,7 @@ event, with the same care; its consumer upserts for every event. The broker's ow
 records as large as an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
 At the end the topics are read back: they hold what was acknowledged, and the totals are what was written.
 
-    python -m benchmarks.kafka [--seconds 4.5] [--events 600000]
+    python -m benchmarks.kafka [--seconds 4.5] [--events 600000] [--end-to-end-seconds 20]
 """
 
 import argparse
@@ -138,8 +138,9 @@ def end_to_end(report: Report, cluster: Cluster, seconds: float) -> None:
 def main() -> None:
     """Run and report; exit 3 when something that was acknowledged is missing or a total is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.5)
-    parser.add_argument("--events", type=int, default=600_000)
+    parser.add_argument("--seconds", type=float, default=4.5, help="of each row of what gateways take")
+    parser.add_argument("--events", type=int, default=600_000, help="of the backlog")
+    parser.add_argument("--end-to-end-seconds", type=float, default=20.0, help="of each load from a POST to a number")
     arguments = parser.parse_args()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     taken = Report("kafka_accept", f"durable events a second over a real Kafka, {EVENTS_PARTITIONS} partitions")
@@ -150,7 +151,7 @@ def main() -> None:
         with running(folder / "cluster", settings=BROKER) as cluster:
             accept(taken, cluster, folder, arguments.seconds)
             drain(drained, cluster, folder, arguments.events)
-            end_to_end(whole, cluster, arguments.seconds)
+            end_to_end(whole, cluster, arguments.end_to_end_seconds)
     for report in (taken, drained, whole):
         report.finish()
     sys.exit(max(report.code for report in (taken, drained, whole)))
