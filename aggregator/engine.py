@@ -36,7 +36,7 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
-ROUND_PERIOD_S = 0.08  # a small round costs nearly as much as one of thousands of events, so these come no faster
+ROUND_PERIOD_S = 0.06  # a small round costs nearly as much as one of thousands of events, so these come no faster
 BACKLOG_ROUND_BYTES = 4_500_000  # a larger round was waited for; smaller ones are read when they can be written
 QUIET_ROUND_LINES = 2_000  # below some 12,000 events a second rounds come half as often: a third less work, and reads
 QUIET_ROUND_PERIOD_S = 0.16  # are answered sooner beside it; whoever waits for a position has the shorter period
