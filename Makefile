@@ -21,11 +21,12 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## a virtual environment with every dependency, pinned and checked by hash
 
+# The lock names all there is to install; left to look for itself, pip takes the newest of what is wanted with an extra.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it, or say make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned dependencies into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@$(BIN)/python -c "import ingest.kernels, aggregator.kernels" || echo "Loops cannot be compiled here: events are read one by one" >&2
 	@touch $@

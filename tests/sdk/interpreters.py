@@ -53,8 +53,9 @@ def environment(name: str, requirements: Path) -> Path:
 def _make(home: Path, requirements: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
     venv.create(home, symlinks=True)
+    # The list names all there is: left to look for itself, pip takes the newest of what is wanted with an extra.
     command = [sys.executable, "-m", "pip", "--python", str(home), "install", "--quiet",
-               "--disable-pip-version-check", "--require-hashes", "-r", str(requirements)]  # fmt: skip
+               "--disable-pip-version-check", "--require-hashes", "--no-deps", "-r", str(requirements)]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S_MAX, check=False)
         reason = done.stderr if done.returncode else ""
