@@ -8,6 +8,7 @@ because a line is an event; and an event without an external id gets one as its 
 by its identity. Of a repeated key the last one counts, so ``"external_id": null`` is overruled.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -55,7 +56,7 @@ class Tenant(Struct, frozen=True):
     catalogue: Catalogue
     new_ids: Callable[[int], Sequence[str]]
     shapes: Shapes | None = None
-    quick: Callable[[bytes, int, int, str], Any] | None = None
+    quick: Callable[[Sequence[bytes], int, int, str], Any] | None = None
 
 
 class Admitted(Struct, frozen=True):
@@ -64,7 +65,8 @@ class Admitted(Struct, frozen=True):
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
     empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
     were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints`` instead
-    (see ``ingest.recent``), ``joined``, the lines end to end, and ``spread``, which gives them by partition.
+    (see ``ingest.recent``), ``joined``, the lines end to end, ``spread``, which gives them by partition, and ``rows``,
+    how many there are up to the end of each body.
     """
 
     lines: Sequence[Raw | bytes]
@@ -76,7 +78,8 @@ class Admitted(Struct, frozen=True):
     plains: Sequence[Plain] | None = None
     fingerprints: tuple[Sequence[int], Sequence[int]] | None = None
     joined: bytes = b""
-    spread: Callable[[bytes, int], list[tuple[int, bytes]]] | None = None
+    spread: Callable[[bytes, int], tuple[list[tuple[int, bytes]], list[int]]] | None = None
+    rows: Sequence[int] = ()
 
     @property
     def value(self) -> bytes:
@@ -131,12 +134,21 @@ def admit_quickly(
     return _admit(body, tenant, now, lenient, hurry=True)
 
 
+def admit_together(bodies: Sequence[bytes], tenant: Tenant, now: datetime) -> Admitted | None:
+    """The events of as many bodies as are ordinary, from the first one on; None where the first is not.
+
+    What is said of one body by ``admit`` is the same; ``rows`` of what is found says which events are whose.
+    """
+    readable = list(itertools.takewhile(lambda body: _unreadable(body) is None, bodies))
+    return _quickly(readable, tenant, now + CLOCK_SKEW) if readable else None
+
+
 def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | RefusedBody | None:
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
     latest = now + CLOCK_SKEW
-    ordinary = _quickly(body, tenant, latest) or _shaped(body, tenant, latest)
+    ordinary = _quickly([body], tenant, latest) or _shaped(body, tenant, latest)
     if ordinary is not None:
         return ordinary
     plains = read_plain(body)
@@ -172,17 +184,18 @@ def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: 
     return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
 
 
-def _quickly(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
-    """All events of the body, where compiled loops are ready and find nothing odd; None to look closer."""
+def _quickly(bodies: Sequence[bytes], tenant: Tenant, latest: datetime) -> Admitted | None:
+    """All events of bodies up to one in which compiled loops find anything odd; None to look closer at the first."""
     if tenant.quick is None:
         return None
-    found = tenant.quick(body, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
+    found = tenant.quick(bodies, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
     if found is None:
         return None
     lines, ids = found.places[:, 0:2], found.places[:, 2:4]
     return Admitted(
         Pieces(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
         distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
+        rows=found.rows,
     )  # fmt: skip
 
 

@@ -13,10 +13,11 @@ import msgspec
 from ingest import answers
 from ingest.answers import JSON, Answer
 from ingest.body import ENCODINGS, Receive, read
-from ingest.intake import Intake, Opened, read_preferences
+from ingest.intake import Intake
 from ingest.limits import BODY_BYTES_MAX, BODY_DEADLINE_S, IN_FLIGHT_BYTES_MAX, InFlight, RequestQuota
+from ingest.request import Opened, read_preferences
 from ingest.tail import CatalogueTail
-from meters.access import Denied, authorize, good_credential, writing
+from meters.access import Denied, authorize, good_credential, is_good, writing
 from meters.catalogue import Token
 from meters.log import Log
 
@@ -76,6 +77,15 @@ class IngestEndpoint:
         if length > self._settings.body_bytes_max:
             return answers.too_large(self._settings.body_bytes_max)
         return Opened(token, encoding, read_preferences(headers.get(b"prefer", b"")))
+
+    def open_again(self, before: Opened, headers: Headers, length: int) -> Opened | Answer:
+        """The same for a head that was judged before: nothing in it can have changed but what its token is good for."""
+        token = before.token
+        is_good_still = self._tail.catalogue.tokens.get(token.sha256) is token and is_good(token, datetime.now(UTC))
+        if not is_good_still or not self._tail.current or length > self._settings.body_bytes_max:
+            return self.open(headers, length)
+        wait_s = self._quota.wait_s(token.id, time.monotonic())
+        return answers.too_many_requests(wait_s) if wait_s else before
 
     def organization_of(self, headers: Headers, now: datetime) -> str:
         """Whose good token, or whose customer's session, the request shows; empty where it shows none."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ingest import answers, telemetry
 from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
-from ingest.intake import Opened
+from ingest.request import Opened
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
 _UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
@@ -40,6 +40,25 @@ class _Nobody:
         """Wake nobody."""
 
 
+class _Last:
+    """The bytes of the answer that was written last: requests that were taken together hear the same, in a row."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Answer | None, Headers, bool] = (None, [], False)
+        self._bytes = b""
+
+    def written(self, found: Answer, default_headers: Headers, keep: bool) -> bytes:
+        """See ``answers.written``. The server makes other default headers each second."""
+        answer, headers, kept = self._of
+        if answer is not found or headers is not default_headers or kept is not keep:
+            self._of = found, default_headers, keep
+            self._bytes = answers.written(found, default_headers, keep=keep)
+        return self._bytes
+
+
+_last = _Last()
+
+
 class Exchange:
     """One request and its answer. ``write`` and ``done`` are the connection's: send bytes, go on to what follows."""
 
@@ -59,13 +78,18 @@ class Exchange:
         self._held = 0
         self._opened: Opened | None = None
 
-    def begin(self, headers: dict[bytes, bytes], length: int) -> None:
-        """The head is whole, and announces a body of so many bytes; it may be refused without it."""
-        opened = self._endpoint.open(headers, length)
+    def begin(self, headers: dict[bytes, bytes], length: int, before: Opened | None = None) -> Opened | None:
+        """The head is whole, and announces a body of so many bytes; it may be refused without it.
+
+        ``before`` is what an earlier request with the same head got from here: None where it was refused.
+        """
+        endpoint = self._endpoint
+        opened = endpoint.open_again(before, headers, length) if before else endpoint.open(headers, length)
         if isinstance(opened, Answer):
             self.answer(opened)
         else:
             self._opened = opened
+        return self._opened
 
     def add(self, piece: bytes) -> None:
         """Another piece of the body."""
@@ -98,7 +122,7 @@ class Exchange:
         if self.disconnected:
             return
         keep = self.keep_alive and answers.CLOSE not in found.headers
-        self._write(answers.written(found, self._default_headers, keep=keep), keep)
+        self._write(_last.written(found, self._default_headers, keep), keep)
         self._done()
 
     def _give_back(self) -> None:

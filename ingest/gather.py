@@ -17,6 +17,7 @@ Nothing here is a task: a request may have entries in every lane, and a task cos
 import asyncio
 import functools
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,8 +30,11 @@ RECORD_BYTES_MAX = 256 * 1024
 GROUP_BYTES_MAX = 1024 * 1024
 """Of what is gathered: more is appended at once, whatever is under way."""
 
-Tell = Callable[[Mapping[int, int] | Exception], None]
-"""Hears, by partition, the position behind a request's lines, or why they may not be there."""
+Outcome = Mapping[int, int] | Exception
+"""By partition, the position behind lines, or why they may not be there."""
+Tell = Callable[[Outcome], None]
+TellSome = Callable[[Sequence[int], Outcome], None]
+"""Hears of which requests, by number, the outcome is."""
 
 logger = logging.getLogger("ingest.gather")
 
@@ -47,9 +51,17 @@ class Gather:
 
         What is told instead is what ``Log.append`` raises.
         """
-        request = _Request(len(entries), tell)
+        mask = sum(1 << entry.partition for entry in entries)
+        self.put_together(entries, [mask], lambda _, outcome: tell(outcome))
+
+    def put_together(self, entries: Sequence[Entry], masks: Sequence[int], tell: TellSome) -> None:
+        """The same for requests that have lines in the same entries.
+
+        ``masks`` are the sum of ``1 << partition`` for each request: it waits for its own partitions, and no others.
+        """
+        requests = _Requests(masks, tell)
         for entry in entries:
-            self._lane(entry.partition).put(entry, request)
+            self._lane(entry.partition).put(entry, requests)
 
     def append(self, entries: Sequence[Entry]) -> "asyncio.Future[Mapping[int, int]]":
         """The same, for a task. Raises what ``Log.append`` does."""
@@ -64,37 +76,48 @@ class Gather:
         return lane
 
 
-class _Request:
-    """What is known of a request's entries."""
+class _Requests:
+    """What is known of entries and the requests that have lines in them."""
 
-    __slots__ = ("failure", "left", "position", "tell")
+    __slots__ = ("_awaited", "_failures", "_position", "_tell", "_waiting")
 
-    def __init__(self, entries: int, tell: Tell) -> None:
-        self.left, self.tell = entries, tell
-        self.position: dict[int, int] = {}
-        self.failure: Exception | None = None
+    def __init__(self, masks: Sequence[int], tell: TellSome) -> None:
+        self._waiting = list(enumerate(masks))
+        self._awaited = functools.reduce(operator.or_, masks)
+        self._position: dict[int, int] = {}
+        self._failures: dict[int, Exception] = {}
+        self._tell = tell
 
     def written(self, partition: int, offset: int) -> None:
-        """One of them is durable."""
-        self.position[partition] = offset + 1
-        self._count()
+        """One of the entries is durable."""
+        self._position[partition] = offset + 1
+        self._heard(partition)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, partition: int, error: Exception) -> None:
         """One of them may not be."""
-        self.failure = error
-        self._count()
+        self._failures[partition] = error
+        self._heard(partition)
 
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left:
-            return
+    def _heard(self, partition: int) -> None:
+        self._awaited &= ~(1 << partition)
+        ready = self._waiting
+        if self._awaited:
+            ready = [one for one in self._waiting if not one[1] & self._awaited]
+            self._waiting = [one for one in self._waiting if one[1] & self._awaited] if ready else self._waiting
+        for partition, error in self._failures.items():
+            self._say([number for number, mask in ready if mask >> partition & 1], error)
+            ready = [one for one in ready if not one[1] >> partition & 1]
+        self._say([number for number, _ in ready], self._position)
+
+    def _say(self, numbers: Sequence[int], outcome: Outcome) -> None:
         try:
-            self.tell(self.position if self.failure is None else self.failure)
+            if numbers:
+                self._tell(numbers, outcome)
         except Exception:  # the others of its group are to be told all the same
             logger.exception("a request could not be told")
 
 
-_Group = list[tuple[Entry, _Request]]
+_Group = list[tuple[Entry, _Requests]]
 
 
 class _Lane:
@@ -106,11 +129,11 @@ class _Lane:
         self._waiting_bytes = 0
         self._under_way = 0
 
-    def put(self, entry: Entry, request: _Request) -> None:
+    def put(self, entry: Entry, requests: _Requests) -> None:
         """Wait in line."""
         if not self._waiting and not self._under_way:
             asyncio.get_running_loop().call_soon(self._begin)  # with whatever else this round of the loop brings
-        self._waiting.append((entry, request))
+        self._waiting.append((entry, requests))
         self._waiting_bytes += len(entry.value)
         if self._waiting_bytes >= GROUP_BYTES_MAX:
             self._begin()
@@ -138,8 +161,8 @@ class _Lane:
             self._fail(group, error)
         else:
             telemetry.APPEND_SECONDS.observe(time.perf_counter() - began_s)
-            for (entry, request), place in zip(group, places, strict=True):
-                request.written(entry.partition, found[place])
+            for (entry, requests), place in zip(group, places, strict=True):
+                requests.written(entry.partition, found[place])
         if not self._under_way:
             self._begin()
 
@@ -148,8 +171,8 @@ class _Lane:
             for one in group:
                 self._write([one])
         else:
-            for _, request in group:
-                request.failed(error)
+            for entry, requests in group:
+                requests.failed(entry.partition, error)
 
 
 def together(waiting: Sequence[Entry]) -> tuple[list[Entry], list[int]]:
@@ -179,7 +202,7 @@ def _one(entries: list[Entry]) -> Entry:
     return Entry(value, first.partition, first.organization_id, first.admitted, first.distinct_keys)
 
 
-def _resolve(told: "asyncio.Future[Mapping[int, int]]", outcome: Mapping[int, int] | Exception) -> None:
+def _resolve(told: "asyncio.Future[Mapping[int, int]]", outcome: Outcome) -> None:
     if told.done():  # whoever waited is gone
         return
     if isinstance(outcome, Exception):

@@ -21,22 +21,23 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 
-import msgspec
-
 from ingest import answers, telemetry
 from ingest.admission import Admitted, RefusedBody, Tenant, admit, admit_quickly
-from ingest.answers import JSON, Answer
+from ingest.answers import Answer
+from ingest.batching import Batching, Taker
 from ingest.body import unpack
 from ingest.gather import Gather
-from ingest.limits import ANSWER_BYTES_MAX, INLINE_BODY_BYTES_MAX, InFlight
+from ingest.limits import INLINE_BODY_BYTES_MAX, InFlight
+from ingest.outcome import accepted, unprocessable
 from ingest.quick import Quick
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.request import NO_PREFERENCES, Asked, Opened, Tell
 from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
 from meters.catalogue import Token
-from meters.log import Entry, Log, NoSuchPartition, Refused, TryAgain, format_position
+from meters.log import Entry, Log, NoSuchPartition, Refused, TryAgain
 from meters.refusal import Reason
 
 NOT_WRITABLE_S = 5.0
@@ -45,34 +46,9 @@ NOT_WRITABLE_S = 5.0
 _UNKNOWN, _ = Reason.CUSTOMER_UNKNOWN.value
 
 Written = Mapping[int, int]  # by partition, the position behind
-Tell = Callable[[Answer], None]
 Made = TypeVar("Made")
 
 logger = logging.getLogger("ingest.intake")
-
-
-class Preferences(NamedTuple):
-    """What a ``Prefer`` header (RFC 7240) may ask: to keep the good events, and to hear of each one."""
-
-    lenient: bool
-    representation: bool
-
-    @property
-    def applied(self) -> bytes:
-        """The ``Preference-Applied`` header; empty for none."""
-        names = [b"handling=lenient"] * self.lenient + [b"return=representation"] * self.representation
-        return b", ".join(names)
-
-
-_NONE = Preferences(lenient=False, representation=False)
-
-
-def read_preferences(header: bytes) -> Preferences:
-    """The preferences known here; others are ignored, as they may be."""
-    if not header:
-        return _NONE
-    asked = {b"".join(part.partition(b";")[0].split()).lower() for part in header.split(b",")}
-    return Preferences(b"handling=lenient" in asked, b"return=representation" in asked)
 
 
 def new_ids(count: int) -> list[str]:
@@ -81,16 +57,8 @@ def new_ids(count: int) -> list[str]:
     return [digits[start : start + 32] for start in range(0, 32 * count, 32)]
 
 
-class Opened(NamedTuple):
-    """A request that may send its body."""
-
-    token: Token
-    encoding: str
-    preferences: Preferences
-
-
 class Intake:
-    """Takes bodies one by one; what they share is the log, the catalogue, and the limits. For one event loop."""
+    """Takes bodies; what they share is the log, the catalogue, and the limits. For one event loop."""
 
     def __init__(self, log: Log, tail: CatalogueTail, in_flight: InFlight, body_bytes_max: int) -> None:
         self.position: dict[int, int] = {}  # of every partition of usage.events, as far as this process knows
@@ -104,6 +72,10 @@ class Intake:
         self._quick = Quick()
         self._recent = RecentIdentities(table=self._quick.table)
         self._turns = Turns()
+        self._batching = Batching(self._turns, Taker(
+            self._gather, self._recent, self._spread, self._tenant, lambda: len(self.position), self._written,
+            self._take_short,
+        ))  # fmt: skip
         self._tasks: set[asyncio.Task[Answer]] = set()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
@@ -148,16 +120,21 @@ class Intake:
             self._in_flight.give_back(len(unpacked))
 
     def _take_plain(self, opened: Opened, body: bytes, tell: Tell) -> None:
-        telemetry.BODY_BYTES.inc(len(body))
+        telemetry.TALLY.body_bytes += len(body)
         if len(body) > INLINE_BODY_BYTES_MAX:
             self._do_in_task(self._take_with_care(opened, body, None, dict(self._tail.position)), tell)
+            return
+        asked = Asked(opened, tell)
+        if self._quick.ready and opened.preferences == NO_PREFERENCES:
+            self._batching.put(asked, body)
         elif len(body) < TURN_BYTES_MIN:
-            self._take_short(opened, body, tell)
+            self._take_short(asked, body)
         else:
-            self._turns.do(functools.partial(self._take_short, opened, body, tell))
+            self._turns.do(functools.partial(self._take_short, asked, body))
 
-    def _take_short(self, opened: Opened, body: bytes, tell: Tell) -> None:
+    def _take_short(self, asked: Asked, body: bytes) -> None:
         """Do everything at once, except for what has to wait for others, or takes long."""
+        opened, tell = asked
         try:
             now = datetime.now(UTC)
             admitted = admit_quickly(body, self._tenant(opened.token), now, lenient=opened.preferences.lenient)
@@ -186,7 +163,7 @@ class Intake:
         position = self._written(outcome)
         if isinstance(position, Answer):
             return position
-        return _accepted(prepared.admitted, self._verdicts(prepared), opened.preferences, position)
+        return accepted(prepared.admitted, self._verdicts(prepared), opened.preferences, position)
 
     async def _take_with_care(
         self, opened: Opened, body: bytes, admitted: Admitted | RefusedBody | None, position_before: Written
@@ -202,14 +179,14 @@ class Intake:
             if self._tail.position != position_before:
                 admitted = await judge(self._tenant(opened.token))
         if isinstance(admitted, RefusedBody):
-            return await self._do(in_thread, _unprocessable, admitted)
+            return await self._do(in_thread, unprocessable, admitted)
         return await self._append(opened, admitted, in_thread)
 
     async def _append(self, opened: Opened, admitted: Admitted, in_thread: bool) -> Answer:
         preferences = opened.preferences
         is_long = in_thread and bool(preferences.applied)  # else the answer is two numbers
         if not admitted.lines:
-            return await self._do(is_long, _accepted, admitted, None, preferences, dict(self.position))
+            return await self._do(is_long, accepted, admitted, None, preferences, dict(self.position))
         if not self.position:
             return answers.unavailable("LogUnavailable", "The log cannot write just now.", 1)
         spread = self._large_spread if in_thread else self._spread
@@ -220,7 +197,7 @@ class Intake:
             position = self._written(error)
         if isinstance(position, Answer):
             return position
-        return await self._do(is_long, _accepted, admitted, self._verdicts(prepared), preferences, position)
+        return await self._do(is_long, accepted, admitted, self._verdicts(prepared), preferences, position)
 
     def _tenant(self, token: Token) -> Tenant:
         return Tenant(token.organization_id, self._tail.catalogue, new_ids, self._shapes, self._quick.read)
@@ -308,43 +285,3 @@ def _names_unknown(admitted: Admitted | RefusedBody) -> bool:
     if isinstance(admitted, RefusedBody):
         return any(entry["type"] == _UNKNOWN for entry in admitted.detail)
     return any(refusal.type == _UNKNOWN for refusal in admitted.refusals)
-
-
-def _unprocessable(refused: RefusedBody) -> Answer:
-    telemetry.EVENTS_REJECTED.inc(len({entry["loc"][2] for entry in refused.detail if len(entry["loc"]) > 2}))
-    found = answers.problem(422, refused.error, refused.detail)
-    if len(found.body) <= ANSWER_BYTES_MAX:
-        return found
-    return answers.problem(422, refused.error, [entry | {"input": None} for entry in refused.detail])
-
-
-def _accepted(
-    admitted: Admitted, verdicts: Sequence[Verdict] | None, preferences: Preferences, position: Mapping[int, int]
-) -> Answer:
-    count = len(admitted.lines)
-    verdicts = verdicts or [Verdict.ACCEPTED] * count if preferences.representation or verdicts else None
-    inserted = count if verdicts is None else verdicts.count(Verdict.ACCEPTED)
-    rejected = len({refusal.index for refusal in admitted.refusals})
-    telemetry.count_events(inserted, 0 if verdicts is None else verdicts.count(Verdict.CONFLICT), count, rejected)
-    headers = [JSON, (b"log-position", format_position(position).encode())]
-    if not preferences.applied:
-        return Answer(200, b'{"inserted":%d,"duplicates":%d}' % (inserted, count - inserted), tuple(headers))
-    found: dict[str, Any] = {"inserted": inserted, "duplicates": count - inserted}
-    if preferences.lenient:
-        found["rejected"] = [
-            {"index": refusal.index, "type": refusal.type, "loc": refusal.loc, "msg": refusal.msg}
-            for refusal in admitted.refusals
-        ]
-    if preferences.representation:
-        found["events"] = _representation(admitted, verdicts or [])
-    headers.append((b"preference-applied", preferences.applied))
-    return Answer(200, msgspec.json.encode(found), tuple(headers))
-
-
-def _representation(admitted: Admitted, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """What became of each event of the request, in its order."""
-    kept = zip(admitted.indexes, verdicts, admitted.external_ids, strict=True)
-    rows = [{"index": index, "verdict": verdict, "external_id": external_id} for index, verdict, external_id in kept]
-    rejected = sorted({refusal.index for refusal in admitted.refusals})
-    rows += [{"index": index, "verdict": Verdict.REJECTED, "external_id": None} for index in rejected]
-    return sorted(rows, key=lambda row: row["index"])

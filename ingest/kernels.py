@@ -1,13 +1,14 @@
 """Ordinary bodies, read by compiled loops: what is checked, cut into lines and hashed, without an object for an event.
 
-``read`` takes ``{"events": [...]}`` where every event has a name, an external customer and an external id, no key
-twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd, and for
+``read`` takes bodies ``{"events": [...]}`` where every event has a name, an external customer and an external id, no
+key twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd, and for
 ``ingest.shape`` and ``ingest.plain`` to read. A length is counted in bytes here, so a text in another alphabet may
-look too long and is read by them, too. The body has to be UTF-8.
+look too long and is read by them, too. The bodies have to be UTF-8.
 
 ``ingest.quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from meters.compiled import (
     NULL,
     OBJECT,
     OBJECT_END,
-    ODD,
     POINT,
     QUOTE,
     TRUE,
@@ -88,17 +88,19 @@ Words = npt.NDArray[np.uint64]
 class Found(NamedTuple):
     """Events as lines, and where in them is what: six places each, of the line, its external id and its customer.
 
-    ``keys`` are hashes of the external ids, which depend on the seed, ``contents`` those of the lines.
+    ``keys`` are hashes of the external ids, which depend on the seed, ``contents`` those of the lines; ``rows`` say how
+    many events there are up to the end of each body.
     """
 
     value: bytes
     places: npt.NDArray[np.int32]
     keys: Words
     contents: Words
+    rows: list[int]
 
-    def spread(self, begun: bytes, partitions: int) -> list[tuple[int, bytes]]:
-        """The lines by partition; see ``ingest.partitions``."""
-        return spread(self.value, self.places, begun, partitions)
+    def spread(self, begun: bytes, partitions: int) -> tuple[list[tuple[int, bytes]], list[int]]:
+        """The lines by partition, and which of these each body has lines in; see ``ingest.partitions``."""
+        return spread(self.value, self.places, self.rows, begun, partitions)
 
 
 @kernel(int64(Text, int64, int64, int64))
@@ -261,53 +263,74 @@ def _after_event(
     return at if seen & _EVENT_NEEDED == _EVENT_NEEDED else end
 
 
+@kernel(int64(Text, int64, int64))
+def _envelope(text: Any, at: Any, end: Any) -> Any:
+    """Where the first event of a body begins."""
+    first, last, at = _key(text, _after(text, at, OBJECT, end), end)
+    is_known = place_of(text, first, last, _ENVELOPE, _ENVELOPE_ENDS) != MISSING
+    return _after(text, at, LIST, end) if is_known else end
+
+
 # It keeps the interpreter's lock: to wait for it again takes longer than a body.
-@kernel(int64(Bytes, int64, int64, uint64, Places, uint64[::1], uint64[::1], uint8[::1], Places), lock=True)
+@kernel(
+    int64(Bytes, int64[::1], int64, int64, uint64, Places, uint64[::1], uint64[::1], uint8[::1], Places, int64[::1]),
+    lock=True,
+)
 def _read(
-    body: Any, earliest_us: Any, latest_us: Any, seed: Any, places: Any, keys: Any, contents: Any, joined: Any,
-    metadata_keys: Any,
+    bodies: Any, ends: Any, earliest_us: Any, latest_us: Any, seed: Any, places: Any, keys: Any, contents: Any,
+    joined: Any, metadata_keys: Any, rows: Any,
 ) -> Any:
-    """How many events there are, or ODD. Whatever is odd ends at the 0 behind the body, where nothing goes on."""
-    address, end = uint64(body.ctypes.data), len(body)
-    text = text_at(address)
-    first, last, at = _key(text, _after(text, 0, OBJECT, end), end)
-    if place_of(text, first, last, _ENVELOPE, _ENVELOPE_ENDS) == MISSING:
-        return ODD
-    at = _after(text, at, LIST, end)
-    out, row, more = 0, 0, True
-    while more:
-        if row == len(places):
-            return ODD
-        at = _after_event(text, at, earliest_us, latest_us, places[row], metadata_keys, end)
-        if at == end:
-            return ODD
-        first, length = places[row, 0], places[row, 1] - places[row, 0]
-        contents[row] = hash_64(address + uint64(first), uint64(length))
-        keys[row] = hash_64_seeded(address + uint64(places[row, 2]), uint64(places[row, 3] - places[row, 2]), seed)
-        copy_bytes(uint64(joined.ctypes.data) + uint64(out), address + uint64(first), uint64(length))
-        for place in range(6):
-            places[row, place] += out - first
-        out += length
-        joined[out] = NEWLINE
-        out, row = out + 1, row + 1
-        more = text[at] == COMMA
-        at = _after(text, at, COMMA if more else LIST_END, end)
-    return row if text[at] == OBJECT_END and after_blanks(text, at + 1) == end else ODD
+    """How many of the bodies are ordinary, before the first that is odd; ``rows`` says how many events up to each.
+
+    Whatever is odd ends at the 0 behind its body, where nothing goes on.
+    """
+    address, text = uint64(bodies.ctypes.data), text_at(uint64(bodies.ctypes.data))
+    out, row, begin = 0, 0, 0
+    for body in range(len(ends)):
+        end = ends[body]
+        at, more = _envelope(text, begin, end), True
+        while more:
+            if row == len(places):
+                return body
+            at = _after_event(text, at, earliest_us, latest_us, places[row], metadata_keys, end)
+            if at == end:
+                return body
+            first, length = places[row, 0], places[row, 1] - places[row, 0]
+            contents[row] = hash_64(address + uint64(first), uint64(length))
+            keys[row] = hash_64_seeded(address + uint64(places[row, 2]), uint64(places[row, 3] - places[row, 2]), seed)
+            copy_bytes(uint64(joined.ctypes.data) + uint64(out), address + uint64(first), uint64(length))
+            for place in range(6):
+                places[row, place] += out - first
+            out += length
+            joined[out] = NEWLINE
+            out, row = out + 1, row + 1
+            more = text[at] == COMMA
+            at = _after(text, at, COMMA if more else LIST_END, end)
+        if text[at] != OBJECT_END or after_blanks(text, at + 1) != end:
+            return body
+        rows[body], begin = row, end + 1
+    return len(ends)
 
 
-def read(body: bytes, earliest_us: int, latest_us: int, seed: int) -> Found | None:
-    """The events of a body in UTF-8 whose times lie between two, in microseconds since 1970; None if any is odd."""
-    if type(body) is not bytes:  # behind others there need be no 0
+def read(bodies: Sequence[bytes], earliest_us: int, latest_us: int, seed: int) -> Found | None:
+    """The events of bodies in UTF-8 whose times lie between two, in microseconds since 1970, up to the first odd body.
+
+    None if that is the first.
+    """
+    text = bodies[0] if len(bodies) == 1 else b"\0".join(bodies)
+    if type(text) is not bytes:  # behind others there need be no 0
         return None
-    text = np.frombuffer(body, np.uint8)
-    rows_max = len(body) // _EVENT_BYTES_MIN + 1
-    places, joined = np.empty((rows_max, 6), np.int32), np.empty(len(body) + 1, np.uint8)
-    keys, contents = np.empty(rows_max, np.uint64), np.empty(rows_max, np.uint64)
-    rows = _read(text, earliest_us, latest_us, seed, places, keys, contents, joined, _METADATA_KEYS)
-    if rows == ODD:
+    ends = np.array(list(itertools.accumulate(map(len, bodies), lambda end, length: end + 1 + length)))
+    rows_max = len(text) // _EVENT_BYTES_MIN + 1
+    places, joined = np.empty((rows_max, 6), np.int32), np.empty(len(text) + 1, np.uint8)
+    keys, contents, rows = np.empty(rows_max, np.uint64), np.empty(rows_max, np.uint64), np.empty(len(ends), np.int64)
+    all_bytes = np.frombuffer(text, np.uint8)
+    count = _read(all_bytes, ends, earliest_us, latest_us, seed, places, keys, contents, joined, _METADATA_KEYS, rows)
+    if not count:
         return None
-    value = joined[: places[rows - 1, 1]].tobytes()
-    return Found(value, places[:rows], keys[:rows], contents[:rows])
+    found = rows[:count].tolist()
+    last = found[-1]
+    return Found(joined[: places[last - 1, 1]].tobytes(), places[:last], keys[:last], contents[:last], found)
 
 
 @kernel(int64(Slots, uint64))

@@ -45,6 +45,9 @@ INLINE_BODY_BYTES_MAX = 256 * 1024
 """A larger body is checked, spread and answered in a thread, so that nobody else waits: this much takes about 2 ms to
 check."""
 
+PARTITIONS_TOGETHER_MAX = 64
+"""Partitions of a log whose requests are written together: which of them a request waits for is a word of 64 bits."""
+
 DETAILS_MAX = 100
 """Entries of a 422's detail list. The whole request is refused in any case, and nobody reads more."""
 

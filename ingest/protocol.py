@@ -23,6 +23,7 @@ from ingest.heads import KnownHead, known_head
 from ingest.lending import Lender, reads_before
 from ingest.limits import CONNECTIONS_MAX, HEAD_BYTES_MAX, PIPELINED_MAX
 from ingest.relay import Relay
+from ingest.request import Opened
 
 KNOWN_TIMES_MAX = 8  # heads of a connection that are remembered: a client whose heads differ gains nothing
 OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2
@@ -53,10 +54,12 @@ class Protocol(HttpToolsProtocol):
         self.in_message = False  # between the end of a head and the end of its body
         self.unread_since_s: float | None = None  # a body still arrives though its request is answered
         self.blocked_since_s: float | None = None  # the client does not read
+        self.idle_since_s: float | None = None  # every request is answered, and none has begun since
         self.exchange: Exchange | None = None  # the message under way, if it is an ordinary ingest request
         self.answering: Exchange | RequestResponseCycle | None = None  # the one whose turn it is, or was last
         self.body_since_s: float | None = None  # its body still arrives
         self.known: KnownHead | None = None  # the head of an ordinary ingest request, of the last that was remembered
+        self.known_opened: Opened | None = None  # what the last request with that head might send, if anything
         self.known_times_left = KNOWN_TIMES_MAX
         self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
         self.piece = b""  # of data that begins with a message, until the parser had its head
@@ -141,7 +144,7 @@ class Protocol(HttpToolsProtocol):
     def _begin_exchange(self) -> bool:
         """Take the short way if the request is an ordinary one, the first in line, and the client reads its answers."""
         self.exchange = None
-        if self.timeout_keep_alive_task is not None:  # the request before was answered within this piece of data
+        if self.idle_since_s is not None:  # the request before was answered within this piece of data
             self._unset_keepalive_if_required()
             return False  # thousands of refusals may fit into a piece, and are written only after it
         if self.blocked_since_s is not None:  # the ASGI way waits with its answer, and holds what follows
@@ -154,7 +157,7 @@ class Protocol(HttpToolsProtocol):
         keep_alive = self.parser.should_keep_alive()
         if self.piece and keep_alive and self.known_times_left:
             self.known_times_left -= 1
-            self.known = known_head(self.piece, headers)
+            self.known, self.known_opened = known_head(self.piece, headers), None
         self._begin(headers, int(headers[b"content-length"]), keep_alive=keep_alive)
         return True
 
@@ -166,7 +169,10 @@ class Protocol(HttpToolsProtocol):
             write=self._write, done=self.on_response_complete,
         )  # fmt: skip
         self.cycle = self.answering = exchange  # type: ignore[assignment]
-        exchange.begin(headers, length)
+        if self.known is not None and headers is self.known.headers:
+            self.known_opened = exchange.begin(headers, length, self.known_opened)
+        else:
+            exchange.begin(headers, length)
 
     def _unsupported_upgrade_warning(self) -> None:
         """What came behind an offer without a body is lost, so what follows may be the middle of a request."""
@@ -228,10 +234,13 @@ class Protocol(HttpToolsProtocol):
             self.exchange.complete()
 
     def _await_next(self) -> None:
-        """The rest of an answered body came: uvicorn ended its wait for the next request then, and began no other."""
-        if self.timeout_keep_alive_task is None:
-            let_go = self.timeout_keep_alive_handler
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, let_go)
+        """Begin to wait for the next request, unless that has begun already."""
+        if self.idle_since_s is None:
+            self.idle_since_s = self.loop.time()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Something came. A timer for each request would cost more than the sweep's look at when that was."""
+        self.idle_since_s = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: let go of a body that will not become whole."""
@@ -249,10 +258,18 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer was sent; what is left of the body has to come soon, and is thrown away."""
+        self.server_state.total_requests += 1
         if self.in_message:
             self.unread_since_s = self.loop.time()
-        super().on_response_complete()
-        if self.pipeline:  # uvicorn reads on all the same, faster than it answers
+        if self.transport.is_closing():
+            return
+        self.idle_since_s = None
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._await_next()
+        if self.pipeline:  # a client that sends on all the same, faster than it is answered
             self.flow.pause_reading()
         elif self.reads >= reads_before(self.lent_times):
             self.loop.call_soon(self._lend)  # a transport may write the answer at the end of this turn

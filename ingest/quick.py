@@ -6,6 +6,7 @@ them ready, in a thread, while everything is read as before. Where they cannot b
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from ingest.recent import seed_of
@@ -25,15 +26,23 @@ class Quick:
         self._loading: threading.Thread | None = None
         self._bytes = 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether there are loops."""
+        return self._kernels is not None
+
     def table(self, generation_max: int) -> Any:
         """``ingest.kernels.Table``, if loops are ready; None otherwise."""
         return None if self._kernels is None else self._kernels.Table(generation_max)
 
-    def read(self, body: bytes, earliest_us: int, latest_us: int, organization_id: str) -> Any:
-        """The events of a body as ``ingest.kernels.Found``, if loops are ready and find nothing odd; None otherwise."""
+    def read(self, bodies: Sequence[bytes], earliest_us: int, latest_us: int, organization_id: str) -> Any:
+        """The events of bodies as ``ingest.kernels.Found``, up to the first that is odd to loops.
+
+        None if that is the first one, or loops are not ready.
+        """
         if self._kernels is not None:
-            return self._kernels.read(body, earliest_us, latest_us, seed_of(organization_id))
-        self._bytes += len(body)
+            return self._kernels.read(bodies, earliest_us, latest_us, seed_of(organization_id))
+        self._bytes += sum(map(len, bodies))
         if self._loading is None and self._bytes > LOAD_AFTER_BYTES:
             # No daemon: a compiler that is in the way of the interpreter's end would end it with a signal.
             self._loading = threading.Thread(target=self._load, name="load-kernels")

@@ -43,6 +43,10 @@ class Fingerprints(NamedTuple):
         keys = [xxh3_64_intdigest(external_id.encode(), seed) for external_id in external_ids]
         return cls(keys, list(map(xxh3_64_intdigest, lines)))
 
+    def some(self, rows: slice) -> "Fingerprints":
+        """Those of some of the events."""
+        return Fingerprints(self.keys[rows], self.contents[rows])
+
 
 def seed_of(organization_id: str) -> int:
     """Of the hashes of an organization's external ids."""

@@ -109,6 +109,8 @@ class GatewayServer(uvicorn.Server):
                 connection.body_late()
             elif _late(connection.unread_since_s, self._settings.body_deadline_s, now_s):
                 connection.cut("body")
+            elif _late(connection.idle_since_s, self._settings.idle_deadline_s, now_s):
+                connection.timeout_keep_alive_handler()
 
 
 def _late(since_s: float | None, deadline_s: float, now_s: float) -> bool:

@@ -58,14 +58,10 @@ class Spread:
         self, admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int
     ) -> list[Entry]:
         """The records to append, at most one for a partition."""
-        if partitions == 1:
-            return [_entry(admitted.value, 0, organization_id, admitted)]
+        if partitions == 1 or admitted.spread is not None:
+            return entries_together(admitted, organization_id, partitions)[0]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
-        if admitted.spread is not None:
-            begun = partition_key(organization_id, "")
-            parts = admitted.spread(begun, partitions)
-            return [_entry(value, place, organization_id, admitted) for place, value in parts]
         places = self._places(_whos(admitted), organization_id, catalogue)
         if len(set(places)) == 1:
             return [_entry(admitted.value, places[0], organization_id, admitted)]
@@ -103,6 +99,17 @@ class Spread:
         if found is None:
             found = self._hashes[organization_id] = CustomerPartitions(organization_id, self._partitions)
         return found
+
+
+def entries_together(admitted: Admitted, organization_id: str, partitions: int) -> tuple[list[Entry], list[int]]:
+    """The records of bodies that were read together, and for each body the sum of ``1 << partition`` of its lines.
+
+    Of more than one partition only what compiled loops read can be spread so, and there may be 64 of them.
+    """
+    if partitions == 1 or admitted.spread is None:
+        return [_entry(admitted.value, 0, organization_id, admitted)], [1] * len(admitted.rows)
+    parts, masks = admitted.spread(partition_key(organization_id, ""), partitions)
+    return [_entry(value, place, organization_id, admitted) for place, value in parts], masks
 
 
 def _whos(admitted: Admitted) -> Sequence[_Named | Plain]:

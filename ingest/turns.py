@@ -1,8 +1,8 @@
-"""Bodies are checked one at a time, and between two of them the event loop looks at its sockets.
+"""Bodies are checked in turns, and between two turns the event loop looks at its sockets.
 
-Checking a body of a hundred events takes about a millisecond, in which nothing else happens. When sixteen of them have
-arrived together and the loop runs one after the other, a read that came beside them waits for all sixteen, on its way
-to the query API and again on its way back. In turns it waits for one.
+Checking a body of a hundred unusual events takes about a millisecond, in which nothing else happens. When sixteen of
+them have arrived together and the loop runs one after the other, a read that came beside them waits for all sixteen, on
+its way to the query API and again on its way back. In turns it waits for one.
 """
 
 import asyncio
@@ -18,20 +18,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
-        self._taken = False  # in this round of the loop
+        self._taken = False  # the next round of the loop
 
     def do(self, work: Callable[[], object]) -> None:
-        """Do it in this round of the loop, unless somebody else had a turn in it; else in one of the next."""
-        if self._taken:
-            self._waiting.append(work)
-        else:
+        """Do it when its turn comes: in the next round of the loop, if nobody else waits."""
+        self._waiting.append(work)
+        if not self._taken:
             self._taken = True
             asyncio.get_running_loop().call_soon(self._next)
-            work()
 
     def _next(self) -> None:
         """Another round: it is the turn of whoever is first in line."""
+        work = self._waiting.popleft()
         self._taken = bool(self._waiting)
         if self._taken:
             asyncio.get_running_loop().call_soon(self._next)
-            self._waiting.popleft()()
+        work()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from ingest import intake
+from ingest import outcome
 from ingest.limits import INLINE_BODY_BYTES_MAX
 from ingest.log import open_log
 from ingest.recent import Fingerprints
@@ -81,7 +81,7 @@ def test_a_large_body_is_taken_whole(gateway: RunningGateway, encode: Any) -> No
 
 TWELVE = {USAGE_EVENTS: 12, USAGE_CONTROL: 1}
 LASTING = {function.__code__: function.__name__ for function in (
-    Fingerprints.of.__func__, Spread.entries, intake._accepted, intake._unprocessable)}  # fmt: skip
+    Fingerprints.of.__func__, Spread.entries, outcome.accepted, outcome.unprocessable)}  # fmt: skip
 
 
 class Workers:

@@ -234,9 +234,9 @@ def test_a_refused_body_has_its_time_to_arrive() -> None:
         (protocol,) = gateway.server.server_state.connections
         connection.send(refused[-1000:-500])
         eventually(lambda: protocol.body_left == 500)  # type: ignore[union-attr]
-        assert protocol.timeout_keep_alive_task is None  # type: ignore[union-attr]
+        assert protocol.idle_since_s is None  # type: ignore[union-attr]
         connection.send(refused[-500:])
-        eventually(lambda: protocol.timeout_keep_alive_task is not None)  # type: ignore[union-attr]
+        eventually(lambda: protocol.idle_since_s is not None)  # type: ignore[union-attr]
         connection.send(connection.request(body(1)))
         assert connection.answer()[0] == 200
         connection.close()

@@ -164,25 +164,25 @@ def test_without_a_compiler_all_goes_on(caplog: pytest.LogCaptureFixture) -> Non
     """Where loops cannot be loaded that is said once."""
     swift = Quick()
     with patch.dict("sys.modules", {"ingest.kernels": None}):
-        assert swift.read(b"{}", 0, 1, ORGANIZATION) is None
+        assert swift.read([b"{}"], 0, 1, ORGANIZATION) is None
         assert swift._loading is not None
         swift._loading.join()
-        assert swift.read(b"{}", 0, 1, ORGANIZATION) is None
+        assert swift.read([b"{}"], 0, 1, ORGANIZATION) is None
     assert caplog.text.count("without compiled loops") == 1
 
 
 def test_a_gateway_with_few_events_loads_nothing() -> None:
     """Two mebibytes of bodies are the limit."""
     swift = Quick()
-    swift.read(b" " * quick.LOAD_AFTER_BYTES, 0, 1, ORGANIZATION)
+    swift.read([b" " * quick.LOAD_AFTER_BYTES], 0, 1, ORGANIZATION)
     assert swift._loading is None
 
 
 def test_nothing_but_bytes_is_read() -> None:
     """Loops end at the 0 that Python keeps behind them, and behind other buffers need not."""
     body = f'{{"events":[{written()}]}}'.encode()
-    assert kernels.read(body, -(2**62), 2**62, 1) is not None
-    assert kernels.read(memoryview(body), -(2**62), 2**62, 1) is None
+    assert kernels.read([body], -(2**62), 2**62, 1) is not None
+    assert kernels.read([memoryview(body)], -(2**62), 2**62, 1) is None
 
 
 def test_pieces_can_be_asked_for_one_by_one() -> None:
