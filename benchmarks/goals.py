@@ -88,6 +88,11 @@ def _beside(rows: Rows) -> str:
     return "half load" if any(row.get("beside") == "half load" for row in rows) else "streaming"
 
 
+def drained_from(log: str) -> Callable[[Rows], float]:
+    """Events a second from a backlog in a log of this kind."""
+    return of("events/s", log=log, server="meterstream")
+
+
 AT = "at 100,000/s"  # a phase that is named after what was asked for
 ALMOST = 95_000  # events a second that are nearly what was asked for
 BESIDE = {"half load": "half load", "streaming": "5,000 events/s"}
@@ -105,8 +110,14 @@ GOALS = (
          of("events/CPU s", **{"server": "meterstream", "gateways": 1, "events a body": 100}), 400_000, True),
     Goal("taken by a core, single events, requests/s", "accept",
          of("events/CPU s", **{"server": "meterstream", "gateways": 1, "events a body": 1}), 25_000, True),
-    Goal("times the usual stack, 100 events a body", "accept",
+    Goal("times an endpoint that writes rows into SQLite, 100 events a body", "accept",
          of("times usual per CPU", **{"gateways": 1, "events a body": 100}), 15, True),
+    Goal("times the usual stack with a Kafka send per event, 100 events a body, embedded log", "kafka_accept",
+         of("times usual per CPU", **{"server": "meterstream, embedded log", "events a body": 100}), 15, True),
+    Goal("the same over Kafka, per core", "kafka_accept",
+         of("times usual per CPU", **{"server": "meterstream", "gateways": 1, "events a body": 100}), 10, True),
+    Goal("a backlog over Kafka, in the speed of the embedded log's", "kafka_drain",
+         lambda rows: drained_from("kafka")(rows) / drained_from("embedded")(rows), 0.75, True),
     Goal("1,000 meters, CPU time in that of ten", "shapes",
          of("times ordinary", shape="1,000 meters, each of one model"), 3),
     Goal("speed at 50 million events in the best of shorter histories", "history",

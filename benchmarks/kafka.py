@@ -2,8 +2,9 @@
 
 A real broker of one node runs beside it (Java 17 and Maven are needed), with 12 partitions, and every answer waits for
 ``acks=all``. The usual stack (``usual_stack_kafka``) is FastAPI, a pydantic model per event and ``aiokafka.send`` per
-event, with the same care; its consumer upserts for every event. The broker's own ``kafka-producer-perf-test`` sends
-records as large as an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
+event, with the same care; its consumer upserts for every event. A gateway on the embedded log takes its turns, too:
+that is what one machine has instead of a broker. The broker's own ``kafka-producer-perf-test`` sends records as large as
+an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
 At the end the topics are read back: they hold what was acknowledged, and the totals are what was written.
 
     python -m benchmarks.kafka [--seconds 4.5] [--events 600000] [--end-to-end-seconds 20]
@@ -37,6 +38,7 @@ from tests.kafka.cluster import Cluster, running
 from tests.kafka.jars import Missing
 
 USUAL_TOPIC = "usual"
+EMBEDDED = "meterstream, embedded log"
 USUAL_CONSUMED_MAX = 40_000  # some seconds of its consumer's work
 BROKER = {"num.network.threads": "2", "num.io.threads": "4"}  # more than the tests give it, the same for both
 
@@ -61,11 +63,14 @@ def accept(report: Report, cluster: Cluster, folder: Path, seconds: float) -> No
     linger = f"{url}?linger_ms={LINGER_MS}"  # batches fill as long as in the usual stack
     stack = ["-m", "benchmarks.usual_stack_kafka", cluster.bootstrap, f"{USUAL_TOPIC}.{USAGE_EVENTS}", "PORT"]
     gateway = ["-m", "deploy.cli", "gateway", "--log", linger, "--data", str(folder / "gateway"), "--port", "PORT"]
+    (data := folder / "embedded-gateway").mkdir()
+    prepare(str(data))
     with contextlib.ExitStack() as undo:
         usual = undo.enter_context(contender(stack))
         ours = [undo.enter_context(contender(gateway, servers)) for servers in range(1, GATEWAYS_MAX + 1)]
-        broker_s, taken = [0.0] * (1 + len(ours)), [0] * (1 + len(ours))
-        for shape, number, one in in_turns([usual, *ours]):
+        embedded = undo.enter_context(contender(["-m", "deploy.cli", "gateway", "--data", str(data), "--port", "PORT"]))
+        broker_s, taken = [0.0] * (2 + len(ours)), [0] * (2 + len(ours))
+        for shape, number, one in in_turns([usual, *ours, embedded]):
             before_s = usage(broker)["cpu_s"]
             taken[number] += one.take(shape, seconds / TURNS)
             broker_s[number] += usage(broker)["cpu_s"] - before_s
@@ -74,14 +79,16 @@ def accept(report: Report, cluster: Cluster, folder: Path, seconds: float) -> No
     report.check(f"the usual stack acknowledged {usual.acknowledged:,}, in its topic are {found:,}", is_all)
     in_topic, acknowledged = logged(url), sum(one.acknowledged for one in ours)
     report.check(f"gateways acknowledged {acknowledged:,}, in their topic are {in_topic:,}", in_topic == acknowledged)
-    for number, one in enumerate(ours, 1):
+    in_file = logged(str(data))
+    is_all = in_file == embedded.acknowledged
+    report.check(f"a gateway acknowledged {embedded.acknowledged:,}, in its file are {in_file:,}", is_all)
+    servers = [("meterstream", one) for one in ours] + [(EMBEDDED, embedded), ("usual stack", usual)]
+    for name, one in servers:
         for shape in SHAPES:
             row, other = one.row(shape), usual.row(shape)
-            times = other["CPU us/event"] / row["CPU us/event"]
-            report.add(server="meterstream", **row, **{"times usual per CPU": times})
+            report.add(server=name, **row, **{"times usual per CPU": other["CPU us/event"] / row["CPU us/event"]})
+    for number, one in enumerate(ours, 1):
         report.add(gateways=one.servers, **{"broker us/event": 1e6 * broker_s[number] / taken[number]})  # of all bodies
-    for shape in SHAPES:
-        report.add(server="usual stack", **usual.row(shape))
     event_bytes = len(Bodies(0).make()[0]) // 100
     topics(cluster, "limit")
     records = int(100_000 * seconds)
