@@ -3,8 +3,8 @@
 A real broker of one node runs beside it (Java 17 and Maven are needed), with 12 partitions, and every answer waits for
 ``acks=all``. The usual stack (``usual_stack_kafka``) is FastAPI, a pydantic model per event and ``aiokafka.send`` per
 event, with the same care; its consumer upserts for every event. A gateway on the embedded log takes its turns, too:
-that is what one machine has instead of a broker. The broker's own ``kafka-producer-perf-test`` sends records as large as
-an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
+that is what one machine has instead of a broker. The broker's own ``kafka-producer-perf-test`` sends records as large
+as an event. The same backlog is worked off from Kafka and from the embedded log, by the same engine.
 At the end the topics are read back: they hold what was acknowledged, and the totals are what was written.
 
     python -m benchmarks.kafka [--seconds 4.5] [--events 600000] [--end-to-end-seconds 20]
