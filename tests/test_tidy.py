@@ -22,6 +22,9 @@ ENVIRONMENT_HOME = "deploy/settings.py"
 IMPURE_CALLS = {"float", "open", "print", "input", "eval", "exec", "globals", "__import__"}
 ENTRANCES = {"deploy.cli"}  # started by its name
 CODE_BLOCK = re.compile(r"^```.*?^```|(?:^ {4}[^\n]*\n)+", re.DOTALL | re.MULTILINE)  # of Markdown
+NO_DIAGRAM = re.compile(r"^```(?:python|sh|js)$|^ {4}(?:make|meterstream) [a-z]|\.py\b", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")  # to a file of the repository, to a place in one
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FOR_APPLICATIONS = re.compile(r"ingest\.client\.(strategies\..*|prices|testing)")  # imported by who uses the client
 
 # Places and words that belong to one machine or to how the work was done, not to the product.
@@ -185,19 +188,40 @@ def test_every_room_has_a_readme() -> None:
 def test_every_module_stands_in_a_floor_plan() -> None:
     """The README of its folder, or of one above it in the room, names each module; a strategy's name says it all.
 
-    Many names are words of sentences, too. So a name ends in .py, stands in backticks, or in a block without any .py.
+    Many names are words of sentences, too. So a name ends in .py, stands in backticks, or in a block that is a diagram.
     """
     def unnamed() -> Iterator[str]:
         for path in python_files(*PRODUCT):
             plans = [REPOSITORY / above / "README.md" for above in path.relative_to(REPOSITORY).parents[:-1]]
             told = "\n".join(plan.read_text(encoding="utf-8") for plan in plans if plan.is_file())
-            diagrams = "\n".join(block for block in CODE_BLOCK.findall(told) if ".py" not in block)
+            diagrams = "\n".join(block for block in CODE_BLOCK.findall(told) if not NO_DIAGRAM.search(block))
             stem = re.escape(path.stem)
             is_named = re.search(rf"\b{stem}\.py\b|`(?:[\w./]*[./])?{stem}`", told)
             if path.stem not in ("__init__", "__main__") and not is_named and not re.search(rf"\b{stem}\b", diagrams):
                 yield place(path)
 
     assert_none(path for path in unnamed() if "/strategies/" not in path)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that links to a page's headings have: small letters, spaces as dashes, no punctuation."""
+    prose = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    words = (re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", heading) for heading in HEADING.findall(prose))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in words}
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    """A link in Markdown names a file or a folder that is there, and a heading that the page has."""
+    def astray() -> Iterator[str]:
+        for page in repository_files():
+            if page.suffix != ".md":
+                continue
+            for file, anchor in LINK.findall(CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))):
+                target = (page.parent / file).resolve() if file else page
+                if not target.exists() or (anchor and anchor not in anchors(target)):
+                    yield f"{place(page)} {file}#{anchor}"
+
+    assert_none(astray())
 
 
 def imported_names(path: Path) -> Iterator[str]:

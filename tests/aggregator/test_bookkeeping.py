@@ -172,9 +172,9 @@ def test_an_account_is_kept_as_the_table_says(server: Server, name: str) -> None
     Book(server, **aggregation).check(table)
 
 
-def test_the_example_in_the_readme_is_true(server: Server) -> None:
-    """The table in the section about balances is kept like any other."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_example_of_the_page_is_true(server: Server) -> None:
+    """The table on the page about balances is kept like any other."""
+    text = (Path(__file__).parents[2] / "aggregator" / "api" / "balances.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^```\n(day  what happens.*?)^```", text, re.DOTALL | re.MULTILINE)
     Book(server).check(table)
 

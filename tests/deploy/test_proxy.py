@@ -21,7 +21,7 @@ from tests.ports import take_port
 from tests.waiting import eventually
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "proxy" / "meterstream.conf"
-REPLACED = "meterstream_aggregator;"  # in the map of reads: what the README replaces to send them through a gateway
+REPLACED = "meterstream_aggregator;"  # in the map of reads: what shipped.md replaces to send them through a gateway
 GATEWAY = "server gateway:8000 max_fails=2 fail_timeout=5s;"
 FOR_READS = "server gateway:8000 max_fails=0;"
 AGGREGATOR = "server aggregator:8000 max_fails=0;"
@@ -161,7 +161,7 @@ def test_a_page_may_read_what_it_asked_for(through: httpx.Client, version: bytes
 
 
 def test_all_reads_can_be_sent_through_a_gateway(running: Installation, tmp_path: Path) -> None:
-    """As the README says, with two words of the shipped file changed: each is passed on, without another way there."""
+    """As shipped.md says, with two words of the shipped file changed: each is passed on, without another way there."""
     assert SHIPPED.read_text().count(REPLACED) == 2
     changed = SHIPPED.read_text().replace(REPLACED, "meterstream_gateways_for_reads;")
     headers = {"authorization": f"Bearer {running.token}"}

@@ -1,18 +1,20 @@
-"""The README's commands are commands."""
+"""The commands of the README, and of every other page, are commands."""
 
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
 from deploy.command_line import app
+from tests.test_tidy import REPOSITORY, repository_files
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-LINES = [line.strip() for line in README.splitlines() if line.startswith("    meterstream ")]
-MENTIONED = sorted(set(re.findall(r"`meterstream ([a-z]+(?: [a-z]+)?)", README)))
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [page for page in repository_files() if page.suffix == ".md" and page.name != "CHANGELOG.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+LINES = sorted({line.strip() for line in TEXT.splitlines() if line.startswith("    meterstream ")})
+MENTIONED = sorted(set(re.findall(r"`meterstream ([a-z-]+(?: [a-z]+)?)", TEXT)))
 
 
 def command(words: list[str]) -> tuple[Any, list[str]]:
@@ -25,7 +27,7 @@ def command(words: list[str]) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_line_of_the_readme_is_valid(line: str) -> None:
+def test_a_command_line_of_a_page_is_valid(line: str) -> None:
     """Each line names a command that exists, and only options that it has."""
     found, rest = command(shlex.split(line)[1:])
     known = {option for parameter in found.params for option in parameter.opts}
@@ -39,7 +41,9 @@ def test_a_command_that_is_mentioned_exists(mention: str) -> None:
     command(mention.split())
 
 
-def test_the_readme_shows_commands() -> None:
-    """The two tests above are not empty."""
-    assert len(LINES) >= 5
-    assert MENTIONED
+def test_the_pages_show_commands() -> None:
+    """The two tests above are not empty: they read the README, and the rooms' pages that it sends people to."""
+    assert "README.md" in {page.name for page in PAGES}
+    assert {"balances.md", "kafka.md"} <= {page.name for page in PAGES}
+    assert len(LINES) >= 20
+    assert len(MENTIONED) >= 10
