@@ -210,4 +210,12 @@ def _runs(process: int) -> bool:
         return False
     except PermissionError:
         pass  # somebody else's process is one, too
-    return process != 0
+    return process != 0 and not _is_zombie(process)
+
+
+def _is_zombie(process: int) -> bool:
+    """Whether it is dead and nobody has asked what of; told on Linux alone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False

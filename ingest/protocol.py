@@ -64,6 +64,7 @@ class Protocol(HttpToolsProtocol):
         self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
         self.piece = b""  # of data that begins with a message, until the parser had its head
         self.reads = 0  # in a row, answered the short way
+        self.ending = False  # nothing more is read: the answer that is under way is the last
         super().connection_made(transport)
         if self.lent_times:  # it was here before, and is between two requests
             self.head_since_s = None
@@ -73,6 +74,8 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, and measure what it holds of an unfinished head; it need not see a known one."""
+        if self.ending:
+            return
         if self.body_left:
             self._go_on(data)
             return
@@ -109,7 +112,7 @@ class Protocol(HttpToolsProtocol):
             self.cut("head", answers.bad_request("A request with a body cannot offer another protocol (Upgrade)."))
         elif len(self.pipeline) >= PIPELINED_MAX:
             self.cut("pipeline")
-        if not self.transport.is_closing() and not self._begin_exchange():
+        if not self._is_over() and not self._begin_exchange():
             super().on_headers_complete()
         self.piece = b""
 
@@ -138,7 +141,7 @@ class Protocol(HttpToolsProtocol):
         self.on_body(mine)
         if not self.body_left:
             self.on_message_complete()
-        if rest and not self.transport.is_closing():
+        if rest and not self._is_over():
             self.data_received(rest)
 
     def _begin_exchange(self) -> bool:
@@ -212,7 +215,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Bytes of a body, unless the request was cut."""
-        if self.transport.is_closing():
+        if self._is_over():
             return
         if self.exchange is not None:
             self.exchange.add(body)
@@ -223,7 +226,7 @@ class Protocol(HttpToolsProtocol):
         """The end of a body, unless the request was cut."""
         self.in_message = False
         self.unread_since_s = None
-        if self.transport.is_closing():
+        if self._is_over():
             return  # a body that was held is let go of when the connection is lost
         self.body_since_s = None
         if self.cycle.response_complete:
@@ -298,6 +301,11 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         telemetry.CONNECTIONS_CUT.labels(reason).inc()
+        if answer is not None and self._has_whole_request():  # it may be in the log: its sender has to hear of it
+            self.head_since_s, self.ending = None, True
+            self.answering.keep_alive = False  # type: ignore[union-attr]
+            self.pipeline.clear()
+            return
         if answer is None or (self.cycle is not None and not self.cycle.response_complete):
             self.transport.abort()
             return
@@ -306,6 +314,16 @@ class Protocol(HttpToolsProtocol):
         head = b"HTTP/1.1 %d %s\r\n" % (answer.status, REASONS[answer.status])
         self.transport.write(head + b"".join([b"%s: %s\r\n" % header for header in headers]) + b"\r\n" + answer.body)
         self.transport.close()
+
+    def _has_whole_request(self) -> bool:
+        """Whether a request that came whole waits for its answer; what is queued behind it has not begun."""
+        answering = self.answering
+        if answering is None or answering.response_complete:
+            return False
+        return self.body_since_s is None if isinstance(answering, Exchange) else not answering.more_body
+
+    def _is_over(self) -> bool:
+        return self.ending or self.transport.is_closing()
 
 
 def _has_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:

@@ -1,14 +1,15 @@
 """Filters as JSON: reading them with every complaint at its place, and writing them back unchanged.
 
 Values must come from ``exact_json.decode`` (fractions as ``Decimal``). Beyond Polar's, numbers with a fraction and
-integers of any size are taken; an integral fraction such as 1.0 becomes the integer. Ordering by a boolean has no
-meaning and is refused here, where the author reads the answer.
+integers of a thousand digits are taken; an integral fraction such as 1.0 becomes the integer, and one of more than 12
+decimals is rounded by the rule of amounts, so that a client's 0.30000000000000004 is 0.3 here, too. Ordering by a
+boolean has no meaning and is refused here, where the author reads the answer.
 """
 
 from decimal import Decimal
 from typing import Any, cast
 
-from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, round_amount
+from meters.amount import INTEGER_DIGITS_MAX, amount_text, round_amount
 from meters.detail import COMPLAINTS_MAX, Detail, detail
 from meters.filter import ORDERING, Clause, Conjunction, Filter, Operator, Scalar, Value
 from meters.property import parse_property, written
@@ -217,7 +218,7 @@ def _text(value: str, loc: Loc, complaints: list[Detail]) -> str | None:
 
 
 def _number(value: Decimal, loc: Loc, complaints: list[Detail]) -> int | Decimal | None:
-    """An integer where the number is integral; else a decimal that an amount can be equal to."""
+    """An integer where the number is integral; else a decimal that is rounded as amounts are, or none equals it."""
     if value and value.adjusted() >= TEXT_LENGTH_MAX:
         message = f"Number should have at most {TEXT_LENGTH_MAX} digits"
         complaints.append(detail("decimal_max_digits", loc, message, None))
@@ -225,8 +226,8 @@ def _number(value: Decimal, loc: Loc, complaints: list[Detail]) -> int | Decimal
     if value == value.to_integral_value():
         return int(value)
     amount = round_amount(value)
-    if amount == value:
-        return Decimal(amount_text(value))
-    message = f"Fraction should have at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals, as amounts have"
-    complaints.append(detail("decimal_max_places", loc, message, None))
+    if amount is not None:
+        return int(amount) if amount == amount.to_integral_value() else Decimal(amount_text(amount))
+    message = f"A fraction should have at most {INTEGER_DIGITS_MAX} digits before its point, as amounts have"
+    complaints.append(detail("decimal_whole_digits", loc, message, None))
     return None

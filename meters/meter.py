@@ -1,8 +1,7 @@
 """The meter: which events count, and what is made of them.
 
 A meter belongs to an organization and is never deleted, only archived. Its unit is for display and changes no number.
-What it counts may change as well, since nothing bills here; ``locked`` is for whoever adds billing, where a change
-would rewrite an invoice.
+What it counts may change as well, since nothing bills here, so that a change rewrites no invoice.
 """
 
 import re
@@ -72,17 +71,16 @@ def new_meter(body: object, *, id: str, organization_id: str, created_at: dateti
     return Meter(id=id, organization_id=organization_id, created_at=created_at, **fields)
 
 
-def updated_meter(meter: Meter, body: object, *, modified_at: datetime, locked: bool) -> Meter | list[Detail]:
-    """The meter after a change, or every complaint. ``locked``: something was billed by it already.
+def updated_meter(meter: Meter, body: object, *, modified_at: datetime) -> Meter | list[Detail]:
+    """The meter after a change, or every complaint.
 
     Sending null means "leave it", save for the label and the multiplier, which it clears. As with Polar, unit and
-    label need not agree after a change, and a locked meter refuses the very mention of filter and aggregation.
+    label need not agree after a change.
     """
     if not isinstance(body, dict):
         return [detail("model_attributes_type", ("body",), "Input should be a valid dictionary or object", body)]
     clearable = ("custom_label", "custom_multiplier")
     fields, complaints = _fields({key: value for key, value in body.items() if value is not None or key in clearable})
-    complaints += _lock_complaints(body) if locked else []
     archive = body.get("is_archived")
     if archive is not None and not isinstance(archive, bool):
         complaints.append(detail("bool_type", ("body", "is_archived"), "Input should be a valid boolean", archive))
@@ -91,11 +89,6 @@ def updated_meter(meter: Meter, body: object, *, modified_at: datetime, locked: 
     if archive is not None:
         fields["archived_at"] = (meter.archived_at or modified_at) if archive else None
     return msgspec.structs.replace(meter, modified_at=modified_at, **fields)
-
-
-def _lock_complaints(body: Fields) -> list[Detail]:
-    message = "This meter has been used for billing: its filter and aggregation can no longer change."
-    return [detail("forbidden", ("body", key), message, body[key]) for key in ("filter", "aggregation") if key in body]
 
 
 def _label_complaints(fields: Fields, body: Fields) -> list[Detail]:

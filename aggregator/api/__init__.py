@@ -1,5 +1,5 @@
 """The HTTP API of the aggregator: everything but ingestion. ``create_app`` is its only door."""
 
-from aggregator.api.app import Rules, create_app
+from aggregator.api.app import create_app
 
-__all__ = ["Rules", "create_app"]
+__all__ = ["create_app"]

@@ -28,12 +28,13 @@ from aggregator.api import (
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.desk import AtDesk, Desk, Rules, View, answer
+from aggregator.api.desk import AtDesk, Desk, View, answer
 from aggregator.api.document import describe, install_pages
+from aggregator.api.limits import SETTLED_S
 from aggregator.api.paths import RelativeRedirects, Segments
 from aggregator.api.schemas import gives, ref
 
-__all__ = ["Rules", "create_app"]
+__all__ = ["create_app"]
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -42,17 +43,17 @@ def create_app(
     now: Callable[[], datetime],
     new_id: Callable[[], str],
     metrics_text: Callable[[], bytes] = bytes,
-    rules: Rules = Rules(),  # noqa: B008 - an immutable value
     *,
+    settled_s: float = SETTLED_S,
     private_targets: bool = False,
 ) -> FastAPI:
     """The ASGI application. It reads through ``view``, and takes time and ids from ``now`` and ``new_id``.
 
-    ``metrics_text`` is what ``/metrics`` shows; ``rules`` are what billing has to say about meters, and when usage is
-    all there; with ``private_targets`` webhooks may go to addresses that are not public.
+    ``metrics_text`` is what ``/metrics`` shows; ``settled_s`` after a moment all usage before it is in the log; with
+    ``private_targets`` webhooks may go to addresses that are not public.
     """
     app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
-    app.state.desk = Desk(view, now, new_id, rules)
+    app.state.desk = Desk(view, now, new_id, settled_s)
     app.state.private_targets = private_targets
     app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)

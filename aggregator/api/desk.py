@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
@@ -47,14 +47,9 @@ from meters.catalogue import Catalogue, Change, Token
 from meters.detail import detail
 from meters.ledger import Ledger
 from meters.log import TryAgain, format_position, parse_position
-from meters.meter import Meter
 
 T = TypeVar("T")
 Found = TypeVar("Found", covariant=True)
-
-
-def _never(_: Meter) -> bool:
-    return False
 
 
 class _Work(Protocol[Found]):
@@ -142,16 +137,6 @@ class View(Protocol):
         ...
 
 
-class Rules(NamedTuple):
-    """What billing has to say about a meter (nothing bills yet, so nothing is forbidden), and when usage is all there.
-
-    ``settled_s`` after a moment everything that was stamped before it is in the log.
-    """
-
-    is_billed: Callable[[Meter], bool] = _never
-    settled_s: float = SETTLED_S
-
-
 class Deciding:
     """Decisions are taken one after the other, by whoever holds this.
 
@@ -180,10 +165,15 @@ class Deciding:
 
 
 class Desk:
-    """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own."""
+    """The one object that endpoints share. ``now`` and ``new_id`` are the world's; a test brings its own.
 
-    def __init__(self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], rules: Rules) -> None:
-        self.view, self.now, self.new_id, self.rules = view, now, new_id, rules
+    ``settled_s`` after a moment everything that was stamped before it is in the log.
+    """
+
+    def __init__(
+        self, view: View, now: Callable[[], datetime], new_id: Callable[[], str], settled_s: float = SETTLED_S
+    ) -> None:
+        self.view, self.now, self.new_id, self.settled_s = view, now, new_id, settled_s
         waiting = Waits(QUERIES_WAITING_MAX, QUERIES_OF_ONE_WAITING_MAX)
         self._asking = Line(QUERIES_AT_ONCE, QUERIES_OF_ONE_AT_ONCE, waiting)
         self._threads = ThreadPoolExecutor(QUERIES_AT_ONCE, "question")  # of their own, so that nothing waits for them

@@ -91,7 +91,7 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     async with desk.settling(token.organization_id, METERS):
         async with desk.deciding:
             meter = meter_of(desk, token, id)
-            changed = updated_meter(meter, body, modified_at=desk.now(), locked=desk.rules.is_billed(meter))
+            changed = updated_meter(meter, body, modified_at=desk.now())
             if isinstance(changed, list):
                 raise _complaint(changed)
             if changed.archived_at and not meter.archived_at and _is_attached(desk, meter):

@@ -75,7 +75,7 @@ def import_csv(
     A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
     customer, and from how often the same row stood before it in this file. So equal rows of one file are different
     events, and the same row of another file is the same event; if it is meant as another one, tell the files apart
-    (such as --set metadata.month=may), or give --anew.
+    (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC.
     """
     from deploy.event_files import CsvFile, parse_mapping
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
-from deploy.output import note, show, show_one
+from deploy.output import Output, note, show, show_one, text
 from deploy.session import EPILOG, session
 from deploy.typed import ids, meters_called, parse_filter
 
@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Say what is counted: meters, their
 
 COLUMNS = ("name", "id", "aggregation", "filter", "unit", "archived_at")
 PATH = "/v1/meters/"
+SIGNS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "like": "~", "not_like": "!~"}
 
 Filter = Annotated[str | None, typer.Option("--filter", help="The filter as JSON.")]
 Where = Annotated[
@@ -44,7 +45,26 @@ def list_meters(context: typer.Context) -> None:
     """The organization's meters."""
     here = session(context)
     with here.api() as api:
-        show(list(api.pages(PATH)), COLUMNS, here.output)
+        meters = list(api.pages(PATH))
+    show([_in_words(meter) for meter in meters] if here.output is Output.table else meters, COLUMNS, here.output)
+
+
+def _in_words(meter: dict[str, Any]) -> dict[str, Any]:
+    """The meter as a person says it: ``sum(tokens)``, ``name = llm.call and tokens > 5``."""
+    aggregation = meter["aggregation"]
+    what = f"{aggregation['func']}({aggregation.get('property', '')})"
+    return meter | {"aggregation": what, "filter": _filter_in_words(meter["filter"])}
+
+
+def _filter_in_words(filter: dict[str, Any]) -> str:
+    parts = []
+    for clause in filter["clauses"]:
+        if "clauses" in clause:
+            parts.append(f"({_filter_in_words(clause)})")
+        else:
+            sign = SIGNS.get(clause["operator"], clause["operator"])
+            parts.append(f"{clause['property']} {sign} {text(clause['value'])}")
+    return f" {filter['conjunction']} ".join(parts)
 
 
 @app.command(epilog=EPILOG)

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import httpx
 
-from aggregator.api import Rules, create_app
+from aggregator.api import create_app
 from aggregator.owner import Aggregator
 from aggregator.store.opening import Settings
 from aggregator.view import Unavailable
@@ -28,7 +28,7 @@ from tests.aggregator.records import NOW, SMALL, entry, line
 from tests.waiting import PATIENCE_S
 
 T = TypeVar("T")
-AT_ONCE = Rules(settled_s=0)  # the clock stands while a test asks, so nothing is on its way
+AT_ONCE = 0.0  # the clock stands while a test asks, so nothing is on its way
 Json = Any
 
 
@@ -45,7 +45,7 @@ def exact_text(text: bytes) -> Json:
 class Server:
     """The app, in this process, with an event loop of its own; ``run`` lets a coroutine run on it."""
 
-    def __init__(self, path: Path, rules: Rules, settings: Settings) -> None:
+    def __init__(self, path: Path, settled_s: float, settings: Settings) -> None:
         self._runner = asyncio.Runner()
         self.now = NOW
         self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
@@ -56,7 +56,7 @@ class Server:
             lambda: self.now,
             lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
             self.aggregator.telemetry.text,
-            rules,
+            settled_s=settled_s,
             private_targets=True,
         )
         transport = httpx.ASGITransport(app=self.app)
@@ -197,9 +197,9 @@ class Tenant:
 
 
 @contextmanager
-def serving(path: Path, rules: Rules = AT_ONCE, settings: Settings = SMALL) -> Iterator[Server]:
+def serving(path: Path, settled_s: float = AT_ONCE, settings: Settings = SMALL) -> Iterator[Server]:
     """A running API without any organization."""
-    server = Server(path, rules, settings)
+    server = Server(path, settled_s, settings)
     try:
         yield server
     finally:

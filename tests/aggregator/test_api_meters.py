@@ -1,14 +1,12 @@
 """Meters over HTTP: made, listed, changed, locked, archived."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aggregator.api import Rules
 from tests.aggregator.records import NOW
-from tests.aggregator.serving import Server, Tenant, serving
+from tests.aggregator.serving import Server, Tenant
 
 EVERYTHING = {"conjunction": "and", "clauses": []}
 NOWHERE = "00000000-0000-4000-8000-00000000ffff"
@@ -155,14 +153,3 @@ def test_another_tenants_meter_does_not_exist(server: Server, tenant: Tenant) ->
         ]
         assert {answer.status_code for answer in answers} == {404}
         assert answers[0].json() == {"error": "ResourceNotFound", "detail": "Not found"}
-
-
-def test_billing_locks_a_meter(tmp_path: Path) -> None:
-    """What was billed fixes filter and aggregation, whose very mention is refused; other fields can be changed."""
-    with serving(tmp_path, Rules(is_billed=lambda _: True)) as server:
-        tenant = server.tenant()
-        path = f"/v1/meters/{tenant.meter()}"
-        for key in ("filter", "aggregation"):
-            refusal = tenant.refusal("PATCH", path, json={key: None})
-            assert refusal == (422, "PolarRequestValidationError", [("forbidden", ["body", key])])
-        assert tenant.patch(path, {"name": "Renamed"})["name"] == "Renamed"

@@ -10,8 +10,7 @@ from unittest.mock import patch
 import httpx
 import pytest
 
-from aggregator.api import Rules
-from aggregator.api.limits import PRESENT_S_MAX
+from aggregator.api.limits import PRESENT_S_MAX, SETTLED_S
 from meters.log import USAGE_EVENTS
 from tests.aggregator.polar_story import Polar, numbers
 from tests.aggregator.records import entry, line
@@ -24,7 +23,7 @@ INSTANT, SECOND = timedelta(milliseconds=1), timedelta(seconds=1)
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """An API that waits for usage on its way, as in production."""
-    with serving(tmp_path, Rules()) as server:
+    with serving(tmp_path, SETTLED_S) as server:
         yield server
 
 
@@ -87,7 +86,7 @@ def test_what_was_stamped_before_a_meter_begins_anew_counts_before_it(tenant: Te
         tenant.post(path, {})
     (row,) = tenant.get("/v1/customer-meters/")["items"]
     assert (row["consumed_units"], row["credited_units"]) == (0, 70 if by == "reset" else 170)
-    assert waits == [server.app.state.desk.rules.settled_s]
+    assert waits == [server.app.state.desk.settled_s]
 
 
 def test_a_cut_of_polars_waits_until_the_clock_here_has_passed_it(server: Server, tenant: Tenant) -> None:

@@ -8,6 +8,7 @@ DIFFERENCES: dict[str, str] = {
     "fv-int-2147483648": "integers of any size are taken in a filter: a 32-bit column is Polar's limit, not ours",
     "fv-float-1.5": "fractions are taken in a filter: prices are fractions, and here they are compared exactly",
     "fx-gte-bool-error": "ordering by a boolean is refused when the meter is made, instead of failing when it is read",
+    "mu-aggregation-locked": "nothing is billed here, so what a meter counts can always be changed",
     "inx-cost-float-noise": "a cost of more than 12 decimals is rounded: it is what 0.1 + 0.2 gives in a client",
 }
 

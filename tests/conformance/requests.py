@@ -21,10 +21,8 @@ def way(case: Case) -> str:
     match case["when"]["op"]:
         case "is_summable":
             sayable = False
-        case "update_meter":
-            sayable = not params["last_billed_event"]
         case (
-            "archive_meter" | "customer_meter" | "activation" | "rollover_units" | "benefit_steps"
+            "archive_meter" | "update_meter" | "customer_meter" | "activation" | "rollover_units" | "benefit_steps"
             | "metered_price_amount"
         ):  # fmt: skip
             sayable = True

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.ingest.running import RunningGateway
+from ingest.limits import HEAD_BYTES_MAX
+from tests.ingest.running import RunningGateway, receive_all
 from tests.waiting import eventually
 
 EVENT = {"name": "call", "external_customer_id": "ann", "metadata": {"tokens": 1}}
@@ -99,3 +100,28 @@ def test_a_client_that_leaves_within_its_body_holds_nothing(gateway: RunningGate
         connection.sendall(f"{head}content-length: 5000\r\n\r\n".encode() + b"x" * 1000)
         assert eventually(lambda: in_flight.bytes == 1000)
     assert eventually(lambda: in_flight.bytes == 0)
+
+
+BEHIND = {
+    "garbage": b"garbage\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n",
+    "another version": b"GET /livez HTTP/0.9\r\nhost: x\r\n\r\n",
+    "an endless head": b"GET /livez HTTP/1.1\r\nx: " + b"x" * HEAD_BYTES_MAX + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+@pytest.mark.parametrize("headers", [{}, NOT_SHORT], ids=["short way", "ASGI"])
+def test_what_came_whole_is_answered_whatever_follows_it(behind: bytes, headers: dict[str, str]) -> None:
+    """Its events may be in the log, so its sender hears of them; then the connection ends."""
+    with RunningGateway() as gateway:
+        content = body(EVENT)
+        named = {"host": "test", "content-length": str(len(content)), **gateway.authorization, **headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+                connection.sendall(f"POST /v1/events/ingest HTTP/1.1\r\n{head}\r\n".encode() + content + behind)
+                answer = receive_all(connection)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert answer.endswith(b'{"inserted":1,"duplicates":0}')
+        assert len(gateway.lines()) == 3

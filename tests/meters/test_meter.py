@@ -27,11 +27,11 @@ def made(**fields: Any) -> Meter | list[Any]:
     return new_meter(body, id="m", organization_id="o", created_at=NOW)
 
 
-def changed(body: object, *, locked: bool = False, meter: Meter | None = None) -> Meter | list[Any]:
+def changed(body: object, *, meter: Meter | None = None) -> Meter | list[Any]:
     """What comes of a change to the plain meter."""
     before = meter or made()
     assert isinstance(before, Meter)
-    return updated_meter(before, body, modified_at=LATER, locked=locked)
+    return updated_meter(before, body, modified_at=LATER)
 
 
 def test_a_meter_has_what_was_asked_for_and_defaults() -> None:
@@ -161,7 +161,7 @@ def test_archiving_twice_keeps_the_first_time() -> None:
     """And taking it out of the archive forgets it."""
     archived = changed({"is_archived": True})
     assert isinstance(archived, Meter)
-    again = updated_meter(archived, {"is_archived": True}, modified_at=datetime(2027, 1, 1, tzinfo=UTC), locked=False)
+    again = updated_meter(archived, {"is_archived": True}, modified_at=datetime(2027, 1, 1, tzinfo=UTC))
     assert isinstance(again, Meter)
     assert again.archived_at == LATER
     restored = changed({"is_archived": False}, meter=archived)
@@ -176,15 +176,6 @@ def test_a_label_can_be_cleared() -> None:
     cleared = changed({"custom_label": None, "custom_multiplier": None, "name": None}, meter=labelled)
     assert isinstance(cleared, Meter)
     assert (cleared.custom_label, cleared.custom_multiplier, cleared.name) == (None, None, "Tokens")
-
-
-@pytest.mark.parametrize("value", [None, BODY["filter"]])
-def test_what_was_billed_by_can_not_be_changed(value: object) -> None:
-    """The mention is enough, as with Polar; everything else may change."""
-    complaints = changed({"filter": value, "name": "Renamed"}, locked=True)
-    assert isinstance(complaints, list)
-    assert [(c["type"], c["loc"]) for c in complaints] == [("forbidden", ["body", "filter"])]
-    assert isinstance(changed({"name": "Renamed"}, locked=True), Meter)
 
 
 def test_is_archived_is_a_boolean() -> None:
