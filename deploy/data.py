@@ -120,6 +120,18 @@ class DataDirectory(msgspec.Struct, frozen=True):
         except (TryAgain, Refused, PositionLost) as error:
             raise GiveUp(f"{error}; `meterstream doctor --data {self.path}` looks closer") from error
 
+    def check_url(self) -> None:
+        """Raises GiveUp where no Kafka client can be made of the log's URL, whether brokers answer or not."""
+        if self.has_log:
+            return
+        from ingest.log.kafka_address import parse_address
+        from ingest.log.kafka_topics import Complaint, make_admin
+
+        try:
+            make_admin(parse_address(self.log_url, self.secrets), Complaint())
+        except ValueError as error:
+            raise GiveUp(f"--log: {error}", USAGE) from None
+
     def healing(self, remedy: str) -> str:
         """The remedy with the --data that its command needs here, which is none for the usual place."""
         if self.path == read_environment().data:

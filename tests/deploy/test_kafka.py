@@ -325,6 +325,30 @@ def test_serve_runs_both_on_brokers(log_url: str, installation: Installation) ->
     eventually(lambda: [e["name"] for e in installation.get("/v1/events/").json()["items"]] == ["served"])
 
 
+def test_serve_begins_without_its_brokers(tmp_path: Path, installation: Installation) -> None:
+    """It answers at once that it waits, makes the first token when they are there, and waits in the same way again."""
+    with own_brokers(tmp_path, start=False) as cluster:
+        log = ("--log", f"kafka://{cluster.bootstrap}")
+        installation.launch(*log)
+        waiting = eventually(lambda: "waiting_for" in (found := installation.get("/readyz")).json() and found)
+        assert waiting.status_code == 503
+        assert "do not answer" in waiting.json()["waiting_for"]
+        assert installation.get("/livez").status_code == 200
+        refused = installation.ingest(usage("too early"))
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+
+        cluster.start()
+        answer("kafka", "init", *log)
+        installation.await_first_token()
+        assert eventually(lambda: (taken := installation.ingest(usage("in time"))).status_code == 200 and taken)
+        assert installation.stop() == 0
+        cluster.stop()
+        installation.launch(*log)
+        again = eventually(lambda: "waiting_for" in (found := installation.get("/readyz")).json() and found)
+        assert again.status_code == 503
+        assert installation.stop() == 0
+
+
 def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
     """An aggregator that runs begins to read them by itself, and counts nothing twice."""
     before = apart.names(apart.ingest(apart.urls[0], usage("before more partitions")).headers["log-position"])
