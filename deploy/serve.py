@@ -6,9 +6,10 @@
 
 The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
 replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
-starts. Brokers that are away are waited for beside the children, which say so to whoever asks. A child that crashed is started again, at first at once, then with growing pauses, up to five seconds; a child
-that explains itself (exit code 1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the
-gateway goes first, so that nothing is taken in that nobody is left to count soon; what it took before is in the log.
+starts. Brokers that are away are waited for beside the children, which say so to whoever asks. A child that crashed is
+started again, at first at once, then with growing pauses, up to five seconds; a child that explains itself (exit code
+1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the gateway goes first, so that
+nothing is taken in that nobody is left to count soon; what it took before is in the log.
 
 Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe that nobody ever writes
 to and leaves when the other end is gone, and on Linux the kernel kills it besides (deploy/lifeline.py).
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import structlog
@@ -224,7 +226,8 @@ async def _supervise(
         asked = group.create_task(stop.wait())
         _greet(started)
         without_token = _beside(see_to_token)
-        await asyncio.wait([asked, without_token, *kept], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [asked, without_token, *kept]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         for child in (gateway, *others, aggregator):
             await child.stop()

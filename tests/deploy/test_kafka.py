@@ -304,6 +304,8 @@ def test_the_store_is_made_again_from_the_brokers(apart: Apart) -> None:
     tallies = answer("rebuild", *where)
     assert tallies["stored"] >= len(before)
     assert meterstream("doctor", *where).returncode == 0
+    assert meterstream("skip-lost", *where).returncode == 0
+    assert {(apart.folder / name).stat().st_mode & 0o077 for name in ("store.duckdb", "serve.lock")} == {0}
     apart.aggregator.start()
 
     eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
@@ -347,6 +349,18 @@ def test_serve_begins_without_its_brokers(tmp_path: Path, installation: Installa
         again = eventually(lambda: "waiting_for" in (found := installation.get("/readyz")).json() and found)
         assert again.status_code == 503
         assert installation.stop() == 0
+
+
+def test_the_doctor_tells_a_directory_that_was_mistyped(log_url: str, tmp_path: Path) -> None:
+    """Brokers answer whatever --data says; that there is no store is a finding, and none is made by looking."""
+    answer("kafka", "init", "--log", log_url)
+    answer("orgs", "create", "acme", "--log", log_url)
+    for place in (tmp_path / "mistyped", tmp_path):
+        found = answer("doctor", "--log", log_url, "--data", str(place), code=1)
+        [ill] = [row for row in found if row["heal"]]
+        assert (ill["part"], ill["found"]) == ("store", f"there is none in {place}")
+        assert "give the right --data" in ill["heal"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
