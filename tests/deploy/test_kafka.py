@@ -22,6 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
+from deploy.commands.kafka import measured
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
 from meters.partition_key import partition_key
@@ -325,6 +326,37 @@ def test_serve_runs_both_on_brokers(log_url: str, installation: Installation) ->
     installation.start("--log", log_url)
 
     eventually(lambda: [e["name"] for e in installation.get("/v1/events/").json()["items"]] == ["served"])
+
+
+def test_a_lag_that_nobody_knows_is_not_none(tmp_path: Path) -> None:
+    """While the brokers do not answer, the last look is shown with its age, and exit code 1."""
+    with own_brokers(tmp_path) as cluster:
+        place = Apart(f"kafka://{cluster.bootstrap}", tmp_path)
+        with contextlib.closing(place):
+            place.prepare()
+            place.start()
+            lag = ("lag", "--url", place.api_url)
+            eventually(lambda: meterstream(*lag).returncode == 0)
+            [node] = cluster.nodes
+            node.pause()
+            stale = eventually(lambda: (done := meterstream(*lag)).returncode == 1 and done)
+            node.resume()
+            assert re.search(r"this is as of \d+ s ago; the brokers do not answer", stale.stderr)
+            assert "records behind" not in stale.stdout + stale.stderr
+            eventually(lambda: meterstream(*lag).returncode == 0)
+
+
+def test_what_is_counted_is_no_further_than_the_end() -> None:
+    """The end is looked at now and then, and the position moves meanwhile."""
+    metrics = (
+        'meterstream_position{partition="0"} 12.0\nmeterstream_position{partition="1"} 4.0\n'
+        'meterstream_log_end{partition="0"} 10.0\nmeterstream_log_end{partition="1"} 7.0\n'
+        "meterstream_lag_looked_seconds 1790000000.5\n"
+    )
+    assert measured(metrics, "http://127.0.0.1") == (
+        [{"partition": 0, "position": 12, "end": 12, "lag": 0}, {"partition": 1, "position": 4, "end": 7, "lag": 3}],
+        1790000000.5,
+    )  # fmt: skip
 
 
 def test_serve_begins_without_its_brokers(tmp_path: Path, installation: Installation) -> None:
