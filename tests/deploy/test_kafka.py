@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -296,6 +297,20 @@ def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) ->
     assert apart.status(f"{apart.urls[0]}/v1/meters/") == 200
 
 
+def test_an_aggregator_says_that_its_address_is_taken(tmp_path: Path) -> None:
+    """Before it makes anything, and with one line, as a gateway does; so is an address that there is not."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = ("aggregate", "--log", "kafka://127.0.0.1:1", "--data", str(tmp_path))
+        port = str(taken.getsockname()[1])
+        done = [meterstream(*where, "--port", port), meterstream(*where, "--host", "no.such.invalid", "--port", port)]
+
+    assert [each.returncode for each in done] == [1, 2]
+    assert f"cannot listen on 127.0.0.1 port {port}" in done[0].stderr
+    assert "--host no.such.invalid: " in done[1].stderr
+    assert [len(each.stderr.splitlines()) for each in done] == [1, 1]
+    assert not (tmp_path / "store.duckdb").exists()
+
+
 def test_the_store_is_made_again_from_the_brokers(apart: Apart) -> None:
     """Without a server, `rebuild` counts the topics anew, `doctor` finds nothing wrong, and answers are the same."""
     position = apart.ingest(apart.urls[0], usage("before the rebuild")).headers["log-position"]
@@ -349,7 +364,9 @@ def test_a_lag_that_nobody_knows_is_not_none(tmp_path: Path) -> None:
 def test_what_is_counted_is_no_further_than_the_end() -> None:
     """The end is looked at now and then, and the position moves meanwhile."""
     metrics = (
+        "# TYPE meterstream_position gauge\n"
         'meterstream_position{partition="0"} 12.0\nmeterstream_position{partition="1"} 4.0\n'
+        "# TYPE meterstream_log_end gauge\n"
         'meterstream_log_end{partition="0"} 10.0\nmeterstream_log_end{partition="1"} 7.0\n'
         "meterstream_lag_looked_seconds 1790000000.5\n"
     )
