@@ -7,16 +7,23 @@ import socket
 import structlog
 
 from deploy.data import data_directory
+from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.listening import listen, url
 from deploy.logs import configure_logs
 from deploy.settings import Settings
 from ingest.server import ServerSettings
 from ingest.server import run as run_server
+from ingest.tail import Unfollowable
 
 # Objects made between two looks for cycles. A request makes hundreds that are gone with its answer, and none of them is
 # in a cycle; at Python's own 700 an event cost about a tenth more CPU.
 GARBAGE_THRESHOLD = 100_000
+
+LOOK_CLOSER = (
+    "bring that stream back if anything has it; a gateway that is started again reads the one there is, "
+    "and `meterstream doctor` looks closer"
+)
 
 NICENESS_BESIDE_AGGREGATOR = 5
 """Where both share a machine and want all of it, events are taken a little more slowly instead of being counted ever
@@ -48,6 +55,8 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
             ),
             [_own_listener(settings) if listener is None else socket.socket(fileno=listener)],
         )
+    except Unfollowable as error:
+        raise GiveUp(f"{error}; {LOOK_CLOSER}") from error
     finally:
         log.close()
 

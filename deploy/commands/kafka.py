@@ -46,9 +46,11 @@ def init(
         {"topic": each.topic, "subject": each.subject, "done": each.done, "wrong": each.wrong} for each in found
     ]
     show(rows, ("topic", "subject", "done", "wrong"), here.output)
-    wrong = sum(bool(each.wrong) for each in found)
+    wrong = [each for each in found if each.wrong]
     if wrong:
-        raise GiveUp(f"{wrong} settings are not as they should be; --repair changes what can be changed", FAILED)
+        helps = any(each.is_repairable for each in wrong)
+        way = "--repair changes what can be changed" if helps else "no --repair helps"
+        raise GiveUp(f"not as it should be in {len(wrong)} places, which the last column names; {way}", FAILED)
     note("The topics are as they should be.")
 
 

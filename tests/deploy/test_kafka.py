@@ -1,11 +1,9 @@
 """The commands over a real Kafka: topics made and compared, gateways and an aggregator apart, records of strangers."""
 
 import contextlib
-import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,9 +21,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from deploy.commands.kafka import measured
 from ingest.log import open_log
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.partition_key import partition_key
 from tests.deploy.apart import PARTITIONS, Apart, answer, usage
 from tests.deploy.installation import PATIENCE_S, Installation, meterstream
@@ -37,14 +34,6 @@ from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
 from tests.ports import take_port
 from tests.waiting import eventually
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def log_url(kafka: Cluster) -> str:
-    """A place on the run's broker where no topics are yet."""
-    return f"kafka://{kafka.bootstrap}/deploy-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +68,8 @@ def test_topics_are_made_once_and_compared_after(kafka: Cluster, log_url: str) -
     assert (row["topic"], row["subject"], row["done"], row["wrong"]) == (
         topic, "retention.ms", "left at 3600000", "should be -1"
     )  # fmt: skip
-    assert meterstream("kafka", "init", "--log", log_url).returncode == 1
+    left = meterstream("kafka", "init", "--log", log_url)
+    assert (left.returncode, "--repair changes what can be changed" in left.stderr) == (1, True)
     assert meterstream("kafka", "init", "--log", log_url, "--repair").returncode == 0
     eventually(lambda: not wrong())
 
@@ -89,7 +79,9 @@ def test_a_number_of_partitions_is_not_changed_behind_anyones_back(log_url: str)
     answer("kafka", "init", "--log", log_url, "--partitions", "3")
 
     rows = answer("kafka", "init", "--log", log_url, "--partitions", "5", code=1)
-    assert "has 3 partitions and not 5" in rows[0]["wrong"]
+    assert "has 3 partitions and not 5: kafka-topics.sh --alter adds some" in rows[0]["wrong"]
+    again = meterstream("kafka", "init", "--log", log_url, "--partitions", "5")
+    assert "; no --repair helps" in again.stderr
     assert answer("kafka", "init", "--log", log_url)[0]["wrong"] == ""
 
 
@@ -297,20 +289,6 @@ def test_a_second_aggregator_on_the_same_data_says_who_is_there(apart: Apart) ->
     assert apart.status(f"{apart.urls[0]}/v1/meters/") == 200
 
 
-def test_an_aggregator_says_that_its_address_is_taken(tmp_path: Path) -> None:
-    """Before it makes anything, and with one line, as a gateway does; so is an address that there is not."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        where = ("aggregate", "--log", "kafka://127.0.0.1:1", "--data", str(tmp_path))
-        port = str(taken.getsockname()[1])
-        done = [meterstream(*where, "--port", port), meterstream(*where, "--host", "no.such.invalid", "--port", port)]
-
-    assert [each.returncode for each in done] == [1, 2]
-    assert f"cannot listen on 127.0.0.1 port {port}" in done[0].stderr
-    assert "--host no.such.invalid: " in done[1].stderr
-    assert [len(each.stderr.splitlines()) for each in done] == [1, 1]
-    assert not (tmp_path / "store.duckdb").exists()
-
-
 def test_the_store_is_made_again_from_the_brokers(apart: Apart) -> None:
     """Without a server, `rebuild` counts the topics anew, `doctor` finds nothing wrong, and answers are the same."""
     position = apart.ingest(apart.urls[0], usage("before the rebuild")).headers["log-position"]
@@ -343,75 +321,6 @@ def test_serve_runs_both_on_brokers(log_url: str, installation: Installation) ->
     eventually(lambda: [e["name"] for e in installation.get("/v1/events/").json()["items"]] == ["served"])
 
 
-def test_a_lag_that_nobody_knows_is_not_none(tmp_path: Path) -> None:
-    """While the brokers do not answer, the last look is shown with its age, and exit code 1."""
-    with own_brokers(tmp_path) as cluster:
-        place = Apart(f"kafka://{cluster.bootstrap}", tmp_path)
-        with contextlib.closing(place):
-            place.prepare()
-            place.start()
-            lag = ("lag", "--url", place.api_url)
-            eventually(lambda: meterstream(*lag).returncode == 0)
-            [node] = cluster.nodes
-            node.pause()
-            stale = eventually(lambda: (done := meterstream(*lag)).returncode == 1 and done)
-            node.resume()
-            assert re.search(r"this is as of \d+ s ago; the brokers do not answer", stale.stderr)
-            assert "records behind" not in stale.stdout + stale.stderr
-            eventually(lambda: meterstream(*lag).returncode == 0)
-
-
-def test_what_is_counted_is_no_further_than_the_end() -> None:
-    """The end is looked at now and then, and the position moves meanwhile."""
-    metrics = (
-        "# TYPE meterstream_position gauge\n"
-        'meterstream_position{partition="0"} 12.0\nmeterstream_position{partition="1"} 4.0\n'
-        "# TYPE meterstream_log_end gauge\n"
-        'meterstream_log_end{partition="0"} 10.0\nmeterstream_log_end{partition="1"} 7.0\n'
-        "meterstream_lag_looked_seconds 1790000000.5\n"
-    )
-    assert measured(metrics, "http://127.0.0.1") == (
-        [{"partition": 0, "position": 12, "end": 12, "lag": 0}, {"partition": 1, "position": 4, "end": 7, "lag": 3}],
-        1790000000.5,
-    )  # fmt: skip
-
-
-def test_serve_begins_without_its_brokers(tmp_path: Path, installation: Installation) -> None:
-    """It answers at once that it waits, makes the first token when they are there, and waits in the same way again."""
-    with own_brokers(tmp_path, start=False) as cluster:
-        log = ("--log", f"kafka://{cluster.bootstrap}")
-        installation.launch(*log)
-        waiting = eventually(lambda: "waiting_for" in (found := installation.get("/readyz")).json() and found)
-        assert waiting.status_code == 503
-        assert "do not answer" in waiting.json()["waiting_for"]
-        assert installation.get("/livez").status_code == 200
-        refused = installation.ingest(usage("too early"))
-        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
-
-        cluster.start()
-        answer("kafka", "init", *log)
-        installation.await_first_token()
-        assert eventually(lambda: (taken := installation.ingest(usage("in time"))).status_code == 200 and taken)
-        assert installation.stop() == 0
-        cluster.stop()
-        installation.launch(*log)
-        again = eventually(lambda: "waiting_for" in (found := installation.get("/readyz")).json() and found)
-        assert again.status_code == 503
-        assert installation.stop() == 0
-
-
-def test_the_doctor_tells_a_directory_that_was_mistyped(log_url: str, tmp_path: Path) -> None:
-    """Brokers answer whatever --data says; that there is no store is a finding, and none is made by looking."""
-    answer("kafka", "init", "--log", log_url)
-    answer("orgs", "create", "acme", "--log", log_url)
-    for place in (tmp_path / "mistyped", tmp_path):
-        found = answer("doctor", "--log", log_url, "--data", str(place), code=1)
-        [ill] = [row for row in found if row["heal"]]
-        assert (ill["part"], ill["found"]) == ("store", f"there is none in {place}")
-        assert "give the right --data" in ill["heal"]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
     """An aggregator that runs begins to read them by itself, and counts nothing twice."""
     before = apart.names(apart.ingest(apart.urls[0], usage("before more partitions")).headers["log-position"])
@@ -426,3 +335,16 @@ def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
 
     eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
     assert apart.names(f"{PARTITIONS}:1") == before | {"in the new one"}
+
+
+def test_a_partition_that_was_added_to_the_decisions_does_no_harm(kafka: Cluster, apart: Apart) -> None:
+    """Gateways and aggregator go on; decisions are made and heard of as before."""
+    admin = kafka.admin()
+    admin.create_partitions([NewPartitions(USAGE_CONTROL, 2)])[USAGE_CONTROL].result(30)
+    eventually(lambda: all("usage.control has 2 partitions, and had 1" in each.output for each in apart.gateways))
+    token = apart.new_token()
+
+    eventually(lambda: all(apart.ingest(url, usage("after"), token=token).status_code == 200 for url in apart.urls))
+    eventually(lambda: apart.status(f"{apart.urls[0]}/v1/meters/", token) == 200)
+    rows = answer("kafka", "init", "--log", apart.log_url, code=1)
+    assert [row["wrong"] for row in rows if row["wrong"]] == ["has 2 partitions and not 1: Kafka cannot take any away"]
