@@ -46,6 +46,7 @@ def test_a_gateway_ends_where_decisions_were_deleted_and_made_again(
     assert last.startswith("meterstream: the decisions cannot be followed from 0:0: ")
     assert "was deleted and made again; bring that stream back" in last
     assert "Traceback" not in gateway.output
+    assert "reads_are_answered_503" in gateway.output  # there is no --upstream
 
 
 def test_an_aggregator_says_that_its_address_is_taken(tmp_path: Path) -> None:
@@ -129,3 +130,26 @@ def test_the_doctor_tells_a_directory_that_was_mistyped(log_url: str, tmp_path: 
         assert (ill["part"], ill["found"]) == ("store", f"there is none in {place}")
         assert "give the right --data" in ill["heal"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_aggregator_says_once_what_it_waits_for(log_url: str, tmp_path: Path) -> None:
+    """It tries again and again until its topics are there, and then counts."""
+    port = take_port()
+    where = ["--log", log_url, "--port", str(port), "--data", str(tmp_path / "data")]
+    aggregator = Process("first", ["aggregate", *where], tmp_path)
+    aggregator.start()
+
+    def failures() -> int:
+        with contextlib.suppress(httpx.TransportError):
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            return int(float(metrics.partition("\nmeterstream_engine_failures_total ")[2].partition("\n")[0]))
+        return 0
+
+    try:
+        eventually(lambda: failures() >= 3)
+        assert aggregator.output.count('"event": "engine_ended"') == 1
+        assert "`meterstream kafka init` makes it" in aggregator.output
+        answer("kafka", "init", "--log", log_url)
+        eventually(lambda: meterstream("lag", "--url", f"http://127.0.0.1:{port}").returncode == 0)
+    finally:
+        aggregator.stop()
