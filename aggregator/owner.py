@@ -10,6 +10,7 @@ process must stop too, and a new one goes on.
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +34,11 @@ from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
 RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
 RESTART_DELAY_MAX_S = 10.0
+OPENING_DELAY_MAX_S = 3.0  # between two tries to open what is away: brokers, topics, room on a disk
 _LOOK_S = 0.1  # how soon a stop is heard
 QUESTIONS_AT_ONCE = 4  # to the log about its ends; one that is away takes seconds to say so
 DECISION_TIMEOUT_S = 30.0  # a decision is durable at once; this long we wait for it to be applied
+_NUMBER = re.compile(r"\d+")
 FINAL = (Replaced, PositionLost, Unopenable)
 
 logger = structlog.get_logger("aggregator")
@@ -55,6 +58,7 @@ class Aggregator:
         self.telemetry = Telemetry()
         self.ended = threading.Event()
         self.failure: Exception | None = None
+        self._said: set[str] = set()  # why engines ended since the last commit: each reason is told once
 
     def start(self) -> None:
         """Open the store and begin to follow the log. Raises Unopenable, with the way on in its message.
@@ -102,6 +106,8 @@ class Aggregator:
             if engine is not None:
                 self._until_ended(engine)
                 delay_s = RESTART_DELAY_S if engine.rounds else min(2 * delay_s, RESTART_DELAY_MAX_S)
+            else:
+                delay_s = min(2 * delay_s, OPENING_DELAY_MAX_S)
             engine = None  # it holds an index of all identities, and the next one makes its own
             self._stop.wait(delay_s)
         self.ended.set()
@@ -131,13 +137,17 @@ class Aggregator:
         self.telemetry.restarts.inc()
         final = isinstance(failure, (*FINAL, StillRead))
         what = "aggregator_stopped" if final else "engine_ended"
-        logger.error(what, reason=str(failure), kind=type(failure).__name__)
+        known = _NUMBER.sub("", str(failure))  # a client says, too, after how many milliseconds it was
+        if final or known not in self._said:
+            logger.error(what, reason=str(failure), kind=type(failure).__name__)
+        self._said.add(known)
         _forget_frames(failure)
         if final:
             self._stop.set()
 
     def _observed(self, committed: Committed) -> None:
         self.failure = None
+        self._said.clear()
         self.telemetry.observe(committed)
         self._release()
 

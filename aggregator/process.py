@@ -42,8 +42,11 @@ SHUTDOWN_DEADLINE_S = 10  # requests get this to finish at a stop, as at the gat
 _WATCH_S = 0.2  # how often the server looks whether the aggregator ended for good
 
 
+Listener = socket.socket  # which is the name of a field below
+
+
 class Process(NamedTuple):
-    """Where the process works. ``socket`` is a unix socket's path; ``host``/``port`` are used when it is None.
+    """Where the process works. ``socket`` is a unix socket's path; ``listener``, which is bound, is used without one.
 
     ``lending`` is a unix socket's path, too: there gateways lend connections (``aggregator.api.borrowed``).
     ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
@@ -54,8 +57,7 @@ class Process(NamedTuple):
     store: Path
     socket: Path | None = None
     lending: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = 0
+    listener: Listener | None = None
     settings: Settings = MODEST
     housekeeping: Callable[[Mapping[int, int]], None] | None = None
     forwarding: Path | None = None
@@ -129,16 +131,16 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
     sender = Sender(app.state.desk, private_allowed=process.private_targets)
     if process.socket:
         _close_to_others(process.socket)
-    where = {"uds": str(process.socket)} if process.socket else {"host": process.host, "port": process.port}
     config = uvicorn.Config(
         app, log_config=None, access_log=False, loop="uvloop", http=front(app.state.desk), ws="none", lifespan="off",
-        proxy_headers=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S, **where,
+        proxy_headers=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
+        uds=str(process.socket) if process.socket else None,
     )  # fmt: skip
     server = _Server(config, process, app.state.desk, aggregator.telemetry)
     try:
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
-            await server.serve()
+            await server.serve([process.listener] if process.listener else None)
             for task in beside:
                 task.cancel()
     finally:

@@ -21,7 +21,7 @@ from aggregator.store.store import Replaced
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
-from deploy.listening import url
+from deploy.listening import bind, url
 from deploy.logs import configure_logs
 from deploy.settings import Settings
 from ingest.log import clock_us
@@ -45,12 +45,14 @@ def run(settings: Settings, lifeline: int | None) -> None:
 
 
 def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
+    # First of all, so that an address that is taken is said before anything is made. Its gateways are elsewhere.
+    listener = bind(settings.host, settings.port) if alone and not data.has_log else None
     log = data.open_log()
     try:
         days = settings.retention_days if data.has_log else 0  # brokers see to their own
         process = Process(store=data.store, housekeeping=trimming(log, days, clock_us) if days else None)
-        if alone and not data.has_log:  # its gateways are elsewhere
-            process = process._replace(host=settings.host, port=settings.port)
+        if listener is not None:
+            process = process._replace(listener=listener)
         else:
             data.socket.unlink(missing_ok=True)  # left over from a process that was killed
             process = process._replace(socket=data.socket, lending=data.lending)

@@ -36,7 +36,7 @@ SECRET_BYTES = 32  # 256 bits, more than anybody can guess
 
 
 class NotYet(GiveUp):
-    """The log cannot be read now; it may be soon."""
+    """The log cannot be read or written now; it may be soon."""
 
 
 class Control:
@@ -53,7 +53,7 @@ class Control:
         try:
             asyncio.run(self._log.append(USAGE_CONTROL, [entry]))
         except TryAgain as error:
-            raise GiveUp(f"the log cannot take this now ({error}); try again") from None
+            raise NotYet(f"the log cannot take this now ({error}); try again") from None
         for change in changes:
             self.catalogue.apply(change)
 
@@ -126,14 +126,13 @@ def new_token(
     )
 
 
-def first_start(control: Control, secret: str | None) -> str | None:
-    """Make an organization with a token where there is none yet; the token's secret if it is new."""
+def first_start(control: Control, secret: str) -> str | None:
+    """Make an organization with a token of this secret where there is none yet; the secret if it is new."""
     if control.catalogue.organizations:
         return None
     organization = new_organization("default")
-    chosen = secret or new_secret()
-    control.decide([OrganizationCreated(organization), TokenCreated(new_token(organization, "first", chosen))])
-    return chosen
+    control.decide([OrganizationCreated(organization), TokenCreated(new_token(organization, "first", secret))])
+    return secret
 
 
 def revoked(token: Token) -> TokenRevoked:

@@ -35,6 +35,7 @@ SOCKET_PATH_BYTES_MAX = 103
 # A server that was killed leaves its lock when the kernel has ended its children: milliseconds, unless it is busy.
 LOCK_PATIENCE_S = 3.0
 REBUILD = "meterstream rebuild"
+AS_OWNER = "run this as the user that the server runs as"
 # What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
 PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
 
@@ -120,6 +121,18 @@ class DataDirectory(msgspec.Struct, frozen=True):
         except (TryAgain, Refused, PositionLost) as error:
             raise GiveUp(f"{error}; `meterstream doctor --data {self.path}` looks closer") from error
 
+    def check_url(self) -> None:
+        """Raises GiveUp where no Kafka client can be made of the log's URL, whether brokers answer or not."""
+        if self.has_log:
+            return
+        from ingest.log.kafka_address import parse_address
+        from ingest.log.kafka_topics import Complaint, make_admin
+
+        try:
+            make_admin(parse_address(self.log_url, self.secrets), Complaint())
+        except ValueError as error:
+            raise GiveUp(f"--log: {error}", USAGE) from None
+
     def healing(self, remedy: str) -> str:
         """The remedy with the --data that its command needs here, which is none for the usual place."""
         if self.path == read_environment().data:
@@ -138,14 +151,29 @@ class DataDirectory(msgspec.Struct, frozen=True):
         try:
             is_there = not self.has_log or self.log.exists()
         except OSError as error:
-            message = f"cannot look into {self.path}: {error.strerror}; run this as the user that the server runs as"
-            raise GiveUp(message) from None
+            raise GiveUp(f"cannot look into {self.path}: {error.strerror}; {AS_OWNER}") from None
         if not is_there:
             self._refuse_lost_log()
             raise GiveUp(
                 f"there is no Meterstream data in {self.path}; start one with `meterstream serve --data {self.path}`, "
                 "or name the right place with --data"
             )
+
+    def require_directory(self) -> None:
+        """Raises GiveUp when there is no directory: with the log on Kafka nothing else tells that it was mistyped."""
+        if not self.path.is_dir():
+            raise GiveUp(f"there is no directory {self.path}; name the right place with --data, or make it first")
+
+    def require_store(self) -> None:
+        """Raises GiveUp when there is no store here."""
+        try:
+            is_there = bool(self.store.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError as error:
+            raise GiveUp(f"cannot look into {self.path}: {error.strerror}; {AS_OWNER}") from None
+        if not is_there:
+            raise GiveUp(f"there is no store in {self.path}; name the right place with --data")
 
     def give_to_owner(self, made: Path | int) -> None:
         """What root makes in the directory is its owner's, or the server that runs as that user could not open it."""

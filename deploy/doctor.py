@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from deploy.control import READ_BYTES, Control, NotYet
-from deploy.data import PUT_BACK, DataDirectory
+from deploy.data import AS_OWNER, PUT_BACK, DataDirectory
 from deploy.giving_up import GiveUp
+from deploy.private import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
 
 if TYPE_CHECKING:
     from aggregator.store.opening import Unopenable
     from aggregator.store.store import Store
 
-AS_OWNER = "run this as the user that the server runs as"
 ROOM_OR_OWNER = f"make room on its disk, or {AS_OWNER}, then look again"
 MEND_URL = "mend --log (or METERSTREAM_LOG and what belongs to it), then look again"
 NAME_IT = (
@@ -30,6 +30,7 @@ NO_REBUILD = "retention has removed records of the log, so that a rebuild refuse
 GO_BACK = f"start the version that made it; {NO_REBUILD}"
 BRING_BACK = f"restore the whole directory from a backup; {NO_REBUILD}"
 REMOVE_UNFINISHED = "remove it: a part of a store is of no use, and the next rebuild begins anew"
+NO_STORE = "give the right --data; the first start of `meterstream serve` or `meterstream aggregate` makes one there"
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
@@ -169,8 +170,13 @@ def _read_through(log: Log, stream: str, progress: Callable[[int], None]) -> Non
 
 
 def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
+    from deploy.rebuild import fresh_store
+
     try:
-        with data.hold("look into the store"):
+        if not (data.has_log or data.store.exists() or fresh_store(data).exists()):
+            yield _no_store(data)  # and nothing is made in what may be the wrong place
+            return
+        with data.hold("look into the store"), private_files():
             yield from _unfinished(data)
             yield from _open_store(data, log, known)
     except GiveUp as error:
@@ -226,7 +232,7 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
     from aggregator.store.store import Store
 
     if not data.store.exists():
-        yield Finding("store", "there is none yet; the next start makes it from the log")
+        yield _no_store(data)
         return
     identities = {stream: log.identity(stream) for stream in (USAGE_EVENTS, USAGE_CONTROL)}
     with contextlib.ExitStack() as opened:
@@ -249,6 +255,13 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             yield Finding("store and log", broken, newest)
         if known is not None:
             yield _strangers(store, known)
+
+
+def _no_store(data: DataDirectory) -> Finding:
+    """A log that is a file is beside its store, which is only not made yet; brokers say nothing of where a store is."""
+    if data.has_log:
+        return Finding("store", "there is none yet; the next start makes it from the log")
+    return Finding("store", f"there is none in {data.path}", NO_STORE)
 
 
 def _strangers(store: "Store", known: Collection[str]) -> Finding:

@@ -7,16 +7,25 @@ import socket
 import structlog
 
 from deploy.data import data_directory
+from deploy.giving_up import GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
 from deploy.listening import listen, url
 from deploy.logs import configure_logs
 from deploy.settings import Settings
 from ingest.server import ServerSettings
 from ingest.server import run as run_server
+from ingest.tail import Unfollowable
 
 # Objects made between two looks for cycles. A request makes hundreds that are gone with its answer, and none of them is
 # in a cycle; at Python's own 700 an event cost about a tenth more CPU.
 GARBAGE_THRESHOLD = 100_000
+
+LOOK_CLOSER = (
+    "bring that stream back if anything has it; a gateway that is started again reads the one there is, "
+    "and `meterstream doctor` looks closer"
+)
+
+UPSTREAM_IS_GIVEN = "the aggregator is named with --upstream http://HOST:PORT (or METERSTREAM_UPSTREAM)"
 
 NICENESS_BESIDE_AGGREGATOR = 5
 """Where both share a machine and want all of it, events are taken a little more slowly instead of being counted ever
@@ -33,6 +42,8 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
     data = data_directory(settings)
     if data.has_log:
         data.make()
+    elif listener is None and not settings.upstream:
+        structlog.get_logger("deploy.gateway").warning("reads_are_answered_503", until=UPSTREAM_IS_GIVEN)
     log = data.open_log()
     gc.freeze()  # what is loaded by now stays
     gc.set_threshold(GARBAGE_THRESHOLD, 50, 100)
@@ -48,6 +59,8 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
             ),
             [_own_listener(settings) if listener is None else socket.socket(fileno=listener)],
         )
+    except Unfollowable as error:
+        raise GiveUp(f"{error}; {LOOK_CLOSER}") from error
     finally:
         log.close()
 

@@ -38,6 +38,7 @@ def rebuild(
     the log cannot be read to its end.
     """
     data.require()
+    data.require_directory()
     fresh = fresh_store(data)
     with data.hold("rebuild the store"), private_files(), _nothing_left(fresh):
         log = data.open_log()

@@ -6,9 +6,10 @@
 
 The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
 replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
-starts. A child that crashed is started again, at first at once, then with growing pauses, up to five seconds; a child
-that explains itself (exit code 1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the
-gateway goes first, so that nothing is taken in that nobody is left to count soon; what it took before is in the log.
+starts. Brokers that are away are waited for beside the children, which say so to whoever asks. A child that crashed is
+started again, at first at once, then with growing pauses, up to five seconds; a child that explains itself (exit code
+1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the gateway goes first, so that
+nothing is taken in that nobody is left to count soon; what it took before is in the log.
 
 Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe that nobody ever writes
 to and leaves when the other end is gone, and on Linux the kernel kills it besides (deploy/lifeline.py).
@@ -22,12 +23,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import structlog
 
-from deploy.control import NotYet, first_start, open_control, was_started_before
+from deploy.control import NotYet, first_start, new_secret, open_control, was_started_before
 from deploy.data import DataDirectory, data_directory
 from deploy.giving_up import FAILED, USAGE, GiveUp
 from deploy.lifeline import leave_when_asked, live_no_longer_than_supervisor
@@ -113,7 +115,7 @@ class Started(msgspec.Struct, frozen=True):
 
     url: str
     data: str
-    secret: str | None  # of the token that this start made
+    secret: str | None  # of the token that this start made; over Kafka that comes later
     given: str  # what stands for a secret that was given, where it works; empty if it was drawn here
 
 
@@ -122,10 +124,11 @@ def run(settings: Settings, lifeline: int | None) -> None:
     configure_logs("serve", settings.log_level)
     if lifeline is not None:
         live_no_longer_than_supervisor(lifeline)
-    leave_when_asked()  # until the loop minds signals: it may wait long for brokers first
+    leave_when_asked()  # until the loop minds signals
     data = data_directory(settings)
     with data.hold("serve") as lock, contextlib.closing(listen(settings.host, settings.port)) as listener:
-        secret = _first_secret(data, settings)
+        data.check_url()
+        secret = _first_secret(data, settings) if data.has_log else None  # brokers may be away for any time
         address = url(settings.host, listener.getsockname()[1])
         started = Started(address, str(data.path), secret, _given(settings))
         lifeline, held_end = os.pipe()
@@ -133,9 +136,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
             children = _children(data, listener, lifeline, lock)
             if settings.polar_token:
                 children += (_forwarder(data, lifeline, lock),)
-            if settings.token and secret is None:
-                threading.Thread(target=_doubt, args=(data, settings.token), daemon=True).start()
-            failure = asyncio.run(_supervise(children, started))
+            failure = asyncio.run(_supervise(children, started, lambda: _see_to_token(data, settings, started)))
         finally:
             os.close(held_end)
             os.close(lifeline)
@@ -150,21 +151,34 @@ def _given(settings: Settings) -> str:
     return "$METERSTREAM_TOKEN" if settings.token == read_environment().token else "<the token you gave>"
 
 
+def _see_to_token(data: DataDirectory, settings: Settings, started: Started) -> None:
+    """What may wait for brokers, or long: the first token, or to say that the given one is not known. Raises GiveUp."""
+    secret = None if data.has_log else _first_secret(data, settings)
+    if secret is not None:
+        _show_token(started, secret)
+    elif settings.token and started.secret is None:
+        _doubt(data, settings.token)
+
+
 def _first_secret(data: DataDirectory, settings: Settings) -> str | None:
     """The secret of the first token, if this start made it. Waits for brokers that are away. Raises GiveUp."""
-    told = False
+    secret = settings.token or new_secret()
+    is_asked, is_told = False, False
     while True:
         try:
-            if was_started_before(data):
+            if not is_asked and was_started_before(data):
                 return None
             with open_control(data, create=True) as control:
-                return first_start(control, settings.token)
+                if is_asked and digest(secret) in control.catalogue.tokens:
+                    return secret  # the brokers took it without saying so in time
+                is_asked = True
+                return first_start(control, secret)
         except NotYet as reason:
             if data.has_log:
                 raise
-            if not told:
+            if not is_told:
                 logger.warning("waiting_for_the_log", reason=str(reason))
-            told = True
+            is_told = True
             time.sleep(BROKERS_LOOK_S)
 
 
@@ -199,7 +213,9 @@ def _forwarder(data: DataDirectory, lifeline: int, lock: int) -> Child:
     return Child("forwarder", command, (lifeline, lock), is_vital=False)
 
 
-async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | None:
+async def _supervise(
+    children: tuple[Child, ...], started: Started, see_to_token: Callable[[], None]
+) -> Exception | None:
     """Run all until one is beyond help or a signal comes. Stopped in order: gateway, whatever else, aggregator."""
     gateway, aggregator, *others = children
     stop = asyncio.Event()
@@ -209,19 +225,43 @@ async def _supervise(children: tuple[Child, ...], started: Started) -> GiveUp | 
         kept = [group.create_task(child.keep()) for child in children]
         asked = group.create_task(stop.wait())
         _greet(started)
-        await asyncio.wait([asked, *kept], return_when=asyncio.FIRST_COMPLETED)
+        without_token = _beside(see_to_token)
+        ends: list[asyncio.Future[Any]] = [asked, without_token, *kept]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         for child in (gateway, *others, aggregator):
             await child.stop()
+    if without_token.done():
+        return without_token.result()
     return next((failure for task in kept if (failure := task.result())), None)
 
 
+def _beside(work: Callable[[], None]) -> "asyncio.Future[Exception]":
+    """What the work raises, if it does. It has a thread that no stop waits for: brokers take seconds to be away."""
+    loop = asyncio.get_running_loop()
+    failed: asyncio.Future[Exception] = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody asks any more
+                loop.call_soon_threadsafe(failed.set_result, error)
+
+    threading.Thread(target=run, name="token", daemon=True).start()
+    return failed
+
+
 def _greet(started: Started) -> None:
-    """The one place that shows a secret: on stdout, apart from the logs, when the token is made."""
+    """Say where it listens, on stdout, apart from the logs; and the token, where it is made already."""
     print(f"Meterstream listens on {started.url}, data in {started.data}. Ctrl-C stops it.", flush=True)
-    if started.secret is None:
-        return
-    token = started.given or started.secret
+    if started.secret is not None:
+        _show_token(started, started.secret)
+
+
+def _show_token(started: Started, secret: str) -> None:
+    """The one place that shows a secret: when the token is made."""
+    token = started.given or secret
     quote = '"' if started.given else "'"
     event = '{"events":[{"name":"llm.call","external_customer_id":"ada","metadata":{"tokens":812}}]}'
     shown = "Its token is the one you gave.\n" if started.given else f"Its token, shown this once:\n\n  {token}\n"

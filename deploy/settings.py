@@ -86,12 +86,23 @@ def _own(kind: type, value: Any) -> Any:
     return value if isinstance(value, kind) else kind(value)
 
 
+# What to say of a setting in place of a regular expression.
+_IN_WORDS = {
+    "log": "an empty value for a file in the data, or kafka://HOST:PORT[,HOST:PORT...]",
+    "upstream": "an empty value, http://HOST:PORT or https://HOST:PORT",
+    "polar_server": "production, sandbox, or an address that begins with http:// or https://",
+}
+
+
 def _checked(fields: dict[str, Any], name: Callable[[str], str]) -> Settings:
     try:
         return msgspec.convert(fields, Settings, strict=False, dec_hook=_own)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
-        raise GiveUp(f"{name(path.rstrip('`'))}: {reason}", USAGE) from None
+        field = path.rstrip("`")
+        if "matching regex" in reason:
+            reason = f"Expected {_IN_WORDS[field]}"
+        raise GiveUp(f"{name(field)}: {reason}", USAGE) from None
 
 
 def _variable(field: str) -> str:

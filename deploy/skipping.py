@@ -7,13 +7,19 @@ from aggregator.store.skipping import Lost, find_lost, skip
 from aggregator.store.store import Store, prepare_partitions
 from deploy.data import DataDirectory
 from deploy.giving_up import GiveUp
+from deploy.private import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, TryAgain
 
 
 def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
-    """What is lost; skipped if ``sure``. Raises GiveUp while a server runs, and for decisions, which are needed."""
+    """What is lost; skipped if ``sure``.
+
+    Raises GiveUp while a server runs, where there is no store that could lack anything, and for decisions, which are
+    needed.
+    """
     data.require()
-    with data.hold("skip records"), contextlib.closing(data.open_log()) as log:
+    data.require_store()
+    with data.hold("skip records"), private_files(), contextlib.closing(data.open_log()) as log:
         try:
             streams = (USAGE_EVENTS, USAGE_CONTROL)
             identities = {stream: log.identity(stream) for stream in streams}

@@ -135,7 +135,7 @@ class Gateway:
         """``/readyz``: tokens are known, and the log writes as far as anyone could tell."""
         checks = {"catalogue": self.tail.current, "log": self.endpoint.intake.writable}
         ready = all(checks.values())
-        trouble = self._trouble or self.tail.trouble
+        trouble = self._trouble or self.tail.trouble or self.endpoint.intake.trouble
         waiting = {"waiting_for": trouble} if trouble and not ready else {}
         return Answer(200 if ready else 503, msgspec.json.encode({"ready": ready, "checks": checks} | waiting))
 

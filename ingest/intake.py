@@ -80,11 +80,17 @@ class Intake:
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
         self._not_writable_until_s = 0.0
+        self._refusal = ""  # of the log, when it last did not take an append
 
     @property
     def writable(self) -> bool:
         """False until the log's partitions are known, and for a while after it refused to write."""
         return bool(self.position) and time.monotonic() >= self._not_writable_until_s
+
+    @property
+    def trouble(self) -> str:
+        """Why the log cannot be written, as far as it said so."""
+        return "" if self.writable else self._refusal
 
     def learn(self, ends: Mapping[int, int]) -> None:
         """Hear which partitions the log has, and how far they reach; others are forgotten."""
@@ -214,9 +220,9 @@ class Intake:
         """What came of an append: where the log stands after it, or what to say. Raises what nobody expects."""
         match outcome:
             case TryAgain():
-                return self._not_writable(outcome.retry_after_s)
+                return self._not_writable(outcome, outcome.retry_after_s)
             case NoSuchPartition():  # made again with fewer; the next look at the log will tell
-                return self._not_writable(NOT_WRITABLE_S)
+                return self._not_writable(outcome, NOT_WRITABLE_S)
             case Refused():
                 return answers.problem(413, "RequestBodyTooLarge", str(outcome))
             case Exception():
@@ -226,7 +232,8 @@ class Intake:
             self.position[partition] = max(self.position[partition], outcome[partition])
         return outcome
 
-    def _not_writable(self, retry_after_s: float) -> Answer:
+    def _not_writable(self, refusal: Exception, retry_after_s: float) -> Answer:
+        self._refusal = str(refusal)
         self._not_writable_until_s = time.monotonic() + NOT_WRITABLE_S
         return answers.unavailable("LogUnavailable", "The log cannot write just now.", retry_after_s)
 

@@ -3,7 +3,8 @@
 The gateway has no database. Who may send, and which customers exist, are in the control stream; a thread reads it
 from the beginning into memory and then waits for more, so that a revoked token is refused within a second. Until the
 stream was read once, and whenever it could not be read for a while, the gateway does not know who may send, and says
-"try again" rather than guess.
+"try again" rather than guess. What no waiting heals, such as a stream that was deleted and made again, ends the
+gateway: one that is started anew reads what is there from the beginning.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import threading
 import time
 
 from meters.catalogue import Catalogue, decode_changes
-from meters.log import USAGE_CONTROL, Log, PositionLost, TryAgain, format_position
+from meters.log import USAGE_CONTROL, Log, OpenAgain, PositionLost, TryAgain, format_position
 
 READ_BYTES_MAX = 4 * 1024 * 1024
 """Bytes of control records taken at once: some ten thousand customers."""
@@ -29,6 +30,10 @@ CATCH_UP_S = 1.0
 logger = logging.getLogger("ingest.tail")
 
 
+class Unfollowable(Exception):
+    """The decisions cannot be followed any more; the message says why."""
+
+
 class CatalogueTail:
     """The catalogue as of the last record read, and whether it may be trusted. One thread writes; all may read."""
 
@@ -37,6 +42,7 @@ class CatalogueTail:
         self.position: dict[int, int] = {}
         self.trouble = ""  # why the last read failed, if it did
         self._log = log
+        self._has_places = False  # whether the position names every partition
         self._loaded = threading.Event()
         self._moved = threading.Condition()
         self._read_at_s = 0.0
@@ -64,7 +70,7 @@ class CatalogueTail:
             return self._moved.wait_for(lambda: self._at(ends), CATCH_UP_S)
 
     async def run(self) -> None:
-        """Follow the stream until ``stop``. Owns its thread."""
+        """Follow the stream until ``stop``. Owns its thread. Raises Unfollowable."""
         try:
             await asyncio.to_thread(self._follow)
         finally:
@@ -81,16 +87,18 @@ class CatalogueTail:
             except TryAgain as error:
                 self.trouble = str(error)
                 self._stopping.wait(min(error.retry_after_s, 1.0))
+            except OpenAgain as news:
+                logger.warning("%s", news)
+                self._has_places = False
             except (PositionLost, ValueError) as error:
-                # Not to be healed by waiting; the gateway refuses to guess.
-                self._loaded.clear()
-                self.trouble = f"the decisions cannot be followed, see the log of this process: {error}"
-                logger.exception("the control stream cannot be followed from %s", format_position(self.position))
-                return
+                self._loaded.clear()  # the gateway refuses to guess
+                where = format_position(self.position) or "their beginning"
+                raise Unfollowable(f"the decisions cannot be followed from {where}: {error}") from error
 
     def _read_once(self) -> None:
-        if not self.position:
-            self.position = dict(self._log.starts(USAGE_CONTROL))
+        if not self._has_places:
+            self.position = {**self._log.starts(USAGE_CONTROL), **self.position}
+            self._has_places = True
         if not self._loaded.is_set() and self._at(self._log.ends(USAGE_CONTROL)):
             self._read_at_s = time.monotonic()
             self._loaded.set()
@@ -104,7 +112,7 @@ class CatalogueTail:
             self._moved.notify_all()
 
     def _at(self, ends: dict[int, int]) -> bool:
-        return all(self.position[partition] >= end for partition, end in ends.items())
+        return all(self.position.get(partition, 0) >= end for partition, end in ends.items())
 
     def _apply(self, value: bytes) -> None:
         for change in decode_changes(value):

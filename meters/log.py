@@ -125,6 +125,10 @@ class PositionLost(Exception):
     """The record at the position asked for is gone or is another stream's: stop, and let an operator decide."""
 
 
+class OpenAgain(Exception):
+    """The stream has more partitions than when it was opened: read on from positions that name them, too."""
+
+
 class Refused(Exception):
     """This entry can never be taken (too large, no such partition): do not repeat it."""
 
@@ -163,7 +167,8 @@ class Log(Protocol):
         """Return the next records from ``positions`` ({partition: next offset}), in order within a partition.
 
         Returns as soon as there is at least one record, with about ``bytes_max`` bytes at the most (always
-        one record), or an empty list after ``wait_s`` seconds. Raises PositionLost, TryAgain.
+        one record), or an empty list after ``wait_s`` seconds. Raises PositionLost, TryAgain, and OpenAgain once
+        when partitions were added.
         """
         ...
 

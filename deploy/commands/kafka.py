@@ -1,5 +1,6 @@
 """``meterstream kafka`` and ``meterstream lag``: the topics of the log, and how far behind them the store is."""
 
+import time
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ app = typer.Typer(no_args_is_help=True, help="The log on Kafka: make its topics,
 
 LAG_COLUMNS = ("partition", "position", "end", "lag")
 POSITION, END = "meterstream_position", "meterstream_log_end"  # metrics of the aggregator
+LOOKED = "meterstream_lag_looked_seconds"
+LOOK_AGE_MAX_S = 10.0  # it looks every two seconds, and waits three for an answer
 LAG_PATIENCE_S = 10.0
 
 
@@ -43,50 +46,73 @@ def init(
         {"topic": each.topic, "subject": each.subject, "done": each.done, "wrong": each.wrong} for each in found
     ]
     show(rows, ("topic", "subject", "done", "wrong"), here.output)
-    wrong = sum(bool(each.wrong) for each in found)
+    wrong = [each for each in found if each.wrong]
     if wrong:
-        raise GiveUp(f"{wrong} settings are not as they should be; --repair changes what can be changed", FAILED)
+        helps = any(each.is_repairable for each in wrong)
+        way = "--repair changes what can be changed" if helps else "no --repair helps"
+        raise GiveUp(f"not as it should be in {len(wrong)} places, which the last column names; {way}", FAILED)
     note("The topics are as they should be.")
 
 
 def lag(context: typer.Context) -> None:
-    """How many records of each partition the store has not counted yet, as the aggregator at --url measured it."""
+    """How many records of each partition the store has not counted yet, as the aggregator at --url measured it.
+
+    Exit code 1 where it could not look for a while, since the brokers do not answer it.
+    """
     here = session(context)
-    rows = _measured(here.settings.url)
+    rows, looked_s = measured(_metrics(here.settings.url), here.settings.url)
     show(rows, LAG_COLUMNS, here.output)
+    age_s = time.time() - looked_s
+    if age_s > LOOK_AGE_MAX_S:
+        raise GiveUp(
+            f"this is as of {age_s:.0f} s ago; the brokers do not answer the aggregator, whose log lines say more"
+        )
     note(f"{sum(row['lag'] for row in rows)} records behind.")
 
 
-def _measured(url: str) -> list[dict[str, int]]:
-    """A row for each partition of usage.events. Raises GiveUp when nothing answers, or the aggregator is away."""
+def _metrics(url: str) -> str:
+    """What a gateway or an aggregator says of itself. Raises GiveUp when nothing answers."""
     import httpx
 
-    from deploy.client import http_client, stranger
+    from deploy.client import http_client
 
     try:
         with http_client(url, timeout=LAG_PATIENCE_S) as http:
-            answer = http.get("/metrics").raise_for_status()
+            return http.get("/metrics").raise_for_status().text
     except httpx.HTTPError as error:
         raise GiveUp(f"no metrics at {url}: {error}; name a gateway or an aggregator with --url") from None
+
+
+def measured(metrics: str, url: str) -> tuple[list[dict[str, int]], float]:
+    """A row for each partition of usage.events, and when the end was looked at, in seconds since 1970.
+
+    Raises GiveUp for what are no metrics, and when the aggregator is away.
+    """
+    from deploy.client import stranger
+
     try:
-        found = _parsed(answer.text)
+        found, looked_s = _parsed(metrics)
     except ValueError:
         raise stranger(url) from None
     if not found[END]:
         raise GiveUp(f"the aggregator behind {url} does not say how far it is: it starts, or is away; try again")
-    return [
-        {"partition": partition, "position": position, "end": end, "lag": max(0, end - position)}
-        for partition, end in sorted(found[END].items())
-        for position in (found[POSITION].get(partition, 0),)
-    ]
+    rows = []
+    for partition, looked_at in sorted(found[END].items()):
+        position = found[POSITION].get(partition, 0)
+        end = max(looked_at, position)  # what is counted is there, though the end was looked at before
+        rows.append({"partition": partition, "position": position, "end": end, "lag": end - position})
+    return rows, looked_s
 
 
-def _parsed(metrics: str) -> dict[str, dict[int, int]]:
-    """Position and end by partition. Raises ValueError for what are no metrics."""
+def _parsed(metrics: str) -> tuple[dict[str, dict[int, int]], float]:
+    """Position and end by partition, and when they were known. Raises ValueError for what are no metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found: dict[str, dict[int, int]] = {POSITION: {}, END: {}}
+    looked_s = 0.0
     for family in text_string_to_metric_families(metrics):
         if family.name in found:
             found[family.name] = {int(sample.labels["partition"]): int(sample.value) for sample in family.samples}
-    return found
+        elif family.name == LOOKED:
+            looked_s = max(sample.value for sample in family.samples)
+    return found, looked_s

@@ -9,7 +9,9 @@ from deploy.giving_up import USAGE, GiveUp
 from deploy.output import show, show_one
 from deploy.session import EPILOG, session
 
-app = typer.Typer(no_args_is_help=True, help="The organizations of this installation (works on --data).")
+app = typer.Typer(
+    no_args_is_help=True, help="The organizations of this installation (works on --data, over Kafka on --log)."
+)
 
 
 @app.command(epilog=EPILOG)

@@ -11,7 +11,9 @@ from deploy.output import Output, note, show, show_one
 from deploy.session import EPILOG, session
 from meters.access import AUDIT, SCOPES
 
-app = typer.Typer(no_args_is_help=True, help="Access tokens of the organizations (works on --data).")
+app = typer.Typer(
+    no_args_is_help=True, help="Access tokens of the organizations (works on --data, over Kafka on --log)."
+)
 
 COLUMNS = ("id", "organization", "name", "scopes", "created_at", "expires_at", "revoked_at")
 DAYS_MAX = 36_500  # a century; whoever wants more gives none

@@ -66,7 +66,7 @@ class KafkaLog:
     def read(
         self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
     ) -> list[Record]:
-        """The next records from the positions. Raises PositionLost, TryAgain."""
+        """The next records from the positions. Raises PositionLost, OpenAgain, TryAgain."""
         self._places().check_all(stream, positions)
         return self._reading(stream).read(positions, bytes_max, wait_s)
 

@@ -53,6 +53,7 @@ class Finding(msgspec.Struct, frozen=True):
     subject: str
     done: str
     wrong: str = ""
+    is_repairable: bool = False  # ``Wanted.repair`` would set it right
 
 
 class Unreachable(Exception):
@@ -133,7 +134,8 @@ def _compare_shape(topic: str, has: tuple[int, int], wanted: tuple[int, int]) ->
     """Partitions and replicas. Neither is ever changed here."""
     wrong = []
     if has[0] != wanted[0]:
-        wrong.append(f"has {has[0]} partitions and not {wanted[0]}: Kafka can add some, and cannot take any away")
+        way = "kafka-topics.sh --alter adds some" if has[0] < wanted[0] else "Kafka cannot take any away"
+        wrong.append(f"has {has[0]} partitions and not {wanted[0]}: {way}")
     if has[1] < wanted[1]:
         wrong.append(f"has {has[1]} replicas and not {wanted[1]}: kafka-reassign-partitions.sh adds some")
     return Finding(topic, "topic", f"was there, with {has[0]} partitions, {has[1]} replicas", "; ".join(wrong))
@@ -154,7 +156,10 @@ def _compare(admin: AdminClient, topic: str, replicas: int, settings: dict[str, 
         changed = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=changes)
         admin.incremental_alter_configs([changed])[changed].result(REQUEST_S_MAX)
         return left + [Finding(topic, name, f"changed from {was} to {new}") for name, (was, new) in differing.items()]
-    return left + [Finding(topic, name, f"left at {was}", f"should be {new}") for name, (was, new) in differing.items()]
+    return left + [
+        Finding(topic, name, f"left at {was}", f"should be {new}", is_repairable=True)
+        for name, (was, new) in differing.items()
+    ]
 
 
 def _fits(name: str, held: str, value: str) -> bool:

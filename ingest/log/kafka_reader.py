@@ -23,7 +23,7 @@ from ingest.log.kafka_topics import Topics, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION
 from ingest.log.limits import MEBIBYTE, Limits
 from ingest.log.places import take_in_order
-from meters.log import LATEST_US, USAGE_EVENTS, PositionLost, Record, TryAgain
+from meters.log import LATEST_US, USAGE_EVENTS, OpenAgain, PositionLost, Record, TryAgain
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
 """Bytes fetched ahead of the reader: about two rounds of the aggregator. A larger record comes alone."""
@@ -54,10 +54,6 @@ specialised, and raises SystemError each time."""
 TURN_RECORDS = 512  # taken from the client at once
 CHECK_S = 5.0  # an idle reader looks this often whether the topic is the same and has as many partitions
 LOOK_S = 0.25  # how soon a close is heard
-
-
-class OpenAgain(Exception):
-    """The topic has more partitions than when it was opened; whoever follows it has to begin anew."""
 
 
 class Reader:

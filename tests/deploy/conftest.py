@@ -1,5 +1,6 @@
 """Installations for the tests of this room."""
 
+import itertools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.installation import Installation, started
+from tests.kafka.cluster import Cluster
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -15,6 +19,12 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
     place = Installation(tmp_path / "data")
     yield place
     place.close()
+
+
+@pytest.fixture
+def log_url(kafka: Cluster) -> str:
+    """A place on the run's broker where no topics are yet."""
+    return f"kafka://{kafka.bootstrap}/deploy-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,13 @@ class Installation:
 
     def start(self, *options: str) -> None:
         """Serve, and wait until reads are answered."""
+        self.launch(*options)
+        if not self.token:
+            self.await_first_token()
+        eventually(lambda: self.get("/v1/meters/").status_code == 200)
+
+    def launch(self, *options: str) -> None:
+        """Serve, and wait until it says where it listens."""
         with self._log.open("a") as log:
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "deploy.cli", "serve", "--data", str(self.data), "--port", "0",
@@ -71,10 +78,11 @@ class Installation:
         found = re.search(r"http://\S+?(?=,)", self.greeting)
         assert found, self.greeting + self._log.read_text()
         self.url = found.group()
-        if not self.token:
-            self.greeting += self._rest_of_greeting()
-            self.token = re.findall(r"polar_oat_[\w-]+", self.greeting)[0]
-        eventually(lambda: self.get("/v1/meters/").status_code == 200)
+
+    def await_first_token(self) -> None:
+        """Read the rest of the greeting, which comes when the first organization is made."""
+        self.greeting += self._rest_of_greeting()
+        self.token = re.findall(r"polar_oat_[\w-]+", self.greeting)[0]
 
     def _rest_of_greeting(self) -> str:
         assert self.server is not None
@@ -119,14 +127,21 @@ class Installation:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token or 'polar_oat_of_nobody_yet'}"}
+
     def get(self, path: str, **params: str) -> httpx.Response:
         """A plain request with the token."""
-        return self._http.get(self.url + path, params=params, headers={"Authorization": f"Bearer {self.token}"})
+        return self._http.get(self.url + path, params=params, headers=self._headers)
+
+    def ingest(self, *events: dict[str, Any]) -> httpx.Response:
+        """Events, with the token."""
+        return self._http.post(f"{self.url}/v1/events/ingest", json={"events": events}, headers=self._headers)
 
     def patch(self, path: str, body: object) -> None:
         """A change that no command makes."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        self._http.patch(self.url + path, json=body, headers=headers).raise_for_status()
+        self._http.patch(self.url + path, json=body, headers=self._headers).raise_for_status()
 
     @property
     def log(self) -> str:

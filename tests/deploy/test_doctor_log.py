@@ -93,6 +93,7 @@ def test_a_full_disk_needs_room_and_no_backup(disk: SmallDisk) -> None:
     data = made(disk.path)
     on_brokers = DataDirectory(disk.path / "other", log_url="memory:")
     on_brokers.make()
+    on_brokers.store.touch()
     disk.fill(leave_kib=0)
     found = [*ill(data), *ill(on_brokers)]
     disk.empty()

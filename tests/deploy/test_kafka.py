@@ -1,7 +1,6 @@
 """The commands over a real Kafka: topics made and compared, gateways and an aggregator apart, records of strangers."""
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from ingest.log import open_log
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.partition_key import partition_key
 from tests.deploy.apart import PARTITIONS, Apart, answer, usage
 from tests.deploy.installation import PATIENCE_S, Installation, meterstream
@@ -35,14 +34,6 @@ from tests.kafka.jars import jars
 from tests.kafka.shared import shared_broker
 from tests.ports import take_port
 from tests.waiting import eventually
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def log_url(kafka: Cluster) -> str:
-    """A place on the run's broker where no topics are yet."""
-    return f"kafka://{kafka.bootstrap}/deploy-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +68,8 @@ def test_topics_are_made_once_and_compared_after(kafka: Cluster, log_url: str) -
     assert (row["topic"], row["subject"], row["done"], row["wrong"]) == (
         topic, "retention.ms", "left at 3600000", "should be -1"
     )  # fmt: skip
-    assert meterstream("kafka", "init", "--log", log_url).returncode == 1
+    left = meterstream("kafka", "init", "--log", log_url)
+    assert (left.returncode, "--repair changes what can be changed" in left.stderr) == (1, True)
     assert meterstream("kafka", "init", "--log", log_url, "--repair").returncode == 0
     eventually(lambda: not wrong())
 
@@ -87,7 +79,9 @@ def test_a_number_of_partitions_is_not_changed_behind_anyones_back(log_url: str)
     answer("kafka", "init", "--log", log_url, "--partitions", "3")
 
     rows = answer("kafka", "init", "--log", log_url, "--partitions", "5", code=1)
-    assert "has 3 partitions and not 5" in rows[0]["wrong"]
+    assert "has 3 partitions and not 5: kafka-topics.sh --alter adds some" in rows[0]["wrong"]
+    again = meterstream("kafka", "init", "--log", log_url, "--partitions", "5")
+    assert "; no --repair helps" in again.stderr
     assert answer("kafka", "init", "--log", log_url)[0]["wrong"] == ""
 
 
@@ -304,6 +298,8 @@ def test_the_store_is_made_again_from_the_brokers(apart: Apart) -> None:
     tallies = answer("rebuild", *where)
     assert tallies["stored"] >= len(before)
     assert meterstream("doctor", *where).returncode == 0
+    assert meterstream("skip-lost", *where).returncode == 0
+    assert {(apart.folder / name).stat().st_mode & 0o077 for name in ("store.duckdb", "serve.lock")} == {0}
     apart.aggregator.start()
 
     eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
@@ -339,3 +335,16 @@ def test_added_partitions_are_counted(kafka: Cluster, apart: Apart) -> None:
 
     eventually(lambda: apart.status(f"{apart.api_url}/v1/meters/") == 200)
     assert apart.names(f"{PARTITIONS}:1") == before | {"in the new one"}
+
+
+def test_a_partition_that_was_added_to_the_decisions_does_no_harm(kafka: Cluster, apart: Apart) -> None:
+    """Gateways and aggregator go on; decisions are made and heard of as before."""
+    admin = kafka.admin()
+    admin.create_partitions([NewPartitions(USAGE_CONTROL, 2)])[USAGE_CONTROL].result(30)
+    eventually(lambda: all("usage.control has 2 partitions, and had 1" in each.output for each in apart.gateways))
+    token = apart.new_token()
+
+    eventually(lambda: all(apart.ingest(url, usage("after"), token=token).status_code == 200 for url in apart.urls))
+    eventually(lambda: apart.status(f"{apart.urls[0]}/v1/meters/", token) == 200)
+    rows = answer("kafka", "init", "--log", apart.log_url, code=1)
+    assert [row["wrong"] for row in rows if row["wrong"]] == ["has 2 partitions and not 1: Kafka cannot take any away"]

@@ -29,6 +29,10 @@ def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
         ("METERSTREAM_QQQQ", "1", "METERSTREAM_QQQQ is not a setting; known are"),
         ("METERSTREAM_PORT", "high", "METERSTREAM_PORT: Expected `int`"),
         ("METERSTREAM_PORT", "65536", "METERSTREAM_PORT: Expected `int` <= 65535"),
+        ("METERSTREAM_LOG", "Kafka://h:1", "METERSTREAM_LOG: Expected an empty value for a file in the data, or kafka://H"),
+        ("METERSTREAM_LOG", "embedded:d", "METERSTREAM_LOG: Expected an empty value for a file in the data, or kafka://H"),
+        ("METERSTREAM_UPSTREAM", "host:1", "METERSTREAM_UPSTREAM: Expected an empty value, http://HOST:PORT or https"),
+        ("METERSTREAM_POLAR_SERVER", "test", "METERSTREAM_POLAR_SERVER: Expected production, sandbox, or an address"),
         ("METERSTREAM_LOG_LEVEL", "loud", "METERSTREAM_LOG_LEVEL: Invalid enum value"),
     ],
 )

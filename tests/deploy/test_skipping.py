@@ -42,9 +42,22 @@ def test_what_is_lost_is_skipped_when_a_person_is_sure(tmp_path: Path) -> None:
 def test_decisions_are_not_skipped(tmp_path: Path) -> None:
     """Without every decision nobody knows whose the usage is."""
     data = DataDirectory(tmp_path)
+    data.open_log().close()
+    rebuild(data)
     with contextlib.closing(data.open_log()) as log:
         asyncio.run(log.append(USAGE_CONTROL, [*decisions([organization()]), *decisions([organization()])]))
         assert log.trim(USAGE_CONTROL, FAR) == 1
 
     with pytest.raises(GiveUp, match="decisions left the log"):
         skip_lost(data, sure=True)
+
+
+def test_where_no_store_is_nothing_is_skipped(tmp_path: Path) -> None:
+    """A --data that was mistyped is said, whatever the log is, and nothing is made there."""
+    data = DataDirectory(tmp_path / "mistyped", "kafka://127.0.0.1:1")
+
+    with pytest.raises(GiveUp, match=r"there is no store in .*mistyped; name the right place with --data"):
+        skip_lost(data, sure=True)
+    with pytest.raises(GiveUp, match=r"there is no directory .*mistyped; name the right place with --data"):
+        rebuild(data)
+    assert not data.path.exists()

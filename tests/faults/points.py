@@ -38,8 +38,8 @@ CALLS: tuple[tuple[Any, str], ...] = (
 # Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
 HURRIED: tuple[tuple[Any, str, Any], ...] = (
     (engine, "ROUND_BYTES_MAX", 1), (engine, "_STOP_POLL_S", 0.003), (engine, "IDLE_WAIT_S", 0.003),
-    (owner, "RESTART_DELAY_S", 0.001), (owner, "RESTART_DELAY_MAX_S", 0.01), (checkpoint, "ROWS_BETWEEN", 1),
-    (checkpoint, "AGAIN_S", 0.003),
+    (owner, "RESTART_DELAY_S", 0.001), (owner, "RESTART_DELAY_MAX_S", 0.01), (owner, "OPENING_DELAY_MAX_S", 0.01),
+    (checkpoint, "ROWS_BETWEEN", 1), (checkpoint, "AGAIN_S", 0.003),
 )
 
 

@@ -58,6 +58,7 @@ def test_a_log_that_cannot_write_is_no_yes() -> None:
         ready = gateway.client.get("/readyz")
         assert ready.status_code == 503
         assert ready.json()["checks"] == {"catalogue": True, "log": False}
+        assert ready.json()["waiting_for"]
         disk.full = False
         assert gateway.ingest({"events": [event(external_id="later")]}).json() == {"inserted": 1, "duplicates": 0}
         assert gateway.client.get("/readyz").status_code == 200

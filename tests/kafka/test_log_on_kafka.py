@@ -25,10 +25,9 @@ from aggregator.reconcile.stretches import Stretches
 from ingest.log import open_log
 from ingest.log.kafka_address import Address, parse_address
 from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_reader import OpenAgain
 from ingest.log.kafka_topics import Topics
 from ingest.log.limits import Limits
-from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Refused, TryAgain
+from meters.log import USAGE_EVENTS, Entry, Log, OpenAgain, PositionLost, Refused, TryAgain
 from tests.aggregator.records import ORGANIZATION, Running, line, rows
 from tests.kafka.cluster import Cluster
 from tests.ports import take_port
