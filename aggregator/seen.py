@@ -97,11 +97,6 @@ class Seen:
                 self._runs = (*runs[:-count], merged, *self._runs[len(runs) :])
                 self._held = 0
 
-    def settle(self) -> None:
-        """Wait for merges under way; for tests and measurements."""
-        while self._merging is not None and self._merging.is_alive():
-            self._merging.join()
-
 
 def _mergeable(runs: tuple[Run, ...]) -> int:
     """How many of the newest runs to merge: all that are not small beside what is newer, unless it gets too long."""

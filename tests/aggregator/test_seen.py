@@ -39,6 +39,12 @@ def files_from(rows: int) -> Iterator[None]:
         yield
 
 
+def settle(index: Seen) -> None:
+    """Wait for merges under way."""
+    while index._merging is not None and index._merging.is_alive():
+        index._merging.join()
+
+
 @given(batches)
 def test_the_index_knows_exactly_what_was_added(batches: list[list[tuple[int, int]]]) -> None:
     """After any batches, each new identity once, an identity is found if and only if it was added, with its content."""
@@ -66,7 +72,7 @@ def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]
 
         assert [identity in model for identity in everything] == found.tolist()
         assert [int(c) for c, f in zip(asked.content, found, strict=True) if f] == content[found].tolist()
-    seen.settle()
+    settle(seen)
     assert len(model) == len(seen)
 
 
@@ -85,7 +91,7 @@ def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: in
             seen = Seen(tmp_path)
             for batch in batches:
                 seen.add(keys(batch))
-            seen.settle()
+            settle(seen)
             found, content = seen.find(asked.hi, asked.lo)
 
         assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
@@ -124,9 +130,9 @@ def test_few_runs_stand_behind_a_long_merge(monkeypatch: pytest.MonkeyPatch) -> 
         index.add(keys([(row, row) for row in range(first, first + 20)]))
     runs = len(index._runs)
     going_on.set()
-    index.settle()
+    settle(index)
     index.add(keys([(row, row) for row in range(8_000, 8_100)]))  # whoever comes next has them merged
-    index.settle()
+    settle(index)
     assert runs < 8_000 / 400 * 2  # and not the 400 that were added
     assert len(index._runs) < 10
     found, _ = index.find(*keys([(row, row) for row in range(9_000)])[:2])
@@ -139,7 +145,7 @@ def test_no_run_is_merged_into_one_that_is_too_long(monkeypatch: pytest.MonkeyPa
     index = Seen()
     for first in range(0, 2_000, 10):
         index.add(keys([(row, row) for row in range(first, first + 10)]))
-        index.settle()
+        settle(index)
         assert max(len(each.hi) for each in index._runs) <= max(100, (first + 10) // seen.LONGEST_PART)
     assert len(index._runs) < 20
 
@@ -167,7 +173,7 @@ def is_in_memory_and_knows_forty(directory: Path) -> None:
         seen = Seen(directory)
         for first in range(0, 40, 4):
             seen.add(keys([(number % 7, number) for number in range(first, first + 4)]))
-        seen.settle()
+        settle(seen)
         asked = keys([(number % 7, number) for number in range(50)])
         found, content = seen.find(asked.hi, asked.lo)
 
