@@ -181,6 +181,25 @@ def test_every_manifest_is_applied() -> None:
     assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS]
 
 
+def test_a_private_authority_is_mounted_in_every_pod() -> None:
+    """Each patch has something to add to, and no pod that speaks to brokers is forgotten."""
+    folder = SHIPPED / "kubernetes" / "private-ca"
+    (component,) = documents(folder / "kustomization.yaml")
+    made = {
+        (document["kind"], document["metadata"]["name"]): document for path in MANIFESTS for document in documents(path)
+    }
+    for patch in component["patches"]:
+        (steps,) = documents(folder / patch["path"])
+        for step in steps:
+            *names, last = step["path"].strip("/").split("/")
+            place: Any = made[patch["target"]["kind"], patch["target"]["name"]]
+            for name in names:
+                place = place[int(name) if name.isdigit() else name]
+            assert (step["op"], last, isinstance(place, list)) == ("add", "-", True)
+
+    assert sorted(patch["target"]["name"] for patch in component["patches"]) == sorted(name for name, _ in pods())
+
+
 def test_kubernetes_sets_no_variable_of_ours() -> None:
     """A service called meterstream would put METERSTREAM_PORT=tcp://... into every pod, which no process takes."""
     assert [name for name, spec in pods() if spec.get("enableServiceLinks", True)] == []
