@@ -84,7 +84,11 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
 
     @router.get("/readyz", responses=gives(ref("Readiness")))
     async def is_ready(desk: AtDesk) -> Response:
-        """200 with the position of the view, or 503 while the store is being opened."""
+        """200 with the position of the view, or 503 while the store is being opened. A gateway answers for itself.
+
+        What a gateway says is `{"ready": true, "checks": {"catalogue": true, "log": true}}`: it takes events while the
+        aggregator is away, so whether these are counted is told by `meterstream_lag_records` and its alert, and by reads.
+        """
         as_of = desk.view.as_of
         return answer({"status": "ready", "as_of": {str(partition): at for partition, at in as_of.items()}}, as_of)
 
