@@ -87,7 +87,7 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
         """200 with the position of the view, or 503 while the store is being opened. A gateway answers for itself.
 
         What a gateway says is `{"ready": true, "checks": {"catalogue": true, "log": true}}`: it takes events while the
-        aggregator is away, so whether these are counted is told by `meterstream_lag_records` and its alert, and by reads.
+        aggregator is away. Whether these are counted is told by `meterstream_lag_records`, its alert, and reads.
         """
         as_of = desk.view.as_of
         return answer({"status": "ready", "as_of": {str(partition): at for partition, at in as_of.items()}}, as_of)
