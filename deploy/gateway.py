@@ -42,9 +42,9 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
     data = data_directory(settings)
     if data.has_log:
         data.make()
-    elif listener is None and not settings.upstream:
-        structlog.get_logger("deploy.gateway").warning("reads_are_answered_503", until=UPSTREAM_IS_GIVEN)
     log = data.open_log()
+    if not data.has_log and listener is None and not settings.upstream:
+        structlog.get_logger("deploy.gateway").warning("reads_are_answered_503", until=UPSTREAM_IS_GIVEN)
     gc.freeze()  # what is loaded by now stays
     gc.set_threshold(GARBAGE_THRESHOLD, 50, 100)
     try:
