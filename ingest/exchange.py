@@ -44,16 +44,15 @@ class _Last:
     """The bytes of the answer that was written last: requests that were taken together hear the same, in a row."""
 
     def __init__(self) -> None:
-        self._of: tuple[Answer | None, Headers, bool] = (None, [], False)
-        self._bytes = b""
+        self._last: tuple[Answer | None, Headers, bool, bytes] = (None, [], False, b"")
 
     def written(self, found: Answer, default_headers: Headers, keep: bool) -> bytes:
         """See ``answers.written``. The server makes other default headers each second."""
-        answer, headers, kept = self._of
+        answer, headers, kept, data = self._last
         if answer is not found or headers is not default_headers or kept is not keep:
-            self._of = found, default_headers, keep
-            self._bytes = answers.written(found, default_headers, keep=keep)
-        return self._bytes
+            data = answers.written(found, default_headers, keep=keep)
+            self._last = found, default_headers, keep, data
+        return data
 
 
 _last = _Last()

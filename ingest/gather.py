@@ -100,11 +100,10 @@ class _Requests:
 
     def _heard(self, partition: int) -> None:
         self._awaited &= ~(1 << partition)
-        ready = self._waiting
-        if self._awaited:
-            ready = [one for one in self._waiting if not one[1] & self._awaited]
-            self._waiting = [one for one in self._waiting if one[1] & self._awaited] if ready else self._waiting
-        for partition, error in self._failures.items():
+        ready = [one for one in self._waiting if not one[1] & self._awaited] if self._awaited else self._waiting
+        if ready:  # before anybody is told, who may append again
+            self._waiting = [one for one in self._waiting if one[1] & self._awaited] if self._awaited else []
+        for partition, error in list(self._failures.items()):
             self._say([number for number, mask in ready if mask >> partition & 1], error)
             ready = [one for one in ready if not one[1] >> partition & 1]
         self._say([number for number, _ in ready], self._position)

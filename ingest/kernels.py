@@ -330,7 +330,9 @@ def read(bodies: Sequence[bytes], earliest_us: int, latest_us: int, seed: int) -
         return None
     found = rows[:count].tolist()
     last = found[-1]
-    return Found(joined[: places[last - 1, 1]].tobytes(), places[:last], keys[:last], contents[:last], found)
+    # Copies are as large as what is in them; the arrays are as large as all of the bodies might need.
+    columns = places[:last].copy(), keys[:last].copy(), contents[:last].copy()
+    return Found(joined[: places[last - 1, 1]].tobytes(), *columns, found)
 
 
 @kernel(int64(Slots, uint64))

@@ -1,5 +1,6 @@
 """Every metric of the gateway, declared once. Nothing in a label comes from a request."""
 
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -57,16 +58,17 @@ class Tally(Collector):
     def __init__(self) -> None:
         self.requests = dict.fromkeys(STATUSES, 0)
         self.body_bytes = 0
+        self._created_s = time.time()
 
     def collect(self) -> Iterator[Metric]:
         """See the library."""
         about = "Requests to the ingest endpoint, by status of the answer"
         requests = CounterMetricFamily("meterstream_gateway_requests", about, labels=["status"])
         for status, count in self.requests.items():
-            requests.add_metric([str(status)], count)
+            requests.add_metric([str(status)], count, created=self._created_s)
         yield requests
-        about = "Bytes of ingest bodies, unpacked"
-        yield CounterMetricFamily("meterstream_gateway_body_bytes", about, value=self.body_bytes)
+        about, created_s = "Bytes of ingest bodies, unpacked", self._created_s
+        yield CounterMetricFamily("meterstream_gateway_body_bytes", about, value=self.body_bytes, created=created_s)
 
 
 TALLY = Tally()

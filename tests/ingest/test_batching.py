@@ -247,3 +247,51 @@ def test_one_that_cannot_be_told_keeps_nobody_from_it() -> None:
         assert {answer.status for answer in await asyncio.gather(*answers[1::2])} == {200}
 
     asyncio.run(on_intake(log_of(1), ask))
+
+
+ODD = b'{"events":[{"name":"odd","external_customer_id":"u","external_id":"\\u0041"}]}'
+
+
+@pytest.mark.parametrize("partitions", [1, 70])
+def test_odd_bodies_are_not_looked_at_again_and_again(partitions: int) -> None:
+    """However many wait behind them: what many odd bodies cost is what each does."""
+    offered = 0
+
+    async def ask(intake: Intake) -> None:
+        nonlocal offered
+        read = intake._quick.read
+
+        def note(bodies: Sequence[bytes], *others: Any) -> Any:
+            nonlocal offered
+            offered += len(bodies)
+            return read(bodies, *others)
+
+        intake._quick.read = note  # type: ignore[method-assign]
+        requests = [(ORGANIZATION, ODD if number % 3 else body_of(number)) for number in range(600)]
+        assert {answer.status for answer in await at_once(requests, intake)} == {200}
+
+    asyncio.run(on_intake(log_of(partitions), ask))
+    assert offered < 4 * 600
+
+
+def test_a_position_is_that_of_ones_own_lines() -> None:
+    """Requests that were written together hear of no partition but those that their own lines are in."""
+    names = [f"customer-{number}" for number in range(30)]
+    requests = [(ORGANIZATION, body_of(number, customer=name)) for number, name in enumerate(names)]
+    found = asyncio.run(on_intake(log_of(12), functools.partial(at_once, requests)))
+    for name, answer in zip(names, found, strict=True):
+        place = partition_of(partition_key(ORGANIZATION, name), 12)
+        assert dict(answer.headers)[b"log-position"] == b"%d:1" % place
+
+
+def test_one_that_cannot_be_taken_keeps_nobody_behind_it() -> None:
+    """Whatever happens to it."""
+
+    async def ask(intake: Intake) -> None:
+        intake._batching._taker = intake._batching._taker._replace(take_alone=lambda *_: 1 // 0)
+        answers = [asyncio.get_running_loop().create_future() for _ in range(4)]
+        for number, told in enumerate(answers):
+            intake.take(opened(ORGANIZATION), ODD if number == 1 else body_of(number), told.set_result)
+        assert {answer.status for answer in await asyncio.gather(answers[0], *answers[2:])} == {200}
+
+    asyncio.run(on_intake(log_of(1), ask))
