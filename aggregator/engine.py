@@ -205,6 +205,7 @@ class Engine:
         round_ = Round(batch, effects, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
+        self._checkpointer.wrote(rows.num_rows + len(effects.dead) + ROUND_ROWS)
         self._seen.add(effects.keys)
         for _, change in decided:
             self._apply(change, first_seq)
@@ -215,7 +216,6 @@ class Engine:
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}
         self.rounds += 1
-        self._checkpointer.wrote(rows.num_rows + len(effects.dead) + ROUND_ROWS)
         ingested = rows.column("ingested_at").to_numpy() if rows.num_rows else None
         self._observe(
             Committed(
