@@ -3,7 +3,8 @@
 Two threads in a pipeline, because DuckDB works outside the interpreter's lock: in a backlog the reader turns the next
 records into columns while the writer commits the ones before; otherwise it waits for the writer, so that nothing lies
 between the two. A third checkpoints. A round is: decode, look up, decide, write
-once, then move what is kept in memory (identities, catalogue, totals) and publish the new position. Memory moves only
+once, then move what is kept in memory (identities, catalogue, totals) and publish the new position. What the meters find
+in a round is worked out by a fourth thread while it is written. Memory moves only
 after the commit, and only this engine's: when anything fails in or around the commit, or a checkpoint does, the engine
 ends, and the next one starts from what the store says.
 """
@@ -13,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +90,7 @@ class Engine:
         self.as_of: Mapping[int, int] = store.positions(USAGE_EVENTS)
         self._rounds: queue.Queue[Reading] = queue.Queue(ROUNDS_AHEAD)
         self._checkpointer = Checkpointer(store)
+        self._evaluating = ThreadPoolExecutor(1, "evaluate")
         self.rounds = 0
         self.awaited = threading.Event()  # set by whoever waits for something to be counted
         self._written = threading.Event()  # the round that was handed over last, or one before it
@@ -125,6 +128,7 @@ class Engine:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._evaluating.shutdown()
         try:
             self.totals.stop()
         finally:
@@ -202,6 +206,7 @@ class Engine:
         caused = causes(effects.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
+        ahead = None if decided else self._evaluating.submit(self.totals.evaluate, effects.rows)
         round_ = Round(batch, effects, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)
         commit_s = time.perf_counter() - began
@@ -211,7 +216,7 @@ class Engine:
             self._apply(change, first_seq)
         self.strangers.note(batch.organizations, rows)
         self._boundaries.number(batch.subjects)
-        self.totals.add(rows)
+        self.totals.add(self.totals.evaluate(rows) if ahead is None else ahead.result())
         self._boundaries.begin_windows(self.totals)
         self.control_position = _after(reading.control, self.control_position)
         self.as_of = {**self.as_of, **batch.positions}

@@ -58,6 +58,14 @@ class Counting(NamedTuple):
     complete: threading.Event
 
 
+class Found(NamedTuple):
+    """What the meters of an organization, by its number, find in some rows."""
+
+    organization: int
+    plan: Plan
+    table: pa.Table
+
+
 class RunningTotals:
     """See the module. ``add`` and ``changed`` are the writer's; ``total`` is for any thread."""
 
@@ -105,20 +113,26 @@ class RunningTotals:
         self._meters.pop(meter.id, None)
         self._count_history([meter], before_seq)
 
-    def add(self, rows: pa.Table) -> None:
-        """Move the totals on by the rows of a committed round."""
+    def evaluate(self, rows: pa.Table) -> list[Found]:
+        """What the meters find in the rows of a round, which is on its way into the store; changes nothing."""
         if rows.num_rows == 0:
-            return
+            return []
         organizations, arriving = rows.column("organization").to_numpy(), rows.select(_READ)
         slot = self._arriving = self._arriving or Slot(self._connection, ARRIVING, arriving)
+        found = list[Found]()
         for number in np.unique(organizations).tolist():
             prepared = self._plans.of(number, self._counted_meters)
             if prepared is not None:
                 here = organizations == number
                 slot.table = arriving if here.all() else arriving.filter(pa.array(here))
-                result = self._connection.execute(prepared.text)
-                calendar = self._calendar(self._directory.organization_ids[number])
-                _scatter(self._meters, prepared.plan, result.to_arrow_table(), calendar)
+                result = self._connection.execute(prepared.text).to_arrow_table()
+                found.append(Found(number, prepared.plan, result))
+        return found
+
+    def add(self, found: list[Found]) -> None:
+        """Move the totals on by what the meters found in a committed round."""
+        for number, compiled, table in found:
+            _scatter(self._meters, compiled, table, self._calendar(self._directory.organization_ids[number]))
 
     def total(self, meter_id: str, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""
