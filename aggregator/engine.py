@@ -2,11 +2,11 @@
 
 Two threads in a pipeline, because DuckDB works outside the interpreter's lock: in a backlog the reader turns the next
 records into columns while the writer commits the ones before; otherwise it waits for the writer, so that nothing lies
-between the two. A third checkpoints. A round is: decode, look up, decide, write
-once, then move what is kept in memory (identities, catalogue, totals) and publish the new position. What the meters find
-in a round is worked out by a fourth thread while it is written. Memory moves only
-after the commit, and only this engine's: when anything fails in or around the commit, or a checkpoint does, the engine
-ends, and the next one starts from what the store says.
+between the two. A third checkpoints; a fourth works out what the meters find in a round while it is being written.
+
+A round is: decode, look up, decide, write once, then move what is kept in memory (identities, catalogue, totals) and
+publish the new position. Memory moves only after the commit, and only this engine's: when anything fails in or around
+the commit, or a checkpoint does, the engine ends, and the next one starts from what the store says.
 """
 
 import contextlib
