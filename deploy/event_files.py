@@ -98,6 +98,9 @@ def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line 
         except (msgspec.MsgspecError, ValueError) as error:
             yield Problem(number, f"not an event: {error}")
             continue
+        if "events" in event and "name" not in event:
+            yield Problem(number, "a whole request, not an event: give each of its events a line of its own")
+            continue
         if bytes(event.get("external_id", b"null")) == b"null":
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'

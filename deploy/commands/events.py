@@ -224,6 +224,8 @@ def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None
     found = {"conflicts": conflicts.events if conflicts else None, "log_position": delivery.log_position}
     show_one(summary | found, here.output)
     _show_problems(delivery)
+    if not delivery.safe_line and not count:
+        note("there was no event in it")
     ends = [_do_not_count(conflicts)] if conflicts and conflicts.events else []
     ends += [_not_taken(count, is_new=is_new)] if count else []
     if ends:

@@ -91,15 +91,20 @@ def read_trace(path: Path, rows: int | None) -> Iterator[Request]:
                 line = reader.line_num
                 yield _request(row, customer, line)
     except (OSError, ValueError, OverflowError, csv.Error) as error:
-        place = path if isinstance(error, OSError) else f"{path}, line {line},"
-        raise GiveUp(f"{place} cannot be read as a trace: {error}", USAGE) from None
+        if isinstance(error, OSError):
+            raise GiveUp(f"cannot read {path}: {error.strerror}", USAGE) from None
+        raise GiveUp(f"{path}, line {line}, cannot be read as a trace: {error}", USAGE) from None
 
 
 def _request(row: Mapping[str, str | None], customer: str, line: int) -> Request:
     if missing := [column for column in COLUMNS if row[column] is None]:
         raise ValueError(f"the row has no cell for {', '.join(missing)}")
-    timestamp, context, generated = (row[column] or "" for column in COLUMNS)
-    return Request(moment(timestamp), int(context), int(generated), customer, line)
+    timestamp, *tokens = (row[column] or "" for column in COLUMNS)
+    for column, cell in zip(COLUMNS[1:], tokens, strict=True):
+        if not (cell.isascii() and cell.isdigit()):
+            raise ValueError(f"{column} is {cell!r}, and should be a whole number of tokens")
+    context, generated = map(int, tokens)
+    return Request(moment(timestamp), context, generated, customer, line)
 
 
 def check_span(requests: Sequence[Request]) -> None:

@@ -37,6 +37,7 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     """A row for raw events, and one for a rollup of each meter that allows it. Raises GiveUp."""
     data = data_directory(settings)
     data.require()
+    data.require_directory()
     try:
         with ExitStack() as stack:
             state = stack.enter_context(_state(data))

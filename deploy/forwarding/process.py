@@ -49,6 +49,7 @@ def run(settings: Settings, lifeline: int | None) -> None:
         raise GiveUp("forwarding needs a token of the Polar organization: set METERSTREAM_POLAR_TOKEN", USAGE)
     data = data_directory(settings)
     data.require()
+    data.require_directory()
     with _alone(data, patient=lifeline is not None), open_state(data) as state:
         state.set(stopped=None, last_failure=None, last_failure_us=None)
         know_destination(state, settings)

@@ -142,7 +142,8 @@ def test_times_may_say_their_offset(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ("2023-11-16 18:15:46,1", "the row has no cell for GeneratedTokens"),
-        ("2023-11-16 18:15:46,1,x", "invalid literal"),
+        ("2023-11-16 18:15:46,1,x", "GeneratedTokens is 'x', and should be a whole number of tokens"),
+        ("2023-11-16 18:15:46,-1,1", "ContextTokens is '-1', and should be a whole number of tokens"),
         ("yesterday,1,1", "Invalid isoformat string: 'yesterday'"),
         ("0001-01-01T00:00:00+14:00,1,1", "date value out of range"),
     ],

@@ -116,6 +116,7 @@ def test_occurrences_are_counted_beyond_what_fits_into_memory(monkeypatch: pytes
     [
         (b"{", "truncated"),
         (b"[]", "Expected `object`"),
+        (b'{"events":[{"name":"a"}]}', "a whole request, not an event: give each of its events a line of its own"),
         (b'"a"', "Expected `object`"),
         (b'{"a":NaN}', "malformed"),
         (b"\xff\xfe", "byte 1 of the line is not UTF-8"),
