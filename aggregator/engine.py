@@ -238,7 +238,7 @@ class Engine:
 
     def _decide(self, batch: Batch) -> Effects:
         table, keys = join(batch)
-        found, content = self._seen.find(keys.hi, keys.lo)
+        found, content = self._seen.find(keys.hi, keys.lo, self._quick.search)
         judged = judge(table, keys, found, content)
         return step(batch, judged, self.store.stored(judged.stored_firsts))
 

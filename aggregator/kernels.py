@@ -13,7 +13,7 @@ whatever stands in it, so most of a line is jumped over.
 from typing import Any
 
 import numpy as np
-from numba import boolean, int32, int64, types, uint8, uint64, void
+from numba import boolean, int32, int64, types, uint8, uint32, uint64, void
 
 from meters.compiled import (
     BACKSLASH,
@@ -252,6 +252,21 @@ def put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) ->
     for row in range(len(his)):
         slot = _slot(hi, lo, numbers, his[row], los[row])
         hi[slot], lo[slot], numbers[slot] = his[row], los[row], put[row]
+
+
+@kernel(void(uint64[::1], uint32[::1], uint64, uint64[::1], int64[::1]))
+def search(words: Any, begins: Any, shift: Any, asked: Any, found: Any) -> Any:
+    """For each word asked for, the first row of the words in order that is not less; the index is ``run.Prefixes``."""
+    for row in range(len(asked)):
+        entry = asked[row] >> shift
+        low, high = uint64(begins[entry]), uint64(begins[entry + np.uint64(1)])
+        while low < high:
+            middle = (low + high) >> np.uint64(1)
+            if words[middle] < asked[row]:
+                low = middle + np.uint64(1)
+            else:
+                high = middle
+        found[row] = low
 
 
 @kernel(boolean(Bytes, Spans, int64[::1]))

@@ -6,7 +6,7 @@ What ``kernels`` takes for ordinary becomes a chunk; whatever else, and everythi
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import structlog
 from aggregator.batch import Chunk
 from aggregator.columns import Span, Texts, metadata, of_records, places
 from aggregator.directory import Directory, Organization
-from aggregator.run import Words
+from aggregator.run import Search, Words
 from aggregator.seen import Keys
 from aggregator.timestamps import Microseconds, parse_times
 from meters.log import Pieces
@@ -148,6 +148,11 @@ class Quick:
         self._loading: threading.Thread | None = None
         self._lines = 0
         self._numbers: dict[int, tuple[_Numbers, _Numbers]] = {}
+
+    @property
+    def search(self) -> Search | None:
+        """The compiled search in runs of identities, as soon as it is loaded."""
+        return None if self._kernels is None else cast(Search, self._kernels.search)
 
     def pays(self, lines: int) -> bool:
         """Whether to ``read`` so many; where that would pay and is not ready, it will be."""

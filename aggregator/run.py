@@ -29,10 +29,13 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.intp]
 FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
-INDEXED_ROWS_MIN = 2_000_000  # a search by halves of 1,000,000 takes 0.11 us, of 10,000,000 0.50; the index 0.20
+INDEXED_ROWS_MIN = 500_000  # a search by halves of so many takes 0.13 us, of 16,000,000 0.6; with an index 0.04, 0.09
 PREFIX_BITS_LESS = 3  # 4 to 8 identities for each entry of the index: a byte of memory an identity at most
 PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
 PAIR_BYTES = 16
+
+Search = Callable[[Words, npt.NDArray[np.uint32], np.uint64, Words, Rows], None]
+"""``kernels.search``: compiled, it takes half of the time of the loop over arrays below, and holds no lock."""
 
 
 class Confirming(Protocol):
@@ -152,12 +155,12 @@ class Run(NamedTuple):
         confirming = _kept(lambda: _interleaved(self.confirming, newer.confirming, older), len(hi), directory)
         return Run(hi, confirming, Prefixes.of(hi))
 
-    def find(self, hi: Words, lo: Words) -> tuple[Rows, Words]:
+    def find(self, hi: Words, lo: Words, search: Search | None = None) -> tuple[Rows, Words]:
         """Which of the identities asked for are here: their rows, and the content hashes they were kept with.
 
         Faster for identities in order. Raises OSError when the file cannot be read.
         """
-        here, last = self._first(hi), len(self.hi) - 1
+        here, last = self._first(hi, search), len(self.hi) - 1
         rows = np.flatnonzero(self.hi[np.minimum(here, last)] == hi)
         if not len(rows):
             return rows, hi[:0]
@@ -171,10 +174,14 @@ class Run(NamedTuple):
         same = pairs[:, 0] == lo[rows]
         return rows[same], pairs[same, 1]
 
-    def _first(self, hi: Words) -> Rows:
+    def _first(self, hi: Words, search: Search | None) -> Rows:
         """For each high half the first row that is not less."""
         if self.prefixes is None:
             return np.searchsorted(self.hi, hi)
+        if search is not None:
+            found = np.empty(len(hi), np.intp)
+            search(self.hi, self.prefixes.begins, self.prefixes.shift, hi, found)
+            return found
         low, high = self.prefixes.around(hi)
         while (apart := low < high).any():  # three or four times; of whole arrays, since to pick rows costs more
             middle = (low + high) >> 1

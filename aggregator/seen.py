@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.run import Run, Words
+from aggregator.run import Run, Search, Words
 
 RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
 AT_ONCE_ROWS_MAX = 200_000  # rows of a merge for which a round may wait: 13 ms where 50,000 are merged with 150,000
@@ -63,7 +63,7 @@ class Seen:
             self._runs = (*self._runs[: self._held], *(_tidied(behind) if self._held else behind))
         self._merge_in_background()
 
-    def find(self, hi: Words, lo: Words) -> tuple[npt.NDArray[np.bool_], Words]:
+    def find(self, hi: Words, lo: Words, search: Search | None = None) -> tuple[npt.NDArray[np.bool_], Words]:
         """For each identity: whether it is known, and the content hash it was stored with (0 when unknown).
 
         Raises OSError when a file cannot be read.
@@ -73,7 +73,7 @@ class Seen:
         order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
         hi_sorted, lo_sorted = hi[order], lo[order]
         for run in self._runs:
-            rows, hashes = run.find(hi_sorted, lo_sorted)
+            rows, hashes = run.find(hi_sorted, lo_sorted, search)
             found[order[rows]], content[order[rows]] = True, hashes
         return found, content
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import run, seen
+from aggregator import kernels, run, seen
 from aggregator.seen import Keys, Seen, repeats
 
 few = st.integers(0, 3)  # a small range makes halves collide all the time
@@ -68,10 +68,11 @@ def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]
         model |= set(new)
         everything = [(hi, lo) for hi in HIGH for lo in range(4)]
         asked = keys(everything)
-        found, content = seen.find(asked.hi, asked.lo)
+        for search in (None, kernels.search):
+            found, content = seen.find(asked.hi, asked.lo, search)
 
-        assert [identity in model for identity in everything] == found.tolist()
-        assert [int(c) for c, f in zip(asked.content, found, strict=True) if f] == content[found].tolist()
+            assert [identity in model for identity in everything] == found.tolist()
+            assert [int(c) for c, f in zip(asked.content, found, strict=True) if f] == content[found].tolist()
     settle(seen)
     assert len(model) == len(seen)
 
@@ -92,7 +93,7 @@ def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: in
             for batch in batches:
                 seen.add(keys(batch))
             settle(seen)
-            found, content = seen.find(asked.hi, asked.lo)
+            found, content = seen.find(asked.hi, asked.lo, kernels.search)
 
         assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
         assert asked.content[found].tolist() == content[found].tolist()
