@@ -320,17 +320,6 @@ def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: I
     eventually(lambda: len(counted.answer("events", "list", "--name", "other")) == 1)
 
 
-def test_where_nothing_is_sent_that_is_said(counted: Installation, tmp_path: Path) -> None:
-    """An empty pipe, or a CSV file of a header alone, is no failure, and not silent either."""
-    path = tmp_path / "header.csv"
-    path.write_text("user\n")
-    columns = ("--map", "external_customer_id=user", "--set", "name=csv")
-
-    for command in (("send", "-"), ("import", str(path), *columns)):
-        done = counted.run("events", *command, text="")
-        assert (done.returncode, "there was no event in it" in done.stderr) == (0, True)
-
-
 def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path) -> None:
     """The first import inserts every row; the second finds all of them there, but for a row that came with it."""
     path = tmp_path / "usage.csv"

@@ -1,4 +1,4 @@
-"""Sending says which events have an external id that was taken with other content, whatever the gateway remembers."""
+"""What sending says of what does not count: an external id that was taken with other content, or nothing at all."""
 
 import json
 import threading
@@ -113,3 +113,14 @@ def test_a_server_without_a_log_is_not_asked() -> None:
         thread.join()
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_where_nothing_is_sent_that_is_said(running: Installation, tmp_path: Path) -> None:
+    """An empty pipe, or a CSV file of a header alone, is no failure, and not silent either."""
+    path = tmp_path / "header.csv"
+    path.write_text("user\n")
+    columns = ("--map", "external_customer_id=user", "--set", "name=csv")
+
+    for command in (("send", "-"), ("import", str(path), *columns)):
+        done = running.run("events", *command, text="")
+        assert (done.returncode, "there was no event in it" in done.stderr) == (0, True)
