@@ -206,6 +206,7 @@ class Engine:
         caused = causes(effects.rows, decided, self.catalogue, self.directory)
         first_seq = self.store.next_seq
         began = time.perf_counter()
+        # Decisions change which meters there are, and the rows of their round are counted after them.
         ahead = None if decided else self._evaluating.submit(self.totals.evaluate, effects.rows)
         round_ = Round(batch, effects, reading.control, reading.events_from, reading.control_from, caused)
         rows = self.store.commit(round_, self._seen, self.directory.organization_ids)

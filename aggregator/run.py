@@ -29,13 +29,13 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.intp]
 FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
-INDEXED_ROWS_MIN = 500_000  # a search by halves of so many takes 0.13 us, of 16,000,000 0.6; with an index 0.04, 0.09
+INDEXED_ROWS_MIN = 500_000  # a search by halves of so many takes 0.14 us, of 16,000,000 0.6; with an index 0.06, 0.09
 PREFIX_BITS_LESS = 3  # 4 to 8 identities for each entry of the index: a byte of memory an identity at most
 PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
 PAIR_BYTES = 16
 
 Search = Callable[[Words, npt.NDArray[np.uint32], np.uint64, Words, Rows], None]
-"""``kernels.search``: compiled, it takes half of the time of the loop over arrays below, and holds no lock."""
+"""``kernels.search``: compiled, it takes half to two thirds of the time of the loop below, and holds no lock."""
 
 
 class Confirming(Protocol):
@@ -142,13 +142,12 @@ class Run(NamedTuple):
 
     def merged(self, newer: "Run", directory: Path | None) -> "Run":
         """This run and a newer, smaller one as one. It copies; sorting anew would cost six times that."""
-        before = np.searchsorted(self.hi, newer.hi, side="right")
-        alike = np.flatnonzero(self.hi[np.maximum(before - 1, 0)] == newer.hi)
+        place = np.searchsorted(self.hi, newer.hi, side="right")  # how many of the older ones stand before each
+        alike = np.flatnonzero(self.hi[np.maximum(place - 1, 0)] == newer.hi)
         if len(alike):
             begins = np.searchsorted(self.hi, newer.hi[alike])
-            before[alike] = self._place(newer.confirming.take(alike)[:, 0], begins, before[alike])
-        before += np.arange(len(newer.hi))
-        place = before  # the same array: with a second one a long merge took a quarter more memory
+            place[alike] = self._place(newer.confirming.take(alike)[:, 0], begins, place[alike])
+        place += np.arange(len(newer.hi))  # no second array: eight million and as many would take 286 MB, and not 222
         older = np.ones(len(self.hi) + len(newer.hi), np.bool_)
         older[place] = False
         hi = np.empty(len(older), np.uint64)

@@ -67,7 +67,8 @@ class Found(NamedTuple):
 
 
 class RunningTotals:
-    """See the module. ``add`` and ``changed`` are the writer's; ``total`` is for any thread."""
+    """See the module. ``add`` and ``changed`` are the writer's, and so is when ``evaluate`` runs, which changes no total;
+    ``total`` is for any thread."""
 
     def __init__(
         self, store: Store, directory: Directory, catalogue: Catalogue,

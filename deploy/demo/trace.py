@@ -90,9 +90,9 @@ def read_trace(path: Path, rows: int | None) -> Iterator[Request]:
             for row, customer in zip(itertools.islice(reader, rows), customers(), strict=False):
                 line = reader.line_num
                 yield _request(row, customer, line)
-    except (OSError, ValueError, OverflowError, csv.Error) as error:
-        if isinstance(error, OSError):
-            raise GiveUp(f"cannot read {path}: {error.strerror}", USAGE) from None
+    except OSError as error:
+        raise GiveUp(f"cannot read {path}: {error.strerror}", USAGE) from None
+    except (ValueError, OverflowError, csv.Error) as error:
         raise GiveUp(f"{path}, line {line}, cannot be read as a trace: {error}", USAGE) from None
 
 

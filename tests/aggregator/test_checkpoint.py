@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aggregator import checkpoint, engine
+from aggregator.store.store import Store
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.aggregator.records import Running, decisions, entry, line, organization
@@ -57,6 +58,13 @@ def test_the_longer_the_history_the_rarer_it_is_looked_at(tmp_path: Path, monkey
     for name, value in (("ROWS_BETWEEN", 20), ("STORED_ROWS_PER_ROW", 2), ("IDLE_S", 1000.0)):
         monkeypatch.setattr(checkpoint, name, value)
     monkeypatch.setattr(engine, "ROUND_ROWS", 0)
+    stored, fold = list[int](), Store.checkpoint
+
+    def noted(store: Store, merges_max: int = 0) -> bool:
+        stored.append(store.next_seq)
+        return fold(store, merges_max)
+
+    monkeypatch.setattr(Store, "checkpoint", noted)
     log, store = open_log("memory:"), tmp_path / "store.duckdb"
     asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
     with Running(log, store) as running:
@@ -66,4 +74,5 @@ def test_the_longer_the_history_the_rarer_it_is_looked_at(tmp_path: Path, monkey
             if is_folded:
                 eventually(lambda: waiting_bytes(store) == 0)
             assert (waiting_bytes(store) == 0) is is_folded
+        assert sorted(set(stored)) == [45, 175]  # again where a round was just being written
     log.close()

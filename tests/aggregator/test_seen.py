@@ -93,10 +93,11 @@ def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: in
             for batch in batches:
                 seen.add(keys(batch))
             settle(seen)
-            found, content = seen.find(asked.hi, asked.lo, kernels.search)
+            searched = [seen.find(asked.hi, asked.lo, search) for search in (None, kernels.search)]
 
-        assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
-        assert asked.content[found].tolist() == content[found].tolist()
+        for found, content in searched:
+            assert [any(identity in batch for batch in batches) for identity in everything] == found.tolist()
+            assert asked.content[found].tolist() == content[found].tolist()
 
 
 def test_runs_that_pile_up_are_copied_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
