@@ -11,8 +11,8 @@ with their neighbors there and then; that keeps a round waiting for up to half a
 while it is rewritten. So under load a checkpoint merges nothing; the first one of a quiet time merges some of the small
 row groups that were left behind. One without rows to write merges none.
 
-Each checkpoint also looks at every row group there is, changed or not: 3 ms of processor time for a million rows stored.
-So the longer the history, the more rows lie between two.
+Each checkpoint also looks at every row group there is, changed or not: 3 ms of CPU time for a million rows stored. So
+the longer the history, the more rows lie between two.
 """
 
 import threading

@@ -67,7 +67,7 @@ class Found(NamedTuple):
 
 
 class RunningTotals:
-    """See the module. ``add`` and ``changed`` are the writer's, and so is when ``evaluate`` runs, which changes no total;
+    """See the module. ``add`` and ``changed`` are the writer's; ``evaluate`` runs in another thread when the writer says so;
     ``total`` is for any thread."""
 
     def __init__(
