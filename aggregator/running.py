@@ -67,8 +67,10 @@ class Found(NamedTuple):
 
 
 class RunningTotals:
-    """See the module. ``add`` and ``changed`` are the writer's; ``evaluate`` runs in another thread when the writer says so;
-    ``total`` is for any thread."""
+    """See the module. ``add`` and ``changed`` are the writer's, who says when ``evaluate`` runs, in another thread.
+
+    ``total`` is for any thread.
+    """
 
     def __init__(
         self, store: Store, directory: Directory, catalogue: Catalogue,
