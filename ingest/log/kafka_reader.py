@@ -1,7 +1,8 @@
 """The reading end of the log on Kafka: librdkafka's consumer, told exactly where to begin, and watched.
 
 It joins no group and has no position of its own: partitions are assigned from the positions asked for, and a position
-that is not there is an error, never a jump. Records are handed on only when each follows the one before, and only
+that is not there is an error, never a jump. So a consumer is nothing to hold on to: one that does not bring what the
+brokers have is given up for another. Records are handed on only when each follows the one before, and only
 after the topic was seen to be still the same one: a topic that was deleted and made again may be long enough to
 answer the same offsets with other records.
 
@@ -40,7 +41,11 @@ UNPACKED_BYTES_MAX = 1_000_000_000
 beyond it could never be read. It takes no memory of its own: how much brokers send at once the fetch's bounds say."""
 
 FETCH_S_MAX = 5.0
-"""Seconds until records that the brokers have should have arrived."""
+"""Seconds until records that the brokers have should have arrived. A consumer whose brokers were restarted may never
+bring them (librdkafka's issue 5153), nor hear for a minute that its connection leads nowhere; a new one does."""
+
+CLOSE_S_MAX = 5.0
+"""Seconds that a consumer gets to end. One whose brokers went may never do (librdkafka's issues 4131 and 5476)."""
 
 HELD_BYTES_MAX = 32 * MEBIBYTE
 """Bytes held for a partition that does not answer, before the others are read without it: the aggregator reads 8 MiB at
@@ -90,20 +95,20 @@ class Reader:
         """End a read under way, and let go of the connections."""
         self._closed = True
         with self._lock:
-            if self._consumer is not None:
-                self._consumer.close()
-                self._consumer = None
+            self._give_up_consumer().join(CLOSE_S_MAX)
 
     def _read(self, positions: Mapping[int, int], bytes_max: int, deadline_s: float) -> list[Record]:
         if not positions:
             return []
-        if self._next != positions:
+        if self._next != positions or self._consumer is None:
             self._seek(positions)
         if not (self._buffered() and self._buffered_bytes >= bytes_max and self._enough(bytes_max)):
             self._ends = self._topics.ends(self._stream, positions)
             self._fetch(lambda: self._enough(bytes_max), time.monotonic() + FETCH_S_MAX)
-            if not self._buffered() and not self._complete():
-                raise TryAgain(f"the brokers hold back records of {self._topic}", self._retry_after_s)
+            if not self._enough(bytes_max):
+                self._give_up_consumer()
+                if not self._buffered():
+                    raise TryAgain(f"the brokers hold back records of {self._topic}", self._retry_after_s)
         self._fetch(self._buffered, deadline_s)
         found = self._take(bytes_max)
         if found or time.monotonic() - self._checked_s > CHECK_S:
@@ -132,6 +137,13 @@ class Reader:
             return Consumer(self._settings)
         except KafkaException as error:  # a file of certificates that is just being replaced
             raise TryAgain(f"the log has no consumer: {error.args[0].str()}", self._retry_after_s) from error
+
+    def _give_up_consumer(self) -> threading.Thread:
+        """Have it end in a thread, which is returned: whatever keeps it, the next one has nothing to do with it."""
+        consumer, self._consumer = self._consumer, None
+        ending = threading.Thread(target=consumer.close if consumer else None, name="log-reader-end", daemon=True)
+        ending.start()
+        return ending
 
     def _check(self) -> None:
         """Raises PositionLost if the topic is another one, OpenAgain if it has more partitions."""
@@ -162,11 +174,11 @@ class Reader:
 
     def _fetch(self, enough: Callable[[], bool], deadline_s: float) -> None:
         """Take what arrives, until it is enough or the time is over."""
-        consumer = self._consumer
-        assert consumer is not None
         while not enough() and (left_s := deadline_s - time.monotonic()) > 0:
             if self._closed:
                 raise TryAgain("the log is closed", self._retry_after_s)
+            consumer = self._consumer
+            assert consumer is not None
             message = consumer.poll(min(left_s, LOOK_S))
             if message is not None:
                 for each in (message, *consumer.consume(TURN_RECORDS, 0)):

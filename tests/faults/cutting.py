@@ -2,7 +2,7 @@
 
 Bytes from the client reach the server untouched. While ``cut_next`` is above zero, an answer costs one of it: its
 first bytes are read from the server, so the server has done what it was asked for, and thrown away with both
-connections.
+connections. A connection that is silenced stays open, and no answer comes through it any more.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ class CuttingProxy:
         self.cut_next = 0
         self.answers = 0
         self.cut = 0
+        self._accepted = self._silent = 0  # connections: how many, and how many of the first of them
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="cutting proxy")
@@ -38,6 +39,10 @@ class CuttingProxy:
     ) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
+
+    def silence(self) -> None:
+        """Every connection that there is now, like a firewall that forgot them; later ones are served."""
+        self._silent = self._accepted
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -56,12 +61,13 @@ class CuttingProxy:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        number, self._accepted = self._accepted, self._accepted + 1
         to_server = None
         with contextlib.suppress(OSError, asyncio.CancelledError):
             server, to_server = await asyncio.open_connection("127.0.0.1", self._target_port)
             ways = {
                 asyncio.create_task(self._requests(client, to_server)),
-                asyncio.create_task(self._answers(server, to_client)),
+                asyncio.create_task(self._answers(number, server, to_client)),
             }
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -79,8 +85,10 @@ class CuttingProxy:
             to_server.write(piece)
             await to_server.drain()
 
-    async def _answers(self, server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+    async def _answers(self, number: int, server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         while piece := await server.read(1 << 16):
+            if number < self._silent:
+                continue
             self.answers += 1
             if self.cut_next > 0:
                 self.cut_next -= 1

@@ -44,7 +44,16 @@ class Victims:
             kill()
             start()
 
-        self.away_s[name].append(await asyncio.to_thread(recovery_s, again, recovered))
+        try:
+            self.away_s[name].append(await asyncio.to_thread(recovery_s, again, recovered))
+        except AssertionError as failure:
+            raise AssertionError(f"the {name} did not come back; {self._words()}") from failure
+
+    def _words(self) -> str:
+        """What each wrote last: whoever waits may wait for another."""
+        here, (node,) = self._installation, self._installation.cluster.nodes
+        parts = [("gateway", here.gateway), ("aggregator", here.aggregator), ("broker", node)]
+        return "\n".join(f"{name} (running: {part.running}): {part.output[-2000:]}" for name, part in parts)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {median(s):.2f} s (max {max(s):.2f})" for name, s in self.away_s.items())
