@@ -107,7 +107,7 @@ class Topics:
             result = future.result(wait_s + FUTURE_GRACE_S)
             self._complaint.last = ""
             return result
-        except (KafkaException, TimeoutError) as error:
+        except (KafkaException, TimeoutError, RuntimeError) as error:  # the last for an answer that lacks a partition
             # The traceback holds frames that hold the future, which holds the error: a cycle that would keep the
             # client and its threads until the collector comes by, one more for each question of a long outage.
             raise self._given_up(admin, error, topic) from error.with_traceback(None)

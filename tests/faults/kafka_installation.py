@@ -79,6 +79,7 @@ class Process:
         """A new life."""
         assert not self.running
         clean = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
+        clean["PYTHONFAULTHANDLER"] = "1"  # a signal that ends it, a test's too, has it write where its threads were
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.cli", *self._arguments], stdout=output, stderr=output, env=clean

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ ROUNDS = 20
 MOMENT_S = (0.0, 0.4)  # of a death, within its round
 PAUSE_S = 0.05  # of a sender's connection: many rounds and few events make a quick recount
 CUSTOMERS = 20  # over all partitions
+WORDS = 8000  # characters of what a process wrote last: the frames of some twenty threads
 
 
 class Victims:
@@ -47,13 +49,19 @@ class Victims:
         try:
             self.away_s[name].append(await asyncio.to_thread(recovery_s, again, recovered))
         except AssertionError as failure:
-            raise AssertionError(f"the {name} did not come back; {self._words()}") from failure
+            raise AssertionError(f"the {name} did not come back; {self._last_words()}") from failure
 
-    def _words(self) -> str:
-        """What each wrote last: whoever waits may wait for another."""
+    def _last_words(self) -> str:
+        """What each part wrote, and where its threads were: whoever did not come back may have waited for another."""
         here, (node,) = self._installation, self._installation.cluster.nodes
-        parts = [("gateway", here.gateway), ("aggregator", here.aggregator), ("broker", node)]
-        return "\n".join(f"{name} (running: {part.running}): {part.output[-2000:]}" for name, part in parts)
+        said = [f"broker (running: {node.running}): {node.output[-WORDS:]}"]
+        for part in (here.gateway, here.aggregator):
+            running = part.running
+            if running:
+                part.signal(signal.SIGABRT)
+                part.wait()
+            said.append(f"{part.name} (running: {running}): {part.output[-WORDS:]}")
+        return "\n".join(said)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {median(s):.2f} s (max {max(s):.2f})" for name, s in self.away_s.items())
