@@ -20,7 +20,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from ingest.log.kafka_address import Address
-from ingest.log.kafka_topics import Topics, quiet
+from ingest.log.kafka_topics import Topics, end_apart, quiet
 from ingest.log.kafka_writer import ADMITTED, ORGANIZATION
 from ingest.log.limits import MEBIBYTE, Limits
 from ingest.log.places import take_in_order
@@ -43,9 +43,6 @@ beyond it could never be read. It takes no memory of its own: how much brokers s
 FETCH_S_MAX = 5.0
 """Seconds until records that the brokers have should have arrived. A consumer whose brokers were restarted may never
 bring them (librdkafka's issue 5153), nor hear for a minute that its connection leads nowhere; a new one does."""
-
-CLOSE_S_MAX = 5.0
-"""Seconds that a consumer gets to end. One whose brokers went may never do (librdkafka's issues 4131 and 5476)."""
 
 HELD_BYTES_MAX = 32 * MEBIBYTE
 """Bytes held for a partition that does not answer, before the others are read without it: the aggregator reads 8 MiB at
@@ -95,7 +92,7 @@ class Reader:
         """End a read under way, and let go of the connections."""
         self._closed = True
         with self._lock:
-            self._give_up_consumer().join(CLOSE_S_MAX)
+            self._give_up_consumer()
 
     def _read(self, positions: Mapping[int, int], bytes_max: int, deadline_s: float) -> list[Record]:
         if not positions:
@@ -138,12 +135,10 @@ class Reader:
         except KafkaException as error:  # a file of certificates that is just being replaced
             raise TryAgain(f"the log has no consumer: {error.args[0].str()}", self._retry_after_s) from error
 
-    def _give_up_consumer(self) -> threading.Thread:
-        """Have it end in a thread, which is returned: whatever keeps it, the next one has nothing to do with it."""
+    def _give_up_consumer(self) -> None:
         consumer, self._consumer = self._consumer, None
-        ending = threading.Thread(target=consumer.close if consumer else None, name="log-reader-end", daemon=True)
-        ending.start()
-        return ending
+        if consumer is not None:
+            end_apart(consumer.close)
 
     def _check(self) -> None:
         """Raises PositionLost if the topic is another one, OpenAgain if it has more partitions."""

@@ -4,11 +4,10 @@ Every question waits a bounded time and answers or raises TryAgain. A topic that
 installation may start before its topics are made.
 """
 
-import contextlib
 import itertools
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,6 +26,10 @@ REQUEST_S_MAX = 3.0
 OPENING_S_MAX = 1.0
 """Seconds that opening waits for the brokers; without them it goes on, and the first use asks again."""
 
+CLIENT_END_S_MAX = 3.0
+"""Seconds that whoever gives up a client waits for its end: milliseconds, or for ever where it met a broker that died
+(librdkafka's issues 3470, 4131 and 5476)."""
+
 FUTURE_GRACE_S = 0.5  # librdkafka keeps its own time, and is asked to be punctual
 
 NAME_A_CERTIFICATE = "they want a client's certificate: name one that they trust with ssl_certificate and ssl_key"
@@ -44,6 +47,7 @@ class Topics:
         self._retry_after_s = limits.retry_after_s
         self._complaint = Complaint()
         self._admin: AdminClient | None = make_admin(address, self._complaint)
+        self._turn = 0  # how many there were before it
         self._lock = threading.Lock()
         self._questions = itertools.count(1)
         self._answered = 0  # the newest question that was answered
@@ -66,9 +70,9 @@ class Topics:
     def describe(self, streams: Iterable[str], wait_s: float = REQUEST_S_MAX) -> dict[str, tuple[str, int]]:
         """Each stream's topic id and number of partitions. Raises TryAgain."""
         topics = {self._address.topic(stream): stream for stream in streams}
-        admin = self._client()
-        futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=wait_s)
-        found = {topics[name]: self._result(admin, future, wait_s, name) for name, future in futures.items()}
+        turn = self._turn
+        futures = self._client().describe_topics(TopicCollection(list(topics)), request_timeout=wait_s)
+        found = {topics[name]: self._result(turn, future, wait_s, name) for name, future in futures.items()}
         return {stream: (str(topic.topic_id), len(topic.partitions)) for stream, topic in found.items()}
 
     def starts(self, stream: str, partitions: Iterable[int]) -> dict[int, int]:
@@ -81,19 +85,21 @@ class Topics:
 
     def close(self) -> None:
         """Let go of the connections; later questions raise TryAgain."""
-        self._admin = None
+        with self._lock:
+            former, self._admin = [self._admin], None
+        end_apart(former.clear)
 
     def _offsets(self, stream: str, partitions: Iterable[int], which: OffsetSpec) -> dict[int, int]:
         topic = self._address.topic(stream)
         asked = {TopicPartition(topic, partition): which for partition in partitions}
         if not asked:
             return {}
-        admin = self._client()
-        futures = admin.list_offsets(
+        turn = self._turn
+        futures = self._client().list_offsets(
             asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_S_MAX
         )
         return {
-            place.partition: self._result(admin, future, REQUEST_S_MAX, topic).offset
+            place.partition: self._result(turn, future, REQUEST_S_MAX, topic).offset
             for place, future in futures.items()
         }
 
@@ -102,7 +108,7 @@ class Topics:
             raise TryAgain("the log is closed", self._retry_after_s)
         return self._admin
 
-    def _result(self, admin: AdminClient, future: "Future[Any]", wait_s: float, topic: str) -> Any:
+    def _result(self, turn: int, future: "Future[Any]", wait_s: float, topic: str) -> Any:
         try:
             result = future.result(wait_s + FUTURE_GRACE_S)
             self._complaint.last = ""
@@ -110,9 +116,9 @@ class Topics:
         except (KafkaException, TimeoutError, RuntimeError) as error:  # the last for an answer that lacks a partition
             # The traceback holds frames that hold the future, which holds the error: a cycle that would keep the
             # client and its threads until the collector comes by, one more for each question of a long outage.
-            raise self._given_up(admin, error, topic) from error.with_traceback(None)
+            raise self._given_up(turn, error, topic) from error.with_traceback(None)
 
-    def _given_up(self, admin: AdminClient, error: Exception, topic: str) -> TryAgain:
+    def _given_up(self, turn: int, error: Exception, topic: str) -> TryAgain:
         """Why, for a person; and another client for the next question.
 
         librdkafka goes on asking the leaders that it knows, for minutes after one of them was lost; a new client asks
@@ -121,9 +127,20 @@ class Topics:
         try:
             return self.later(error, topic)
         finally:
-            if self._admin is admin:
-                with contextlib.suppress(ValueError):  # certificates that are just being replaced: this one goes on
-                    self._admin = make_admin(self._address, self._complaint)
+            self._take_turns(turn)
+
+    def _take_turns(self, turn: int) -> None:
+        """Another client for the one of a turn, unless somebody was quicker, or all is closed."""
+        with self._lock:
+            if self._admin is None or self._turn != turn:
+                return
+            try:
+                made = make_admin(self._address, self._complaint)
+            except ValueError:  # certificates that are just being replaced: this one goes on
+                return
+            former = [self._admin]
+            self._admin, self._turn = made, turn + 1
+        end_apart(former.clear)
 
     def later(self, error: Exception, topic: str) -> TryAgain:
         """Why a question went unanswered, for a person."""
@@ -156,6 +173,13 @@ def make_admin(address: Address, complaint: Complaint) -> AdminClient:
     except KafkaException as error:
         reason = f"no Kafka client can be made of this URL ({error.args[0].str()})"
         raise ValueError(f"{reason}: mend its ssl_ca, ssl_certificate or ssl_key, or the key's password") from None
+
+
+def end_apart(end: Callable[[], object]) -> None:
+    """Have a client end in a thread, and wait for it no longer than CLIENT_END_S_MAX."""
+    thread = threading.Thread(target=end, name="log-client-end", daemon=True)
+    thread.start()
+    thread.join(CLIENT_END_S_MAX)
 
 
 def quiet(settings: dict[str, str]) -> dict[str, Any]:

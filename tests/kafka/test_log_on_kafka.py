@@ -22,7 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from aggregator.reconcile.stretches import Stretches
-from ingest.log import open_log
+from ingest.log import kafka_topics, open_log
 from ingest.log.kafka_address import Address, parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from ingest.log.kafka_topics import Topics
@@ -276,6 +276,21 @@ def test_an_answer_that_comes_late_takes_no_partition_away() -> None:
         topics.answered.set()
         assert first.result() is topics.places is newest
     assert newest.partitions[USAGE_EVENTS] == 3
+
+
+def test_a_client_that_does_not_end_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker's death may leave a client of librdkafka waiting for itself; whoever gave it up goes on."""
+    monkeypatch.setattr(kafka_topics, "CLIENT_END_S_MAX", 0.01)
+    begun, over = threading.Event(), threading.Event()
+
+    def end() -> None:
+        begun.set()
+        over.wait()
+
+    kafka_topics.end_apart(end)
+    assert begun.wait(PATIENCE_S)
+    assert not over.is_set()
+    over.set()
 
 
 def test_a_long_outage_costs_no_threads() -> None:
