@@ -50,7 +50,7 @@ kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--port 919
 BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
 	tests/faults/test_process_model.py \
 	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_init.py \
-	tests/kafka/test_make_kafka.py tests/kafka/test_security.py
+	tests/kafka/test_make_kafka.py tests/kafka/test_security.py tests/kafka/test_silent.py
 EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
 	tests/faults/test_torn_store.py tests/faults/test_kill.py tests/deploy/test_serve.py tests/deploy/test_doctor_log.py
 UPSTREAM := tests/forward tests/reconcile

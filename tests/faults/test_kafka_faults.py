@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from meters.log import USAGE_EVENTS, Entry, TryAgain
 from tests.faults.cutting import CuttingProxy
 from tests.faults.evidence import SEED, export
 from tests.faults.figures import told
@@ -112,40 +111,6 @@ def test_answers_that_get_lost_cost_nothing(tmp_path: Path, record_property: Cal
     assert to_gateway.cut > 0
     assert to_broker.cut > 0
     assert (outcome.lost, outcome.doubled, outcome.dead) == (0, 0, 0)
-
-
-def test_a_reader_gets_past_connections_that_went_silent(tmp_path: Path) -> None:
-    """Open, and nothing comes through them: librdkafka waits a minute for an answer, a reader has others sooner."""
-    behind, told_later = take_port(), 0
-    address = {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{behind}"}
-
-    def write(value: bytes) -> None:
-        with contextlib.closing(installation.open_log()) as other:
-            asyncio.run(other.append(USAGE_EVENTS, [Entry(value)]))
-
-    def read_at(offset: int) -> bytes:
-        nonlocal told_later
-        while True:
-            try:
-                if records := log.read(USAGE_EVENTS, {0: offset}, bytes_max=1):
-                    return records[0].value
-            except TryAgain:
-                told_later += 1
-
-    with (
-        own_brokers(tmp_path, settings=address, start=False) as cluster,
-        CuttingProxy(cluster.nodes[0].port, behind) as proxy,
-    ):
-        cluster.start()
-        installation = KafkaInstallation(cluster, tmp_path)
-        with contextlib.closing(installation), contextlib.closing(installation.open_log()) as log:
-            write(b"before")
-            assert read_at(0) == b"before"
-            proxy.silence()
-            write(b"after")
-            assert read_at(1) == b"after"
-
-    assert told_later <= 2  # for the ends, and for the record: each question found a client that heard nothing
 
 
 @pytest.mark.timeout(900)
