@@ -1,10 +1,10 @@
 """The reading end of the log on Kafka: librdkafka's consumer, told exactly where to begin, and watched.
 
 It joins no group and has no position of its own: partitions are assigned from the positions asked for, and a position
-that is not there is an error, never a jump. So a consumer is nothing to hold on to: one that does not bring what the
-brokers have is given up for another. Records are handed on only when each follows the one before, and only
-after the topic was seen to be still the same one: a topic that was deleted and made again may be long enough to
-answer the same offsets with other records.
+that is not there is an error, never a jump. So a consumer is nothing to hold on to: one that brings nothing of what
+the brokers have is given up for another. Records are handed on only when each follows the one before, and only after
+the topic was seen to be still the same one: a topic that was deleted and made again may be long enough to answer the
+same offsets with other records.
 
 A read without waiting gives whatever was acknowledged before it, as the port promises; a consumer alone cannot, since
 it fetches in the background. So the brokers are asked for the ends first, unless enough is at hand.
@@ -101,8 +101,9 @@ class Reader:
             self._seek(positions)
         if not (self._buffered() and self._buffered_bytes >= bytes_max and self._enough(bytes_max)):
             self._ends = self._topics.ends(self._stream, positions)
+            before = self._fetched.copy()
             self._fetch(lambda: self._enough(bytes_max), time.monotonic() + FETCH_S_MAX)
-            if not self._enough(bytes_max):
+            if not self._enough(bytes_max) and self._nothing_came(before):
                 self._give_up_consumer()
                 if not self._buffered():
                     raise TryAgain(f"the brokers hold back records of {self._topic}", self._retry_after_s)
@@ -159,6 +160,10 @@ class Reader:
 
     def _has_more(self, partition: int) -> bool:
         return self._fetched[partition] < self._ends[partition]
+
+    def _nothing_came(self, before: Mapping[int, int]) -> bool:
+        """Of any partition that lacks records, since so much was fetched; a slow network brings a little of one."""
+        return all(self._fetched[partition] == before[partition] for partition in self._ends if self._has_more(partition))
 
     def _enough(self, bytes_max: int) -> bool:
         """Whether it is known what comes next, and that is a round's worth or all. A laggard is not waited for long."""

@@ -98,10 +98,13 @@ class Topics:
         futures = self._client().list_offsets(
             asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_S_MAX
         )
-        return {
+        found = {
             place.partition: self._result(turn, future, REQUEST_S_MAX, topic).offset
             for place, future in futures.items()
         }
+        if any(offset < 0 for offset in found.values()):  # how the client says that a leader did not answer in time
+            raise self._given_up(turn, TimeoutError(), topic)
+        return found
 
     def _client(self) -> AdminClient:
         if self._admin is None:
@@ -113,10 +116,8 @@ class Topics:
             result = future.result(wait_s + FUTURE_GRACE_S)
             self._complaint.last = ""
             return result
-        except (KafkaException, TimeoutError, RuntimeError) as error:  # the last for an answer that lacks a partition
-            # The traceback holds frames that hold the future, which holds the error: a cycle that would keep the
-            # client and its threads until the collector comes by, one more for each question of a long outage.
-            raise self._given_up(turn, error, topic) from error.with_traceback(None)
+        except (KafkaException, TimeoutError) as error:
+            raise self._given_up(turn, error, topic) from error
 
     def _given_up(self, turn: int, error: Exception, topic: str) -> TryAgain:
         """Why, for a person; and another client for the next question.

@@ -2,7 +2,8 @@
 
 Bytes from the client reach the server untouched. While ``cut_next`` is above zero, an answer costs one of it: its
 first bytes are read from the server, so the server has done what it was asked for, and thrown away with both
-connections. A connection that is silenced stays open, and no answer comes through it any more.
+connections. A connection that is silenced stays open, and no answer comes through it any more. With a ``pause_s``
+answers are slow: it comes after each chunk of them.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ class CuttingProxy:
         self._socket = socket.create_server(("127.0.0.1", port))
         self.port: int = self._socket.getsockname()[1]
         self.cut_next = 0
+        self.pause_s = 0.0
         self.answers = 0
         self.cut = 0
         self._accepted = self._silent = 0  # connections: how many, and how many of the first of them
@@ -96,3 +98,4 @@ class CuttingProxy:
                 return
             to_client.write(piece)
             await to_client.drain()
+            await asyncio.sleep(self.pause_s)
