@@ -45,7 +45,7 @@ logger = structlog.get_logger("aggregator")
 
 
 class Aggregator:
-    """Follows the log into the store and answers for it. Implements ``aggregator.api.desk.View``."""
+    """Follows the log into the store and answers for it. Implements ``aggregator.view.View``."""
 
     def __init__(self, log: Log, path: Path, settings: Settings = MODEST) -> None:
         self._log, self._path, self._settings = log, path, settings
@@ -167,55 +167,55 @@ class Aggregator:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Organizations, tokens, customers and meters as of the last commit. Read only."""
+        """Return the running engine's catalogue."""
         return self._now.catalogue
 
     @property
     def ledger(self) -> Ledger:
-        """Credits and resets as of the last commit. Read only."""
+        """Return the running engine's ledger."""
         return self._now.ledger
 
     @property
     def directory(self) -> Directory:
-        """Under which numbers customers' events are stored. Read only."""
+        """Return the running engine's directory."""
         return self._now.directory
 
     @property
     def totals(self) -> RunningTotals:
-        """What is kept of every meter in memory. Read only."""
+        """Return the running engine's totals."""
         return self._now.totals
 
     @property
     def as_of(self) -> Mapping[int, int]:
-        """The ``usage.events`` positions of the last commit."""
+        """Return the running engine's position in ``usage.events``."""
         return self._now.as_of
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Snapshot]:
-        """A snapshot of the store, for a thread of its own. Raises Unavailable between two engines."""
+        """Open a snapshot of the running engine's store. Raises Unavailable between two engines."""
         with self._now.store.read() as snapshot:
             yield snapshot
 
     @property
     def control_position(self) -> int:
-        """The ``usage.control`` position of the last commit."""
+        """Return the running engine's position in ``usage.control``."""
         return self._now.control_position
 
     @contextlib.contextmanager
     def outbox(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
+        """Open a transaction on the running engine's webhook tables. Raises Unavailable between two engines."""
         with self._now.store.outbox() as connection:
             yield connection
 
     async def decide(self, *changes: Change) -> None:
-        """Write changes to the control stream as one record, and return when they are true everywhere in here."""
+        """Append one record, then wait at most DECISION_TIMEOUT_S until the engine has applied it."""
         entry = Entry(encode_changes(changes), admitted=True)
         (offset,) = await self._log.append(USAGE_CONTROL, [entry])
         if not await self._wait(lambda: self._now.control_position > offset, DECISION_TIMEOUT_S):
             raise Unavailable("the decision is durable but not yet applied", RESTART_DELAY_S)
 
     async def informed(self, timeout_s: float) -> bool:
-        """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
+        """Ask the log for the end of ``usage.control``, and wait until the engine has applied it."""
         deadline_s = time.monotonic() + timeout_s
         ends = await self._ends(USAGE_CONTROL, timeout_s)
         if ends is None:
@@ -224,14 +224,14 @@ class Aggregator:
         return await self._wait(lambda: self._now.control_position >= end, deadline_s - time.monotonic())
 
     async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
-        """Whether the view reached the ``usage.events`` position within the time."""
+        """Wait for the engine to commit the position, over restarts of the engine."""
         return await self._wait(
             lambda: all(self._now.as_of.get(partition, 0) >= offset for partition, offset in position.items()),
             timeout_s,
         )
 
     async def present(self, timeout_s: float) -> bool:
-        """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
+        """Ask the log for the ends of ``usage.events``, and wait until the engine has committed them."""
         deadline_s = time.monotonic() + timeout_s
         ends = await self._ends(USAGE_EVENTS, timeout_s)
         return ends is not None and await self.wait_for(ends, deadline_s - time.monotonic())

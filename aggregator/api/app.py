@@ -28,11 +28,12 @@ from aggregator.api import (
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.desk import AtDesk, Desk, View, answer
+from aggregator.api.desk import AtDesk, Desk, answer
 from aggregator.api.document import describe, install_pages
 from aggregator.api.limits import SETTLED_S
 from aggregator.api.paths import RelativeRedirects, Segments
 from aggregator.api.schemas import gives, ref
+from aggregator.view import View
 
 __all__ = ["create_app"]
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

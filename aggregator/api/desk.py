@@ -8,7 +8,6 @@ other, each against what the last one made true.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Protocol, TypeVar
@@ -36,16 +35,12 @@ from aggregator.api.limits import (
     WAITS_OF_ONE_MAX,
 )
 from aggregator.api.line import Line, Waits
-from aggregator.directory import Directory
-from aggregator.running import RunningTotals
 from aggregator.store.queries.asking import Asking, Here, Looking, Patience, Reading
-from aggregator.view import Snapshot, Unavailable
-from aggregator.webhooks.outbox import Connection
+from aggregator.view import Unavailable, View
 from meters import exact_json
 from meters.access import Denied, authorize
 from meters.catalogue import Catalogue, Change, Token
 from meters.detail import detail
-from meters.ledger import Ledger
 from meters.log import TryAgain, format_position, parse_position
 
 T = TypeVar("T")
@@ -69,72 +64,6 @@ def _ended(leave: Callable[[], None], work: "asyncio.Future[Any]") -> None:
     leave()  # now that its thread is free
     if not work.cancelled():
         work.exception()  # nobody may be left to hear of it
-
-
-class View(Protocol):
-    """The aggregator, as its guests see it. They are in its process, because the store's file has one owner.
-
-    They read through ``read`` (a snapshot with the position it is true for) and from what is kept in memory, decide
-    through ``decide`` (a record in the control stream, true once the round that applied it has committed) and wait
-    through ``wait_for``. What is a property here raises Unavailable between two engines.
-    """
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """Organizations, tokens, customers and meters as of the last commit. Read only."""
-        ...
-
-    @property
-    def ledger(self) -> Ledger:
-        """Credits and resets as of the last commit. Read only."""
-        ...
-
-    @property
-    def directory(self) -> Directory:
-        """Under which numbers a customer's events are stored (``events.subject``). Read only."""
-        ...
-
-    @property
-    def totals(self) -> RunningTotals:
-        """What is kept of every meter in memory; where that says None, ask the store. Read only."""
-        ...
-
-    @property
-    def as_of(self) -> Mapping[int, int]:
-        """The ``usage.events`` positions of the last commit, for answers that come from memory."""
-        ...
-
-    @property
-    def control_position(self) -> int:
-        """The ``usage.control`` position of the last commit."""
-        ...
-
-    def read(self) -> AbstractContextManager[Snapshot]:
-        """A snapshot of the store, for a thread of its own. Blocking calls; never held across an await."""
-        ...
-
-    def outbox(self) -> AbstractContextManager[Connection]:
-        """A small transaction on the tables of webhooks, for a thread of its own. Raises Unavailable."""
-        ...
-
-    async def decide(self, *changes: Change) -> None:
-        """Write changes to the control stream, all or none, and return when they are true everywhere in here.
-
-        They are one record. Raises TryAgain, Unavailable, and Refused where it is larger than the log takes.
-        """
-        ...
-
-    async def informed(self, timeout_s: float) -> bool:
-        """Whether every decision that is durable now is true in here within the time. Raises TryAgain."""
-        ...
-
-    async def wait_for(self, position: Mapping[int, int], timeout_s: float) -> bool:
-        """Whether the view reached the ``usage.events`` position within the time."""
-        ...
-
-    async def present(self, timeout_s: float) -> bool:
-        """Whether the view has, within the time, everything that is in the log when this is asked. Raises TryAgain."""
-        ...
 
 
 class Deciding:
