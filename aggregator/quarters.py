@@ -19,12 +19,9 @@ import numpy as np
 from aggregator.totals import Amounts, Integers, MeterTotals, Rows
 from aggregator.view import Total
 from meters.timestamp import microseconds_of
-from meters.window import START_MIN
+from meters.window import KEPT_FROM
 
 QUARTER_US = 15 * 60 * 1_000_000
-KEPT_FROM = START_MIN.replace(year=START_MIN.year - 1)
-"""Before it no quarter hour is kept. It is the year before START_MIN's, because a chart by the year shows whole local
-years, and west of Greenwich START_MIN lies in the year before. That bounds memory to 35,000 quarter hours a year."""
 _BEFORE = microseconds_of(KEPT_FROM) // QUARTER_US - 1  # stands for all that are not kept
 _DENSE_MAX = 100_000  # quarter hours from the first to the last of a round, three years, up to which a table finds them
 

@@ -24,7 +24,7 @@ import structlog
 from aggregator.directory import Directory
 from aggregator.histories import Histories
 from aggregator.plan import ARRIVING, KEPT, Evaluated, Plan, PreparedPlans, plan
-from aggregator.quarters import KEPT_FROM, Calendar, MeterQuarters
+from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.store.slot import Slot
 from aggregator.store.store import Store
 from aggregator.totals import Integers
@@ -32,6 +32,7 @@ from aggregator.view import EVER, Consumption, Total
 from aggregator.windows import MeterWindows, window_begin_us
 from meters.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
+from meters.window import KEPT_FROM
 
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short

@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 
 import duckdb
 
-from aggregator.quarters import KEPT_FROM
 from aggregator.reconcile.questions import StoppedStore
 from aggregator.reconcile.store_check import Both, both_of
 from aggregator.running import RunningTotals
@@ -17,6 +16,7 @@ from aggregator.store.store import Store
 from aggregator.view import Total
 from meters.catalogue import Catalogue, MeterCreated, OrganizationCreated
 from meters.meter import Meter
+from meters.window import KEPT_FROM
 
 HOUR = timedelta(hours=1)
 

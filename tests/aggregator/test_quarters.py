@@ -6,10 +6,10 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 
-from aggregator.quarters import KEPT_FROM, Calendar, MeterQuarters
+from aggregator.quarters import Calendar, MeterQuarters
 from aggregator.totals import Amounts
 from meters.timestamp import microseconds_of
-from meters.window import START_MIN, Interval, bucket, zone_names
+from meters.window import KEPT_FROM, START_MIN, Interval, bucket, zone_names
 
 QUARTER = timedelta(minutes=15)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import duckdb
 import pyarrow as pa
 
-from aggregator.quarters import KEPT_FROM
+from meters.window import KEPT_FROM
 
 SLICES = 16
 """Identities are looked at in so many parts, by their first four bits: a part of 100 million fits into memory."""
