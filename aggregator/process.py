@@ -23,10 +23,10 @@ import uvloop
 from aggregator.api import create_app
 from aggregator.api.at_once import AtOnce, front
 from aggregator.api.borrowed import Borrowed
-from aggregator.api.desk import Desk
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
 from aggregator.owner import FINAL, Aggregator
+from aggregator.service.service import Desk
 from aggregator.store.opening import MODEST, Settings
 from aggregator.store.store import StillRead
 from aggregator.telemetry import Telemetry

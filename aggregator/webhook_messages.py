@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import structlog
 
-from aggregator.api.balances import CustomerMeter, customer_meter
-from aggregator.api.desk import Desk
-from aggregator.api.errors import PASSING
-from aggregator.api.shapes import customer_shape, number
-from aggregator.api.states import state_of
 from aggregator.directory import EXTERNAL
+from aggregator.service.balances import CustomerMeter, customer_meter
+from aggregator.service.customer_state import state_of
+from aggregator.service.errors import PASSING
+from aggregator.service.serializers import customer_shape, number
+from aggregator.service.service import Desk
 from aggregator.webhooks.outbox import Cause, Message
 from meters import exact_json
 from meters.amount import EXACT

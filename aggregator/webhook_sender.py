@@ -29,7 +29,7 @@ import httpx
 import structlog
 from msgspec.structs import replace
 
-from aggregator.api.desk import Desk
+from aggregator.service.service import Desk
 from aggregator.store.queries.scope import naive
 from aggregator.view import Unavailable
 from aggregator.webhook_messages import messages_of

@@ -32,7 +32,8 @@ START_MIN = datetime(2023, 1, 1, tzinfo=UTC)
 
 KEPT_FROM = START_MIN.replace(year=START_MIN.year - 1)
 """The start of the first quarter hour that is kept in memory, a year before START_MIN. A chart by the year shows whole
-local years, and west of Greenwich START_MIN lies in the year before. This bounds memory to 35,000 quarter hours a year."""
+local years, and west of Greenwich START_MIN lies in the year before. This limits memory to 35,000 quarter hours a
+year."""
 
 END_MAX = datetime(9000, 1, 1, tzinfo=UTC)
 """The latest end of a range: the calendar ends with the year 9999, and every bucket has to end before it."""

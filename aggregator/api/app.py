@@ -13,7 +13,6 @@ from aggregator.api import (
     customer_meters,
     customers,
     dead_letters,
-    errors,
     events,
     feed,
     meters,
@@ -22,17 +21,16 @@ from aggregator.api import (
     portal,
     resets,
     sessions,
-    states,
     usage,
     webhook_deliveries,
     webhook_endpoints,
     webhook_rules,
 )
-from aggregator.api.desk import AtDesk, Desk, answer
 from aggregator.api.document import describe, install_pages
-from aggregator.api.limits import SETTLED_S
-from aggregator.api.paths import RelativeRedirects, Segments
+from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer, install_error_answers
 from aggregator.api.schemas import gives, ref
+from aggregator.service.errors import SETTLED_S
+from aggregator.service.service import Desk
 from aggregator.view import View
 
 __all__ = ["create_app"]
@@ -58,12 +56,12 @@ def create_app(
     app.state.private_targets = private_targets
     app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)
-    errors.install(app)
+    install_error_answers(app)
     for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
         app.include_router(router)
     for router in (customer_meters.router, credits.router, resets.router, charges.router):
         app.include_router(router)
-    for router in (benefits.router, states.router, sessions.router, portal.router):
+    for router in (benefits.router, sessions.router, portal.router):
         app.include_router(router)
     for router in (webhook_endpoints.router, webhook_deliveries.router, webhook_rules.router, polar_webhooks.router):
         app.include_router(router)

@@ -19,13 +19,13 @@ from urllib.parse import parse_qsl
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from aggregator.api.balances import find, in_memory
 from aggregator.api.customer_meters import DEFAULT_SORTING, READING, SORTINGS, in_order
-from aggregator.api.desk import Desk
 from aggregator.api.limits import PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
-from aggregator.api.paging import Page, order
-from aggregator.api.shapes import customer_meter_shape
+from aggregator.api.requests import order
 from aggregator.api.usage import measured, running_total
+from aggregator.service.balances import find, in_memory
+from aggregator.service.serializers import customer_meter_shape
+from aggregator.service.service import Desk, Page
 from aggregator.view import Unavailable
 from meters import exact_json
 from meters.access import Denied, authorize, reading

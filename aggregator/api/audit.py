@@ -16,9 +16,10 @@ import msgspec
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.balances import numbers_of
-from aggregator.api.desk import AtDesk, Desk, allow, bytes_of
-from aggregator.api.errors import NotFound
+from aggregator.api.requests import AtDesk, allow, bytes_of
+from aggregator.service.balances import numbers_of
+from aggregator.service.errors import NotFound
+from aggregator.service.service import Desk
 from aggregator.store.queries import recount, usage
 from aggregator.store.queries.audit import QUESTIONS, put
 from aggregator.store.queries.recount import BLOCK, Part, Which

@@ -16,16 +16,31 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, includes, listed, on_page, order
+from aggregator.api.requests import (
+    BY_METADATA,
+    AtDesk,
+    Ids,
+    MetadataTexts,
+    Texts,
+    WhichPage,
+    allow,
+    answer,
+    body_as,
+    includes,
+    listed,
+    moment,
+    on_page,
+    order,
+)
 from aggregator.api.resets import Overtaken, Used, carried, used_until
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.sessions import named_customer
-from aggregator.api.shapes import customer_shape
+from aggregator.service.customer_state import grant_properties
+from aggregator.service.errors import Malformed, NotFound, Refused
+from aggregator.service.serializers import customer_shape
+from aggregator.service.service import Desk
 from meters.access import reading, writing
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
@@ -102,14 +117,6 @@ def benefit_shape(benefit: Benefit) -> dict[str, Any]:
         "metadata": benefit.metadata,
         "properties": {"meter_id": benefit.meter_id, "units": benefit.units, "rollover": benefit.rollover},
     }
-
-
-def grant_properties(grant: Grant) -> dict[str, Any]:
-    """What a grant credited last; nothing before it did."""
-    if grant.last_credited_at is None:
-        return {}
-    names = ("last_credited_meter_id", "last_credited_units", "last_credited_at")
-    return {name: getattr(grant, name) for name in names}
 
 
 def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> dict[str, Any]:

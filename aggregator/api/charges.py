@@ -8,13 +8,13 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.balances import CustomerMeter, customer_meters
 from aggregator.api.customers import customer_by_id
-from aggregator.api.desk import AtDesk, allow, answer, body_of
-from aggregator.api.errors import Malformed, NotFound
 from aggregator.api.meters import meter_of
+from aggregator.api.requests import AtDesk, allow, answer, body_of
 from aggregator.api.schemas import gives, ref, takes
-from aggregator.api.shapes import number, price_shape
+from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.errors import Malformed, NotFound
+from aggregator.service.serializers import number, price_shape
 from meters.access import reading, writing
 from meters.amount import EXACT
 from meters.catalogue import Token

@@ -13,12 +13,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from aggregator.api.customers import customer_by_id, refuse_organization
-from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
-from aggregator.api.errors import Conflict, Malformed, NotFound, Refused
-from aggregator.api.paging import WhichPage, listed, on_page
+from aggregator.api.customers import customer_by_id
+from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed, on_page, refuse_organization
 from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.api.shapes import credit_shape
+from aggregator.service.errors import Conflict, Malformed, NotFound, Refused
+from aggregator.service.serializers import credit_shape
+from aggregator.service.service import Desk
 from meters import exact_json
 from meters.access import reading, writing
 from meters.catalogue import Customer, Token

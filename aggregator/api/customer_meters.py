@@ -11,15 +11,26 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Response
 
-from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import NotFound
-from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, includes, listed, on_page, order, texts
-from aggregator.api.roster import NotInMemory, find_page
+from aggregator.api.requests import (
+    AtDesk,
+    Ids,
+    Texts,
+    WhichPage,
+    allow,
+    answer,
+    includes,
+    listed,
+    on_page,
+    order,
+    texts,
+)
 from aggregator.api.schemas import gives, page_of, ref
-from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
+from aggregator.service.balances import CustomerMeter, customer_meters, find, numbers_of
+from aggregator.service.customer_meter_sort import NotInMemory, find_page
+from aggregator.service.errors import NotFound
+from aggregator.service.serializers import customer_meter_shape, entry_shape, event_shape
+from aggregator.service.service import Desk, Here, Order, Page
 from aggregator.store.queries import arrivals, events, family
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.events import Listing
 from aggregator.store.queries.family import Identity
 from aggregator.store.queries.scope import NOBODY, Scope

@@ -10,25 +10,28 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
-from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import (
+from aggregator.api.requests import (
+    BY_EXTERNAL_ID,
     BY_METADATA,
+    AtDesk,
     Ids,
     MetadataTexts,
-    Order,
-    Page,
     Texts,
     WhichPage,
+    allow,
+    answer,
+    body_of,
     includes,
     listed,
     order,
+    refuse_organization,
 )
-from aggregator.api.paths import BY_EXTERNAL_ID
 from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.api.shapes import customer_shape
-from aggregator.store.queries.asking import Patience
+from aggregator.service.customer_state import state_of
+from aggregator.service.errors import Malformed, NotFound, Refused
+from aggregator.service.serializers import customer_shape
+from aggregator.service.service import Desk, Order, Page, Patience
 from meters.access import reading, writing
 from meters.amount import decimal_text
 from meters.catalogue import (
@@ -126,14 +129,6 @@ def _text_complaints(name: str, text: Any) -> list[Detail]:
     if name == "email" and not ("@" in text.strip("@") and not any(mark.isspace() for mark in text)):
         return [detail("value_error", where, "value is not a valid email address: it has no name or no domain", text)]
     return []
-
-
-def refuse_organization(body: dict[str, Any]) -> None:
-    """A token has one organization; naming one beside it is an error even if it is the same (as with Polar)."""
-    given = body.get("organization_id")
-    if given is not None:
-        message = "Setting organization_id is disallowed when using an organization token."
-        raise Refused("organization_token", ("body", "organization_id"), message, given)
 
 
 def _refuse_taken(
@@ -285,3 +280,20 @@ async def _delete(desk: Desk, find: Callable[[], Customer]) -> Response:
     async with desk.deciding:
         await desk.decide(CustomerDeleted(find().id, desk.now()))
     return Response(status_code=204)
+
+
+@router.get("/v1/customers/{id}/state", responses=gives(ref("CustomerState")))
+async def get_customer_state(desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """A customer with subscriptions, benefits and the balance of every meter."""
+    return await _state(desk, customer_by_id(desk, token, id))
+
+
+@router.get(BY_EXTERNAL_ID + "/state", responses=gives(ref("CustomerState")))
+async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
+    """The same, by the id that the organization gave the customer."""
+    return await _state(desk, _called(desk, token, external_id))
+
+
+async def _state(desk: Desk, customer: Customer) -> Response:
+    as_of = desk.view.as_of  # before the numbers are read: they may be newer than this says, never older
+    return answer(await state_of(desk, customer), as_of)

@@ -11,14 +11,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.desk import AtDesk, allow, answer, body_of
-from aggregator.api.errors import NotFound, Refused
-from aggregator.api.paging import WhichPage, listed
+from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed
 from aggregator.api.schemas import gives, page_of, ref
-from aggregator.api.shapes import letter_shape
 from aggregator.letters import LetterPlace
+from aggregator.service.errors import NotFound, Refused
+from aggregator.service.serializers import letter_shape
+from aggregator.service.service import Here
 from aggregator.store.queries import dead_letters
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.dead_letters import DeadLetter, Letters, Whose
 from meters.access import reading, writing
 from meters.catalogue import DeadLetterReplayed, Token

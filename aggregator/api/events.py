@@ -12,8 +12,6 @@ import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api.customers import customers_mentioned
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed, NotFound, Refused
 from aggregator.api.limits import (
     AGGREGATE_FIELD_LENGTH_MAX,
     AGGREGATE_FIELDS_MAX,
@@ -21,23 +19,26 @@ from aggregator.api.limits import (
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
 )
-from aggregator.api.paging import (
+from aggregator.api.requests import (
     BY_METADATA,
+    AtDesk,
     Ids,
     Instant,
     MetadataTexts,
-    Page,
     Texts,
     WhichPage,
+    allow,
+    answer,
     includes,
     listed,
     order,
     texts,
 )
 from aggregator.api.schemas import gives, page_of, ref
-from aggregator.api.shapes import event_shape, name_shape
+from aggregator.service.errors import Malformed, NotFound, Refused
+from aggregator.service.serializers import event_shape, name_shape
+from aggregator.service.service import Desk, Here, Page, Patience
 from aggregator.store.queries import events, family
-from aggregator.store.queries.asking import Here, Patience
 from aggregator.store.queries.events import Listing, StoredEvent
 from aggregator.store.queries.family import Identity
 from aggregator.store.queries.scope import NOBODY, Scope

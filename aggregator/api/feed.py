@@ -12,8 +12,6 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed, json_response
 from aggregator.api.events import parsed_filter, wanted_meter
 from aggregator.api.limits import (
     FEED_CUSTOMERS_DEFAULT,
@@ -22,12 +20,13 @@ from aggregator.api.limits import (
     FEED_ROWS_MAX,
     FEED_WINDOW_S_MAX,
 )
-from aggregator.api.paging import Ids, Instant, Texts
+from aggregator.api.requests import AtDesk, Ids, Instant, Texts, allow, answer, json_response
 from aggregator.api.schemas import gives, ref
-from aggregator.api.shapes import number
 from aggregator.place import FeedPlace, format_places, parse_places
+from aggregator.service.errors import Malformed
+from aggregator.service.serializers import number
+from aggregator.service.service import Desk, Here
 from aggregator.store.queries import feed, rollup
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.feed import FeedEvent, FeedPage, Wanted
 from aggregator.store.queries.rollup import Group, Traffic
 from aggregator.store.queries.scope import NOBODY, Scope

@@ -6,13 +6,28 @@ from uuid import UUID
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from aggregator.api.customers import has_texts, refuse_organization
-from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
-from aggregator.api.errors import PASSING, Malformed, NotFound, Refused
+from aggregator.api.customers import has_texts
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import BY_METADATA, Ids, MetadataTexts, Texts, WhichPage, includes, listed, on_page, order
-from aggregator.api.polar_accounts import settle_meter
+from aggregator.api.requests import (
+    BY_METADATA,
+    AtDesk,
+    Ids,
+    MetadataTexts,
+    Texts,
+    WhichPage,
+    allow,
+    answer,
+    body_of,
+    includes,
+    listed,
+    on_page,
+    order,
+    refuse_organization,
+)
 from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
+from aggregator.service.polar_accounts import settle_meter
+from aggregator.service.service import Desk
 from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.meter import Meter, new_meter, updated_meter

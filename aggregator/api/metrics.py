@@ -13,14 +13,13 @@ from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Response
 
-from aggregator.api.desk import AtDesk, allow, answer
-from aggregator.api.errors import Refused
-from aggregator.api.paging import Ids, Texts, includes, texts
+from aggregator.api.requests import AtDesk, Ids, Texts, allow, answer, includes, texts
 from aggregator.api.schemas import gives, ref
-from aggregator.api.shapes import number
 from aggregator.api.usage import check_range, known_zone
+from aggregator.service.errors import Refused
+from aggregator.service.serializers import number
+from aggregator.service.service import Here
 from aggregator.store.queries import metrics
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.buckets import Bounds
 from aggregator.store.queries.metrics import Costs
 from aggregator.store.queries.scope import NOBODY, Scope

@@ -15,11 +15,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from aggregator.api.desk import AtDesk, Desk, bytes_of, decoded
-from aggregator.api.errors import Malformed, json_response
 from aggregator.api.limits import POLAR_BODY_BYTES_MAX
-from aggregator.api.polar_accounts import forget, settle
+from aggregator.api.requests import AtDesk, bytes_of, decoded, json_response
 from aggregator.api.schemas import gives, ref
+from aggregator.service.errors import Malformed
+from aggregator.service.polar_accounts import forget, settle
+from aggregator.service.service import Desk
 from meters.benefits import BenefitSet
 from meters.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.detail import detail

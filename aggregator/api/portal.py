@@ -13,14 +13,26 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from aggregator.api.balances import CustomerMeter, customer_meter
-from aggregator.api.desk import AtDesk, Desk, answer, caught_up, desk
-from aggregator.api.errors import Forbidden, NotFound
 from aggregator.api.limits import SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, Texts, WhichPage, listed, on_page, order
+from aggregator.api.requests import (
+    AtDesk,
+    Forbidden,
+    Ids,
+    Texts,
+    WhichPage,
+    answer,
+    caught_up,
+    desk,
+    listed,
+    on_page,
+    order,
+)
 from aggregator.api.schemas import gives, page_of, ref
-from aggregator.api.shapes import number, portal_customer_shape
-from aggregator.api.states import meter_numbers
+from aggregator.service.balances import CustomerMeter, customer_meter
+from aggregator.service.customer_state import meter_numbers
+from aggregator.service.errors import NotFound
+from aggregator.service.serializers import number, portal_customer_shape
+from aggregator.service.service import Desk
 from meters.access import Denied, authorize_customer
 from meters.catalogue import Customer
 from meters.ledger import Account

@@ -13,13 +13,13 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.balances import consumed_between
-from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import customer_by_id
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Refused
+from aggregator.api.requests import AtDesk, allow, answer, body_as, moment
 from aggregator.api.schemas import gives, ref, takes
-from aggregator.api.shapes import reset_shape
+from aggregator.service.balances import consumed_between
+from aggregator.service.errors import Refused
+from aggregator.service.serializers import reset_shape
+from aggregator.service.service import Desk
 from meters.access import writing
 from meters.aggregation import Aggregation
 from meters.catalogue import Customer, Token

@@ -7,11 +7,11 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.bodies import body_as
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import Malformed, Refused
+from aggregator.api.requests import AtDesk, allow, answer, body_as
 from aggregator.api.schemas import gives, ref, takes
-from aggregator.api.shapes import customer_shape
+from aggregator.service.errors import Malformed, Refused
+from aggregator.service.serializers import customer_shape
+from aggregator.service.service import Desk
 from aggregator.webhooks.targets import URL_LENGTH_MAX
 from meters.access import digest, writing
 from meters.catalogue import Customer, Token

@@ -12,16 +12,15 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.desk import AtDesk, Desk, allow, answer, body_of
-from aggregator.api.errors import Malformed, Refused
 from aggregator.api.limits import PREVIEW_CUSTOMERS
 from aggregator.api.meters import meter_of
-from aggregator.api.paging import BY_METADATA, Bound, Ids, MetadataTexts, Texts, texts
+from aggregator.api.requests import BY_METADATA, AtDesk, Bound, Ids, MetadataTexts, Texts, allow, answer, body_of, texts
 from aggregator.api.schemas import gives, ref, takes
-from aggregator.api.shapes import number
 from aggregator.directory import EXTERNAL
+from aggregator.service.errors import Malformed, Refused
+from aggregator.service.serializers import number
+from aggregator.service.service import Desk, Here, Reading
 from aggregator.store.queries import preview, usage
-from aggregator.store.queries.asking import Here, Reading
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.store.queries.usage import Question
 from aggregator.store.sql import Measured

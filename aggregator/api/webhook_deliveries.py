@@ -7,13 +7,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Response
 
-from aggregator.api.desk import AtDesk, Desk, answer
-from aggregator.api.errors import Conflict, NotFound
 from aggregator.api.limits import IDENTIFIERS_MAX, SEARCH_LENGTH_MAX
-from aggregator.api.paging import Ids, Instant, WhichPage, listed, texts
+from aggregator.api.requests import AtDesk, Ids, Instant, WhichPage, answer, listed, texts
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.api.webhook_endpoints import Reader, Writer
-from aggregator.store.queries.asking import Here
+from aggregator.service.errors import Conflict, NotFound
+from aggregator.service.service import Desk, Here
 from aggregator.store.queries.scope import aware, naive
 from aggregator.webhooks import outbox
 from meters.catalogue import Token

@@ -15,11 +15,10 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import NotFound, Refused
-from aggregator.api.paging import Ids, WhichPage, includes, listed, on_page
+from aggregator.api.requests import AtDesk, Ids, WhichPage, allow, answer, body_as, includes, listed, on_page
 from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.service.errors import NotFound, Refused
+from aggregator.service.service import Desk
 from aggregator.webhooks import targets
 from meters.access import reading, writing
 from meters.catalogue import Token

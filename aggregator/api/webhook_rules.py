@@ -12,12 +12,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.bodies import body_as, shaped
-from aggregator.api.desk import AtDesk, Desk, answer, body_of
-from aggregator.api.errors import NotFound, Refused
-from aggregator.api.paging import WhichPage, listed, on_page
+from aggregator.api.requests import AtDesk, WhichPage, answer, body_as, body_of, listed, on_page, shaped
 from aggregator.api.schemas import gives, page_of, ref, takes
 from aggregator.api.webhook_endpoints import Name, Reader, Writer
+from aggregator.service.errors import NotFound, Refused
+from aggregator.service.service import Desk
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, is_number_text, parse_amount
 from meters.catalogue import Token
 from meters.webhooks import SigningSecret, Source, SourceSet, Threshold, ThresholdSet

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-from aggregator.api import desk
+from aggregator.service import service
 from meters.log import Entry, Refused, TryAgain
 from tests.aggregator.serving import Json, Tenant
 
@@ -124,7 +124,7 @@ def test_grants_are_found_by_any_of_several_customers(tenant: Tenant) -> None:
 
 def test_the_end_of_a_benefit_that_stops_half_way_goes_on(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has it loses it in parts of a bounded size; the benefit goes last, so that a retry finds the rest."""
-    monkeypatch.setattr(desk, "CHANGES_AT_ONCE", 4)
+    monkeypatch.setattr(service, "CHANGES_AT_ONCE", 4)
     id, customers = benefit(tenant, tenant.meter()), [tenant.customer() for _ in range(5)]
     for customer in customers:
         tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})

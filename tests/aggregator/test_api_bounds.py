@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.desk import Waits
-from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX, QUERIES_OF_ONE_AT_ONCE
-from aggregator.store.queries.asking import Patience, TooLong
+from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX
+from aggregator.service.errors import QUERIES_OF_ONE_AT_ONCE, TooLong
+from aggregator.service.service import Patience, Waits
 from meters.detail import COMPLAINTS_MAX
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
@@ -131,7 +131,7 @@ def test_a_long_list_of_memory_is_given_up(
             pass
         return each(patience, things)
 
-    monkeypatch.setattr("aggregator.api.desk.QUERY_S_MAX", 0.05)
+    monkeypatch.setattr("aggregator.service.service.QUERY_S_MAX", 0.05)
     monkeypatch.setattr(Patience, "each", late)
     answer = tenant.ask("GET", path, params=asked)
     assert (answer.status_code, answer.json()["error"]) == (504, "QueryTimeout")

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from aggregator.api import audit, ingest_document, limits
-from aggregator.api import desk as desk_module
-from aggregator.store.queries.asking import Asking
+from aggregator.service.errors import QUERIES_AT_ONCE
+from aggregator.service.service import Asking
 from aggregator.view import Unavailable
 from meters.access import AUDIT, SCOPES
 from meters.log import USAGE_EVENTS, TryAgain
@@ -276,7 +276,7 @@ def test_too_many_questions_are_turned_away(server: Server, tenant: Tenant, monk
     monkeypatch.setattr(desk._asking.waits, "_most", 2)
 
     async def crowd() -> tuple[list[int], httpx.Response]:
-        asked = [desk.ask_about(str(n), lambda _: gate.wait(20)) for n in range(limits.QUERIES_AT_ONCE)]
+        asked = [desk.ask_about(str(n), lambda _: gate.wait(20)) for n in range(QUERIES_AT_ONCE)]
         held = [asyncio.create_task(one) for one in asked]
         headers = {"Authorization": f"Bearer {tenant.secret}"}
         waiting = [asyncio.create_task(server.http.get("/v1/events/", headers=headers)) for _ in range(2)]
@@ -298,7 +298,7 @@ def test_a_question_that_takes_too_long_is_given_up(
     server: Server, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DuckDB is interrupted, though no statement ran at first, and the client learns that the question was too long."""
-    monkeypatch.setattr(desk_module, "QUERY_S_MAX", 0.05)
+    monkeypatch.setattr("aggregator.service.service.QUERY_S_MAX", 0.05)
     interrupt, interrupted = Asking.interrupt, threading.Event()
 
     def heard(asking: Asking[Any]) -> None:

@@ -135,7 +135,11 @@ def answers(tenant: Tenant, names: dict[str, str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("limit", "most"),
-    [("balances.RECOUNTED_MAX", 100), ("balances.RECOUNTED_MAX", 2), ("customer_meters.PAIRS_AT_ONCE", 0)],
+    [
+        ("service.balances.RECOUNTED_MAX", 100),
+        ("service.balances.RECOUNTED_MAX", 2),
+        ("api.customer_meters.PAIRS_AT_ONCE", 0),
+    ],
     ids=["one by one", "more than are counted one by one", "a long list"],
 )
 def test_answers_are_the_same_when_memory_does_not_know(
@@ -143,7 +147,7 @@ def test_answers_are_the_same_when_memory_does_not_know(
 ) -> None:
     """Balances, lists in every order, states and ledgers say from the store what they said from memory."""
     tenant, names = story
-    monkeypatch.setattr(f"aggregator.api.{limit}", most)
+    monkeypatch.setattr(f"aggregator.{limit}", most)
     before = answers(tenant, names)
     with bounded(0):  # an event of nobody's, and one that adds nothing to bob's window
         tenant.send(line("eve", external_customer_id="eve", metadata={"model": "m0"}))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from aggregator.api import create_app, ingest_document, limits
+from aggregator.api import create_app, ingest_document
+from aggregator.service.errors import QUERIES_AT_ONCE, QUERIES_OF_ONE_AT_ONCE, QUERIES_OF_ONE_WAITING_MAX
 from meters.ledger import customer_meter_id
 from tests.aggregator.records import line
 from tests.aggregator.serving import Server, Tenant
@@ -206,7 +207,7 @@ def test_a_cut_that_waits_for_the_store_keeps_nobody_waiting(
     own, others = ({"Authorization": f"Bearer {one.secret}"} for one in (tenant, server.tenant()))
 
     async def crowd() -> list[httpx.Response]:
-        asked = [desk.ask_about(str(n), lambda _: gate.wait(60)) for n in range(limits.QUERIES_AT_ONCE)]
+        asked = [desk.ask_about(str(n), lambda _: gate.wait(60)) for n in range(QUERIES_AT_ONCE)]
         held = [asyncio.create_task(one) for one in asked]
         cut = asyncio.create_task(server.http.post(path, headers=own, json={}))
         try:
@@ -234,10 +235,10 @@ def test_slow_questions_of_one_tenant_leave_room_for_others(server: Server) -> N
     slow, other, gate, desk = server.tenant(), server.tenant(), threading.Event(), server.app.state.desk
 
     async def crowd() -> list[int]:
-        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(limits.QUERIES_OF_ONE_AT_ONCE)]
+        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(QUERIES_OF_ONE_AT_ONCE)]
         held = [asyncio.create_task(one) for one in asked]
         await asyncio.sleep(0)  # they come in
-        asked = [desk.ask_about(slow.id, lambda _: True) for _ in range(limits.QUERIES_OF_ONE_WAITING_MAX)]
+        asked = [desk.ask_about(slow.id, lambda _: True) for _ in range(QUERIES_OF_ONE_WAITING_MAX)]
         waiting = [asyncio.create_task(one) for one in asked]
         await asyncio.sleep(0)  # they stand in line
         try:
@@ -252,11 +253,11 @@ def test_slow_questions_of_one_tenant_leave_room_for_others(server: Server) -> N
 
 def test_nobody_waits_long_for_a_turn(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asked has gone by then, and the question would only make others wait."""
-    monkeypatch.setattr("aggregator.api.line.TURN_S_MAX", 0.05)
+    monkeypatch.setattr("aggregator.service.service.TURN_S_MAX", 0.05)
     slow, gate, desk = server.tenant(), threading.Event(), server.app.state.desk
 
     async def crowd() -> tuple[int, int]:
-        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(limits.QUERIES_OF_ONE_AT_ONCE)]
+        asked = [desk.ask_about(slow.id, lambda _: gate.wait(60)) for _ in range(QUERIES_OF_ONE_AT_ONCE)]
         held = [asyncio.create_task(one) for one in asked]
         await asyncio.sleep(0)  # they come in
         try:

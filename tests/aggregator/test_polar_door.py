@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.limits import BODY_BYTES_MAX, POLAR_BODY_BYTES_MAX, VERIFICATIONS_WAITING_MAX
+from aggregator.api.limits import BODY_BYTES_MAX, POLAR_BODY_BYTES_MAX
+from aggregator.service.errors import VERIFICATIONS_WAITING_MAX
 from meters.signatures import SIGNATURES_MAX, keys
 from tests.aggregator.polar_story import Polar, signed
 from tests.aggregator.serving import Server, Tenant

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-from aggregator.api import polar_accounts
+from aggregator.service import polar_accounts
 from aggregator.view import Unavailable
 from meters.credit import MeterReset
 from meters.signatures import keys

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import httpx
 import pytest
 
-from aggregator.api.limits import PRESENT_S_MAX, SETTLED_S
+from aggregator.service.errors import PRESENT_S_MAX, SETTLED_S
 from meters.log import USAGE_EVENTS
 from tests.aggregator.polar_story import Polar, numbers
 from tests.aggregator.records import entry, line
@@ -40,7 +40,7 @@ def meanwhile(
             await left.pop(0)()
         server.now += timedelta(seconds=0 if stands else seconds)
 
-    with patch("aggregator.api.balances.sleep", passing):
+    with patch("aggregator.service.balances.sleep", passing):
         yield waits
 
 

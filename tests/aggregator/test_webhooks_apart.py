@@ -11,8 +11,8 @@ from uuid import uuid4
 import pytest
 
 from aggregator import webhook_messages
-from aggregator.api import balances
 from aggregator.api.webhook_endpoints import ENDPOINTS_MAX
+from aggregator.service import balances
 from aggregator.store.queries.scope import naive
 from aggregator.webhook_messages import messages_of
 from aggregator.webhook_sender import ORDER_GUARD

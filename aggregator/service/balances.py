@@ -11,10 +11,9 @@ from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
 
-from aggregator.api.desk import Desk
-from aggregator.api.limits import PRESENT_S_MAX
+from aggregator.service.errors import PRESENT_S_MAX
+from aggregator.service.service import Desk, Here
 from aggregator.store.queries import usage
-from aggregator.store.queries.asking import Here
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.store.queries.usage import Question
 from aggregator.view import EVER, Consumption, Unavailable

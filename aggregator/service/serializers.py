@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from aggregator.api.balances import CustomerMeter
+from aggregator.service.balances import CustomerMeter
 from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
 from meters import exact_json

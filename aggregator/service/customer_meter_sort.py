@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.api.balances import Pair, from_memory
-from aggregator.api.desk import Desk
-from aggregator.api.paging import Order, Page
+from aggregator.service.balances import Pair, from_memory
+from aggregator.service.service import Desk, Here, Order, Page, Patience
 from aggregator.store.queries import usage
-from aggregator.store.queries.asking import Here, Patience
 from aggregator.store.queries.scope import Scope
 from aggregator.store.queries.usage import Question, Windows
 from aggregator.view import EVER, Unavailable

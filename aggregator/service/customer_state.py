@@ -4,26 +4,15 @@ The same object is answered here and told to webhooks. It is worked out from mem
 new as the balances are.
 """
 
-from typing import Annotated, Any
-from uuid import UUID
+from typing import Any
 
-from fastapi import APIRouter, Depends, Response
-
-from aggregator.api.balances import CustomerMeter, customer_meters
-from aggregator.api.benefits import grant_properties
-from aggregator.api.desk import AtDesk, Desk, allow, answer
-from aggregator.api.errors import NotFound
-from aggregator.api.paths import BY_EXTERNAL_ID
-from aggregator.api.schemas import gives, ref
-from aggregator.api.shapes import customer_shape, number
-from meters.access import reading
-from meters.benefits import METER_CREDIT, Subscription
-from meters.catalogue import Customer, Token
+from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.serializers import customer_shape, number
+from aggregator.service.service import Desk
+from meters.benefits import METER_CREDIT, Grant, Subscription
+from meters.catalogue import Customer
 from meters.polar_meters import here, meters_here
 from meters.price import charge
-
-router = APIRouter(tags=["customers"])
-Reader = Annotated[Token, Depends(allow(reading("customers")))]
 
 
 async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
@@ -71,6 +60,14 @@ def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
     }
 
 
+def grant_properties(grant: Grant) -> dict[str, Any]:
+    """What a grant credited last; nothing before it did."""
+    if grant.last_credited_at is None:
+        return {}
+    names = ("last_credited_meter_id", "last_credited_units", "last_credited_at")
+    return {name: getattr(grant, name) for name in names}
+
+
 def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> dict[str, Any]:
     unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
     fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
@@ -83,22 +80,3 @@ def _amount(desk: Desk, one: CustomerMeter) -> int:
     """Cents for the period so far, where the meter's price is known."""
     price = desk.catalogue.prices.of(one.meter.id)
     return charge(price, one.consumed, one.credited) if price else 0
-
-
-@router.get("/v1/customers/{id}/state", responses=gives(ref("CustomerState")))
-async def get_customer_state(desk: AtDesk, token: Reader, id: UUID) -> Response:
-    """A customer with subscriptions, benefits and the balance of every meter."""
-    return await _answered(desk, desk.catalogue.customer(token.organization_id, str(id)))
-
-
-@router.get(BY_EXTERNAL_ID + "/state", responses=gives(ref("CustomerState")))
-async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
-    """The same, by the id that the organization gave the customer."""
-    return await _answered(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))
-
-
-async def _answered(desk: Desk, customer: Customer | None) -> Response:
-    if customer is None:
-        raise NotFound
-    as_of = desk.view.as_of  # before the numbers are read: they may be newer than this says, never older
-    return answer(await state_of(desk, customer), as_of)

@@ -11,9 +11,9 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from aggregator.api.balances import consumed_between
-from aggregator.api.desk import Desk
-from aggregator.api.limits import CHANGES_AT_ONCE
+from aggregator.service.balances import consumed_between
+from aggregator.service.errors import CHANGES_AT_ONCE
+from aggregator.service.service import Desk
 from meters.catalogue import Customer, CustomerDeleted
 from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
 from meters.ledger import ZERO, Account, Credit, Reset, rollover_units

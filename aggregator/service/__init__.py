@@ -1,0 +1,1 @@
+"""The query service: what the API and the webhooks read and decide, without HTTP."""
