@@ -26,7 +26,7 @@ from aggregator.api.requests import (
 )
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.service.balances import CustomerMeter, customer_meters, find, numbers_of
-from aggregator.service.customer_meter_sort import NotInMemory, find_page
+from aggregator.service.customer_meter_sort import NotInMemory, find_page, sort_customer_meters
 from aggregator.service.errors import NotFound
 from aggregator.service.serializers import customer_meter_shape, entry_shape, event_shape
 from aggregator.service.service import Desk, Here, Order, Page
@@ -78,9 +78,8 @@ async def list_customer_meters(
 
 
 def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
-    """The page of a list of customer meters. Equal ones stay as they stood, or all turn round: as in ``find_page``."""
-    found = sorted(found, key=lambda one: _key(one, chosen.by))
-    rows = on_page(found if chosen.ascending else found[::-1], page)
+    """The page of a list of customer meters."""
+    rows = on_page(sort_customer_meters(found, chosen), page)
     return listed([customer_meter_shape(one) for one in rows], len(found), page)
 
 
@@ -99,19 +98,6 @@ def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[
         named = [known.customer_by_external_id(organization, name) for name in dict.fromkeys(externals or ())]
     wanted = None if externals is None else set(externals)
     return [found for found in named if found and (wanted is None or found.external_id in wanted)]
-
-
-def _key(one: CustomerMeter, by: str) -> Any:
-    match by:
-        case "customer_name":
-            return one.customer.name or ""
-        case "meter_name":
-            return one.meter.name
-        case "customer_id" | "meter_id":
-            return one.customer.id if by == "customer_id" else one.meter.id
-        case "modified_at":
-            return one.modified_at or one.created_at
-    return getattr(one, by.removesuffix("_units"))
 
 
 @router.get("/v1/customer-meters/{id}", responses=gives(ref("CustomerMeter")))

@@ -29,6 +29,7 @@ from aggregator.api.requests import (
 )
 from aggregator.api.schemas import gives, page_of, ref
 from aggregator.service.balances import CustomerMeter, customer_meter
+from aggregator.service.customer_meter_sort import sort_key
 from aggregator.service.customer_state import meter_numbers
 from aggregator.service.errors import NotFound
 from aggregator.service.serializers import number, portal_customer_shape
@@ -43,6 +44,9 @@ from meters.sessions import CustomerSession
 
 router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"])
 
+SORTINGS = (
+    "created_at", "modified_at", "meter_id", "meter_name", "consumed_units", "credited_units", "balance",
+)  # fmt: skip
 CREDITS_SHOWN_MAX = 100
 """Entries of the history of credits: eight years of months."""
 
@@ -98,7 +102,7 @@ async def list_portal_meters(
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
     """The customer's meters; ``query`` looks for a part of the name."""
-    chosen = order(sorting, tuple(_SORTING), "-modified_at")
+    chosen = order(sorting, SORTINGS, "-modified_at")
     customer = _customer(here, session)
     wanted = None if meter_id is None else set(map(str, meter_id))
     found = [
@@ -106,23 +110,8 @@ async def list_portal_meters(
         for meter in _visible(here, customer)
         if (query or "").lower() in meter.name.lower() and (wanted is None or meter.id in wanted)
     ]
-    found.sort(key=lambda one: (_SORTING[chosen.by](one), one.id), reverse=not chosen.ascending)
+    found.sort(key=lambda one: (sort_key(one, chosen.by), one.id), reverse=not chosen.ascending)
     return answer(listed([_shape(one) for one in on_page(found, page)], len(found), page), here.view.as_of)
-
-
-def _moved(one: CustomerMeter) -> datetime:
-    return one.modified_at or one.created_at
-
-
-_SORTING: dict[str, Any] = {
-    "created_at": lambda one: one.created_at,
-    "modified_at": _moved,
-    "meter_id": lambda one: one.meter.id,
-    "meter_name": lambda one: one.meter.name,
-    "consumed_units": lambda one: one.consumed,
-    "credited_units": lambda one: one.credited,
-    "balance": lambda one: one.balance,
-}
 
 
 @router.get("/meters/{id}", responses=gives(ref("PortalMeter")))

@@ -1,18 +1,21 @@
-"""Which customer meters there are, and in which order, where there are too many to look at each.
+"""The order of customer meters, and the search for one page of a list that is too long to read row by row.
 
-A list of a million rows shows ten. So the rows are found and put in order as arrays, one for each meter, and only those
-of the page are read. This works in a thread, waits its turn and ends in time like a question to the store; but it reads
-memory alone, unless a list is put in order by amounts that memory does not keep. Amounts are put in order as doubles,
-as Polar does; the rows show every digit.
+A short list is read row by row and sorted by ``sort_key``. A list of a million rows shows ten. So its rows are found
+and sorted as arrays, one for each meter, and only those of the page are read. This works in a thread, under the same
+limits as a store query; but it reads memory alone, unless the list is sorted by amounts that memory does not keep.
+Amounts in arrays are doubles, which is also Polar's precision; the rows show every digit. Equal rows are in the order
+of customers, then of meters.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.service.balances import Pair, from_memory
+from aggregator.service.balances import CustomerMeter, Pair, from_memory
 from aggregator.service.service import Desk, Here, Order, Page, Patience
 from aggregator.store.queries import usage
 from aggregator.store.queries.scope import Scope
@@ -26,6 +29,7 @@ from meters.timestamp import microseconds_of
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 NOBODY = -1  # the last place of an array, where nothing is
+Amount = TypeVar("Amount", covariant=True)
 
 
 class _Rows(NamedTuple):
@@ -36,6 +40,24 @@ class _Rows(NamedTuple):
     modified: Integers
     credited: Doubles
     consumed: Doubles
+
+    @property
+    def balance(self) -> Doubles:
+        """What is left of the credits."""
+        return self.credited - self.consumed
+
+
+class _HasAmounts(Protocol[Amount]):
+    """One customer meter, or a column for each amount of many."""
+
+    @property
+    def consumed(self) -> Amount: ...
+
+    @property
+    def credited(self) -> Amount: ...
+
+    @property
+    def balance(self) -> Amount: ...
 
 
 class _Where(NamedTuple):
@@ -93,8 +115,8 @@ def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter],
         parts.append(_Rows(found, np.full(len(found), place), modified[found], credited[found], consumed[found]))
     whole, amounts = np.zeros(0, np.int64), np.zeros(0)
     nothing = _Rows(whole, whole, whole, amounts, amounts)
-    columns: list[Any] = [np.concatenate(column) for column in zip(nothing, *parts, strict=True)]
-    return _Rows(*columns)
+    columns = zip(nothing, *parts, strict=True)
+    return _Rows(*map(np.concatenate, columns))
 
 
 def _consumed(
@@ -138,28 +160,64 @@ def _recounted(
     return consumed
 
 
-def _keys(customers: Sequence[Customer], meters: Sequence[Meter], rows: _Rows, by: str) -> Integers | Doubles:
-    """Numbers in the order that is asked for."""
+def sort_customer_meters(found: Iterable[CustomerMeter], order: Order) -> list[CustomerMeter]:
+    """Sort customer meters that were read one by one. Equal rows keep their order; descending reverses all rows."""
+    rows = sorted(found, key=lambda one: sort_key(one, order.by))
+    return rows if order.ascending else rows[::-1]
+
+
+def sort_key(one: CustomerMeter, by: str) -> str | datetime | Decimal:
+    """Return the value by which a customer meter is sorted. ``_keys`` has the same values for many rows at once."""
     match by:
+        case "created_at":
+            return one.created_at
         case "modified_at":
-            return rows.modified
-        case "consumed_units":
-            return rows.consumed
-        case "credited_units":
-            return rows.credited
-        case "balance":
-            return rows.credited - rows.consumed
+            return one.modified_at or one.created_at
+    if by in _CUSTOMER_TEXTS:
+        return _CUSTOMER_TEXTS[by](one.customer)
+    if by in _METER_TEXTS:
+        return _METER_TEXTS[by](one.meter)
+    return _amount(one, by)
+
+
+def _keys(customers: Sequence[Customer], meters: Sequence[Meter], rows: _Rows, by: str) -> Integers | Doubles:
+    """Return a number for each row whose order is that of ``sort_key``, with amounts as doubles."""
+    match by:
         case "created_at":
             times = [np.array([microseconds_of(one.created_at) for one in kind], np.int64)
                      for kind in (customers, meters)]  # fmt: skip
             return np.maximum(times[0][rows.customer], times[1][rows.meter])
-        case "customer_id" | "customer_name":
-            return _ranks(customers, lambda one: (one.name or "") if by == "customer_name" else one.id)[rows.customer]
-    return _ranks(meters, lambda one: one.name if by == "meter_name" else one.id)[rows.meter]
+        case "modified_at":
+            return rows.modified
+    if by in _CUSTOMER_TEXTS:
+        return _ranks(map(_CUSTOMER_TEXTS[by], customers))[rows.customer]
+    if by in _METER_TEXTS:
+        return _ranks(map(_METER_TEXTS[by], meters))[rows.meter]
+    return _amount(rows, by)
 
 
-def _ranks(things: Sequence[Any], key: Callable[[Any], Any]) -> Integers:
-    """The place of each thing's key among all keys; equal keys share one."""
-    keys = [key(thing) for thing in things]
+_CUSTOMER_TEXTS: dict[str, Callable[[Customer], str]] = {
+    "customer_id": lambda customer: customer.id,
+    "customer_name": lambda customer: customer.name or "",
+}
+_METER_TEXTS: dict[str, Callable[[Meter], str]] = {
+    "meter_id": lambda meter: meter.id,
+    "meter_name": lambda meter: meter.name,
+}
+
+
+def _amount(of: _HasAmounts[Amount], by: str) -> Amount:
+    match by:
+        case "consumed_units":
+            return of.consumed
+        case "credited_units":
+            return of.credited
+    assert by == "balance"
+    return of.balance
+
+
+def _ranks(texts: Iterable[str]) -> Integers:
+    """Return the place of each text among all texts; equal texts share one place."""
+    keys = list(texts)
     ranks = {value: rank for rank, value in enumerate(sorted(set(keys)))}
     return np.array([ranks[value] for value in keys], np.int64)
