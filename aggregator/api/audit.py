@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import islice, takewhile
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -152,7 +152,7 @@ async def balances(request: Request, desk: AtDesk, token: Auditor) -> Response:
         lambda windows, here: dict(_recounted(meter, windows, here)),
     ) or {}  # fmt: skip
 
-    def rows() -> list[dict[str, Any]]:
+    def rows() -> list[dict[str, object]]:
         accounts = list(desk.view.ledger.of_meter(meter.id).items())
         return [{"customer_id": id, "credited": account.credited, **used.get(id, {})} for id, account in accounts]
 
@@ -235,5 +235,5 @@ def _number(here: Snapshot, meter: Meter) -> int:
     return organization_number(here.connection, meter.organization_id)
 
 
-def _json(found: Any) -> Response:
+def _json(found: object) -> Response:
     return Response(msgspec.json.encode(found), media_type="application/json")

@@ -44,7 +44,7 @@ from aggregator.service.service import Desk
 from meters.access import reading, writing
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
-from meters.credit import UNITS_MAX, MeterReset
+from meters.credit import UNITS_MAX, CreditGranted, MeterReset
 from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
 from meters.ledger import Account
 from meters.polar_meters import here
@@ -268,7 +268,7 @@ def _credited(desk: Desk, grant: Grant) -> Account | None:
     return desk.view.ledger.account(grant.customer_id, grant.last_credited_meter_id or "")
 
 
-def _all(step: Step) -> list[Any]:
+def _all(step: Step) -> list[CreditGranted | MeterReset | GrantSet]:
     return [*step.movements, GrantSet(step.grant)]
 
 

@@ -6,7 +6,7 @@ in Polar they are recomputed seconds to hours later. What memory does not keep c
 
 import contextlib
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Response
@@ -28,7 +28,7 @@ from aggregator.api.schemas import gives, page_of, ref
 from aggregator.service.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.service.customer_meter_sort import NotInMemory, find_page, sort_customer_meters
 from aggregator.service.errors import NotFound
-from aggregator.service.serializers import customer_meter_shape, entry_shape, event_shape
+from aggregator.service.serializers import Json, customer_meter_shape, entry_shape, event_shape
 from aggregator.service.service import Desk, Here, Order, Page
 from aggregator.store.queries import arrivals, events, family
 from aggregator.store.queries.events import Listing
@@ -77,7 +77,7 @@ async def list_customer_meters(
     return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
 
 
-def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
+def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> Json:
     """The page of a list of customer meters."""
     rows = on_page(sort_customer_meters(found, chosen), page)
     return listed([customer_meter_shape(one) for one in rows], len(found), page)

@@ -1,6 +1,6 @@
 """Meters: made, shown and changed (section 3.1 of Polar's contract). In ``query`` wildcards are plain characters."""
 
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import structlog
@@ -30,6 +30,7 @@ from aggregator.service.polar_accounts import settle_meter
 from aggregator.service.service import Desk
 from meters.access import reading, writing
 from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
+from meters.detail import Detail
 from meters.meter import Meter, new_meter, updated_meter
 from meters.polar_meters import meters_here
 
@@ -130,7 +131,7 @@ def _is_attached(desk: Desk, meter: Meter) -> bool:
     return catalogue.prices.of(meter.id) is not None or meter.id in meters_here(catalogue, organization_id, named)
 
 
-def _complaint(details: list[Any]) -> Exception:
+def _complaint(details: list[Detail]) -> Exception:
     """The lock is a rule of business, everything else one of form; form comes first."""
     malformed = [entry for entry in details if entry["type"] != "forbidden"]
     if malformed:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from itertools import accumulate
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Response
@@ -154,5 +154,5 @@ async def get_limits(desk: AtDesk, token: Reader) -> Response:
     intervals = {
         interval: {"min_days": DAYS_MIN[interval], "max_days": RANGE_DAYS_MAX[interval]} for interval in Interval
     }
-    body: dict[str, Any] = {"min_date": START_MIN.date(), "intervals": intervals}
+    body: dict[str, object] = {"min_date": START_MIN.date(), "intervals": intervals}
     return answer(body, desk.view.as_of)

@@ -60,7 +60,7 @@ def _not_believed(reason: Rejection) -> Response:
     return json_response(401, {"error": "InvalidSignature", "detail": f"Not accepted: {reason}."})
 
 
-def _about(data: Any) -> str:
+def _about(data: object) -> str:
     """Polar's customer whom a delivery is about: those of one customer wait for each other, and for nobody else."""
     return str(data.get("customer_id") or data.get("id")) if isinstance(data, dict) else ""
 

@@ -127,7 +127,7 @@ def _wait_seconds(prefer: str) -> int | None:
 AtDesk = Annotated[Desk, Depends(desk)]
 
 
-async def body_of(request: Request, *, otherwise: Any = None) -> Any:
+async def body_of(request: Request, *, otherwise: object = None) -> Any:
     """The request's JSON with exact numbers; ``otherwise`` where there is none. Raises BodyTooLarge, Malformed."""
     received = await bytes_of(request)
     if not received and otherwise is not None:
@@ -156,12 +156,12 @@ def decoded(body: bytes) -> Any:
         raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error
 
 
-async def body_as(kind: type[T], request: Request, *, otherwise: Any = None) -> T:
+async def body_as(kind: type[T], request: Request, *, otherwise: object = None) -> T:
     """The request's JSON as a struct; fields that it does not know are passed over. Raises Malformed, Refused."""
     return shaped(kind, await body_of(request, otherwise=otherwise))
 
 
-def shaped(kind: type[T], body: Any) -> T:
+def shaped(kind: type[T], body: object) -> T:
     """A decoded body as a struct. Raises Malformed; Refused where it names an organization."""
     if not isinstance(body, dict):
         message = "Input should be a valid dictionary or object"
@@ -190,7 +190,7 @@ def moment(given: datetime | None, now: datetime, *, too_late: str) -> datetime:
         raise Malformed([detail("value_error", ("body", "at"), message, str(given))]) from error
 
 
-def _complaint(text: str, body: Any) -> Malformed:
+def _complaint(text: str, body: object) -> Malformed:
     found = _PLACE.match(text)
     reason, path = (found["reason"], found["path"] or "") if found else (text, "")
     loc: list[str | int] = [int(place) if place.isdigit() else name or place for name, place in _STEP.findall(path)]
@@ -200,7 +200,7 @@ def _complaint(text: str, body: Any) -> Malformed:
     return Malformed([detail(kind, ("body", *loc), reason, _at(body, loc))])
 
 
-def _at(value: Any, loc: list[str | int]) -> Any:
+def _at(value: Any, loc: list[str | int]) -> object:
     """What stands at a place of the body."""
     for step in loc:
         try:
@@ -210,7 +210,7 @@ def _at(value: Any, loc: list[str | int]) -> Any:
     return value
 
 
-def refuse_organization(body: dict[str, Any]) -> None:
+def refuse_organization(body: Mapping[str, object]) -> None:
     """A token has one organization; naming one beside it is an error even if it is the same (as with Polar)."""
     given = body.get("organization_id")
     if given is not None:
@@ -248,13 +248,13 @@ async def _page(page: Annotated[int, Query(ge=1)] = 1, limit: Annotated[int, Que
 WhichPage = Annotated[Page, Depends(_page)]
 
 
-def listed(items: list[Any], total: int, page: Page) -> dict[str, Any]:
+def listed(items: Sequence[object], total: int, page: Page) -> dict[str, object]:
     """Polar's envelope of a list."""
     pagination = {"total_count": total, "max_page": -(-total // page.limit)}
     return {"items": items, "pagination": pagination}
 
 
-def on_page(items: Sequence[Any], page: Page) -> list[Any]:
+def on_page(items: Sequence[T], page: Page) -> list[T]:
     """The page of a list that is in memory."""
     return list(items[page.offset : page.offset + page.limit])
 
@@ -357,12 +357,12 @@ BY_EXTERNAL_ID = "/v1/customers/external/{external_id:name}"
 """The path of a customer by the id that its organization gave it."""
 
 
-def answer(body: Any, as_of: Mapping[int, int], status: int = 200) -> Response:
+def answer(body: object, as_of: Mapping[int, int], status: int = 200) -> Response:
     """A response that says as of which positions it is true."""
     return json_response(status, body, {"As-Of": format_position(as_of)})
 
 
-def json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
+def json_response(status: int, body: object, headers: dict[str, str] | None = None) -> Response:
     """A response of JSON whose decimals are numbers of all their digits."""
     return Response(exact_json.encode(body), status, headers, "application/json")
 
@@ -390,16 +390,16 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
     return _unprocessable("RequestValidationError", [_plain(entry) for entry in error.errors()[:COMPLAINTS_MAX]])
 
 
-def _unprocessable(error: str, details: Sequence[Any]) -> Response:
+def _unprocessable(error: str, details: Sequence[Mapping[str, object]]) -> Response:
     """An answer that stays small: with the first complaints, and without the inputs that are long."""
     return json_response(422, {"error": error, "detail": [_short(entry) for entry in details[:COMPLAINTS_MAX]]})
 
 
-def _short(entry: Any) -> Any:
-    return entry | {"input": None} if "input" in entry and _is_long(entry["input"]) else entry
+def _short(entry: Mapping[str, object]) -> Mapping[str, object]:
+    return {**entry, "input": None} if "input" in entry and _is_long(entry["input"]) else entry
 
 
-def _is_long(value: Any) -> bool:
+def _is_long(value: object) -> bool:
     """Whether a value has too many characters to be sent back. No more of it is looked at than that takes."""
     length, waiting = 0, [value]
     while waiting and length <= ECHO_LENGTH_MAX:
@@ -410,9 +410,9 @@ def _is_long(value: Any) -> bool:
     return length > ECHO_LENGTH_MAX
 
 
-def _plain(entry: Any) -> dict[str, Any]:
+def _plain(entry: Mapping[str, Any]) -> dict[str, object]:
     """An entry of pydantic's as JSON: without its link, and with exceptions as their words."""
-    plain: dict[str, Any] = {key: entry[key] for key in ("type", "loc", "msg", "input") if key in entry}
+    plain: dict[str, object] = {key: entry[key] for key in ("type", "loc", "msg", "input") if key in entry}
     if entry.get("ctx"):
         plain["ctx"] = {key: value if isinstance(value, int) else str(value) for key, value in entry["ctx"].items()}
     return plain
@@ -459,7 +459,7 @@ async def _too_much(_: Request, __: Exception) -> Response:
     return json_response(503, {"error": "QueryTooLarge", "detail": message})
 
 
-_ANSWERS: dict[type[Exception], Any] = {
+_ANSWERS: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
     Forbidden: _forbidden,
     NotFound: _not_found,
     Malformed: _malformed,

@@ -33,7 +33,7 @@ class SessionCreate(msgspec.Struct):
     return_url: Annotated[str, msgspec.Meta(max_length=URL_LENGTH_MAX)] | None = None
 
 
-def named_customer(desk: Desk, token: Token, body: Any) -> Customer:
+def named_customer(desk: Desk, token: Token, body: msgspec.Struct) -> Customer:
     """The customer that a body names by ``customer_id`` or an external id. Raises Malformed, Refused."""
     name, given = next(((name, value) for name in NAMES if (value := getattr(body, name, None)) is not None), ("", ""))
     if not name:

@@ -4,10 +4,8 @@ The same object is answered here and told to webhooks. It is worked out from mem
 new as the balances are.
 """
 
-from typing import Any
-
 from aggregator.service.balances import CustomerMeter, customer_meters
-from aggregator.service.serializers import customer_shape, number
+from aggregator.service.serializers import Json, customer_shape, number
 from aggregator.service.service import Desk
 from meters.benefits import METER_CREDIT, Grant, Subscription
 from meters.catalogue import Customer
@@ -15,7 +13,7 @@ from meters.polar_meters import here, meters_here
 from meters.price import charge
 
 
-async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
+async def state_of(desk: Desk, customer: Customer) -> Json:
     """The state as of now. Raises Unavailable while too many meters are still being counted.
 
     A customer who was deleted has no meters any more: usage under the same names is nobody's, or another customer's.
@@ -48,7 +46,7 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
     }
 
 
-def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
+def meter_numbers(one: CustomerMeter) -> Json:
     """What every shape of a customer's meter has."""
     return {
         "id": one.id,
@@ -60,7 +58,7 @@ def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
     }
 
 
-def grant_properties(grant: Grant) -> dict[str, Any]:
+def grant_properties(grant: Grant) -> Json:
     """What a grant credited last; nothing before it did."""
     if grant.last_credited_at is None:
         return {}
@@ -68,7 +66,7 @@ def grant_properties(grant: Grant) -> dict[str, Any]:
     return {name: getattr(grant, name) for name in names}
 
 
-def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> dict[str, Any]:
+def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> Json:
     unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
     fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
     priced = meters_here(desk.catalogue, held.organization_id, held.meter_ids)

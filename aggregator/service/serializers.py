@@ -7,7 +7,6 @@ as text are numbers; unknown keys do not exist.
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any
 
 import msgspec
 
@@ -26,7 +25,8 @@ from meters.price import Price
 from meters.statement import Entry
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-Json = dict[str, Any]
+Json = dict[str, object]
+"""An object of an answer, before it is encoded."""
 
 
 def number(amount: Decimal) -> msgspec.Raw:
@@ -173,13 +173,14 @@ def _customer(
     return catalogue.customer_by_external_id(organization_id, external_id) if external_id is not None else None
 
 
-def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> Any:
+def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> Json | msgspec.Raw:
     """An event's metadata, mostly the text that is stored."""
     if not sums and '"_cost"' not in text and '"_llm"' not in text and "\\u005f" not in text.lower():
         return msgspec.Raw(text.encode())
-    fields: Json = dict(_fields(text.encode()))
+    stored = _fields(text.encode())
+    fields: Json = {**stored}
     for key in RESERVED.keys() & fields.keys():
-        fields[key] = _reserved(key, bytes(fields[key]))
+        fields[key] = _reserved(key, bytes(stored[key]))
     for path, amount in sums.items():
         _write(fields, path.split("."), amount)
     return fields

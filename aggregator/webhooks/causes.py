@@ -6,7 +6,6 @@ true then. Organizations that nobody listens to cause nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -62,7 +61,7 @@ def _by_usage(rows: pa.Table, organization_id: str, heard: Sequence[Mapping[int,
     moved = rows.select(["subject", "ingested_at"]).filter(fresh)
     moved = moved.group_by("subject").aggregate([("ingested_at", "max")])
     nothing = pa.nulls(moved.num_rows, pa.string())
-    columns: dict[str, Any] = {
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "organization_id": pa.array([organization_id] * moved.num_rows, pa.string()),
         "subject": moved["subject"].cast(pa.int32()),
         "customer_id": nothing,

@@ -60,7 +60,7 @@ def page(
 
     Of each the first PART_BYTES: a hundred whole ones may be gigabytes.
     """
-    which: dict[str, Any] = whose._asdict() | {"replayed": replayed}
+    which: dict[str, object] = whose._asdict() | {"replayed": replayed}
     ((total,),) = connection.execute(_COUNT, which).fetchall()
     rows = connection.execute(_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
     return Letters([_letter(row) for row in rows], total)

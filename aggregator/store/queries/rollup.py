@@ -7,7 +7,8 @@ meters themselves.
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from decimal import Decimal
+from typing import NamedTuple
 
 import duckdb
 import msgspec
@@ -38,7 +39,7 @@ class Group(msgspec.Struct, frozen=True):
     who: str | None
     starts: datetime
     count: int
-    sum: Any
+    sum: Decimal
 
 
 def rollup(
