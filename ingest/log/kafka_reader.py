@@ -163,7 +163,7 @@ class Reader:
 
     def _nothing_came(self, before: Mapping[int, int]) -> bool:
         """Of any partition that lacks records, since so much was fetched; a slow network brings a little of one."""
-        return all(self._fetched[partition] == before[partition] for partition in self._ends if self._has_more(partition))
+        return all(self._fetched[lacking] == before[lacking] for lacking in self._ends if self._has_more(lacking))
 
     def _enough(self, bytes_max: int) -> bool:
         """Whether it is known what comes next, and that is a round's worth or all. A laggard is not waited for long."""
