@@ -126,7 +126,7 @@ def own_modules(checkout: Checkout) -> None:
 
 def _compile(checkout: Checkout) -> None:
     """Import each module with compiled loops once: the first import takes seconds and would disturb the first turns."""
-    paths = [path.relative_to(checkout.root) for package in PACKAGES for path in (checkout.root / package).rglob("*.py")]
-    loops = [path for path in paths if COMPILED in (checkout.root / path).read_text(encoding="utf-8")]
+    paths = (path for package in PACKAGES for path in (checkout.root / package).rglob("*.py"))
+    loops = [path.relative_to(checkout.root) for path in paths if COMPILED in path.read_text(encoding="utf-8")]
     imports = "; ".join(f"import {'.'.join(path.with_suffix('').parts)}" for path in loops)
     subprocess.run([str(checkout.python), "-c", imports], cwd=checkout.work, capture_output=True, check=False)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from benchmarks.checkouts import Checkout, FailedError, checkouts
 from benchmarks.page import shown
 from benchmarks.report import environment
+from benchmarks.turns import exit_on_sigterm
 
 WORSE, FAILED, INTERRUPTED = 1, 2, 130  # exit codes
 TOLERANCE = 0.05
@@ -182,8 +183,8 @@ class Worker:
             raise self._failure(self._process.returncode)
 
     def _stop(self) -> None:
-        """Interrupt it and whatever it runs beside servers, which it then stops itself."""
-        for how in (signal.SIGINT, signal.SIGKILL):
+        """End it and the processes of its group; it stops its servers itself."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._process.pid, how)
                 self._process.communicate(timeout=STOP_S_MAX)
@@ -237,7 +238,7 @@ def main() -> None:
     """Compare; exit 1 when a goal is worse, 2 when something failed, 3 when a number was wrong."""
     arguments = _arguments()
     groups, rounds = _chosen(arguments), 1 if arguments.quick else arguments.rounds
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    exit_on_sigterm()
     progress, where, found = Progress(groups, rounds), environment(), {}
     try:
         with checkouts(Path(__file__).resolve().parent.parent, arguments.base) as pair:
