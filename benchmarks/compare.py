@@ -1,7 +1,8 @@
 """Compare the speed of two checkouts, measured in turns on one machine: ``make bench BASE=<commit>``.
 
 A host's speed drifts by more than most changes cost. So both checkouts run at the same time and take turns of a few
-seconds, in another order every second round. A goal's ratio is taken from the two turns of one round.
+seconds, in another order every second round. A goal's ratio is taken from the two turns of one round. A process may
+also stay slower than another one of the same code as long as it lives. So all processes start anew after two rounds.
 
 "Here" is the working tree, "base" is the commit. Both are copied into a scratch directory that is removed at the end
 (``checkouts``), and each is measured by its own benchmarks (``turns``).
@@ -12,6 +13,7 @@ seconds, in another order every second round. A goal's ratio is taken from the t
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -32,6 +34,7 @@ from benchmarks.turns import exit_on_sigterm
 WORSE, FAILED, INTERRUPTED = 1, 2, 130  # exit codes
 TOLERANCE = 0.05
 ROUNDS = 8
+ROUNDS_A_START = 2  # one in each order
 STOP_S_MAX = 60.0  # a server writes a checkpoint when it stops
 GOAL_WIDTH = 36
 
@@ -49,11 +52,11 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "ingest": Group("one gateway alone, embedded log", 0.8, 0, 20, 14),
-    "drain": Group("a backlog, embedded log", 0, 300_000, 10, 10),
-    "end_to_end": Group("from a POST to a number", 3, 0, 25, 20),
-    "freshness": Group("from a POST to a number, at a fixed rate", 4, 0, 25, 12),
-    "balances": Group("reads of a million customer meters", 0.5, 100_000, 60, 16),
+    "ingest": Group("one gateway alone, embedded log", 0.8, 0, 8, 12),
+    "drain": Group("a backlog, embedded log", 0, 300_000, 8, 4),
+    "end_to_end": Group("from a POST to a number", 3, 0, 18, 14),
+    "freshness": Group("from a POST to a number, at a fixed rate", 3, 0, 17, 7),
+    "balances": Group("reads of a million customer meters", 0.8, 100_000, 30, 15),
 }
 KAFKA = {"kafka": Group("over a real broker", 2, 200_000, 60, 25)}
 QUICK_SECONDS, QUICK_SIZE = 0.3, 2_000  # a comparison that only shows that everything works
@@ -87,7 +90,7 @@ def order(number: int) -> tuple[int, int]:
     return (0, 1) if number % 2 == 0 else (1, 0)
 
 
-def compared(rounds: Sequence[tuple[Figures, Figures]]) -> list[Row]:
+def compared(rounds: Iterable[tuple[Figures, Figures]]) -> list[Row]:
     """Pair each goal's values round by round; a value that is missing or zero on one side has no ratio."""
     rows = []
     for goal in dict.fromkeys(goal for _, here in rounds for goal in here):
@@ -107,11 +110,15 @@ def table(rows: Iterable[Row]) -> str:
     lines = []
     for row in rows:
         first, *rest = textwrap.wrap(row.goal, GOAL_WIDTH - 1)
-        spread = f"{min(row.ratios):.2f}..{max(row.ratios):.2f}"
+        spread = f"{_times(min(row.ratios))}..{_times(max(row.ratios))}"
         values = f"{shown(statistics.median(row.base)):>9}{shown(statistics.median(row.here)):>10}"
-        lines += [f"{first:<{GOAL_WIDTH}}{values}{row.ratio:>6.2f}{spread:>12} {row.verdict}"]
+        lines += [f"{first:<{GOAL_WIDTH}}{values}{_times(row.ratio):>6}{spread:>12} {row.verdict}"]
         lines += [f"  {more}" for more in rest]
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def report(base: str, found: Mapping[str, Sequence[Row]], rounds: int) -> str:
@@ -151,10 +158,11 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._end()
-        else:
-            self._stop()
+        with self._process:
+            if kind is None:
+                self._end()
+            else:
+                self._stop()
 
     def ready(self) -> None:
         """Wait until everything is prepared. Raises FailedError."""
@@ -199,7 +207,8 @@ class Progress:
     """Lines about what runs, with the time that is left by the estimates and by what the run took so far."""
 
     def __init__(self, groups: Mapping[str, Group], rounds: int) -> None:
-        self._planned_s = sum(group.start_s + group.round_s * (rounds + 1) for group in groups.values())
+        starts = math.ceil(rounds / ROUNDS_A_START)
+        self._planned_s = sum(group.start_s * starts + group.round_s * rounds for group in groups.values())
         self._began_s, self._done_s = time.monotonic(), 0.0
 
     def say(self, what: str) -> None:
@@ -213,24 +222,28 @@ class Progress:
         self._done_s += planned_s
 
 
+Rounds = list[tuple[Figures, Figures]]  # of base and here
+
+
 def measured(
-    pair: Sequence[Checkout], name: str, group: Group, rounds: int, progress: Progress
-) -> list[tuple[Figures, Figures]]:
-    """Figures of base and here for each round, after a round for warming up. Raises FailedError."""
-    found = []
-    with contextlib.ExitStack() as running:
-        workers = []
-        progress.say(f"{name}: starting")
-        for checkout in pair:
-            workers.append(running.enter_context(Worker(checkout, name, group)))
-            workers[-1].ready()
-        progress.done(group.start_s)
-        for number in range(rounds + 1):
-            progress.say(f"{name}: round {number} of {rounds}" if number else f"{name}: warming up")
-            figures: dict[int, Figures] = {side: workers[side].turn() for side in order(number)}
-            if number:
-                found.append((figures[0], figures[1]))
-            progress.done(group.round_s)
+    pair: Sequence[Checkout], groups: Mapping[str, Group], rounds: int, progress: Progress
+) -> dict[str, Rounds]:
+    """Figures of each group. All groups take some rounds before the first one goes on. Raises FailedError."""
+    found: dict[str, Rounds] = {name: [] for name in groups}
+    for first in range(0, rounds, ROUNDS_A_START):
+        numbers = range(first, min(first + ROUNDS_A_START, rounds))
+        for name, group in groups.items():
+            progress.say(f"{name}: starting")
+            with contextlib.ExitStack() as running:
+                workers = [running.enter_context(Worker(checkout, name, group)) for checkout in pair]
+                for worker in workers:
+                    worker.ready()
+                progress.done(group.start_s)
+                for number in numbers:
+                    progress.say(f"{name}: round {number + 1} of {rounds}")
+                    figures = {side: workers[side].turn() for side in order(number)}
+                    found[name].append((figures[0], figures[1]))
+                    progress.done(group.round_s)
     return found
 
 
@@ -239,16 +252,16 @@ def main() -> None:
     arguments = _arguments()
     groups, rounds = _chosen(arguments), 1 if arguments.quick else arguments.rounds
     exit_on_sigterm()
-    progress, where, found = Progress(groups, rounds), environment(), {}
+    where = environment()
     try:
         with checkouts(Path(__file__).resolve().parent.parent, arguments.base) as pair:
-            for name, group in groups.items():
-                found[name] = compared(measured(pair, name, group, rounds, progress))
+            figures = measured(pair, groups, rounds, Progress(groups, rounds))
     except FailedError as failed:
         print(failed, file=sys.stderr)
         sys.exit(failed.code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    found = {name: compared(both) for name, both in figures.items()}
     print(report(arguments.base, found, rounds))
     if arguments.json:
         rows = {name: [{**row._asdict(), "ratio": row.ratio, "verdict": row.verdict} for row in rows]

@@ -32,9 +32,10 @@ from typing import Any, TextIO
 SHAPES = ((1, 64), (10, 32), (100, 32), (1000, 8))  # events in a body, connections
 HALF_LOAD, FULL_LOAD = 50_000, 100_000  # events a second, the same for both checkouts
 STREAMING = 5_000
+RECORD_EVENTS = 100  # the smallest backlog
 SHARES = ("p50", "p99")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # the least CPU time that can be seen
-WARM_UP_S = 3.0
+WARM_UP_S = 1.0  # processes load then what they load only once
 LEAD_S = 1.0  # a sender has begun by then
 
 Figures = dict[str, float]
@@ -77,6 +78,7 @@ def drain(asked: Asked) -> Iterator[Turn]:
         with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as folder:
             return _drained(own.open_log(folder), Path(folder), asked.size, "a backlog")
 
+    turn()  # warms up
     yield turn
 
 
@@ -108,6 +110,7 @@ def balances(asked: Asked) -> Iterator[Turn]:
         server.start()
         server.wait_for(position)
         reads = Balances(server, asked, meter_ids)
+        reads.warm_up()
         yield reads.turn
         written = own.FIRST_TOKENS * asked.size
         _hold_all(own.check(server, asked.size, meter_ids, written + reads.tokens))
@@ -128,17 +131,17 @@ def kafka(asked: Asked) -> Iterator[Turn]:
         )
         load = running.enter_context(_load(asked, "--log", whole))
 
-        def turn() -> Figures:
+        def backlog(events: int) -> Figures:
             store = folder / f"store-{next(numbers)}"
             store.mkdir()
-            log = own.open_log(own.topics(cluster, store.name))
-            return {
-                **gateway.take(100, 32, asked.seconds, "over Kafka, taken"),
-                **_drained(log, store, asked.size, "over Kafka, a backlog"),
-                **load.full("end to end over Kafka"),
-            }
+            return _drained(own.open_log(own.topics(cluster, store.name)), store, events, "a backlog over Kafka")
 
-        yield turn
+        backlog(RECORD_EVENTS)  # warms up
+        yield lambda: {
+            **gateway.take(100, 32, asked.seconds, "taken over Kafka"),
+            **backlog(asked.size),
+            **load.full("end to end over Kafka"),
+        }
         _hold(accept.logged(taken), gateway.acknowledged)
         load.server.wait_for(own.format_position(own.ends(whole)))  # every partition, before the totals are compared
 
@@ -218,6 +221,11 @@ class Balances:
         self._questions = self._own.questions(server, asked.size, meter_ids)
         self._runs, self.tokens = itertools.count(1), 0
 
+    def warm_up(self) -> None:
+        """Stream for a while without reading."""
+        with self._sending(HALF_LOAD):
+            time.sleep(WARM_UP_S)
+
     def turn(self) -> Figures:
         """Each question beside each load."""
         figures: Figures = {}
@@ -287,7 +295,7 @@ def _own(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _gateway(*arguments: str) -> Iterator[Gateway]:
-    """A gateway that listens, after a stretch in which it loads what it loads only once."""
+    """A gateway that listens and is warmed up."""
     contenders = _own("contenders")
     process, port = contenders.started(["-m", "deploy.cli", "gateway", *arguments, "--port", "PORT"])
     try:
