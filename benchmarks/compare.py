@@ -133,8 +133,8 @@ def report(base: str, found: Mapping[str, Sequence[Row]], rounds: int) -> str:
     ]
     for group, rows in found.items():
         parts.append(f"{group}: {(GROUPS | KAFKA)[group].title}\n{head}\n{table(rows)}")
-    worse = [row.goal for rows in found.values() for row in rows if row.verdict == "worse"]
-    parts.append(f"Worse: {len(worse)}" + "".join(f"\n  {goal}" for goal in worse))
+    worse = [f"\n  {group}: {row.goal}" for group, rows in found.items() for row in rows if row.verdict == "worse"]
+    parts.append(f"Worse: {len(worse)}{''.join(worse)}")
     return "\n\n".join(parts)
 
 

@@ -127,7 +127,7 @@ def test_a_table_fits_a_terminal_and_says_everything() -> None:
 
 def test_a_report_ends_with_what_is_worse() -> None:
     """The goals that fail a comparison are named once more at the end."""
-    assert report("b937e00", {"drain": rows((100, 90))}, 1).endswith("Worse: 1\n  speed, events/s")
+    assert report("b937e00", {"drain": rows((100, 90))}, 1).endswith("Worse: 1\n  drain: speed, events/s")
     assert report("b937e00", {"drain": rows((100, 100))}, 1).endswith("Worse: 0")
 
 
