@@ -1,8 +1,8 @@
 """Measure one checkout on command, as one side of a comparison (``compare``).
 
-The process prepares what a group of goals needs, a running server for example. Then each line on standard input asks
-for one turn, and the turn's figures go to standard output as a line of JSON. At the end of the input every number is
-checked. The exit code is 3 when a number is wrong.
+The process prepares what a group of goals needs, a running server for example, and prints the names of its turns. Each
+line on standard input then asks for one turn by its name, and the turn's figures are printed. Every answer is a line of
+JSON. At the end of the input every number is checked. The exit code is 3 when a number is wrong.
 
 A commit from before this file is measured with this file and its own benchmarks. Therefore the file imports nothing of
 the product, and takes the other benchmarks by their names: their types are those of the measured checkout.
@@ -25,22 +25,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
 SHAPES = ((1, 64), (10, 32), (100, 32), (1000, 8))  # events in a body, connections
 HALF_LOAD, FULL_LOAD = 50_000, 100_000  # events a second, the same for both checkouts
-STREAMING = 5_000
+LOADS = {"idle": 0, "at 5,000 events/s": 5_000, "at half load": HALF_LOAD}
+READS = {"a balance": "one balance", "a balance without a gateway": "one balance, no gateway between"}
 RECORD_EVENTS = 100  # the smallest backlog
 SHARES = ("p50", "p99")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # the least CPU time that can be seen
-WARM_UP_S = 1.0  # processes load then what they load only once
-LEAD_S = 1.0  # a sender has begun by then
+WARM_UP_S = 3.0  # processes load then what they load only once
+LEAD_S = 0.5  # a sender has begun by then
 
 Figures = dict[str, float]
 """Goals and their values. More is better of a goal that ends in ``/s``, and less of every other one."""
-Turn = Callable[[], Figures]
+Turns = dict[str, Callable[[], Figures]]
 
 
 @dataclass(frozen=True)
@@ -56,48 +58,49 @@ class WrongError(Exception):
 
 
 @contextlib.contextmanager
-def ingest(asked: Asked) -> Iterator[Turn]:
+def ingest(asked: Asked) -> Iterator[Turns]:
     """A gateway alone, with bodies of one to a thousand events."""
     accept = _own("accept")
     with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as data:
         accept.prepare(data)
         with _gateway("--data", data) as gateway:
-            yield lambda: {
-                name: value for shape in SHAPES for name, value in gateway.take(*shape, asked.seconds, "taken").items()
+            yield {
+                str(events): partial(gateway.take, events, connections, asked.seconds, "taken")
+                for events, connections in SHAPES
             }
         _hold(accept.logged(data), gateway.acknowledged)
 
 
 @contextlib.contextmanager
-def drain(asked: Asked) -> Iterator[Turn]:
+def drain(asked: Asked) -> Iterator[Turns]:
     """An engine that works off a backlog in the embedded log."""
     own = _own("drain")
     sys.setswitchinterval(own.SWITCH_INTERVAL_S)
 
-    def turn() -> Figures:
+    def backlog() -> Figures:
         with tempfile.TemporaryDirectory(prefix="meterstream-bench-") as folder:
             return _drained(own.open_log(folder), Path(folder), asked.size, "a backlog")
 
-    turn()  # warms up
-    yield turn
+    backlog()  # warms up
+    yield {"backlog": backlog}
 
 
 @contextlib.contextmanager
-def end_to_end(asked: Asked) -> Iterator[Turn]:
+def end_to_end(asked: Asked) -> Iterator[Turns]:
     """A whole server at full speed, then at half load with reads beside it."""
     with _load(asked) as load:
-        yield lambda: {**load.full("end to end, embedded"), **load.half()}
+        yield {"full speed": partial(load.full, "end to end, embedded"), "half load": load.half}
 
 
 @contextlib.contextmanager
-def freshness(asked: Asked) -> Iterator[Turn]:
+def freshness(asked: Asked) -> Iterator[Turns]:
     """A whole server at 100,000 events a second."""
     with _load(asked) as load:
-        yield load.fresh
+        yield {"full load": load.fresh}
 
 
 @contextlib.contextmanager
-def balances(asked: Asked) -> Iterator[Turn]:
+def balances(asked: Asked) -> Iterator[Turns]:
     """Reads of one balance among ten for each customer: idle, and beside two loads."""
     own = _own("balances")
     with _own("server").Server() as server:
@@ -111,13 +114,13 @@ def balances(asked: Asked) -> Iterator[Turn]:
         server.wait_for(position)
         reads = Balances(server, asked, meter_ids)
         reads.warm_up()
-        yield reads.turn
+        yield {load: partial(reads.beside, load, rate) for load, rate in LOADS.items()}
         written = own.FIRST_TOKENS * asked.size
         _hold_all(own.check(server, asked.size, meter_ids, written + reads.tokens))
 
 
 @contextlib.contextmanager
-def kafka(asked: Asked) -> Iterator[Turn]:
+def kafka(asked: Asked) -> Iterator[Turns]:
     """Over a real broker of its own: a gateway alone, a backlog, and a whole server."""
     own, accept = _own("kafka"), _own("accept")
     sys.setswitchinterval(own.SWITCH_INTERVAL_S)
@@ -137,16 +140,16 @@ def kafka(asked: Asked) -> Iterator[Turn]:
             return _drained(own.open_log(own.topics(cluster, store.name)), store, events, "a backlog over Kafka")
 
         backlog(RECORD_EVENTS)  # warms up
-        yield lambda: {
-            **gateway.take(100, 32, asked.seconds, "taken over Kafka"),
-            **backlog(asked.size),
-            **load.full("end to end over Kafka"),
+        yield {
+            "100": partial(gateway.take, 100, 32, asked.seconds, "taken over Kafka"),
+            "backlog": partial(backlog, asked.size),
+            "full speed": partial(load.full, "end to end over Kafka"),
         }
         _hold(accept.logged(taken), gateway.acknowledged)
         load.server.wait_for(own.format_position(own.ends(whole)))  # every partition, before the totals are compared
 
 
-GROUPS: dict[str, Callable[[Asked], AbstractContextManager[Turn]]] = {
+GROUPS: dict[str, Callable[[Asked], AbstractContextManager[Turns]]] = {
     "ingest": ingest, "drain": drain, "end_to_end": end_to_end, "freshness": freshness, "balances": balances,
     "kafka": kafka,
 }  # fmt: skip
@@ -190,7 +193,7 @@ class Load:
         reads = {"one customer's total": "read", "one customer's total without a gateway": "without gateway"}
         return {
             **_fresh(row, "half load"),
-            **{f"{read} at half load, {share}, ms": row[f"{column} {share} ms"]
+            **{f"{read} at half load, {share}, ms": row[f"{column} {share} ms"] or 0.0  # nothing was read
                for read, column in reads.items() for share in SHARES},
             **_cpu(row, "half load"),
         }  # fmt: skip
@@ -210,12 +213,6 @@ class Load:
 class Balances:
     """Reads of balances from a server that was filled, and the tokens of what was acknowledged meanwhile."""
 
-    LOADS = (("idle", 0), (f"at {STREAMING:,} events/s", STREAMING), ("at half load", HALF_LOAD))
-    QUESTIONS = (
-        ("a balance", "one balance"),
-        ("a balance without a gateway", "one balance, no gateway between"),
-    )
-
     def __init__(self, server: Any, asked: Asked, meter_ids: list[str]) -> None:
         self._own, self._server, self._asked = _own("balances"), server, asked
         self._questions = self._own.questions(server, asked.size, meter_ids)
@@ -223,28 +220,26 @@ class Balances:
 
     def warm_up(self) -> None:
         """Stream for a while without reading."""
-        with self._sending(HALF_LOAD):
-            time.sleep(WARM_UP_S)
+        with self._sending(HALF_LOAD, WARM_UP_S):
+            pass
 
-    def turn(self) -> Figures:
-        """Each question beside each load."""
+    def beside(self, load: str, rate: int) -> Figures:
+        """Each question for a while, beside a load."""
         figures: Figures = {}
-        for load, rate in self.LOADS:
-            with self._sending(rate):
-                for name, question in self.QUESTIONS:
-                    found = self._own.measure(*self._questions[question], self._asked.seconds)
-                    figures |= {f"{name} {load}, {share}, ms": found[f"{share}_ms"] for share in SHARES}
+        with self._sending(rate, self._asked.seconds * len(READS)):
+            for name, question in READS.items():
+                found = self._own.measure(*self._questions[question], self._asked.seconds)
+                figures |= {f"{name} {load}, {share}, ms": found[f"{share}_ms"] for share in SHARES}
         return figures
 
     @contextlib.contextmanager
-    def _sending(self, rate: int) -> Iterator[None]:
+    def _sending(self, rate: int, seconds: float) -> Iterator[None]:
         if not rate:
             yield
             return
         bodies = _own("load").Bodies(next(self._runs), customers=self._asked.size)
-        seconds = LEAD_S + self._asked.seconds * len(self.QUESTIONS)
         ledgers: multiprocessing.Queue[Any] = multiprocessing.Queue()
-        work = self._server.port, bodies, rate, seconds, ledgers
+        work = self._server.port, bodies, rate, LEAD_S + seconds, ledgers
         sender = multiprocessing.Process(target=self._own.stream, args=work)
         sender.start()
         time.sleep(LEAD_S)
@@ -254,7 +249,7 @@ class Balances:
 
 
 def main() -> None:
-    """Prepare, take a turn for each line of input, check, and say how it went by the exit code."""
+    """Prepare, take the turns that the input asks for, and check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--seconds", type=float, required=True, help="of one stretch of load")
@@ -263,10 +258,10 @@ def main() -> None:
     exit_on_sigterm()
     answers = _answers()
     try:
-        with GROUPS[arguments.group](Asked(arguments.seconds, arguments.size)) as turn:
-            _say(answers, {})
-            while sys.stdin.readline():
-                _say(answers, turn())
+        with GROUPS[arguments.group](Asked(arguments.seconds, arguments.size)) as turns:
+            _say(answers, list(turns))
+            for name in iter(sys.stdin.readline, ""):
+                _say(answers, turns[name.strip()]())
     except WrongError as wrong:
         print(f"wrong: {wrong}", file=sys.stderr)
         sys.exit(_own("report").WRONG)
@@ -284,8 +279,8 @@ def _answers() -> TextIO:
     return answers
 
 
-def _say(answers: TextIO, figures: Figures) -> None:
-    print(json.dumps(figures), file=answers, flush=True)
+def _say(answers: TextIO, what: list[str] | Figures) -> None:
+    print(json.dumps(what), file=answers, flush=True)
 
 
 def _own(name: str) -> ModuleType:
