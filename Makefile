@@ -10,6 +10,8 @@ ARGS ?=
 # The demonstration's trace (a CSV file) and how many of its rows to take; empty means the default.
 TRACE ?=
 DEMO_ROWS ?=
+# The commit that `make bench` compares this checkout with; empty means no comparison.
+BASE ?=
 # Processes that the tests are spread over, a file to one of them; 0 for none beside.
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
@@ -83,8 +85,8 @@ lint: setup  ## style, types and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup  ## every benchmark, each beside its baseline, into benchmarks/README.md; some twelve minutes (ARGS="--quick", "--long")
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: setup  ## every benchmark into benchmarks/README.md, in twelve minutes (ARGS="--quick", "--long"); BASE=COMMIT compares with a commit instead
+	@$(BIN)/python -m benchmarks$(if $(BASE),.compare "$(BASE)") $(ARGS)
 
 clean:  ## remove what was made here, except the data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
