@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.faults.disk import SmallDisk
-from tests.kafka.cluster import Cluster
-from tests.kafka.shared import shared_broker, stop_brokers
+from tests.support.faults.small_disk import SmallDisk
+from tests.support.kafka.cluster import Cluster
+from tests.support.kafka.shared import shared_broker, stop_brokers
 
 # What somebody's shell says about a server of theirs is not for the tests' servers.
 for name in [name for name in os.environ if name.startswith("METERSTREAM_")]:
