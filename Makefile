@@ -44,33 +44,22 @@ demo: setup  ## meter an LLM trace (TRACE=file; generated where no real one is) 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--port 9192 --data DIR", "--nodes 3", "--version 3.9"); needs Java 17 and Maven
 	@exec $(BIN)/python -m tests.support.kafka $(ARGS)
 
-# What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
-# failed write, a death or a loss of power may leave (and servers that die), a second server that plays Polar, and clients
-# that need an environment of their own.
-BROKER_FAULTS := tests/faults/kafka/test_kill.py tests/faults/kafka/test_broker_faults.py tests/faults/kafka/test_topics.py \
-	tests/faults/kafka/test_process_model.py \
-	tests/deploy/commands/test_kafka.py tests/aggregator/forward/test_over_kafka.py tests/support/kafka/test_cluster.py tests/ingest/log/test_kafka_init.py \
-	tests/deploy/shipped/test_make_kafka.py tests/ingest/log/test_kafka_security.py tests/ingest/log/test_kafka_unresponsive.py
-EXPLORERS := tests/faults/crash/test_crash_points.py tests/faults/power/test_power_loss.py tests/faults/crash/test_torn_log.py \
-	tests/faults/crash/test_torn_store.py tests/faults/crash/test_kill.py tests/deploy/test_supervisor.py tests/deploy/test_doctor_damage.py
-UPSTREAM := tests/aggregator/forward tests/aggregator/reconcile
-CLIENTS := tests/sdk tests/vendors/test_vendors.py tests/examples tests/faults/test_client.py
-
+# Tests that take minutes have a marker (pyproject.toml) and a target of their own. Each test is in exactly one target.
 test: setup  ## every test but those of the next four (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		$(patsubst %,--ignore=%,$(BROKER_FAULTS) $(EXPLORERS) $(UPSTREAM) $(CLIENTS)) $(ARGS)
+		-m "not (kafka or crash or upstream or vendors)" $(ARGS)
 
 broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m kafka $(ARGS)
 
 explorers: setup  ## errors and deaths at every point of a write, killed servers, power losses, torn and damaged files; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(EXPLORERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m crash $(ARGS)
 
 clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(CLIENTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m vendors $(ARGS)
 
 upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it and with the log; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(UPSTREAM) --ignore=tests/aggregator/forward/test_over_kafka.py $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m upstream $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)

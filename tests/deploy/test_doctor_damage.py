@@ -19,6 +19,8 @@ from meters.log import USAGE_EVENTS, Entry
 from tests.support.faults.small_disk import SmallDisk
 from tests.support.servers.installation import meterstream
 
+pytestmark = pytest.mark.crash
+
 NOBODY_USER = 65534
 KAFKA = "kafka://127.0.0.1:1/nobody"
 

@@ -16,6 +16,8 @@ import pytest
 from tests.support.servers.installation import Installation, alive, meterstream
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.crash
+
 EVENT = '{"name":"call","external_customer_id":"ada","metadata":{"n":1}}\n'
 
 

@@ -26,6 +26,8 @@ from tests.support.servers.faulty_gateway import Bad, Events, FaultServer, refus
 from tests.support.servers.killable_server import TOKEN, Server
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.vendors
+
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.1, close_s_max=30)
 KILLS, KILLS_LONG = 4, 40
 ABSENCE_S, ABSENCE_LONG_S = 1.5, 30.0

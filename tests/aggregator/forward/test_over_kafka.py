@@ -18,6 +18,8 @@ from tests.support.polar.proxy import send, stored
 from tests.support.servers.installation import Installation, meterstream
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.kafka
+
 PARTITIONS = 3
 CUSTOMERS = 30  # of twelve none may fall into one of three partitions, once in forty runs
 

@@ -35,6 +35,8 @@ from tests.support.programs import program
 from tests.support.servers.installation import PATIENCE_S, Installation, meterstream
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.kafka
+
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:

@@ -22,6 +22,8 @@ from tests.support.programs import program
 from tests.support.servers.installation import meterstream
 from tests.support.waiting import PATIENCE_S, eventually
 
+pytestmark = pytest.mark.kafka
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 MAKE_FAILED = 2
 CLOSED_IN_ORDER = ".kafka_cleanshutdown"  # a broker writes it last of all

@@ -21,6 +21,8 @@ from tests.support.kafka.shared import need_kafka
 from tests.support.kafka.test_cluster import send
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.kafka
+
 CONFIRMING = "min.insync.replicas"
 
 

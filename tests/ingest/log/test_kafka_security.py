@@ -33,6 +33,8 @@ from tests.support.records import ORGANIZATION
 from tests.support.servers.installation import meterstream
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.kafka
+
 BOTH = ("gateway", "aggregator")
 USERS = (*BOTH, "serve", "producer", "init", "stranger")
 CERTIFICATE = "certificate"  # instead of a mechanism

@@ -20,6 +20,8 @@ from tests.support.faults.cutting_proxy import CuttingProxy
 from tests.support.kafka.installation import own_brokers
 from tests.support.ports import take_port
 
+pytestmark = pytest.mark.kafka
+
 LIMITS = Limits(value_bytes_max=MEBIBYTE)  # so much comes at once
 
 

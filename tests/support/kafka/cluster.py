@@ -1,8 +1,8 @@
 """One to three real Kafka brokers on loopback, to be started, killed, paused and started again on the same data.
 
 A node is broker and KRaft controller in one Java process. The settings make it small and quick to notice a death;
-they change nothing about what it promises to a client. A node's ports are held for it (``tests/support/ports.py``), so one
-that is started again finds them free.
+they change nothing about what it promises to a client. A node's ports are held for it (``tests/support/ports.py``), so
+one that is started again finds them free.
 """
 
 import base64

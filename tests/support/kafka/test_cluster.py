@@ -10,6 +10,8 @@ from tests.support.kafka.cluster import Cluster, running
 from tests.support.kafka.jars import VERSIONS, Missing
 from tests.support.kafka.shared import need_kafka
 
+pytestmark = pytest.mark.kafka
+
 
 def make_topic(cluster: Cluster, name: str, **settings: str) -> None:
     """A topic of one partition."""
