@@ -44,35 +44,24 @@ demo: setup  ## meter an LLM trace (TRACE=file; generated where no real one is) 
 	@$(BIN)/meterstream demo $(if $(TRACE),--trace "$(TRACE)") $(if $(DEMO_ROWS),--rows $(DEMO_ROWS)) $(ARGS)
 
 kafka: setup  ## a real Kafka broker on 127.0.0.1 until Ctrl-C (ARGS="--port 9192 --data DIR", "--nodes 3", "--version 3.9"); needs Java 17 and Maven
-	@exec $(BIN)/python -m tests.kafka $(ARGS)
+	@exec $(BIN)/python -m tests.support.kafka $(ARGS)
 
-# What takes minutes by itself has a target of its own: whole Kafka installations, the search through every state that a
-# failed write, a death or a loss of power may leave (and servers that die), a second server that plays Polar, and clients
-# that need an environment of their own.
-BROKER_FAULTS := tests/faults/test_kafka_kill.py tests/faults/test_kafka_faults.py tests/faults/test_kafka_records.py \
-	tests/faults/test_process_model.py \
-	tests/deploy/test_kafka.py tests/forward/test_over_kafka.py tests/kafka/test_broker.py tests/kafka/test_init.py \
-	tests/kafka/test_make_kafka.py tests/kafka/test_security.py tests/kafka/test_silent.py
-EXPLORERS := tests/faults/test_crash_points.py tests/faults/test_power_loss.py tests/faults/test_torn_log.py \
-	tests/faults/test_torn_store.py tests/faults/test_kill.py tests/deploy/test_serve.py tests/deploy/test_doctor_log.py
-UPSTREAM := tests/forward tests/reconcile
-CLIENTS := tests/sdk tests/strategies/test_vendors.py tests/examples tests/faults/test_client.py
-
+# Tests that take minutes have a marker (pyproject.toml) and a target of their own. Each test is in exactly one target.
 test: setup  ## every test but those of the next four (ARGS="-k tidy" for some)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		$(patsubst %,--ignore=%,$(BROKER_FAULTS) $(EXPLORERS) $(UPSTREAM) $(CLIENTS)) $(ARGS)
+		-m "not (kafka or crash or upstream or vendors)" $(ARGS)
 
 broker-faults: setup  ## gateways, aggregators, forwarders and real brokers together, killed and cut off; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(BROKER_FAULTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m kafka $(ARGS)
 
 explorers: setup  ## errors and deaths at every point of a write, killed servers, power losses, torn and damaged files; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(EXPLORERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m crash $(ARGS)
 
 clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(CLIENTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m vendors $(ARGS)
 
 upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it and with the log; some minutes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(UPSTREAM) --ignore=tests/forward/test_over_kafka.py $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m upstream $(ARGS)
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)

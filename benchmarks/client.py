@@ -145,7 +145,7 @@ def main() -> None:
             report.add(client=f"meterstream, {name}", **row)
         found = logged(server.data)
         try:
-            from tests.sdk.interpreters import interpreter
+            from tests.support.environments import interpreter
 
             helper = interpreter("0.32.0")
         except BaseException as reason:  # pytest's skip: it cannot be installed here

@@ -34,8 +34,8 @@ from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import EVENTS_PARTITIONS, Wanted, make_topics
 from meters.log import USAGE_EVENTS, Log, format_position
-from tests.kafka.cluster import Cluster, running
-from tests.kafka.jars import Missing
+from tests.support.kafka.cluster import Cluster, running
+from tests.support.kafka.jars import Missing
 
 USUAL_TOPIC = "usual"
 EMBEDDED = "meterstream, embedded log"

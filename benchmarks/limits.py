@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from tests.kafka.cluster import Cluster
-from tests.kafka.jars import CACHE, Missing, jars
+from tests.support.kafka.cluster import Cluster
+from tests.support.kafka.jars import CACHE, Missing, jars
 
 SECONDS = 0.2  # of each limit; the best of some rounds is taken, since the others were disturbed
 ROUNDS = 3

@@ -1,15 +1,32 @@
 """What every test may ask for, and what a run says at its end."""
 
+import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.faults.disk import SmallDisk
-from tests.kafka.cluster import Cluster
-from tests.kafka.shared import shared_broker, stop_brokers
+from tests.support.faults.small_disk import SmallDisk
+from tests.support.kafka.cluster import Cluster
+from tests.support.kafka.shared import shared_broker, stop_brokers
+
+# Markers of tests that take minutes: each has a make target, and `make test` leaves all of them out (pyproject.toml).
+TARGETS = ("kafka", "crash", "upstream", "vendors")
+# The marker of every test in a folder. A file's own marker takes its place.
+FOLDERS = {
+    "aggregator/forward": "upstream",
+    "aggregator/reconcile": "upstream",
+    "examples": "vendors",
+    "faults/crash": "crash",
+    "faults/kafka": "kafka",
+    "faults/power": "crash",
+    "sdk": "vendors",
+    "vendors": "vendors",
+}
+OWN_MARKER = re.compile(r"^pytestmark = pytest\.mark\.(\w+)$", re.MULTILINE)
 
 # What somebody's shell says about a server of theirs is not for the tests' servers.
 for name in [name for name in os.environ if name.startswith("METERSTREAM_")]:
@@ -23,6 +40,32 @@ settings.load_profile("suite")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--long``: fault tests with more rounds and longer faults, as `make faults` runs them."""
     parser.addoption("--long", action="store_true", help="fault tests with more rounds and longer faults")
+
+
+@functools.cache
+def target_of(path: Path) -> str | None:
+    """Return the target marker of all tests in a file: its own ``pytestmark``, or that of its folder."""
+    own = OWN_MARKER.search(path.read_text(encoding="utf-8"))
+    if own and own[1] in TARGETS:
+        return own[1]
+    folders = (str(folder) for folder in path.relative_to(Path(__file__).parent).parents)
+    return next((FOLDERS[folder] for folder in folders if folder in FOLDERS), None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip files of other targets before they are imported: importing all of them takes seconds in each process."""
+    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    asked = config.option.markexpr
+    return True if is_test and asked in TARGETS and target_of(collection_path) != asked else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test for the target of its file. Refuse any other target's marker: no test may run twice or never."""
+    target = target_of(item.path)
+    if target:
+        item.add_marker(target)
+    if others := {mark.name for mark in item.iter_markers()} & set(TARGETS) - {target}:
+        raise pytest.UsageError(f"{item.nodeid}: mark the whole file, with one of {', '.join(TARGETS)}; not {others}")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ It answers a request only when nothing about it is unusual: a good token with th
 form, each parameter once, numbers that memory has, a position that is reached already. Anything else goes on to the
 endpoint, untouched; what a refusal looks like, how long to wait and what the store is asked are decided there alone.
 What is looked up and how it is shaped are the endpoints' own functions, so the two cannot say different things
-(``tests/aggregator/test_at_once.py`` holds them side by side).
+(``tests/aggregator/api/test_fast_reads.py`` holds them side by side).
 """
 
 import re

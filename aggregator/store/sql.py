@@ -2,7 +2,7 @@
 
 A filter becomes a condition and an aggregation becomes columns, as sqlglot expressions over the facets of a ``Stage``.
 What they mean is stated in ``meters.filter`` and ``meters.aggregation``; this module says the same in DuckDB's
-terms, and ``tests/aggregator/test_sql_agreement.py`` holds the two against each other.
+terms, and ``tests/aggregator/store/test_meter_sql.py`` holds the two against each other.
 
 A sum of DECIMAL(38, 12) overflows as soon as two values of 26 digits meet, and an overflow would stop the whole query
 for the sake of one sender. So ordinary amounts are summed by the engine, and the rest (there is never any) are

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.aggregator.polar_story import Polar
-from tests.aggregator.serving import Server, Tenant, serving
+from tests.support.polar.organization import Polar
+from tests.support.servers.query_api import Server, Tenant, serving
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.conformance.cases import cases
 from tests.conformance.differences import DIFFERENCES
 from tests.conformance.recorded import named_things
 from tests.conformance.requests import API, batches_of, customers_of, way
-from tests.conformance.tenants import Server, Tenant
+from tests.support.servers.multi_tenant_server import Server, Tenant
 
 GROUPS = (
     "filter", "filter_validation", "aggregation", "quantities", "quantities_limits", "ingest", "hierarchy",

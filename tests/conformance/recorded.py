@@ -7,7 +7,7 @@ from typing import Any
 
 from meters.catalogue import Change, Customer, CustomerCreated, MeterCreated
 from meters.meter import Meter, new_meter
-from tests.conformance.tenants import Tenant
+from tests.support.servers.multi_tenant_server import Tenant
 
 METER = "00000000-0000-4000-8000-000000000001"
 CUSTOMER = "00000000-0000-4000-8000-000000000003"

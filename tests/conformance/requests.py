@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tests.conformance.cases import Case, filled_in
-from tests.conformance.tenants import Tenant, uuid_text
+from tests.support.servers.multi_tenant_server import Tenant, uuid_text
 
 LLM = {"vendor": "v", "model": "m", "input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 """What ``_llm`` must at least have; cases name only the keys that they are about."""

@@ -14,10 +14,10 @@ import pytest
 from meters import exact_json
 from meters.credit import CreditGranted, MeterReset
 from meters.ledger import customer_meter_id
-from tests.aggregator.records import line
-from tests.aggregator.serving import Server, serving
 from tests.conformance.cases import Case, agree, cases, instant, named, same_number
 from tests.conformance.differences import NOT_HERE
+from tests.support.records import line
+from tests.support.servers.query_api import Server, serving
 
 Json = Any
 

@@ -27,7 +27,7 @@ from tests.conformance.cases import (
 )
 from tests.conformance.conftest import World
 from tests.conformance.requests import API, way
-from tests.conformance.tenants import Tenant
+from tests.support.servers.multi_tenant_server import Tenant
 
 EVERYTHING = {"conjunction": "and", "clauses": []}
 YEARS = {"start_timestamp": "2023-01-01T00:00:00Z", "end_timestamp": "2025-01-01T00:00:00Z", "interval": "year"}

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
-from tests.contracts.log_worlds import LIMITS, PARTITIONS, WORLDS, World
-from tests.waiting import eventually
+from tests.contracts.log_implementations import LIMITS, PARTITIONS, WORLDS, World
+from tests.support.waiting import eventually
 
 PROCESSES = 3
 APPENDS_A_PROCESS = 40
@@ -138,7 +138,7 @@ def test_processes_append_side_by_side(world: World) -> None:
     if world.url is None:
         pytest.skip("this log lives in one process")
     log = world.open()
-    command = [sys.executable, "-m", "tests.contracts.appending", world.url]
+    command = [sys.executable, "-m", "tests.contracts.appending_process", world.url]
     processes = [
         subprocess.Popen([*command, str(number), str(APPENDS_A_PROCESS)], stdout=subprocess.PIPE, text=True)
         for number in range(PROCESSES)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.installation import Installation, started
-from tests.kafka.cluster import Cluster
+from tests.support.kafka.cluster import Cluster
+from tests.support.servers.installation import Installation, started
 
 _numbers = itertools.count()
 

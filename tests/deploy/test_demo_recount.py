@@ -10,7 +10,7 @@ from deploy.demo.recount import Figures, compare, recount
 from deploy.demo.run import conclude
 from deploy.demo.trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
 from deploy.giving_up import MISMATCH, USAGE, GiveUp
-from tests.deploy.installation import meterstream
+from tests.support.servers.installation import meterstream
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -15,8 +15,8 @@ from deploy.doctor import Finding, examine
 from deploy.giving_up import GiveUp
 from deploy.rebuild import rebuild
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
-from tests.aggregator.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
-from tests.deploy.installation import meterstream
+from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
+from tests.support.servers.installation import meterstream
 
 NOBODY = "9f0e8f6a-5f0a-4f52-9d1b-4f1d7a6c3e33"
 NOBODY_USER = 65534

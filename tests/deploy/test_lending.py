@@ -13,8 +13,8 @@ import pytest
 
 from aggregator.api.borrowed import SILENT_S
 from ingest.lending import READS_BEFORE
-from tests.deploy.installation import Installation
-from tests.waiting import eventually
+from tests.support.servers.installation import Installation
+from tests.support.waiting import eventually
 
 SEED = int(os.environ.get("LENDING_SEED", "20261124"))
 ROUNDS = 150

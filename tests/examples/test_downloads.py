@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, started
-from tests.ports import take_port
-from tests.waiting import eventually
+from tests.support.ports import take_port
+from tests.support.servers.installation import Installation, started
+from tests.support.waiting import eventually
 
 CHUNK_BYTES = 1000
 REPORTS = (("ann", 3), ("bob", 0), ("ann", 200), ("eve", 1))

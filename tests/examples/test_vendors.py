@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, started
-from tests.ports import take_port
-from tests.sdk.interpreters import environment
-from tests.strategies.replay import Replay, stream, whole
-from tests.strategies.small_s3 import SmallS3
-from tests.waiting import eventually
+from tests.support.environments import environment
+from tests.support.ports import take_port
+from tests.support.servers.installation import Installation, started
+from tests.support.servers.small_s3 import SmallS3
+from tests.support.servers.vendor_endpoint import Replay, stream, whole
+from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TIME_LIMIT = pytest.mark.timeout(1200)  # the first test may have to install everything

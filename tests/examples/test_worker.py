@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.installation import Installation, started
-from tests.sdk.interpreters import environment
-from tests.waiting import eventually
+from tests.support.environments import environment
+from tests.support.servers.installation import Installation, started
+from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TASKS = 12

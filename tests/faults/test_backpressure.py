@@ -15,9 +15,9 @@ import pytest
 
 from ingest.limits import IN_FLIGHT_BYTES_MAX
 from ingest.log import open_log
-from tests.faults.evidence import SEED, assert_store_tells, count, export
-from tests.faults.server import TOKEN, Server
-from tests.waiting import eventually
+from tests.support.faults.store_checks import SEED, assert_store_tells, count, export
+from tests.support.servers.killable_server import TOKEN, Server
+from tests.support.waiting import eventually
 
 BODIES, EVENTS_A_BODY = 200, 40  # 40 MB, in the gateway's hands one after the other
 FILLERS, FILLER_BYTES = 10, 250  # few large events, because the gateway remembers a window of recent ids on purpose

@@ -20,11 +20,13 @@ from ingest.client import Ingestion, Limits, Rejection
 from ingest.client.spool import Spool, fingerprint, spools
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS
-from tests.faults.disk import SmallDisk
-from tests.faults.evidence import SEED
-from tests.faults.server import TOKEN, Server
-from tests.ingest.client.fault_server import Bad, Events, FaultServer, refusal
-from tests.waiting import eventually
+from tests.support.faults.small_disk import SmallDisk
+from tests.support.faults.store_checks import SEED
+from tests.support.servers.faulty_gateway import Bad, Events, FaultServer, refusal
+from tests.support.servers.killable_server import TOKEN, Server
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.vendors
 
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.1, close_s_max=30)
 KILLS, KILLS_LONG = 4, 40
@@ -51,11 +53,11 @@ def url(server: Server | FaultServer) -> str:
 
 
 class Application:
-    """One of ``tests.ingest.client.applications`` that writes down what it captures."""
+    """One of ``tests.support.client_applications`` that writes down what it captures."""
 
     def __init__(self, name: str, server: Server | FaultServer, spool: Path, notes: Path, *more: str) -> None:
         where = (url(server), str(spool), TOKEN, *more)
-        command = [sys.executable, "-m", "tests.ingest.client.applications", name, *where]
+        command = [sys.executable, "-m", "tests.support.client_applications", name, *where]
         self.notes = notes
         with notes.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)

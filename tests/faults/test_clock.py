@@ -13,8 +13,7 @@ from ingest import endpoint, intake
 from ingest.log import open_log
 from meters.event import CLOCK_SKEW
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from tests.aggregator.records import NOW, SMALL, created, decisions, entry, organization
-from tests.faults.evidence import (
+from tests.support.faults.store_checks import (
     SEED,
     assert_store_tells,
     assert_totals_agree,
@@ -25,8 +24,9 @@ from tests.faults.evidence import (
     metered,
     usage,
 )
-from tests.ingest.running import RunningGateway, event
-from tests.waiting import eventually
+from tests.support.records import NOW, SMALL, created, decisions, entry, organization
+from tests.support.servers.gateway import RunningGateway, event
+from tests.support.waiting import eventually
 
 HOUR, YEAR = timedelta(hours=1), timedelta(days=365)
 SEQ, TIMESTAMP, INGESTED_AT, EXTERNAL_ID = 0, 11, 12, 13  # columns of ``events``

@@ -14,9 +14,8 @@ from aggregator.owner import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS, TryAgain
-from tests.aggregator.records import SMALL, entry
-from tests.faults.disk import SmallDisk
-from tests.faults.evidence import (
+from tests.support.faults.small_disk import SmallDisk
+from tests.support.faults.store_checks import (
     SEED,
     assert_store_tells,
     assert_totals_agree,
@@ -27,9 +26,10 @@ from tests.faults.evidence import (
     usage,
     write_usage,
 )
-from tests.faults.server import Server
-from tests.ingest.running import RunningGateway
-from tests.waiting import eventually
+from tests.support.records import SMALL, entry
+from tests.support.servers.gateway import RunningGateway
+from tests.support.servers.killable_server import Server
+from tests.support.waiting import eventually
 
 EVENTS_A_BODY = 100
 BODIES_MAX = 400  # a disk that is not full by then is too large for the test

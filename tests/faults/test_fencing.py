@@ -18,10 +18,19 @@ from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
-from tests.aggregator.records import SMALL, entry
-from tests.deploy.installation import meterstream
-from tests.faults.evidence import Tables, assert_store_tells, caught_up, count, ends, export, usage, write_sample
-from tests.waiting import eventually
+from tests.support.faults.store_checks import (
+    Tables,
+    assert_store_tells,
+    caught_up,
+    count,
+    ends,
+    export,
+    usage,
+    write_sample,
+)
+from tests.support.records import SMALL, entry
+from tests.support.servers.installation import meterstream
+from tests.support.waiting import eventually
 
 STORE = "store.duckdb"
 

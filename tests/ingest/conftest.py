@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ingest.running import RunningGateway
+from tests.support.servers.gateway import RunningGateway
 
 
 @pytest.fixture(scope="module")

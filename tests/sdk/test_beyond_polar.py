@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.tenants import Server, Tenant
-from tests.sdk.interpreters import reported
+from tests.support.environments import reported
+from tests.support.servers.multi_tenant_server import Server, Tenant
 
 READERS = {"0.32.0": "beyond_0_32.py", "1.0.2": "beyond_1_0.py"}
 BEYOND: dict[str, tuple[str, Any]] = {

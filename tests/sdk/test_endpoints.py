@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.tenants import Server, Tenant
 from tests.sdk import story
-from tests.sdk.interpreters import reported
+from tests.support.environments import reported
+from tests.support.servers.multi_tenant_server import Server, Tenant
 
 SCRIPTS = {"0.32.0": "hooks_0_32.py", "1.0.2": "hooks_1_0.py"}
 TIME_LIMIT = pytest.mark.timeout(1200)  # the first test may have to install both clients

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.tenants import Server, Tenant
 from tests.sdk import story
-from tests.sdk.interpreters import interpreter
+from tests.support.environments import interpreter
+from tests.support.servers.multi_tenant_server import Server, Tenant
 
 JOURNEYS = {"0.32.0": "journey_0_32.py", "1.0.2": "journey_1_0.py"}
 HELPED = "0.32.0"  # the generation with the ingestion helper

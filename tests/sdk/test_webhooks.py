@@ -9,9 +9,9 @@ import pytest
 from aggregator.webhook_messages import messages_of
 from aggregator.webhook_sender import signed_headers
 from aggregator.webhooks import outbox
-from tests.aggregator.polar_story import Polar
-from tests.aggregator.serving import Server, Tenant, serving
-from tests.sdk.interpreters import interpreter, reported
+from tests.support.environments import interpreter, reported
+from tests.support.polar.organization import Polar
+from tests.support.servers.query_api import Server, Tenant, serving
 
 VERIFIERS = {"0.32.0": "verify_0_32.py", "1.0.2": "verify_1_0.py"}
 

@@ -16,9 +16,9 @@ from aggregator import checkpoint, engine
 from aggregator.owner import Aggregator
 from ingest.log import appender, open_log
 from meters.log import Entry, Log
-from tests.aggregator.records import SMALL
-from tests.faults.evidence import SEED, caught_up, ends, write_sample, write_usage
-from tests.waiting import eventually
+from tests.support.faults.store_checks import SEED, caught_up, ends, write_sample, write_usage
+from tests.support.records import SMALL
+from tests.support.waiting import eventually
 
 STORE = "store.duckdb"
 RECORDS = 12  # beside the sample

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import Report
-from tests.faults.evidence import SEED
 from tests.faults.soak.run import Options, Outcome, Soak, say, unexplained
 from tests.faults.soak.vitals import sparkline
+from tests.support.faults.store_checks import SEED
 
 KEPT_MINUTES_MIN = 10.0  # a shorter one is to see that it works
 

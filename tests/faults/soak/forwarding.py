@@ -11,7 +11,7 @@ from typing import Any
 from aggregator.forward.state import State
 from tests.faults.soak.polar import Polar
 from tests.faults.soak.tally import ACKNOWLEDGED, Says, Tally, forwarded, says
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 SHOWN_MAX = 5  # ids in a complaint
 LOOK_AGAIN_S = 0.2

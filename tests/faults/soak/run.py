@@ -21,8 +21,6 @@ from ingest.log import open_log
 from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from meters.log import TryAgain
-from tests.faults.kafka_installation import own_brokers
-from tests.faults.server import TOKEN, Server
 from tests.faults.soak.forwarding import Forwarding
 from tests.faults.soak.ground import MEBIBYTE, Ground
 from tests.faults.soak.load import Order, run
@@ -33,7 +31,9 @@ from tests.faults.soak.strikes import Site, Wrong
 from tests.faults.soak.tally import FORWARDED, Count, Tally
 from tests.faults.soak.vitals import Slope, Vitals
 from tests.faults.soak.watch import CREDITED, UNITS, Watch
-from tests.kafka.cluster import Cluster
+from tests.support.kafka.cluster import Cluster
+from tests.support.kafka.installation import own_brokers
+from tests.support.servers.killable_server import TOKEN, Server
 
 CONNECTIONS = 8
 PARTITIONS = 3  # of a log on Kafka

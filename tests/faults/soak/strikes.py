@@ -12,12 +12,12 @@ from pathlib import Path
 
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS, Entry, TryAgain
-from tests.faults.server import Server
 from tests.faults.soak.ground import Ground
 from tests.faults.soak.hostile import Hostile
 from tests.faults.soak.schedule import BROKER, DISK, ENDING, OTHERS, Fault
-from tests.kafka.cluster import Cluster
-from tests.waiting import eventually
+from tests.support.kafka.cluster import Cluster
+from tests.support.servers.killable_server import Server
+from tests.support.waiting import eventually
 
 PAUSE_S = (0.3, 5.0)  # a process stands still that long
 FULL_S = (0.5, 4.0)

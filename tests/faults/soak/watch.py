@@ -9,9 +9,9 @@ import httpx
 import msgspec
 
 from meters.log import format_position, parse_position
-from tests.faults.server import Server
 from tests.faults.soak.tally import Expected, Tally
-from tests.waiting import eventually
+from tests.support.servers.killable_server import Server
+from tests.support.waiting import eventually
 
 RANGE = {"start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-02T00:00:00Z", "interval": "day"}
 CALLS = {"conjunction": "and", "clauses": [{"property": "name", "operator": "eq", "value": "call"}]}

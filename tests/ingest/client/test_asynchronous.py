@@ -12,8 +12,8 @@ import pytest
 
 from ingest.client import AsyncIngestion, EventRefused, Limits
 from ingest.client.strategies.delta_time import DeltaTime
-from tests.ingest.client.fault_server import Bad, FaultServer
-from tests.waiting import PATIENCE_S, until
+from tests.support.servers.faulty_gateway import Bad, FaultServer
+from tests.support.waiting import PATIENCE_S, until
 
 QUICK = Limits(linger_s=0.01, backoff_s=0.01, backoff_s_max=0.02, close_s_max=30)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ingest.client import journal as journal_module
 from ingest.client.journal import SUFFIX, Journal
 from ingest.client.spool import Spool, spools
-from tests.faults.disk import SmallDisk
+from tests.support.faults.small_disk import SmallDisk
 
 OWNER = "owner"
 Needed = dict[int, bytes]

@@ -24,9 +24,9 @@ from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES, Writer
 from ingest.log.limits import Limits as LogLimits
 from meters.log import USAGE_EVENTS, Entry, Record, TryAgain
 from meters.partition_key import partition_key, partition_of
-from tests.kafka.cluster import Cluster
-from tests.kafka.mock import mock_brokers
-from tests.waiting import eventually
+from tests.support.kafka.cluster import Cluster
+from tests.support.kafka.mock import mock_brokers
+from tests.support.waiting import eventually
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"
 ADDRESS = "kafka://anywhere"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ingest.client import Ingestion
-from tests.ingest.client.applications import CHILDREN, EVENTS, LIMITS, PATIENCE_S
-from tests.ingest.client.fault_server import Bad, FaultServer
-from tests.waiting import eventually
+from tests.support.client_applications import CHILDREN, EVENTS, LIMITS, PATIENCE_S
+from tests.support.servers.faulty_gateway import Bad, FaultServer
+from tests.support.waiting import eventually
 
 _asked: set[str] = set()
 """The servers of the applications of one test."""
@@ -40,7 +40,7 @@ def still_running() -> list[Path]:
 def start(name: str, url: str, spool: Path | None, *more: str) -> subprocess.Popen[bytes]:
     """An application in a process of its own."""
     _asked.add(url)
-    command = [sys.executable, "-m", "tests.ingest.client.applications", name, url, str(spool or "-"), *more]
+    command = [sys.executable, "-m", "tests.support.client_applications", name, url, str(spool or "-"), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

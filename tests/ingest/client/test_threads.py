@@ -11,9 +11,9 @@ import pytest
 
 from ingest.client import Ingestion
 from ingest.client import ingestion as ingestion_module
-from tests.ingest.client.fault_server import Bad, FaultServer
-from tests.ingest.client.test_sending import QUICK, assert_adds_up, bad_for, client, event
-from tests.waiting import PATIENCE_S, eventually
+from tests.ingest.client.test_sender import QUICK, assert_adds_up, bad_for, client, event
+from tests.support.servers.faulty_gateway import Bad, FaultServer
+from tests.support.waiting import PATIENCE_S, eventually
 
 
 @pytest.fixture(params=["memory", "disk"])
