@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -115,7 +115,7 @@ def _endpoints(desk: Desk, organization_id: str, type: str) -> list[Endpoint]:
     return [one for one in desk.catalogue.webhooks.endpoints_of(organization_id) if one.hears(type)]
 
 
-def _body(type: str, data: dict[str, Any], now: datetime) -> str:
+def _body(type: str, data: object, now: datetime) -> str:
     stamp = now.replace(tzinfo=UTC)
     return exact_json.encode({"type": type, "timestamp": stamp, "api_version": API_VERSION, "data": data}).decode()
 

@@ -11,12 +11,13 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Response
 
+from aggregator.api import answers
 from aggregator.api.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
 from aggregator.api.paging import Ids, Order, Page, Texts, WhichPage, includes, listed, on_page, order, texts
 from aggregator.api.roster import NotInMemory, find_page
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
 from aggregator.api.shapes import customer_meter_shape, entry_shape, event_shape
 from aggregator.store.queries import arrivals, events, family
 from aggregator.store.queries.asking import Here
@@ -41,7 +42,7 @@ PAIRS_AT_ONCE = 2_000
 """Pairs of customers and meters that are looked at one by one, in about 20 ms; of more only those of the page are."""
 
 
-@router.get("/v1/customer-meters/", responses=gives(page_of("CustomerMeter")))
+@router.get("/v1/customer-meters/", responses=gives(page_of(answers.CustomerMeter)))
 async def list_customer_meters(
     desk: AtDesk, token: Reader, page: WhichPage, organization_id: Ids = None, customer_id: Ids = None,
     external_customer_id: Texts = None, meter_id: Ids = None, sorting: Texts = None,
@@ -66,7 +67,7 @@ async def list_customer_meters(
     return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
 
 
-def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> dict[str, Any]:
+def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> answers.ListResource[answers.CustomerMeter]:
     """The page of a list of customer meters. Equal ones stay as they stood, or all turn round: as in ``find_page``."""
     found = sorted(found, key=lambda one: _key(one, chosen.by))
     rows = on_page(found if chosen.ascending else found[::-1], page)
@@ -103,7 +104,7 @@ def _key(one: CustomerMeter, by: str) -> Any:
     return getattr(one, by.removesuffix("_units"))
 
 
-@router.get("/v1/customer-meters/{id}", responses=gives(ref("CustomerMeter")))
+@router.get("/v1/customer-meters/{id}", responses=gives(answers.CustomerMeter))
 async def get_customer_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One customer's meter."""
     as_of = desk.view.as_of
@@ -118,7 +119,7 @@ async def _found(desk: Desk, token: Token, id: UUID) -> CustomerMeter:
     return found[0]
 
 
-@router.get("/v1/customer-meters/{id}/ledger", responses=gives(page_of("LedgerEntry")))
+@router.get("/v1/customer-meters/{id}/ledger", responses=gives(page_of(answers.LedgerEntry)))
 async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) -> Response:
     """Every movement of the balance, newest first, with what was left after it. They add up to the balance."""
     one = await _found(desk, token, id)
@@ -134,7 +135,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     return answer(listed([entry_shape(entry) for entry in on_page(entries, page)], len(entries), page), as_of)
 
 
-@router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of("Event")))
+@router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of(answers.Event)))
 async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: str, page: WhichPage) -> Response:
     """The events that an entry of usage is made of, newest first; also those that wait for their parents."""
     one = await _found(desk, token, id)

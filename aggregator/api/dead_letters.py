@@ -11,10 +11,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from aggregator.api import answers
 from aggregator.api.desk import AtDesk, allow, answer, body_of
 from aggregator.api.errors import NotFound, Refused
 from aggregator.api.paging import WhichPage, listed
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
 from aggregator.api.shapes import letter_shape
 from aggregator.letters import LetterPlace
 from aggregator.store.queries import dead_letters
@@ -29,7 +30,7 @@ Reader = Annotated[Token, Depends(allow(reading("events")))]
 Writer = Annotated[Token, Depends(allow(writing("events")))]
 
 
-@router.get("/v1/dead-letters/", responses=gives(page_of("DeadLetter")))
+@router.get("/v1/dead-letters/", responses=gives(page_of(answers.DeadLetter)))
 async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
     """The lines that could not be counted, newest first, with their reason and their bytes.
 
@@ -46,14 +47,14 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
     return answer(listed([letter_shape(letter, token.organization_id) for letter in letters], total, page), as_of)
 
 
-@router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
+@router.get("/v1/dead-letters/{id}", responses=gives(answers.DeadLetter))
 async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
     """One dead letter, with all its bytes."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter, token.organization_id), as_of)
 
 
-@router.post("/v1/dead-letters/{id}/replay", responses=gives(ref("DeadLetter")))
+@router.post("/v1/dead-letters/{id}/replay", responses=gives(answers.DeadLetter))
 async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: str) -> Response:
     """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
     body = await body_of(request, otherwise={})

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from itertools import accumulate
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Response
 
+from aggregator.api import route_answers
 from aggregator.api.desk import AtDesk, allow, answer
 from aggregator.api.errors import Refused
 from aggregator.api.paging import Ids, Texts, includes, texts
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.api.shapes import number
 from aggregator.api.usage import check_range, known_zone
 from aggregator.store.queries import metrics
@@ -106,7 +107,7 @@ def periods(first: date, last: date, interval: Interval, timezone: str) -> list[
     return found
 
 
-@router.get("/v1/metrics/", responses=gives(ref("Metrics")))
+@router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
 async def get_metrics(
     desk: AtDesk, token: Reader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
     organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
@@ -124,17 +125,16 @@ async def get_metrics(
     scope = Scope(organization=NOBODY, subjects=subjects)
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
-    body = {
-        "periods": [
-            {"timestamp": begins} | {slug: number(values[slug][place]) for slug in wanted}
+    body = route_answers.Metrics(
+        periods=[
+            {"timestamp": begins, **{slug: number(values[slug][place]) for slug in wanted}}
             for place, (begins, _) in enumerate(units)
         ],
-        "totals": {slug: number(metric.total(costs)) for slug, metric in wanted.items()},
-        "metrics": {
-            slug: {"slug": slug, "display_name": metric.display_name, "type": metric.type}
-            for slug, metric in wanted.items()
+        totals={slug: number(metric.total(costs)) for slug, metric in wanted.items()},
+        metrics={
+            slug: route_answers.MetricInfo(slug, metric.display_name, metric.type) for slug, metric in wanted.items()
         },
-    }
+    )
     return answer(body, as_of)
 
 
@@ -149,11 +149,10 @@ def _wanted(slugs: list[str] | None) -> dict[str, Metric]:
     return {slug: metric for slug, metric in METRICS.items() if slugs is None or slug in slugs}
 
 
-@router.get("/v1/metrics/limits", responses=gives(ref("MetricsLimits")))
+@router.get("/v1/metrics/limits", responses=gives(route_answers.MetricsLimits))
 async def get_limits(desk: AtDesk, token: Reader) -> Response:
     """How long a range each interval takes."""
-    intervals = {
-        interval: {"min_days": DAYS_MIN[interval], "max_days": RANGE_DAYS_MAX[interval]} for interval in Interval
+    intervals: dict[str, route_answers.IntervalLimits] = {
+        interval: route_answers.IntervalLimits(DAYS_MIN[interval], RANGE_DAYS_MAX[interval]) for interval in Interval
     }
-    body: dict[str, Any] = {"min_date": START_MIN.date(), "intervals": intervals}
-    return answer(body, desk.view.as_of)
+    return answer(route_answers.MetricsLimits(START_MIN.date(), intervals), desk.view.as_of)

@@ -2,16 +2,19 @@
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 from uuid import UUID
 
 from fastapi import Depends, Query, Request
 from pydantic import AfterValidator, AwareDatetime
 
+from aggregator.api.answers import ListResource, Pagination
 from aggregator.api.errors import Malformed
 from aggregator.api.limits import IDENTIFIERS_MAX, METADATA_KEYS_MAX, PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
 from meters.catalogue import Token
 from meters.detail import detail
+
+T = TypeVar("T")
 
 
 def _in_utc(instant: datetime) -> datetime:
@@ -51,13 +54,12 @@ async def _page(page: Annotated[int, Query(ge=1)] = 1, limit: Annotated[int, Que
 WhichPage = Annotated[Page, Depends(_page)]
 
 
-def listed(items: list[Any], total: int, page: Page) -> dict[str, Any]:
+def listed(items: list[T], total: int, page: Page) -> ListResource[T]:
     """Polar's envelope of a list."""
-    pagination = {"total_count": total, "max_page": -(-total // page.limit)}
-    return {"items": items, "pagination": pagination}
+    return ListResource(items, Pagination(total, -(-total // page.limit)))
 
 
-def on_page(items: Sequence[Any], page: Page) -> list[Any]:
+def on_page(items: Sequence[T], page: Page) -> list[T]:
     """The page of a list that is in memory."""
     return list(items[page.offset : page.offset + page.limit])
 

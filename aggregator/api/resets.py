@@ -10,15 +10,15 @@ from decimal import Decimal
 from typing import Annotated, NamedTuple
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
+from aggregator.api import answers
 from aggregator.api.balances import consumed_between
 from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import customer_by_id
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import Refused
-from aggregator.api.schemas import gives, ref, takes
+from aggregator.api.schemas import ResetCreate, gives, takes
 from aggregator.api.shapes import reset_shape
 from meters.access import writing
 from meters.aggregation import Aggregation
@@ -32,18 +32,11 @@ router = APIRouter(tags=["credits"])
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
 
 
-class ResetCreate(msgspec.Struct):
-    """Which meters begin anew (all of them where none is named), and from when on (now)."""
-
-    meter_ids: list[UUID] | None = None
-    at: datetime | None = None
-
-
 @router.post(
     "/v1/customers/{id}/resets",
     status_code=201,
-    openapi_extra=takes("ResetCreate"),
-    responses=gives(ref("Reset"), 201),
+    openapi_extra=takes(ResetCreate),
+    responses=gives(answers.Reset, status=201),
 )
 async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""

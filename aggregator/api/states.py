@@ -7,17 +7,19 @@ new as the balances are.
 from typing import Annotated, Any
 from uuid import UUID
 
+import msgspec
 from fastapi import APIRouter, Depends, Response
 
+from aggregator.api import answers
 from aggregator.api.balances import CustomerMeter, customer_meters
 from aggregator.api.benefits import grant_properties
 from aggregator.api.desk import AtDesk, Desk, allow, answer
 from aggregator.api.errors import NotFound
 from aggregator.api.paths import BY_EXTERNAL_ID
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.api.shapes import customer_shape, number
 from meters.access import reading
-from meters.benefits import METER_CREDIT, Subscription
+from meters.benefits import Subscription
 from meters.catalogue import Customer, Token
 from meters.polar_meters import here, meters_here
 from meters.price import charge
@@ -26,7 +28,7 @@ router = APIRouter(tags=["customers"])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
 
 
-async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
+async def state_of(desk: Desk, customer: Customer) -> answers.CustomerState:
     """The state as of now. Raises Unavailable while too many meters are still being counted.
 
     A customer who was deleted has no meters any more: usage under the same names is nobody's, or another customer's.
@@ -37,26 +39,26 @@ async def state_of(desk: Desk, customer: Customer) -> dict[str, Any]:
     by_meter = {one.meter.id: one for one in found}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
     grants = [one for one in catalogue.benefits.grants_of(customer.id) if one.is_held]
-    return customer_shape(customer) | {
-        "active_subscriptions": [_subscription(desk, one, by_meter) for one in subscriptions],
-        "granted_benefits": [
-            {
-                "id": grant.id,
-                "created_at": grant.created_at,
-                "modified_at": grant.modified_at,
-                "granted_at": grant.granted_at,
-                "benefit_id": grant.benefit_id,
-                "benefit_type": METER_CREDIT,
-                "benefit_metadata": catalogue.benefits.benefits[grant.benefit_id].metadata,
-                "properties": grant_properties(here(catalogue, grant)),
-            }
+    return answers.CustomerState(
+        **msgspec.structs.asdict(customer_shape(customer)),
+        active_subscriptions=[_subscription(desk, one, by_meter) for one in subscriptions],
+        granted_benefits=[
+            answers.CustomerStateBenefitGrant(
+                id=grant.id,
+                created_at=grant.created_at,
+                modified_at=grant.modified_at,
+                granted_at=grant.granted_at,
+                benefit_id=grant.benefit_id,
+                benefit_metadata=catalogue.benefits.benefits[grant.benefit_id].metadata,
+                properties=grant_properties(here(catalogue, grant)),
+            )
             for grant in grants
         ],
-        "active_meters": [
-            meter_numbers(one) | {"balance": number(one.balance)}
+        active_meters=[
+            answers.CustomerStateMeter(**meter_numbers(one), balance=number(one.balance))
             for one in sorted(found, key=lambda one: (one.created_at, one.id))
         ],
-    }
+    )
 
 
 def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
@@ -71,12 +73,17 @@ def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
     }
 
 
-def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> dict[str, Any]:
-    unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
-    fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
-    priced = meters_here(desk.catalogue, held.organization_id, held.meter_ids)
-    meters = [meter_numbers(one) | {"amount": _amount(desk, one)} for id in priced if (one := by_meter.get(id))]
-    return fields | {"meters": meters}
+def _subscription(
+    desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]
+) -> answers.CustomerStateSubscription:
+    shown = answers.CustomerStateSubscription.__struct_fields__
+    fields = {name: getattr(held, name) for name in held.__struct_fields__ if name in shown}
+    meters = [
+        answers.CustomerStateSubscriptionMeter(**meter_numbers(one), amount=_amount(desk, one))
+        for id in meters_here(desk.catalogue, held.organization_id, held.meter_ids)
+        if (one := by_meter.get(id))
+    ]
+    return answers.CustomerStateSubscription(**fields, meters=meters)
 
 
 def _amount(desk: Desk, one: CustomerMeter) -> int:
@@ -85,13 +92,13 @@ def _amount(desk: Desk, one: CustomerMeter) -> int:
     return charge(price, one.consumed, one.credited) if price else 0
 
 
-@router.get("/v1/customers/{id}/state", responses=gives(ref("CustomerState")))
+@router.get("/v1/customers/{id}/state", responses=gives(answers.CustomerState))
 async def get_customer_state(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """A customer with subscriptions, benefits and the balance of every meter."""
     return await _answered(desk, desk.catalogue.customer(token.organization_id, str(id)))
 
 
-@router.get(BY_EXTERNAL_ID + "/state", responses=gives(ref("CustomerState")))
+@router.get(BY_EXTERNAL_ID + "/state", responses=gives(answers.CustomerState))
 async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """The same, by the id that the organization gave the customer."""
     return await _answered(desk, desk.catalogue.customer_by_external_id(token.organization_id, external_id))
