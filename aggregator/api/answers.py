@@ -18,13 +18,15 @@ from meters.statement import Why
 
 T = TypeVar("T")
 
+EXAMPLE_ID = "5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42"
+
 DESCRIPTION_LENGTH_MIN, DESCRIPTION_LENGTH_MAX = 3, 42
 """Characters of a benefit's description (Polar's limits)."""
 
 REF_TEMPLATE = "#/components/schemas/{name}"
 """Where the OpenAPI document has the schema of a struct."""
 
-Id = Annotated[str, Meta(extra_json_schema={"format": "uuid"}, examples=["5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42"])]
+Id = Annotated[str, Meta(extra_json_schema={"format": "uuid"}, examples=[EXAMPLE_ID])]
 Time = Annotated[datetime, Meta(tz=True, examples=["2026-03-01T12:00:00Z"])]
 EndTime = Annotated[Time | None, Meta(examples=[None])]
 """A time that most objects do not have."""
@@ -220,7 +222,7 @@ class CustomerMeter(Stamped):
 class LedgerEntry(Answer):
     """One movement of a balance. The movements add up to the balance."""
 
-    id: Annotated[str, Meta(examples=["5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42"])]
+    id: Annotated[str, Meta(examples=[EXAMPLE_ID])]
     at: Time
     cause: Why
     units: Annotated[Number, Meta(description="What the balance changed by.")]
@@ -236,7 +238,7 @@ class LedgerEntry(Answer):
 class Credit(Answer):
     """Units that a customer was credited; negative where they were taken back."""
 
-    id: Annotated[str, Meta(examples=["5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42"])]
+    id: Annotated[str, Meta(examples=[EXAMPLE_ID])]
     at: Time
     customer_id: Id
     meter_id: Id
@@ -249,13 +251,13 @@ class Credit(Answer):
 class Reset(Answer):
     """Where a customer's meters begin anew."""
 
-    id: Annotated[str, Meta(examples=["5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42:2026-03-01T12:00:00.000000+00:00"])]
+    id: Annotated[str, Meta(examples=[EXAMPLE_ID + ":2026-03-01T12:00:00.000000+00:00"])]
     at: Time
     customer_id: Id
     meter_ids: list[Id]
     rollover: Annotated[dict[str, Number], Meta(
         description="The units that are carried over, by meter.",
-        examples=[{"5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42": 12.5}],
+        examples=[{EXAMPLE_ID: 12.5}],
     )]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from aggregator.api.answers import (
+    EXAMPLE_ID,
     Answer,
     Balance,
     Cents,
@@ -336,9 +337,12 @@ class MeterThreshold(Answer):
     deleted_at: EndTime
 
 
-class WebhookEvent(Stamped, kw_only=True):
+class WebhookEvent(Answer, kw_only=True):
     """What is sent to an endpoint. Nothing is skipped or archived: what is listed can be sent again."""
 
+    id: Annotated[str, Meta(description="The ``webhook-id`` of every attempt.", examples=[EXAMPLE_ID])]
+    created_at: Time
+    modified_at: Time | None
     type: EventType
     api_version: str = API_VERSION
     skipped: bool = False
@@ -348,9 +352,12 @@ class WebhookEvent(Stamped, kw_only=True):
     payload: Annotated[str, Meta(examples=['{"type":"customer.state_changed"}'])]
 
 
-class WebhookDelivery(Stamped, kw_only=True):
+class WebhookDelivery(Answer):
     """One attempt to deliver a webhook. ``response`` says why an endpoint did not answer: answers are not kept."""
 
+    id: Annotated[str, Meta(examples=[EXAMPLE_ID])]
+    created_at: Time
+    modified_at: EndTime
     succeeded: bool
     http_code: Annotated[int, Meta(ge=0, examples=[200])] | None
     response: str | None

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from aggregator.api.answers import (
+    EXAMPLE_ID,
     REF_TEMPLATE,
     Aggregated,
     Answer,
@@ -77,7 +78,7 @@ def _units(value: object, loc: tuple[str | int, ...]) -> int | list[Detail]:
     return [detail("value_error", loc, f"Input should be a whole number from 1 to {UNITS_MAX}", value)]
 
 
-Key = Annotated[UUID, Meta(examples=["5c9f4d1e-8e0b-4f7a-9c63-0d6a3e1b7f42"])]
+Key = Annotated[UUID, Meta(examples=[EXAMPLE_ID])]
 Moment = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
 Begun = Annotated[
     Moment | None,

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from typing import Any, NamedTuple
+from uuid import UUID, uuid5
 
 import httpx
 
@@ -85,7 +86,7 @@ def _make(story: Story) -> None:
     grant = story.ask("POST", "/v1/benefits/{id}/grants", id=benefit, json={"customer_id": ann})["id"]
     story.ask("POST", "/v1/benefit-grants/{id}/cycle", id=grant)
     endpoint = story.ask("POST", "/v1/webhooks/endpoints", json={"url": "https://example.com/", "name": "ours"})["id"]
-    _deliver(story.tenant, endpoint, ann)
+    deliver(story.tenant, endpoint, ann)
     body = {"meter_id": calls, "measure": "usage", "value": 1.50}
     story.ask("POST", "/v1/webhooks/thresholds", json=body)
     body = {"meter_id": calls, "measure": "balance", "value": "10", "unit": "percent", "customer_id": ann}
@@ -111,12 +112,12 @@ def _polar(story: Story) -> None:
         story.told.append(Told("POST /webhooks/polar", response))
 
 
-def _deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
+def deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
     """A webhook that an endpoint answered, and one for which it was not there."""
-    now, id = naive(tenant.server.now), "00000000-0000-4000-9000-000000000001"
+    now, id = naive(tenant.server.now), str(uuid5(UUID(tenant.id), "message"))
     message = Message(id, endpoint, tenant.id, STATE_CHANGED, customer, "{}", now, now, now)
     tries = [
-        Attempt(f"story try {number}", id, endpoint, tenant.id, number, now, 5, status, "as it went")
+        Attempt(f"try {number} {tenant.id}", id, endpoint, tenant.id, number, now, 5, status, "as it went")
         for number, status in enumerate((None, 200), 1)
     ]
     with tenant.server.aggregator.outbox() as connection:
