@@ -17,7 +17,7 @@ from aggregator.directory import EXTERNAL
 from aggregator.service.balances import CustomerMeter, customer_meter
 from aggregator.service.customer_state import state_of
 from aggregator.service.errors import PASSING
-from aggregator.service.serializers import Json, customer_shape, number
+from aggregator.service.serializers import customer_shape, number
 from aggregator.service.service import Desk
 from aggregator.webhooks.outbox import Cause, Message
 from meters import exact_json
@@ -115,7 +115,7 @@ def _endpoints(desk: Desk, organization_id: str, type: str) -> list[Endpoint]:
     return [one for one in desk.catalogue.webhooks.endpoints_of(organization_id) if one.hears(type)]
 
 
-def _body(type: str, data: Json, now: datetime) -> str:
+def _body(type: str, data: object, now: datetime) -> str:
     stamp = now.replace(tzinfo=UTC)
     return exact_json.encode({"type": type, "timestamp": stamp, "api_version": API_VERSION, "data": data}).decode()
 

@@ -298,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--kafka", action="store_true", help="measure over a real broker, too")
     parser.add_argument("--json", type=Path, help="a file for every value and ratio")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything works; its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="one short round, whose figures mean nothing")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or ()) - set(GROUPS):
         parser.error(f"no goals are called {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")

@@ -9,11 +9,11 @@ and in which period a customer is. What was decided at Polar names meters as Pol
 """
 
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
-METER_CREDIT = "meter_credit"
+METER_CREDIT: Final = "meter_credit"
 
 ACTIVE = frozenset({"active", "trialing"})
 """States in which a subscription gives its customer anything (Polar's rule)."""

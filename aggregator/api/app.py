@@ -20,6 +20,7 @@ from aggregator.api import (
     polar_webhooks,
     portal,
     resets,
+    route_answers,
     sessions,
     usage,
     webhook_deliveries,
@@ -28,7 +29,7 @@ from aggregator.api import (
 )
 from aggregator.api.document import describe, install_pages
 from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer, install_error_answers
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.service.errors import SETTLED_S
 from aggregator.service.service import Desk
 from aggregator.view import View
@@ -81,7 +82,7 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
         """It answers, so it is."""
         return Response(b"ok\n", media_type="text/plain")
 
-    @router.get("/readyz", responses=gives(ref("Readiness")))
+    @router.get("/readyz", responses=gives(route_answers.Readiness))
     async def is_ready(desk: AtDesk) -> Response:
         """200 with the position of the view, or 503 while the store is being opened. A gateway answers for itself.
 
@@ -89,7 +90,7 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
         aggregator is away. Whether these are counted is told by `meterstream_lag_records`, its alert, and reads.
         """
         as_of = desk.view.as_of
-        return answer({"status": "ready", "as_of": {str(partition): at for partition, at in as_of.items()}}, as_of)
+        return answer(route_answers.Readiness("ready", {str(part): at for part, at in as_of.items()}), as_of)
 
     @router.get("/metrics")
     async def prometheus_metrics() -> Response:

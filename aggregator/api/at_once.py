@@ -14,7 +14,7 @@ What is looked up and how it is shaped are the endpoints' own functions, so the 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -23,6 +23,7 @@ from aggregator.api.customer_meters import DEFAULT_SORTING, READING, SORTINGS, i
 from aggregator.api.limits import PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX
 from aggregator.api.requests import order
 from aggregator.api.usage import measured, running_total
+from aggregator.service.answers import Answer
 from aggregator.service.balances import find, in_memory
 from aggregator.service.serializers import customer_meter_shape
 from aggregator.service.service import Desk, Page
@@ -32,7 +33,6 @@ from meters.access import Denied, authorize, reading
 from meters.catalogue import Customer, Token
 from meters.log import format_position, parse_position
 
-Json = dict[str, Any]
 Parameters = dict[str, str]
 Headers = dict[bytes, bytes]
 
@@ -52,16 +52,16 @@ class Read(NamedTuple):
 
     path: re.Pattern[str]
     scopes: frozenset[str]
-    answer: Callable[[Desk, Token, str, Parameters], Json | None]
+    answer: Callable[[Desk, Token, str, Parameters], Answer | None]
 
 
-def _balance(desk: Desk, token: Token, id: str, parameters: Parameters) -> Json | None:
+def _balance(desk: Desk, token: Token, id: str, parameters: Parameters) -> Answer | None:
     pair = None if parameters else find(desk, token.organization_id, id)
     found = in_memory(desk, [pair]) if pair else None
     return customer_meter_shape(found[0]) if found else None
 
 
-def _balances(desk: Desk, token: Token, _: str, parameters: Parameters) -> Json | None:
+def _balances(desk: Desk, token: Token, _: str, parameters: Parameters) -> Answer | None:
     customer = _named(desk, token, parameters)
     page = _page(parameters)
     if customer is None or page is None:
@@ -75,7 +75,7 @@ def _balances(desk: Desk, token: Token, _: str, parameters: Parameters) -> Json 
     return None if found is None else in_order(found, _NEWEST_FIRST, page)
 
 
-def _total(desk: Desk, token: Token, id: str, parameters: Parameters) -> Json | None:
+def _total(desk: Desk, token: Token, id: str, parameters: Parameters) -> Answer | None:
     meter = desk.catalogue.meter(token.organization_id, id)
     customer_id, external_id = parameters.pop("customer_id", None), parameters.pop("external_customer_id", None)
     is_plain = (customer_id is None) != (external_id is None) and (customer_id is None or _IS_ID(customer_id))

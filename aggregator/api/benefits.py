@@ -9,13 +9,14 @@ too would count it twice.
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
+from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import has_texts
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.requests import (
@@ -27,16 +28,23 @@ from aggregator.api.requests import (
     WhichPage,
     allow,
     answer,
-    body_as,
     includes,
     listed,
-    moment,
     on_page,
     order,
 )
 from aggregator.api.resets import Overtaken, Used, carried, used_until
-from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api.schemas import (
+    BenefitCreate,
+    BenefitGrantCreate,
+    BenefitGrantStep,
+    BenefitUpdate,
+    gives,
+    page_of,
+    takes,
+)
 from aggregator.api.sessions import named_customer
+from aggregator.service import answers
 from aggregator.service.customer_state import grant_properties
 from aggregator.service.errors import Malformed, NotFound, Refused
 from aggregator.service.serializers import customer_shape
@@ -44,7 +52,7 @@ from aggregator.service.service import Desk
 from meters.access import reading, writing
 from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
 from meters.catalogue import Customer, Token
-from meters.credit import UNITS_MAX, CreditGranted, MeterReset
+from meters.credit import CreditGranted, MeterReset
 from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
 from meters.ledger import Account
 from meters.polar_meters import here
@@ -54,92 +62,38 @@ router = APIRouter(tags=["benefits"])
 Reader = Annotated[Token, Depends(allow(reading("benefits")))]
 Writer = Annotated[Token, Depends(allow(writing("benefits")))]
 
-DESCRIPTION_LENGTH_MIN, DESCRIPTION_LENGTH_MAX = 3, 42
-"""Characters of a description (Polar's limits)."""
 
-Description = Annotated[str, msgspec.Meta(min_length=DESCRIPTION_LENGTH_MIN, max_length=DESCRIPTION_LENGTH_MAX)]
-Units = Annotated[int, msgspec.Meta(gt=0, le=UNITS_MAX)]
-
-
-class Properties(msgspec.Struct):
-    """What a ``meter_credit`` benefit gives."""
-
-    meter_id: UUID
-    units: Units
-    rollover: bool
-
-
-class BenefitCreate(msgspec.Struct):
-    """What a new benefit is made of."""
-
-    type: Literal["meter_credit"]
-    description: Description
-    properties: Properties
-    metadata: dict[str, Any] = {}
-
-
-class BenefitUpdate(msgspec.Struct):
-    """What may be changed of a benefit. What was given stays; later grants and cycles give the new."""
-
-    type: Literal["meter_credit"] = "meter_credit"
-    description: Description | None = None
-    properties: Properties | None = None
-    metadata: dict[str, Any] | None = None
-
-
-class GrantCreate(msgspec.Struct):
-    """Whom to grant it to: one of the two names."""
-
-    customer_id: UUID | None = None
-    external_customer_id: str | None = None
-
-
-class GrantStep(msgspec.Struct):
-    """When a cycle began; now, where it is not said."""
-
-    at: datetime | None = None
-
-
-def benefit_shape(benefit: Benefit) -> dict[str, Any]:
+def benefit_shape(benefit: Benefit) -> answers.Benefit:
     """A benefit in Polar's shape."""
-    return {
-        "id": benefit.id,
-        "created_at": benefit.created_at,
-        "modified_at": benefit.modified_at,
-        "type": METER_CREDIT,
-        "description": benefit.description,
-        "selectable": True,
-        "deletable": True,
-        "is_deleted": benefit.deleted_at is not None,
-        "visibility": "public",
-        "visibility_configurable": False,
-        "organization_id": benefit.organization_id,
-        "metadata": benefit.metadata,
-        "properties": {"meter_id": benefit.meter_id, "units": benefit.units, "rollover": benefit.rollover},
-    }
+    return answers.Benefit(
+        id=benefit.id,
+        created_at=benefit.created_at,
+        modified_at=benefit.modified_at,
+        description=benefit.description,
+        is_deleted=benefit.deleted_at is not None,
+        organization_id=benefit.organization_id,
+        metadata=benefit.metadata,
+        properties=answers.BenefitProperties(benefit.meter_id, benefit.units, benefit.rollover),
+    )
 
 
-def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> dict[str, Any]:
+def grant_shape(grant: Grant, benefit: Benefit, customer: Customer) -> answers.BenefitGrant:
     """A grant in Polar's shape."""
-    return {
-        "id": grant.id,
-        "created_at": grant.created_at,
-        "modified_at": grant.modified_at,
-        "granted_at": grant.granted_at,
-        "is_granted": grant.is_held,
-        "revoked_at": grant.revoked_at,
-        "is_revoked": grant.revoked_at is not None,
-        "subscription_id": grant.subscription_id,
-        "order_id": None,
-        "customer_id": grant.customer_id,
-        "member_id": None,
-        "benefit_id": grant.benefit_id,
-        "error": None,
-        "customer": customer_shape(customer),
-        "member": None,
-        "benefit": benefit_shape(benefit),
-        "properties": grant_properties(grant),
-    }
+    return answers.BenefitGrant(
+        id=grant.id,
+        created_at=grant.created_at,
+        modified_at=grant.modified_at,
+        granted_at=grant.granted_at,
+        is_granted=grant.is_held,
+        revoked_at=grant.revoked_at,
+        is_revoked=grant.revoked_at is not None,
+        subscription_id=grant.subscription_id,
+        customer_id=grant.customer_id,
+        benefit_id=grant.benefit_id,
+        customer=customer_shape(customer),
+        benefit=benefit_shape(benefit),
+        properties=grant_properties(grant),
+    )
 
 
 def benefit_of(desk: Desk, token: Token, id: UUID) -> Benefit:
@@ -178,8 +132,8 @@ def _checked(desk: Desk, token: Token, body: BenefitCreate | BenefitUpdate) -> N
 @router.post(
     "/v1/benefits/",
     status_code=201,
-    openapi_extra=takes("BenefitCreate"),
-    responses=gives(ref("Benefit"), 201),
+    openapi_extra=takes(BenefitCreate),
+    responses=gives(answers.Benefit, status=201),
 )
 async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a ``meter_credit`` benefit: units of a meter for every customer it is granted to."""
@@ -195,7 +149,7 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
     return answer(benefit_shape(benefit), desk.view.as_of, 201)
 
 
-@router.get("/v1/benefits/", openapi_extra=BY_METADATA, responses=gives(page_of("Benefit")))
+@router.get("/v1/benefits/", openapi_extra=BY_METADATA, responses=gives(page_of(answers.Benefit)))
 async def list_benefits(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None, id: Ids = None,
     exclude_id: Ids = None, type: Texts = None,
@@ -224,13 +178,13 @@ def _is_among(id: str, wanted: Ids) -> bool:
     return wanted is None or id in map(str, wanted)
 
 
-@router.get("/v1/benefits/{id}", responses=gives(ref("Benefit")))
+@router.get("/v1/benefits/{id}", responses=gives(answers.Benefit))
 async def get_benefit(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One benefit."""
     return answer(benefit_shape(benefit_of(desk, token, id)), desk.view.as_of)
 
 
-@router.patch("/v1/benefits/{id}", openapi_extra=takes("BenefitUpdate"), responses=gives(ref("Benefit")))
+@router.patch("/v1/benefits/{id}", openapi_extra=takes(BenefitUpdate), responses=gives(answers.Benefit))
 async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Change what is named in the body. What was given before stays as it is. A benefit of Polar's is changed there."""
     body = await body_as(BenefitUpdate, request)
@@ -248,7 +202,7 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
     return answer(benefit_shape(benefit), desk.view.as_of)
 
 
-@router.delete("/v1/benefits/{id}", status_code=204, responses=gives(None, 204))
+@router.delete("/v1/benefits/{id}", status_code=204, responses=gives(status=204))
 async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Give it to nobody any more, and take back what those who have it were credited last.
 
@@ -272,7 +226,7 @@ def _all(step: Step) -> list[CreditGranted | MeterReset | GrantSet]:
     return [*step.movements, GrantSet(step.grant)]
 
 
-@router.get("/v1/benefits/{id}/grants", responses=gives(page_of("BenefitGrant")))
+@router.get("/v1/benefits/{id}/grants", responses=gives(page_of(answers.BenefitGrant)))
 async def list_grants(
     desk: AtDesk, token: Reader, page: WhichPage, id: UUID, is_granted: bool | None = None,
     customer_id: Ids = None, member_id: Ids = None,
@@ -294,15 +248,15 @@ async def list_grants(
 @router.post(
     "/v1/benefits/{id}/grants",
     status_code=201,
-    openapi_extra=takes("BenefitGrantCreate"),
-    responses=gives(ref("BenefitGrant"), 201),
+    openapi_extra=takes(BenefitGrantCreate),
+    responses=gives(answers.BenefitGrant, status=201),
 )
 async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Grant the benefit to a customer and credit its units. A customer who has it keeps it as it is.
 
     A benefit of Polar's is granted there.
     """
-    body = await body_as(GrantCreate, request)
+    body = await body_as(BenefitGrantCreate, request)
     async with desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
@@ -320,7 +274,7 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of, 201)
 
 
-@router.get("/v1/benefit-grants/{id}", responses=gives(ref("BenefitGrant")))
+@router.get("/v1/benefit-grants/{id}", responses=gives(answers.BenefitGrant))
 async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One grant."""
     return answer(grant_shape(*_grant_of(desk, token, id)), desk.view.as_of)
@@ -328,15 +282,15 @@ async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
 
 @router.post(
     "/v1/benefit-grants/{id}/cycle",
-    openapi_extra=takes("BenefitGrantStep"),
-    responses=gives(ref("BenefitGrant")),
+    openapi_extra=takes(BenefitGrantStep),
+    responses=gives(answers.BenefitGrant),
 )
 async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a cycle: reset the meter, carry over what rolls over, credit again.
 
     Say ``at``, when it began, so that a retry is harmless. A grant of Polar's is renewed there.
     """
-    body = await body_as(GrantStep, request, otherwise={})
+    body = await body_as(BenefitGrantStep, request, otherwise={})
     _, _, customer = _grant_of(desk, token, id)
     async with desk.settling(token.organization_id, customer.id):
         while (found := await _cycled(desk, token, id, body)) is None:
@@ -344,7 +298,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
     return answer(grant_shape(*found), desk.view.as_of)
 
 
-async def _cycled(desk: Desk, token: Token, id: UUID, body: GrantStep) -> tuple[Grant, Benefit, Customer] | None:
+async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep) -> tuple[Grant, Benefit, Customer] | None:
     """The grant after its cycle; None where the cycle has to be worked out again."""
     grant, benefit, customer = _to_cycle(desk, token, id)
     at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
@@ -392,7 +346,7 @@ def _cycle(
     return cycled(grant, benefit, at, begun, account)
 
 
-@router.post("/v1/benefit-grants/{id}/revoke", responses=gives(ref("BenefitGrant")))
+@router.post("/v1/benefit-grants/{id}/revoke", responses=gives(answers.BenefitGrant))
 async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Take the benefit back, with the units that it credited last. A grant of Polar's is revoked there."""
     async with desk.deciding:

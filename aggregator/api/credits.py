@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
+from aggregator.api.bodies import fields_of, mapping_of, refuse_organization
 from aggregator.api.customers import customer_by_id
-from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed, on_page, refuse_organization
-from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.service.errors import Conflict, Malformed, NotFound, Refused
+from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed, on_page
+from aggregator.api.schemas import CreditCreate, gives, page_of, takes
+from aggregator.service import answers
+from aggregator.service.errors import Conflict, NotFound, Refused
 from aggregator.service.serializers import credit_shape
 from aggregator.service.service import Desk
 from meters import exact_json
 from meters.access import reading, writing
 from meters.catalogue import Customer, Token
-from meters.credit import UNITS_MAX, CreditGranted, revocation_id
-from meters.detail import detail
+from meters.credit import CreditGranted, revocation_id
 from meters.ledger import Credit, in_window
 
 router = APIRouter(tags=["credits"])
@@ -36,8 +37,8 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
 @router.post(
     "/v1/customers/{id}/credits",
     status_code=201,
-    openapi_extra=takes("CreditCreate"),
-    responses=gives(ref("Credit"), 201) | {409: gives(ref("Error"))[404]},
+    openapi_extra=takes(CreditCreate),
+    responses=gives(answers.Credit, status=201) | {409: gives(answers.Error)[404]},
 )
 async def give_credits(
     request: Request, desk: AtDesk, token: Writer, id: UUID, idempotency_key: Key = None
@@ -83,31 +84,17 @@ def _decided(desk: Desk, token: Token, key: str | None, content: str) -> CreditG
     return known
 
 
-def _fields(desk: Desk, token: Token, body: Any) -> tuple[str, int, bool]:
-    if not isinstance(body, dict):
-        message = "Input should be a valid dictionary or object"
-        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
-    refuse_organization(body)
-    missing = [name for name in ("meter_id", "units") if name not in body]
-    complaints = [detail("missing", ("body", name), "Field required", body) for name in missing]
-    units: Any
-    units, rollover = body.get("units"), body.get("rollover", False)
-    if not isinstance(units, int) or isinstance(units, bool) or not 0 < units <= UNITS_MAX:
-        units = 0
-        if "units" in body:
-            message = f"Input should be a whole number from 1 to {UNITS_MAX}"
-            complaints.append(detail("value_error", ("body", "units"), message, body["units"]))
-    if not isinstance(rollover, bool):
-        complaints.append(detail("bool_type", ("body", "rollover"), "Input should be a valid boolean", rollover))
-    if complaints:
-        raise Malformed(complaints)
-    meter = desk.catalogue.meter(token.organization_id, str(body["meter_id"]).lower())
+def _fields(desk: Desk, token: Token, body: object) -> tuple[str, int, bool]:
+    given = mapping_of(body)
+    refuse_organization(given)
+    fields = fields_of(CreditCreate, given)
+    meter = desk.catalogue.meter(token.organization_id, str(fields["meter_id"]).lower())
     if meter is None:
-        raise Refused("meter_id", ("body", "meter_id"), "Meter not found.", body["meter_id"])
-    return meter.id, units, rollover
+        raise Refused("meter_id", ("body", "meter_id"), "Meter not found.", fields["meter_id"])
+    return meter.id, fields["units"], fields.get("rollover", False)
 
 
-@router.get("/v1/customers/{id}/credits", responses=gives(page_of("Credit")))
+@router.get("/v1/customers/{id}/credits", responses=gives(page_of(answers.Credit)))
 async def list_credits(
     desk: AtDesk, token: Reader, id: UUID, page: WhichPage, meter_id: UUID | None = None
 ) -> Response:  # fmt: skip
@@ -129,7 +116,7 @@ def _credits(desk: Desk, customer: Customer, meter_id: str) -> list[Credit]:
     return account.credits if account is not None else []
 
 
-@router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(ref("Credit")))
+@router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(answers.Credit))
 async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: str) -> Response:
     """Take a credit back, while the window lasts in which it was given. Repeating this takes nothing more."""
     customer = customer_by_id(desk, token, id)

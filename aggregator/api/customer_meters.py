@@ -24,11 +24,12 @@ from aggregator.api.requests import (
     order,
     texts,
 )
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
+from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meters, find, numbers_of
 from aggregator.service.customer_meter_sort import NotInMemory, find_page, sort_customer_meters
 from aggregator.service.errors import NotFound
-from aggregator.service.serializers import Json, customer_meter_shape, entry_shape, event_shape
+from aggregator.service.serializers import customer_meter_shape, entry_shape, event_shape
 from aggregator.service.service import Desk, Here, Order, Page
 from aggregator.store.queries import arrivals, events, family
 from aggregator.store.queries.events import Listing
@@ -52,7 +53,7 @@ PAIRS_AT_ONCE = 2_000
 """Pairs of customers and meters that are looked at one by one, in about 20 ms; of more only those of the page are."""
 
 
-@router.get("/v1/customer-meters/", responses=gives(page_of("CustomerMeter")))
+@router.get("/v1/customer-meters/", responses=gives(page_of(answers.CustomerMeter)))
 async def list_customer_meters(
     desk: AtDesk, token: Reader, page: WhichPage, organization_id: Ids = None, customer_id: Ids = None,
     external_customer_id: Texts = None, meter_id: Ids = None, sorting: Texts = None,
@@ -77,7 +78,7 @@ async def list_customer_meters(
     return answer(listed([customer_meter_shape(one) for one in shown], total, page), as_of)
 
 
-def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> Json:
+def in_order(found: list[CustomerMeter], chosen: Order, page: Page) -> answers.ListResource[answers.CustomerMeter]:
     """The page of a list of customer meters."""
     rows = on_page(sort_customer_meters(found, chosen), page)
     return listed([customer_meter_shape(one) for one in rows], len(found), page)
@@ -100,7 +101,7 @@ def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[
     return [found for found in named if found and (wanted is None or found.external_id in wanted)]
 
 
-@router.get("/v1/customer-meters/{id}", responses=gives(ref("CustomerMeter")))
+@router.get("/v1/customer-meters/{id}", responses=gives(answers.CustomerMeter))
 async def get_customer_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One customer's meter."""
     as_of = desk.view.as_of
@@ -115,7 +116,7 @@ async def _found(desk: Desk, token: Token, id: UUID) -> CustomerMeter:
     return found[0]
 
 
-@router.get("/v1/customer-meters/{id}/ledger", responses=gives(page_of("LedgerEntry")))
+@router.get("/v1/customer-meters/{id}/ledger", responses=gives(page_of(answers.LedgerEntry)))
 async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) -> Response:
     """Every movement of the balance, newest first, with what was left after it. They add up to the balance."""
     one = await _found(desk, token, id)
@@ -131,7 +132,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     return answer(listed([entry_shape(entry) for entry in on_page(entries, page)], len(entries), page), as_of)
 
 
-@router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of("Event")))
+@router.get("/v1/customer-meters/{id}/ledger/{entry_id}/events", responses=gives(page_of(answers.Event)))
 async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: str, page: WhichPage) -> Response:
     """The events that an entry of usage is made of, newest first; also those that wait for their parents."""
     one = await _found(desk, token, id)

@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from aggregator.api.bodies import fields_of, mapping_of, refuse_organization
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.requests import (
     BY_EXTERNAL_ID,
@@ -25,11 +26,11 @@ from aggregator.api.requests import (
     includes,
     listed,
     order,
-    refuse_organization,
 )
-from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api.schemas import CustomerCreate, CustomerUpdate, gives, page_of, takes
+from aggregator.service import answers
 from aggregator.service.customer_state import state_of
-from aggregator.service.errors import Malformed, NotFound, Refused
+from aggregator.service.errors import NotFound, Refused
 from aggregator.service.serializers import customer_shape
 from aggregator.service.service import Desk, Order, Page, Patience
 from meters.access import reading, writing
@@ -44,20 +45,17 @@ from meters.catalogue import (
     CustomerUpdated,
     Token,
 )
-from meters.detail import Detail, detail
-from meters.resource_metadata import parse_metadata
+from meters.detail import detail
 
 router = APIRouter(tags=["customers"])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
-_GONE = gives(None, 204)
+_GONE = gives(status=204)
 CUSTOMERS_AT_ONCE = 2_000
 """Customers that are looked through and sorted while everybody waits, in about 10 ms; more get a thread."""
 
 CLEARED_BY_NULL = ("external_id", "name")
 """What null takes away in a change, as with Polar; an external id that was given cannot be taken, and is refused."""
-
-TEXT_LENGTH_MAX = 500  # an address has 254 characters by its standard; names and ids are no longer than metadata
 
 
 def customers_mentioned(customers: Iterable[Customer], search: str) -> list[Customer]:
@@ -79,15 +77,15 @@ def _subscribes(catalogue: Catalogue, customer: Customer) -> bool:
 @router.post(
     "/v1/customers/",
     status_code=201,
-    openapi_extra=takes("CustomerCreate"),
-    responses=gives(ref("Customer"), 201),
+    openapi_extra=takes(CustomerCreate),
+    responses=gives(answers.Customer, status=201),
 )
 async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a customer: ``email``, and if wanted ``external_id``, ``name`` and ``metadata``.
 
     With the ``type`` ``team`` there may be no ``email``.
     """
-    fields = _fields(await body_of(request), is_new=True)
+    fields = _fields(CustomerCreate, await body_of(request))
     async with desk.deciding:
         _refuse_taken(desk.catalogue, token.organization_id, fields)
         customer = Customer(
@@ -97,38 +95,14 @@ async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Resp
     return answer(customer_shape(customer), desk.view.as_of, 201)
 
 
-def _fields(body: Any, *, is_new: bool = False) -> dict[str, Any]:
+def _fields(kind: type[CustomerUpdate], body: object) -> dict[str, Any]:
     """The fields that the body gives; null is as good as nothing, but for a field that it clears."""
-    if not isinstance(body, dict):
-        message = "Input should be a valid dictionary or object"
-        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
-    refuse_organization(body)
-    complaints: list[Detail] = []
-    if is_new and body.get("email") is None and body.get("type") != TEAM:
-        complaints.append(detail("missing", ("body", "email"), "Field required", body))
-    fields = {name: body[name] for name in ("type", "email", "external_id", "name") if body.get(name) is not None}
-    for name, text in fields.items():
-        complaints += _text_complaints(name, text)
-    if body.get("metadata") is not None:
-        fields["metadata"] = parse_metadata(body["metadata"], ("body", "metadata"))
-        complaints += fields["metadata"] if isinstance(fields["metadata"], list) else []
-    if complaints:
-        raise Malformed(complaints)
-    return {name: None for name in CLEARED_BY_NULL if name in body} | fields
-
-
-def _text_complaints(name: str, text: Any) -> list[Detail]:
-    where = ("body", name)
-    if name == "type":
-        known = text in (INDIVIDUAL, TEAM)
-        return [] if known else [detail("enum", where, f"Input should be '{INDIVIDUAL}' or '{TEAM}'", text)]
-    if not isinstance(text, str):
-        return [detail("string_type", where, "Input should be a valid string", text)]
-    if len(text) > TEXT_LENGTH_MAX:
-        return [detail("string_too_long", where, f"String should have at most {TEXT_LENGTH_MAX} characters", text)]
-    if name == "email" and not ("@" in text.strip("@") and not any(mark.isspace() for mark in text)):
-        return [detail("value_error", where, "value is not a valid email address: it has no name or no domain", text)]
-    return []
+    given = mapping_of(body)
+    refuse_organization(given)
+    needs_email = kind is CustomerCreate and given.get("email") is None and given.get("type") != TEAM
+    missing = [detail("missing", ("body", "email"), "Field required", given)] if needs_email else []
+    fields = fields_of(kind, given, missing)
+    return {name: value for name, value in fields.items() if value is not None or name in CLEARED_BY_NULL}
 
 
 def _refuse_taken(
@@ -147,7 +121,7 @@ def _refuse_taken(
         raise Refused("value_error", ("body", "email"), message, email)
 
 
-@router.get("/v1/customers/", openapi_extra=BY_METADATA, responses=gives(page_of("Customer")))
+@router.get("/v1/customers/", openapi_extra=BY_METADATA, responses=gives(page_of(answers.Customer)))
 async def list_customers(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, email: str | None = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
@@ -205,13 +179,13 @@ def _text(value: Any) -> str:
     return decimal_text(value) if abs(value.adjusted()) <= DIGITS_MAX else str(value)
 
 
-@router.get(BY_EXTERNAL_ID, responses=gives(ref("Customer")))
+@router.get(BY_EXTERNAL_ID, responses=gives(answers.Customer))
 async def get_customer_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """One customer, by the id that its organization gave it."""
     return answer(customer_shape(_called(desk, token, external_id)), desk.view.as_of)
 
 
-@router.patch(BY_EXTERNAL_ID, openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
+@router.patch(BY_EXTERNAL_ID, openapi_extra=takes(CustomerUpdate), responses=gives(answers.Customer))
 async def update_customer_by_external_id(
     request: Request, desk: AtDesk, token: Writer, external_id: str
 ) -> Response:  # fmt: skip
@@ -225,13 +199,13 @@ async def delete_customer_by_external_id(desk: AtDesk, token: Writer, external_i
     return await _delete(desk, lambda: _called(desk, token, external_id))
 
 
-@router.get("/v1/customers/{id}", responses=gives(ref("Customer")))
+@router.get("/v1/customers/{id}", responses=gives(answers.Customer))
 async def get_customer(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One customer."""
     return answer(customer_shape(customer_by_id(desk, token, id)), desk.view.as_of)
 
 
-@router.patch("/v1/customers/{id}", openapi_extra=takes("CustomerUpdate"), responses=gives(ref("Customer")))
+@router.patch("/v1/customers/{id}", openapi_extra=takes(CustomerUpdate), responses=gives(answers.Customer))
 async def update_customer(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Change what is named in the body; null clears a ``name``. An external id can be given once and stays; a team
     stays one."""
@@ -261,7 +235,7 @@ def _called(desk: Desk, token: Token, external_id: str) -> Customer:
 
 async def _update(request: Request, desk: Desk, find: Callable[[], Customer]) -> Response:
     find()
-    fields = _fields(await body_of(request))
+    fields = _fields(CustomerUpdate, await body_of(request))
     async with desk.deciding:
         customer = find()
         if customer.external_id is not None and fields.get("external_id", customer.external_id) != customer.external_id:
@@ -282,13 +256,13 @@ async def _delete(desk: Desk, find: Callable[[], Customer]) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/v1/customers/{id}/state", responses=gives(ref("CustomerState")))
+@router.get("/v1/customers/{id}/state", responses=gives(answers.CustomerState))
 async def get_customer_state(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """A customer with subscriptions, benefits and the balance of every meter."""
     return await _state(desk, customer_by_id(desk, token, id))
 
 
-@router.get(BY_EXTERNAL_ID + "/state", responses=gives(ref("CustomerState")))
+@router.get(BY_EXTERNAL_ID + "/state", responses=gives(answers.CustomerState))
 async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, external_id: str) -> Response:
     """The same, by the id that the organization gave the customer."""
     return await _state(desk, _called(desk, token, external_id))

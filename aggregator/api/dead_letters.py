@@ -12,8 +12,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
 from aggregator.letters import LetterPlace
+from aggregator.service import answers
 from aggregator.service.errors import NotFound, Refused
 from aggregator.service.serializers import letter_shape
 from aggregator.service.service import Here
@@ -28,7 +29,7 @@ Reader = Annotated[Token, Depends(allow(reading("events")))]
 Writer = Annotated[Token, Depends(allow(writing("events")))]
 
 
-@router.get("/v1/dead-letters/", responses=gives(page_of("DeadLetter")))
+@router.get("/v1/dead-letters/", responses=gives(page_of(answers.DeadLetter)))
 async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
     """The lines that could not be counted, newest first, with their reason and their bytes.
 
@@ -45,14 +46,14 @@ async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, includ
     return answer(listed([letter_shape(letter, token.organization_id) for letter in letters], total, page), as_of)
 
 
-@router.get("/v1/dead-letters/{id}", responses=gives(ref("DeadLetter")))
+@router.get("/v1/dead-letters/{id}", responses=gives(answers.DeadLetter))
 async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
     """One dead letter, with all its bytes."""
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter, token.organization_id), as_of)
 
 
-@router.post("/v1/dead-letters/{id}/replay", responses=gives(ref("DeadLetter")))
+@router.post("/v1/dead-letters/{id}/replay", responses=gives(answers.DeadLetter))
 async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: str) -> Response:
     """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
     body = await body_of(request, otherwise={})

@@ -10,8 +10,9 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from aggregator.api import benefit_schemas, ingest_document
-from aggregator.api.schemas import SCHEMAS, ref
+from aggregator.api import ingest_document
+from aggregator.api.schemas import components, ref, response
+from aggregator.service.answers import Error
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
@@ -31,9 +32,6 @@ Lists take `page` and `limit`; events, quantities, meters, customers and benefit
 repeatable.
 
 Quantities are JSON numbers with all their digits: read them as decimals where that matters."""
-
-
-_REFUSED = {"content": {"application/json": {"schema": ref("Error")}}}
 
 
 def describe() -> str:
@@ -66,15 +64,15 @@ def install_pages(app: FastAPI) -> None:
 
 def _completed(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the schemas of bodies, the gateway's route, and the kind of credential."""
-    components = document.setdefault("components", {})
-    made = {name: schema for name, schema in components["schemas"].items() if "ValidationError" not in name}
-    components["schemas"] = made | SCHEMAS | benefit_schemas.SCHEMAS | ingest_document.SCHEMAS
+    held = document.setdefault("components", {})
+    made = {name: schema for name, schema in held["schemas"].items() if "ValidationError" not in name}
+    held["schemas"] = made | components()
     for operation in (one for methods in document["paths"].values() for one in methods.values()):
-        operation["responses"].setdefault("429", _REFUSED | {"description": "Too many requests of this token"})
+        operation["responses"].setdefault("429", response("Too many requests of this token", ref(Error)))
         if "requestBody" in operation:
-            operation["responses"].setdefault("413", _REFUSED | {"description": "A body larger than is taken"})
+            operation["responses"].setdefault("413", response("A body larger than is taken", ref(Error)))
     document["paths"] = {ingest_document.PATH: {"post": ingest_document.OPERATION}, **document["paths"]}
-    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    held["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
     return document
 

@@ -5,7 +5,7 @@ booleans, as its quantities do. ``query`` needs no ``organization_id``, since a 
 """
 
 from decimal import Decimal
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -34,7 +34,8 @@ from aggregator.api.requests import (
     order,
     texts,
 )
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
+from aggregator.service import answers
 from aggregator.service.errors import Malformed, NotFound, Refused
 from aggregator.service.serializers import event_shape, name_shape
 from aggregator.service.service import Desk, Here, Page, Patience
@@ -147,7 +148,11 @@ def _mentioned(desk: Desk, token: Token, search: str | None, patience: Patience)
     return desk.subjects(token, [customer.id for customer in found], None) or []
 
 
-@router.get("/v1/events/", openapi_extra=BY_METADATA, responses=gives(page_of("Event")))
+@router.get(
+    "/v1/events/",
+    openapi_extra=BY_METADATA,
+    responses=gives(page_of(answers.Event), answers.ListResourceWithCursorPagination[answers.Event]),
+)
 async def list_events(
     desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)],
     aggregate_fields: Fields = None,
@@ -162,7 +167,8 @@ async def list_events(
     items = [_shape(desk, token, event, found) for event in found.page.events]
     if listing.is_counted:
         return answer(listed(items, found.page.total, Page(listing.limit, listing.offset)), as_of)
-    return answer({"items": items, "pagination": {"has_next_page": found.page.has_more}}, as_of)
+    more = answers.CursorPagination(found.page.has_more)
+    return answer(answers.ListResourceWithCursorPagination(items, more), as_of)
 
 
 class _Found(NamedTuple):
@@ -185,12 +191,12 @@ def _with_family(here: Here, page: events.Page, fields: list[str]) -> _Found:
     return _Found(page, children, sums)
 
 
-def _shape(desk: Desk, token: Token, event: StoredEvent, found: _Found) -> dict[str, Any]:
+def _shape(desk: Desk, token: Token, event: StoredEvent, found: _Found) -> answers.Event:
     children, sums = found.children.get(event.identity, 0), found.sums.get(event.identity, {})
     return event_shape(event, token.organization_id, desk.catalogue, children, sums)
 
 
-@router.get("/v1/events/names", responses=gives(page_of("EventName")))
+@router.get("/v1/events/names", responses=gives(page_of(answers.EventName)))
 async def list_names(
     desk: AtDesk, token: Reader, scope: InScope, page: WhichPage, query: NameSearch = None, sorting: Sorting = None
 ) -> Response:
@@ -207,7 +213,7 @@ async def list_names(
     return answer(listed([name_shape(name) for name in names], total, page), as_of)
 
 
-@router.get("/v1/events/{id}", responses=gives(ref("Event")))
+@router.get("/v1/events/{id}", responses=gives(answers.Event))
 async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fields = None) -> Response:
     """One event, by the id that lists show."""
 

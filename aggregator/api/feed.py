@@ -6,12 +6,13 @@ could be ingested elsewhere: a customer known here only by its id goes by its ex
 """
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Response
 
+from aggregator.api import route_answers
 from aggregator.api.events import parsed_filter, wanted_meter
 from aggregator.api.limits import (
     FEED_CUSTOMERS_DEFAULT,
@@ -21,7 +22,7 @@ from aggregator.api.limits import (
     FEED_WINDOW_S_MAX,
 )
 from aggregator.api.requests import AtDesk, Ids, Instant, Texts, allow, answer, json_response
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.place import FeedPlace, format_places, parse_places
 from aggregator.service.errors import Malformed
 from aggregator.service.serializers import number
@@ -72,7 +73,7 @@ Position = Annotated[dict[int, FeedPlace], Depends(_position)]
 Selected = Annotated[Wanted, Depends(_wanted)]
 
 
-@router.get("/v1/feed/", responses=gives(ref("FeedPage")))
+@router.get("/v1/feed/", responses=gives(route_answers.FeedPage))
 async def read_feed(
     desk: AtDesk, token: Reader, position: Position, wanted: Selected,
     limit: Annotated[int, Query(ge=1)] = FEED_ROWS_DEFAULT,
@@ -85,7 +86,7 @@ async def read_feed(
 
     (page, parents), as_of = await desk.ask(token, question)
     items = [_item(desk, token, event, parents) for event in page.events]
-    return answer({"items": items, "position": format_places(page.position)}, as_of)
+    return answer(route_answers.FeedPage(items, format_places(page.position)), as_of)
 
 
 def _parents(here: Here, events: list[FeedEvent]) -> dict[str, str]:
@@ -102,17 +103,22 @@ def _public_id(text: str) -> int | None:
         return None
 
 
-def _item(desk: Desk, token: Token, event: FeedEvent, parents: dict[str, str]) -> dict[str, Any]:
+def _item(desk: Desk, token: Token, event: FeedEvent, parents: dict[str, str]) -> route_answers.FeedItem:
     place = format_places({event.partition: (event.offset, event.line)})
     parent = None if event.parent is None else parents.get(event.parent, event.parent)
     members = {"member_id": event.member_id, "external_member_id": event.external_member_id, "parent_id": parent}
-    body = {"name": event.name, "timestamp": event.timestamp, "external_id": event.external_id}
     customer = _customer(desk, token, event.kind, event.who)
     if "customer_id" not in customer:
         del members["member_id"]  # speaks of a member of a customer_id
-    body |= customer | {name: value for name, value in members.items() if value is not None}
-    body["metadata"] = msgspec.Raw(event.metadata.encode())
-    return {"place": place, "ingested_at": event.ingested_at, "event": body}
+    body = route_answers.FeedEvent(
+        name=event.name,
+        timestamp=event.timestamp,
+        external_id=event.external_id,
+        metadata=msgspec.Raw(event.metadata.encode()),
+        **customer,
+        **{name: value for name, value in members.items() if value is not None},
+    )
+    return route_answers.FeedItem(place, event.ingested_at, body)
 
 
 def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> dict[str, str]:
@@ -125,14 +131,14 @@ def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> di
     return {"customer_id": who or ""}
 
 
-@router.get("/v1/feed/backlog", responses=gives(ref("FeedBacklog")))
+@router.get("/v1/feed/backlog", responses=gives(route_answers.FeedBacklog))
 async def read_backlog(desk: AtDesk, token: Reader, position: Position, wanted: Selected) -> Response:
     """How many events stand from ``position`` on, and when the oldest of them came in."""
     found, as_of = await desk.ask(token, lambda here: feed.backlog(here.connection, here.about(wanted), position))
-    return answer({"events": found.events, "oldest_ingested_at": found.oldest}, as_of)
+    return answer(route_answers.FeedBacklog(found.events, found.oldest), as_of)
 
 
-@router.get("/v1/feed/customers", responses=gives(ref("FeedCustomers")))
+@router.get("/v1/feed/customers", responses=gives(route_answers.FeedCustomers))
 async def read_feed_customers(
     desk: AtDesk, token: Reader, position: Position, wanted: Selected,
     limit: Annotated[int, Query(ge=1)] = FEED_CUSTOMERS_DEFAULT,
@@ -141,11 +147,14 @@ async def read_feed_customers(
     found, as_of = await desk.ask(
         token, lambda here: feed.customers(here.connection, here.about(wanted), position, min(limit, FEED_ROWS_MAX))
     )
-    items = [{**_customer(desk, token, kind, who), "events": events} for kind, who, events in found.rows]
-    return answer({"items": items, "count": found.total}, as_of)
+    items = [
+        route_answers.FeedCustomer(**_customer(desk, token, kind, who), events=events)
+        for kind, who, events in found.rows
+    ]
+    return answer(route_answers.FeedCustomers(items, found.total), as_of)
 
 
-@router.get("/v1/feed/rollup", responses=gives(ref("FeedRollup")))
+@router.get("/v1/feed/rollup", responses=gives(route_answers.FeedRollup))
 async def read_rollup(
     desk: AtDesk, token: Reader, position: Position, meter_id: Meters, before: Instant,
     window_seconds: WindowSeconds = 60,
@@ -161,29 +170,29 @@ async def read_rollup(
         wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
         groups, reached = rollup.rollup(here.connection, wanted, position, before, window_seconds)
         items = _rolled_up(desk, token, meters, groups)
-        return json_response(200, {"items": items, "position": format_places(reached)})
+        return json_response(200, route_answers.FeedRollup(items, format_places(reached)))
 
     response, as_of = await desk.ask(token, question)
     response.headers["As-Of"] = format_position(as_of)
     return response
 
 
-def _rolled_up(desk: Desk, token: Token, meters: list[Meter], groups: list[Group]) -> list[dict[str, Any]]:
+def _rolled_up(desk: Desk, token: Token, meters: list[Meter], groups: list[Group]) -> list[route_answers.FeedGroup]:
     """A customer that events name in two ways is one to the reader: its groups belong together."""
     found: dict[_Key, list[Group]] = {}
     for group in groups:
         customer = tuple(_customer(desk, token, group.kind, group.who).items())
         found.setdefault((group.meter, customer, group.starts), []).append(group)
     return [
-        {
-            "meter_id": meters[meter].id, **dict(customer), "window": starts,
-            "count": sum(part.count for part in parts), "sum": number(exact_sum(part.sum for part in parts)),
-        }
+        route_answers.FeedGroup(
+            **dict(customer), meter_id=meters[meter].id, window=starts, count=sum(part.count for part in parts),
+            sum=number(exact_sum(part.sum for part in parts)),
+        )
         for (meter, customer, starts), parts in found.items()
     ]  # fmt: skip
 
 
-@router.get("/v1/feed/traffic", responses=gives(ref("FeedTraffic")))
+@router.get("/v1/feed/traffic", responses=gives(route_answers.FeedTraffic))
 async def read_traffic(
     desk: AtDesk, token: Reader, wanted: Selected, since: Instant, rollup_meter_id: Ids = None,
     window_seconds: WindowSeconds = 60,
@@ -197,8 +206,8 @@ async def read_traffic(
         ]
 
     (traffic, windows), as_of = await desk.ask(token, question)
-    rollups = [{"meter_id": meter.id, "events": events} for meter, events in zip(meters, windows, strict=True)]
-    return answer({**traffic._asdict(), "rollups": rollups}, as_of)
+    rollups = [route_answers.FeedTrafficRollup(meter.id, events) for meter, events in zip(meters, windows, strict=True)]
+    return answer(route_answers.FeedTraffic(*traffic, rollups), as_of)
 
 
 def _whole(here: Here, filter: Filter) -> Wanted:

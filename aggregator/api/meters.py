@@ -6,6 +6,7 @@ from uuid import UUID
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from aggregator.api.bodies import known_fields, refuse_organization
 from aggregator.api.customers import has_texts
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.requests import (
@@ -22,14 +23,15 @@ from aggregator.api.requests import (
     listed,
     on_page,
     order,
-    refuse_organization,
 )
-from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api.schemas import MeterCreate, MeterUpdate, gives, page_of, takes
+from aggregator.service import answers
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.service.polar_accounts import settle_meter
+from aggregator.service.serializers import meter_shape
 from aggregator.service.service import Desk
 from meters.access import reading, writing
-from meters.catalogue import MeterCreated, MeterUpdated, Token, meter_json
+from meters.catalogue import MeterCreated, MeterUpdated, Token
 from meters.detail import Detail
 from meters.meter import Meter, new_meter, updated_meter
 from meters.polar_meters import meters_here
@@ -52,12 +54,12 @@ def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
 @router.post(
     "/v1/meters/",
     status_code=201,
-    openapi_extra=takes("MeterCreate"),
-    responses=gives(ref("Meter"), 201),
+    openapi_extra=takes(MeterCreate),
+    responses=gives(answers.Meter, status=201),
 )
 async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Make a meter. It counts every stored event that its filter lets through, from the first one on."""
-    body = await body_of(request)
+    body = known_fields(MeterCreate, await body_of(request))
     if isinstance(body, dict):
         refuse_organization(body)
     async with desk.settling(token.organization_id, METERS):
@@ -70,10 +72,10 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
             await settle_meter(desk, meter)
         except PASSING:  # the meter is made; whoever were told otherwise would make another one
             logger.warning("meter_not_settled", meter_id=meter.id, help="PATCH its metadata to credit what Polar told")
-    return answer(meter_json(meter), desk.view.as_of, 201)
+    return answer(meter_shape(meter), desk.view.as_of, 201)
 
 
-@router.get("/v1/meters/", openapi_extra=BY_METADATA, responses=gives(page_of("Meter")))
+@router.get("/v1/meters/", openapi_extra=BY_METADATA, responses=gives(page_of(answers.Meter)))
 async def list_meters(
     desk: AtDesk, token: Reader, page: WhichPage, metadata: MetadataTexts, organization_id: Ids = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, is_archived: bool | None = None,
@@ -89,21 +91,21 @@ async def list_meters(
         and has_texts(meter.metadata, metadata)
     ]
     found.sort(key=lambda meter: (getattr(meter, chosen.by), meter.id), reverse=not chosen.ascending)
-    shapes = [meter_json(meter) for meter in on_page(found, page)]
+    shapes = [meter_shape(meter) for meter in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
-@router.get("/v1/meters/{id}", responses=gives(ref("Meter")))
+@router.get("/v1/meters/{id}", responses=gives(answers.Meter))
 async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One meter."""
-    return answer(meter_json(meter_of(desk, token, id)), desk.view.as_of)
+    return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
 
 
-@router.patch("/v1/meters/{id}", openapi_extra=takes("MeterUpdate"), responses=gives(ref("Meter")))
+@router.patch("/v1/meters/{id}", openapi_extra=takes(MeterUpdate), responses=gives(answers.Meter))
 async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Change what is named in the body."""
     meter_of(desk, token, id)
-    body = await body_of(request)
+    body = known_fields(MeterUpdate, await body_of(request))
     async with desk.settling(token.organization_id, METERS):
         async with desk.deciding:
             meter = meter_of(desk, token, id)
@@ -114,9 +116,10 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
                 message = "This meter is still attached to a price or a benefit."
                 raise Refused("value_error", ("body", "is_archived"), message, True)
             await desk.decide(MeterUpdated(changed))
-        if body.get("metadata") is not None:  # also as it was: what follows from it may not have been done
+        if isinstance(body, dict) and body.get("metadata") is not None:
+            # also as it was: what follows from it may not have been done
             await settle_meter(desk, changed)
-    return answer(meter_json(changed), desk.view.as_of)
+    return answer(meter_shape(changed), desk.view.as_of)
 
 
 def _is_attached(desk: Desk, meter: Meter) -> bool:

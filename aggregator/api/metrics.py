@@ -13,8 +13,9 @@ from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Response
 
+from aggregator.api import route_answers
 from aggregator.api.requests import AtDesk, Ids, Texts, allow, answer, includes, texts
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.api.usage import check_range, known_zone
 from aggregator.service.errors import Refused
 from aggregator.service.serializers import number
@@ -105,7 +106,7 @@ def periods(first: date, last: date, interval: Interval, timezone: str) -> list[
     return found
 
 
-@router.get("/v1/metrics/", responses=gives(ref("Metrics")))
+@router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
 async def get_metrics(
     desk: AtDesk, token: Reader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
     organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
@@ -123,17 +124,16 @@ async def get_metrics(
     scope = Scope(organization=NOBODY, subjects=subjects)
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
-    body = {
-        "periods": [
-            {"timestamp": begins} | {slug: number(values[slug][place]) for slug in wanted}
+    body = route_answers.Metrics(
+        periods=[
+            {"timestamp": begins, **{slug: number(values[slug][place]) for slug in wanted}}
             for place, (begins, _) in enumerate(units)
         ],
-        "totals": {slug: number(metric.total(costs)) for slug, metric in wanted.items()},
-        "metrics": {
-            slug: {"slug": slug, "display_name": metric.display_name, "type": metric.type}
-            for slug, metric in wanted.items()
+        totals={slug: number(metric.total(costs)) for slug, metric in wanted.items()},
+        metrics={
+            slug: route_answers.MetricInfo(slug, metric.display_name, metric.type) for slug, metric in wanted.items()
         },
-    }
+    )
     return answer(body, as_of)
 
 
@@ -148,11 +148,10 @@ def _wanted(slugs: list[str] | None) -> dict[str, Metric]:
     return {slug: metric for slug, metric in METRICS.items() if slugs is None or slug in slugs}
 
 
-@router.get("/v1/metrics/limits", responses=gives(ref("MetricsLimits")))
+@router.get("/v1/metrics/limits", responses=gives(route_answers.MetricsLimits))
 async def get_limits(desk: AtDesk, token: Reader) -> Response:
     """How long a range each interval takes."""
-    intervals = {
-        interval: {"min_days": DAYS_MIN[interval], "max_days": RANGE_DAYS_MAX[interval]} for interval in Interval
+    intervals: dict[str, route_answers.IntervalLimits] = {
+        interval: route_answers.IntervalLimits(DAYS_MIN[interval], RANGE_DAYS_MAX[interval]) for interval in Interval
     }
-    body: dict[str, object] = {"min_date": START_MIN.date(), "intervals": intervals}
-    return answer(body, desk.view.as_of)
+    return answer(route_answers.MetricsLimits(START_MIN.date(), intervals), desk.view.as_of)

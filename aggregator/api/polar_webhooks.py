@@ -11,13 +11,14 @@ in a thread, one delivery after the other: whoever has no secret holds up nobody
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
+from aggregator.api import route_answers
 from aggregator.api.limits import POLAR_BODY_BYTES_MAX
 from aggregator.api.requests import AtDesk, bytes_of, decoded, json_response
-from aggregator.api.schemas import gives, ref
+from aggregator.api.schemas import gives
 from aggregator.service.errors import Malformed
 from aggregator.service.polar_accounts import forget, settle
 from aggregator.service.service import Desk
@@ -32,7 +33,7 @@ from meters.webhooks import Source
 router = APIRouter(tags=["webhooks"])
 
 
-@router.post("/webhooks/polar", status_code=202, responses=gives(ref("WebhookAccepted"), 202))
+@router.post("/webhooks/polar", status_code=202, responses=gives(route_answers.WebhookAccepted, status=202))
 async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
     """For Polar: take in a signed webhook. Types that say nothing of usage or credits are accepted and passed over."""
     rejected = rejection(request.headers, int(desk.now().timestamp()))
@@ -52,8 +53,9 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
                 news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
             await settle(desk, organization_id, news.customer_ids)
             await forget(desk, organization_id, news.polar_customer_id)
+    status: Literal["ignored", "repeated", "accepted"]
     status = "ignored" if news is None else "repeated" if heard else "accepted"
-    return json_response(202, {"status": status})
+    return json_response(202, route_answers.WebhookAccepted(status))
 
 
 def _not_believed(reason: Rejection) -> Response:

@@ -8,11 +8,12 @@ subscription, a grant that holds, or a credit that somebody gave directly.
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from aggregator.api import route_answers
 from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.requests import (
     AtDesk,
@@ -27,7 +28,8 @@ from aggregator.api.requests import (
     on_page,
     order,
 )
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
+from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meter
 from aggregator.service.customer_meter_sort import sort_key
 from aggregator.service.customer_state import meter_numbers
@@ -87,16 +89,17 @@ def _is_credited(account: Account | None) -> bool:
     return account is not None and any(credit.cause == "credit" for credit in account.credits)
 
 
-def _shape(one: CustomerMeter) -> dict[str, Any]:
-    names = ("id", "created_at", "modified_at", "name")
-    return meter_numbers(one) | {
-        "customer_id": one.customer.id,
-        "balance": number(one.balance),
-        "meter": {name: getattr(one.meter, name) for name in names},
-    }
+def _shape(one: CustomerMeter) -> route_answers.PortalMeter:
+    meter = one.meter
+    return route_answers.PortalMeter(
+        **meter_numbers(one),
+        customer_id=one.customer.id,
+        balance=number(one.balance),
+        meter=route_answers.PortalMeterName(meter.id, meter.created_at, meter.modified_at, meter.name),
+    )
 
 
-@router.get("/meters/", responses=gives(page_of("PortalMeter")))
+@router.get("/meters/", responses=gives(page_of(route_answers.PortalMeter)))
 async def list_portal_meters(
     here: AtDesk, session: Viewer, page: WhichPage, meter_id: Ids = None,
     query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, sorting: Texts = None,
@@ -114,7 +117,7 @@ async def list_portal_meters(
     return answer(listed([_shape(one) for one in on_page(found, page)], len(found), page), here.view.as_of)
 
 
-@router.get("/meters/{id}", responses=gives(ref("PortalMeter")))
+@router.get("/meters/{id}", responses=gives(route_answers.PortalMeter))
 async def get_portal_meter(here: AtDesk, session: Viewer, id: UUID) -> Response:
     """One of the customer's meters."""
     customer = _customer(here, session)
@@ -125,47 +128,48 @@ async def get_portal_meter(here: AtDesk, session: Viewer, id: UUID) -> Response:
     raise NotFound
 
 
-@router.get("/customer-session/introspect", responses=gives(ref("PortalSession")))
+@router.get("/customer-session/introspect", responses=gives(route_answers.PortalSession))
 async def introspect_customer_session(here: AtDesk, session: Viewer) -> Response:
     """Until when this token is good."""
-    names = ("expires_at", "return_url")
-    return answer({name: getattr(session, name) for name in names}, here.view.as_of)
+    return answer(route_answers.PortalSession(session.expires_at, session.return_url), here.view.as_of)
 
 
-@router.get("/customers/me", responses=gives(ref("PortalCustomer")))
+@router.get("/customers/me", responses=gives(answers.PortalCustomer))
 async def get_portal_customer(here: AtDesk, session: Viewer) -> Response:
     """The customer: what is theirs, and nothing that the organization keeps about them."""
     return answer(portal_customer_shape(_customer(here, session)), here.view.as_of)
 
 
-@router.get("/usage", responses=gives(ref("PortalUsage")))
+@router.get("/usage", responses=gives(route_answers.PortalUsage))
 async def get_portal_usage(here: AtDesk, session: Viewer) -> Response:
     """What a portal shows: for each meter usage, limit, period, percentage and the history of credits."""
     as_of = here.view.as_of
     customer = _customer(here, session)
     found = [await customer_meter(here, customer, meter) for meter in _visible(here, customer)]
-    return answer({"customer_id": customer.id, "items": [_display(here, one) for one in found]}, as_of)
+    return answer(route_answers.PortalUsage(customer.id, [_display(here, one) for one in found]), as_of)
 
 
-def _display(here: Desk, one: CustomerMeter) -> dict[str, Any]:
+def _display(here: Desk, one: CustomerMeter) -> route_answers.PortalUsageItem:
     starts, ends = _period(here, one)
     price = here.catalogue.prices.of(one.meter.id)
     limit = one.credited if one.credited > 0 else None
     credits = sorted(one.account.credits, key=lambda credit: credit.sort_key, reverse=True) if one.account else []
-    names = ("id", "name", "unit", "custom_label", "custom_multiplier")
-    return {
-        "meter": {name: getattr(one.meter, name) for name in names},
-        "usage": number(one.consumed),
-        "limit": None if limit is None else number(limit),
-        "balance": number(one.balance),
-        "percentage": None if limit is None else number(percentage(one.consumed, limit)),
-        "period": {"start": starts, "end": ends},
-        "amount": charge(price, one.consumed, one.credited) if price else None,
-        "credits": [
-            {"at": credit.at, "units": number(credit.units), "cause": credit.cause, "rollover": credit.rollover}
+    meter = one.meter
+    return route_answers.PortalUsageItem(
+        meter=route_answers.PortalUsageMeter(
+            meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier
+        ),
+        usage=number(one.consumed),
+        limit=None if limit is None else number(limit),
+        balance=number(one.balance),
+        percentage=None if limit is None else number(percentage(one.consumed, limit)),
+        period=route_answers.PortalPeriod(starts, ends),
+        amount=charge(price, one.consumed, one.credited) if price else None,
+        credits=[
+            route_answers.PortalCredit(credit.at, number(credit.units), credit.cause, credit.rollover)
             for credit in credits[:CREDITS_SHOWN_MAX]
         ],
-    }
+    )
 
 
 def percentage(consumed: Decimal, limit: Decimal) -> Decimal:

@@ -13,14 +13,12 @@ URL there, with plain http and a Host that a proxy may have changed. ``RelativeR
 is right behind every proxy and cannot lead a client from https to http.
 """
 
-import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from uuid import UUID
 
-import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, AwareDatetime
@@ -37,6 +35,7 @@ from aggregator.api.limits import (
     PAGE_ROWS_MAX,
     WAIT_S_MAX,
 )
+from aggregator.service.answers import ListResource, Pagination
 from aggregator.service.errors import (
     QUERY_S_MAX,
     RETRY_AFTER_S,
@@ -58,9 +57,6 @@ from meters.log import Refused as RefusedByLog
 from meters.log import TryAgain, format_position, parse_position
 
 T = TypeVar("T")
-_PLACE = re.compile(r"^(?P<reason>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_NAME = re.compile(r"`(\w+)`")
-_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
 
 
 class Forbidden(Exception):
@@ -156,68 +152,6 @@ def decoded(body: bytes) -> Any:
         raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error
 
 
-async def body_as(kind: type[T], request: Request, *, otherwise: object = None) -> T:
-    """The request's JSON as a struct; fields that it does not know are passed over. Raises Malformed, Refused."""
-    return shaped(kind, await body_of(request, otherwise=otherwise))
-
-
-def shaped(kind: type[T], body: object) -> T:
-    """A decoded body as a struct. Raises Malformed; Refused where it names an organization."""
-    if not isinstance(body, dict):
-        message = "Input should be a valid dictionary or object"
-        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
-    refuse_organization(body)
-    try:
-        return msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise _complaint(str(error), body) from error
-
-
-def moment(given: datetime | None, now: datetime, *, too_late: str) -> datetime:
-    """The body's ``at`` in UTC, or now: one instant is decided once, in whatever offset it is given.
-
-    Raises Malformed; Refused with the words of ``too_late`` where the time is still to come.
-    """
-    if given is not None and given.tzinfo is None:
-        message = "Input should have timezone info"
-        raise Malformed([detail("timezone_aware", ("body", "at"), message, given.isoformat())])
-    if given is not None and given > now:
-        raise Refused("value_error", ("body", "at"), too_late, given)
-    try:
-        return (given or now).astimezone(UTC)
-    except OverflowError as error:
-        message = "Input should be a time that the calendar has in UTC"
-        raise Malformed([detail("value_error", ("body", "at"), message, str(given))]) from error
-
-
-def _complaint(text: str, body: object) -> Malformed:
-    found = _PLACE.match(text)
-    reason, path = (found["reason"], found["path"] or "") if found else (text, "")
-    loc: list[str | int] = [int(place) if place.isdigit() else name or place for name, place in _STEP.findall(path)]
-    if reason.startswith("Object missing required field") and (name := _NAME.search(reason)):
-        return Malformed([detail("missing", ("body", *loc, name[1]), "Field required", _at(body, loc))])
-    kind = "uuid_parsing" if reason == "Invalid UUID" else "value_error"
-    return Malformed([detail(kind, ("body", *loc), reason, _at(body, loc))])
-
-
-def _at(value: Any, loc: list[str | int]) -> object:
-    """What stands at a place of the body."""
-    for step in loc:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def refuse_organization(body: Mapping[str, object]) -> None:
-    """A token has one organization; naming one beside it is an error even if it is the same (as with Polar)."""
-    given = body.get("organization_id")
-    if given is not None:
-        message = "Setting organization_id is disallowed when using an organization token."
-        raise Refused("organization_token", ("body", "organization_id"), message, given)
-
-
 def _in_utc(instant: datetime) -> datetime:
     try:
         return instant.astimezone(UTC)
@@ -248,10 +182,9 @@ async def _page(page: Annotated[int, Query(ge=1)] = 1, limit: Annotated[int, Que
 WhichPage = Annotated[Page, Depends(_page)]
 
 
-def listed(items: Sequence[object], total: int, page: Page) -> dict[str, object]:
+def listed(items: list[T], total: int, page: Page) -> ListResource[T]:
     """Polar's envelope of a list."""
-    pagination = {"total_count": total, "max_page": -(-total // page.limit)}
-    return {"items": items, "pagination": pagination}
+    return ListResource(items, Pagination(total, -(-total // page.limit)))
 
 
 def on_page(items: Sequence[T], page: Page) -> list[T]:

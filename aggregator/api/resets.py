@@ -10,12 +10,13 @@ from decimal import Decimal
 from typing import Annotated, NamedTuple
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
+from aggregator.api.bodies import body_as, moment
 from aggregator.api.customers import customer_by_id
-from aggregator.api.requests import AtDesk, allow, answer, body_as, moment
-from aggregator.api.schemas import gives, ref, takes
+from aggregator.api.requests import AtDesk, allow, answer
+from aggregator.api.schemas import ResetCreate, gives, takes
+from aggregator.service import answers
 from aggregator.service.balances import consumed_between
 from aggregator.service.errors import Refused
 from aggregator.service.serializers import reset_shape
@@ -32,18 +33,11 @@ router = APIRouter(tags=["credits"])
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
 
 
-class ResetCreate(msgspec.Struct):
-    """Which meters begin anew (all of them where none is named), and from when on (now)."""
-
-    meter_ids: list[UUID] | None = None
-    at: datetime | None = None
-
-
 @router.post(
     "/v1/customers/{id}/resets",
     status_code=201,
-    openapi_extra=takes("ResetCreate"),
-    responses=gives(ref("Reset"), 201),
+    openapi_extra=takes(ResetCreate),
+    responses=gives(answers.Reset, status=201),
 )
 async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""

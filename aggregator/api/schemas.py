@@ -1,200 +1,394 @@
-"""Bodies as JSON Schema, for the OpenAPI document; tests hold the answers against it."""
+"""Definitions of the API's request bodies, and what a route says of its body and answers in the OpenAPI document.
 
-from typing import Any
+A body is checked by its definition: ``bodies.body_as`` converts it as a whole, ``bodies.fields_of`` checks each field
+and collects every complaint. Meters and prices are checked by ``meters``, which is free of this package and knows
+Polar's words for each place in a filter; their definitions here describe what it takes.
+"""
 
-from meters.aggregation import FUNCTIONS
-from meters.catalogue import INDIVIDUAL, TEAM
-from meters.credit import CAUSES, UNITS_MAX
-from meters.filter import Operator
-from meters.meter import NAME_LENGTH_MIN, UNITS
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from inspect import cleandoc
+from typing import Annotated, Any, Literal, get_args, get_origin
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from aggregator.service.answers import (
+    EXAMPLE_ID,
+    REF_TEMPLATE,
+    Aggregated,
+    Answer,
+    Clause,
+    Description,
+    Error,
+    ExternalId,
+    Filter,
+    Id,
+    Invalid,
+    ListResource,
+    MeterName,
+    Multiplier,
+    Scalar,
+    Units,
+)
+from aggregator.webhooks.targets import URL_LENGTH_MAX
+from meters.aggregation import parse_aggregation
+from meters.credit import UNITS_MAX
+from meters.detail import Detail, detail
+from meters.filter_json import parse_filter
+from meters.meter import Unit
+from meters.price import CAP_AMOUNT_MAX
+from meters.resource_metadata import KEY_LENGTH_MAX, KEYS_MAX, STRING_LENGTH_MAX, parse_metadata
+from meters.webhooks import STATE_CHANGED, EventType
 
 Schema = dict[str, Any]
-BOOLEAN: Schema = {"type": "boolean"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-ID: Schema = {"type": "string", "format": "uuid"}
-NUMBER: Schema = {"type": "number"}
-OBJECT: Schema = {"type": "object"}
-TEXT: Schema = {"type": "string"}
-TIME: Schema = {"type": "string", "format": "date-time"}
+
+TEXT_LENGTH_MAX = 500
+"""Characters of a customer's texts: an address has 254 by its standard; names and ids are no longer than metadata."""
+
+NAME_LENGTH_MAX = 100
+"""Characters of the name of an endpoint or a source."""
+
+SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
+"""Characters of another system's secret: fewer can be guessed, and Polar's have 49."""
 
 
-def ref(name: str) -> Schema:
-    """The schema of this name."""
-    return {"$ref": f"#/components/schemas/{name}"}
+class PolarBody(Struct):
+    """Base of the bodies of Polar's routes. Unknown fields are ignored, as Polar ignores them."""
 
 
-def nullable(schema: Schema) -> Schema:
-    """The same, or null."""
-    return {"anyOf": [schema, {"type": "null"}]}
+class OwnBody(Struct, forbid_unknown_fields=False):
+    """Base of the bodies of routes that Polar does not have.
+
+    ``forbid_unknown_fields`` says for all of them whether unknown fields are refused.
+    """
 
 
-def many(schema: Schema) -> Schema:
-    """A list."""
-    return {"type": "array", "items": schema}
+def _email(value: str, loc: tuple[str | int, ...]) -> str | list[Detail]:
+    if "@" in value.strip("@") and not any(mark.isspace() for mark in value):
+        return value
+    return [detail("value_error", loc, "value is not a valid email address: it has no name or no domain", value)]
 
 
-def record(properties: Schema, *optional: str) -> Schema:
-    """An object that has all of these but the optional ones."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in properties if name not in optional],
-    }
+def _units(value: object, loc: tuple[str | int, ...]) -> int | list[Detail]:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= UNITS_MAX:
+        return value
+    return [detail("value_error", loc, f"Input should be a whole number from 1 to {UNITS_MAX}", value)]
 
 
-def one_of(*names: str) -> Schema:
-    """One of these texts."""
-    return {"type": "string", "enum": list(names)}
+Key = Annotated[UUID, Meta(examples=[EXAMPLE_ID])]
+Moment = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
+Begun = Annotated[
+    Moment | None,
+    Meta(
+        description="Now where this is left out; send it to make a retry safe.", examples=["2026-03-01T12:00:00Z"]
+    ),
+]  # fmt: skip
+Metadata = Annotated[
+    dict[str, Any],
+    Meta(
+        extra={"parse": parse_metadata},
+        examples=[{"plan": "free"}],
+        extra_json_schema=msgspec.json.schema(
+            Annotated[
+                dict[Annotated[str, Meta(min_length=1, max_length=KEY_LENGTH_MAX)], Annotated[Scalar, Meta(
+                    extra_json_schema={"minLength": 1, "maxLength": STRING_LENGTH_MAX}
+                )]],
+                Meta(max_length=KEYS_MAX),
+            ]
+        ),
+    ),
+]  # fmt: skip
+Name = Annotated[str, Meta(max_length=NAME_LENGTH_MAX, examples=["Production"])]
+Matching = Annotated[Filter, Meta(description="Which events count.", extra={"parse": parse_filter})]
+Aggregating = Annotated[Aggregated, Meta(description="What is counted of them.", extra={"parse": parse_aggregation})]
 
 
-def page_of(name: str) -> Schema:
-    """A list in Polar's envelope."""
-    return record({"items": many(ref(name)), "pagination": ref("Pagination")})
+class MeterDefinition(OwnBody):
+    """What a meter would count."""
+
+    filter: Matching
+    aggregation: Aggregating
 
 
-_SCALAR: Schema = {"type": ["string", "number", "boolean"]}
-METADATA: Schema = {"type": "object", "additionalProperties": _SCALAR}
-_METER: Schema = {
-    "name": {"type": "string", "minLength": NAME_LENGTH_MIN},
-    "filter": ref("Filter"),
-    "aggregation": ref("Aggregation"),
-    "unit": one_of(*UNITS),
-    "custom_label": nullable(TEXT),
-    "custom_multiplier": nullable({"type": "integer", "exclusiveMinimum": 0}),
-    "metadata": METADATA,
-}
-_CUSTOMER: Schema = {
-    "type": one_of(INDIVIDUAL, TEAM),
-    "email": nullable(TEXT),
-    "external_id": nullable(TEXT),
-    "name": nullable(TEXT),
-    "metadata": METADATA,
-}
-_UNITS: Schema = {"type": "integer", "minimum": 1, "maximum": UNITS_MAX}
-_PRICE: Schema = {"unit_amount": TEXT, "cap_amount": nullable(COUNT)}
-UNKNOWN_CUSTOMER_FIELDS = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
-_NAMED: Schema = {"customer_id": nullable(TEXT), "external_customer_id": nullable(TEXT)}
-_COUNTED: Schema = COUNT | {"description": "Events that count; for a meter of `unique`, its distinct values"}
+class MeterCreate(PolarBody, kw_only=True):
+    """A new meter. Checked by ``meters.meter.new_meter``."""
 
-SCHEMAS: Schema = {
-    "Filter": record(
-        {"conjunction": one_of("and", "or"), "clauses": many({"anyOf": [ref("Clause"), ref("Filter")]})}
-    ),
-    "Clause": record(
-        {
-            "property": TEXT,
-            "operator": one_of(*Operator),
-            "value": {"anyOf": [_SCALAR, many(_SCALAR)]},
-        }
-    ),
-    "Aggregation": record({"func": one_of(*FUNCTIONS), "property": TEXT}, "property"),
-    "MeterCreate": record(_METER, *(name for name in _METER if name not in ("name", "filter", "aggregation"))),
-    "MeterUpdate": record(_METER | {"is_archived": BOOLEAN}, *_METER, "is_archived"),
-    "MeterDefinition": record({"filter": ref("Filter"), "aggregation": ref("Aggregation")}),
-    "Meter": record(
-        {"id": ID, "organization_id": ID, **_METER}
-        | {"created_at": TIME, "modified_at": nullable(TIME), "archived_at": nullable(TIME)}
-    ),
-    "Quantities": record(
-        {"quantities": many(record({"timestamp": TIME, "quantity": NUMBER})), "total": NUMBER}
-    ),
-    "Usage": record({"meter_id": ID, **_NAMED, "value": TEXT, "count": _COUNTED}),
-    "Preview": record(
-        {"total": NUMBER, "events": COUNT, "customers": COUNT}
-        | {"first_seen": nullable(TIME), "last_seen": nullable(TIME)}
-        | {"top_customers": many(record({**_NAMED, "quantity": NUMBER}))}
-    ),
-    "CustomerCreate": record(_CUSTOMER, *_CUSTOMER),
-    "Customer": record(
-        {"id": ID, "organization_id": ID, **_CUSTOMER}
-        | {"created_at": TIME, "modified_at": nullable(TIME), "deleted_at": nullable(TIME)}
-        | {"first_user_event_at": nullable(TIME), "email_verified": BOOLEAN, "avatar_url": nullable(TEXT)}
-        | dict.fromkeys(UNKNOWN_CUSTOMER_FIELDS, nullable(TEXT))
-    ),
-    "CustomerUpdate": record(_CUSTOMER, *_CUSTOMER),
-    "CustomerMeter": record(
-        {"id": ID, "created_at": TIME, "modified_at": nullable(TIME), "customer_id": ID, "meter_id": ID}
-        | {"consumed_units": NUMBER, "credited_units": NUMBER, "balance": NUMBER}
-        | {"customer": ref("Customer"), "meter": ref("Meter")}
-    ),
-    "LedgerEntry": record(
-        {"id": TEXT, "at": TIME, "cause": one_of(*CAUSES, "usage", "reset"), "units": NUMBER, "balance": NUMBER}
-        | {"stated_units": nullable(NUMBER), "rollover": nullable(BOOLEAN), "reference": nullable(TEXT)}
-        | {"events": nullable(COUNT), "arrived_from": nullable(TIME), "arrived_until": nullable(TIME)}
-    ),
-    "CreditCreate": record({"meter_id": ID, "units": _UNITS, "rollover": BOOLEAN}, "rollover"),
-    "Credit": record(
-        {"id": TEXT, "at": TIME, "customer_id": ID, "meter_id": ID, "units": NUMBER, "rollover": BOOLEAN}
-        | {"cause": one_of(*CAUSES), "reference": nullable(TEXT)}
-    ),
-    "ResetCreate": record({"meter_ids": many(ID), "at": TIME}, "meter_ids", "at"),
-    "Reset": record({"id": TEXT, "at": TIME, "customer_id": ID, "meter_ids": many(ID), "rollover": OBJECT}),
-    "PriceSet": record(
-        {"unit_amount": {"type": ["string", "number"]}, "cap_amount": nullable({"type": "integer", "minimum": 0})},
-        "cap_amount",
-    ),
-    "Price": record({"meter_id": ID, **_PRICE}),
-    "Charges": record(
-        {"customer_id": ID, "amount": COUNT, "items": many(record(
-            {"meter_id": ID, **_PRICE, "meter_name": TEXT, "period_start": nullable(TIME), "consumed_units": NUMBER}
-            | {"credited_units": NUMBER, "billed_units": NUMBER, "amount": COUNT}
-        ))}
-    ),
-    "Event": record(
-        {"id": ID, "timestamp": TIME, "organization_id": ID, **_NAMED, "customer": nullable(ref("Customer"))}
-        | {"member_id": nullable(TEXT), "external_member_id": nullable(TEXT), "child_count": COUNT}
-        | {"parent_id": nullable(ID), "label": TEXT, "source": TEXT, "name": TEXT, "metadata": OBJECT}
-    ),
-    "EventName": record(
-        {"name": TEXT, "label": TEXT, "source": TEXT, "occurrences": COUNT, "first_seen": TIME, "last_seen": TIME}
-    ),
-    "Metrics": record({"periods": many(OBJECT), "totals": OBJECT, "metrics": OBJECT}),
-    "MetricsLimits": record({"min_date": {"type": "string", "format": "date"}, "intervals": OBJECT}),
-    "DeadLetter": record(
-        {"id": TEXT, "log_partition": COUNT, "log_offset": COUNT, "line": COUNT, "organization_id": nullable(TEXT)}
-        | {"is_own": BOOLEAN, "reason": TEXT, "detail": TEXT, "raw": TEXT, "is_cut": BOOLEAN, "ingested_at": TIME}
-        | {"replayed_at": nullable(TIME)}
-    ),
-    "FeedPage": record(
-        {"items": many(record({"place": TEXT, "ingested_at": TIME, "event": OBJECT})), "position": TEXT}
-    ),
-    "FeedBacklog": record({"events": COUNT, "oldest_ingested_at": nullable(TIME)}),
-    "FeedCustomers": record({"items": many(record({**_NAMED, "events": COUNT}, *_NAMED)), "count": COUNT}),
-    "FeedRollup": record(
-        {
-            "items": many(
-                record({"meter_id": ID, **_NAMED, "window": TIME, "count": COUNT, "sum": NUMBER}, *_NAMED)
-            ),
-            "position": TEXT,
-        }
-    ),
-    "FeedTraffic": record(
-        {"events": COUNT, "metadata_bytes": COUNT, "busiest_minute": COUNT}
-        | {"rollups": many(record({"meter_id": ID, "events": COUNT}))}
-    ),
-    "Readiness": record({"status": TEXT, "as_of": OBJECT}),
-    "Pagination": record(
-        {"total_count": COUNT, "max_page": COUNT, "has_next_page": BOOLEAN},
-        "total_count", "max_page", "has_next_page",
-    ),
-    "Error": record({"error": TEXT, "detail": {}, "error_description": TEXT}, "detail", "error_description"),
-    "Invalid": record({"error": TEXT, "detail": many(record({"type": TEXT, "loc": many({}), "msg": TEXT}))}),
-}  # fmt: skip
+    name: MeterName
+    filter: Matching
+    aggregation: Aggregating
+    unit: Annotated[Unit, Meta(description="For display.")] = "scalar"
+    custom_label: Annotated[str | None, Meta(description="What the unit ``custom`` is called.")] = None
+    custom_multiplier: Multiplier | None = None
+    metadata: Metadata = {}
 
 
-def takes(name: str) -> dict[str, Any]:
+class MeterUpdate(PolarBody):
+    """Changes of a meter; null leaves a field as it is, but for the two that it clears.
+
+    Checked by ``meters.meter.updated_meter``.
+    """
+
+    name: Annotated[MeterName | UnsetType | None, Meta(examples=["Tokens"])] = UNSET
+    filter: Matching | UnsetType | None = UNSET
+    aggregation: Aggregating | UnsetType | None = UNSET
+    unit: Unit | UnsetType | None = UNSET
+    custom_label: Annotated[str | UnsetType | None, Meta(description="Cleared by null.")] = UNSET
+    custom_multiplier: Annotated[Multiplier | UnsetType | None, Meta(description="Cleared by null.")] = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+    is_archived: bool | UnsetType | None = UNSET
+
+
+class PriceSet(OwnBody):
+    """What a unit of a meter costs. Checked by ``meters.price.parse_price``."""
+
+    unit_amount: Annotated[
+        Decimal, Meta(description="Cents, above 0, with at most 12 decimals.", examples=["0.002"])
+    ]
+    cap_amount: Annotated[
+        Annotated[int, Meta(ge=0, le=CAP_AMOUNT_MAX)] | None,
+        Meta(description="The most that a period costs, in cents.", examples=[10_000]),
+    ] = None
+
+
+class CustomerUpdate(PolarBody):
+    """Changes of a customer; null leaves a field as it is, but for ``name``, which it clears.
+
+    An external id can be given once. A team stays a team.
+    """
+
+    type: Literal["individual", "team"] | UnsetType | None = UNSET
+    email: Annotated[
+        Annotated[str, Meta(max_length=TEXT_LENGTH_MAX, extra={"parse": _email})] | UnsetType | None,
+        Meta(description="Required where ``type`` is not ``team``.", examples=["ada@example.com"]),
+    ] = UNSET
+    external_id: Annotated[
+        Annotated[ExternalId, Meta(max_length=TEXT_LENGTH_MAX)] | UnsetType | None, Meta(examples=["ada"])
+    ] = UNSET
+    name: Annotated[
+        Annotated[str, Meta(max_length=TEXT_LENGTH_MAX)] | UnsetType | None, Meta(examples=["Ada"])
+    ] = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class CustomerCreate(CustomerUpdate):
+    """A new customer; null is the same as leaving a field out."""
+
+
+class CreditCreate(OwnBody):
+    """Units to give to a customer."""
+
+    meter_id: Annotated[Any, Meta(extra_json_schema=msgspec.json.schema(Id))]  # of an unknown meter whatever it is
+    units: Annotated[Units, Meta(extra={"parse": _units})]
+    rollover: Annotated[
+        bool, Meta(description="What is left at a reset goes into the next window.", examples=[True])
+    ] = False
+
+
+class ResetCreate(OwnBody):
+    """Which meters begin anew, and when."""
+
+    meter_ids: Annotated[list[Key] | None, Meta(description="All of them where this is left out.")] = None
+    at: Begun = None
+
+
+class CustomerSessionCreate(PolarBody):
+    """Whose session: one of the three names. ``customer_external_id`` is another word for ``external_customer_id``."""
+
+    customer_id: UUID | None = None
+    external_customer_id: Annotated[str | None, Meta(examples=["ada"])] = None
+    customer_external_id: str | None = None
+    return_url: Annotated[str, Meta(max_length=URL_LENGTH_MAX)] | None = None
+
+
+class BenefitPropertiesCreate(PolarBody):
+    """What a ``meter_credit`` benefit gives."""
+
+    meter_id: Key
+    units: Units
+    rollover: bool
+
+
+class BenefitCreate(PolarBody):
+    """A new benefit."""
+
+    type: Literal["meter_credit"]
+    description: Description
+    properties: BenefitPropertiesCreate
+    metadata: Metadata = {}
+
+
+class BenefitUpdate(PolarBody):
+    """Changes of a benefit. What was given stays; later grants and cycles give the new."""
+
+    type: Literal["meter_credit"] = "meter_credit"
+    description: Annotated[Description | None, Meta(examples=["2000 tokens a month"])] = None
+    properties: BenefitPropertiesCreate | None = None
+    metadata: Metadata | None = None
+
+
+class BenefitGrantCreate(OwnBody):
+    """Whom to grant a benefit to: one of the two names."""
+
+    customer_id: UUID | None = None
+    external_customer_id: Annotated[str | None, Meta(examples=["ada"])] = None
+
+
+class BenefitGrantStep(OwnBody):
+    """When a cycle began."""
+
+    at: Begun = None
+
+
+def _events_of_polar() -> list[EventType]:
+    """What is sent where nobody says: types that Polar's clients know, so that they can read the endpoint."""
+    return [STATE_CHANGED]
+
+
+class WebhookEndpointCreate(PolarBody):
+    """A new endpoint."""
+
+    url: Annotated[str, Meta(examples=["https://example.com/webhooks"])]
+    events: list[EventType] = msgspec.field(default_factory=_events_of_polar)
+    name: Name | None = None
+    format: Literal["raw"] = "raw"
+
+
+class WebhookEndpointUpdate(PolarBody):
+    """Changes of an endpoint."""
+
+    url: Annotated[str | UnsetType, Meta(examples=["https://example.com/webhooks"])] = UNSET
+    events: list[EventType] | UnsetType = UNSET
+    name: Name | UnsetType | None = UNSET
+    enabled: bool | UnsetType = UNSET
+
+
+class MeterThresholdCreate(OwnBody):
+    """A line to watch: ``usage`` from below or ``balance`` from above."""
+
+    meter_id: Key
+    measure: Literal["usage", "balance"]
+    value: Annotated[Decimal, Meta(examples=[80])]
+    unit: Annotated[Literal["units", "percent"], Meta(description="``percent`` is of the credits.")] = "units"
+    customer_id: Annotated[UUID | None, Meta(description="Every customer where this is left out.")] = None
+
+
+class WebhookSourceCreate(OwnBody):
+    """A Polar organization whose webhooks are accepted."""
+
+    secret: Annotated[str, Meta(
+        description="What it signs with.", min_length=SECRET_LENGTH_MIN, max_length=SECRET_LENGTH_MAX,
+        examples=["whsec_0123456789abcdef"],
+    )]  # fmt: skip
+    name: Name | None = None
+
+
+_named: dict[str, object] = {"Clause": Clause}
+"""The definitions that the document has, by their names there; ``Filter`` names ``Clause`` in words of its own."""
+
+
+def ref(kind: object) -> Schema:
+    """A reference to the schema of a definition, which is in the document from now on."""
+    name = "_".join((_bare(kind), *map(_bare, get_args(kind)))) + ("_" if get_args(kind) else "")
+    _named[name] = kind
+    return {"$ref": REF_TEMPLATE.format(name=name)}
+
+
+def _bare(kind: object) -> str:
+    """The name of a definition; of ``ListResource[Meter]`` the first one."""
+    return str(getattr(get_origin(kind) or kind, "__name__", kind))
+
+
+def takes(kind: type[Struct]) -> Schema:
     """What a route says in ``openapi_extra`` about its request's body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(name)}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(kind)}}}}
 
 
-def gives(schema: Schema | None, status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """What a route says in ``responses`` about its answers; no ``schema`` where there is no body."""
-    refusals = {401: "Error", 403: "Error", 404: "Error", 422: "Invalid", 503: "Error", 504: "Error"}
-    found: dict[int | str, dict[str, Any]] = {
-        code: {"description": name, "content": {"application/json": {"schema": ref(name)}}}
-        for code, name in refusals.items()
-    }
-    found[status] = {"description": "The answer"}
-    if schema is not None:
-        found[status]["content"] = {"application/json": {"schema": schema}}
+def gives(*kinds: object, status: int = 200) -> dict[int | str, Schema]:
+    """What a route says in ``responses``: one of these answers, or none, and the errors that every route may give."""
+    errors = refuses(401, 403, 404, 503, 504) | {422: response("Invalid", ref(Invalid))}
+    schemas = [ref(kind) for kind in kinds]
+    return errors | {status: response("The answer", *schemas)}
+
+
+def refuses(*statuses: int) -> dict[int | str, Schema]:
+    """What a route says in ``responses`` about errors."""
+    return {status: response("Error", ref(Error)) for status in statuses}
+
+
+def response(description: str, *schemas: Schema) -> Schema:
+    """One answer in the document: any of these schemas, or no body."""
+    if not schemas:
+        return {"description": description}
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def page_of(kind: type[Answer]) -> object:
+    """The answer that is one page of a list."""
+    return ListResource[kind]  # type: ignore[valid-type]  # a type of this moment, and not of the text
+
+
+def components() -> Schema:
+    """The schemas of all definitions that routes name, with an example for each."""
+    _, found = msgspec.json.schema_components(_named.values(), ref_template=REF_TEMPLATE)
+    made = [(kind, found[kind.__name__]) for kind in _below(Answer) if kind.__name__ in found]
+    for kind, schema in made:
+        schema["required"] = [field.name for field in msgspec.structs.fields(kind) if field.default is not UNSET]
+    for schema in found.values():
+        _tidy(schema)
+    for name in _named:
+        found[name]["examples"] = [example(found[name], found)]
+    for part in (part for _, schema in made for part in schema["properties"].values()):
+        part.pop("default", None)  # a field of an answer is there
     return found
+
+
+def _below(kind: type[Answer]) -> Iterator[type[Answer]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _tidy(part: object) -> None:
+    """Add what msgspec leaves out: clean descriptions, the type of enumerations, and that decimals may be numbers."""
+    if isinstance(part, list):
+        for one in part:
+            _tidy(one)
+    if isinstance(part, dict):
+        for one in part.values():
+            _tidy(one)
+        if isinstance(part.get("description"), str):
+            part["description"] = cleandoc(part["description"])
+        if isinstance(part.get("enum"), list):
+            part.setdefault("type", "string")
+        if part.get("format") == "decimal":
+            part["type"] = ["number", "string"]  # the text of a number keeps its digits in every client
+
+
+def example(schema: Schema, found: Schema) -> Any:
+    """A value that a schema allows: the first of its examples, or one made of those of its parts.
+
+    Of an object it has the fields that are required or have an example.
+    """
+    for key in ("examples", "enum"):
+        if key in schema:
+            return schema[key][0]
+    if "default" in schema:
+        return schema["default"]
+    if "$ref" in schema:
+        return example(found[schema["$ref"].rpartition("/")[2]], found)
+    if "anyOf" in schema:
+        first, *others = schema["anyOf"]
+        return None if {"type": "null"} in others and not {"examples", "$ref"} & set(first) else example(first, found)
+    if schema["type"] == "array":
+        return [example(schema["items"], found)]
+    if schema["type"] == "object":
+        parts, required = schema.get("properties", {}), schema.get("required", ())
+        return {name: example(part, found) for name, part in parts.items() if name in required or "examples" in part}
+    return _PLAIN[schema["type"]]
+
+
+_PLAIN = {"string": "text", "integer": 1, "number": 1, "boolean": True}

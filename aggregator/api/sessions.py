@@ -2,17 +2,16 @@
 
 import secrets
 from typing import Annotated, Any
-from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from aggregator.api.requests import AtDesk, allow, answer, body_as
-from aggregator.api.schemas import gives, ref, takes
+from aggregator.api import route_answers
+from aggregator.api.bodies import body_as
+from aggregator.api.requests import AtDesk, allow, answer
+from aggregator.api.schemas import CustomerSessionCreate, gives, takes
 from aggregator.service.errors import Malformed, Refused
 from aggregator.service.serializers import customer_shape
 from aggregator.service.service import Desk
-from aggregator.webhooks.targets import URL_LENGTH_MAX
 from meters.access import digest, writing
 from meters.catalogue import Customer, Token
 from meters.detail import detail
@@ -24,16 +23,7 @@ SECRET_BYTES = 32  # 256 bits, more than anybody can guess
 NAMES = ("customer_id", "external_customer_id", "customer_external_id")
 
 
-class SessionCreate(msgspec.Struct):
-    """Whose session. ``customer_external_id`` is another word for ``external_customer_id``, as with Polar."""
-
-    customer_id: UUID | None = None
-    external_customer_id: str | None = None
-    customer_external_id: str | None = None
-    return_url: Annotated[str, msgspec.Meta(max_length=URL_LENGTH_MAX)] | None = None
-
-
-def named_customer(desk: Desk, token: Token, body: msgspec.Struct) -> Customer:
+def named_customer(desk: Desk, token: Token, body: Any) -> Customer:
     """The customer that a body names by ``customer_id`` or an external id. Raises Malformed, Refused."""
     name, given = next(((name, value) for name in NAMES if (value := getattr(body, name, None)) is not None), ("", ""))
     if not name:
@@ -52,12 +42,12 @@ def named_customer(desk: Desk, token: Token, body: msgspec.Struct) -> Customer:
 @router.post(
     "/v1/customer-sessions/",
     status_code=201,
-    openapi_extra=takes("CustomerSessionCreate"),
-    responses=gives(ref("CustomerSession"), 201),
+    openapi_extra=takes(CustomerSessionCreate),
+    responses=gives(route_answers.CustomerSession, status=201),
 )
 async def create_customer_session(request: Request, desk: AtDesk, token: Writer) -> Response:
     """A ``token`` that shows one customer what is theirs, for an hour. It is not shown again."""
-    body = await body_as(SessionCreate, request)
+    body = await body_as(CustomerSessionCreate, request)
     secret = SESSION_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     customer, now = named_customer(desk, token, body), desk.now()
     session = CustomerSession(
@@ -65,18 +55,18 @@ async def create_customer_session(request: Request, desk: AtDesk, token: Writer)
         created_at=now, expires_at=now + SESSION_LIFE, return_url=body.return_url,
     )  # fmt: skip
     await desk.decide(CustomerSessionCreated(session))  # beside others: no session depends on another
-    return answer(session_shape(session, customer) | {"token": secret}, desk.view.as_of, 201)
+    return answer(session_shape(session, customer, secret), desk.view.as_of, 201)
 
 
-def session_shape(session: CustomerSession, customer: Customer) -> dict[str, Any]:
-    """A session without its secret. The portal is the application's: this product serves the numbers for it."""
-    return {
-        "id": session.id,
-        "created_at": session.created_at,
-        "modified_at": None,
-        "expires_at": session.expires_at,
-        "return_url": session.return_url,
-        "customer_portal_url": "/v1/customer-portal/usage",
-        "customer_id": customer.id,
-        "customer": customer_shape(customer),
-    }
+def session_shape(session: CustomerSession, customer: Customer, secret: str) -> route_answers.CustomerSession:
+    """A session with its secret. The portal is the application's: this product serves the numbers for it."""
+    return route_answers.CustomerSession(
+        id=session.id,
+        created_at=session.created_at,
+        modified_at=None,
+        expires_at=session.expires_at,
+        return_url=session.return_url,
+        customer_id=customer.id,
+        customer=customer_shape(customer),
+        token=secret,
+    )

@@ -7,15 +7,17 @@ milliseconds of the calendar's: it is made in a thread, so that nobody waits. Th
 import asyncio
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from aggregator.api import route_answers
+from aggregator.api.bodies import fields_of
 from aggregator.api.limits import PREVIEW_CUSTOMERS
 from aggregator.api.meters import meter_of
 from aggregator.api.requests import BY_METADATA, AtDesk, Bound, Ids, MetadataTexts, Texts, allow, answer, body_of, texts
-from aggregator.api.schemas import gives, ref, takes
+from aggregator.api.schemas import MeterDefinition, gives, takes
 from aggregator.directory import EXTERNAL
 from aggregator.service.errors import Malformed, Refused
 from aggregator.service.serializers import number
@@ -26,12 +28,10 @@ from aggregator.store.queries.usage import Question
 from aggregator.store.sql import Measured
 from aggregator.view import Total
 from meters.access import reading
-from meters.aggregation import Aggregation, Function, parse_aggregation
+from meters.aggregation import Function
 from meters.amount import amount_text
 from meters.catalogue import Token
 from meters.detail import detail
-from meters.filter import Filter
-from meters.filter_json import parse_filter
 from meters.meter import Meter
 from meters.quantities import Quantities
 from meters.window import Interval, range_refusal, zone
@@ -55,7 +55,7 @@ def check_range(start: datetime, end: datetime, interval: Interval, kind: str = 
         raise Refused("value_error", ("query",), reason)
 
 
-@router.get("/v1/meters/{id}/quantities", openapi_extra=BY_METADATA, responses=gives(ref("Quantities")))
+@router.get("/v1/meters/{id}/quantities", openapi_extra=BY_METADATA, responses=gives(route_answers.Quantities))
 async def get_meter_quantities(
     desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Bound, end_timestamp: Bound,
     interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
@@ -99,11 +99,11 @@ def _charted(
 
 
 def _quantities(quantities: Quantities, as_of: Mapping[int, int]) -> Response:
-    points = [{"timestamp": point.timestamp, "quantity": number(point.quantity)} for point in quantities.quantities]
-    return answer({"quantities": points, "total": number(quantities.total)}, as_of)
+    points = [route_answers.Quantity(point.timestamp, number(point.quantity)) for point in quantities.quantities]
+    return answer(route_answers.Quantities(points, number(quantities.total)), as_of)
 
 
-@router.get("/v1/meters/{id}/usage", responses=gives(ref("Usage")))
+@router.get("/v1/meters/{id}/usage", responses=gives(route_answers.Usage))
 async def get_customer_usage(
     desk: AtDesk, token: Reader, id: UUID, customer_id: UUID | None = None, external_customer_id: str | None = None
 ) -> Response:
@@ -129,15 +129,15 @@ async def get_customer_usage(
 
 def running_total(
     meter: Meter, customer_id: str | None, external_customer_id: str | None, found: Measured
-) -> dict[str, Any]:
+) -> route_answers.Usage:
     """One customer's total, under the name that was asked for."""
-    return {
-        "meter_id": meter.id,
-        "customer_id": customer_id,
-        "external_customer_id": external_customer_id,
-        "value": amount_text(found.value(meter.aggregation)),
-        "count": found.count,
-    }
+    return route_answers.Usage(
+        meter_id=meter.id,
+        customer_id=customer_id,
+        external_customer_id=external_customer_id,
+        value=amount_text(found.value(meter.aggregation)),
+        count=found.count,
+    )
 
 
 def measured(total: Total) -> Measured:
@@ -147,13 +147,13 @@ def measured(total: Total) -> Measured:
 
 @router.post(
     "/v1/meters/preview",
-    openapi_extra=takes("MeterDefinition"),
-    responses=gives(ref("Preview")),
+    openapi_extra=takes(MeterDefinition),
+    responses=gives(route_answers.Preview),
 )
 async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Response:
     """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far."""
-    body = await body_of(request)
-    filter, aggregation = _definition(body)
+    fields = fields_of(MeterDefinition, await body_of(request))
+    filter, aggregation = fields["filter"], fields["aggregation"]
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
 
     def previewed(here: Here) -> preview.Preview:
@@ -162,17 +162,17 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
 
     found, as_of = await desk.ask(token, previewed)
     whole = found.whole
-    customers = [
-        _named(desk, token, row) | {"quantity": number(row.measured.value(aggregation))} for row in found.customers
-    ]
-    body = {
-        "total": number(whole.value(aggregation)),
-        "events": found.events,
-        "customers": found.customers_count,
-        "first_seen": found.first_seen,
-        "last_seen": found.last_seen,
-        "top_customers": customers,
-    }
+    body = route_answers.Preview(
+        total=number(whole.value(aggregation)),
+        events=found.events,
+        customers=found.customers_count,
+        first_seen=found.first_seen,
+        last_seen=found.last_seen,
+        top_customers=[
+            route_answers.TopCustomer(*_named(desk, token, row), number(row.measured.value(aggregation)))
+            for row in found.customers
+        ],
+    )
     return answer(body, as_of)
 
 
@@ -190,24 +190,10 @@ def _under_two_names(desk: Desk, organization_id: str) -> dict[int, int]:
     return same
 
 
-def _named(desk: Desk, token: Token, row: preview.CustomerUsage) -> dict[str, str | None]:
-    """Both names of a customer, as far as they are known."""
+def _named(desk: Desk, token: Token, row: preview.CustomerUsage) -> tuple[str | None, str | None]:
+    """The id and the external id of a customer, as far as they are known."""
     if row.kind == EXTERNAL:
         customer = desk.catalogue.customer_by_external_id(token.organization_id, row.who)
-        return {"customer_id": customer.id if customer else None, "external_customer_id": row.who}
+        return customer.id if customer else None, row.who
     customer = desk.catalogue.customer(token.organization_id, row.who)
-    return {"customer_id": row.who, "external_customer_id": customer.external_id if customer else None}
-
-
-def _definition(body: Any) -> tuple[Filter, Aggregation]:
-    if not isinstance(body, dict):
-        message = "Input should be a valid dictionary or object"
-        raise Malformed([detail("model_attributes_type", ("body",), message, body)])
-    missing = [key for key in ("filter", "aggregation") if key not in body]
-    if missing:
-        raise Malformed([detail("missing", ("body", key), "Field required", body) for key in missing])
-    filter = parse_filter(body["filter"], ("body", "filter"))
-    aggregation = parse_aggregation(body["aggregation"], ("body", "aggregation"))
-    if isinstance(filter, Filter) and isinstance(aggregation, Aggregation):
-        return filter, aggregation
-    raise Malformed([entry for part in (filter, aggregation) if isinstance(part, list) for entry in part])
+    return row.who, customer.external_id if customer else None

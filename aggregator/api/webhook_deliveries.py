@@ -7,16 +7,17 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Response
 
+from aggregator.api import route_answers
 from aggregator.api.limits import IDENTIFIERS_MAX, SEARCH_LENGTH_MAX
 from aggregator.api.requests import AtDesk, Ids, Instant, WhichPage, answer, listed, texts
-from aggregator.api.schemas import gives, page_of, ref
+from aggregator.api.schemas import gives, page_of
 from aggregator.api.webhook_endpoints import Reader, Writer
 from aggregator.service.errors import Conflict, NotFound
 from aggregator.service.service import Desk, Here
 from aggregator.store.queries.scope import aware, naive
 from aggregator.webhooks import outbox
 from meters.catalogue import Token
-from meters.webhooks import API_VERSION, EventType
+from meters.webhooks import EventType
 
 router = APIRouter(tags=["webhooks"])
 Types = Annotated[list[EventType] | None, Query(max_length=IDENTIFIERS_MAX)]
@@ -40,7 +41,7 @@ def _stored(instant: datetime | None) -> datetime | None:
     return None if instant is None else naive(instant)
 
 
-@router.get("/v1/webhooks/deliveries", responses=gives(page_of("WebhookDelivery")))
+@router.get("/v1/webhooks/deliveries", responses=gives(page_of(route_answers.WebhookDelivery)))
 async def list_webhook_deliveries(
     desk: AtDesk, token: Reader, page: WhichPage, sought: Annotated[outbox.Sought, Depends(_sought)]
 ) -> Response:
@@ -53,44 +54,45 @@ async def list_webhook_deliveries(
     return answer(listed([_shape(row) for row in rows], total, page), as_of)
 
 
-def _shape(row: dict[str, Any]) -> dict[str, Any]:
+def _shape(row: dict[str, Any]) -> route_answers.WebhookDelivery:
     """An attempt. What an endpoint answers is not kept, so ``response`` is there only where it did not answer.
 
     Nothing is ever skipped or archived: no message is made for an endpoint that is disabled, and whatever is listed can
     be sent again.
     """
     status = row["status_code"]
-    return {
-        "id": row["id"],
-        "created_at": aware(row["started_at"]),
-        "modified_at": None,
-        "succeeded": status is not None and 200 <= status < 300,
-        "http_code": status,
-        "response": row["outcome"] if status is None else None,
-        "outcome": row["outcome"],
-        "took_ms": row["took_ms"],
-        "attempt": row["number"],
-        "endpoint_id": row["endpoint_id"],
-        "webhook_event": {
-            "id": row["message_id"],
-            "created_at": aware(row["made_at"]),
-            "modified_at": aware(row["settled_at"]) if row["settled_at"] else None,
-            "type": row["type"],
-            "api_version": API_VERSION,
-            "skipped": False,
-            "is_archived": False,
-            "customer_id": row["customer_id"],
-            "status": row["status"],
-            "payload": row["body"],
-        },
-    }
+    return route_answers.WebhookDelivery(
+        id=row["id"],
+        created_at=aware(row["started_at"]),
+        modified_at=None,
+        succeeded=status is not None and 200 <= status < 300,
+        http_code=status,
+        response=row["outcome"] if status is None else None,
+        outcome=row["outcome"],
+        took_ms=row["took_ms"],
+        attempt=row["number"],
+        endpoint_id=row["endpoint_id"],
+        webhook_event=route_answers.WebhookEvent(
+            id=row["message_id"],
+            created_at=aware(row["made_at"]),
+            modified_at=aware(row["settled_at"]) if row["settled_at"] else None,
+            type=row["type"],
+            customer_id=row["customer_id"],
+            status=row["status"],
+            payload=row["body"],
+        ),
+    )
 
 
-@router.post("/v1/webhooks/events/{id}/redeliver", status_code=202, responses=gives(ref("WebhookRedelivery"), 202))
+@router.post(
+    "/v1/webhooks/events/{id}/redeliver",
+    status_code=202,
+    responses=gives(route_answers.WebhookRedelivery, status=202),
+)
 async def redeliver_webhook_event(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Tell it again, word for word under the same ``webhook-id``, to every enabled endpoint that it was for."""
     count = await asyncio.to_thread(_again, desk, token, str(id))
-    return answer({"id": id, "endpoints": count}, desk.view.as_of, 202)
+    return answer(route_answers.WebhookRedelivery(str(id), count), desk.view.as_of, 202)
 
 
 def _again(desk: Desk, token: Token, id: str) -> int:

@@ -8,15 +8,17 @@ that a receiver can change over without missing anything.
 import secrets
 from base64 import b64encode
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.requests import AtDesk, Ids, WhichPage, allow, answer, body_as, includes, listed, on_page
-from aggregator.api.schemas import gives, page_of, ref, takes
+from aggregator.api import route_answers
+from aggregator.api.bodies import body_as
+from aggregator.api.requests import AtDesk, Ids, WhichPage, allow, answer, includes, listed, on_page
+from aggregator.api.schemas import WebhookEndpointCreate, WebhookEndpointUpdate, gives, page_of, takes
 from aggregator.service.errors import NotFound, Refused
 from aggregator.service.service import Desk
 from aggregator.webhooks import targets
@@ -24,16 +26,7 @@ from meters.access import reading, writing
 from meters.catalogue import Token
 from meters.log import format_position
 from meters.signatures import PREFIX
-from meters.webhooks import (
-    API_VERSION,
-    EVENT_TYPES,
-    STATE_CHANGED,
-    Endpoint,
-    EndpointSet,
-    EventType,
-    Heard,
-    SigningSecret,
-)
+from meters.webhooks import EVENT_TYPES, Endpoint, EndpointSet, EventType, Heard, SigningSecret
 
 router = APIRouter(tags=["webhooks"])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
@@ -51,51 +44,17 @@ MASKED = f"{PREFIX}..."
 ROTATION = timedelta(days=1)
 """How long the old secret signs beside the new one: time for a person to change a setting."""
 
-NAME_LENGTH_MAX = 100
-Name = Annotated[str, msgspec.Meta(max_length=NAME_LENGTH_MAX)]
-
-
-def _events_of_polar() -> list[EventType]:
-    """What is told where nobody says: types that Polar's clients know, so that they can read the endpoint."""
-    return [STATE_CHANGED]
-
-
-class EndpointCreate(msgspec.Struct):
-    """What a new endpoint is made of."""
-
-    url: str
-    events: list[EventType] = msgspec.field(default_factory=_events_of_polar)
-    name: Name | None = None
-    format: Literal["raw"] = "raw"
-
-
-class EndpointUpdate(msgspec.Struct):
-    """What may be changed of an endpoint."""
-
-    url: str | msgspec.UnsetType = msgspec.UNSET
-    events: list[EventType] | msgspec.UnsetType = msgspec.UNSET
-    name: Name | msgspec.UnsetType | None = msgspec.UNSET
-    enabled: bool | msgspec.UnsetType = msgspec.UNSET
-
-
-_OWN = frozenset({"secrets", "begins_at"})  # of no business to anybody else
-
 
 def new_secret() -> str:
     """A secret that nobody has seen, in the standard's form."""
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
-def endpoint_shape(endpoint: Endpoint) -> dict[str, Any]:
+def endpoint_shape(endpoint: Endpoint, secret: str = MASKED) -> route_answers.WebhookEndpoint:
     """An endpoint without its secrets. Every delivery has the signature of Standard Webhooks, beside Polar's."""
-    fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name not in _OWN}
-    return fields | {
-        "enabled": endpoint.disabled_at is None,
-        "format": "raw",
-        "secret": MASKED,
-        "api_version": API_VERSION,
-        "uses_standard_webhook_signature": True,
-    }
+    shown = route_answers.WebhookEndpoint.__struct_fields__
+    fields = {name: getattr(endpoint, name) for name in endpoint.__struct_fields__ if name in shown}
+    return route_answers.WebhookEndpoint(**fields, enabled=endpoint.disabled_at is None, secret=secret)
 
 
 def endpoint_of(desk: Desk, token: Token, id: UUID) -> Endpoint:
@@ -115,12 +74,12 @@ def _check_url(request: Request, url: str) -> None:
 @router.post(
     "/v1/webhooks/endpoints",
     status_code=201,
-    openapi_extra=takes("WebhookEndpointCreate"),
-    responses=gives(ref("WebhookEndpoint"), 201),
+    openapi_extra=takes(WebhookEndpointCreate),
+    responses=gives(route_answers.WebhookEndpoint, status=201),
 )
 async def create_webhook_endpoint(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Tell an address what happens. The answer has the ``secret``, which is not shown again."""
-    body = await body_as(EndpointCreate, request)
+    body = await body_as(WebhookEndpointCreate, request)
     _check_url(request, body.url)
     async with desk.deciding:
         if len(desk.catalogue.webhooks.endpoints_of(token.organization_id)) >= ENDPOINTS_MAX:
@@ -133,14 +92,14 @@ async def create_webhook_endpoint(request: Request, desk: AtDesk, token: Writer)
             begins_at=Heard(format_position(desk.view.as_of), desk.view.control_position),
         )  # fmt: skip
         await desk.decide(EndpointSet(endpoint))
-    return answer(endpoint_shape(endpoint) | {"secret": secret}, desk.view.as_of, 201)
+    return answer(endpoint_shape(endpoint, secret), desk.view.as_of, 201)
 
 
 def _known(events: list[EventType]) -> list[str]:
     return [type for type in EVENT_TYPES if type in events]
 
 
-@router.get("/v1/webhooks/endpoints", responses=gives(page_of("WebhookEndpoint")))
+@router.get("/v1/webhooks/endpoints", responses=gives(page_of(route_answers.WebhookEndpoint)))
 async def list_webhook_endpoints(
     desk: AtDesk, token: Reader, page: WhichPage, organization_id: Ids = None
 ) -> Response:  # fmt: skip
@@ -151,7 +110,7 @@ async def list_webhook_endpoints(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
-@router.get("/v1/webhooks/endpoints/{id}", responses=gives(ref("WebhookEndpoint")))
+@router.get("/v1/webhooks/endpoints/{id}", responses=gives(route_answers.WebhookEndpoint))
 async def get_webhook_endpoint(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One endpoint."""
     return answer(endpoint_shape(endpoint_of(desk, token, id)), desk.view.as_of)
@@ -159,12 +118,12 @@ async def get_webhook_endpoint(desk: AtDesk, token: Reader, id: UUID) -> Respons
 
 @router.patch(
     "/v1/webhooks/endpoints/{id}",
-    openapi_extra=takes("WebhookEndpointUpdate"),
-    responses=gives(ref("WebhookEndpoint")),
+    openapi_extra=takes(WebhookEndpointUpdate),
+    responses=gives(route_answers.WebhookEndpoint),
 )
 async def update_webhook_endpoint(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Change what is named in the body; ``enabled`` switches it off and on."""
-    body = await body_as(EndpointUpdate, request)
+    body = await body_as(WebhookEndpointUpdate, request)
     if body.url is not msgspec.UNSET:
         _check_url(request, body.url)
     async with desk.deciding:
@@ -173,7 +132,7 @@ async def update_webhook_endpoint(request: Request, desk: AtDesk, token: Writer,
     return answer(endpoint_shape(endpoint), desk.view.as_of)
 
 
-def _updated(endpoint: Endpoint, body: EndpointUpdate, now: datetime) -> Endpoint:
+def _updated(endpoint: Endpoint, body: WebhookEndpointUpdate, now: datetime) -> Endpoint:
     changes: dict[str, Any] = {"modified_at": now}
     if body.url is not msgspec.UNSET:
         changes["url"] = body.url
@@ -188,7 +147,7 @@ def _updated(endpoint: Endpoint, body: EndpointUpdate, now: datetime) -> Endpoin
     return replace(endpoint, **changes)
 
 
-@router.patch("/v1/webhooks/endpoints/{id}/secret", responses=gives(ref("WebhookEndpoint")))
+@router.patch("/v1/webhooks/endpoints/{id}/secret", responses=gives(route_answers.WebhookEndpoint))
 async def rotate_webhook_secret(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Make a new ``secret``. The one before goes on signing for a day; older ones end now."""
     secret = new_secret()
@@ -197,10 +156,10 @@ async def rotate_webhook_secret(desk: AtDesk, token: Writer, id: UUID) -> Respon
         before = SigningSecret(endpoint.secrets[0].value, now + ROTATION)
         endpoint = replace(endpoint, secrets=[SigningSecret(secret), before], modified_at=now)
         await desk.decide(EndpointSet(endpoint))
-    return answer(endpoint_shape(endpoint) | {"secret": secret}, desk.view.as_of)
+    return answer(endpoint_shape(endpoint, secret), desk.view.as_of)
 
 
-@router.delete("/v1/webhooks/endpoints/{id}", status_code=204, responses=gives(None, 204))
+@router.delete("/v1/webhooks/endpoints/{id}", status_code=204, responses=gives(status=204))
 async def delete_webhook_endpoint(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Tell this address nothing more."""
     async with desk.deciding:

@@ -4,19 +4,20 @@ A threshold is a line in a customer's usage or balance; reaching it is told to t
 ``meter.threshold_reached``. A source is another system that signs what it sends with a secret, at present Polar.
 """
 
-from decimal import Decimal
-from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec.structs import replace
 
-from aggregator.api.requests import AtDesk, WhichPage, answer, body_as, body_of, listed, on_page, shaped
-from aggregator.api.schemas import gives, page_of, ref, takes
-from aggregator.api.webhook_endpoints import Name, Reader, Writer
+from aggregator.api import route_answers
+from aggregator.api.bodies import body_as, shaped
+from aggregator.api.requests import AtDesk, WhichPage, answer, body_of, listed, on_page
+from aggregator.api.schemas import MeterThresholdCreate, WebhookSourceCreate, gives, page_of, takes
+from aggregator.api.webhook_endpoints import Reader, Writer
 from aggregator.service.errors import NotFound, Refused
 from aggregator.service.service import Desk
+from meters import exact_json
 from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, is_number_text, parse_amount
 from meters.catalogue import Token
 from meters.webhooks import SigningSecret, Source, SourceSet, Threshold, ThresholdSet
@@ -29,47 +30,29 @@ THRESHOLDS_MAX = 200
 SOURCES_MAX = 5
 """Sources of an organization: a delivery is held against every secret there is."""
 
-SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
-"""Characters of another system's secret: fewer can be guessed, and Polar's have 49."""
 
-
-class ThresholdCreate(msgspec.Struct):
-    """What a new threshold is made of."""
-
-    meter_id: UUID
-    measure: Literal["usage", "balance"]
-    value: Decimal
-    unit: Literal["units", "percent"] = "units"
-    customer_id: UUID | None = None
-
-
-class SourceCreate(msgspec.Struct):
-    """What a new source is made of."""
-
-    secret: Annotated[str, msgspec.Meta(min_length=SECRET_LENGTH_MIN, max_length=SECRET_LENGTH_MAX)]
-    name: Name | None = None
-
-
-def threshold_shape(threshold: Threshold) -> dict[str, Any]:
+def threshold_shape(threshold: Threshold) -> route_answers.MeterThreshold:
     """A threshold."""
-    return {name: getattr(threshold, name) for name in threshold.__struct_fields__}
+    value = msgspec.Raw(exact_json.encode(threshold.value))
+    return route_answers.MeterThreshold(**msgspec.structs.asdict(threshold) | {"value": value})
 
 
-def source_shape(source: Source) -> dict[str, Any]:
+def source_shape(source: Source) -> route_answers.WebhookSource:
     """A source without its secret."""
-    return {name: getattr(source, name) for name in source.__struct_fields__ if name != "secret"}
+    shown = route_answers.WebhookSource.__struct_fields__
+    return route_answers.WebhookSource(**{name: getattr(source, name) for name in shown})
 
 
 @router.post(
     "/v1/webhooks/thresholds",
     status_code=201,
-    openapi_extra=takes("MeterThresholdCreate"),
-    responses=gives(ref("MeterThreshold"), 201),
+    openapi_extra=takes(MeterThresholdCreate),
+    responses=gives(route_answers.MeterThreshold, status=201),
 )
 async def create_threshold(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Watch a line: ``usage`` from below or ``balance`` from above, in units or in percent of the credits."""
     given = await body_of(request)
-    body = shaped(ThresholdCreate, given)
+    body = shaped(MeterThresholdCreate, given)
     meter_id, customer_id = str(body.meter_id), str(body.customer_id) if body.customer_id else None
     async with desk.deciding:
         _check(desk, token, body, given["value"])
@@ -81,7 +64,7 @@ async def create_threshold(request: Request, desk: AtDesk, token: Writer) -> Res
     return answer(threshold_shape(threshold), desk.view.as_of, 201)
 
 
-def _check(desk: Desk, token: Token, body: ThresholdCreate, value: object) -> None:
+def _check(desk: Desk, token: Token, body: MeterThresholdCreate, value: object) -> None:
     if (isinstance(value, str) and not is_number_text(value)) or parse_amount(str(body.value)) != body.value:
         message = f"Input should be a number of at most {INTEGER_DIGITS_MAX} digits and {DECIMALS} decimals"
         raise Refused("value_error", ("body", "value"), message)
@@ -93,14 +76,14 @@ def _check(desk: Desk, token: Token, body: ThresholdCreate, value: object) -> No
         raise Refused("value_error", ("body",), f"An organization has at most {THRESHOLDS_MAX} thresholds.")
 
 
-@router.get("/v1/webhooks/thresholds", responses=gives(page_of("MeterThreshold")))
+@router.get("/v1/webhooks/thresholds", responses=gives(page_of(route_answers.MeterThreshold)))
 async def list_thresholds(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
     """The organization's thresholds, oldest first."""
     found = desk.catalogue.webhooks.thresholds_of(token.organization_id)
     return answer(listed([threshold_shape(one) for one in on_page(found, page)], len(found), page), desk.view.as_of)
 
 
-@router.delete("/v1/webhooks/thresholds/{id}", status_code=204, responses=gives(None, 204))
+@router.delete("/v1/webhooks/thresholds/{id}", status_code=204, responses=gives(status=204))
 async def delete_threshold(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Watch this line no longer."""
     async with desk.deciding:
@@ -114,12 +97,12 @@ async def delete_threshold(desk: AtDesk, token: Writer, id: UUID) -> Response:
 @router.post(
     "/v1/webhooks/sources",
     status_code=201,
-    openapi_extra=takes("WebhookSourceCreate"),
-    responses=gives(ref("WebhookSource"), 201),
+    openapi_extra=takes(WebhookSourceCreate),
+    responses=gives(route_answers.WebhookSource, status=201),
 )
 async def create_source(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Listen to what a Polar organization sends to ``/webhooks/polar``, signed with this ``secret``."""
-    body = await body_as(SourceCreate, request)
+    body = await body_as(WebhookSourceCreate, request)
     async with desk.deciding:
         webhooks = desk.catalogue.webhooks
         if len(webhooks.sources_of(token.organization_id)) >= SOURCES_MAX:
@@ -134,14 +117,14 @@ async def create_source(request: Request, desk: AtDesk, token: Writer) -> Respon
     return answer(source_shape(source), desk.view.as_of, 201)
 
 
-@router.get("/v1/webhooks/sources", responses=gives(page_of("WebhookSource")))
+@router.get("/v1/webhooks/sources", responses=gives(page_of(route_answers.WebhookSource)))
 async def list_sources(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
     """The systems that are listened to, oldest first."""
     found = desk.catalogue.webhooks.sources_of(token.organization_id)
     return answer(listed([source_shape(one) for one in on_page(found, page)], len(found), page), desk.view.as_of)
 
 
-@router.delete("/v1/webhooks/sources/{id}", status_code=204, responses=gives(None, 204))
+@router.delete("/v1/webhooks/sources/{id}", status_code=204, responses=gives(status=204))
 async def delete_source(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Listen no longer."""
     async with desk.deciding:

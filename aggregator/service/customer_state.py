@@ -4,16 +4,21 @@ The same object is answered here and told to webhooks. It is worked out from mem
 new as the balances are.
 """
 
+from typing import Any
+
+import msgspec
+
+from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meters
-from aggregator.service.serializers import Json, customer_shape, number
+from aggregator.service.serializers import customer_shape, number
 from aggregator.service.service import Desk
-from meters.benefits import METER_CREDIT, Grant, Subscription
+from meters.benefits import Grant, Subscription
 from meters.catalogue import Customer
 from meters.polar_meters import here, meters_here
 from meters.price import charge
 
 
-async def state_of(desk: Desk, customer: Customer) -> Json:
+async def state_of(desk: Desk, customer: Customer) -> answers.CustomerState:
     """The state as of now. Raises Unavailable while too many meters are still being counted.
 
     A customer who was deleted has no meters any more: usage under the same names is nobody's, or another customer's.
@@ -24,30 +29,30 @@ async def state_of(desk: Desk, customer: Customer) -> Json:
     by_meter = {one.meter.id: one for one in found}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
     grants = [one for one in catalogue.benefits.grants_of(customer.id) if one.is_held]
-    return customer_shape(customer) | {
-        "active_subscriptions": [_subscription(desk, one, by_meter) for one in subscriptions],
-        "granted_benefits": [
-            {
-                "id": grant.id,
-                "created_at": grant.created_at,
-                "modified_at": grant.modified_at,
-                "granted_at": grant.granted_at,
-                "benefit_id": grant.benefit_id,
-                "benefit_type": METER_CREDIT,
-                "benefit_metadata": catalogue.benefits.benefits[grant.benefit_id].metadata,
-                "properties": grant_properties(here(catalogue, grant)),
-            }
+    return answers.CustomerState(
+        **msgspec.structs.asdict(customer_shape(customer)),
+        active_subscriptions=[_subscription(desk, one, by_meter) for one in subscriptions],
+        granted_benefits=[
+            answers.CustomerStateBenefitGrant(
+                id=grant.id,
+                created_at=grant.created_at,
+                modified_at=grant.modified_at,
+                granted_at=grant.granted_at,
+                benefit_id=grant.benefit_id,
+                benefit_metadata=catalogue.benefits.benefits[grant.benefit_id].metadata,
+                properties=grant_properties(here(catalogue, grant)),
+            )
             for grant in grants
         ],
-        "active_meters": [
-            meter_numbers(one) | {"balance": number(one.balance)}
+        active_meters=[
+            answers.CustomerStateMeter(**meter_numbers(one), balance=number(one.balance))
             for one in sorted(found, key=lambda one: (one.created_at, one.id))
         ],
-    }
+    )
 
 
-def meter_numbers(one: CustomerMeter) -> Json:
-    """What every shape of a customer's meter has."""
+def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
+    """The fields of ``answers.MeterNumbers``, for the structs that add to them."""
     return {
         "id": one.id,
         "created_at": one.created_at,
@@ -58,20 +63,24 @@ def meter_numbers(one: CustomerMeter) -> Json:
     }
 
 
-def grant_properties(grant: Grant) -> Json:
+def grant_properties(grant: Grant) -> answers.GrantProperties:
     """What a grant credited last; nothing before it did."""
     if grant.last_credited_at is None:
-        return {}
-    names = ("last_credited_meter_id", "last_credited_units", "last_credited_at")
-    return {name: getattr(grant, name) for name in names}
+        return answers.GrantProperties()
+    return answers.GrantProperties(grant.last_credited_meter_id, grant.last_credited_units, grant.last_credited_at)
 
 
-def _subscription(desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]) -> Json:
-    unknown = ("organization_id", "customer_id", "ended_at", "meter_ids")
-    fields = {name: getattr(held, name) for name in held.__struct_fields__ if name not in unknown}
-    priced = meters_here(desk.catalogue, held.organization_id, held.meter_ids)
-    meters = [meter_numbers(one) | {"amount": _amount(desk, one)} for id in priced if (one := by_meter.get(id))]
-    return fields | {"meters": meters}
+def _subscription(
+    desk: Desk, held: Subscription, by_meter: dict[str, CustomerMeter]
+) -> answers.CustomerStateSubscription:
+    shown = answers.CustomerStateSubscription.__struct_fields__
+    fields = {name: getattr(held, name) for name in held.__struct_fields__ if name in shown}
+    meters = [
+        answers.CustomerStateSubscriptionMeter(**meter_numbers(one), amount=_amount(desk, one))
+        for id in meters_here(desk.catalogue, held.organization_id, held.meter_ids)
+        if (one := by_meter.get(id))
+    ]
+    return answers.CustomerStateSubscription(**fields, meters=meters)
 
 
 def _amount(desk: Desk, one: CustomerMeter) -> int:

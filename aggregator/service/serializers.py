@@ -1,4 +1,4 @@
-"""Things as Polar's clients expect them: every field they insist on, and digits as they were sent.
+"""Serializers: the API's answers (``aggregator.api.answers``) made from stored things, with digits as they were sent.
 
 Metadata goes out as the tokens that came in. The exceptions are the reserved keys: ``_cost.amount`` is a string,
 because both Python clients want one, with a decimal at the least, because Polar writes doubles; numbers that were sent
@@ -10,6 +10,7 @@ from decimal import Decimal
 
 import msgspec
 
+from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter
 from aggregator.store.queries.dead_letters import DeadLetter
 from aggregator.store.queries.events import EventName, StoredEvent
@@ -34,99 +35,96 @@ def number(amount: Decimal) -> msgspec.Raw:
     return msgspec.Raw(amount_text(amount).encode())
 
 
-_UNKNOWN = ("billing_name", "billing_address", "tax_id", "locale", "default_payment_method_id")
-_OWN = ("id", "created_at", "modified_at", "email", "email_verified", "type", "name", *_UNKNOWN)
-
-
-def customer_shape(customer: Customer) -> Json:
+def customer_shape(customer: Customer) -> answers.Customer:
     """A customer. What this product does not know (billing, avatars) is null."""
-    known = {
-        "id": customer.id,
-        "created_at": customer.created_at,
-        "modified_at": customer.modified_at,
-        "metadata": customer.metadata,
-        "external_id": customer.external_id,
-        "email": customer.email or (None if customer.type == TEAM else ""),
-        "email_verified": False,
-        "type": customer.type,
-        "name": customer.name,
-        "organization_id": customer.organization_id,
-        "deleted_at": customer.deleted_at,
-        "first_user_event_at": None,
-        "avatar_url": None,
-    }
-    return known | dict.fromkeys(_UNKNOWN)
+    return answers.Customer(
+        id=customer.id,
+        created_at=customer.created_at,
+        modified_at=customer.modified_at,
+        metadata=customer.metadata,
+        external_id=customer.external_id,
+        email=customer.email or (None if customer.type == TEAM else ""),
+        type=customer.type,
+        name=customer.name,
+        organization_id=customer.organization_id,
+        deleted_at=customer.deleted_at,
+    )
 
 
-def portal_customer_shape(customer: Customer) -> Json:
+def portal_customer_shape(customer: Customer) -> answers.PortalCustomer:
     """A customer as they see themselves, without what the organization keeps about them and calls them."""
-    shape = customer_shape(customer)
-    return {name: shape[name] for name in _OWN} | {"oauth_accounts": {}}
+    shape = msgspec.structs.asdict(customer_shape(customer))
+    shown = answers.PortalCustomer.__struct_fields__
+    return answers.PortalCustomer(**{name: value for name, value in shape.items() if name in shown})
 
 
-def customer_meter_shape(one: CustomerMeter) -> Json:
+def customer_meter_shape(one: CustomerMeter) -> answers.CustomerMeter:
     """A customer meter, with the customer and the meter whole."""
-    return {
-        "id": one.id,
-        "created_at": one.created_at,
-        "modified_at": one.modified_at,
-        "customer_id": one.customer.id,
-        "meter_id": one.meter.id,
-        "consumed_units": number(one.consumed),
-        "credited_units": number(one.credited),
-        "balance": number(one.balance),
-        "customer": customer_shape(one.customer),
-        "meter": _encoded(one.meter),
-    }
+    return answers.CustomerMeter(
+        id=one.id,
+        created_at=one.created_at,
+        modified_at=one.modified_at,
+        customer_id=one.customer.id,
+        meter_id=one.meter.id,
+        consumed_units=number(one.consumed),
+        credited_units=number(one.credited),
+        balance=number(one.balance),
+        customer=customer_shape(one.customer),
+        meter=_encoded(one.meter),
+    )
 
 
-def entry_shape(entry: Entry) -> Json:
+def meter_shape(meter: Meter) -> answers.Meter:
+    """A meter."""
+    return answers.Meter(**meter_json(meter))
+
+
+def entry_shape(entry: Entry) -> answers.LedgerEntry:
     """A movement of a balance. ``units`` is what the balance changed by, ``stated_units`` what a credit said."""
     usage = entry.usage
-    return {
-        "id": entry.id,
-        "at": entry.at,
-        "cause": entry.cause,
-        "units": number(entry.units),
-        "balance": number(entry.balance),
-        "stated_units": None if entry.stated is None else number(entry.stated),
-        "rollover": entry.rollover,
-        "reference": entry.reference,
-        "events": usage.count if usage else None,
-        "arrived_from": usage.arrived_from if usage else None,
-        "arrived_until": usage.arrived_until if usage else None,
-    }
+    return answers.LedgerEntry(
+        id=entry.id,
+        at=entry.at,
+        cause=entry.cause,
+        units=number(entry.units),
+        balance=number(entry.balance),
+        stated_units=None if entry.stated is None else number(entry.stated),
+        rollover=entry.rollover,
+        reference=entry.reference,
+        events=usage.count if usage else None,
+        arrived_from=usage.arrived_from if usage else None,
+        arrived_until=usage.arrived_until if usage else None,
+    )
 
 
-def credit_shape(credit: Credit | CreditGranted, customer_id: str, meter_id: str) -> Json:
+def credit_shape(credit: Credit | CreditGranted, customer_id: str, meter_id: str) -> answers.Credit:
     """Units that came, or went where they are negative."""
-    return {
-        "id": credit.id,
-        "at": credit.at,
-        "customer_id": customer_id,
-        "meter_id": meter_id,
-        "units": number(credit.units),
-        "rollover": credit.rollover,
-        "cause": credit.cause,
-        "reference": credit.reference,
-    }
+    return answers.Credit(
+        id=credit.id,
+        at=credit.at,
+        customer_id=customer_id,
+        meter_id=meter_id,
+        units=number(credit.units),
+        rollover=credit.rollover,
+        cause=credit.cause,
+        reference=credit.reference,
+    )
 
 
-def reset_shape(reset: MeterReset) -> Json:
+def reset_shape(reset: MeterReset) -> answers.Reset:
     """Where a customer's meters begin anew, and what of their credits goes on."""
-    carried = {meter_id: number(units) for meter_id, units in reset.rollover.items()}
-    return {
-        "id": reset.id,
-        "at": reset.at,
-        "customer_id": reset.customer_id,
-        "meter_ids": reset.meter_ids,
-        "rollover": carried,
-    }
+    return answers.Reset(
+        id=reset.id,
+        at=reset.at,
+        customer_id=reset.customer_id,
+        meter_ids=reset.meter_ids,
+        rollover={meter_id: number(units) for meter_id, units in reset.rollover.items()},
+    )
 
 
-def price_shape(meter_id: str, price: Price) -> Json:
+def price_shape(meter_id: str, price: Price) -> answers.Price:
     """A price; the unit amount is a string, so that no client bends its digits."""
-    return {"meter_id": meter_id, "unit_amount": amount_text(price.unit_amount), "cap_amount": price.cap_amount}
+    return answers.Price(meter_id, amount_text(price.unit_amount), price.cap_amount)
 
 
 _texts: dict[str, tuple[Meter, msgspec.Raw]] = {}  # by the meter's id
@@ -136,33 +134,33 @@ def _encoded(meter: Meter) -> msgspec.Raw:
     """The meter's shape as JSON, made once for each state of a meter: lists of balances repeat it in every item."""
     held = _texts.get(meter.id)
     if held is None or held[0] is not meter:
-        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_json(meter)))
+        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_shape(meter)))
     return held[1]
 
 
 def event_shape(
     event: StoredEvent, organization_id: str, catalogue: Catalogue, children: int, sums: Mapping[str, Decimal]
-) -> Json:
+) -> answers.Event:
     """An event. ``sums`` are written over its metadata, under their dotted paths."""
     customer_id = event.who if event.kind == "customer" else None
     external_id = event.who if event.kind == "external" else None
     customer = _customer(catalogue, organization_id, customer_id, external_id)
-    return {
-        "id": event_id(event.id_hi, event.id_lo),
-        "timestamp": event.timestamp,
-        "organization_id": organization_id,
-        "customer_id": customer_id,
-        "customer": customer_shape(customer) if customer else None,
-        "external_customer_id": external_id,
-        "member_id": event.member_id,
-        "external_member_id": event.external_member_id,
-        "child_count": children,
-        "parent_id": event_id(*event.parent) if event.parent else None,
-        "label": event.name,
-        "source": event.source,
-        "name": event.name,
-        "metadata": metadata_shape(event.metadata, sums),
-    }
+    return answers.Event(
+        id=event_id(event.id_hi, event.id_lo),
+        timestamp=event.timestamp,
+        organization_id=organization_id,
+        customer_id=customer_id,
+        customer=customer_shape(customer) if customer else None,
+        external_customer_id=external_id,
+        member_id=event.member_id,
+        external_member_id=event.external_member_id,
+        child_count=children,
+        parent_id=event_id(*event.parent) if event.parent else None,
+        label=event.name,
+        source=event.source,
+        name=event.name,
+        metadata=metadata_shape(event.metadata, sums),
+    )
 
 
 def _customer(
@@ -173,7 +171,7 @@ def _customer(
     return catalogue.customer_by_external_id(organization_id, external_id) if external_id is not None else None
 
 
-def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> Json | msgspec.Raw:
+def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> msgspec.Raw:
     """An event's metadata, mostly the text that is stored."""
     if not sums and '"_cost"' not in text and '"_llm"' not in text and "\\u005f" not in text.lower():
         return msgspec.Raw(text.encode())
@@ -183,7 +181,7 @@ def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> Json | msgspec.Raw
         fields[key] = _reserved(key, bytes(stored[key]))
     for path, amount in sums.items():
         _write(fields, path.split("."), amount)
-    return fields
+    return msgspec.Raw(exact_json.encode(fields))
 
 
 def _reserved(key: str, token: bytes) -> Json:
@@ -215,35 +213,35 @@ def _write(fields: Json, path: list[str], amount: Decimal) -> None:
         fields.setdefault("currency", "usd")
 
 
-def name_shape(name: EventName) -> Json:
+def name_shape(name: EventName) -> answers.EventName:
     """A name that events go by."""
-    return {
-        "name": name.name,
-        "label": name.name,
-        "source": name.source,
-        "occurrences": name.occurrences,
-        "first_seen": name.first_seen,
-        "last_seen": name.last_seen,
-    }
+    return answers.EventName(
+        name=name.name,
+        label=name.name,
+        source=name.source,
+        occurrences=name.occurrences,
+        first_seen=name.first_seen,
+        last_seen=name.last_seen,
+    )
 
 
-def letter_shape(letter: DeadLetter, asking: str) -> Json:
+def letter_shape(letter: DeadLetter, asking: str) -> answers.DeadLetter:
     """A dead letter, for the organization that asks. ``organization_id`` is what its record named, if anything.
 
     ``raw`` is its line, or the beginning where it ``is_cut``; bytes that are no UTF-8 are written as \\xNN.
     """
     place = letter.log_partition, letter.log_offset, letter.line
-    return {
-        "id": "-".join(map(str, place)),
-        "log_partition": letter.log_partition,
-        "log_offset": letter.log_offset,
-        "line": letter.line,
-        "organization_id": letter.organization_id,
-        "is_own": letter.organization_id == asking,
-        "reason": letter.reason,
-        "detail": letter.detail,
-        "raw": letter.raw.decode("utf-8", "backslashreplace"),
-        "is_cut": len(letter.raw) < letter.raw_bytes,
-        "ingested_at": letter.ingested_at,
-        "replayed_at": letter.replayed_at,
-    }
+    return answers.DeadLetter(
+        id="-".join(map(str, place)),
+        log_partition=letter.log_partition,
+        log_offset=letter.log_offset,
+        line=letter.line,
+        organization_id=letter.organization_id,
+        is_own=letter.organization_id == asking,
+        reason=letter.reason,
+        detail=letter.detail,
+        raw=letter.raw.decode("utf-8", "backslashreplace"),
+        is_cut=len(letter.raw) < letter.raw_bytes,
+        ingested_at=letter.ingested_at,
+        replayed_at=letter.replayed_at,
+    )

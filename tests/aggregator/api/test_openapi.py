@@ -12,10 +12,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from aggregator.api import create_app, ingest_document
 from aggregator.api.document import _page, _prose
-from aggregator.store.queries.scope import naive
-from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import Attempt, Message
-from meters.webhooks import STATE_CHANGED
+from tests.support.api_story import deliver
 from tests.support.servers.query_api import Server, Tenant
 
 DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them
@@ -63,19 +60,6 @@ def test_what_takes_metadata_says_so() -> None:
     }  # fmt: skip
     lists = {f"/v1/{name}/" for name in ("events", "meters", "customers", "benefits")}
     assert takes == {*lists, "/v1/meters/{id}/quantities"}
-
-
-def deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
-    """A webhook that an endpoint answered, and one for which it was not there."""
-    now = naive(tenant.server.now)
-    message = Message("told", endpoint, tenant.id, STATE_CHANGED, customer, "{}", now, now, now)
-    tries = [
-        Attempt(f"try {number}", "told", endpoint, tenant.id, number, now, 5, status, "as it went")
-        for number, status in enumerate((None, 200), 1)
-    ]
-    with tenant.server.aggregator.outbox() as connection:
-        outbox.put_messages(connection, [message], [])
-        outbox.mark(connection, [message._replace(status="delivered", settled_at=now)], tries)
 
 
 @pytest.fixture(scope="module")

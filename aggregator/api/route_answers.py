@@ -1,0 +1,391 @@
+"""Definitions of answers that one module of routes builds: usage, charges, metrics, feed, portal and webhooks.
+
+``aggregator.api.answers`` has the field types, and the objects that several routes and webhooks share.
+"""
+
+from datetime import date
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from aggregator.service.answers import (
+    EXAMPLE_ID,
+    Answer,
+    Balance,
+    Cents,
+    Consumed,
+    Count,
+    Credited,
+    Customer,
+    EndTime,
+    ExternalId,
+    Id,
+    MeterNumbers,
+    Number,
+    Position,
+    Price,
+    Stamped,
+    Time,
+)
+from aggregator.webhooks.outbox import Status
+from meters.credit import Cause
+from meters.meter import Unit
+from meters.webhooks import API_VERSION, EventType
+
+
+class Readiness(Answer):
+    """The service is ready, and has counted the log up to these positions."""
+
+    status: Literal["ready"]
+    as_of: Annotated[dict[str, int], Meta(description="The offset of each partition.", examples=[{"0": 18}])]
+
+
+class Quantity(Answer):
+    """What a meter counted in one interval."""
+
+    timestamp: Time
+    quantity: Number
+
+
+class Quantities(Answer):
+    """What a meter counted, interval by interval."""
+
+    quantities: list[Quantity]
+    total: Number
+
+
+class Usage(Answer):
+    """One customer's total of a meter."""
+
+    meter_id: Id
+    customer_id: str | None
+    external_customer_id: ExternalId | None
+    value: Annotated[str, Meta(description="The total, with all its digits.", examples=["812"])]
+    count: Annotated[Count, Meta(description="Events that count; for ``unique``, the distinct values.")]
+
+
+class TopCustomer(Answer):
+    """What a meter would count of one customer."""
+
+    customer_id: str | None
+    external_customer_id: ExternalId | None
+    quantity: Number
+
+
+class Preview(Answer):
+    """What a meter would count of the events that are stored."""
+
+    total: Number
+    events: Count
+    customers: Count
+    first_seen: Time | None
+    last_seen: Time | None
+    top_customers: list[TopCustomer]
+
+
+class Charge(Price):
+    """What one meter comes to in the running period. Credits are used first."""
+
+    meter_name: Annotated[str, Meta(examples=["Tokens"])]
+    period_start: Time | None
+    consumed_units: Consumed
+    credited_units: Credited
+    billed_units: Annotated[Number, Meta(examples=[0])]
+    amount: Annotated[Cents, Meta(examples=[0])]
+
+
+class Charges(Answer):
+    """What a customer's running period comes to. An estimate: it bills nobody."""
+
+    customer_id: Id
+    items: list[Charge]
+    amount: Annotated[Cents, Meta(examples=[0])]
+
+
+class MetricInfo(Answer):
+    """How a metric is shown."""
+
+    slug: Annotated[str, Meta(examples=["costs"])]
+    display_name: Annotated[str, Meta(examples=["Costs"])]
+    type: Annotated[str, Meta(examples=["currency_sub_cent"])]
+
+
+class Metrics(Answer):
+    """Metrics period by period, and over the whole range. Amounts are in cents."""
+
+    periods: list[Annotated[dict[str, Time | Number], Meta(
+        description="``timestamp`` is the period's start; every other field is a metric.",
+        examples=[{"timestamp": "2026-03-01T00:00:00Z", "costs": 12.5}],
+        extra_json_schema={"required": ["timestamp"]},
+    )]]  # fmt: skip
+    totals: Annotated[dict[str, Number], Meta(examples=[{"costs": 12.5}])]
+    metrics: Annotated[dict[str, MetricInfo], Meta(
+        examples=[{"costs": {"slug": "costs", "display_name": "Costs", "type": "currency_sub_cent"}}]
+    )]  # fmt: skip
+
+
+class IntervalLimits(Answer):
+    """How many days a range may have."""
+
+    min_days: Count
+    max_days: Count
+
+
+class MetricsLimits(Answer):
+    """The ranges that metrics can be asked for."""
+
+    min_date: Annotated[date, Meta(examples=["2023-01-01"])]
+    intervals: Annotated[dict[str, IntervalLimits], Meta(examples=[{"day": {"min_days": 0, "max_days": 367}}])]
+
+
+class FeedEvent(Answer, kw_only=True):
+    """An event as it can be sent on: with one of the two names of its customer."""
+
+    name: Annotated[str, Meta(examples=["llm.call"])]
+    timestamp: Time
+    external_id: Annotated[str, Meta(examples=["call-1"])]
+    customer_id: str | UnsetType = UNSET
+    external_customer_id: ExternalId | UnsetType = UNSET
+    member_id: str | UnsetType = UNSET
+    external_member_id: str | UnsetType = UNSET
+    parent_id: str | UnsetType = UNSET
+    metadata: Annotated[Raw, Meta(extra_json_schema={"type": "object"}, examples=[{"tokens": 812}])]
+
+
+class FeedItem(Answer):
+    """An event and its place in the log."""
+
+    place: Position
+    ingested_at: Time
+    event: FeedEvent
+
+
+class FeedPage(Answer):
+    """The next events of the log."""
+
+    items: list[FeedItem]
+    position: Position
+
+
+class FeedBacklog(Answer):
+    """How many events stand behind a position."""
+
+    events: Count
+    oldest_ingested_at: Time | None
+
+
+class FeedCustomer(Answer, kw_only=True):
+    """How many events a customer has, by one of the two names."""
+
+    customer_id: str | UnsetType = UNSET
+    external_customer_id: ExternalId | UnsetType = UNSET
+    events: Count
+
+
+class FeedCustomers(Answer):
+    """The customers with most events behind a position, and how many customers there are."""
+
+    items: list[FeedCustomer]
+    count: Count
+
+
+class FeedGroup(Answer, kw_only=True):
+    """What the events of one meter, customer and window of time add up to."""
+
+    meter_id: Id
+    customer_id: str | UnsetType = UNSET
+    external_customer_id: ExternalId | UnsetType = UNSET
+    window: Time
+    count: Count
+    sum: Number
+
+
+class FeedRollup(Answer):
+    """What the events behind a position add up to."""
+
+    items: list[FeedGroup]
+    position: Position
+
+
+class FeedTrafficRollup(Answer):
+    """How many events a rollup would make of a meter's events."""
+
+    meter_id: Id
+    events: Count
+
+
+class FeedTraffic(Answer):
+    """What came in since a time."""
+
+    events: Count
+    metadata_bytes: Count
+    busiest_minute: Annotated[Count, Meta(description="Events of the minute that had most of them.")]
+    rollups: list[FeedTrafficRollup]
+
+
+class CustomerSession(Stamped, kw_only=True):
+    """A session of a customer. The portal is the application's own: the path is that of its numbers."""
+
+    expires_at: Time
+    return_url: str | None
+    customer_portal_url: str = "/v1/customer-portal/usage"
+    customer_id: Id
+    customer: Customer
+    token: Annotated[str, Meta(description="Opens the portal; shown here alone.", examples=["polar_cst_..."])]
+
+
+class PortalMeterName(Stamped):
+    """The name of a meter."""
+
+    name: Annotated[str, Meta(examples=["Tokens"])]
+
+
+class PortalMeter(MeterNumbers):
+    """The viewer's balance of one meter."""
+
+    customer_id: Id
+    balance: Balance
+    meter: PortalMeterName
+
+
+class PortalSession(Answer):
+    """Until when a session is valid."""
+
+    expires_at: Time
+    return_url: str | None
+
+
+class PortalUsageMeter(Answer):
+    """How a meter is shown."""
+
+    id: Id
+    name: Annotated[str, Meta(examples=["Tokens"])]
+    unit: Annotated[Unit, Meta(examples=["token"])]
+    custom_label: str | None
+    custom_multiplier: int | None
+
+
+class PortalPeriod(Answer):
+    """The running period; without an end where no subscription has one."""
+
+    start: Time | None
+    end: Time | None
+
+
+class PortalCredit(Answer):
+    """Units that were credited, or taken back where they are negative."""
+
+    at: Time
+    units: Number
+    cause: Cause
+    rollover: bool
+
+
+class PortalUsageItem(Answer):
+    """What a portal shows of one meter."""
+
+    meter: PortalUsageMeter
+    usage: Consumed
+    limit: Annotated[Credited, Meta(description="The units credited; null without credits.")] | None
+    balance: Balance
+    percentage: Annotated[
+        Annotated[Number, Meta(examples=[81.2])] | None, Meta(description="The part of the limit that is used.")
+    ]
+    period: PortalPeriod
+    amount: Annotated[Cents, Meta(description="What the period costs so far, in cents; null without a price.")] | None
+    credits: list[PortalCredit]
+
+
+class PortalUsage(Answer):
+    """What a portal shows."""
+
+    customer_id: Id
+    items: list[PortalUsageItem]
+
+
+class WebhookEndpoint(Answer, kw_only=True):
+    """An address that is sent webhooks."""
+
+    id: Id
+    organization_id: Id
+    url: Annotated[str, Meta(examples=["https://example.com/webhooks"])]
+    events: list[EventType]
+    created_at: Time
+    name: str | None
+    modified_at: Time | None
+    disabled_at: EndTime
+    disabled_reason: str | None
+    deleted_at: EndTime
+    enabled: bool
+    format: Literal["raw"] = "raw"
+    secret: Annotated[str, Meta(description="Shown when it is made, and masked afterwards.", examples=["whsec_..."])]
+    api_version: str = API_VERSION
+    uses_standard_webhook_signature: bool = True
+
+
+class MeterThreshold(Answer):
+    """A line in the usage or balance of one customer, or of every customer."""
+
+    id: Id
+    organization_id: Id
+    meter_id: Id
+    measure: Literal["usage", "balance"]
+    unit: Literal["units", "percent"]
+    value: Annotated[Number, Meta(examples=[80])]
+    created_at: Time
+    customer_id: Id | None
+    deleted_at: EndTime
+
+
+class WebhookEvent(Answer, kw_only=True):
+    """What is sent to an endpoint. Nothing is skipped or archived: what is listed can be sent again."""
+
+    id: Annotated[str, Meta(description="The ``webhook-id`` of every attempt.", examples=[EXAMPLE_ID])]
+    created_at: Time
+    modified_at: Time | None
+    type: EventType
+    api_version: str = API_VERSION
+    skipped: bool = False
+    is_archived: bool = False
+    customer_id: Id
+    status: Status
+    payload: Annotated[str, Meta(examples=['{"type":"customer.state_changed"}'])]
+
+
+class WebhookDelivery(Answer):
+    """One attempt to deliver a webhook. ``response`` says why an endpoint did not answer: answers are not kept."""
+
+    id: Annotated[str, Meta(examples=[EXAMPLE_ID])]
+    created_at: Time
+    modified_at: EndTime
+    succeeded: bool
+    http_code: Annotated[int, Meta(ge=0, examples=[200])] | None
+    response: str | None
+    outcome: Annotated[str, Meta(examples=["200 OK"])]
+    took_ms: Count
+    attempt: Count
+    endpoint_id: Id
+    webhook_event: WebhookEvent
+
+
+class WebhookRedelivery(Answer):
+    """How many endpoints a webhook is sent to again."""
+
+    id: Id
+    endpoints: Count
+
+
+class WebhookAccepted(Answer):
+    """What became of a webhook of Polar's."""
+
+    status: Literal["accepted", "repeated", "ignored"]
+
+
+class WebhookSource(Answer):
+    """A Polar organization whose webhooks are accepted."""
+
+    id: Id
+    organization_id: Id
+    created_at: Time
+    name: str | None
+    deleted_at: EndTime
