@@ -15,7 +15,8 @@ ROOMS = ("meters", "ingest", "aggregator", "deploy", "benchmarks", "tests")
 PRODUCT = ("meters", "ingest", "aggregator", "deploy")
 
 FUNCTION_LINES_MAX = 70  # what still fits on a screen
-FILE_LINES_MAX = 400  # what can be read in one sitting
+FILE_LINES_MAX = 600  # from here on, look again: is this one subject?
+LONG_FILES: dict[str, str] = {}  # the path of a longer file, and the reason why it stays whole
 NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "misc"}  # a name that says nothing
 ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj"}  # a full word costs nothing
 ENVIRONMENT_HOME = "deploy/settings.py"
@@ -98,11 +99,13 @@ def test_functions_fit_on_a_screen() -> None:
     assert_none(too_long())
 
 
-def test_files_can_be_read_in_one_sitting() -> None:
-    """No Python file is longer than 400 lines."""
-    lengths = ((path, len(path.read_text(encoding="utf-8").splitlines())) for path in python_files())
+def test_a_long_file_has_a_reason() -> None:
+    """A Python file over 600 lines stands in LONG_FILES with its reason, and no other file stands there."""
+    lengths = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    long = {name for name, lines in lengths.items() if lines > FILE_LINES_MAX}
 
-    assert_none(f"{place(path)} has {lines} lines" for path, lines in lengths if lines > FILE_LINES_MAX)
+    assert_none(f"{name} has {lengths[name]} lines and no reason" for name in long - set(LONG_FILES))
+    assert_none(f"{name} needs no reason" for name in set(LONG_FILES) - long)
 
 
 def test_every_module_has_a_name_that_says_something() -> None:
