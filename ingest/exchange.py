@@ -15,10 +15,10 @@ from collections.abc import Callable
 from ingest import answers, telemetry
 from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
+from ingest.heads import ordinary_headers
 from ingest.request import Opened
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
-_UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -27,10 +27,8 @@ def ordinary(method: bytes, url: bytes, headers: Headers) -> dict[bytes, bytes] 
     """The headers of an ordinary ingest request by name; None for any other request."""
     if url not in URLS or method != b"POST":
         return None
-    by_name = dict(headers)
-    if len(by_name) < len(headers) or b"host" not in by_name or b"content-length" not in by_name:
-        return None
-    return by_name if _UNUSUAL.isdisjoint(by_name) else None
+    by_name = ordinary_headers(headers)
+    return by_name if by_name is not None and b"content-length" in by_name else None
 
 
 class _Nobody:

@@ -4,28 +4,26 @@ Balances are asked for before nearly everything that an application does. As an 
 coroutines and three messages, twice what the query API needs to find the answer. Here the request is written to a kept
 connection of ``ingest.passthrough``, and the answer, once it is whole, to the client, in the turn in which it arrives.
 
-Only reads take it that the query API answers from memory, with nothing unusual in their heads, while few of them are
-out. Whatever comes of one but a whole answer of ordinary size, the ASGI way asks again, which may be done because it
-is a read: how long to wait, what to say of an API that is away, and streams are decided there alone. So is how many
-questions one organization may have out, and how many in a minute: where the latter is limited nothing is relayed.
+Only reads take it that the query API answers from memory (``meters.fast_paths``), with nothing unusual in their heads,
+while few of them are out. Whatever comes of one but a whole answer of ordinary size, the ASGI way asks again, which may
+be done because it is a read: how long to wait, what to say of an API that is away, and streams are decided there alone.
+So is how many questions one organization may have out, and how many in a minute: where the latter is limited nothing
+is relayed.
 """
 
 import asyncio
-import re
 from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
+from ingest.heads import ordinary_headers
 from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, RELAYED_MAX
 from ingest.passthrough import NOT_PASSED_BACK, Connection, Upstream, end_to_end, request_of
+from meters.fast_paths import FAST_PATHS
 
-_READS = re.compile(rb"/v1/(customer-meters/[^/]*|meters/[^/]+/usage|customers/(external/)?[^/]+/state)")
-_UNUSUAL = frozenset({
-    b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin", b"prefer",
-    b"log-position",  # which may have to be waited for
-})  # fmt: skip
+_UNUSUAL = frozenset({b"content-length", b"prefer", b"log-position"})  # which have to be read, or waited for
 _WITHOUT_BODY = frozenset({204, 304})
 
 
@@ -114,12 +112,11 @@ _NOT_PASSED_BACK = NOT_PASSED_BACK | {b"content-length"}
 
 def _ordinary(cycle: RequestResponseCycle) -> bool:
     scope = cycle.scope
-    if scope["method"] != "GET" or not cycle.keep_alive or _READS.fullmatch(scope["raw_path"]) is None:
+    if scope["method"] != "GET" or not cycle.keep_alive or FAST_PATHS.fullmatch(scope["raw_path"]) is None:
         return False
-    headers = dict(scope["headers"])
+    headers = ordinary_headers(scope["headers"])  # type: ignore[arg-type]  # a list, as uvicorn makes it
     return (
-        len(headers) == len(scope["headers"])  # type: ignore[arg-type]  # a list, as uvicorn makes it
-        and b"host" in headers
+        headers is not None
         and headers.get(b"connection", b"keep-alive").lower() == b"keep-alive"
         and _UNUSUAL.isdisjoint(headers)
     )
