@@ -7,7 +7,6 @@ request pays for that with a few assignments. Ordinary requests do not become AS
 """
 
 import asyncio
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -158,10 +157,8 @@ class Protocol(HttpToolsProtocol):
 
     def _begin(self, headers: dict[bytes, bytes], length: int, *, keep_alive: bool) -> None:
         self.body_since_s = self.loop.time()
-        self.exchange = exchange = Exchange(
-            self.endpoint, self.server_state.default_headers, keep_alive=keep_alive,
-            write=self._write, done=self.on_response_complete,
-        )  # fmt: skip
+        default_headers = self.server_state.default_headers
+        self.exchange = exchange = Exchange(self.endpoint, self, default_headers, keep_alive=keep_alive)
         self.cycle = self.answering = exchange  # type: ignore[assignment]
         if self.known is not None and headers is self.known.headers:
             self.known_opened = exchange.begin(headers, length, self.known_opened)
@@ -175,12 +172,15 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answering = cycle
-        go_on = functools.partial(super()._start_asgi_task, cycle, app)
-        is_relayed = self.relay.may_take(cycle) and self.blocked_since_s is None
-        if not is_relayed or not self.relay.take(cycle, self._write, go_on):
-            go_on()
+        if self.blocked_since_s is not None or not self.relay.take(cycle, self):
+            super()._start_asgi_task(cycle, app)
 
-    def _write(self, data: bytes, keep_alive: bool) -> None:
+    def start_asgi(self, cycle: RequestResponseCycle) -> None:
+        """Serve a request through the ASGI application after all."""
+        super()._start_asgi_task(cycle, self.app)
+
+    def write_answer(self, data: bytes, *, keep_alive: bool) -> None:
+        """Send the bytes of a whole answer, and close the connection unless it is kept alive."""
         self.transport.write(data)
         if not keep_alive:
             self.transport.close()
