@@ -21,15 +21,12 @@ import uvicorn
 import uvloop
 
 from aggregator.api import create_app
-from aggregator.api.at_once import AtOnce, front
-from aggregator.api.borrowed import Borrowed
+from aggregator.api.at_once import front
 from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.lag import LagWatch
 from aggregator.owner import FINAL, Aggregator
-from aggregator.service.service import Desk
 from aggregator.store.opening import MODEST, Settings
 from aggregator.store.store import StillRead
-from aggregator.telemetry import Telemetry
 from aggregator.view import Unavailable
 from aggregator.webhook_sender import Sender
 from meters.log import Log
@@ -48,7 +45,6 @@ Listener = socket.socket  # which is the name of a field below
 class Process(NamedTuple):
     """Where the process works. ``socket`` is a unix socket's path; ``listener``, which is bound, is used without one.
 
-    ``lending`` is a unix socket's path, too: there gateways lend connections (``aggregator.api.borrowed``).
     ``housekeeping`` is called in a thread every HOUSEKEEPING_S, with the positions of the last commit; ``forwarding``
     is the file in which a forwarder says how far it got, for ``/metrics``; with ``private_targets`` webhooks may go to
     addresses that are not public. ``on_listening`` hears the address, a path or a host and a port, once it is open.
@@ -56,7 +52,6 @@ class Process(NamedTuple):
 
     store: Path
     socket: Path | None = None
-    lending: Path | None = None
     listener: Listener | None = None
     settings: Settings = MODEST
     housekeeping: Callable[[Mapping[int, int]], None] | None = None
@@ -98,29 +93,16 @@ def _keep_house(aggregator: Aggregator, housekeeping: Callable[[Mapping[int, int
 
 
 class _Server(uvicorn.Server):
-    """Tells where it listens, since port 0 is any; takes connections that gateways lend, and gives them back."""
+    """Tells where it listens, since port 0 is any."""
 
-    def __init__(self, config: uvicorn.Config, process: Process, desk: Desk, telemetry: Telemetry) -> None:
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[Any], None] | None) -> None:
         super().__init__(config)
-        self._process = process
-        own_headers = lambda: self.server_state.default_headers  # noqa: E731 - uvicorn makes them anew each second
-        self._borrowed = Borrowed(AtOnce(desk), own_headers, telemetry.borrowed_reads.inc)
-        telemetry.borrowed.set_function(lambda: len(self._borrowed.connections))
+        self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._process.lending is not None:
-            self._borrowed.listen(self._process.lending)
-        if self._process.on_listening is not None:
-            self._process.on_listening(self.servers[0].sockets[0].getsockname())
-
-    def give_back(self) -> None:
-        """All that gateways lent."""
-        self._borrowed.close()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.give_back()
-        await super().shutdown(sockets)
+        if self._on_listening is not None:
+            self._on_listening(self.servers[0].sockets[0].getsockname())
 
 
 async def _serve(aggregator: Aggregator, process: Process) -> None:
@@ -136,7 +118,7 @@ async def _serve(aggregator: Aggregator, process: Process) -> None:
         proxy_headers=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
         uds=str(process.socket) if process.socket else None,
     )  # fmt: skip
-    server = _Server(config, process, app.state.desk, aggregator.telemetry)
+    server = _Server(config, process.on_listening)
     try:
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(work) for work in (_watch(aggregator, server), sender.run())]
@@ -159,6 +141,5 @@ async def _watch(aggregator: Aggregator, server: _Server) -> None:
     while not aggregator.ended.is_set():  # noqa: ASYNC110 (set by a thread, which knows no loop)
         await asyncio.sleep(_WATCH_S)
     if isinstance(aggregator.failure, StillRead):
-        server.give_back()
         os._exit(START_AGAIN)  # a server that ends waits for its readers; nothing needs it, as after a kill
     server.should_exit = True

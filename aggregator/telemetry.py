@@ -66,12 +66,6 @@ class Telemetry:
         self.position = Gauge(
             "meterstream_position", "Next offset of usage.events, by partition", ["partition"], registry=self.registry
         )
-        self.borrowed = Gauge(
-            "meterstream_borrowed_connections", "Clients' connections that gateways lend now", registry=self.registry
-        )
-        self.borrowed_reads = Counter(
-            "meterstream_borrowed_reads", "Reads answered on connections that gateways lend", registry=self.registry
-        )
         self._freshness = Freshness()
         self.registry.register(self._freshness)
 

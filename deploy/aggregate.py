@@ -55,7 +55,7 @@ def _serve(data: DataDirectory, settings: Settings, *, alone: bool) -> None:
             process = process._replace(listener=listener)
         else:
             data.socket.unlink(missing_ok=True)  # left over from a process that was killed
-            process = process._replace(socket=data.socket, lending=data.lending)
+            process = process._replace(socket=data.socket)
         process = process._replace(
             forwarding=data.forwarding, private_targets=settings.webhook_private_targets,
             on_listening=_say_where if alone else None,

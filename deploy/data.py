@@ -3,7 +3,6 @@
     log.sqlite      the log, the only truth          any process may append, one aggregator reads; none with Kafka
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
-    lend.sock       the aggregator's, too            the gateway lends it connections of clients that only read
     forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
     reconcile/      tokens, an interrupted run,      ``meterstream reconcile`` alone
                     and the record of repairs
@@ -18,7 +17,6 @@ import contextlib
 import fcntl
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,11 +92,6 @@ class DataDirectory(msgspec.Struct, frozen=True):
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
             raise GiveUp(f"{path} is too long for a socket ({SOCKET_PATH_BYTES_MAX} bytes); give a shorter --data")
         return path
-
-    @property
-    def lending(self) -> Path | None:
-        """Where the aggregator takes connections that gateways lend. Tried on Linux alone, and so only there."""
-        return self.path / "lend.sock" if sys.platform == "linux" else None
 
     def lost_log(self) -> "LostLog | None":
         """What is left of an installation whose log's file is gone; a new log would take events that nobody counts."""

@@ -55,7 +55,6 @@ def run(settings: Settings, lifeline: int | None, listener: int | None) -> None:
                 port=settings.port,
                 upstream=settings.upstream or f"unix:{data.socket}",
                 requests_per_minute=settings.requests_per_minute,
-                lending=str(data.lending) if data.lending and not settings.upstream else None,
             ),
             [_own_listener(settings) if listener is None else socket.socket(fileno=listener)],
         )

@@ -10,15 +10,15 @@ To uvicorn an exchange is the connection's cycle: it asks whether the answer is 
 request, and whether to keep the connection. A request that follows before the answer waits in uvicorn's own line.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
+from ingest.heads import ordinary_headers
 from ingest.request import Opened
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
-_UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -27,10 +27,8 @@ def ordinary(method: bytes, url: bytes, headers: Headers) -> dict[bytes, bytes] 
     """The headers of an ordinary ingest request by name; None for any other request."""
     if url not in URLS or method != b"POST":
         return None
-    by_name = dict(headers)
-    if len(by_name) < len(headers) or b"host" not in by_name or b"content-length" not in by_name:
-        return None
-    return by_name if _UNUSUAL.isdisjoint(by_name) else None
+    by_name = ordinary_headers(headers)
+    return by_name if by_name is not None and b"content-length" in by_name else None
 
 
 class _Nobody:
@@ -58,21 +56,31 @@ class _Last:
 _last = _Last()
 
 
+class ExchangeConnection(Protocol):
+    """The client's connection, as an exchange uses it."""
+
+    def write_answer(self, data: bytes, *, keep_alive: bool) -> None:
+        """Send the bytes of a whole answer, and close the connection unless it is kept alive."""
+        ...
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        ...
+
+
 class Exchange:
-    """One request and its answer. ``write`` and ``done`` are the connection's: send bytes, go on to what follows."""
+    """One request and its answer."""
 
     message_event = _Nobody()
 
     def __init__(
-        self, endpoint: IngestEndpoint, default_headers: Headers, *, keep_alive: bool,
-        write: Callable[[bytes, bool], None], done: Callable[[], None],
+        self, endpoint: IngestEndpoint, connection: ExchangeConnection, default_headers: Headers, *, keep_alive: bool
     ) -> None:
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
-        self._endpoint = endpoint
+        self._endpoint, self._connection = endpoint, connection
         self._default_headers = default_headers
-        self._write, self._done = write, done
         self._pieces: list[bytes] = []
         self._held = 0
         self._opened: Opened | None = None
@@ -121,8 +129,8 @@ class Exchange:
         if self.disconnected:
             return
         keep = self.keep_alive and answers.CLOSE not in found.headers
-        self._write(_last.written(found, self._default_headers, keep), keep)
-        self._done()
+        self._connection.write_answer(_last.written(found, self._default_headers, keep), keep_alive=keep)
+        self._connection.on_response_complete()
 
     def _give_back(self) -> None:
         self._endpoint.in_flight.give_back(self._held)

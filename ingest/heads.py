@@ -1,4 +1,4 @@
-"""A head that a connection has sent before, known again without a parser.
+"""Heads of ordinary requests: what must not be in them, and how one is known again without a parser.
 
 A client sends the same head with every request, but for the length of the body. To parse it takes a dozen calls from
 the parser into Python, as much as everything else that is done for a request of one event. So a connection remembers
@@ -8,6 +8,7 @@ nobody anything.
 """
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 LENGTH_DIGITS_MAX = 8
@@ -15,8 +16,19 @@ LENGTH_DIGITS_MAX = 8
 
 Headers = dict[bytes, bytes]
 
+UNUSUAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin"})
+"""Headers that only the ASGI application understands. A request that has one of them takes no short way."""
+
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*(?=\r\n)", re.IGNORECASE)
 _END = b"\r\n\r\n"
+
+
+def ordinary_headers(headers: Collection[tuple[bytes, bytes]]) -> Headers | None:
+    """Return the headers by name if a short way can serve a request with them, else None."""
+    by_name = dict(headers)
+    if len(by_name) < len(headers) or b"host" not in by_name:  # the ASGI application refuses what is ambiguous
+        return None
+    return by_name if UNUSUAL.isdisjoint(by_name) else None
 
 
 class KnownHead(NamedTuple):

@@ -3,12 +3,10 @@
 uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So a request whose head is long or is no
 HTTP/1.1 is answered and cut here, and what the server's sweep needs to find the late ones is noted on the way; a
 request pays for that with a few assignments. Ordinary requests do not become ASGI's: those with events are exchanges
-(``ingest.exchange``), reads of what memory knows are relayed (``ingest.relay``), and a connection of nothing but such
-reads is lent (``ingest.lending``).
+(``ingest.exchange``), and reads of what memory knows are relayed (``ingest.relay``).
 """
 
 import asyncio
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +18,6 @@ from ingest.answers import Answer
 from ingest.endpoint import IngestEndpoint
 from ingest.exchange import Exchange, ordinary
 from ingest.heads import KnownHead, known_head
-from ingest.lending import Lender, reads_before
 from ingest.limits import CONNECTIONS_MAX, HEAD_BYTES_MAX, PIPELINED_MAX
 from ingest.relay import Relay
 from ingest.request import Opened
@@ -39,13 +36,11 @@ REASONS = {
 
 
 class Protocol(HttpToolsProtocol):
-    """See the module. ``lent_times`` says how often the connection was lent before it came back to this process."""
+    """See the module."""
 
     connections_max = CONNECTIONS_MAX  # GatewayServer sets both in a class of its own
     endpoint: IngestEndpoint
     relay: Relay
-    lender: Lender
-    lent_times = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head, or send the client away."""
@@ -63,13 +58,9 @@ class Protocol(HttpToolsProtocol):
         self.known_times_left = KNOWN_TIMES_MAX
         self.body_left = 0  # bytes of a body behind a known head, which the parser does not see
         self.piece = b""  # of data that begins with a message, until the parser had its head
-        self.reads = 0  # in a row, answered the short way
         self.ending = False  # nothing more is read: the answer that is under way is the last
         super().connection_made(transport)
-        if self.lent_times:  # it was here before, and is between two requests
-            self.head_since_s = None
-            self._await_next()
-        if len(self.connections) > self.connections_max and not self.lent_times:
+        if len(self.connections) > self.connections_max:
             self.cut("connections", answers.unavailable("Busy", "Too many connections.", 1))
 
     def data_received(self, data: bytes) -> None:
@@ -165,12 +156,9 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _begin(self, headers: dict[bytes, bytes], length: int, *, keep_alive: bool) -> None:
-        self.reads = 0
         self.body_since_s = self.loop.time()
-        self.exchange = exchange = Exchange(
-            self.endpoint, self.server_state.default_headers, keep_alive=keep_alive,
-            write=self._write, done=self.on_response_complete,
-        )  # fmt: skip
+        default_headers = self.server_state.default_headers
+        self.exchange = exchange = Exchange(self.endpoint, self, default_headers, keep_alive=keep_alive)
         self.cycle = self.answering = exchange  # type: ignore[assignment]
         if self.known is not None and headers is self.known.headers:
             self.known_opened = exchange.begin(headers, length, self.known_opened)
@@ -184,31 +172,15 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answering = cycle
-        go_on = functools.partial(super()._start_asgi_task, cycle, app)
-        is_read = self.relay.may_take(cycle)
-        if not is_read:
-            self.reads = 0
-        if not is_read or self.blocked_since_s is not None or not self.relay.take(cycle, self._write_read, go_on):
-            go_on()
+        if self.blocked_since_s is not None or not self.relay.take(cycle, self):
+            super()._start_asgi_task(cycle, app)
 
-    def _write_read(self, data: bytes, keep_alive: bool) -> None:
-        self.reads = self.reads + 1 if data.startswith(b"HTTP/1.1 200 ") else 0  # nothing is lent to who may not read
-        self._write(data, keep_alive)
+    def start_asgi(self, cycle: RequestResponseCycle) -> None:
+        """Serve a request through the ASGI application after all."""
+        super()._start_asgi_task(cycle, self.app)
 
-    def _lend(self) -> None:
-        """Hand the connection over if it is between two requests, with nothing of it left here."""
-        is_between = self.head_since_s is None and not self.in_message and self.cycle.response_complete
-        is_empty = not self.pipeline and not self.transport.get_write_buffer_size()
-        if not is_between or not is_empty or self.transport.is_closing():
-            return
-        self.transport.pause_reading()
-        if self.lender.lend(self.transport.get_extra_info("socket").fileno(), self.lent_times):
-            self.transport.abort()  # which closes the descriptor here; the other one keeps the connection
-        else:
-            self.reads = 0
-            self.transport.resume_reading()
-
-    def _write(self, data: bytes, keep_alive: bool) -> None:
+    def write_answer(self, data: bytes, *, keep_alive: bool) -> None:
+        """Send the bytes of a whole answer, and close the connection unless it is kept alive."""
         self.transport.write(data)
         if not keep_alive:
             self.transport.close()
@@ -274,8 +246,6 @@ class Protocol(HttpToolsProtocol):
             self._await_next()
         if self.pipeline:  # a client that sends on all the same, faster than it is answered
             self.flow.pause_reading()
-        elif self.reads >= reads_before(self.lent_times):
-            self.loop.call_soon(self._lend)  # a transport may write the answer at the end of this turn
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn answers to bytes that are no HTTP."""

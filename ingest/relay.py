@@ -4,29 +4,39 @@ Balances are asked for before nearly everything that an application does. As an 
 coroutines and three messages, twice what the query API needs to find the answer. Here the request is written to a kept
 connection of ``ingest.passthrough``, and the answer, once it is whole, to the client, in the turn in which it arrives.
 
-Only reads take it that the query API answers from memory, with nothing unusual in their heads, while few of them are
-out. Whatever comes of one but a whole answer of ordinary size, the ASGI way asks again, which may be done because it
-is a read: how long to wait, what to say of an API that is away, and streams are decided there alone. So is how many
-questions one organization may have out, and how many in a minute: where the latter is limited nothing is relayed.
+Only reads take it that the query API answers from memory (``meters.fast_paths``), with nothing unusual in their heads,
+while few of them are out. Whatever comes of one but a whole answer of ordinary size, the ASGI way asks again, which may
+be done because it is a read: how long to wait, what to say of an API that is away, and streams are decided there alone.
+So is how many questions one organization may have out, and how many in a minute: where the latter is limited nothing
+is relayed.
 """
 
 import asyncio
-import re
-from collections.abc import Callable
+from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from ingest import answers, telemetry
 from ingest.answers import Answer
+from ingest.heads import ordinary_headers
 from ingest.limits import PASSTHROUGH_ANSWER_DEADLINE_S, RELAYED_MAX
 from ingest.passthrough import NOT_PASSED_BACK, Connection, Upstream, end_to_end, request_of
+from meters.fast_paths import FAST_PATHS
 
-_READS = re.compile(rb"/v1/(customer-meters/[^/]*|meters/[^/]+/usage|customers/(external/)?[^/]+/state)")
-_UNUSUAL = frozenset({
-    b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"polar-version", b"origin", b"prefer",
-    b"log-position",  # which may have to be waited for
-})  # fmt: skip
+_UNUSUAL = frozenset({b"content-length", b"prefer", b"log-position"})  # which have to be read, or waited for
 _WITHOUT_BODY = frozenset({204, 304})
+
+
+class RelayConnection(Protocol):
+    """The client's connection, as a relayed read uses it."""
+
+    def write_answer(self, data: bytes, *, keep_alive: bool) -> None:
+        """Send the bytes of a whole answer, and close the connection unless it is kept alive."""
+        ...
+
+    def start_asgi(self, cycle: RequestResponseCycle) -> None:
+        """Serve the request through the ASGI application."""
+        ...
 
 
 class Relay:
@@ -37,75 +47,65 @@ class Relay:
         self._is_open = is_open
         self._out = 0
 
-    def may_take(self, cycle: RequestResponseCycle) -> bool:
-        """Whether the request is an ordinary read, and such may go the short way at all."""
-        return self._is_open and _ordinary(cycle)
-
-    def take(
-        self, cycle: RequestResponseCycle, write: Callable[[bytes, bool], None], otherwise: Callable[[], None]
-    ) -> bool:
-        """Ask what the request asks, which is an ordinary read; False leaves it to the caller.
-
-        ``write`` sends bytes to the client, and whether to keep its connection; ``otherwise`` goes the ASGI way.
-        """
-        if self._out >= RELAYED_MAX:
+    def take(self, cycle: RequestResponseCycle, client: RelayConnection) -> bool:
+        """Relay the request and return True if it is an ordinary read; False leaves it to the caller."""
+        if not self._is_open or self._out >= RELAYED_MAX or not _ordinary(cycle):
             return False
-        connection = self._upstream.kept()
-        if connection is None:
+        upstream = self._upstream.kept()
+        if upstream is None:
             return False
         self._out += 1
-        asked = _Asked(self, cycle, connection, write, otherwise)
-        connection.ask_and_tell(request_of(cycle.scope, cycle.scope["raw_path"], b""), asked.told)
+        read = _RelayedRead(self, cycle, client, upstream)
+        upstream.ask_and_tell(request_of(cycle.scope, cycle.scope["raw_path"], b""), read.told)
         return True
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, upstream: Connection) -> None:
         """A read came back, with a whole answer or without."""
         self._out -= 1
-        if connection.complete:
-            self._upstream.keep(connection, "GET")
+        if upstream.complete:
+            self._upstream.keep(upstream, "GET")
         else:
-            connection.close()
+            upstream.close()
 
 
-class _Asked:
+class _RelayedRead:
     """One read that is out."""
 
     def __init__(
-        self, relay: Relay, cycle: RequestResponseCycle, connection: Connection,
-        write: Callable[[bytes, bool], None], otherwise: Callable[[], None],
+        self, relay: Relay, cycle: RequestResponseCycle, client: RelayConnection, upstream: Connection
     ) -> None:
-        self._relay, self._cycle, self._connection = relay, cycle, connection
-        self._write, self._otherwise = write, otherwise
+        self._relay, self._cycle, self._client, self._upstream = relay, cycle, client, upstream
         self._timer = asyncio.get_running_loop().call_later(PASSTHROUGH_ANSWER_DEADLINE_S, self._expire)
 
     def told(self) -> None:
         """Something happened on the connection to the query API."""
-        connection = self._connection
-        if not connection.settled:
+        upstream = self._upstream
+        if not upstream.settled:
             return
         self._timer.cancel()
-        found = Answer(connection.status, connection.body(), end_to_end(connection.headers, _NOT_PASSED_BACK))
-        is_whole = connection.complete and found.status not in _WITHOUT_BODY
+        found = Answer(upstream.status, upstream.body(), end_to_end(upstream.headers, _NOT_PASSED_BACK))
+        is_whole = upstream.complete and found.status not in _WITHOUT_BODY
         self._give_back()
         if is_whole:
             self._answer(found)
         elif not self._cycle.disconnected:
-            self._otherwise()
+            self._client.start_asgi(self._cycle)
 
     def _expire(self) -> None:
         self._give_back()
         self._answer(answers.no_answer())
 
     def _give_back(self) -> None:
-        self._connection.forget_to_tell()
-        self._relay.give_back(self._connection)
+        self._upstream.forget_to_tell()
+        self._relay.give_back(self._upstream)
 
     def _answer(self, found: Answer) -> None:
         cycle = self._cycle
         telemetry.count_passed_on(found.status)
         cycle.response_complete = True
         if not cycle.disconnected:
-            self._write(answers.written(found, cycle.default_headers, keep=cycle.keep_alive), cycle.keep_alive)
+            data = answers.written(found, cycle.default_headers, keep=cycle.keep_alive)
+            self._client.write_answer(data, keep_alive=cycle.keep_alive)
             cycle.on_response()
 
 
@@ -114,12 +114,11 @@ _NOT_PASSED_BACK = NOT_PASSED_BACK | {b"content-length"}
 
 def _ordinary(cycle: RequestResponseCycle) -> bool:
     scope = cycle.scope
-    if scope["method"] != "GET" or not cycle.keep_alive or _READS.fullmatch(scope["raw_path"]) is None:
+    if scope["method"] != "GET" or not cycle.keep_alive or FAST_PATHS.fullmatch(scope["raw_path"]) is None:
         return False
-    headers = dict(scope["headers"])
+    headers = ordinary_headers(scope["headers"])  # type: ignore[arg-type]  # a list, as uvicorn makes it
     return (
-        len(headers) == len(scope["headers"])  # type: ignore[arg-type]  # a list, as uvicorn makes it
-        and b"host" in headers
+        headers is not None
         and headers.get(b"connection", b"keep-alive").lower() == b"keep-alive"
         and _UNUSUAL.isdisjoint(headers)
     )

@@ -16,7 +16,6 @@ import uvicorn
 
 from ingest import answers, telemetry
 from ingest.gateway import Gateway, GatewaySettings
-from ingest.lending import Lender
 from ingest.limits import CONNECTIONS_MAX, HEAD_DEADLINE_S, IDLE_DEADLINE_S, SHUTDOWN_DEADLINE_S, WRITE_DEADLINE_S
 from ingest.protocol import Protocol
 from ingest.relay import Relay
@@ -38,7 +37,6 @@ class ServerSettings(GatewaySettings, frozen=True, kw_only=True):
     write_deadline_s: float = WRITE_DEADLINE_S
     idle_deadline_s: int = IDLE_DEADLINE_S
     connections_max: int = CONNECTIONS_MAX
-    lending: str | None = None  # the unix socket of an aggregator beside, which takes connections of readers
 
 
 class GatewayServer(uvicorn.Server):
@@ -46,13 +44,11 @@ class GatewayServer(uvicorn.Server):
 
     def __init__(self, gateway: Gateway, settings: ServerSettings) -> None:
         self.relay = reads = Relay(gateway.upstream, is_open=not settings.requests_per_minute)
-        self.lender = readers = Lender(settings.lending, self._take_back)
-        self._taking_back: set[asyncio.Task[Any]] = set()
 
         class Limited(Protocol):
             connections_max = settings.connections_max
             endpoint = gateway.endpoint
-            relay, lender = reads, readers
+            relay = reads
 
         self._settings = settings
         self._gateway = gateway
@@ -72,21 +68,6 @@ class GatewayServer(uvicorn.Server):
                 timeout_graceful_shutdown=SHUTDOWN_DEADLINE_S,
             )
         )
-
-    def _take_back(self, connection: socket.socket, times: int) -> None:
-        """A connection that was lent is this server's again."""
-        make: Any = self.config.http_protocol_class
-        protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-        protocol.lent_times = times
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(loop.connect_accepted_socket(lambda: protocol, connection))
-        self._taking_back.add(task)
-        task.add_done_callback(self._taking_back.discard)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; what is lent ends with this process."""
-        self.lender.close()
-        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: uvicorn's own business, and whether to stop; once a second: the sweep."""

@@ -31,10 +31,6 @@ CONNECTIONS_CUT = Counter(
     "Connections closed for their head, a slow body, an unread answer, too long a pipeline, or too many connections",
     ["reason"], registry=REGISTRY,
 )
-CONNECTIONS_LENT = Counter(
-    "meterstream_gateway_connections_lent", "Connections lent to the query API, on which only reads came",
-    registry=REGISTRY,
-)
 CATALOGUE_POSITION = Gauge(
     "meterstream_gateway_catalogue_position", "Next offset of the control stream, by partition", ["partition"],
     registry=REGISTRY,

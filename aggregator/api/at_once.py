@@ -1,9 +1,10 @@
 """Balances and running totals answered at once: the reads that an application makes before each of its own requests.
 
-One customer meter, one customer's meters, one customer's total of one meter. Everything they need is in memory, in
-microseconds; the framework around an endpoint costs ten times that, and every turn of the event loop waits again for
-the interpreter's lock, which the threads that count events hold most of the time. So this stands in front of the
-framework, at the connection itself (``Front``), and answers in the turn in which the request arrives.
+``meters.fast_paths`` lists them: one customer meter, one customer's meters, one customer's total of one meter, one
+customer's state. Everything they need is in memory, in microseconds; the framework around an endpoint costs ten times
+that, and every turn of the event loop waits again for the interpreter's lock, which the threads that count events hold
+most of the time. So this stands in front of the framework, at the connection itself (``Front``), and answers in the
+turn in which the request arrives.
 
 It answers a request only when nothing about it is unusual: a good token with the scope, known ids in their usual
 form, each parameter once, numbers that memory has, a position that is reached already. Anything else goes on to the
@@ -15,7 +16,7 @@ What is looked up and how it is shaped are the endpoints' own functions, so the 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -25,19 +26,20 @@ from aggregator.api.requests import order
 from aggregator.api.usage import measured, running_total
 from aggregator.service.answers import Answer
 from aggregator.service.balances import find, in_memory
+from aggregator.service.customer_state import state_in_memory
 from aggregator.service.serializers import customer_meter_shape
 from aggregator.service.service import Desk, Page
 from aggregator.view import Unavailable
 from meters import exact_json
 from meters.access import Denied, authorize, reading
 from meters.catalogue import Customer, Token
+from meters.fast_paths import ID, FastRead, path_pattern
 from meters.log import format_position, parse_position
 
 Parameters = dict[str, str]
 Headers = dict[bytes, bytes]
 
-_UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-_IS_ID = re.compile(_UUID).fullmatch
+_IS_ID = re.compile(ID).fullmatch
 _IS_COUNT = re.compile("[1-9][0-9]{0,5}").fullmatch
 """Of a page or of its rows: what every way to read a number takes for the same number."""
 
@@ -47,10 +49,9 @@ METERS_MAX = 100
 _NEWEST_FIRST = order(None, SORTINGS, DEFAULT_SORTING)
 
 
-class Read(NamedTuple):
-    """One kind of read: the path's pattern, who may ask, the answer if it can be given at once."""
+class Handler(NamedTuple):
+    """The scopes of which a token needs one, and the answer to the id in the path, if it can be given at once."""
 
-    path: re.Pattern[str]
     scopes: frozenset[str]
     answer: Callable[[Desk, Token, str, Parameters], Answer | None]
 
@@ -86,6 +87,22 @@ def _total(desk: Desk, token: Token, id: str, parameters: Parameters) -> Answer 
     return None if total is None else running_total(meter, customer_id, external_id, measured(total))
 
 
+def _state(desk: Desk, token: Token, id: str, parameters: Parameters) -> Answer | None:
+    return None if parameters else _state_of(desk, desk.catalogue.customer(token.organization_id, id))
+
+
+def _state_by_external_id(desk: Desk, token: Token, segment: str, parameters: Parameters) -> Answer | None:
+    if parameters:
+        return None
+    return _state_of(desk, desk.catalogue.customer_by_external_id(token.organization_id, unquote(segment)))
+
+
+def _state_of(desk: Desk, customer: Customer | None) -> Answer | None:
+    if customer is None or len(desk.catalogue.meters_of(customer.organization_id)) > METERS_MAX:
+        return None
+    return state_in_memory(desk, customer)
+
+
 def _named(desk: Desk, token: Token, parameters: Parameters) -> Customer | None:
     """The one customer that is meant, taken out of the parameters."""
     organization = token.organization_id
@@ -105,15 +122,18 @@ def _page(parameters: Parameters) -> Page | None:
     return Page(limit, (int(number) - 1) * limit)
 
 
-READS = (
-    Read(re.compile(f"/v1/customer-meters/({_UUID})"), READING, _balance),
-    Read(re.compile("/v1/customer-meters/()"), READING, _balances),
-    Read(re.compile(f"/v1/meters/({_UUID})/usage"), reading("meters"), _total),
-)
+_HANDLERS = {
+    FastRead.CUSTOMER_METER: Handler(READING, _balance),
+    FastRead.CUSTOMER_METERS: Handler(READING, _balances),
+    FastRead.USAGE: Handler(reading("meters"), _total),
+    FastRead.STATE: Handler(reading("customers"), _state),
+    FastRead.STATE_BY_EXTERNAL_ID: Handler(reading("customers"), _state_by_external_id),
+}
+_ROUTES = [(path_pattern(read), _HANDLERS[read]) for read in FastRead]
 
 
 class AtOnce:
-    """The reads above, of one API."""
+    """The fast reads of one API."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -124,22 +144,22 @@ class AtOnce:
         ``target`` is the request's, with its query; the names of ``headers`` are in lower case.
         """
         path, _, query = target.decode("latin-1").partition("?")
-        for read in READS:
-            matched = read.path.fullmatch(path)
+        for pattern, handler in _ROUTES:
+            matched = pattern.fullmatch(path)
             if matched and "#" not in query:
-                return self._read(read, matched[1], query, headers)
+                return self._read(handler, "".join(matched.groups()), query, headers)
         return None
 
     def _read(
-        self, read: Read, id: str, query: str, headers: Sequence[tuple[bytes, bytes]]
+        self, handler: Handler, id: str, query: str, headers: Sequence[tuple[bytes, bytes]]
     ) -> tuple[bytes, bytes] | None:
         once, parameters = _each_once(headers), _parameters(query)
         if once is None or parameters is None:
             return None
         try:
             as_of = self._desk.view.as_of  # before anything is read, which may then be newer than it says, never older
-            token = self._admitted(once, read.scopes) if _is_reached(once, as_of) else None
-            body = read.answer(self._desk, token, id, parameters) if token else None
+            token = self._admitted(once, handler.scopes) if _is_reached(once, as_of) else None
+            body = handler.answer(self._desk, token, id, parameters) if token else None
         except Unavailable:
             return None
         return None if body is None else (format_position(as_of).encode(), exact_json.encode(body))

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from aggregator.service import answers
-from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.balances import CustomerMeter, Pair, customer_meters, in_memory
 from aggregator.service.serializers import customer_shape, number
 from aggregator.service.service import Desk
 from meters.benefits import Grant, Subscription
@@ -23,9 +23,22 @@ async def state_of(desk: Desk, customer: Customer) -> answers.CustomerState:
 
     A customer who was deleted has no meters any more: usage under the same names is nobody's, or another customer's.
     """
+    return _state(desk, customer, await customer_meters(desk, _pairs(desk, customer)))
+
+
+def state_in_memory(desk: Desk, customer: Customer) -> answers.CustomerState | None:
+    """Return the same state without asking the store; None where memory does not have all of it."""
+    found = in_memory(desk, _pairs(desk, customer))
+    return None if found is None else _state(desk, customer, found)
+
+
+def _pairs(desk: Desk, customer: Customer) -> list[Pair]:
+    every = [] if customer.deleted_at else desk.catalogue.meters_of(customer.organization_id)
+    return [(customer, meter) for meter in every]
+
+
+def _state(desk: Desk, customer: Customer, found: list[CustomerMeter]) -> answers.CustomerState:
     catalogue = desk.catalogue
-    every = [] if customer.deleted_at else catalogue.meters_of(customer.organization_id)
-    found = await customer_meters(desk, [(customer, meter) for meter in every])
     by_meter = {one.meter.id: one for one in found}
     subscriptions = [one for one in catalogue.benefits.subscriptions_of(customer.id) if one.is_active]
     grants = [one for one in catalogue.benefits.grants_of(customer.id) if one.is_held]

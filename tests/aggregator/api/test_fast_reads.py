@@ -14,6 +14,7 @@ from aggregator.api.at_once import METERS_MAX, AtOnce, front
 from meters.access import SCOPES
 from meters.aggregation import Aggregation
 from meters.catalogue import MeterCreated
+from meters.fast_paths import FastRead, path_pattern
 from meters.filter import Filter
 from meters.ledger import customer_meter_id
 from meters.meter import Meter
@@ -50,9 +51,11 @@ def bearer(secret: str) -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="module")
 def world(server: Server) -> World:
-    """Ann used every kind of meter, was credited, and had a reset; Bob did nothing; nobody knows who eve is."""
+    """Ann used every kind of meter, was credited, has a benefit and had a reset; Bob and a customer with a slash in the
+    external id did nothing; nobody knows who eve is."""
     tenant = server.tenant()
     names = {"ann": tenant.customer(external_id="ann", name="Ann Ü"), "bob": tenant.customer(external_id="bob")}
+    tenant.customer(external_id="acme/eu %2F+ü")
     for func in FUNCTIONS:
         names[func] = tenant.meter(func=func, **({} if func == "count" else {"property": "tokens"}))
     names["unique"] = tenant.meter(func="unique", property="model")
@@ -62,6 +65,10 @@ def world(server: Server) -> World:
     server.now += timedelta(minutes=1)
     tenant.post(f"/v1/customers/{names['ann']}/credits", {"meter_id": names["sum"], "units": 20})
     tenant.post(f"/v1/customers/{names['ann']}/resets", {"meter_ids": [names["count"]]})
+    benefit = {"type": "meter_credit", "description": "100 units", "properties": {"units": 100, "rollover": False}}
+    benefit["properties"] |= {"meter_id": names["max"]}
+    made = tenant.post("/v1/benefits/", benefit)["id"]
+    tenant.post(f"/v1/benefits/{made}/grants", {"customer_id": names["ann"]})
     server.now += timedelta(minutes=1)
     position = tenant.send(line("c", metadata={"tokens": 1}), line("d", external_customer_id="eve"))
     names |= {f"ann_{name}": customer_meter_id(names["ann"], names[name]) for name in (*FUNCTIONS, "unique", "old")}
@@ -82,15 +89,33 @@ TOTALS = [
     for name in (*FUNCTIONS, "old")
     for query in ("external_customer_id=ann", "customer_id={ann}", "external_customer_id=eve", "customer_id=" + NOWHERE)
 ]
+STATES = ["/v1/customers/{ann}/state", "/v1/customers/{bob}/state"]
+STATES_BY_EXTERNAL_ID = [
+    f"/v1/customers/external/{segment}/state" for segment in ("ann", "a%6en", "bob", "acme%2Feu%20%252F+%C3%BC")
+]
+ANSWERED = {
+    FastRead.CUSTOMER_METER: ONE,
+    FastRead.CUSTOMER_METERS: LISTS,
+    FastRead.USAGE: TOTALS,
+    FastRead.STATE: STATES,
+    FastRead.STATE_BY_EXTERNAL_ID: STATES_BY_EXTERNAL_ID,
+}
 
 
-@pytest.mark.parametrize("path", [*ONE, *LISTS, *TOTALS])
-def test_the_answer_is_the_endpoints_own(world: World, path: str) -> None:
-    """The body's bytes and the position that they are true for."""
+@pytest.mark.parametrize(("read", "path"), [(read, path) for read in FastRead for path in ANSWERED[read]])
+def test_the_answer_is_the_endpoints_own(world: World, read: FastRead, path: str) -> None:
+    """The body's bytes and the position that they are true for, of every read that a gateway relays."""
     path = world.path(path)
+    assert path_pattern(read).fullmatch(path.partition("?")[0])
     endpoint = world.tenant.ask("GET", path)
     assert endpoint.status_code == 200
     assert at_once(world, path) == (endpoint.headers["as-of"].encode(), endpoint.content)
+
+
+@pytest.mark.parametrize("read", FastRead)
+def test_a_fast_read_has_an_endpoint(world: World, read: FastRead) -> None:
+    """It answers what is unusual about such a read."""
+    assert "get" in world.tenant.server.app.openapi()["paths"][read.value]
 
 
 UNUSUAL = [
@@ -105,6 +130,9 @@ UNUSUAL = [
     "/v1/meters/{sum}/usage?customer_id={ann}&external_customer_id=ann", "/v1/meters/{unique}/usage?customer_id={ann}",
     f"/v1/meters/{NOWHERE}/usage?customer_id={{ann}}", "/v1/meters/{sum}/usage?external_customer_id=ann#x",
     "/v1/meters/{sum}", "/v1/events/",
+    f"/v1/customers/{NOWHERE}/state", "/v1/customers/ann/state", "/v1/customers/{ann}/state?x=1",
+    "/v1/customers/external/eve/state", "/v1/customers/external/ann/state?x=1", "/v1/customers/external/ann/state/",
+    "/v1/customers/external/acme/eu/state", "/v1/customers/{ann}",
 ]  # fmt: skip
 
 
@@ -130,9 +158,9 @@ def test_whoever_may_not_read_hears_it_from_the_endpoint(world: World) -> None:
     """No token, a wrong one, one without the scope, two of them, another organization's: none is answered here."""
     tenant, scopes = world.tenant, set(SCOPES)
     stranger = tenant.server.tenant().secret
-    good, unscoped = tenant.secret, tenant.token(*scopes - {"customer_meters:read", "meters:read", "meters:write"})
+    good, unscoped = tenant.secret, tenant.token("events:read")
     expired = tenant.token(*scopes, expires_at=tenant.server.now)
-    for path in map(world.path, (ONE[0], LISTS[0], LISTS[1], TOTALS[0])):
+    for path in map(world.path, (ONE[0], LISTS[0], LISTS[1], TOTALS[0], STATES[0], STATES_BY_EXTERNAL_ID[0])):
         assert at_once(world, path, [(b"host", b"x")]) is None
         for secrets in (("x",), (unscoped,), (expired,), (stranger,), (good, good)):
             assert at_once(world, path, [bearer(secret) for secret in secrets]) is None
@@ -152,8 +180,8 @@ def test_a_customer_of_many_meters_is_looked_up_elsewhere(server: Server) -> Non
     tenant = server.tenant()
     tenant.customer(external_id="ann")
     world = World(tenant, "", {})
-    path = "/v1/customer-meters/?external_customer_id=ann"
-    assert at_once(world, path)
+    paths = ["/v1/customer-meters/?external_customer_id=ann", STATES_BY_EXTERNAL_ID[0]]
+    assert all(at_once(world, path) for path in paths)
 
     counted = Aggregation("count")
     meters = [
@@ -162,8 +190,8 @@ def test_a_customer_of_many_meters_is_looked_up_elsewhere(server: Server) -> Non
         for _ in range(METERS_MAX + 1)
     ]  # fmt: skip
     server.run(server.aggregator.decide(*[MeterCreated(meter) for meter in meters]))
-    assert at_once(world, path) is None
-    assert tenant.ask("GET", path).json()["pagination"]["total_count"] == 0
+    assert not any(at_once(world, path) for path in paths)
+    assert [tenant.ask("GET", path).status_code for path in paths] == [200, 200]
 
 
 def test_without_a_view_the_endpoint_says_so(world: World) -> None:

@@ -10,10 +10,13 @@ import pytest
 
 from ingest.limits import RELAYED_MAX
 from ingest.passthrough import BUFFER_BYTES
+from meters.fast_paths import FastRead
 from tests.support.servers.gateway import PATIENCE_S, RunningGateway, receive_all
 from tests.support.waiting import eventually
 
 BALANCES = "/v1/customer-meters/?customer_id=1"
+ID = "00000000-0000-4000-8000-00000000000f"
+BALANCE = f"GET /v1/customer-meters/{ID} HTTP/1.1\r\nhost: h\r\n\r\n".encode()
 NOT_SHORT = {"polar-version": "2026-04"}
 """A header that changes nothing, except that the request takes the ASGI way."""
 
@@ -101,23 +104,27 @@ def no_asgi(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(gateway.gateway), "_serve", never)
 
 
+@pytest.mark.parametrize("read", FastRead)
+@pytest.mark.usefixtures("no_asgi")
+def test_reads_that_memory_answers_take_the_short_way(gateway: RunningGateway, api: Asked, read: FastRead) -> None:
+    """With any query; the query API is asked for the path as it was sent."""
+    path = read.value.format(id=ID, external_id="a%2Fb%20c")
+    for query in ("", "?external_customer_id=ann"):
+        assert gateway.client.get(path + query).status_code == 200
+        assert api.requests[-1].startswith(f"GET {path}{query} HTTP/1.1\r\n".encode())
+
+
 @pytest.mark.parametrize(
-    ("path", "status"),
+    "path",
     [
-        (BALANCES, 200),
-        ("/v1/customer-meters/0b1f", 200),
-        ("/v1/meters/0b1f/usage?external_customer_id=ann", 200),
-        ("/v1/customers/0b1f/state", 200),
-        ("/v1/customers/external/a%20b/state", 200),
-        ("/v1/customers/", 500),
-        ("/v1/meters/0b1f/quantities", 500),
-        ("/livez", 500),
+        "/v1/customers/", f"/v1/customers/{ID}", f"/v1/meters/{ID}/quantities", "/v1/customer-meters/0b1f",
+        f"/v1/customer-meters/{ID.upper()}", f"/v1/customers/external/a/{ID}/state", "/livez",
     ],
 )
 @pytest.mark.usefixtures("no_asgi")
-def test_some_reads_take_the_short_way(gateway: RunningGateway, path: str, status: int) -> None:
-    """Those that are answered from memory."""
-    assert gateway.client.get(path).status_code == status
+def test_other_reads_take_the_long_way(gateway: RunningGateway, path: str) -> None:
+    """Also those whose id is in another form."""
+    assert gateway.client.get(path).status_code == 500
 
 
 @pytest.mark.parametrize(
@@ -209,7 +216,7 @@ def test_an_api_that_falls_silent_is_a_504(
 def test_reads_in_one_piece_are_answered_in_order(gateway: RunningGateway, api: Asked) -> None:
     """Pipelined reads, of either way, and a request with events between."""
     api.answering = lambda connection, _: whole(api.requests[-1].split()[1])(connection, 0)
-    paths = [f"/v1/customer-meters/{number}" if number % 3 else f"/v1/orders/{number}" for number in range(12)]
+    paths = [f"/v1/{'customers' if number % 3 else 'orders'}/external/{number}/state" for number in range(12)]
     with gateway.connect() as client:
         client.sendall(b"".join(b"GET %s HTTP/1.1\r\nhost: h\r\n\r\n" % path.encode() for path in paths))
         told = b""
@@ -231,7 +238,7 @@ def test_a_client_that_leaves_keeps_nothing(gateway: RunningGateway, api: Asked)
 
     api.answering = late
     with gateway.connect() as client:
-        client.sendall(b"GET /v1/customer-meters/1 HTTP/1.1\r\nhost: h\r\n\r\n")
+        client.sendall(BALANCE)
         assert arrived.wait(PATIENCE_S)
     go_on.set()
     eventually(lambda: gateway.server.relay._out == 0)
@@ -251,7 +258,7 @@ def test_few_are_out_at_once(gateway: RunningGateway, api: Asked) -> None:
     api.answering = late
     before = len(api.requests)
     for client in clients:
-        client.sendall(b"GET /v1/customer-meters/1 HTTP/1.1\r\nhost: h\r\n\r\n")
+        client.sendall(BALANCE)
     assert eventually(lambda: len(api.requests) == before + len(clients))
     assert gateway.server.relay._out <= RELAYED_MAX
     go_on.set()
@@ -279,7 +286,7 @@ def test_the_connection_ends_when_a_stop_came_meanwhile(gateway: RunningGateway,
 
     api.answering = late
     with gateway.connect() as client:
-        client.sendall(b"GET /v1/customer-meters/1 HTTP/1.1\r\nhost: h\r\n\r\n")
+        client.sendall(BALANCE)
         assert arrived.wait(PATIENCE_S)
         gateway.server.should_exit = True
         assert eventually(lambda: not gateway.server.servers or not gateway.server.servers[0].is_serving())

@@ -1,4 +1,4 @@
-"""Connections that are lent: a client sees one server, whichever process answers, and whatever becomes of either."""
+"""Reads through a server: the query API's answers, on connections that carry everything else, too."""
 
 import json
 import os
@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from aggregator.api.borrowed import SILENT_S
-from ingest.lending import READS_BEFORE
 from tests.support.servers.installation import Installation
 from tests.support.waiting import eventually
 
-SEED = int(os.environ.get("LENDING_SEED", "20261124"))
+SEED = int(os.environ.get("READS_SEED", "20261124"))
 ROUNDS = 150
+SOME_READS = 16
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -44,19 +43,6 @@ class Place:
         event = {"name": "call", "external_customer_id": "ada", "external_id": str(number)}
         body = json.dumps({"events": [event]})
         return self.head("POST", "/v1/events/ingest", f"content-length: {len(body)}") + body.encode()
-
-    def metric(self, name: str) -> int:
-        """One number of ``/metrics``."""
-
-        def found() -> list[int]:
-            lines = self.installation.get("/metrics").text.splitlines()
-            return [int(float(line.split()[1])) for line in lines if line.startswith(f"{name} ")]
-
-        return int(eventually(found)[0])  # the aggregator's are left out where it does not answer in time
-
-    def borrowed(self) -> int:
-        """Connections that the aggregator has."""
-        return self.metric("meterstream_borrowed_connections")
 
 
 class Client:
@@ -85,13 +71,11 @@ class Client:
             headers[name] = value
         return int(first.split()[1]), headers, self._reader.read(int(headers["content-length"]))
 
-    def read_until_lent(self, place: Place) -> Answer:
-        """Read so often that the connection, a new one, is lent; the last answer."""
-        lent = place.metric("meterstream_gateway_connections_lent_total")
-        while place.metric("meterstream_gateway_connections_lent_total") == lent:
-            for _ in range(READS_BEFORE):
-                self.ask(place.read())
-        return self.ask(place.read())
+    def read_often(self, place: Place) -> Answer:
+        """Ask for the same total many times; the last answer."""
+        answers = [self.ask(place.read()) for _ in range(SOME_READS)]
+        assert {answer[0] for answer in answers} == {200}
+        return answers[-1]
 
     def close(self) -> None:
         """Hang up."""
@@ -113,23 +97,23 @@ def client(place: Place) -> Iterator[Client]:
     found.close()
 
 
-def test_a_reader_is_answered_without_the_gateway_and_sees_no_difference(place: Place, client: Client) -> None:
-    """The same status, headers and body, and the gateway passes nothing on meanwhile."""
-    status, headers, body = client.ask(place.read())
-    assert (status, set(json.loads(body)) >= {"value"}) == (200, True)
-    client.read_until_lent(place)
-    reads = place.metric("meterstream_borrowed_reads_total")
+def test_the_gateway_passes_on_what_the_query_api_answers(place: Place, client: Client) -> None:
+    """The same status, headers and body as at the aggregator's own socket; the gateway adds the API's version."""
+    status, headers, body = client.read_often(place)
 
-    lent_status, lent_headers, lent_body = client.ask(place.read())
+    transport = httpx.HTTPTransport(uds=str(place.installation.data / "api.sock"))
+    with httpx.Client(transport=transport, headers={"authorization": f"Bearer {place.installation.token}"}) as api:
+        direct = api.get(f"http://aggregator{place.total}")
 
-    assert place.metric("meterstream_borrowed_reads_total") > reads
-    assert (lent_status, lent_body) == (status, body)
-    assert lent_headers | {"date": ""} == headers | {"date": ""}
+    assert (status, body) == (direct.status_code, direct.content)
+    assert set(json.loads(body)) >= {"value"}
+    assert headers.pop("polar-version")
+    assert headers | {"date": ""} == dict(direct.headers) | {"date": ""}
 
 
-def test_an_event_on_a_lent_connection_is_taken_and_then_read(place: Place, client: Client) -> None:
-    """The connection goes back with the whole request, body and all."""
-    before = int(json.loads(client.read_until_lent(place)[2])["value"])
+def test_an_event_between_reads_is_taken_and_then_read(place: Place, client: Client) -> None:
+    """On the same connection: a read that names the event's position has it."""
+    before = int(json.loads(client.read_often(place)[2])["value"])
 
     status, headers, body = client.ask(place.event(-1))
 
@@ -148,9 +132,11 @@ def test_an_event_on_a_lent_connection_is_taken_and_then_read(place: Place, clie
     (b"GET / HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400),
     (b"POST /v1/events/ingest HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n", 411),
 ])  # fmt: skip
-def test_what_a_gateway_would_say_it_still_says(place: Place, client: Client, request_: bytes, status: int) -> None:
+def test_a_connection_of_reads_has_the_gateways_rules(
+    place: Place, client: Client, request_: bytes, status: int
+) -> None:
     """Refusals, its own pages, and what is no request."""
-    client.read_until_lent(place)
+    client.read_often(place)
     assert client.ask(request_)[0] == status
 
 
@@ -158,31 +144,20 @@ def test_a_token_that_is_revoked_ends_the_reads(place: Place, client: Client) ->
     """At once: it is looked up for every read."""
     made = place.installation.answer("tokens", "create", "--name", "short")
     asking = place.head("GET", place.total, token=made["token"])
-    other = Client(place)
-    eventually(lambda: other.ask(asking)[0] == 200)
-    other.close()
-    client.read_until_lent(place)
-    assert client.ask(asking)[0] == 200
+    eventually(lambda: client.ask(asking)[0] == 200)
     place.installation.run("tokens", "revoke", made["id"])
     eventually(lambda: client.ask(asking)[0] == 401)
-
-
-def test_a_silent_connection_goes_back_and_stays_open(place: Place, client: Client) -> None:
-    """The gateway's own deadline for silence begins then."""
-    client.read_until_lent(place)
-    eventually(lambda: place.borrowed() == 0, patience_s=SILENT_S + 60)
     assert client.ask(place.read())[0] == 200
 
 
-def test_a_client_that_hangs_up_leaves_nothing_behind(place: Place) -> None:
-    """No descriptor stays in either process."""
+def test_clients_that_hang_up_leave_nothing_behind(place: Place) -> None:
+    """No descriptor stays in any process."""
     clients = [Client(place) for _ in range(20)]
     for client in clients:
-        client.read_until_lent(place)
+        client.read_often(place)
     open_before = _descriptors(place)
     for client in clients:
         client.close()
-    eventually(lambda: place.borrowed() == 0)
     eventually(lambda: _descriptors(place) <= open_before - len(clients))
 
 
@@ -191,9 +166,8 @@ def _descriptors(place: Place) -> int:
 
 
 def test_whatever_comes_each_request_has_its_own_answer(place: Place) -> None:
-    """Random requests, in random pieces, alone or together, on connections that come and go between the processes."""
+    """Random requests of every kind, in random pieces, alone or together, on one connection after another."""
     chance = random.Random(SEED)
-    reads = place.metric("meterstream_borrowed_reads_total")
     kinds = {
         place.read(): 200,
         place.head("GET", place.total, "polar-version: 2026-04"): 200,
@@ -204,8 +178,6 @@ def test_whatever_comes_each_request_has_its_own_answer(place: Place) -> None:
     }
     for round_ in range(ROUNDS):
         client = Client(place)
-        for _ in range(READS_BEFORE + chance.choice([-2, 0, 3])):
-            assert client.ask(place.read())[0] == 200
         for step in range(chance.randrange(1, 6)):
             asked = [
                 chance.choice([*kinds, place.event(100 * round_ + step)]) for _ in range(chance.choice([1, 1, 1, 2, 3]))
@@ -216,51 +188,34 @@ def test_whatever_comes_each_request_has_its_own_answer(place: Place) -> None:
             answers = [first, *(client.answer() for _ in asked[1:])]
             assert [answer[0] for answer in answers] == [kinds.get(one, 200) for one in asked], (SEED, round_, asked)
         client.close()
-    assert place.metric("meterstream_borrowed_reads_total") > reads + ROUNDS
 
 
-def test_a_stopping_aggregator_gives_connections_back(installation: Installation) -> None:
-    """The client's next read is answered on the same connection: 503 while nobody can, then 200."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_connections_outlive_the_aggregator(installation: Installation, number: signal.Signals) -> None:
+    """Reads are answered with 503 while no aggregator runs, then with 200 on the same connection, and events always."""
     installation.start()
     place = Place(installation)
     clients = [Client(place) for _ in range(8)]
     for client in clients:
-        client.read_until_lent(place)
+        client.read_often(place)
 
     aggregator = installation.children()["aggregate"]
-    os.kill(aggregator, signal.SIGTERM)
+    os.kill(aggregator, number)
 
+    assert clients[0].ask(place.event(1))[0] == 200
     eventually(lambda: installation.children().get("aggregate", aggregator) != aggregator)
     for client in clients:
-        eventually(lambda client=client: client.ask(place.read())[0] == 200)
+        statuses = _statuses_until_200(client, place)
+        assert set(statuses) <= {200, 503}
         client.close()
 
 
-def _answers(installation: Installation) -> bool:
-    """Whether reads are answered; a connection of before may be found broken only now."""
-    try:
-        return installation.get("/v1/meters/").status_code == 200
-    except httpx.TransportError:
-        return False
+def _statuses_until_200(client: Client, place: Place) -> list[int]:
+    statuses = list[int]()
 
+    def answered() -> bool:
+        statuses.append(client.ask(place.read())[0])
+        return statuses[-1] == 200
 
-def test_a_killed_process_takes_no_more_than_its_connections(installation: Installation) -> None:
-    """Whichever it was: the connection ends, events are taken, and a new connection is lent as before."""
-    installation.start()
-    place = Place(installation)
-    for number, victim in enumerate(("aggregate", "gateway")):
-        client = Client(place)
-        client.read_until_lent(place)
-
-        os.kill(installation.children()[victim], signal.SIGKILL)
-
-        assert client.socket.recv(1) == b""
-        client.close()
-        eventually(lambda: _answers(installation))
-        with_events = Client(place)
-        assert with_events.ask(place.event(number))[0] == 200
-        with_events.close()
-        another = Client(place)
-        assert another.read_until_lent(place)[0] == 200
-        another.close()
-        eventually(lambda: place.borrowed() == 0)
+    eventually(answered)
+    return statuses
