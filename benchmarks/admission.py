@@ -24,10 +24,9 @@ from ingest import kernels
 from ingest.admission import Admitted, Tenant, admit
 from ingest.intake import new_ids
 from ingest.quick import Quick
-from ingest.shape import Shapes
 from meters.catalogue import Catalogue
 
-TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, Shapes(), Quick(kernels).read)
+TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, Quick(kernels).read)
 COST = {"_cost": {"amount": 0.0425, "currency": "usd"}}
 TOKENS = {"input_tokens": 700, "output_tokens": 112, "total_tokens": 812}
 LLM = {"_llm": {"vendor": "acme", "model": "m-1", **TOKENS}}

@@ -1,7 +1,7 @@
 """From a body's bytes to lines for the log, or refusals. No I/O, no clock.
 
-What is plain beyond doubt (``ingest.shape``, ``ingest.plain``) is admitted as it stands. Every other event is read with
-care by ``meters.event``, which alone decides, and has Polar's words for a refusal.
+What is plain beyond doubt (``ingest.plain``) is admitted as it stands. Every other event is read with care by
+``meters.event``, which alone decides, and has Polar's words for a refusal.
 
 The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
 because a line is an event; and an event without an external id gets one as its last key, because an event is counted
@@ -29,7 +29,6 @@ from ingest.limits import (
     REFUSALS_OF_EVENT_MAX,
 )
 from ingest.plain import YEAR_TWO, Plain, find_suspects, read_plain
-from ingest.shape import Shapes
 from meters.catalogue import Catalogue
 from meters.event import CLOCK_SKEW, check_event
 from meters.log import Pieces
@@ -49,13 +48,12 @@ class Tenant(Struct, frozen=True):
     """Whose token sent the body, what is known just now, and how to name an event that has no name of its own.
 
     ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
-    ``shapes`` remembers what keys events have, so that they are read faster; ``quick`` is ``ingest.quick.Quick.read``.
+    ``quick`` is ``ingest.quick.Quick.read``.
     """
 
     organization_id: str
     catalogue: Catalogue
     new_ids: Callable[[int], Sequence[str]]
-    shapes: Shapes | None = None
     quick: Callable[[Sequence[bytes], int, int, str], Any] | None = None
 
 
@@ -148,7 +146,7 @@ def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: 
     if unreadable is not None:
         return unreadable
     latest = now + CLOCK_SKEW
-    ordinary = _quickly([body], tenant, latest) or _shaped(body, tenant, latest)
+    ordinary = _quickly([body], tenant, latest)
     if ordinary is not None:
         return ordinary
     plains = read_plain(body)
@@ -197,16 +195,6 @@ def _quickly(bodies: Sequence[bytes], tenant: Tenant, latest: datetime) -> Admit
         distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
         rows=found.rows,
     )  # fmt: skip
-
-
-def _shaped(body: bytes, tenant: Tenant, latest: datetime) -> Admitted | None:
-    """All events of the body, where they are beyond doubt because their keys are known; None to look closer."""
-    found = tenant.shapes.read(body) if tenant.shapes is not None else None
-    if found is None or (found.times and (max(found.times) > latest or min(found.times) < YEAR_TWO)):
-        return None
-    lines = _decode_envelope(body).events
-    admitted = _admitted(lines, found.external_ids, range(len(lines)), [], tenant, b"\n" in body)
-    return msgspec.structs.replace(admitted, distinct_keys=True, plains=found.events)
 
 
 def _with_care(

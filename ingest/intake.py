@@ -32,7 +32,6 @@ from ingest.outcome import accepted, unprocessable
 from ingest.quick import Quick
 from ingest.recent import Fingerprints, RecentIdentities, Verdict
 from ingest.request import NO_PREFERENCES, Asked, Opened, Tell
-from ingest.shape import Shapes
 from ingest.spread import Spread
 from ingest.tail import CatalogueTail
 from ingest.turns import TURN_BYTES_MIN, Turns
@@ -68,7 +67,6 @@ class Intake:
         self._body_bytes_max = body_bytes_max
         self._spread = Spread()
         self._large_spread = Spread()  # for the thread alone, as the other one is for the event loop alone
-        self._shapes = Shapes()
         self._quick = Quick()
         self._recent = RecentIdentities(table=self._quick.table)
         self._turns = Turns()
@@ -206,7 +204,7 @@ class Intake:
         return await self._do(is_long, accepted, admitted, self._verdicts(prepared), preferences, position)
 
     def _tenant(self, token: Token) -> Tenant:
-        return Tenant(token.organization_id, self._tail.catalogue, new_ids, self._shapes, self._quick.read)
+        return Tenant(token.organization_id, self._tail.catalogue, new_ids, self._quick.read)
 
     def _prepare(self, token: Token, admitted: Admitted, spread: Spread) -> "_Prepared":
         where = token.organization_id, self._tail.catalogue, len(self.position)

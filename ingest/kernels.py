@@ -2,8 +2,8 @@
 
 ``read`` takes bodies ``{"events": [...]}`` where every event has a name, an external customer and an external id, no
 key twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd, and for
-``ingest.shape`` and ``ingest.plain`` to read. A length is counted in bytes here, so a text in another alphabet may
-look too long and is read by them, too. The bodies have to be UTF-8.
+``ingest.plain`` to read. A length is counted in bytes here, so a text in another alphabet may look too long and is read
+there, too. The bodies have to be UTF-8.
 
 ``ingest.quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
 """

@@ -85,6 +85,7 @@ def test_the_fast_path_takes_what_clients_really_send() -> None:
         written(external_id=None, timestamp="2026-01-01T00:00:00.123456Z"),
         json.dumps({"name": "n", "customer_id": CUSTOMER, "metadata": {"a": 1}}, indent=1),
         written(metadata={"model": "m", "tokens": 812, "cached": False, "ms": 12.5, "text": 'say "é"\n'}),
+        written(metadata={"text": "x"}).replace('"x"}', '"\\u003cx\\u003e \\u0026"}'),  # as Go writes < > and &
         written(metadata={"_cost": {"amount": 0.0425, "currency": "usd"}}),
         written(metadata={"_llm": {"vendor": "v", "model": "meta.llama:0", "input_tokens": 1, "output_tokens": 2,
                                    "cached_input_tokens": 0, "total_tokens": 3}}),
