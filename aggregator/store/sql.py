@@ -212,11 +212,12 @@ MEASURES = ("count", "sum", "enormous", "min", "max")
 def measures(aggregation: Aggregation, contribution: exp.Expr) -> list[exp.Expr]:
     """The columns of a group, under the names of ``MEASURES``; ``contribution`` is a ``value`` in scope.
 
-    ``count`` BIGINT: events considered, or distinct values. The rest is NULL for ``count`` and ``unique``; elsewhere
-    ``sum`` DECIMAL(38, 12) of ordinary amounts, ``enormous`` DECIMAL(38, 12)[] or NULL, ``min`` and ``max``.
+    A contribution that is NULL adds nothing: such an event is not counted. ``count`` BIGINT: events considered, or
+    distinct values. The rest is NULL for ``count`` and ``unique``; elsewhere ``sum`` DECIMAL(38, 12) of ordinary
+    amounts, ``enormous`` DECIMAL(38, 12)[] or NULL, ``min`` and ``max``.
     """
     if aggregation.func in ("count", "unique"):
-        counted = "COUNT(*)" if aggregation.func == "count" else "COUNT(DISTINCT x)"
+        counted = "COUNT(x)" if aggregation.func == "count" else "COUNT(DISTINCT x)"
         sources = [counted, *(f"CAST(NULL AS {kind})" for kind in (AMOUNT, f"{AMOUNT}[]", AMOUNT, AMOUNT))]
     else:
         ordinary = f"x BETWEEN -{ORDINARY} AND {ORDINARY}"

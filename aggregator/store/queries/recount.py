@@ -13,7 +13,7 @@ import msgspec
 from sqlglot import exp
 
 from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, events_in
-from aggregator.store.sql import ORDINARY, Measured, condition, considered, measures, statement, value
+from aggregator.store.sql import Measured, condition, considered, measures, statement, value
 from aggregator.store.stage import Parameters, Stage, fixed
 from meters.meter import Meter
 
@@ -53,9 +53,9 @@ def everything(
     found: list[exp.Expr] = []
     for place, meter in enumerate(meters):
         holds = exp.and_(condition(meter.filter, stage, parameters), considered(meter.aggregation, stage))
-        columns.append(exp.alias_(exp.Coalesce(this=exp.paren(holds), expressions=[exp.false()]), f"c{place}"))
-        columns.append(exp.alias_(value(meter.aggregation, stage), f"v{place}"))
-        found += [fixed(text) for text in _aggregates(meter, f"c{place}", f"v{place}")]
+        contribution = exp.case().when(holds, value(meter.aggregation, stage))  # else NULL, which adds nothing
+        columns.append(exp.alias_(contribution, f"x{place}"))
+        found += measures(meter.aggregation, exp.column(f"x{place}"))
     source = events_in(Scope(organization=organization), parameters, "*", _HOUR, _BLOCK)
     if until is not None:
         parameters.named("partitions", list(until))
@@ -70,21 +70,6 @@ def everything(
         width = len(rest) // len(meters)
         parts = [rest[start : start + width] for start in range(0, len(rest), width)]
         yield Part(block, None if hour is None else aware(hour), [Measured(*part) for part in parts])
-
-
-def _aggregates(meter: Meter, holds: str, amount: str) -> list[str]:
-    """The measures of one meter as SQL over its condition and its amount; names are ours."""
-    count = f"COUNT(*) FILTER (WHERE {holds})"
-    match meter.aggregation.func:
-        case "sum" | "avg":
-            ordinary = f"{amount} BETWEEN -{ORDINARY} AND {ORDINARY}"
-            sums = f"SUM({amount}) FILTER (WHERE {holds} AND {ordinary})"
-            return [count, sums, f"LIST({amount}) FILTER (WHERE {holds} AND NOT ({ordinary}))", "NULL", "NULL"]
-        case "min" | "max":
-            extremes = (f"{name}({amount}) FILTER (WHERE {holds})" for name in ("MIN", "MAX"))
-            return [count, "NULL", "NULL", *extremes]
-        case _:
-            return [count, "NULL", "NULL", "NULL", "NULL"]
 
 
 def by_customer(
