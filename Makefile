@@ -30,7 +30,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@echo "Installing the pinned dependencies into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	@$(BIN)/python -c "import ingest.kernels, aggregator.kernels" || echo "Loops cannot be compiled here: events are read one by one" >&2
+	@$(BIN)/python -c "import ingest.admission.kernels, aggregator.decode.kernels" || echo "Loops cannot be compiled here: events are read one by one" >&2
 	@touch $@
 
 lock: setup  ## requirements.lock from pyproject.toml; what is pinned stays (ARGS="--upgrade", "--upgrade-package NAME")

@@ -1,8 +1,4 @@
-"""The aggregator's process: the view and the API that is its guest, on one socket.
-
-The interpreter's lock is shared by the API's loop, the reader and the writer. A short switch interval keeps an answer
-from memory in the low milliseconds while the reader decodes at full speed.
-"""
+"""The aggregator process: its parts put together, and a watch on its lag."""
 
 import asyncio
 import contextlib
@@ -11,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,17 +16,72 @@ from uuid import uuid4
 
 import uvicorn
 import uvloop
+from prometheus_client import Gauge
 
 from aggregator.api import create_app
-from aggregator.api.at_once import front
-from aggregator.forward.metrics import ForwardingMetrics
-from aggregator.lag import LagWatch
-from aggregator.owner import FINAL, Aggregator
-from aggregator.store.opening import MODEST, Settings
+from aggregator.api.fast_reads import front
+from aggregator.engine.pipeline import Readable
+from aggregator.engine.supervisor import FINAL, Aggregator
+from aggregator.forward.state import ForwardingMetrics
+from aggregator.store.database import MODEST, Settings
 from aggregator.store.store import StillRead
 from aggregator.view import Unavailable
-from aggregator.webhook_sender import Sender
-from meters.log import Log
+from aggregator.webhooks.sender import Sender
+from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
+
+# How far behind the log the store is, looked at now and then for the metrics.
+#
+# The ends are the log's and the positions the view's, so a lag is true for a moment that has just passed. While
+# either cannot be had the last look stays, and says by its age that it is old.
+
+FIRST_LOOK_S = 0.2  # until the view is there
+LOOK_S = 2.0  # well below what a scrape waits, and nothing to a broker
+
+
+class LagWatch:
+    """Gauges of ``usage.events`` by partition, kept by a thread until ``stop``."""
+
+    def __init__(self, log: Log, aggregator: Aggregator) -> None:
+        self._log, self._aggregator = log, aggregator
+        self._readable = Readable()
+        registry = aggregator.telemetry.registry
+        self._end = Gauge("meterstream_log_end", "Next offset that the log will give", ["partition"], registry=registry)
+        self._lag = Gauge(
+            "meterstream_lag_records", "Records of the log that are not in the store", ["partition"], registry=registry
+        )
+        self._looked = Gauge("meterstream_lag_looked_seconds", "When the lag was known, since 1970", registry=registry)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lag", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        pause_s = FIRST_LOOK_S
+        while not self._stopping.wait(pause_s):
+            with contextlib.suppress(TryAgain, Unavailable, PositionLost):  # said by whoever stops, or waits, for it
+                self._look()
+                pause_s = LOOK_S
+
+    def _look(self) -> None:
+        as_of = self._aggregator.as_of
+        with self._readable.asking(f"the end of {USAGE_EVENTS}"):
+            ends = self._log.ends(USAGE_EVENTS)
+        for partition, end in ends.items():
+            position = as_of.get(partition, 0)
+            self._aggregator.telemetry.position.labels(str(partition)).set(position)
+            self._end.labels(str(partition)).set(end)
+            self._lag.labels(str(partition)).set(max(0, end - position))
+        self._looked.set(time.time())
+
+
+# The aggregator's process: the view and the API that is its guest, on one socket.
+#
+# The interpreter's lock is shared by the API's loop, the reader and the writer. A short switch interval keeps an
+# answer from memory in the low milliseconds while the reader decodes at full speed.
 
 SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above the noise of a loaded machine
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from meters.catalogue import Catalogue, Change
-from meters.ledger import Ledger
+from meters.catalogue.catalogue import Catalogue, Change
+from meters.ledger.ledger import Ledger
 
 EVER = int(np.iinfo(np.int64).min)
 """Before every time, in microseconds since 1970: where a window begins that has no reset, when nothing arrived yet."""

@@ -24,8 +24,8 @@ from benchmarks.report import Report
 from benchmarks.server import TOKEN
 from benchmarks.usual_stack import Store
 from ingest.log import open_log
-from meters.access import digest
-from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated, encode_change
+from meters.catalogue.access import digest
+from meters.catalogue.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
 
 ORGANIZATION = "b0c3f6b4-6a39-4b0e-9b5e-0f6d1d9a7b11"

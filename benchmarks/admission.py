@@ -20,11 +20,10 @@ import orjson
 from pydantic import UUID4, AwareDatetime, BaseModel, Field
 
 from benchmarks.report import Report
-from ingest import kernels
-from ingest.admission import Admitted, Tenant, admit
-from ingest.intake import new_ids
-from ingest.quick import Quick
-from meters.catalogue import Catalogue
+from ingest.admission import kernels
+from ingest.admission.intake import Quick, new_ids
+from ingest.admission.validate import Admitted, Tenant, admit
+from meters.catalogue.catalogue import Catalogue
 
 TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, Quick(kernels).read)
 COST = {"_cost": {"amount": 0.0425, "currency": "usd"}}

@@ -32,11 +32,10 @@ from benchmarks.load import Bodies, Ledger, send
 from benchmarks.page import results
 from benchmarks.report import Report
 from benchmarks.server import TOKEN, Reader, Server
-from deploy.data import DataDirectory
-from meters import exact_json
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_changes, encode_change
-from meters.credit import CreditGranted
-from meters.ledger import customer_meter_id
+from deploy.server.data import DataDirectory
+from meters import exact
+from meters.catalogue.catalogue import Catalogue, Change, Customer, CustomerCreated, decode_changes, encode_change
+from meters.ledger.ledger import CreditGranted, customer_meter_id
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 
 METERS = 10
@@ -145,7 +144,7 @@ def check(server: Server, customers: int, meter_ids: list[str], tokens: int) -> 
     found = total(server, meter_ids[0], "2026-03-01T00:00:00Z", (datetime.now(UTC) + timedelta(days=1)).isoformat())
     wrong = [] if found == tokens else [f"all tokens: {found} instead of {tokens}"]
     for number in range(0, customers, max(1, customers // 20)):
-        one = exact_json.decode(
+        one = exact.decode(
             server.http.get(f"/v1/customer-meters/{customer_meter_id(customer_id(number), meter_ids[0])}").content
         )
         usage = server.http.get(f"/v1/meters/{meter_ids[0]}/usage", params={"customer_id": customer_id(number)}).json()

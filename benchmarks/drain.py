@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.engine import Committed, Engine
+from aggregator.engine.pipeline import Committed, Engine
 from aggregator.process import SWITCH_INTERVAL_S
 from aggregator.store.store import Store, prepare_partitions
 from aggregator.view import Total
@@ -34,7 +34,7 @@ from benchmarks.report import Report
 from benchmarks.usual_stack import COMMIT_EVENTS, UsageEvent
 from benchmarks.usual_stack import Store as UsualStore
 from ingest.log import open_log
-from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
+from meters.catalogue.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 from meters.meter import Meter, new_meter
 

@@ -27,9 +27,9 @@ from benchmarks.end_to_end import Phase, end_position, meters
 from benchmarks.load import Bodies, Ledger
 from benchmarks.report import Report
 from benchmarks.server import START_TIMEOUT_S, Server
-from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
-from meters.catalogue import OrganizationCreated, decode_changes
+from deploy.server.data import DataDirectory
+from meters.catalogue.catalogue import OrganizationCreated, decode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, format_position
 
 Answer = TypeVar("Answer")

@@ -31,8 +31,7 @@ from benchmarks.server import Server, usage
 from benchmarks.usual_stack import Store
 from benchmarks.usual_stack_kafka import LINGER_MS, consume
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import EVENTS_PARTITIONS, Wanted, make_topics
+from ingest.log.kafka_admin import EVENTS_PARTITIONS, Wanted, make_topics, parse_address
 from meters.log import USAGE_EVENTS, Log, format_position
 from tests.support.kafka.cluster import Cluster, running
 from tests.support.kafka.jars import Missing

@@ -19,7 +19,7 @@ import httpx
 import uvicorn
 
 from benchmarks.report import Report
-from ingest.passthrough import Upstream
+from ingest.gateway.proxy import Upstream
 
 BODY = b"x" * 1000
 SCOPE = {"method": "GET", "query_string": b"page=1", "headers": [(b"host", b"x"), (b"accept", b"*/*")]}

@@ -27,10 +27,10 @@ import msgspec
 from benchmarks.drain import ORGANIZATION, made_meters
 from benchmarks.load import Bodies
 from benchmarks.report import Report
-from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
+from deploy.server.data import DataDirectory
 from ingest.log import open_log
-from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
+from meters.catalogue.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 from meters.meter import Meter
 

@@ -1,6 +1,6 @@
 """The console script ``meterstream``: every way to fail becomes one line and an exit code.
 
-Commands are parsed by deploy/command_line.py, which loads all of them to know their options. The processes that should
+Commands are parsed by deploy/app.py, which loads all of them to know their options. The processes that should
 be back soon after a crash do not wait for that: ``serve``, ``gateway`` and ``aggregate`` with plain options begin
 here. Whatever is not plain (help, an unknown option, a number that is none) goes to the command line, which knows how
 to say so; the options mean the same either way.
@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from deploy.giving_up import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwritable
+from deploy.errors import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwritable
 
 TYPE_CHECKING = False  # not taken from typing: to load that takes most of the time before main can hear of Ctrl-C
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def _nobodys_fault(error: Exception) -> GiveUp | None:
 def _run(line: list[str], settings: "Settings") -> int | None:
     plain = plain_options(line)
     if plain is None:
-        from deploy.command_line import run
+        from deploy.app import run
 
         _hear_interruptions(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         return run(line, settings)
     process, options = plain
     told = {name[2:]: value for name, value in options.items() if name not in ("--lifeline", "--socket")}
     lifeline, listener = (int(options[name]) if name in options else None for name in ("--lifeline", "--socket"))
-    from deploy.start import begin
+    from deploy.server.start import begin
 
     _hear_interruptions(signal.SIGINT)
     begin(process, settings.but(**told), lifeline, listener)

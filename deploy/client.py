@@ -1,19 +1,25 @@
-"""The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on."""
+"""The command line's client of the API, and its session."""
 
+import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+import msgspec
+import typer
 
-from aggregator.forward.answer import pages
-from deploy.giving_up import USAGE, GiveUp
-from deploy.output import as_json
-from deploy.settings import fits_header
-from meters import exact_json
+from aggregator.forward.polar_client import pages
+from deploy.console import Output, as_json
+from deploy.errors import USAGE, GiveUp
+from deploy.server.data import DataDirectory, data_directory
+from deploy.settings import Settings, fits_header
+from meters import exact
+
+# The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on.
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
@@ -147,15 +153,15 @@ class Api:
 
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
-        return exact_json.decode(self.answer("GET", path, params=params).content)
+        return exact.decode(self.answer("GET", path, params=params).content)
 
     def post(self, path: str, body: object, **params: Any) -> Any:
         """As ``get``, with a body."""
-        return exact_json.decode(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
+        return exact.decode(self.answer("POST", path, params=params, content=as_json(body).encode()).content)
 
     def patch(self, path: str, body: object) -> Any:
         """As ``post``."""
-        return exact_json.decode(self.answer("PATCH", path, content=as_json(body).encode()).content)
+        return exact.decode(self.answer("PATCH", path, content=as_json(body).encode()).content)
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Every item of a list, page by page."""
@@ -243,3 +249,55 @@ def _first_line(response: httpx.Response) -> str:
         return str(body.get("error_description") or body.get("detail") or body.get("error") or body)
     except (ValueError, AttributeError):
         return (response.text.strip().splitlines() or [response.reason_phrase])[0][:200]
+
+
+# What every command knows: its settings and how to show its answer.
+
+if TYPE_CHECKING:
+    pass
+
+EPILOG = (
+    "Every command takes --url, --token, --data and --log (or METERSTREAM_URL, _TOKEN, _DATA, _LOG), and --output, "
+    "anywhere."
+)
+
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def flowing(command: Command) -> Command:
+    """Let each paragraph of a command's help flow: Typer keeps the line breaks of all but the first."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    command.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return command
+
+
+class Session(msgspec.Struct, frozen=True):
+    """One run of the command line."""
+
+    settings: Settings
+    output: Output
+
+    def api(self) -> "Api":
+        """A client of the running server. Raises GiveUp when there is no token to show."""
+        if not self.settings.token:
+            raise GiveUp(
+                "a token is needed: --token, or METERSTREAM_TOKEN; `meterstream serve` prints one on its first start "
+                "and `meterstream tokens create` makes more", USAGE,
+            )
+
+        return Api(self.settings.url, self.settings.token)
+
+    @property
+    def data(self) -> DataDirectory:
+        """The files of the installation on this machine."""
+        return data_directory(self.settings)
+
+
+def session(context: typer.Context, *, page: bool = False) -> Session:
+    """The session that the command line put into the context. Raises GiveUp for a page where there is none."""
+    found = context.obj
+    assert isinstance(found, Session)
+    if found.output is Output.html and not page:
+        raise GiveUp("--output html is for `meterstream reconcile`; here it is table, json or csv", USAGE)
+    return found

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deploy.control import READ_BYTES, Control, NotYet
-from deploy.data import AS_OWNER, PUT_BACK, DataDirectory
-from deploy.giving_up import GiveUp
-from deploy.private import private_files
+from deploy.errors import GiveUp
+from deploy.server.control import READ_BYTES, Control, NotYet
+from deploy.server.data import AS_OWNER, PUT_BACK, DataDirectory
+from deploy.server.runtime import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
 
 if TYPE_CHECKING:
-    from aggregator.store.opening import Unopenable
+    from aggregator.store.database import Unopenable
     from aggregator.store.store import Store
 
 ROOM_OR_OWNER = f"make room on its disk, or {AS_OWNER}, then look again"
@@ -219,7 +219,7 @@ def _unfinished(data: DataDirectory) -> Iterator[Finding]:
 
 def _heal_store(error: "Unopenable", log: Log) -> str:
     """A store can be made again only from a log that has its beginning."""
-    from aggregator.store.opening import REBUILD, OlderLayout
+    from aggregator.store.database import REBUILD, OlderLayout
 
     if error.heal != REBUILD or not any(log.starts(USAGE_EVENTS).values()):
         return error.heal
@@ -227,8 +227,8 @@ def _heal_store(error: "Unopenable", log: Log) -> str:
 
 
 def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
-    from aggregator.continuity import break_in
-    from aggregator.store.opening import NotNow, Unopenable, explaining
+    from aggregator.engine.supervisor import break_in
+    from aggregator.store.database import NotNow, Unopenable, explaining
     from aggregator.store.store import Store
 
     if not data.store.exists():
@@ -265,7 +265,7 @@ def _no_store(data: DataDirectory) -> Finding:
 
 
 def _strangers(store: "Store", known: Collection[str]) -> Finding:
-    from aggregator.store.strangers import stored_under
+    from aggregator.store.maintenance import stored_under
 
     with contextlib.closing(store.cursor()) as connection:
         found = stored_under(connection, known)

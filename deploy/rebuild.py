@@ -1,28 +1,104 @@
-"""The store again, from the log alone.
-
-A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it has
-caught up. Whatever stops this before the rename leaves the old store as it was, and all but a kill takes the new file
-away. The old write-ahead log goes just before the rename: without it the old file is a consistent store of an earlier
-position, so even that moment is safe.
-
-A store of another log is not thrown away: what it counted may be nowhere else. It gets another name, with its
-write-ahead log, and so does a file that cannot be asked what it was made from.
-"""
+"""Rebuild the store, skip lost records, check the totals."""
 
 import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from aggregator.owner import Aggregator
-from aggregator.store.opening import NotNow, Unopenable, identities_in
-from aggregator.store.store import Store
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store.database import NotNow, Unopenable, explaining, identities_in
+from aggregator.store.maintenance import Lost, find_lost, skip
+from aggregator.store.store import Store, prepare_partitions
 from aggregator.view import Unavailable
-from deploy.data import DataDirectory
-from deploy.giving_up import GiveUp
-from deploy.private import private_files
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
+from deploy.client import Api
+from deploy.console import as_json
+from deploy.errors import GiveUp
+from deploy.server.data import DataDirectory
+from deploy.server.runtime import private_files
+from meters import exact
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
+
+# A meter's running totals against a recount of its stored events.
+#
+# Running totals live in the aggregator's memory; a preview of the same definition counts the stored events again.
+# Both answers name the position they are true for, and only answers for the same position are compared.
+
+ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
+
+
+def compare_totals(api: Api, meter: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """A row for each of the meter's largest customers, and how many customers it has.
+
+    Raises GiveUp when events arrive faster than one can compare.
+    """
+    for _ in range(ATTEMPTS_MAX):
+        recounted, as_of = _recount(api, meter)
+        rows, positions = [], {as_of}
+        for customer in recounted["top_customers"]:
+            running, position = _running(api, meter, customer)
+            positions.add(position)
+            recount = Decimal(customer["quantity"])
+            name = customer["external_customer_id"] or customer["customer_id"]
+            rows.append({"customer": name, "running": running, "recounted": recount, "equal": running == recount})
+        if len(positions) == 1:
+            return rows, recounted["customers"]
+    raise GiveUp("events arrive too quickly to compare two answers; try again when it is quieter")
+
+
+def _recount(api: Api, meter: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    definition = as_json({"filter": meter["filter"], "aggregation": meter["aggregation"]}).encode()
+    response = api.answer("POST", "/v1/meters/preview", content=definition)
+    return exact.decode(response.content), response.headers["As-Of"]
+
+
+def _running(api: Api, meter: dict[str, Any], customer: dict[str, Any]) -> tuple[Decimal, str]:
+    who = {name: customer[name] for name in ("customer_id", "external_customer_id") if customer[name] is not None}
+    response = api.answer("GET", f"/v1/meters/{meter['id']}/usage", params=who)
+    return Decimal(response.json()["value"]), response.headers["As-Of"]
+
+
+# ``meterstream skip-lost``: accept that records which left the log before they were read will never be counted.
+
+def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
+    """What is lost; skipped if ``sure``.
+
+    Raises GiveUp while a server runs, where there is no store that could lack anything, and for decisions, which are
+    needed.
+    """
+    data.require()
+    data.require_store()
+    with data.hold("skip records"), private_files(), contextlib.closing(data.open_log()) as log:
+        try:
+            streams = (USAGE_EVENTS, USAGE_CONTROL)
+            identities = {stream: log.identity(stream) for stream in streams}
+            with contextlib.closing(Store.open(data.store, identities)) as store, explaining(data.store):
+                for stream in streams:
+                    prepare_partitions(store, stream, list(log.ends(stream)))
+                if find_lost(store, USAGE_CONTROL, log.starts(USAGE_CONTROL)):
+                    raise GiveUp(
+                        "decisions left the log (tokens, customers, meters); restore it from a backup, as "
+                        "ingest/log/README.md says"
+                    )
+                lost = find_lost(store, USAGE_EVENTS, log.starts(USAGE_EVENTS))
+                if sure and lost:
+                    skip(store, lost)
+                return lost
+        except (Unopenable, NotNow, TryAgain) as error:
+            raise GiveUp(f"{error}") from error
+
+
+# The store again, from the log alone.
+#
+# A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it
+# has caught up. Whatever stops this before the rename leaves the old store as it was, and all but a kill takes the
+# new file away. The old write-ahead log goes just before the rename: without it the old file is a consistent store of
+# an earlier position, so even that moment is safe.
+#
+# A store of another log is not thrown away: what it counted may be nowhere else. It gets another name, with its
+# write-ahead log, and so does a file that cannot be asked what it was made from.
 
 WAIT_S = 0.2  # between two looks at how far it is
 IDENTITY_CHARACTERS = 8  # of a stream's identity, in the name of a kept store

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from deploy.giving_up import USAGE, GiveUp
+from deploy.errors import USAGE, GiveUp
 
 PREFIX = "METERSTREAM_"
 

@@ -13,10 +13,9 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from meters.amount import EXACT, QUANTUM
-from meters.detail import Detail, detail
-from meters.facts import Facts, Number, epoch_seconds, lookup
-from meters.property import TIMESTAMP, is_built_in, parse_property
+from meters.errors import Detail, detail
+from meters.event_values import TIMESTAMP, Facts, Number, epoch_seconds, is_built_in, lookup, parse_property
+from meters.exact import EXACT, QUANTUM
 
 Function = Literal["count", "sum", "avg", "min", "max", "unique"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)

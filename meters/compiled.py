@@ -24,7 +24,7 @@ from numba import int32, int64, njit, types, uint8, uint64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from meters.timestamp import UNREADABLE
+from meters.timestamps import UNREADABLE
 
 ODD = -1
 """There is something that these loops do not read."""
@@ -54,7 +54,7 @@ hash_64: Any = types.ExternalFunction("XXH3_64bits", uint64(uint64, uint64))
 hash_64_seeded: Any = types.ExternalFunction("XXH3_64bits_withSeed", uint64(uint64, uint64, uint64))
 copy_bytes: Any = types.ExternalFunction("memcpy", uint64(uint64, uint64, uint64))  # to, from, how many
 
-_MEANT = zlib.crc32(b"".join(pkgutil.get_data("meters", name) or b"" for name in ("compiled.py", "refusal.py")))
+_MEANT = zlib.crc32(b"".join(pkgutil.get_data("meters", name) or b"" for name in ("compiled.py", "errors.py")))
 
 
 def kernel(signature: Any, *, lock: bool = False) -> Callable[[Function], Function]:

@@ -1,28 +1,148 @@
-"""The fact: one thing that a customer used, once.
-
-An event is never changed and never taken back; whoever erred sends another. Its identity is the organization's id
-and the external id that its sender gave it, hashed to 128 bits. The public id of an event *is* that identity, so a
-log read again gives every event the id it had before. An event without external id gets one before it is logged.
-
-Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double would bend their digits.
-"""
+"""The event: its fields, identity, metadata rules and full validation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 from xxhash import xxh3_128_intdigest
 
-from meters.detail import COMPLAINTS_MAX
-from meters.exact_json import Object, decode_tokens, echo
-from meters.metadata import complaints
-from meters.refusal import DEPTH_MAX, NAME_LENGTH_MAX, Reason, Refusal
-from meters.timestamp import parse_timestamp
+from meters.errors import (
+    COMPLAINTS_MAX,
+    COST_INTEGER_DIGITS_MAX,
+    DEPTH_MAX,
+    NAME_LENGTH_MAX,
+    STRING_LENGTH_MAX,
+    Reason,
+    Refusal,
+)
+from meters.exact import INTEGER_DIGITS_MAX, Object, Token, decode_tokens, echo, parse_amount
+from meters.timestamps import parse_timestamp
+
+# What an event's metadata may hold.
+#
+# An ordinary value is a string of 1 to 500 characters, a number or a boolean; of a repeated key the last value holds.
+# Two keys are reserved. ``_cost`` says what the event cost its sender: ``amount`` in cents and ``currency``. ``_llm``
+# says what a language model did: who, and how many tokens. In both a repeated key is refused, since nobody could tell
+# which amount was meant; keys they do not know are let through and do not exist for anyone.
+#
+# Deliberate differences: an amount of more than 12 decimals is rounded and not refused, because that is what adding
+# cents in JavaScript makes; numbers in text must be JSON numbers; a number of more than 26 integer digits is refused.
+
+JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+
+
+class Complaint(NamedTuple):
+    """What is wrong, where within the metadata, and with which value."""
+
+    reason: Reason
+    loc: tuple[str, ...]
+    value: Any
+
+
+Check = Callable[[Any], Reason | None]
+
+
+def complaints(metadata: Object) -> Iterator[Complaint]:
+    """Everything that is wrong with an event's metadata, decoded as tokens."""
+    for key, value in metadata.items():
+        if key in _RESERVED:
+            yield from _reserved_complaints(key, value)
+        elif reason := _ordinary(value):
+            yield Complaint(reason, (key,), value)
+
+
+def _ordinary(value: Any) -> Reason | None:
+    if isinstance(value, str):
+        if not value:
+            return Reason.STRING_TOO_SHORT
+        return Reason.STRING_TOO_LONG if len(value) > STRING_LENGTH_MAX else None
+    if isinstance(value, Token):
+        return None if _is_short(value.text) or parse_amount(value.text) is not None else Reason.NUMBER_TOO_LARGE
+    return None if isinstance(value, bool) else Reason.METADATA_VALUE
+
+
+def _is_short(number: str) -> bool:
+    """Whether a JSON number cannot have too many digits, as nearly every one: to work it out takes ten times longer."""
+    return len(number) <= INTEGER_DIGITS_MAX and "e" not in number and "E" not in number
+
+
+def _reserved_complaints(key: str, value: Any) -> Iterator[Complaint]:
+    if not isinstance(value, Object):
+        yield Complaint(Reason.DICT_TYPE, (key,), value)
+        return
+    required, optional = _RESERVED[key]
+    for name in value.repeated:
+        yield Complaint(Reason.DUPLICATE_KEY, (key, name), value[name])
+    for name in required:
+        if name not in value:
+            yield Complaint(Reason.MISSING, (key, name), value)
+    for name, check in (required | optional).items():
+        if name in value and (reason := check(value[name])):
+            yield Complaint(reason, (key, name), value[name])
+
+
+def _token(value: Any) -> str | None:
+    """The digits of a number, or of text that holds one."""
+    if isinstance(value, Token):
+        return value.text
+    return value if isinstance(value, str) and JSON_NUMBER.fullmatch(value) else None
+
+
+def _cost_amount(value: Any) -> Reason | None:
+    token = _token(value)
+    if token is None:
+        return Reason.DECIMAL_TYPE
+    amount = parse_amount(token)
+    whole_digits_fit = amount is not None and amount.adjusted() < COST_INTEGER_DIGITS_MAX
+    return None if whole_digits_fit else Reason.DECIMAL_WHOLE_DIGITS
+
+
+def _token_count(value: Any) -> Reason | None:
+    token = _token(value)
+    if token is None:
+        return Reason.INT_TYPE
+    amount = parse_amount(token)
+    if amount is None:
+        return Reason.NUMBER_TOO_LARGE
+    return None if amount == amount.to_integral_value() else Reason.INT_FROM_FLOAT
+
+
+def _string(value: Any) -> Reason | None:
+    return None if isinstance(value, str) else Reason.STRING_TYPE
+
+
+def _string_or_null(value: Any) -> Reason | None:
+    return None if value is None else _string(value)
+
+
+def _currency(value: Any) -> Reason | None:
+    """Polar asks only that ``usd`` occurs, in lower case."""
+    return _string(value) or (None if "usd" in value else Reason.CURRENCY)
+
+
+_COUNTS: dict[str, Check] = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _token_count)
+_RESERVED: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
+    "_cost": ({"amount": _cost_amount, "currency": _currency}, {}),
+    "_llm": (
+        {"vendor": _string, "model": _string, **_COUNTS},
+        {"cached_input_tokens": _token_count, "prompt": _string_or_null, "response": _string_or_null},
+    ),
+}
+"""Reserved key: the fields it must have and those it may have, each with its rule."""
+
+
+# The fact: one thing that a customer used, once.
+#
+# An event is never changed and never taken back; whoever erred sends another. Its identity is the organization's id
+# and the external id that its sender gave it, hashed to 128 bits. The public id of an event *is* that identity, so a
+# log read again gives every event the id it had before. An event without external id gets one before it is logged.
+#
+# Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double would bend their digits.
 
 CLOCK_SKEW = timedelta(seconds=60)
 """How far ahead of ours a sender's clock may be. Polar grants nothing, which loses the usage of machines whose clock

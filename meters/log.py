@@ -1,27 +1,101 @@
-"""What a log promises.
+"""The log port: streams, records, positions and the partition key."""
 
-The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
-from producers, ``usage.control`` holds decisions of the operator. Partitions of a stream may be added, never
-removed; the records of each are numbered from 0, without gaps unless the log allows holes. Two promises carry the
-whole system:
-
-* ``append`` returns only when the records would survive the death of every process (and, for the embedded
-  log, the loss of power). What it raises for may or may not have been written: the caller answers "try
-  again", and the identity of the events makes the repetition harmless.
-* ``read`` returns consecutive records from the position asked for, and never skips one unnoticed. Where the
-  next record cannot be had (retention removed it, the stream was replaced) it raises ``PositionLost``.
-
-A position is always the offset of the *next* record: after offset 7 the position is 8.
-Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
-"""
-
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
 
-from meters.refusal import LINES_MAX
+from meters.errors import LINES_MAX
+
+# Which partition an event belongs to: the one that Kafka's own default would choose for its key.
+#
+# The key is the organization's id, a colon, and the customer: by the name that the organization gave it, or by its id
+# here where it has none. A customer's events stay in one partition and so in their order, whoever writes them: a
+# gateway, or a producer of another kind that sets this key and leaves the choice to its client (``murmur2``, what
+# Java clients do by default; librdkafka calls it ``murmur2_random``).
+
+SEED, MULTIPLIER = 0x9747B28C, 0x5BD1E995
+WORD, POSITIVE = 0xFFFFFFFF, 0x7FFFFFFF
+"""The constants of Kafka's hash: what it begins with and multiplies by, which bits are kept, and which at last."""
+
+_BLOCK_BYTES = 4
+
+
+def partition_key(organization_id: str, customer: str) -> bytes:
+    """The key of a customer's events; ``customer`` is its external id, or its id where it has none."""
+    return f"{organization_id}:{customer}".encode()
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition of the key among so many."""
+    return (murmur2(key) & POSITIVE) % partitions
+
+
+def murmur2(data: bytes) -> int:
+    """MurmurHash2 with the seed that Kafka took, as an unsigned 32-bit number."""
+    return _end(_mixed(SEED ^ len(data), _blocks(data)), data)
+
+
+class CustomerPartitions:
+    """``partition_of`` for the customers of one organization, whose ids begin all the keys and are mixed in once.
+
+    A hash depends on the key's length from the start, so there is one beginning for each length that occurs.
+    """
+
+    def __init__(self, organization_id: str, partitions: int) -> None:
+        prefix = partition_key(organization_id, "")
+        self._begun_bytes = len(prefix) // _BLOCK_BYTES * _BLOCK_BYTES
+        self._begun, self._left = prefix[: self._begun_bytes], prefix[self._begun_bytes :]
+        self._partitions = partitions
+        self._beginnings: dict[int, int] = {}
+
+    def of(self, customer: str) -> int:
+        """The customer's partition."""
+        rest = self._left + customer.encode()
+        length = self._begun_bytes + len(rest)
+        digest = self._beginnings.get(length)
+        if digest is None:
+            digest = self._beginnings[length] = _mixed(SEED ^ length, _blocks(self._begun))
+        return (_end(_mixed(digest, _blocks(rest)), rest) & POSITIVE) % self._partitions
+
+
+def _blocks(data: bytes) -> tuple[int, ...]:
+    return struct.unpack_from(f"<{len(data) // _BLOCK_BYTES}I", data)
+
+
+def _mixed(digest: int, blocks: Iterable[int]) -> int:
+    for block in blocks:
+        block = block * MULTIPLIER & WORD
+        digest = digest * MULTIPLIER & WORD ^ (block ^ block >> 24) * MULTIPLIER & WORD
+    return digest
+
+
+def _end(digest: int, data: bytes) -> int:
+    """Mix in what is left behind the blocks, and finish."""
+    left = len(data) % _BLOCK_BYTES
+    if left:
+        digest = (digest ^ int.from_bytes(data[-left:], "little")) * MULTIPLIER & WORD
+    digest = (digest ^ digest >> 13) * MULTIPLIER & WORD
+    return digest ^ digest >> 15
+
+
+# What a log promises.
+#
+# The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
+# from producers, ``usage.control`` holds decisions of the operator. Partitions of a stream may be added, never
+# removed; the records of each are numbered from 0, without gaps unless the log allows holes. Two promises carry the
+# whole system:
+#
+# * ``append`` returns only when the records would survive the death of every process (and, for the embedded
+#   log, the loss of power). What it raises for may or may not have been written: the caller answers "try
+#   again", and the identity of the events makes the repetition harmless.
+# * ``read`` returns consecutive records from the position asked for, and never skips one unnoticed. Where the
+#   next record cannot be had (retention removed it, the stream was replaced) it raises ``PositionLost``.
+#
+# A position is always the offset of the *next* record: after offset 7 the position is 8.
+# Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
 
 USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
@@ -194,3 +268,32 @@ class Log(Protocol):
     def close(self) -> None:
         """Finish what was begun, then let go of every file, thread and socket. Later calls raise TryAgain."""
         ...
+
+
+# How far a reader of the feed has come: in each partition of the log, before which line of which record.
+#
+# Written as ``partition:offset:line``, comma separated, like ``Log-Position`` with a line more. Half-open: everything
+# before the place has been read. It speaks of the log and not of the store, so it stays true when the store is made
+# anew.
+
+FeedPlace = tuple[int, int]
+"""Offset of a record in its partition, and a line of it; in the order in which the log has them."""
+
+
+def parse_places(text: str) -> dict[int, FeedPlace] | None:
+    """{partition: place}; the empty text is the beginning, None no text of this kind."""
+    found: dict[int, FeedPlace] = {}
+    for part in filter(None, text.split(",")):
+        numbers = part.split(":")
+        if len(numbers) != 3 or not all(map(is_count, numbers)):
+            return None
+        partition, offset, line = map(int, numbers)
+        if partition in found:
+            return None
+        found[partition] = offset, line
+    return found
+
+
+def format_places(places: Mapping[int, FeedPlace]) -> str:
+    """The inverse of ``parse_places``."""
+    return ",".join(f"{partition}:{offset}:{line}" for partition, (offset, line) in sorted(places.items()))

@@ -8,26 +8,18 @@ from fastapi import APIRouter, FastAPI, Response
 from aggregator.api import (
     audit,
     benefits,
-    charges,
     credits,
     customer_meters,
     customers,
-    dead_letters,
     events,
     feed,
     meters,
-    metrics,
-    polar_webhooks,
+    polar,
     portal,
-    resets,
     route_answers,
-    sessions,
-    usage,
-    webhook_deliveries,
-    webhook_endpoints,
-    webhook_rules,
+    webhooks,
 )
-from aggregator.api.document import describe, install_pages
+from aggregator.api.openapi import describe, install_pages
 from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer, install_error_answers
 from aggregator.api.schemas import gives
 from aggregator.service.errors import SETTLED_S
@@ -58,13 +50,13 @@ def create_app(
     app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)
     install_error_answers(app)
-    for router in (events.router, usage.router, meters.router, metrics.router, customers.router, dead_letters.router):
+    for router in (events.router, meters.usage_router, meters.router, meters.metrics_router, customers.router, events.dead_letters_router):
         app.include_router(router)
-    for router in (customer_meters.router, credits.router, resets.router, charges.router):
+    for router in (customer_meters.router, credits.router, credits.router, meters.charges_router):
         app.include_router(router)
-    for router in (benefits.router, sessions.router, portal.router):
+    for router in (benefits.router, customers.sessions_router, portal.router):
         app.include_router(router)
-    for router in (webhook_endpoints.router, webhook_deliveries.router, webhook_rules.router, polar_webhooks.router):
+    for router in (webhooks.router, webhooks.router, webhooks.router, polar.router):
         app.include_router(router)
     app.include_router(feed.router)
     app.include_router(audit.router)

@@ -20,15 +20,14 @@ from aggregator.api.requests import AtDesk, allow, bytes_of
 from aggregator.service.balances import numbers_of
 from aggregator.service.errors import NotFound
 from aggregator.service.service import Desk
-from aggregator.store.queries import recount, usage
-from aggregator.store.queries.audit import QUESTIONS, put
-from aggregator.store.queries.recount import BLOCK, Part, Which
+from aggregator.store.meter_sql import Measured
+from aggregator.store.queries import audit, usage
+from aggregator.store.queries.audit import BLOCK, QUESTIONS, Part, Which, put
 from aggregator.store.queries.scope import Scope, organization_number
 from aggregator.store.queries.usage import Question
-from aggregator.store.sql import Measured
 from aggregator.view import Snapshot, Total
-from meters.access import AUDIT
-from meters.catalogue import Token
+from meters.catalogue.access import AUDIT
+from meters.catalogue.catalogue import Token
 from meters.log import format_position
 from meters.meter import Meter
 
@@ -103,7 +102,7 @@ async def blocks(request: Request, desk: AtDesk, token: Auditor) -> Response:
         return [desk.view.totals.total(meter.id, one) for one in ranges], desk.view.totals.by_quarters(meter.id, spans)
 
     def parts(here: Snapshot) -> list[Part]:
-        return list(recount.everything(here.connection, [meter], _number(here, meter), here.as_of))
+        return list(audit.everything(here.connection, [meter], _number(here, meter), here.as_of))
 
     found = await _beside(desk, totals, lambda kept, here: (*kept, parts(here)))
     return _json(dict(zip(("blocks", "hours", "parts"), found, strict=True)) if found else None)
@@ -114,7 +113,7 @@ async def by_customer(request: Request, desk: AtDesk, token: Auditor) -> Respons
     """The customers of a block."""
     asked, meter = await _asked(request, desk)
     found, _ = await _read(
-        desk, lambda here: recount.by_customer(here.connection, meter, _number(here, meter), asked.block)
+        desk, lambda here: audit.by_customer(here.connection, meter, _number(here, meter), asked.block)
     )
     return _json(found)
 
@@ -124,7 +123,7 @@ async def by_hour(request: Request, desk: AtDesk, token: Auditor) -> Response:
     """The hours of a customer."""
     asked, meter = await _asked(request, desk)
     found, _ = await _read(
-        desk, lambda here: recount.by_hour(here.connection, meter, _number(here, meter), asked.subjects[0])
+        desk, lambda here: audit.by_hour(here.connection, meter, _number(here, meter), asked.subjects[0])
     )
     return _json(found)
 
@@ -138,7 +137,7 @@ async def moment(request: Request, desk: AtDesk, token: Auditor) -> Response:
     def question(running: Total | None, here: Snapshot) -> tuple[Total, Measured] | None:
         if running is None:
             return None
-        return running, recount.part(here.connection, meter, _number(here, meter), which)
+        return running, audit.part(here.connection, meter, _number(here, meter), which)
 
     return _json(await _beside(desk, lambda: _running(desk, meter, which), question))
 

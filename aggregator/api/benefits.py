@@ -17,10 +17,11 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, moment
-from aggregator.api.customers import has_texts
-from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api.credits import Overtaken, Used, carried, used_until
+from aggregator.api.customers import has_texts, named_customer
 from aggregator.api.requests import (
     BY_METADATA,
+    SEARCH_LENGTH_MAX,
     AtDesk,
     Ids,
     MetadataTexts,
@@ -33,7 +34,6 @@ from aggregator.api.requests import (
     on_page,
     order,
 )
-from aggregator.api.resets import Overtaken, Used, carried, used_until
 from aggregator.api.schemas import (
     BenefitCreate,
     BenefitGrantCreate,
@@ -43,20 +43,30 @@ from aggregator.api.schemas import (
     page_of,
     takes,
 )
-from aggregator.api.sessions import named_customer
 from aggregator.service import answers
 from aggregator.service.customer_state import grant_properties
 from aggregator.service.errors import Malformed, NotFound, Refused
 from aggregator.service.serializers import customer_shape
 from aggregator.service.service import Desk
-from meters.access import reading, writing
-from meters.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet
-from meters.catalogue import Customer, Token
-from meters.credit import CreditGranted, MeterReset
-from meters.granting import Step, cycled, grant_id, granted, movement_id, needs_reset, revoked
-from meters.ledger import Account
-from meters.polar_meters import here
-from meters.resource_metadata import parse_metadata
+from meters.catalogue.access import reading, writing
+from meters.catalogue.catalogue import Customer, Token
+from meters.ledger.benefits import (
+    METER_CREDIT,
+    Benefit,
+    BenefitSet,
+    Grant,
+    GrantSet,
+    Step,
+    cycled,
+    grant_id,
+    granted,
+    movement_id,
+    needs_reset,
+    revoked,
+)
+from meters.ledger.ledger import Account, CreditGranted, MeterReset
+from meters.meter import parse_metadata
+from meters.polar_webhooks import here
 
 router = APIRouter(tags=["benefits"])
 Reader = Annotated[Token, Depends(allow(reading("benefits")))]

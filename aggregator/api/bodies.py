@@ -12,7 +12,7 @@ from msgspec import inspect
 
 from aggregator.api.requests import body_of
 from aggregator.service.errors import Malformed, Refused
-from meters.detail import Detail, detail
+from meters.errors import Detail, detail
 
 T = TypeVar("T", bound=msgspec.Struct)
 Loc = tuple[str | int, ...]

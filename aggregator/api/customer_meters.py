@@ -31,15 +31,14 @@ from aggregator.service.customer_meter_sort import NotInMemory, find_page, sort_
 from aggregator.service.errors import NotFound
 from aggregator.service.serializers import customer_meter_shape, entry_shape, event_shape
 from aggregator.service.service import Desk, Here, Order, Page
-from aggregator.store.queries import arrivals, events, family
-from aggregator.store.queries.events import Listing
-from aggregator.store.queries.family import Identity
+from aggregator.store.queries import events, usage
+from aggregator.store.queries.events import Identity, Listing
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.view import Unavailable
-from meters.catalogue import Customer, Token
-from meters.ledger import Account
+from meters.catalogue.catalogue import Customer, Token
+from meters.ledger.ledger import Account
+from meters.ledger.statement import Entry, parse_usage_id, statement
 from meters.meter import Meter
-from meters.statement import Entry, parse_usage_id, statement
 
 router = APIRouter(tags=["customer meters"])
 READING = frozenset({"customer_meters:read"})
@@ -125,7 +124,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     cuts = sorted({reset.at for reset in account.resets})
 
     def question(here: Here) -> list[Entry]:  # a year of usage is half a second of work, which nobody else waits for
-        usages = arrivals.by_quarter(here.connection, one.meter, here.within(scope), cuts)
+        usages = usage.by_quarter(here.connection, one.meter, here.within(scope), cuts)
         return statement(one.meter.aggregation, account, usages)[::-1]
 
     entries, as_of = await desk.ask(token, question)
@@ -150,7 +149,7 @@ async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: st
 
     def question(here: Here) -> tuple[events.Page, dict[Identity, int]]:
         found = events.page(here.connection, here.about(listing))
-        return found, family.descendant_counts(here.connection, [event.identity for event in found.events])
+        return found, events.descendant_counts(here.connection, [event.identity for event in found.events])
 
     (found, children), as_of = await desk.ask(token, question)
     shapes = [

@@ -1,5 +1,6 @@
-"""Customers, as far as usage needs them: made, found, and given by either of their names."""
+"""Routes of customers, their state and their sessions."""
 
+import secrets
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from heapq import merge
@@ -10,11 +11,12 @@ from uuid import UUID
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from aggregator.api.bodies import fields_of, mapping_of, refuse_organization
-from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api import route_answers
+from aggregator.api.bodies import body_as, fields_of, mapping_of, refuse_organization
 from aggregator.api.requests import (
     BY_EXTERNAL_ID,
     BY_METADATA,
+    SEARCH_LENGTH_MAX,
     AtDesk,
     Ids,
     MetadataTexts,
@@ -27,25 +29,31 @@ from aggregator.api.requests import (
     listed,
     order,
 )
-from aggregator.api.schemas import CustomerCreate, CustomerUpdate, gives, page_of, takes
+from aggregator.api.schemas import CustomerCreate, CustomerSessionCreate, CustomerUpdate, gives, page_of, takes
 from aggregator.service import answers
 from aggregator.service.customer_state import state_of
-from aggregator.service.errors import NotFound, Refused
+from aggregator.service.errors import Malformed, NotFound, Refused
 from aggregator.service.serializers import customer_shape
 from aggregator.service.service import Desk, Order, Page, Patience
-from meters.access import reading, writing
-from meters.amount import decimal_text
-from meters.catalogue import (
+from meters.catalogue.access import digest, reading, writing
+from meters.catalogue.catalogue import (
     INDIVIDUAL,
+    SESSION_LIFE,
+    SESSION_PREFIX,
     TEAM,
     Catalogue,
     Customer,
     CustomerCreated,
     CustomerDeleted,
+    CustomerSession,
+    CustomerSessionCreated,
     CustomerUpdated,
     Token,
 )
-from meters.detail import detail
+from meters.errors import detail
+from meters.exact import decimal_text
+
+# Customers, as far as usage needs them: made, found, and given by either of their names.
 
 router = APIRouter(tags=["customers"])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
@@ -271,3 +279,60 @@ async def get_customer_state_by_external_id(desk: AtDesk, token: Reader, externa
 async def _state(desk: Desk, customer: Customer) -> Response:
     as_of = desk.view.as_of  # before the numbers are read: they may be newer than this says, never older
     return answer(await state_of(desk, customer), as_of)
+
+
+# Sessions of customers: an application asks for a token and gives it to its customer's browser.
+
+sessions_router = APIRouter(tags=["customer portal"])
+SessionWriter = Annotated[Token, Depends(allow(writing("customer_sessions")))]
+SECRET_BYTES = 32  # 256 bits, more than anybody can guess
+NAMES = ("customer_id", "external_customer_id", "customer_external_id")
+
+
+def named_customer(desk: Desk, token: Token, body: Any) -> Customer:
+    """The customer that a body names by ``customer_id`` or an external id. Raises Malformed, Refused."""
+    name, given = next(((name, value) for name in NAMES if (value := getattr(body, name, None)) is not None), ("", ""))
+    if not name:
+        raise Malformed([detail("missing", ("body", "customer_id"), "Field required")])
+    catalogue = desk.catalogue
+    found = (
+        catalogue.customer(token.organization_id, str(given))
+        if name == "customer_id"
+        else catalogue.customer_by_external_id(token.organization_id, given)
+    )
+    if found is None:
+        raise Refused("value_error", ("body", name), "Customer does not exist.", str(given))
+    return found
+
+
+@sessions_router.post(
+    "/v1/customer-sessions/",
+    status_code=201,
+    openapi_extra=takes(CustomerSessionCreate),
+    responses=gives(route_answers.CustomerSession, status=201),
+)
+async def create_customer_session(request: Request, desk: AtDesk, token: SessionWriter) -> Response:
+    """A ``token`` that shows one customer what is theirs, for an hour. It is not shown again."""
+    body = await body_as(CustomerSessionCreate, request)
+    secret = SESSION_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+    customer, now = named_customer(desk, token, body), desk.now()
+    session = CustomerSession(
+        id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, sha256=digest(secret),
+        created_at=now, expires_at=now + SESSION_LIFE, return_url=body.return_url,
+    )  # fmt: skip
+    await desk.decide(CustomerSessionCreated(session))  # beside others: no session depends on another
+    return answer(session_shape(session, customer, secret), desk.view.as_of, 201)
+
+
+def session_shape(session: CustomerSession, customer: Customer, secret: str) -> route_answers.CustomerSession:
+    """A session with its secret. The portal is the application's: this product serves the numbers for it."""
+    return route_answers.CustomerSession(
+        id=session.id,
+        created_at=session.created_at,
+        modified_at=None,
+        expires_at=session.expires_at,
+        return_url=session.return_url,
+        customer_id=customer.id,
+        customer=customer_shape(customer),
+        token=secret,
+    )

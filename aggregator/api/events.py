@@ -1,26 +1,20 @@
-"""Reading events: lists, one event, and the names they go by (section 2 of Polar's contract).
-
-Where Polar's list compares metadata with strings alone, this one compares with the text of strings, numbers and
-booleans, as its quantities do. ``query`` needs no ``organization_id``, since a token has but one organization.
-"""
+"""Routes of events and dead letters."""
 
 from decimal import Decimal
 from typing import Annotated, NamedTuple
 from uuid import UUID
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api.customers import customers_mentioned
-from aggregator.api.limits import (
+from aggregator.api.requests import (
     AGGREGATE_FIELD_LENGTH_MAX,
     AGGREGATE_FIELDS_MAX,
+    BY_METADATA,
     DEPTH_MAX,
     SEARCH_LENGTH_MAX,
     SEARCH_LENGTH_MIN,
-)
-from aggregator.api.requests import (
-    BY_METADATA,
     AtDesk,
     Ids,
     Instant,
@@ -29,29 +23,35 @@ from aggregator.api.requests import (
     WhichPage,
     allow,
     answer,
+    body_of,
     includes,
     listed,
     order,
     texts,
 )
 from aggregator.api.schemas import gives, page_of
+from aggregator.decode.dedup import LetterPlace
 from aggregator.service import answers
 from aggregator.service.errors import Malformed, NotFound, Refused
-from aggregator.service.serializers import event_shape, name_shape
+from aggregator.service.serializers import event_shape, letter_shape, name_shape
 from aggregator.service.service import Desk, Here, Page, Patience
-from aggregator.store.queries import events, family
-from aggregator.store.queries.events import Listing, StoredEvent
-from aggregator.store.queries.family import Identity
+from aggregator.store.queries import events
+from aggregator.store.queries.events import DeadLetter, Identity, Letters, Listing, StoredEvent, Whose
 from aggregator.store.queries.scope import NOBODY, Scope
-from meters import exact_json
-from meters.access import reading
+from meters import exact
 from meters.aggregation import Aggregation
-from meters.catalogue import Token
-from meters.detail import detail
+from meters.catalogue.access import reading, writing
+from meters.catalogue.catalogue import DeadLetterReplayed, Token
+from meters.errors import detail
 from meters.event import SYSTEM, USER, halves
-from meters.filter import Filter
-from meters.filter_json import parse_filter
+from meters.filters import Filter, parse_filter
+from meters.log import is_count
 from meters.meter import Meter
+
+# Reading events: lists, one event, and the names they go by (section 2 of Polar's contract).
+#
+# Where Polar's list compares metadata with strings alone, this one compares with the text of strings, numbers and
+# booleans, as its quantities do. ``query`` needs no ``organization_id``, since a token has but one organization.
 
 router = APIRouter(tags=["events"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
@@ -124,7 +124,7 @@ def parsed_filter(text: str) -> Filter:
     """A filter that was given as JSON in the query. Raises Malformed."""
     where = ("query", "filter")
     try:
-        parsed = parse_filter(exact_json.decode(text), where)
+        parsed = parse_filter(exact.decode(text), where)
     except ValueError as error:
         raise Malformed([detail("json_invalid", where, "Invalid JSON", text)]) from error
     if isinstance(parsed, Filter):
@@ -183,10 +183,10 @@ def _page(here: Here, listing: Listing, fields: list[str]) -> _Found:
 
 def _with_family(here: Here, page: events.Page, fields: list[str]) -> _Found:
     tops = [event.identity for event in page.events]
-    children = family.descendant_counts(here.connection, tops) if tops else {}
+    children = events.descendant_counts(here.connection, tops) if tops else {}
     sums: Sums = {}
     for field in dict.fromkeys(fields if tops else ()):
-        for top, amount in family.sums_below(here.connection, here.organization, tops, field).items():
+        for top, amount in events.sums_below(here.connection, here.organization, tops, field).items():
             sums.setdefault(top, {})[field] = amount
     return _Found(page, children, sums)
 
@@ -225,3 +225,76 @@ async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fie
     if not found.page.events:
         raise NotFound
     return answer(_shape(desk, token, found.page.events[0], found), as_of)
+
+
+# Dead letters: what arrived and could not be counted. Ours; Polar has no such thing.
+#
+# A mended event is sent through ``POST /v1/events/ingest`` like any other, because there is one door for events. What
+# is done here is to say that the letter is taken care of, so that the list stays short.
+#
+# A line whose organization is not known, or is none, belongs to nobody; only a producer that skips the gateway can
+# write one. The operator looks after these with the first organization's tokens: the one that ``serve`` made.
+
+dead_letters_router = APIRouter(tags=["dead letters"])
+Writer = Annotated[Token, Depends(allow(writing("events")))]
+
+
+@dead_letters_router.get("/v1/dead-letters/", responses=gives(page_of(answers.DeadLetter)))
+async def list_dead_letters(desk: AtDesk, token: Reader, page: WhichPage, include_replayed: bool = False) -> Response:
+    """The lines that could not be counted, newest first, with their reason and their bytes.
+
+    Of a line of more than 16 KiB, which then ``is_cut``, these are the first; ``/v1/dead-letters/{id}`` has all of it.
+    Lines of no known organization are shown to the first one that was made, the operator's.
+    """
+
+    def question(here: Here) -> Letters:
+        return events.dead_letter_page(
+            here.connection, _whose(desk, token), replayed=include_replayed, limit=page.limit, offset=page.offset
+        )
+
+    (letters, total), as_of = await desk.ask(token, question)
+    return answer(listed([letter_shape(letter, token.organization_id) for letter in letters], total, page), as_of)
+
+
+@dead_letters_router.get("/v1/dead-letters/{id}", responses=gives(answers.DeadLetter))
+async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
+    """One dead letter, with all its bytes."""
+    letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
+    return answer(letter_shape(letter, token.organization_id), as_of)
+
+
+@dead_letters_router.post("/v1/dead-letters/{id}/replay", responses=gives(answers.DeadLetter))
+async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: str) -> Response:
+    """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
+    body = await body_of(request, otherwise={})
+    if body != {}:
+        message = "Send the mended event to /v1/events/ingest first, then this without a body."
+        raise Refused("value_error", ("body",), message, body)
+    letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
+    if letter.replayed_at is None:
+        place = letter.log_partition, letter.log_offset, letter.line
+        async with desk.deciding:
+            await desk.decide(DeadLetterReplayed(*place, desk.now()))
+        letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
+    return answer(letter_shape(letter, token.organization_id), as_of)
+
+
+def _find(here: Here, desk: AtDesk, token: Token, id: str) -> DeadLetter:
+    place = _place(id)
+    letter = events.dead_letter(here.connection, _whose(desk, token), place) if place else None
+    if letter is None:
+        raise NotFound
+    return letter
+
+
+def _whose(desk: AtDesk, token: Token) -> Whose:
+    known = list(desk.catalogue.organizations)  # in the order in which they were made
+    return Whose(token.organization_id, token.organization_id == known[0], known)
+
+
+def _place(id: str) -> LetterPlace | None:
+    parts = id.split("-")
+    if len(parts) != 3 or not all(map(is_count, parts)):
+        return None
+    partition, offset, line = map(int, parts)
+    return partition, offset, line

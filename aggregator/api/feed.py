@@ -14,29 +14,33 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api import route_answers
 from aggregator.api.events import parsed_filter, wanted_meter
-from aggregator.api.limits import (
+from aggregator.api.requests import (
     FEED_CUSTOMERS_DEFAULT,
     FEED_METERS_MAX,
     FEED_ROWS_DEFAULT,
     FEED_ROWS_MAX,
     FEED_WINDOW_S_MAX,
+    AtDesk,
+    Ids,
+    Instant,
+    Texts,
+    allow,
+    answer,
+    json_response,
 )
-from aggregator.api.requests import AtDesk, Ids, Instant, Texts, allow, answer, json_response
 from aggregator.api.schemas import gives
-from aggregator.place import FeedPlace, format_places, parse_places
 from aggregator.service.errors import Malformed
 from aggregator.service.serializers import number
 from aggregator.service.service import Desk, Here
-from aggregator.store.queries import feed, rollup
-from aggregator.store.queries.feed import FeedEvent, FeedPage, Wanted
-from aggregator.store.queries.rollup import Group, Traffic
+from aggregator.store.queries import feed
+from aggregator.store.queries.feed import FeedEvent, FeedPage, Group, Traffic, Wanted
 from aggregator.store.queries.scope import NOBODY, Scope
-from meters.access import reading
 from meters.aggregation import exact_sum
-from meters.catalogue import Token
-from meters.detail import detail
-from meters.filter import Filter
-from meters.log import format_position
+from meters.catalogue.access import reading
+from meters.catalogue.catalogue import Token
+from meters.errors import detail
+from meters.filters import Filter
+from meters.log import FeedPlace, format_places, format_position, parse_places
 from meters.meter import Meter
 
 router = APIRouter(tags=["feed"])
@@ -168,7 +172,7 @@ async def read_rollup(
     def question(here: Here) -> Response:
         scope = Scope(organization=here.organization)
         wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
-        groups, reached = rollup.rollup(here.connection, wanted, position, before, window_seconds)
+        groups, reached = feed.rollup(here.connection, wanted, position, before, window_seconds)
         items = _rolled_up(desk, token, meters, groups)
         return json_response(200, route_answers.FeedRollup(items, format_places(reached)))
 
@@ -201,8 +205,8 @@ async def read_traffic(
     meters = [wanted_meter(desk, token, str(id)) for id in rollup_meter_id or ()]
 
     def question(here: Here) -> tuple[Traffic, list[int]]:
-        return rollup.traffic(here.connection, here.about(wanted), since), [
-            rollup.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
+        return feed.traffic(here.connection, here.about(wanted), since), [
+            feed.windows(here.connection, _whole(here, meter.filter), since, window_seconds) for meter in meters
         ]
 
     (traffic, windows), as_of = await desk.ask(token, question)

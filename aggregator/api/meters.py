@@ -1,17 +1,27 @@
-"""Meters: made, shown and changed (section 3.1 of Polar's contract). In ``query`` wildcards are plain characters."""
+"""Routes of meters: definitions, quantities, usage, prices, metrics."""
 
-from typing import Annotated
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from itertools import accumulate
+from typing import Annotated, NamedTuple
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
+import msgspec
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from aggregator.api.bodies import known_fields, refuse_organization
-from aggregator.api.customers import has_texts
-from aggregator.api.limits import SEARCH_LENGTH_MAX
+from aggregator.api import route_answers
+from aggregator.api.bodies import fields_of, known_fields, refuse_organization
+from aggregator.api.customers import customer_by_id, has_texts
 from aggregator.api.requests import (
     BY_METADATA,
+    PREVIEW_CUSTOMERS,
+    SEARCH_LENGTH_MAX,
     AtDesk,
+    Bound,
     Ids,
     MetadataTexts,
     Texts,
@@ -23,18 +33,33 @@ from aggregator.api.requests import (
     listed,
     on_page,
     order,
+    texts,
 )
-from aggregator.api.schemas import MeterCreate, MeterUpdate, gives, page_of, takes
+from aggregator.api.schemas import MeterCreate, MeterDefinition, MeterUpdate, PriceSet, gives, page_of, takes
+from aggregator.decode.directory import EXTERNAL
 from aggregator.service import answers
+from aggregator.service.balances import CustomerMeter, customer_meters
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.service.polar_accounts import settle_meter
-from aggregator.service.serializers import meter_shape
-from aggregator.service.service import Desk
-from meters.access import reading, writing
-from meters.catalogue import MeterCreated, MeterUpdated, Token
-from meters.detail import Detail
-from meters.meter import Meter, new_meter, updated_meter
-from meters.polar_meters import meters_here
+from aggregator.service.serializers import meter_shape, number, price_shape
+from aggregator.service.service import Desk, Here, Reading
+from aggregator.store.meter_sql import Measured
+from aggregator.store.queries import usage
+from aggregator.store.queries.scope import NOBODY, Bounds, Scope
+from aggregator.store.queries.usage import Costs, Question
+from aggregator.view import Total
+from meters.aggregation import Function, exact_sum, mean
+from meters.catalogue.access import reading, writing
+from meters.catalogue.catalogue import MeterCreated, MeterUpdated, Token
+from meters.errors import Detail, detail
+from meters.exact import EXACT, amount_text
+from meters.ledger.ledger import ZERO
+from meters.ledger.price import MeterPriced, Price, charge, parse_price
+from meters.meter import Meter, Quantities, new_meter, updated_meter
+from meters.polar_webhooks import meters_here
+from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, bucket, day_start, range_refusal, zone
+
+# Meters: made, shown and changed (section 3.1 of Polar's contract). In ``query`` wildcards are plain characters.
 
 logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
@@ -143,3 +168,373 @@ def _complaint(details: list[Detail]) -> Exception:
     refused = Refused(first["type"], tuple(first["loc"]), first["msg"], first["input"])
     refused.details = details
     return refused
+
+
+# What usage will cost: a price for a meter, and an estimate of a customer's running period.
+#
+# The period is the meter's window, from the newest reset on. Credits are used first. An estimate bills nobody.
+
+charges_router = APIRouter(tags=["charges"])
+MeterReader = Annotated[Token, Depends(allow(reading("meters")))]
+MeterWriter = Annotated[Token, Depends(allow(writing("meters")))]
+ChargesReader = Annotated[Token, Depends(allow(frozenset({"customer_meters:read"})))]
+
+
+@charges_router.put("/v1/meters/{id}/price", openapi_extra=takes(PriceSet), responses=gives(answers.Price))
+async def set_price(request: Request, desk: AtDesk, token: MeterWriter, id: UUID) -> Response:
+    """Say what a unit costs, in cents with up to 12 decimals, and the most that a period costs, in cents."""
+    meter_of(desk, token, id)
+    price = parse_price(known_fields(PriceSet, await body_of(request)))
+    if isinstance(price, list):
+        raise Malformed(price)
+    async with desk.deciding:
+        meter = meter_of(desk, token, id)
+        await desk.decide(MeterPriced(meter_id=meter.id, price=price, at=desk.now()))
+    return answer(price_shape(meter.id, price), desk.view.as_of)
+
+
+@charges_router.get("/v1/meters/{id}/price", responses=gives(answers.Price))
+async def get_price(desk: AtDesk, token: MeterReader, id: UUID) -> Response:
+    """What a unit costs."""
+    meter = meter_of(desk, token, id)
+    price = desk.catalogue.prices.of(meter.id)
+    if price is None:
+        raise NotFound
+    return answer(price_shape(meter.id, price), desk.view.as_of)
+
+
+@charges_router.delete("/v1/meters/{id}/price", status_code=204, responses=gives(status=204))
+async def remove_price(desk: AtDesk, token: MeterWriter, id: UUID) -> Response:
+    """The meter costs nothing any more, and can be archived."""
+    async with desk.deciding:
+        meter = meter_of(desk, token, id)
+        if desk.catalogue.prices.of(meter.id) is None:
+            raise NotFound
+        await desk.decide(MeterPriced(meter_id=meter.id, price=None, at=desk.now()))
+    return Response(status_code=204)
+
+
+@charges_router.get("/v1/customers/{id}/charges", responses=gives(route_answers.Charges))
+async def list_charges(desk: AtDesk, token: ChargesReader, id: UUID) -> Response:
+    """What each meter with a price comes to in the running period, in cents, and all of them together."""
+    customer = customer_by_id(desk, token, id)
+    as_of = desk.view.as_of
+    prices = {m.id: price for m in desk.catalogue.meters_of(token.organization_id)
+              if (price := desk.catalogue.prices.of(m.id)) is not None}  # fmt: skip
+    pairs = [(customer, desk.catalogue.meters[meter_id]) for meter_id in prices]
+    items = [_item(one, prices[one.meter.id]) for one in await customer_meters(desk, pairs)]
+    return answer(route_answers.Charges(customer.id, items, sum(item.amount for item in items)), as_of)
+
+
+def _item(one: CustomerMeter, price: Price) -> route_answers.Charge:
+    return route_answers.Charge(
+        **msgspec.structs.asdict(price_shape(one.meter.id, price)),
+        meter_name=one.meter.name,
+        period_start=one.since,
+        consumed_units=number(one.consumed),
+        credited_units=number(one.credited),
+        billed_units=number(max(ZERO, EXACT.subtract(one.consumed, one.credited))),
+        amount=charge(price, one.consumed, one.credited),
+    )
+
+
+# How much was used: series, one customer's running total, and what a meter would count if it existed.
+#
+# A running total comes from memory and is answered on the event loop. So does a series of everybody's, which takes
+# some milliseconds of the calendar's: it is made in a thread, so that nobody waits. The rest are questions to the
+# store.
+
+usage_router = APIRouter(tags=["usage"])
+
+
+def known_zone(timezone: str) -> str:
+    """The name of a time zone. Raises Malformed for an unknown one."""
+    if zone(timezone) is None:
+        message = "Input should be the name of a time zone, such as Europe/Berlin"
+        raise Malformed([detail("value_error", ("query", "timezone"), message, timezone)])
+    return timezone
+
+
+def check_range(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> None:
+    """Raise Refused for a range that has too many intervals; ``kind`` is what it was asked for by."""
+    reason = range_refusal(start, end, interval, kind)
+    if reason is not None:
+        raise Refused("value_error", ("query",), reason)
+
+
+@usage_router.get("/v1/meters/{id}/quantities", openapi_extra=BY_METADATA, responses=gives(route_answers.Quantities))
+async def get_meter_quantities(
+    desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Bound, end_timestamp: Bound,
+    interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
+    customer_aggregation_function: Function | None = None,
+) -> Response:  # fmt: skip
+    """What the meter counted, interval by interval. Each quantity is that of the whole calendar unit."""
+    meter = meter_of(desk, token, id)
+    known_zone(timezone)
+    check_range(start_timestamp, end_timestamp, interval)
+    subjects = desk.subjects(token, texts(customer_id), external_customer_id)
+    scope = Scope(organization=NOBODY, subjects=subjects, metadata=metadata)
+    if subjects is None and not metadata and customer_aggregation_function is None:
+        charted = await asyncio.to_thread(_charted, desk, meter, (start_timestamp, end_timestamp), interval, timezone)
+        if charted is not None:
+            return _quantities(*charted)
+
+    asked = Question(
+        filter=meter.filter, aggregation=meter.aggregation, per_customer=customer_aggregation_function, scope=scope
+    )
+
+    def question(here: Here) -> Quantities:
+        return usage.quantities(
+            here.connection, here.about(asked), start=start_timestamp, end=end_timestamp, interval=interval,
+            timezone=timezone,
+        )  # fmt: skip
+
+    return _quantities(*await desk.ask(token, question))
+
+
+def _charted(
+    desk: Desk, meter: Meter, between: tuple[datetime, datetime], interval: Interval, timezone: str
+) -> Reading[Quantities] | None:
+    """A thread: everybody's series, from memory; None where memory does not have it."""
+    points, bounds = usage.spans(*between, interval, timezone)
+    as_of = desk.view.as_of  # before it is read: what is read may be newer than it says, never older
+    totals = desk.view.totals.by_quarters(meter.id, bounds)
+    if totals is None:
+        return None
+    parts = [measured(total) for total in totals]
+    return Reading(usage.from_parts(meter.aggregation, points, bounds, parts), as_of)
+
+
+def _quantities(quantities: Quantities, as_of: Mapping[int, int]) -> Response:
+    points = [route_answers.Quantity(point.timestamp, number(point.quantity)) for point in quantities.quantities]
+    return answer(route_answers.Quantities(points, number(quantities.total)), as_of)
+
+
+@usage_router.get("/v1/meters/{id}/usage", responses=gives(route_answers.Usage))
+async def get_customer_usage(
+    desk: AtDesk, token: Reader, id: UUID, customer_id: UUID | None = None, external_customer_id: str | None = None
+) -> Response:
+    """One customer's total since the beginning. ``value`` is a string, so that no client bends its digits."""
+    meter = meter_of(desk, token, id)
+    if (customer_id is None) == (external_customer_id is None):
+        message = "Give either customer_id or external_customer_id"
+        raise Refused("value_error", ("query",), message)
+    ids = None if customer_id is None else [str(customer_id)]
+    externals = None if external_customer_id is None else [external_customer_id]
+    subjects = desk.subjects(token, ids, externals) or []
+    as_of = desk.view.as_of  # before the total is read: the total may be newer than it says, never older
+    total = desk.view.totals.total(meter.id, subjects)
+    if total is None:
+        question = Question(
+            filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)
+        )
+        found, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, here.about(question)))
+    else:
+        found = measured(total)
+    return answer(running_total(meter, ids[0] if ids else None, external_customer_id, found), as_of)
+
+
+def running_total(
+    meter: Meter, customer_id: str | None, external_customer_id: str | None, found: Measured
+) -> route_answers.Usage:
+    """One customer's total, under the name that was asked for."""
+    return route_answers.Usage(
+        meter_id=meter.id,
+        customer_id=customer_id,
+        external_customer_id=external_customer_id,
+        value=amount_text(found.value(meter.aggregation)),
+        count=found.count,
+    )
+
+
+def measured(total: Total) -> Measured:
+    """A total from memory as a question to the store would find it."""
+    return Measured(total.count, enormous=[total.sum], min=total.min, max=total.max)
+
+
+@usage_router.post(
+    "/v1/meters/preview",
+    openapi_extra=takes(MeterDefinition),
+    responses=gives(route_answers.Preview),
+)
+async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Response:
+    """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far."""
+    fields = fields_of(MeterDefinition, await body_of(request))
+    filter, aggregation = fields["filter"], fields["aggregation"]
+    question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
+
+    def previewed(here: Here) -> usage.Preview:
+        same = _under_two_names(desk, token.organization_id)
+        return usage.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
+
+    found, as_of = await desk.ask(token, previewed)
+    whole = found.whole
+    body = route_answers.Preview(
+        total=number(whole.value(aggregation)),
+        events=found.events,
+        customers=found.customers_count,
+        first_seen=found.first_seen,
+        last_seen=found.last_seen,
+        top_customers=[
+            route_answers.TopCustomer(*_named(desk, token, row), number(row.measured.value(aggregation)))
+            for row in found.customers
+        ],
+    )
+    return answer(body, as_of)
+
+
+def _under_two_names(desk: Desk, organization_id: str) -> dict[int, int]:
+    """Of customers whose events name them in both ways: the number of one name to that of the other."""
+    numbers = desk.view.directory.organizations.get(organization_id)
+    if numbers is None:
+        return {}
+    same = {}
+    for id, named in list(numbers.customer.items()):  # the reader of the log goes on meanwhile
+        customer = desk.catalogue.customer(organization_id, id)
+        other = numbers.external.get(customer.external_id) if customer and customer.external_id is not None else None
+        if other is not None:
+            same[named] = other
+    return same
+
+
+def _named(desk: Desk, token: Token, row: usage.CustomerUsage) -> tuple[str | None, str | None]:
+    """The id and the external id of a customer, as far as they are known."""
+    if row.kind == EXTERNAL:
+        customer = desk.catalogue.customer_by_external_id(token.organization_id, row.who)
+        return customer.id if customer else None, row.who
+    customer = desk.catalogue.customer(token.organization_id, row.who)
+    return row.who, customer.external_id if customer else None
+
+
+# Metrics that usage alone can tell (section 8 of Polar's contract): what it cost, and for how many customers.
+#
+# What needs revenue (margins, cash flow, lifetime value) is absent, since no revenue is known here. Polar's totals of
+# active users and of cost per user take the number of subscriptions; here they take the customers of the whole range.
+
+metrics_router = APIRouter(tags=["metrics"])
+MetricsReader = Annotated[Token, Depends(allow(frozenset({"metrics:read"})))]
+DAYS_MIN = {Interval.HOUR: 0, Interval.DAY: 0, Interval.WEEK: 14, Interval.MONTH: 60, Interval.YEAR: 366}
+"""Ranges that make a chart worth looking at; advice, as with Polar."""
+
+Values = list[Decimal]
+
+
+class Metric(NamedTuple):
+    """A metric: how it is shown, its value in each period, and over all of them."""
+
+    display_name: str
+    type: str
+    values: Callable[[Costs], Values]
+    total: Callable[[Costs], Decimal]
+
+
+def _spent(costs: Costs) -> Values:
+    return [period.costs for period in costs.periods]
+
+
+def _cumulative(costs: Costs) -> Values:
+    return list(accumulate(_spent(costs), lambda sum, more: exact_sum([sum, more]), initial=costs.before))[1:]
+
+
+def _active(costs: Costs) -> Values:
+    return [Decimal(period.customers) for period in costs.periods]
+
+
+def _per_user(costs: Costs) -> Values:
+    return [mean(period.costs, period.customers) for period in costs.periods]
+
+
+METRICS = {
+    "costs": Metric("Costs", "currency_sub_cent", _spent, lambda costs: exact_sum(_spent(costs))),
+    "cumulative_costs": Metric(
+        "Cumulative Costs", "currency_sub_cent", _cumulative, lambda costs: (_cumulative(costs) or [costs.before])[-1]
+    ),
+    "active_user_by_event": Metric(
+        "Active User By Event", "scalar", _active, lambda costs: Decimal(costs.customers)
+    ),
+    "cost_per_user": Metric(
+        "Cost Per User", "currency_sub_cent", _per_user,
+        lambda costs: mean(exact_sum(_spent(costs)), costs.customers),
+    ),
+}  # fmt: skip
+ABSENT = frozenset({
+    "active_subscriptions", "annual_recurring_revenue", "average_order_value", "average_revenue_per_user",
+    "average_seats_per_customer", "canceled_subscriptions", "canceled_subscriptions_customer_service",
+    "canceled_subscriptions_low_quality", "canceled_subscriptions_missing_features", "canceled_subscriptions_other",
+    "canceled_subscriptions_switched_service", "canceled_subscriptions_too_complex",
+    "canceled_subscriptions_too_expensive", "canceled_subscriptions_unused", "cashflow", "checkouts",
+    "checkouts_conversion", "churn_rate", "churned_seat_customers", "churned_subscriptions",
+    "committed_annual_recurring_revenue", "committed_monthly_recurring_revenue", "committed_subscriptions",
+    "cumulative_revenue", "gross_margin", "gross_margin_percentage", "ltv", "monthly_recurring_revenue",
+    "net_average_order_value", "net_cumulative_revenue", "net_revenue", "new_seat_customers", "new_subscriptions",
+    "new_subscriptions_net_revenue", "new_subscriptions_revenue", "one_time_products",
+    "one_time_products_net_revenue", "one_time_products_revenue", "orders", "renewed_subscriptions",
+    "renewed_subscriptions_net_revenue", "renewed_subscriptions_revenue", "revenue", "seat_customers",
+    "seat_utilization_rate", "seats_claimed", "seats_pending", "seats_total", "succeeded_checkouts",
+    "trial_committed_monthly_recurring_revenue", "trial_monthly_recurring_revenue",
+})  # fmt: skip
+"""Metrics that Polar has and nobody here can know: asking for one is no error, and gives nothing."""
+
+
+def periods(first: date, last: date, interval: Interval, timezone: str) -> list[tuple[datetime, Bounds]]:
+    """The calendar units from the first day to the end of the last: when each begins, and its part in the range."""
+    tz = ZoneInfo(timezone)
+    start, end = day_start(first, tz), day_start(last + timedelta(days=1), tz)
+    found = []
+    instant = start
+    while instant < end:
+        begins, ends = bucket(instant, interval, timezone)
+        found.append((begins, (max(begins, start), min(ends, end))))
+        instant = ends
+    return found
+
+
+@metrics_router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
+async def get_metrics(
+    desk: AtDesk, token: MetricsReader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
+    organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
+) -> Response:  # fmt: skip
+    """Costs of the organization's events, period by period, in cents."""
+    known_zone(timezone)
+    noon = datetime.min.time().replace(hour=12)
+    start, end = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
+    check_range(start, end, interval, "date")
+    wanted = _wanted(metrics)
+    units = periods(start_date, end_date, interval, timezone)
+    subjects = desk.subjects(token, texts(customer_id), None)
+    if not includes(organization_id, token):
+        subjects = []
+    scope = Scope(organization=NOBODY, subjects=subjects)
+    costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
+    values = {slug: metric.values(costs) for slug, metric in wanted.items()}
+    body = route_answers.Metrics(
+        periods=[
+            {"timestamp": begins, **{slug: number(values[slug][place]) for slug in wanted}}
+            for place, (begins, _) in enumerate(units)
+        ],
+        totals={slug: number(metric.total(costs)) for slug, metric in wanted.items()},
+        metrics={
+            slug: route_answers.MetricInfo(slug, metric.display_name, metric.type) for slug, metric in wanted.items()
+        },
+    )
+    return answer(body, as_of)
+
+
+def _costs(here: Here, scope: Scope, bounds: list[Bounds]) -> Costs:
+    return usage.costs(here.connection, here.within(scope), bounds)
+
+
+def _wanted(slugs: list[str] | None) -> dict[str, Metric]:
+    unknown = [slug for slug in slugs or () if slug not in METRICS and slug not in ABSENT]
+    if unknown:
+        raise Refused("value_error", ("query", "metrics"), f"Unknown metric: {unknown[0]}", unknown[0])
+    return {slug: metric for slug, metric in METRICS.items() if slugs is None or slug in slugs}
+
+
+@metrics_router.get("/v1/metrics/limits", responses=gives(route_answers.MetricsLimits))
+async def get_limits(desk: AtDesk, token: MetricsReader) -> Response:
+    """How long a range each interval takes."""
+    intervals: dict[str, route_answers.IntervalLimits] = {
+        interval: route_answers.IntervalLimits(DAYS_MIN[interval], RANGE_DAYS_MAX[interval]) for interval in Interval
+    }
+    return answer(route_answers.MetricsLimits(START_MIN.date(), intervals), desk.view.as_of)

@@ -14,8 +14,8 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from aggregator.api import route_answers
-from aggregator.api.limits import SEARCH_LENGTH_MAX
 from aggregator.api.requests import (
+    SEARCH_LENGTH_MAX,
     AtDesk,
     Forbidden,
     Ids,
@@ -36,13 +36,12 @@ from aggregator.service.customer_state import meter_numbers
 from aggregator.service.errors import NotFound
 from aggregator.service.serializers import number, portal_customer_shape
 from aggregator.service.service import Desk
-from meters.access import Denied, authorize_customer
-from meters.catalogue import Customer
-from meters.ledger import Account
+from meters.catalogue.access import Denied, authorize_customer
+from meters.catalogue.catalogue import Customer, CustomerSession
+from meters.ledger.ledger import Account
+from meters.ledger.price import charge
 from meters.meter import Meter
-from meters.polar_meters import meters_here
-from meters.price import charge
-from meters.sessions import CustomerSession
+from meters.polar_webhooks import meters_here
 
 router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"])
 

@@ -1,17 +1,4 @@
-"""HTTP requests and answers: access, bodies, pages of lists, paths, and errors in Polar's shapes (its contract, 10.2).
-
-A route raises an exception; ``install_error_answers`` turns it into an answer. An exception that is not listed there is
-a plain 500, so that nothing internal gets out.
-
-An organization's name for a customer may hold a slash, such as ``acme/eu``. In a path that is ``acme%2Feu``, one
-segment, but servers hand over the path decoded, where it looks like two segments. So ``Segments`` decodes the segments
-one by one and keeps ``%2F``, and ``%25`` beside it; a parameter of the kind ``name`` is decoded when its segment is
-known.
-
-A path without its closing slash is answered with 307 to the path with it, as Polar does. The framework writes the whole
-URL there, with plain http and a Host that a proxy may have changed. ``RelativeRedirects`` shortens it to the path. That
-is right behind every proxy and cannot lead a client from https to http.
-"""
+"""Requests: limits, authorization, pages, paths, answers and errors."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,15 +13,6 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aggregator.api.limits import (
-    BODY_BYTES_MAX,
-    ECHO_LENGTH_MAX,
-    IDENTIFIERS_MAX,
-    METADATA_KEYS_MAX,
-    PAGE_ROWS_DEFAULT,
-    PAGE_ROWS_MAX,
-    WAIT_S_MAX,
-)
 from aggregator.service.answers import ListResource, Pagination
 from aggregator.service.errors import (
     QUERY_S_MAX,
@@ -49,12 +27,89 @@ from aggregator.service.errors import (
 )
 from aggregator.service.service import Desk, Order, Page
 from aggregator.view import Unavailable
-from meters import exact_json
-from meters.access import Denied, authorize
-from meters.catalogue import Token
-from meters.detail import COMPLAINTS_MAX, detail
+from meters import exact
+from meters.catalogue.access import Denied, authorize
+from meters.catalogue.catalogue import Token
+from meters.errors import COMPLAINTS_MAX, detail
 from meters.log import Refused as RefusedByLog
 from meters.log import TryAgain, format_position, parse_position
+
+# Limits of HTTP requests and their parameters, each with its reason.
+
+BODY_BYTES_MAX = 2 * 1024 * 1024
+"""Of a request: a filter of a hundred clauses fits, with every text at its longest."""
+
+ECHO_LENGTH_MAX = 4 * 1024
+"""Characters of the ``input`` in a complaint, some kilobytes: a longer one is null, because whoever sent it has it. A
+filter that lacks something at each of twenty levels would be sent back twenty times."""
+
+POLAR_BODY_BYTES_MAX = 512 * 1024
+"""Of a webhook of Polar's, which anybody may send and every secret is held against. Its longest ones are subscriptions
+and orders: a product, a customer and benefits, each with metadata of 27 kB at most."""
+
+PAGE_ROWS_MAX = 100
+"""Items of one page; Polar's limit, and like there a larger wish is cut down silently."""
+
+PAGE_ROWS_DEFAULT = 10
+"""Items of one page when nobody says (Polar's default)."""
+
+WAIT_S_MAX = 30.0
+"""The longest that ``Prefer: wait`` is honored; clients of Polar give up after 5 to 30 seconds."""
+
+AGGREGATE_FIELDS_MAX = 10
+"""Fields to add up along traces in one request: each walks the traces of the page once."""
+
+AGGREGATE_FIELD_LENGTH_MAX = 255
+"""Characters of such a field (Polar's limit)."""
+
+SEARCH_LENGTH_MIN = 3
+"""Characters of a search for events (Polar's limit): fewer would find nearly everything."""
+
+SEARCH_LENGTH_MAX = 1000
+"""Characters of a search: as long as a filter's text."""
+
+DEPTH_MAX = 5
+"""Levels of a trace that may be asked for (Polar's limit)."""
+
+IDENTIFIERS_MAX = 1000
+"""Values of one repeated parameter, such as customers; a URL hardly holds more."""
+
+METADATA_KEYS_MAX = 50
+"""Different keys of ``metadata[key]=value``, as many as a resource's metadata has. Each is another place to plan for
+and to read in every event: fifty cost a second of a processor, a thousand took twenty."""
+
+PREVIEW_CUSTOMERS = 10
+"""Customers that a preview names: enough to recognize one's own."""
+
+FEED_ROWS_MAX = 10_000
+"""Events of one page of the feed: a few megabytes, and half a second."""
+
+FEED_ROWS_DEFAULT = 1_000
+"""Events of such a page when nobody says."""
+
+FEED_CUSTOMERS_DEFAULT = 100
+"""Customers with most events that are named when nobody says how many."""
+
+FEED_METERS_MAX = 100
+"""Meters that are rolled up in one question: each reads the events once."""
+
+FEED_WINDOW_S_MAX = 86_400
+"""Seconds of a rollup's window: a day. What is sent later than that belongs to no bill any more."""
+
+
+# HTTP requests and answers: access, bodies, pages of lists, paths, and errors in Polar's shapes (its contract, 10.2).
+#
+# A route raises an exception; ``install_error_answers`` turns it into an answer. An exception that is not listed
+# there is a plain 500, so that nothing internal gets out.
+#
+# An organization's name for a customer may hold a slash, such as ``acme/eu``. In a path that is ``acme%2Feu``, one
+# segment, but servers hand over the path decoded, where it looks like two segments. So ``Segments`` decodes the
+# segments one by one and keeps ``%2F``, and ``%25`` beside it; a parameter of the kind ``name`` is decoded when its
+# segment is known.
+#
+# A path without its closing slash is answered with 307 to the path with it, as Polar does. The framework writes the
+# whole URL there, with plain http and a Host that a proxy may have changed. ``RelativeRedirects`` shortens it to the
+# path. That is right behind every proxy and cannot lead a client from https to http.
 
 T = TypeVar("T")
 
@@ -146,7 +201,7 @@ async def bytes_of(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
 def decoded(body: bytes) -> Any:
     """A body's JSON with exact numbers. Raises Malformed."""
     try:
-        return exact_json.decode(body)
+        return exact.decode(body)
     except ValueError as error:
         place = getattr(error, "pos", 0)
         raise Malformed([detail("json_invalid", ("body", place), "JSON decode error", {})]) from error
@@ -297,7 +352,7 @@ def answer(body: object, as_of: Mapping[int, int], status: int = 200) -> Respons
 
 def json_response(status: int, body: object, headers: dict[str, str] | None = None) -> Response:
     """A response of JSON whose decimals are numbers of all their digits."""
-    return Response(exact_json.encode(body), status, headers, "application/json")
+    return Response(exact.encode(body), status, headers, "application/json")
 
 
 def install_error_answers(app: FastAPI) -> None:

@@ -27,8 +27,8 @@ from aggregator.service.answers import (
     Stamped,
     Time,
 )
-from aggregator.webhooks.outbox import Status
-from meters.credit import Cause
+from aggregator.store.webhook_outbox import Status
+from meters.ledger.ledger import Cause
 from meters.meter import Unit
 from meters.webhooks import API_VERSION, EventType
 

@@ -35,12 +35,11 @@ from aggregator.service.answers import (
 )
 from aggregator.webhooks.targets import URL_LENGTH_MAX
 from meters.aggregation import parse_aggregation
-from meters.credit import UNITS_MAX
-from meters.detail import Detail, detail
-from meters.filter_json import parse_filter
-from meters.meter import Unit
-from meters.price import CAP_AMOUNT_MAX
-from meters.resource_metadata import KEY_LENGTH_MAX, KEYS_MAX, STRING_LENGTH_MAX, parse_metadata
+from meters.errors import Detail, detail
+from meters.filters import parse_filter
+from meters.ledger.ledger import UNITS_MAX
+from meters.ledger.price import CAP_AMOUNT_MAX
+from meters.meter import KEY_LENGTH_MAX, KEYS_MAX, STRING_LENGTH_MAX, Unit, parse_metadata
 from meters.webhooks import STATE_CHANGED, EventType
 
 Schema = dict[str, Any]

@@ -1,21 +1,14 @@
-"""Takes events from the feed and gives them to Polar: at least once towards Polar, exactly once in the books.
-
-One request is under way at a time. That keeps each customer's events in order without any bookkeeping, and costs
-nothing where requests are the scarce thing: a batch carries thousands of events.
-
-It is a process of its own and a client of the feed, because the store's file has one owner and that one is busy: what
-is slow here (Polar, TLS, pauses) must not hold up the counting, and a crash here must not interrupt it.
-"""
+"""The forwarder: the loop that sends batches to Polar, Polar's clock skew, and events that fail alone."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import msgspec
 import structlog
 
-from aggregator.forward.pace import RETRY_AFTER_MAX_S, Circuit, jitter, retry_after_s
+from aggregator.forward.feed_client import Away, Selection, Source, item_of, piece_at, rollup_item
 from aggregator.forward.planner import (
     Accepted,
     Bad,
@@ -32,13 +25,107 @@ from aggregator.forward.planner import (
     probing,
     take,
 )
-from aggregator.forward.polar_event import item_of, piece_at, rollup_item
-from aggregator.forward.skew import SKEW_MAX_US, Skew
-from aggregator.forward.source import Away, Selection, Source
+from aggregator.forward.polar_client import (
+    BODY_BYTES_MAX,
+    RETRY_AFTER_MAX_S,
+    Circuit,
+    NoAnswer,
+    Upstream,
+    jitter,
+    retry_after_s,
+)
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
-from aggregator.forward.suspects import FAULTS_UNTIL_CUT, PAUSE_US, Suspects
-from aggregator.forward.upstream import BODY_BYTES_MAX, NoAnswer, Upstream
-from aggregator.place import FeedPlace
+from meters.log import FeedPlace
+
+# How far Polar's clock is taken to be behind ours. Pure: no clock, no files, no network.
+#
+# Nothing tells the time over there but that it calls an event's time the future, so the assumption grows while it
+# does, and is halved whenever it has not for a while. Where Polar's clock stays behind, that costs a refused request
+# now and then; where it was mended, no event waits any longer for nothing.
+
+SKEW_FIRST_US = 2_000_000  # assumed when Polar first calls an event's time the future
+SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
+EASE_US = 300_000_000  # without a refusal, until less is assumed
+
+
+class Skew:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._us, self._changed_us = 0, 0
+
+    def at(self, now_us: int) -> int:
+        """What is assumed now, in microseconds."""
+        self._changed_us = min(self._changed_us, now_us)  # a clock that was set back makes nobody wait for the old time
+        while self._us and now_us - self._changed_us >= EASE_US:
+            self._us = self._us // 2 if self._us > SKEW_FIRST_US else 0
+            self._changed_us += EASE_US
+        return self._us
+
+    def grow(self, now_us: int) -> int:
+        """Polar called an event's time the future: take its clock to be further behind; what is assumed from now on."""
+        self._us = min(max(SKEW_FIRST_US, 2 * self.at(now_us)), SKEW_MAX_US)
+        self._changed_us = now_us
+        return self._us
+
+
+# Tells an event that Polar cannot take from a Polar that is away. Pure: no clock, no files, no network.
+#
+# Both give a server's error (5xx). What tells them apart is the request after it: an event is at fault if it fails
+# alone and Polar takes the next request, again and again. While Polar is away the next request fails, too, so however
+# long that lasts, it says nothing against anybody.
+
+STRIKES_MAX = 5  # each needs a minute and another request that passes: what passes by itself is over by then
+PAUSE_US = 60_000_000  # between two tries of an event that failed alone, while the others go on
+FAULTS_UNTIL_CUT = 3  # failures in a row, three seconds: hiccups are over, and the circuit is not open yet
+
+
+class Suspects:
+    """Strikes against events, by external id. Kept in memory: a restart begins to count again."""
+
+    def __init__(self) -> None:
+        self._strikes: dict[str, int] = {}
+        self._latest: str | None = None
+
+    @property
+    def struck(self) -> Set[str]:
+        """The events with a strike or more: they are sent alone."""
+        return self._strikes.keys()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the next request decides if the last failure is a strike."""
+        return self._latest is not None
+
+    def failed(self, external_id: str) -> bool:
+        """It failed alone. Whether it did so once too often."""
+        self._latest = None
+        if self._strikes.get(external_id, 0) >= STRIKES_MAX:
+            del self._strikes[external_id]
+            return True
+        self._latest = external_id
+        return False
+
+    def others_failed(self) -> None:
+        """A request failed: what failed before it may be Polar's fault."""
+        self._latest = None
+
+    def accepted(self, external_ids: Collection[str]) -> None:
+        """These were taken: nothing is held against them any more, and the one that failed before them has a strike."""
+        if self._latest is not None and self._latest not in external_ids:
+            self._strikes[self._latest] = self._strikes.get(self._latest, 0) + 1
+        self._latest = None
+        for external_id in self._strikes.keys() & set(external_ids):
+            del self._strikes[external_id]
+
+
+# Takes events from the feed and gives them to Polar: at least once towards Polar, exactly once in the books.
+#
+# One request is under way at a time. That keeps each customer's events in order without any bookkeeping, and costs
+# nothing where requests are the scarce thing: a batch carries thousands of events.
+#
+# It is a process of its own and a client of the feed, because the store's file has one owner and that one is busy:
+# what is slow here (Polar, TLS, pauses) must not hold up the counting, and a crash here must not interrupt it.
 
 BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones

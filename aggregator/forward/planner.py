@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from aggregator.forward.answer import Answer, is_passing
-from aggregator.place import FeedPlace
+from aggregator.forward.polar_client import Answer, is_passing
+from meters.log import FeedPlace
 
 ALONE_MAX = 8  # events that Polar names as bad are sent alone to be sure; of more than these its word is taken
 PROBE_EVENTS = 100  # of the first request after a pause: enough to learn, little to lose

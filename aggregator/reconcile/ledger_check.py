@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
-from aggregator.reconcile.worth import Quantities, Worth, add, between
-from meters.amount import EXACT, amount_text
-from meters.catalogue import Catalogue, decode_changes
-from meters.credit import CreditGranted
-from meters.ledger import Account, Ledger
+from aggregator.reconcile.report import Cause, Check, Counted, Difference, Quantities, Repair, Worth, add, between
+from meters.catalogue.catalogue import Catalogue, decode_changes
+from meters.exact import EXACT, amount_text
+from meters.ledger.ledger import Account, CreditGranted, Ledger
+from meters.ledger.statement import statement
 from meters.meter import Meter
-from meters.statement import statement
 
 SIDES = "balances and the credits, resets and usage they are made of"
 ZERO = Decimal(0)

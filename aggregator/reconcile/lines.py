@@ -1,16 +1,9 @@
-"""The log's lines as columns with a fingerprint each, made without any of the code that fills the store.
+"""An independent reader of log lines, and the store's events they are matched with."""
 
-The store's rows were made by ``aggregator.apply`` with one parser; here another one (DuckDB's JSON) reads the same
-bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be careful: what it
-takes for different is read again by ``meters.event``, line by line, before anybody calls it a difference. It has to be
-right in one direction only: two lines that mean something else must not get the same fingerprint.
-
-A fingerprint is DuckDB's hash over everything that the store keeps of an event. Sums of fingerprints do not depend on
-the order of rows, so they serve as checksums of any bucket.
-"""
-
+import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import duckdb
 import msgspec
@@ -19,14 +12,74 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from aggregator.awkward import awkward_numbers
+from aggregator.decode.columns import awkward_numbers
+from aggregator.store import database
+from aggregator.store.queries.audit import put
 from meters.log import Record, lines_of
+
+# Where questions to a store are put.
+#
+# The store belongs to a running aggregator, or to nobody. Either way the questions are the same
+# (``store.queries.audit``): ``StoppedStore`` opens the file read-only and asks it; a running aggregator answers them
+# on its own socket (``aggregator.api.audit``), and the log is compared outside of it.
+
+STORE_MEMORY_LIMIT = "192MB"  # blocks are read once or twice, so keeping more of them saves little; what needs more spills
+
+
+class StoreSide(Protocol):
+    """A store, as reconciliation sees it."""
+
+    def ask(self, question: str, asked: pa.Table | None = None, **parameters: int) -> pa.Table:
+        """The answer to one of ``QUESTIONS``."""
+        ...
+
+
+class Foreign(Exception):
+    """The file cannot be reconciled by this program. The message says why and what to do."""
+
+
+class StoppedStore:
+    """The file of a server that does not run, opened so that nothing in it can change."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Foreign."""
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": STORE_MEMORY_LIMIT, "threads": 2, "temp_directory": f"{path}.reconcile.tmp"
+        }
+        try:
+            self.connection = duckdb.connect(str(path), read_only=True, config=settings)
+        except duckdb.Error as error:
+            raise Foreign(f"{path} cannot be read ({str(error).splitlines()[0]}): run meterstream doctor") from error
+        version = self.connection.execute("SELECT version FROM about").fetchone()
+        if version != (database.VERSION,):
+            self.connection.close()
+            raise Foreign(f"{path} has layout {version}, this program has {database.VERSION}: run meterstream rebuild")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.connection.close()
+
+    def ask(self, question: str, asked: pa.Table | None = None, **parameters: int) -> pa.Table:
+        """The answer to one of ``QUESTIONS``."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            return put(cursor, question, asked, parameters)
+
+
+# The log's lines as columns with a fingerprint each, made without any of the code that fills the store.
+#
+# The store's rows were made by ``aggregator.apply`` with one parser; here another one (DuckDB's JSON) reads the same
+# bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be careful:
+# what it takes for different is read again by ``meters.event``, line by line, before anybody calls it a difference.
+# It has to be right in one direction only: two lines that mean something else must not get the same fingerprint.
+#
+# A fingerprint is DuckDB's hash over everything that the store keeps of an event. Sums of fingerprints do not depend
+# on the order of rows, so they serve as checksums of any bucket.
 
 LINE_BITS = 24
 """Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.refusal.LINES_MAX``)."""
 
 HOUR_US = 3_600_000_000
-MEMORY_LIMIT = "128MB"  # a stretch of the log at a time, eight megabytes of it
+LINES_MEMORY_LIMIT = "128MB"  # a stretch of the log at a time, eight megabytes of it
 _WORD = np.dtype(">u8")
 _NO_ORGANIZATION = bytes(16)
 _FIELDS = (
@@ -95,7 +148,7 @@ class LineReader:
     """Turns records into ``Lines``. Has a DuckDB of its own, without a file."""
 
     def __init__(self) -> None:
-        self._connection = duckdb.connect(config={"threads": 1, "memory_limit": MEMORY_LIMIT})
+        self._connection = duckdb.connect(config={"threads": 1, "memory_limit": LINES_MEMORY_LIMIT})
 
     def close(self) -> None:
         """Let go of DuckDB."""
@@ -202,3 +255,63 @@ def _awkward_of(raw: bytes) -> str | None:
         return awkward_numbers(_DECODE(raw).metadata)
     except (msgspec.MsgspecError, RecursionError):
         return None
+
+
+# Places and fingerprints of two sides against each other, as arrays. Pure.
+#
+# Where both sides have the same places with the same fingerprints nothing else is looked at. Elsewhere each place
+# falls into one of six heaps, and only those are read as rows.
+
+Rows = npt.NDArray[np.intp]
+
+
+class Heaps(NamedTuple):
+    """Lines by row number in the log's arrays, rows of the store by place."""
+
+    stored: Rows  # lines that the store has, as they are
+    changed: Rows  # lines that the store has at their place, with another fingerprint
+    dead: Rows  # lines that are dead letters
+    elsewhere: Rows  # lines without a row at their place: repetitions, or lost
+    doubled: Integers  # places that the store has more than once
+    unfounded: Integers  # places of the store without a line
+
+
+def sort_out(keys: Integers, prints: Words, row_keys: Integers, row_prints: Words, dead_keys: Integers) -> Heaps:
+    """Compare. ``keys`` and ``row_keys`` are in order; only ``row_keys`` may repeat themselves."""
+    nothing, no_places = np.zeros(0, np.intp), np.zeros(0, np.int64)
+    if len(keys) == len(row_keys) and np.array_equal(keys, row_keys) and np.array_equal(prints, row_prints):
+        return Heaps(np.arange(len(keys)), nothing, nothing, nothing, no_places, no_places)
+    if len(row_keys):
+        place = np.minimum(np.searchsorted(row_keys, keys), len(row_keys) - 1)
+        present = row_keys[place] == keys
+        same = present & (row_prints[place] == prints)
+    else:
+        present = same = np.zeros(len(keys), np.bool_)
+    is_dead = np.isin(keys, dead_keys) & ~present
+    return Heaps(
+        stored=np.flatnonzero(same),
+        changed=np.flatnonzero(present & ~same),
+        dead=np.flatnonzero(is_dead),
+        elsewhere=np.flatnonzero(~present & ~is_dead),
+        doubled=np.unique(row_keys[1:][row_keys[1:] == row_keys[:-1]]),
+        unfounded=np.setdiff1d(row_keys, keys),
+    )
+
+
+class HourSums:
+    """Counts and checksums by hour. A checksum is the sum of fingerprints, modulo 2^64, so order does not matter."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.sums: dict[int, int] = {}
+
+    def add(self, ingested_us: Integers, prints: Words | None = None) -> None:
+        """Add rows by their time of ingestion."""
+        hours = ingested_us // HOUR_US
+        found, first, counts = np.unique(hours, return_inverse=True, return_counts=True)
+        sums = np.zeros(len(found), np.uint64)
+        if prints is not None:
+            np.add.at(sums, first, prints)
+        for hour, count, sum_ in zip(found.tolist(), counts.tolist(), sums.tolist(), strict=True):
+            self.counts[hour] = self.counts.get(hour, 0) + count
+            self.sums[hour] = (self.sums.get(hour, 0) + sum_) % 2**64

@@ -1,38 +1,223 @@
-"""The log against the store: every line is a stored event, a repetition of one, or a dead letter, exactly once.
+"""Compare the log with the store."""
 
-The log is walked a few megabytes at a time, and the store is asked for the places and fingerprints of the same
-stretch. Equal stretches cost nothing more. Elsewhere lines and rows are read with care (``evidence``), and only what
-still differs is a difference; differences of one kind within an hour are told as one. Memory holds a few stretches and
-a bounded number of lines that have no row of their own (``elsewhere``), however long the log is.
-"""
-
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from decimal import Decimal
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from aggregator.reconcile.elsewhere import NOWHERE, Elsewhere, Firsts, LineAgain, Waiting
-from aggregator.reconcile.evidence import (
+from aggregator.reconcile.lines import (
+    HOUR_US,
+    LINE_BITS,
+    Heaps,
+    HourSums,
+    Integers,
+    LineReader,
+    Lines,
+    Rows,
+    StoreSide,
+    Words,
+    place_of,
+    sort_out,
+)
+from aggregator.reconcile.report import (
+    Bucket,
+    Cause,
+    Check,
+    Counted,
+    Difference,
+    Findings,
     Reading,
+    Repair,
+    Worth,
+    between,
     changes,
     facts_of_row,
     is_repetition,
     read_line,
     row_name,
 )
-from aggregator.reconcile.findings import Findings
-from aggregator.reconcile.lines import HOUR_US, LINE_BITS, Lines, place_of
-from aggregator.reconcile.matching import Heaps, HourSums, Rows, sort_out
-from aggregator.reconcile.questions import StoreSide
-from aggregator.reconcile.report import Bucket, Cause, Check, Counted, Difference, Repair
-from aggregator.reconcile.stretches import Stretches
-from aggregator.reconcile.worth import Worth, between
-from meters.log import USAGE_EVENTS, Log, PositionLost, Record
-from meters.refusal import Refusal
-from meters.timestamp import instant_of
+from meters.errors import Refusal
+from meters.log import USAGE_EVENTS, Log, PositionLost, Record, TryAgain, lines_of
+from meters.timestamps import instant_of
+
+# The log in stretches of a few megabytes, as lines, the next ones made while one is compared.
+#
+# Half of the work of making lines is DuckDB's, outside of the interpreter's lock, so two threads keep two cores busy.
+
+STRETCH_BYTES = 8_000_000
+READERS = 2
+PATIENCE_S = 30.0  # a broker that is busy or changes its leader answers sooner
+
+
+class Stretches:
+    """Reads one partition after another."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._readers: SimpleQueue[LineReader] = SimpleQueue()
+        for _ in range(READERS):
+            self._readers.put(LineReader())
+
+    def close(self) -> None:
+        """Let go of the readers."""
+        while not self._readers.empty():
+            self._readers.get().close()
+
+    def read(
+        self, partition: int, start: int, end: int, takes: Callable[[int], bool]
+    ) -> Iterator[tuple[list[Record], Lines]]:
+        """Consecutive records from ``start`` to ``end``, and the lines of those whose time of ingestion is taken.
+
+        Raises PositionLost, TryAgain.
+        """
+        waiting: deque[tuple[list[Record], Future[Lines]]] = deque()
+        with ThreadPoolExecutor(READERS) as pool:
+            for records in self._records(partition, start, end):
+                taken = [record for record in records if takes(record.timestamp_us)]
+                waiting.append((records, pool.submit(self._lines, taken)))
+                if len(waiting) > READERS:
+                    first, lines = waiting.popleft()
+                    yield first, lines.result()
+            for first, lines in waiting:
+                yield first, lines.result()
+
+    def _records(self, partition: int, position: int, end: int) -> Iterator[list[Record]]:
+        while position < end:
+            here = {partition: position}
+            records = self._log.read(USAGE_EVENTS, here, bytes_max=STRETCH_BYTES, wait_s=PATIENCE_S)
+            inside = [record for record in records if record.offset < end]
+            if not records:
+                raise TryAgain(f"partition {partition} gives no records from {position} on, and ends at {end}")
+            if not inside:
+                return  # a transaction's marker is all that was left; another hole would be PositionLost
+            yield inside
+            position = inside[-1].offset + 1
+
+    def _lines(self, records: list[Record]) -> Lines:
+        reader = self._readers.get()
+        try:
+            return reader.read(records)
+        finally:
+            self._readers.put(reader)
+
+
+# Lines of the log without a row at their place: repetitions of an event that is stored elsewhere, or lost.
+#
+# There may be as many of them as there are lines, so a line waits here as six numbers, in arrays, and the store is
+# asked for the identities of a quarter of a million at a time. The few that have to be looked at are read from the
+# log again.
+
+WAITING_MAX = 250_000  # lines of one question: 12 MB, and as much again for the answer
+NOWHERE = -1
+
+
+class Waiting(NamedTuple):
+    """Lines of one partition that have no row of their own."""
+
+    partition: int
+    keys: Integers
+    prints: Words
+    hi: Words
+    lo: Words
+    content: Words
+    ingested_us: Integers
+
+
+class Firsts(NamedTuple):
+    """For each of some lines the stored event of its identity: partition (or NOWHERE), place and content hash."""
+
+    partitions: npt.NDArray[np.int32]
+    keys: Integers
+    content: Words
+
+
+class Elsewhere:
+    """Collects such lines. Ask ``is_full`` and then take them out with ``resolve``."""
+
+    def __init__(self, store: StoreSide) -> None:
+        self._store = store
+        self._waiting: list[Waiting] = []
+        self._count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether they should be resolved now."""
+        return self._count >= WAITING_MAX
+
+    def add(self, partition: int, lines: Lines, rows: Rows) -> None:
+        """Some of the lines."""
+        self._waiting.append(Waiting(
+            partition, lines.keys[rows], lines.prints[rows], lines.hi[rows], lines.lo[rows], lines.content[rows],
+            lines.ingested_us[rows],
+        ))  # fmt: skip
+        self._count += len(rows)
+
+    def resolve(self) -> Iterator[tuple[Waiting, Firsts]]:
+        """Everything that waits, with what the store has of the same identities."""
+        waiting, self._waiting, self._count = self._waiting, [], 0
+        if not waiting:
+            return
+        firsts = self._firsts(waiting)
+        start = 0
+        for lines in waiting:
+            end = start + len(lines.keys)
+            yield lines, Firsts(firsts.partitions[start:end], firsts.keys[start:end], firsts.content[start:end])
+            start = end
+
+    def _firsts(self, waiting: list[Waiting]) -> Firsts:
+        hi, lo = np.concatenate([lines.hi for lines in waiting]), np.concatenate([lines.lo for lines in waiting])
+        asked = pa.table({"number": np.arange(len(hi)), "id_hi": hi, "id_lo": lo})
+        known = self._store.ask("known", asked)
+        count, numbers = len(hi), known["number"].to_numpy()
+        firsts = Firsts(np.full(count, NOWHERE, np.int32), np.zeros(count, np.int64), np.zeros(count, np.uint64))
+        firsts.partitions[numbers] = known["partition"].to_numpy()
+        firsts.keys[numbers] = known["key"].to_numpy()
+        firsts.content[numbers] = known["content"].to_numpy()
+        return firsts
+
+
+class LineAgain:
+    """Single lines of the log. The record that was read last is kept, because neighbors are asked for in turn."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._record: Record | None = None
+
+    def read(self, partition: int, key: int) -> Reading | Refusal | None:
+        """The line at a place; None when the log does not have it, or not any more. Raises TryAgain."""
+        offset, number = place_of(key)
+        record = self._record
+        if record is None or (record.partition, record.offset) != (partition, offset):
+            record = self._record = self._read(partition, offset)
+        raws = lines_of(record.value) if record is not None else []
+        if record is None or number >= len(raws):
+            return None
+        return read_line(raws[number], record.organization_id, record.timestamp_us, f"{partition}:{offset}:{number}")
+
+    def _read(self, partition: int, offset: int) -> Record | None:
+        starts, ends = self._log.starts(USAGE_EVENTS), self._log.ends(USAGE_EVENTS)
+        if not starts.get(partition, 0) <= offset < ends.get(partition, 0):
+            return None  # dropped by retention, or never written
+        with contextlib.suppress(PositionLost):
+            (record, *_) = self._log.read(USAGE_EVENTS, {partition: offset}, bytes_max=1, wait_s=PATIENCE_S)
+            return record
+        return None
+
+
+# The log against the store: every line is a stored event, a repetition of one, or a dead letter, exactly once.
+#
+# The log is walked a few megabytes at a time, and the store is asked for the places and fingerprints of the same
+# stretch. Equal stretches cost nothing more. Elsewhere lines and rows are read with care (``evidence``), and only
+# what still differs is a difference; differences of one kind within an hour are told as one. Memory holds a few
+# stretches and a bounded number of lines that have no row of their own (``elsewhere``), however long the log is.
 
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 LOST_MAX = 200_000  # lost identities that are remembered, so that a repetition of one is not lost once more

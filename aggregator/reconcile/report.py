@@ -1,19 +1,170 @@
-"""What a reconciliation found: how much was compared, what differs, why, what it is worth, and what to do. Pure.
+"""The reconciliation report: differences, their causes, groups and money."""
 
-A difference has one cause from a closed list. Two causes explain a difference away, since nothing is missing and
-nobody erred: the last digits of doubles, and a total that speaks of another range by definition. They are listed like
-all others, but an installation that has no others counts as equal.
-"""
-
-from datetime import datetime
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
 import msgspec
+import xxhash
 
-from meters.aggregation import exact_sum
-from meters.amount import amount_text
+from aggregator.decode.columns import awkward_numbers
+from meters.aggregation import amount_of, exact_sum, is_summable
+from meters.catalogue.catalogue import Catalogue
+from meters.errors import Reason, Refusal
+from meters.event import Event, check_line, event_id, identity, parse_uuid4
+from meters.event_values import Facts, facts
+from meters.exact import EXACT, amount_text, decode_tokens
+from meters.filters import matches
+from meters.log import LATEST_US
+from meters.meter import Meter
+from meters.timestamps import instant_of
+
+# One event, read with care: what a line of the log says, what a row of the store says, and what lies between them.
+#
+# The line is read by ``meters.event``, the same definition that refuses events at the door; nothing of the code that
+# fills the store takes part. What an event is worth is the reference evaluation of each meter over it.
+
+_METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """A line that can be counted, as the store should have it."""
+
+    event: Event
+    organization_id: str
+    external_id: str
+    ingested_at: datetime
+    raw: bytes
+
+    @property
+    def facts(self) -> Facts:
+        """What meters see of it."""
+        return facts(self.event, self.ingested_at)
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return f"{self.external_id} ({event_id(*identity(self.organization_id, self.external_id))})"
+
+
+def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> Reading | Refusal:
+    """A line of the log. ``place`` is its identity when the sender gave none."""
+    if ingested_us >= LATEST_US:
+        return Reason.RECORD_TIME.at(0)
+    if tenant is not None:
+        named = parse_uuid4(tenant)
+        if not isinstance(named, str):  # a producer that skips the gateway, or a damaged disk
+            return Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=tenant)
+        tenant = named
+    if b"\n" in raw:
+        return Reason.RECORD_LINES.at(0)
+    event = check_line(raw, organization_id=tenant, now=instant_of(ingested_us))
+    if isinstance(event, Refusal):
+        return event
+    external_id = event.external_id if event.external_id is not None else place
+    return Reading(event, tenant or event.organization_id or "", external_id, instant_of(ingested_us), raw)
+
+
+def facts_of_row(row: Mapping[str, Any]) -> Facts:
+    """What meters see of a stored row (a row of the question ``at``)."""
+    who = {"external_customer_id" if row["kind"] == "external" else "customer_id": row["who"]}
+    event = Event(name=row["name"], metadata=_METADATA(row["metadata"]), timestamp=_aware(row["timestamp"]), **who)
+    return facts(event, _aware(row["ingested_at"]), row["source"])
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """What a person calls a stored row."""
+    return f"{row['external_id']} ({event_id(row['id_hi'], row['id_lo'])})"
+
+
+def changes(reading: Reading, row: Mapping[str, Any]) -> list[str]:
+    """What a stored row says otherwise than its line, one sentence each; empty where it says the same."""
+    event = reading.event
+    external = event.external_customer_id is not None
+    expected = {
+        "organization_id": reading.organization_id,
+        "customer": event.external_customer_id if external else event.customer_id,
+        "name": event.name,
+        "timestamp": event.timestamp or reading.ingested_at,
+        "ingested_at": reading.ingested_at,
+        "external_id": reading.external_id,
+        "parent_id": event.parent_id,
+        "member_id": event.member_id,
+        "id": identity(reading.organization_id, reading.external_id),
+        "content hash": xxhash.xxh3_64_intdigest(reading.raw),
+        "exact numbers": _exact(awkward_numbers(event.metadata)),
+    }
+    stored = {
+        "organization_id": row["organization_id"],
+        "customer": row["who"] if row["kind"] == ("external" if external else "customer") else None,
+        "name": row["name"],
+        "timestamp": _aware(row["timestamp"]),
+        "ingested_at": _aware(row["ingested_at"]),
+        "external_id": row["external_id"],
+        "parent_id": row["parent"],
+        "member_id": row["member_id"],
+        "id": (row["id_hi"], row["id_lo"]),
+        "content hash": row["content"],
+        "exact numbers": _exact(row["awkward"]),
+    }
+    expected |= {f"metadata.{key}": value for key, value in _tokens(event.metadata).items()}
+    stored |= {f"metadata.{key}": value for key, value in _tokens(_METADATA(row["metadata"])).items()}
+    return [
+        f"{key}: the log says {_shown(expected.get(key))}, the store has {_shown(stored.get(key))}"
+        for key in dict.fromkeys([*expected, *stored]) if expected.get(key) != stored.get(key)
+    ]  # fmt: skip
+
+
+def is_repetition(reading: Reading, first: Reading) -> bool:
+    """Whether a later line with the same id says what the first one said; a line without a time repeats any."""
+    ours, theirs = reading.event, first.event
+    fields = ("name", "customer_id", "external_customer_id", "parent_id", "member_id", "external_member_id")
+    same_time = ours.timestamp is None or reading.facts.timestamp == first.facts.timestamp
+    same = all(getattr(ours, field) == getattr(theirs, field) for field in fields)
+    return same and same_time and _tokens(ours.metadata) == _tokens(theirs.metadata)
+
+
+def contributions(meters: Iterable[Meter], found: Facts) -> dict[str, Decimal]:
+    """What the event adds to each meter that can be added to, by the meter's id."""
+    added: dict[str, Decimal] = {}
+    for meter in meters:
+        if not is_summable(meter.aggregation) or not matches(meter.filter, found):
+            continue
+        if meter.aggregation.func == "count":
+            added[meter.id] = Decimal(1)
+        elif (amount := amount_of(found, meter.aggregation.property or "")) is not None:
+            added[meter.id] = amount
+    return added
+
+
+def _tokens(metadata: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    """Values with numbers as they were sent: 1.0, 1.00 and "1.0" are told apart, as the store does."""
+    return {key: decode_tokens(bytes(raw)) for key, raw in metadata.items()}
+
+
+def _exact(awkward: str | None) -> Any:
+    return json.loads(awkward) if awkward else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%dT%H:%M:%S.%fZ}"
+    return "nothing" if value is None else repr(value)
+
+
+def _aware(instant: datetime) -> datetime:
+    return instant.replace(tzinfo=UTC)
+
+
+# What a reconciliation found: how much was compared, what differs, why, what it is worth, and what to do. Pure.
+#
+# A difference has one cause from a closed list. Two causes explain a difference away, since nothing is missing and
+# nobody erred: the last digits of doubles, and a total that speaks of another range by definition. They are listed
+# like all others, but an installation that has no others counts as equal.
 
 SHOWN_EVENTS_MAX = 20
 """Events that a difference names. Its count and its quantities speak of all of them."""
@@ -211,3 +362,115 @@ def report_json(report: Report) -> bytes:
     """The report for a program, with the verdict beside it. Decimals are texts, so that no reader bends them."""
     verdict = {"equal": report.is_equal, "failed": report.has_failed, "cents": report.cents}
     return msgspec.json.encode({**verdict, **msgspec.to_builtins(report, builtin_types=(datetime, Decimal))})
+
+
+# What a difference is worth: meters' quantities, and cents where a meter has a price. Pure.
+
+Quantities = dict[str, Decimal]
+"""By the meter's id: several meters may have one name."""
+
+
+class Worth:
+    """Meters and prices as the control stream has them."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._cents = {
+            id: price.unit_amount for id in catalogue.meters if (price := catalogue.prices.of(id)) is not None
+        }
+        meters = catalogue.meters.values()
+        self._in_use = Counter((meter.organization_id, meter.name) for meter in meters if meter.archived_at is None)
+
+    def meters(self, organization_id: str) -> list[Meter]:
+        """The organization's meters that are in use."""
+        return [meter for meter in self._catalogue.meters_of(organization_id) if meter.archived_at is None]
+
+    def of(self, organization_id: str, found: Facts) -> Quantities:
+        """What an event adds to the organization's meters."""
+        return contributions(self.meters(organization_id), found)
+
+    def named(self, quantities: Mapping[str, Decimal]) -> dict[str, Decimal]:
+        """Quantities as a person reads them: by the meter's name, with its id where another one in use is called so."""
+        return {self._name(id): amount for id, amount in quantities.items()}
+
+    def _name(self, meter_id: str) -> str:
+        meter = self._catalogue.meters.get(meter_id)
+        if meter is None:
+            return meter_id
+        others = self._in_use[meter.organization_id, meter.name] - (meter.archived_at is None)
+        return f"{meter.name} ({meter_id})" if others else meter.name
+
+    def cents(self, quantities: Mapping[str, Decimal]) -> Decimal | None:
+        """What quantities cost by their meters' unit prices, credits and caps aside; None where no price is known."""
+        parts = [EXACT.multiply(self._cents[id], amount) for id, amount in quantities.items() if id in self._cents]
+        if not parts:
+            return None
+        return exact_sum(parts).quantize(Decimal("0.01"), context=EXACT)
+
+
+def add(totals: Quantities, more: Mapping[str, Decimal], sign: int = 1) -> None:
+    """Add quantities to others, in place."""
+    for id, amount in more.items():
+        totals[id] = EXACT.add(totals.get(id, Decimal(0)), amount if sign > 0 else amount.copy_negate())
+
+
+def between(there: Mapping[str, Decimal], here: Mapping[str, Decimal]) -> Quantities:
+    """What one side has more than the other, without zeros."""
+    totals = dict(there)
+    add(totals, here, -1)
+    return {id: amount for id, amount in totals.items() if amount}
+
+
+# Single findings told together: those of one cause, one hour and one tenant are one difference. Pure.
+#
+# A missing hour is one line of a report and not a hundred thousand; a single event is named.
+
+_HOUR = timedelta(hours=1)
+_Key = tuple[Cause, int, datetime, str]
+
+
+class _Group:
+    def __init__(self) -> None:
+        self.count = 0
+        self.events: list[str] = []
+        self.details: list[str] = []
+        self.quantities: dict[str, Decimal] = {}
+
+
+class Findings:
+    """What differs between the log and the store, event by event."""
+
+    def __init__(self) -> None:
+        self._groups: dict[_Key, _Group] = {}
+
+    def note(
+        self, cause: Cause, partition: int, when: datetime, organization_id: str, event: str,
+        quantities: Mapping[str, Decimal], detail: str = "",
+    ) -> None:  # fmt: skip
+        """One event. ``when`` is its ingestion (naive means UTC), ``quantities`` are store minus log."""
+        hour = (when if when.tzinfo else when.replace(tzinfo=UTC)).replace(minute=0, second=0, microsecond=0)
+        group = self._groups.setdefault((cause, partition, hour, organization_id), _Group())
+        group.count += 1
+        add(group.quantities, quantities)
+        if len(group.events) < SHOWN_EVENTS_MAX:
+            group.events.append(event)
+            if detail and detail not in group.details:
+                group.details.append(detail)
+
+    def differences(self, worth: Worth) -> Iterator[Difference]:
+        """Everything noted, in order of time."""
+        for key, group in sorted(self._groups.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])):
+            cause, partition, hour, _ = key
+            window = f"partition {partition}, {hour:%Y-%m-%d %H}:00 UTC"
+            yield Difference(
+                check="log",
+                cause=cause,
+                where=f"event {group.events[0]}" if group.count == 1 else window,
+                what="; ".join(group.details) or MEANING[cause],
+                repair=Repair.REBUILD,
+                count=group.count,
+                window=(hour, hour + _HOUR),
+                events=group.events,
+                quantities=worth.named({id: amount for id, amount in group.quantities.items() if amount}),
+                cents=worth.cents(group.quantities),
+            )

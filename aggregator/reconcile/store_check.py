@@ -1,28 +1,33 @@
-"""The store against itself: identities, numbers and tallies without gaps, and totals against the raw events.
+"""Compare the totals in memory with the store."""
 
-The running totals are what customers see and what a balance is made of. Each is compared with a plain recount of the
-raw events, for every meter and customer: first for blocks of customers, then customer by customer inside a block that
-differs, then by the hour, down to the one event that explains the difference if one does.
-"""
-
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
 
+import duckdb
 import msgspec
 
-from aggregator.reconcile.questions import StoreSide
-from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair
-from aggregator.reconcile.worth import Worth
-from aggregator.store.queries.audit import SEQ_BLOCK, SLICES
-from aggregator.store.queries.recount import BLOCK, Part, Which
-from aggregator.store.sql import Measured
+from aggregator.reconcile.lines import StoppedStore, StoreSide
+from aggregator.reconcile.report import Cause, Check, Counted, Difference, Repair, Worth
+from aggregator.store.meter_sql import Measured
+from aggregator.store.queries import audit
+from aggregator.store.queries.audit import BLOCK, SEQ_BLOCK, SLICES, Part, Which
+from aggregator.store.store import Store
+from aggregator.totals.running import RunningTotals
 from aggregator.view import Total
-from meters.amount import EXACT, amount_text
-from meters.catalogue import Catalogue
+from meters.catalogue.catalogue import Catalogue, MeterCreated, OrganizationCreated
 from meters.event import event_id
+from meters.exact import EXACT, amount_text
 from meters.meter import Meter
+from meters.timestamps import KEPT_FROM
+
+# The store against itself: identities, numbers and tallies without gaps, and totals against the raw events.
+#
+# The running totals are what customers see and what a balance is made of. Each is compared with a plain recount of
+# the raw events, for every meter and customer: first for blocks of customers, then customer by customer inside a
+# block that differs, then by the hour, down to the one event that explains the difference if one does.
 
 LOOKS = 3  # at what differs, before it is called a difference
 SHOWN_MAX = 1_000  # repeated identities and gaps that are named
@@ -269,3 +274,76 @@ def _shown(meter: Meter, count: int, total: Decimal, least: Decimal | None, most
     extreme = {"min": least, "max": most}.get(meter.aggregation.func)
     amount = total if extreme is None else extreme
     return f"{count} events" if meter.aggregation.func == "count" else f"{amount_text(amount)} in {count} events"
+
+
+# Running totals of a server that does not run: counted as its next start would, from the file as it lies there.
+
+HOUR = timedelta(hours=1)
+
+
+class StoppedTotals:
+    """See the module. Takes part in ``store_check``; ``close`` ends its threads."""
+
+    def __init__(self, stopped: StoppedStore, catalogue: Catalogue) -> None:
+        self._connection = stopped.connection
+        store = Store(stopped.connection, 0)  # nothing is written: the file is open for reading only
+        self._directory = store.directory()
+        self._totals = RunningTotals(store, self._directory, _summable(catalogue))
+        self._totals.start()
+
+    def close(self) -> None:
+        """Give up what is still being counted."""
+        self._totals.stop()
+
+    def total(self, meter: Meter, subjects: list[int]) -> Total | None:
+        """The total that the next start would show; None when it cannot be counted."""
+        self._totals.wait()
+        return self._totals.total(meter.id, subjects)
+
+    def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
+        """What the next start would keep, and the raw events: counted for all meters in one pass."""
+        with self._cursor(meters[0]) as (cursor, number):
+            parts = list(audit.everything(cursor, meters, number))
+        blocks = range(-(-self._directory.subjects_count // BLOCK))
+        hours = sorted(part.hour for part in parts if part.hour is not None and part.hour >= KEPT_FROM)
+        for place, meter in enumerate(meters):
+            totals = [self.total(meter, list(range(block * BLOCK, (block + 1) * BLOCK))) for block in blocks]
+            known = [total for total in totals if total is not None]
+            kept = self._hours(meter, hours) or []
+            yield both_of(parts, place, known, dict(zip(hours, kept, strict=False)))
+
+    def _hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
+        return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
+
+    def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
+        """The customers of a block."""
+        with self._cursor(meter) as (cursor, number):
+            return audit.by_customer(cursor, meter, number, block)
+
+    def by_hour(self, meter: Meter, subject: int) -> list[tuple[datetime, Measured]]:
+        """The hours of a customer."""
+        with self._cursor(meter) as (cursor, number):
+            return audit.by_hour(cursor, meter, number, subject)
+
+    def same_moment(self, meter: Meter, which: Which) -> tuple[Total, Measured] | None:
+        """Nothing moves here."""
+        if which.subject is not None:
+            total = self.total(meter, [which.subject])
+        else:
+            assert which.hour is not None
+            found = self._hours(meter, [which.hour])
+            total = found[0] if found else None
+        with self._cursor(meter) as (cursor, number):
+            return (total, audit.part(cursor, meter, number, which)) if total is not None else None
+
+    @contextlib.contextmanager
+    def _cursor(self, meter: Meter) -> Iterator[tuple[duckdb.DuckDBPyConnection, int]]:
+        organization = self._directory.organizations.get(meter.organization_id)
+        with contextlib.closing(self._connection.cursor()) as cursor:
+            yield cursor, organization.number if organization else -1
+
+
+def _summable(catalogue: Catalogue) -> Catalogue:
+    """The meters that are compared: those of distinct values would keep every value in memory, for nobody."""
+    meters = [meter for meter in catalogue.meters.values() if meter.aggregation.func != "unique"]
+    return Catalogue([*map(OrganizationCreated, catalogue.organizations.values()), *map(MeterCreated, meters)])

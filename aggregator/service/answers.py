@@ -10,11 +10,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from meters.aggregation import Aggregation
-from meters.benefits import METER_CREDIT
-from meters.credit import UNITS_MAX, Cause
-from meters.filter import Conjunction, Operator
+from meters.filters import Conjunction, Operator
+from meters.ledger.benefits import METER_CREDIT
+from meters.ledger.ledger import UNITS_MAX, Cause
+from meters.ledger.statement import Why
 from meters.meter import NAME_LENGTH_MIN, Unit
-from meters.statement import Why
 
 T = TypeVar("T")
 

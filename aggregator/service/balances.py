@@ -17,11 +17,11 @@ from aggregator.store.queries import usage
 from aggregator.store.queries.scope import NOBODY, Scope
 from aggregator.store.queries.usage import Question
 from aggregator.view import EVER, Consumption, Unavailable
-from meters.amount import EXACT
-from meters.catalogue import Customer
-from meters.ledger import ZERO, Account, customer_meter_id, customer_of
+from meters.catalogue.catalogue import Customer
+from meters.exact import EXACT
+from meters.ledger.ledger import ZERO, Account, customer_meter_id, customer_of
 from meters.meter import Meter
-from meters.timestamp import instant_of
+from meters.timestamps import instant_of
 
 RECOUNTED_MAX = 100
 """Customer meters that one request may have counted from the store: a page's worth."""

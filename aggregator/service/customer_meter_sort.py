@@ -22,9 +22,9 @@ from aggregator.store.queries.scope import Scope
 from aggregator.store.queries.usage import Question, Windows
 from aggregator.view import EVER, Unavailable
 from meters.aggregation import is_summable
-from meters.catalogue import Customer
+from meters.catalogue.catalogue import Customer
 from meters.meter import Meter
-from meters.timestamp import microseconds_of
+from meters.timestamps import microseconds_of
 
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]

@@ -12,10 +12,10 @@ from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, Pair, customer_meters, in_memory
 from aggregator.service.serializers import customer_shape, number
 from aggregator.service.service import Desk
-from meters.benefits import Grant, Subscription
-from meters.catalogue import Customer
-from meters.polar_meters import here, meters_here
-from meters.price import charge
+from meters.catalogue.catalogue import Customer
+from meters.ledger.benefits import Grant, Subscription
+from meters.ledger.price import charge
+from meters.polar_webhooks import here, meters_here
 
 
 async def state_of(desk: Desk, customer: Customer) -> answers.CustomerState:

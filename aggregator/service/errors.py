@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from aggregator.view import Unavailable
-from meters.detail import Detail, detail
+from meters.errors import Detail, detail
 from meters.log import TryAgain
 
 QUERIES_AT_ONCE = 4

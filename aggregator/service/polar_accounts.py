@@ -14,12 +14,21 @@ from msgspec.structs import replace
 from aggregator.service.balances import consumed_between
 from aggregator.service.errors import CHANGES_AT_ONCE
 from aggregator.service.service import Desk
-from meters.catalogue import Customer, CustomerDeleted
-from meters.credit import Cause, CreditGranted, MeterReset, MovementWithdrawn
-from meters.ledger import ZERO, Account, Credit, Reset, rollover_units
+from meters.catalogue.catalogue import Customer, CustomerDeleted
+from meters.catalogue.polar_facts import Given, Wanted
+from meters.ledger.ledger import (
+    ZERO,
+    Account,
+    Cause,
+    Credit,
+    CreditGranted,
+    MeterReset,
+    MovementWithdrawn,
+    Reset,
+    rollover_units,
+)
 from meters.meter import Meter
-from meters.mirror import Given, Wanted
-from meters.polar_meters import METER_KEY, meter_of
+from meters.polar_webhooks import METER_KEY, meter_of
 
 OURS = "polar:"
 """How the ids of movements begin that follow from what Polar told."""

@@ -12,18 +12,16 @@ import msgspec
 
 from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter
-from aggregator.store.queries.dead_letters import DeadLetter
-from aggregator.store.queries.events import EventName, StoredEvent
-from meters import exact_json
-from meters.amount import amount_text, decimal_text, parse_amount
-from meters.catalogue import TEAM, Catalogue, Customer, meter_json
-from meters.credit import CreditGranted, MeterReset
+from aggregator.store.queries.events import DeadLetter, EventName, StoredEvent
+from meters import exact
+from meters.catalogue.catalogue import TEAM, Catalogue, Customer, meter_json
 from meters.event import event_id
-from meters.facts import RESERVED, number_token
-from meters.ledger import Credit
+from meters.event_values import RESERVED, number_token
+from meters.exact import amount_text, decimal_text, parse_amount
+from meters.ledger.ledger import Credit, CreditGranted, MeterReset
+from meters.ledger.price import Price
+from meters.ledger.statement import Entry
 from meters.meter import Meter
-from meters.price import Price
-from meters.statement import Entry
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 Json = dict[str, object]
@@ -134,7 +132,7 @@ def _encoded(meter: Meter) -> msgspec.Raw:
     """The meter's shape as JSON, made once for each state of a meter: lists of balances repeat it in every item."""
     held = _texts.get(meter.id)
     if held is None or held[0] is not meter:
-        held = _texts[meter.id] = meter, msgspec.Raw(exact_json.encode(meter_shape(meter)))
+        held = _texts[meter.id] = meter, msgspec.Raw(exact.encode(meter_shape(meter)))
     return held[1]
 
 
@@ -181,7 +179,7 @@ def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> msgspec.Raw:
         fields[key] = _reserved(key, bytes(stored[key]))
     for path, amount in sums.items():
         _write(fields, path.split("."), amount)
-    return msgspec.Raw(exact_json.encode(fields))
+    return msgspec.Raw(exact.encode(fields))
 
 
 def _reserved(key: str, token: bytes) -> Json:

@@ -43,7 +43,7 @@ from aggregator.store.queries.feed import Wanted
 from aggregator.store.queries.scope import Scope, organization_number
 from aggregator.store.queries.usage import Question
 from aggregator.view import Snapshot, Unavailable, View
-from meters.catalogue import Catalogue, Change, Token
+from meters.catalogue.catalogue import Catalogue, Change, Token
 from meters.log import TryAgain
 
 T = TypeVar("T")

@@ -10,14 +10,13 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from deploy.giving_up import INTERRUPTED, USAGE, GiveUp
-from deploy.output import harmless, note, progress_bar, show, show_one
-from deploy.session import EPILOG, Session, flowing, session
+from deploy.client import EPILOG, Session, flowing, session
+from deploy.console import harmless, note, progress_bar, show, show_one
+from deploy.errors import INTERRUPTED, USAGE, GiveUp
 
 if TYPE_CHECKING:
     from deploy.client import Api
-    from deploy.conflicts import Conflicts
-    from deploy.sending import Delivery, Line
+    from deploy.sending import Conflicts, Delivery, Line
 
 app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
 
@@ -175,7 +174,7 @@ def _content(file: Path) -> bytes:
 
 
 def _apart(anew: bool) -> str:
-    from deploy.stable_ids import never_again
+    from deploy.event_files import never_again
 
     return never_again() if anew else ""
 
@@ -234,7 +233,7 @@ def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None
 
 def _conflicts(api: "Api", delivery: "Delivery") -> "Conflicts | None":
     """The events whose external_id was taken; None where nobody can say. All is sent, so that alone is no failure."""
-    from deploy.conflicts import find_conflicts
+    from deploy.sending import find_conflicts
 
     try:
         return find_conflicts(api, delivery)

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from deploy.giving_up import USAGE, GiveUp
-from deploy.output import note, show, show_one
-from deploy.session import EPILOG, session
+from deploy.client import EPILOG, session
+from deploy.console import note, show, show_one
+from deploy.errors import USAGE, GiveUp
 
 app = typer.Typer(help="Hand events on to a Polar organization (works on --data).")
 
@@ -19,9 +19,9 @@ def run(context: typer.Context, server: Server = None, lifeline: Lifeline = None
     """Hand events on to Polar until stopped; METERSTREAM_POLAR_TOKEN says to which organization."""
     if context.invoked_subcommand:
         return
-    from aggregator.forward.upstream import base_url
-    from deploy.forwarding.process import run as forward
-    from deploy.logs import crashes_logged
+    from aggregator.forward.polar_client import base_url
+    from deploy.forwarding import run as forward
+    from deploy.server.runtime import crashes_logged
 
     try:
         base_url(server or "production")
@@ -34,7 +34,7 @@ def run(context: typer.Context, server: Server = None, lifeline: Lifeline = None
 @app.command(epilog=EPILOG)
 def status(context: typer.Context) -> None:
     """How far it got: what is pending, sent and refused, and what it waits for."""
-    from deploy.forwarding.desk import status as look
+    from deploy.forwarding import status as look
 
     here = session(context)
     show_one(look(here.data), here.output)
@@ -43,7 +43,7 @@ def status(context: typer.Context) -> None:
 @app.command(epilog=EPILOG)
 def pause(context: typer.Context) -> None:
     """Send nothing until resumed. What comes in meanwhile waits."""
-    from deploy.forwarding.desk import opened
+    from deploy.forwarding import opened
 
     with opened(session(context).data) as state:
         state.set(paused=True)
@@ -53,7 +53,7 @@ def pause(context: typer.Context) -> None:
 @app.command(epilog=EPILOG)
 def resume(context: typer.Context) -> None:
     """Go on, after a pause or after what stopped it was mended."""
-    from deploy.forwarding.desk import now_us, opened
+    from deploy.forwarding import now_us, opened
 
     with opened(session(context).data) as state:
         state.set(paused=None, resumed_us=now_us())
@@ -67,7 +67,7 @@ def replay(
     until: Annotated[str, typer.Option(help="Up to this time, not included.")],
 ) -> None:
     """Send a range of time again, what was refused too. Polar knows what it has by its id, so nothing counts twice."""
-    from deploy.forwarding.desk import ask_replay
+    from deploy.forwarding import ask_replay
 
     here = session(context)
     number = ask_replay(here.data, since, until)
@@ -78,7 +78,7 @@ def replay(
 @app.command(epilog=EPILOG)
 def dead(context: typer.Context, limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 100) -> None:
     """The events that Polar refuses, newest first, with its words."""
-    from deploy.forwarding.desk import dead_letters
+    from deploy.forwarding import dead_letters
 
     here = session(context)
     show(dead_letters(here.data, limit), ("refused_at", "external_id", "words", "event"), here.output)
@@ -87,7 +87,7 @@ def dead(context: typer.Context, limit: Annotated[int, typer.Option(min=1, help=
 @app.command(epilog=EPILOG)
 def plan(context: typer.Context) -> None:
     """Whether the last day's traffic fits Polar's request limit as it is, and what a rollup would make of it."""
-    from deploy.forwarding.plan import plan as compute
+    from deploy.forwarding import plan as compute
 
     here = session(context)
     rows = compute(here.settings)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from deploy.giving_up import FAILED, USAGE, GiveUp
-from deploy.output import note, show
-from deploy.session import EPILOG, session
+from deploy.client import EPILOG, session
+from deploy.console import note, show
+from deploy.errors import FAILED, USAGE, GiveUp
 
 app = typer.Typer(no_args_is_help=True, help="The log on Kafka: make its topics, and look at their settings.")
 
@@ -28,8 +28,7 @@ def init(
     repair: Annotated[bool, typer.Option("--repair", help="Change settings that differ.")] = False,
 ) -> None:
     """Make the two topics, or compare those that are there with what they should be; exit code 1 if they differ."""
-    from ingest.log.kafka_address import parse_address
-    from ingest.log.kafka_init import Unreachable, Wanted, make_topics
+    from ingest.log.kafka_admin import Unreachable, Wanted, make_topics, parse_address
 
     here = session(context)
     data = here.data

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.giving_up import DONE, FAILED, MISMATCH, USAGE, GiveUp
-from deploy.output import Output, harmless, note, show, show_json, show_table
-from deploy.private import private_files
-from deploy.session import flowing, session
-from deploy.typed import parse_instant
+from deploy.client import flowing, session
+from deploy.console import Output, harmless, note, parse_instant, show, show_json, show_table
+from deploy.errors import DONE, FAILED, MISMATCH, USAGE, GiveUp
+from deploy.server.runtime import private_files
 
 if TYPE_CHECKING:
     from aggregator.reconcile.report import Difference, Report
@@ -50,11 +49,11 @@ def reconcile(
     Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do. 1: something could
     not be compared. Polar is left out, and the verdict says so, where METERSTREAM_POLAR_TOKEN is not set.
     """
-    from aggregator.reconcile.page import page
+    from aggregator.reconcile.html import page
     from aggregator.reconcile.report import report_json
-    from deploy.logs import configure_logs
-    from deploy.proof.local import CHECKS, Task
-    from deploy.proof.run import prove
+    from deploy.reconcile.local import CHECKS, Task
+    from deploy.reconcile.run import prove
+    from deploy.server.runtime import configure_logs
 
     here = session(context, page=True)
     configure_logs("reconcile", "critical")  # what goes wrong is said once, by the command
@@ -127,7 +126,7 @@ def _print_csv(found: "Report") -> None:
 
 
 def _money(one: "Difference") -> str:
-    from aggregator.reconcile.page import money
+    from aggregator.reconcile.html import money
 
     return money(one.cents) if one.cents else ""
 

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.giving_up import USAGE, GiveUp
-from deploy.output import note, show, show_one
-from deploy.session import EPILOG, session
-from deploy.typed import ids
+from deploy.client import EPILOG, session
+from deploy.console import ids, note, show, show_one
+from deploy.errors import USAGE, GiveUp
 
 if TYPE_CHECKING:
     from deploy.client import Api

@@ -8,12 +8,9 @@
 It speaks to Meterstream and to Polar alike. It needs httpx and msgspec, and nothing of the server.
 """
 
-from ingest.client.asynchronous import AsyncIngestion
-from ingest.client.event import Event
-from ingest.client.ingestion import Ingestion, Stats
+from ingest.client.event import Event, EventRefused, Limits, Rejection, SpoolFull
+from ingest.client.ingestion import AsyncIngestion, Ingestion, Stats
 from ingest.client.kafka import KafkaTransport
-from ingest.client.limits import Limits
-from ingest.client.rejection import EventRefused, Rejection, SpoolFull
 from ingest.client.strategy import Customer, Strategy
 
 __all__ = [

@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from ingest.client.answer import Outcome, Refused, Taken, Unavailable
 from ingest.client.lifecycle import abandon
-from meters.partition_key import partition_key, partition_of
+from ingest.client.transport import Outcome, Refused, Taken, Unavailable
+from meters.log import partition_key, partition_of
 
 ORGANIZATION = "organization"
 """The header that names whose events a record holds."""

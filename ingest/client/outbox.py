@@ -1,11 +1,7 @@
-"""What is captured and not yet settled: the line in which events wait for the server.
-
-An event is in exactly one place: waiting in memory, waiting in the spool alone (when memory is full), held back for a
-later try, or in flight. It leaves when it is settled: acknowledged, rejected or dropped; until then it stays in the
-spool, whatever else happens. Whatever is done is done in a turn; nothing slow but the spool's file is touched in one.
-"""
+"""The client's outbox: a bounded queue of events, their batches, and the pace of sending."""
 
 import heapq
+import random
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,13 +12,54 @@ from typing import Literal
 
 import msgspec
 
-from ingest.client.event import EVENT_BYTES_MAX
-from ingest.client.journal import Row
-from ingest.client.limits import MEMORY_EVENTS_MAX, Limits
-from ingest.client.pace import Pace
-from ingest.client.rejection import SpoolFull
-from ingest.client.spool import Spool, SpoolBroken
-from ingest.client.turns import Turns
+from ingest.client.event import EVENT_BYTES_MAX, MEMORY_EVENTS_MAX, Limits, SpoolFull
+from ingest.client.lifecycle import Turns
+from ingest.client.spool import Row, Spool, SpoolBroken
+
+# When to send again after the server could not take something: the whole client slows down together.
+#
+# The pause doubles with every failed try, is drawn at random so that a thousand clients do not come back at once, and
+# is never shorter than what the server asked for. While it does not work, one request at a time asks whether it does.
+
+_DOUBLINGS_MAX = 16  # beyond any longest pause; keeps the power small
+
+
+class Pace:
+    """Not for several threads at once: the outbox's lock guards it. Times are seconds of a monotonic clock."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.failures = 0
+        self.until_s = 0.0
+
+    def worked(self) -> None:
+        """The server took something."""
+        self.failures, self.until_s = 0, 0.0
+
+    def failed(self, now_s: float, retry_after_s: float | None = None) -> None:
+        """The server could not be reached, or asked to wait. Requests that failed together count once."""
+        if now_s >= self.until_s:
+            self.failures += 1
+        wished_s = min(retry_after_s or 0.0, self._limits.retry_after_s_max)
+        pause_s = max(self.backoff_s(self.failures), wished_s * random.uniform(1.0, 1.1))  # noqa: S311 (clients that failed together do not come back together)
+        self.until_s = max(self.until_s, now_s + pause_s)
+
+    def backoff_s(self, failures: int) -> float:
+        """A pause after so many failures."""
+        longest_s = min(self._limits.backoff_s_max, self._limits.backoff_s * 2 ** min(failures - 1, _DOUBLINGS_MAX))
+        return random.uniform(longest_s / 2, longest_s)  # noqa: S311
+
+    def allows(self, now_s: float, in_flight: int) -> bool:
+        """Whether a request may start."""
+        return now_s >= self.until_s and (self.failures == 0 or in_flight == 0)
+
+
+# What is captured and not yet settled: the line in which events wait for the server.
+#
+# An event is in exactly one place: waiting in memory, waiting in the spool alone (when memory is full), held back for
+# a later try, or in flight. It leaves when it is settled: acknowledged, rejected or dropped; until then it stays in
+# the spool, whatever else happens. Whatever is done is done in a turn; nothing slow but the spool's file is touched
+# in one.
 
 WhenFull = Literal["block", "drop_oldest", "raise"]
 

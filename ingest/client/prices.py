@@ -14,7 +14,7 @@ from typing import Any
 
 import genai_prices
 
-from ingest.client.llm import ModelCall, cents
+from ingest.client.strategy import ModelCall, cents
 
 logger = logging.getLogger(__name__)
 

@@ -1,34 +1,134 @@
-"""What is captured and not yet acknowledged, on disk: a SQLite file for each process, and before it a journal.
-
-An event is in the journal when ``append`` returns, and survives the end of the process in whatever way; it survives a
-power cut once the system has written its pages. Most are acknowledged while they are there. What is left when the
-journal is full moves into the SQLite file, in one transaction. So events in the file are older than those in the
-journal.
-
-A process owns both by SQLite's exclusive lock, held while the file is open. So processes that share a directory
-never wait for one another, and a file that can be locked belongs to nobody: its process is gone, killed perhaps, and
-whoever locks it takes over the events, ids and all.
-
-Prompts may be in it, so nobody but its user reads it, whoever may look into the directory.
-
-A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
-"""
+"""The client's spool: events on disk until they are acknowledged."""
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
+from io import FileIO
+from itertools import islice
 from pathlib import Path
 
-from ingest.client.journal import Journal, Row, ranges
 from ingest.client.lifecycle import abandon
+
+# A spool's newest events: a file of lines, each there for good, whatever ends the process, once ``append`` returns.
+#
+# Writing a line costs two microseconds, a transaction of SQLite's ten; and most events are acknowledged so soon that
+# they need never get into SQLite. A line is ``+NUMBER EVENT``, or ``-NUMBER LAST``: the events from NUMBER to LAST
+# are needed no more. A line that its process did not live to finish has no newline; what a power cut took away reads
+# as zeros, which no event has in it. Neither is an event. The file is emptied whenever nothing in it is needed.
+#
+# It has no lock of its own: who holds the spool's SQLite file holds this one, too.
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".spool"
+JOURNAL_SUFFIX = ".journal"  # "-journal" would be SQLite's own
+
+_EVENTS_MAX = 10_000  # needed ones: some 30 ms to move, and more than wait while a server keeps up
+_BYTES_MAX = 16 << 20  # of what is needed and what is not: read within a tenth of a second by who takes it over
+
+Row = tuple[int, bytes]
+
+
+class Journal:
+    """The file, and in memory what is needed of it. Every method but ``drop`` raises OSError when the disk fails."""
+
+    def __init__(self, spool: Path) -> None:
+        self._path = Path(f"{spool}{JOURNAL_SUFFIX}")
+        self._path.touch(mode=0o600)
+        self._file = FileIO(self._path, "r+")
+        self._descriptor = self._file.fileno()
+        *lines, unfinished = self._file.readall().split(b"\n")
+        self._bytes = self._file.seek(-len(unfinished), os.SEEK_END)
+        self.needed: dict[int, bytes] = _needed(lines)
+
+    def append(self, number: int, line: bytes) -> None:
+        """Write one event; its number is larger than any before."""
+        self._write(b"+%d %b\n" % (number, line))
+        self.needed[number] = line
+
+    def is_full(self) -> bool:
+        """Whether what is needed should move elsewhere, so that the file can be emptied."""
+        return len(self.needed) >= _EVENTS_MAX or self._bytes >= _BYTES_MAX
+
+    def after(self, number: int, limit: int) -> list[Row]:
+        """The next events that are needed after a number, in order."""
+        return list(islice((row for row in self.needed.items() if row[0] > number), limit))
+
+    def settle(self, numbers: Sequence[int]) -> None:
+        """These events, which were needed until now, are needed no more."""
+        if len(numbers) < len(self.needed):
+            self._write(b"".join(b"-%d %d\n" % each for each in ranges(numbers)))
+        for number in numbers:
+            del self.needed[number]
+        if not self.needed:
+            self.clear()
+
+    def clear(self) -> None:
+        """Nothing in it is needed."""
+        self.needed.clear()
+        self._file.truncate(0)
+        self._bytes = self._file.seek(0)
+
+    def remove(self) -> None:
+        """Close the file, and delete it."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _write(self, lines: bytes) -> None:
+        written = os.write(self._descriptor, lines)
+        if written != len(lines):
+            self._file.seek(self._bytes)
+            with contextlib.suppress(OSError):  # or what is there of these would be read as lines behind the next ones
+                self._file.truncate()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._bytes += written
+
+
+def ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """These numbers, first to last: in one piece if they are one, or else one by one."""
+    first, last = min(numbers), max(numbers)
+    return [(first, last)] if last - first + 1 == len(numbers) else [(number, number) for number in numbers]
+
+
+def _needed(lines: Iterable[bytes]) -> dict[int, bytes]:
+    """What the lines of a journal leave to be done."""
+    needed: dict[int, bytes] = {}
+    for line in lines:
+        number, _, rest = line.partition(b" ")
+        if 0 in line or not number[1:].isdigit():
+            logger.warning("a line of a spool's journal is damaged")
+        elif number[:1] == b"+":
+            needed[int(number)] = rest
+        elif number[:1] == b"-" and rest.isdigit():
+            for settled in range(-int(number), int(rest) + 1):
+                needed.pop(settled, None)
+    return needed
+
+
+# What is captured and not yet acknowledged, on disk: a SQLite file for each process, and before it a journal.
+#
+# An event is in the journal when ``append`` returns, and survives the end of the process in whatever way; it survives
+# a power cut once the system has written its pages. Most are acknowledged while they are there. What is left when the
+# journal is full moves into the SQLite file, in one transaction. So events in the file are older than those in the
+# journal.
+#
+# A process owns both by SQLite's exclusive lock, held while the file is open. So processes that share a directory
+# never wait for one another, and a file that can be locked belongs to nobody: its process is gone, killed perhaps,
+# and whoever locks it takes over the events, ids and all.
+#
+# Prompts may be in it, so nobody but its user reads it, whoever may look into the directory.
+#
+# A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
+
+SPOOL_SUFFIX = ".spool"
 _WAL = "-wal"  # SQLite's name for its write-ahead log
 _CHECKPOINT_PAGES = 4000  # 16 MiB of it: two syncs for some 50,000 events
 _ATTEMPTS = 5  # at making a file that nobody else takes for abandoned
@@ -143,7 +243,7 @@ class Spool:
         alone for a while. Should it be taken and removed all the same, it is tried again under another name."""
         problem = "no file can be kept in the directory"
         for _ in range(_ATTEMPTS):
-            path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SUFFIX}"
+            path = self.directory / f"{self._owner}-{os.urandom(8).hex()}{SPOOL_SUFFIX}"
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 path.touch(mode=0o600)
@@ -216,7 +316,7 @@ def _is_being_made(path: Path) -> bool:
 def spools(directory: Path, owners: Sequence[str]) -> list[Spool]:
     """The files of these owners, not opened; ``claim`` tells which of them belong to nobody."""
     for owner in owners:
-        for log in directory.glob(f"{owner}-*{SUFFIX}{_WAL}"):  # of a file that was removed a moment too early
+        for log in directory.glob(f"{owner}-*{SPOOL_SUFFIX}{_WAL}"):  # of a file that was removed a moment too early
             if not Path(str(log).removesuffix(_WAL)).exists():
                 log.unlink(missing_ok=True)
-    return [Spool(directory, owner, path) for owner in owners for path in sorted(directory.glob(f"{owner}-*{SUFFIX}"))]
+    return [Spool(directory, owner, path) for owner in owners for path in sorted(directory.glob(f"{owner}-*{SPOOL_SUFFIX}"))]

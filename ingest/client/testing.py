@@ -13,10 +13,8 @@ from typing import Any, Self
 
 import msgspec
 
-from ingest.client.event import Event, seal
-from ingest.client.rejection import EventRefused, Rejection
+from ingest.client.event import Event, EventRefused, Rejection, Unacceptable, seal
 from ingest.client.strategy import S
-from ingest.client.values import Unacceptable
 
 
 class RecordingIngestion:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ingest.log.embedded import EmbeddedLog
-from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
+from ingest.log.partitions import Limits
+from ingest.log.sqlite_log import EmbeddedLog
 from meters.log import Log
 
 __all__ = ["Limits", "open_log"]
@@ -49,8 +49,8 @@ def open_log(
         return MemoryLog(Disk(partitions), clock_us, limits or Limits())
     if scheme == "kafka":
         # Loaded where it is used: a tenth of a second and 20 MB that an embedded log does without.
-        from ingest.log.kafka import KafkaLog
-        from ingest.log.kafka_address import parse_address
+        from ingest.log.kafka_admin import parse_address
+        from ingest.log.kafka_log import KafkaLog
 
         return KafkaLog(parse_address(url, secrets or {}), partitions, clock_us, limits or Limits())
     raise ValueError(f"no log at {url!r}: expected embedded:DIRECTORY, memory: or kafka://HOST:PORT")

@@ -12,8 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from ingest.log.limits import Limits
-from ingest.log.places import PARTITIONS, Places, take_in_order
+from ingest.log.partitions import PARTITIONS, Limits, Places, take_in_order
 from meters.log import Entry, PositionLost, Record, TryAgain
 
 

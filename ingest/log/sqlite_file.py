@@ -1,32 +1,78 @@
-"""The file of the embedded log: one SQLite database, written by statements that carry a whole group.
-
-    log.sqlite       streams(name, identity, partitions), and one table per stream and partition
-    log.sqlite-wal   commits that are durable but not yet copied into the file; part of the log
-    log.sqlite-shm   SQLite's index of the WAL; made again when it is missing
-
-Three decisions shape this module.
-
-*One statement per group.* Python gives up its interpreter lock around every step of a SQLite statement, and under
-load each give-up can cost milliseconds until the lock comes back. Values therefore travel to and from SQLite end
-to end in one blob, beside their heads as JSON; beside a busy thread this is 20 to 100 times faster than a row
-at a time, and no slower on an idle machine.
-
-*Nobody checkpoints while anybody writes.* Up to SQLite 3.51.2 a checkpoint that runs beside a commit of another
-connection can, rarely, forget pages of the WAL for ever (sqlite.org/wal.html, "The WAL-Reset Bug"). Automatic
-checkpoints are off on every connection, and ours run while we hold SQLite's own write lock.
-
-*No memory mapping.* An I/O error under a mapping is a SIGBUS that kills the process; through read() it is an error.
-"""
+"""The embedded log's file: format, pragmas, compression."""
 
 import contextlib
 import fcntl
 import os
 import sqlite3
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+import zstandard
+
 from meters.log import Refused
+
+# Values on the disk are packed: events of one sender resemble each other, so zstd makes them 5 to 15 times smaller.
+#
+# That is less to write and sync than packing costs, and a log that keeps everything stays affordable. A value too
+# short to gain is stored as it is. Which of the two it is shows in the lengths: a packed value is shorter than its
+# plain length, which stands beside it; an unpacked one is as long.
+
+PACK_BYTES_MIN = 1024  # a shorter value gains little and costs a call
+LEVEL = 1  # 0.3 us for an event of 300 bytes; higher levels cost more than the disk saves
+
+
+class _Packers(threading.local):
+    """A compressor and a decompressor for each thread: they must not be shared."""
+
+    def __init__(self) -> None:
+        self.pack = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress
+        self.unpack = zstandard.ZstdDecompressor().decompress
+
+
+_packers = _Packers()
+
+
+def pack(value: bytes) -> bytes:
+    """The value as it is stored: packed if that makes it shorter."""
+    if len(value) < PACK_BYTES_MIN:
+        return value
+    packed = _packers.pack(value)
+    return packed if len(packed) < len(value) else value
+
+
+def unpack(stored: bytes, length: int) -> bytes:
+    """The value of ``length`` bytes that was stored. Raises ValueError when these bytes are not it."""
+    if len(stored) == length:
+        return stored
+    try:
+        value: bytes = _packers.unpack(stored, max_output_size=length)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    if len(value) != length:
+        raise ValueError(f"{len(value)} bytes instead of {length}")
+    return value
+
+
+# The file of the embedded log: one SQLite database, written by statements that carry a whole group.
+#
+#     log.sqlite       streams(name, identity, partitions), and one table per stream and partition
+#     log.sqlite-wal   commits that are durable but not yet copied into the file; part of the log
+#     log.sqlite-shm   SQLite's index of the WAL; made again when it is missing
+#
+# Three decisions shape this module.
+#
+# *One statement per group.* Python gives up its interpreter lock around every step of a SQLite statement, and under
+# load each give-up can cost milliseconds until the lock comes back. Values therefore travel to and from SQLite end
+# to end in one blob, beside their heads as JSON; beside a busy thread this is 20 to 100 times faster than a row
+# at a time, and no slower on an idle machine.
+#
+# *Nobody checkpoints while anybody writes.* Up to SQLite 3.51.2 a checkpoint that runs beside a commit of another
+# connection can, rarely, forget pages of the WAL for ever (sqlite.org/wal.html, "The WAL-Reset Bug"). Automatic
+# checkpoints are off on every connection, and ours run while we hold SQLite's own write lock.
+#
+# *No memory mapping.* An I/O error under a mapping is a SIGBUS that kills the process; through read() it is an error.
 
 FILE_NAME = "log.sqlite"
 FORMAT = 1  # PRAGMA user_version; a change of the tables below raises it

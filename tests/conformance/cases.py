@@ -12,14 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from meters import exact_json
+from meters import exact
 from meters.aggregation import parse_aggregation
 from meters.event import Event
-from meters.facts import Facts, facts
-from meters.filter import Filter
-from meters.filter_json import parse_filter
+from meters.event_values import Facts, facts
+from meters.filters import Filter, parse_filter
 from meters.meter import Meter
-from meters.timestamp import parse_timestamp
+from meters.timestamps import parse_timestamp
 from tests.conformance.differences import DIFFERENCES
 
 TOLERANCE = Decimal("1e-9")  # relative; the file's own, since Polar's numbers are doubles
@@ -31,7 +30,7 @@ Case = dict[str, Any]
 
 def cases(*groups: str) -> list[Case]:
     """The cases of some groups (of all groups when none is named), in the order of the file."""
-    document = exact_json.decode((Path(__file__).parent / "polar-cases.json").read_bytes())
+    document = exact.decode((Path(__file__).parent / "polar-cases.json").read_bytes())
     return [case for case in document["cases"] if not groups or case["group"] in groups]
 
 
@@ -84,7 +83,7 @@ def facts_of(event: Case) -> Facts:
     sent = Event(
         name=event["name"],
         timestamp=instant(event["timestamp"]),
-        metadata={key: msgspec.Raw(exact_json.encode(value)) for key, value in event["metadata"].items()},
+        metadata={key: msgspec.Raw(exact.encode(value)) for key, value in event["metadata"].items()},
         customer_id=event["customer"],
         external_customer_id=event.get("external_customer_id"),
     )

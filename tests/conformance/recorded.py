@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meters.catalogue import Change, Customer, CustomerCreated, MeterCreated
+from meters.catalogue.catalogue import Change, Customer, CustomerCreated, MeterCreated
 from meters.meter import Meter, new_meter
 from tests.support.servers.multi_tenant_server import Tenant
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from meters import exact_json
-from meters.credit import CreditGranted, MeterReset
-from meters.ledger import customer_meter_id
+from meters import exact
+from meters.ledger.ledger import CreditGranted, MeterReset, customer_meter_id
 from tests.conformance.cases import Case, agree, cases, instant, named, same_number
 from tests.conformance.differences import NOT_HERE
 from tests.support.records import line
@@ -58,7 +57,7 @@ class Told:
             who = {"external_customer_id": None, "customer_id": self.customer} if event["customer"] else {
                 "external_customer_id": event["external_customer_id"]
             }  # fmt: skip
-            text = exact_json.encode(metadata).decode()
+            text = exact.encode(metadata).decode()
             sent = {key: value for key, value in who.items() if value is not None}
             self.tenant.send(_line(event["id"], name=event["name"], timestamp=at.isoformat(), metadata=text, **sent))
         elif event["name"] == "meter.reset":
@@ -75,7 +74,7 @@ class Told:
     def state(self) -> Json | None:
         """The customer meter, if there is one."""
         answer = self.tenant.ask("GET", f"/v1/customer-meters/{customer_meter_id(self.customer, self.meter)}")
-        return exact_json.decode(answer.content) if answer.is_success else None
+        return exact.decode(answer.content) if answer.is_success else None
 
 
 def _line(external_id: str, **fields: Any) -> bytes:

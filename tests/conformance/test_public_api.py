@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from meters import exact_json
+from meters import exact
 from meters.aggregation import considers, is_summable
-from meters.catalogue import Catalogue, Organization, OrganizationCreated
+from meters.catalogue.access import reference_refusals
+from meters.catalogue.catalogue import Catalogue, Organization, OrganizationCreated
 from meters.event import Event, check_event
-from meters.filter import matches
-from meters.references import reference_refusals
+from meters.filters import matches
 from tests.conformance.cases import (
     ORGANIZATION,
     Case,
@@ -44,7 +44,7 @@ def test_filters_let_through_what_polars_do(case: Case, world: World) -> None:
         agree(case, ours == case["then"]["matched"], ours)
         return
     tenant, filter = world.tenants[case["id"]], case["given"]["meter"]["filter"]
-    params = {"filter": exact_json.encode(filter).decode(), "limit": PAGE}
+    params = {"filter": exact.encode(filter).decode(), "limit": PAGE}
     if "error" in case["then"]:
         answer = tenant.ask("GET", "/v1/events/", params=params)
         assert answer.status_code in (422, 500)
@@ -153,7 +153,7 @@ def types_for_a_user(case: Case) -> list[str]:
     symbols = {"OWN_ORG": ORGANIZATION, "FOREIGN_ORG": ORGANIZATION.replace("1db1", "2db2")}
     found = []
     for index, stated in enumerate(case["when"]["params"]["events"]):
-        event = check_event(exact_json.encode(filled_in(stated, symbols)), now=datetime.now(UTC))
+        event = check_event(exact.encode(filled_in(stated, symbols)), now=datetime.now(UTC))
         assert isinstance(event, Event)
         found += reference_refusals(event, catalogue, token_organization_id=None, index=index)
     return [refusal.type for refusal in found]

@@ -26,11 +26,10 @@ from pathlib import Path
 from confluent_kafka import TopicPartition
 
 from ingest.log import open_log
-from ingest.log.embedded import EmbeddedLog
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.limits import Limits
+from ingest.log.kafka_admin import Wanted, make_topics, parse_address
 from ingest.log.memory import Disk, MemoryLog
+from ingest.log.partitions import Limits
+from ingest.log.sqlite_log import EmbeddedLog
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
 from tests.support.faults.small_disk import nothing_written
 from tests.support.kafka.shared import shared_broker

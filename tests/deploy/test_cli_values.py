@@ -4,8 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from deploy.giving_up import USAGE, GiveUp
-from deploy.typed import parse_clause, parse_filter
+from deploy.console import parse_clause, parse_filter
+from deploy.errors import USAGE, GiveUp
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 
-from deploy.output import Output, show, show_table, text
+from deploy.console import Output, show, show_table, text
 
 ID = "ab06baa9-485e-4030-8776-30c548485885"
 UNFOLDED = 5  # lines of a table with one row

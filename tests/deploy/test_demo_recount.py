@@ -6,10 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.recount import Figures, compare, recount
-from deploy.demo.run import conclude
-from deploy.demo.trace import CUSTOMERS, customers, event, find_trace, make_trace, read_trace
-from deploy.giving_up import MISMATCH, USAGE, GiveUp
+from deploy.demo import (
+    CUSTOMERS,
+    Figures,
+    compare,
+    conclude,
+    customers,
+    event,
+    find_trace,
+    make_trace,
+    read_trace,
+    recount,
+)
+from deploy.errors import MISMATCH, USAGE, GiveUp
 from tests.support.servers.installation import meterstream
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens

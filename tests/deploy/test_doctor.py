@@ -9,11 +9,11 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from aggregator.store.schema import VERSION
-from deploy.data import DataDirectory
+from aggregator.store.database import VERSION
 from deploy.doctor import Finding, examine
-from deploy.giving_up import GiveUp
+from deploy.errors import GiveUp
 from deploy.rebuild import rebuild
+from deploy.server.data import DataDirectory
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
 from tests.support.servers.installation import meterstream

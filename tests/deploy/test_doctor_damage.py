@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.data import DataDirectory
 from deploy.doctor import Finding, examine
 from deploy.rebuild import rebuild
+from deploy.server.data import DataDirectory
 from ingest.log.sqlite_file import PAGE_BYTES
 from meters.log import USAGE_EVENTS, Entry
 from tests.support.faults.small_disk import SmallDisk

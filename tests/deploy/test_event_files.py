@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import stable_ids
-from deploy.event_files import CsvFile, as_they_come, parse_mapping, read_ndjson
-from deploy.giving_up import USAGE, GiveUp
+from deploy import event_files
+from deploy.errors import USAGE, GiveUp
+from deploy.event_files import CsvFile, StableIds, as_they_come, parse_mapping, read_ndjson
 from deploy.sending import EVENT_BYTES_MAX, Line, Problem, batches
-from deploy.stable_ids import StableIds
-from meters.exact_json import Token
-from meters.timestamp import parse_timestamp
+from meters.exact import Token
+from meters.timestamps import parse_timestamp
 
 CSV = "user,at,total,note\nada,2026-03-01 10:00:00.1234567,812,\nbob,1767225600,0.10,true\ncid,never,1,00123\n"
 
@@ -103,7 +102,7 @@ def test_lines_keep_their_ids_when_a_file_grows_and_equal_ones_are_different_eve
 
 def test_occurrences_are_counted_beyond_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """With next to no memory for them, every line still gets the id of its occurrence."""
-    monkeypatch.setattr(stable_ids, "CACHE_KIB", 8)
+    monkeypatch.setattr(event_files, "CACHE_KIB", 8)
     with StableIds() as given:
         rounds = [[given.next(b"%d" % number) for number in range(3000)] for _ in range(2)]
 

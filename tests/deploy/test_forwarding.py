@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from aggregator.forward.state import State
-from deploy.forwarding.process import know_destination
+from deploy.forwarding import know_destination
 from deploy.settings import Settings, Token
 from tests.support.servers.installation import meterstream
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from deploy import cli, command_line, start
-from deploy.commands import process as commands
+from deploy import app, cli
+from deploy.commands import operations as commands
+from deploy.server import start
 from deploy.settings import Settings
 from tests.support.servers.installation import meterstream
 
@@ -51,7 +52,7 @@ def begun(run: Any, line: str) -> tuple[Any, ...]:
 def test_plain_options_mean_what_the_command_line_means(line: str) -> None:
     """The same process with the same settings, whichever way it begins."""
     assert cli.plain_options(line.split()) is not None
-    assert begun(cli._run, line) == begun(command_line.run, line)
+    assert begun(cli._run, line) == begun(app.run, line)
 
 
 @pytest.mark.parametrize("line", NOT_PLAIN)

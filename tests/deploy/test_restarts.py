@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy import serve
-from deploy.giving_up import BUG, GiveUp
-from deploy.serve import CRASHES_MAX, Child
+from deploy.errors import BUG, GiveUp
+from deploy.server import supervisor
+from deploy.server.supervisor import CRASHES_MAX, Child
 from ingest.log import open_log
 from ingest.log.sqlite_file import FILE_NAME, PAGE_BYTES
 from tests.support.servers.installation import meterstream
@@ -22,7 +22,7 @@ COUNTING = "import sys; open(sys.argv[1], 'a').write('started '); raise SystemEx
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "PAUSES_S", (0.0,) * CRASHES_MAX)
+    monkeypatch.setattr(supervisor, "PAUSES_S", (0.0,) * CRASHES_MAX)
 
 
 def keep(tmp_path: Path, exit_code: int) -> tuple[GiveUp | None, int]:

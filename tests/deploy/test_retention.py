@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from deploy.aggregate import DAY_US, trimming
+from deploy.server.aggregate import DAY_US, trimming
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
 

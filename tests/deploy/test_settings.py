@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.giving_up import USAGE, GiveUp
+from deploy.errors import USAGE, GiveUp
 from deploy.settings import read_environment
 
 

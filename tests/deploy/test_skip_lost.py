@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.store.skipping import Lost
-from deploy.data import DataDirectory
-from deploy.giving_up import GiveUp
-from deploy.rebuild import rebuild
-from deploy.skipping import skip_lost
+from aggregator.store.maintenance import Lost
+from deploy.errors import GiveUp
+from deploy.rebuild import rebuild, skip_lost
+from deploy.server.data import DataDirectory
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 from tests.support.records import ORGANIZATION, decisions, line, organization
 

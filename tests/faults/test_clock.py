@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.owner import Aggregator
-from ingest import endpoint, intake
+from aggregator.engine.supervisor import Aggregator
+from ingest.admission import intake
+from ingest.gateway import app
 from ingest.log import open_log
 from meters.event import CLOCK_SKEW
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
@@ -120,7 +121,7 @@ def test_a_gateway_whose_clock_was_set_back_takes_what_has_no_time(
         def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
             return clock.now
 
-    for module in (endpoint, intake):
+    for module in (app, intake):
         monkeypatch.setattr(module, "datetime", Now)
     right = clock.now + timedelta(seconds=1)
     stamped = {"events": [event(external_id="stamped", timestamp=right.isoformat())]}

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from aggregator import checkpoint, owner
-from aggregator.owner import Aggregator
+from aggregator.engine import pipeline, supervisor
+from aggregator.engine.supervisor import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import USAGE_EVENTS, TryAgain
@@ -54,15 +54,15 @@ def restarts(aggregator: Aggregator) -> int:
     return int(float(found))
 
 
-@pytest.mark.parametrize("rows_between_checkpoints", [checkpoint.ROWS_BETWEEN, 300])
+@pytest.mark.parametrize("rows_between_checkpoints", [pipeline.ROWS_BETWEEN, 300])
 def test_a_store_on_a_full_disk_catches_up_when_there_is_room(
     disk: SmallDisk, tmp_path: Path, rows_between_checkpoints: int, monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     """Whether a commit or a checkpoint finds the disk full: the log goes on, reads tell the truth or say "later"."""
-    monkeypatch.setattr(checkpoint, "ROWS_BETWEEN", rows_between_checkpoints)
-    monkeypatch.setattr(owner, "RESTART_DELAY_S", 0.02)
-    monkeypatch.setattr(owner, "RESTART_DELAY_MAX_S", 0.1)
+    monkeypatch.setattr(pipeline, "ROWS_BETWEEN", rows_between_checkpoints)
+    monkeypatch.setattr(supervisor, "RESTART_DELAY_S", 0.02)
+    monkeypatch.setattr(supervisor, "RESTART_DELAY_MAX_S", 0.1)
     log = open_log(str(tmp_path / "log"))
     aggregator = Aggregator(log, disk.path / "store.duckdb", SMALL)
     aggregator.start()

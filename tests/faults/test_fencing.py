@@ -10,12 +10,12 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from aggregator.owner import Aggregator
-from aggregator.store import opening
-from aggregator.store.opening import Unopenable
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store import database
+from aggregator.store.database import Unopenable
 from aggregator.store.store import Replaced, Store
-from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
+from deploy.server.data import DataDirectory
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 from tests.support.faults.store_checks import (
@@ -87,7 +87,7 @@ def test_a_writer_that_was_replaced_cannot_commit(log: Log, tmp_path: Path) -> N
     aggregator = follow(log, tmp_path / STORE)
     before = aggregator._now.store.positions(USAGE_EVENTS)
     with aggregator._now.store.cursor() as newer:
-        assert opening._claim_epoch(newer) == aggregator._now.store.epoch + 1
+        assert database._claim_epoch(newer) == aggregator._now.store.epoch + 1
     append(log, "after")
     eventually(aggregator.ended.is_set)
     aggregator.stop()

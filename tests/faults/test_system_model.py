@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
+from ingest.log.kafka_admin import Wanted, make_topics, parse_address
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from tests.support.faults.store_checks import CUSTOMERS
 from tests.support.faults.system_model import Step, World, stories

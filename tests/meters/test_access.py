@@ -6,9 +6,26 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from msgspec.structs import replace
 
-from meters.access import SCOPES, TOKEN_PREFIX, Denied, authorize, authorize_customer, digest, reading, writing
-from meters.catalogue import Catalogue, Customer, CustomerCreated, Token, TokenCreated, TokenRevoked
-from meters.sessions import CustomerSession, CustomerSessionCreated
+from meters.catalogue.access import (
+    SCOPES,
+    TOKEN_PREFIX,
+    Denied,
+    authorize,
+    authorize_customer,
+    digest,
+    reading,
+    writing,
+)
+from meters.catalogue.catalogue import (
+    Catalogue,
+    Customer,
+    CustomerCreated,
+    CustomerSession,
+    CustomerSessionCreated,
+    Token,
+    TokenCreated,
+    TokenRevoked,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SECRET = TOKEN_PREFIX + "Uxr3-x"

@@ -9,7 +9,7 @@ import pytest
 
 from meters.aggregation import Aggregation, Function, considers, evaluate, parse_aggregation
 from meters.event import Event
-from meters.facts import Facts, facts, lookup
+from meters.event_values import Facts, facts, lookup
 
 WHEN = datetime(2024, 1, 10, 12, 0, 0, 500_000, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meters.aggregation import exact_sum, mean
-from meters.amount import DECIMALS, INTEGER_DIGITS_MAX, amount_text, number_text, parse_amount
+from meters.exact import DECIMALS, INTEGER_DIGITS_MAX, amount_text, number_text, parse_amount
 
 MODEL = Context(prec=5000, rounding=ROUND_HALF_EVEN)
 

@@ -5,10 +5,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from msgspec.structs import replace
 
-from meters.benefits import Benefit, Grant, GrantSet
-from meters.catalogue import decode_change, encode_change
-from meters.credit import CreditGranted
-from meters.granting import granted, revoked
+from meters.catalogue.catalogue import decode_change, encode_change
+from meters.ledger.benefits import Benefit, Grant, GrantSet, granted, revoked
+from meters.ledger.ledger import CreditGranted
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 BENEFIT = Benefit(

@@ -6,9 +6,10 @@ from decimal import Decimal
 import pytest
 from msgspec.structs import replace
 
-from meters import exact_json
+from meters import exact
 from meters.aggregation import Aggregation
-from meters.catalogue import (
+from meters.catalogue.access import reference_refusals
+from meters.catalogue.catalogue import (
     Catalogue,
     Change,
     Customer,
@@ -31,9 +32,8 @@ from meters.catalogue import (
     meter_json,
 )
 from meters.event import Event
-from meters.filter import Clause, Filter, Operator
+from meters.filters import Clause, Filter, Operator
 from meters.meter import Meter
-from meters.references import reference_refusals
 
 NOW, LATER = datetime(2026, 1, 1, 0, 0, 0, 123_456, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
 ORGANIZATION = Organization("o1", "Acme", NOW)
@@ -104,7 +104,7 @@ def test_changes_are_read_by_people_and_other_programs() -> None:
     assert encode_change(TokenRevoked("t1", LATER)) == (
         b'{"type":"token.revoked","id":"t1","revoked_at":"2026-02-01T00:00:00Z"}'
     )
-    assert exact_json.decode(encode_change(MeterCreated(METER)))["meter"]["filter"] == {
+    assert exact.decode(encode_change(MeterCreated(METER)))["meter"]["filter"] == {
         "conjunction": "or",
         "clauses": [
             {"property": "k", "operator": "in", "value": [Decimal("0.1"), "x", True]},
@@ -145,17 +145,17 @@ def test_a_meter_survives_its_json(property: str) -> None:
     filter = Filter("and", [Clause(property, Operator.EQ, 1)])
     meter = replace(METER, filter=filter, aggregation=Aggregation("sum", property))
 
-    assert meter_from_json(exact_json.decode(exact_json.encode(meter_json(meter)))) == meter
+    assert meter_from_json(exact.decode(exact.encode(meter_json(meter)))) == meter
 
 
 def test_a_meter_of_an_older_log_counts_as_it_did() -> None:
     """There a key that is called metadata was written without what keeps it; every other meter's line is the same."""
-    before = decode_change(exact_json.encode(MeterCreated(PREFIXED)))
+    before = decode_change(exact.encode(MeterCreated(PREFIXED)))
 
     assert isinstance(before, MeterCreated)
     assert before.meter.aggregation == Aggregation("sum", "tokens")
     assert before.meter.filter == Filter("and", [Clause("name", Operator.EQ, "x")])
-    assert encode_change(MeterCreated(METER)) == exact_json.encode(MeterCreated(METER))
+    assert encode_change(MeterCreated(METER)) == exact.encode(MeterCreated(METER))
 
 
 def test_changes_applied_again_change_nothing() -> None:

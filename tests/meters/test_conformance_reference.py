@@ -3,14 +3,13 @@
 from datetime import timedelta
 from decimal import Decimal
 
-from meters import exact_json
+from meters import exact
 from meters.aggregation import considers, evaluate, is_summable
-from meters.catalogue import Catalogue, Customer, CustomerCreated
+from meters.catalogue.catalogue import Catalogue, Customer, CustomerCreated
 from meters.event import check_event
-from meters.filter import Clause, Filter, matches
-from meters.filter_json import filter_json, parse_filter
-from meters.quantities import Selection, quantities
-from meters.window import Interval, range_refusal
+from meters.filters import Clause, Filter, filter_json, matches, parse_filter
+from meters.meter import Selection, quantities
+from meters.timestamps import Interval, range_refusal
 from tests.conformance.cases import (
     NOW,
     ORGANIZATION,
@@ -134,7 +133,7 @@ SYMBOLS = {
 def test_events_are_taken_and_refused_as_polar_does(case: Case) -> None:
     """What needs no catalogue to be refused is refused by the event's own rules, and nothing else is."""
     events = [filled_in(event, SYMBOLS) for event in case["when"]["params"]["events"]]
-    checked = [check_event(exact_json.encode(event), now=NOW) for event in events]
+    checked = [check_event(exact.encode(event), now=NOW) for event in events]
     refused = any(isinstance(result, list) for result in checked)
     needs_catalogue = "error_types" in case["then"]
     agree(case, refused is (case["then"]["status"] == 422 and not needs_catalogue), checked)

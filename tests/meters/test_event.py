@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from pydantic import UUID4, TypeAdapter, ValidationError
 from xxhash import xxh3_128_digest
 
-from meters.event import (
-    CLOCK_SKEW,
-    Event,
-    check_event,
-    check_line,
-    event_id,
-    halves,
-    identity,
-    parse_uuid4,
-)
-from meters.refusal import DEPTH_MAX, Reason, Refusal
+from meters.errors import DEPTH_MAX, Reason, Refusal
+from meters.event import CLOCK_SKEW, Event, check_event, check_line, event_id, halves, identity, parse_uuid4
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ORGANIZATION = "1db1e1a0-0000-4000-8000-000000000000"

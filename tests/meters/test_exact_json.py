@@ -5,7 +5,7 @@ from decimal import Decimal
 import msgspec
 import pytest
 
-from meters.exact_json import Object, Token, decode, decode_tokens, echo, encode
+from meters.exact import Object, Token, decode, decode_tokens, echo, encode
 
 
 def test_fractions_are_decimals_and_come_back_as_they_were() -> None:

@@ -9,11 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meters import exact_json
-from meters.detail import COMPLAINTS_MAX
-from meters.facts import Facts, epoch_seconds, number
-from meters.filter import EVERYTHING, Clause, Filter, Operator, Scalar, holds, matches
-from meters.filter_json import NESTING_MAX, filter_json, parse_filter
+from meters import exact
+from meters.errors import COMPLAINTS_MAX
+from meters.event_values import Facts, epoch_seconds, number
+from meters.filters import (
+    EVERYTHING,
+    NESTING_MAX,
+    Clause,
+    Filter,
+    Operator,
+    Scalar,
+    filter_json,
+    holds,
+    matches,
+    parse_filter,
+)
 
 WHEN = datetime(2024, 1, 10, 12, 0, 0, 500_000, tzinfo=UTC)  # 1704888000.5
 
@@ -299,9 +309,9 @@ def test_one_leading_metadata_is_taken_off(sent: str, kept: str) -> None:
 )  # fmt: skip
 def test_numbers_are_kept_exactly_and_plainly(sent: str, kept: str) -> None:
     """An integral fraction is an integer; trailing zeros say nothing; what is finer than an amount is rounded."""
-    parsed = parse_filter(exact_json.decode(json.dumps(clause()).replace('"value": 1', f'"value": {sent}')))
+    parsed = parse_filter(exact.decode(json.dumps(clause()).replace('"value": 1', f'"value": {sent}')))
     assert isinstance(parsed, Filter)
-    assert exact_json.encode(filter_json(parsed)["clauses"][0]["value"]).decode() == kept
+    assert exact.encode(filter_json(parsed)["clauses"][0]["value"]).decode() == kept
 
 
 def test_a_double_is_a_programming_error() -> None:
@@ -334,8 +344,8 @@ filters = st.recursive(
 @given(filters)
 def test_a_filter_survives_its_json(filter: Filter) -> None:
     """Written in Polar's shape and read again, it is the same filter, digit by digit."""
-    text = exact_json.encode(filter_json(filter))
-    again = parse_filter(exact_json.decode(text))
+    text = exact.encode(filter_json(filter))
+    again = parse_filter(exact.decode(text))
     assert again == filter
     assert isinstance(again, Filter)
-    assert exact_json.encode(filter_json(again)) == text
+    assert exact.encode(filter_json(again)) == text

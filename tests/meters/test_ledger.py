@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from meters.catalogue import decode_change, encode_change
-from meters.credit import CreditGranted, MeterReset
-from meters.ledger import ZERO, Account, Ledger, customer_meter_id, customer_of, floored, rollover_units
+from meters.catalogue.catalogue import decode_change, encode_change
+from meters.ledger.ledger import (
+    ZERO,
+    Account,
+    CreditGranted,
+    Ledger,
+    MeterReset,
+    customer_meter_id,
+    customer_of,
+    floored,
+    rollover_units,
+)
 from tests.conformance.cases import Case, agree, instant, named
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -155,7 +164,7 @@ def test_at_a_start_no_account_is_made_anew_for_its_every_credit(monkeypatch: py
         made.append(Account(*fields))
         return made[-1]
 
-    monkeypatch.setattr("meters.ledger.Account", counted)
+    monkeypatch.setattr("meters.ledger.ledger.Account", counted)
     ledger = Ledger()
     with ledger.loading():
         for at in range(100):

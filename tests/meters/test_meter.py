@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
-from meters import exact_json
+from meters import exact
 from meters.aggregation import Aggregation
-from meters.filter import EVERYTHING
+from meters.filters import EVERYTHING
 from meters.meter import Meter, new_meter, updated_meter
 
 NOW, LATER = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
@@ -78,7 +78,7 @@ def test_what_polar_takes_is_taken(fields: dict[str, Any]) -> None:
 )
 def test_a_multiplier_is_read_as_polar_reads_it(sent: str) -> None:
     """In its lax way, which takes 1000.0 and "1000"; what it refuses is refused in its words."""
-    ours = made(custom_multiplier=exact_json.decode(sent))
+    ours = made(custom_multiplier=exact.decode(sent))
     try:
         theirs: Any = TypeAdapter(Annotated[int, Field(gt=0)]).validate_python(json.loads(sent))
     except ValidationError as error:

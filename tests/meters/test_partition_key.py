@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meters.partition_key import CustomerPartitions, murmur2, partition_key, partition_of
+from meters.log import CustomerPartitions, murmur2, partition_key, partition_of
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from meters.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated
-from meters.mirror import Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told, Wanted
-from meters.polar import News, Unreadable, read
+from meters.catalogue.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated
+from meters.catalogue.polar_facts import Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told, Wanted
+from meters.polar_webhooks import News, Unreadable, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

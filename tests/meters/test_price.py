@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meters.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, parse_price
+from meters.ledger.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, parse_price
 
 
 @pytest.mark.parametrize(

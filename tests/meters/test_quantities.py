@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from meters.aggregation import Aggregation, Function
-from meters.facts import Facts, number
-from meters.filter import EVERYTHING, Clause, Filter, Operator
-from meters.meter import Meter
-from meters.quantities import EVERYONE, Quantities, Selection, quantities
-from meters.window import Interval
+from meters.event_values import Facts, number
+from meters.filters import EVERYTHING, Clause, Filter, Operator
+from meters.meter import EVERYONE, Meter, Quantities, Selection, quantities
+from meters.timestamps import Interval
 
 JANUARY_1, JANUARY_3 = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC)
 

@@ -3,7 +3,7 @@
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 
-from meters.sessions import SESSION_LIFE, CustomerSession, CustomerSessionCreated, Sessions
+from meters.catalogue.catalogue import SESSION_LIFE, CustomerSession, CustomerSessionCreated, Sessions
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 LIVE = 10_000

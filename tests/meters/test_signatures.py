@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook
 
-from meters.signatures import SIGNATURES_MAX, TOLERANCE_S, Rejection, is_signed, keys, rejection, signature
+from meters.webhooks import SIGNATURES_MAX, TOLERANCE_S, Rejection, is_signed, keys, rejection, signature
 
 NOW_S = 1_767_225_600
 BODY = b'{"type":"customer.created"}'

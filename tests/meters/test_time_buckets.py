@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meters.timestamp import parse_timestamp
-from meters.window import Interval, bucket, day_start, range_refusal, series, zone, zone_names
+from meters.timestamps import Interval, bucket, day_start, parse_timestamp, range_refusal, series, zone, zone_names
 
 MICROSECOND = timedelta(microseconds=1)
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
-from meters.exact_json import Token
-from meters.refusal import Reason
-from meters.timestamp import parse_timestamp
+from meters.errors import Reason
+from meters.exact import Token
+from meters.timestamps import parse_timestamp
 
 PYDANTIC = TypeAdapter(AwareDatetime)
 

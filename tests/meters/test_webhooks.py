@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from meters.sessions import SESSION_LIFE, CustomerSession, CustomerSessionCreated, Sessions
+from meters.catalogue.catalogue import SESSION_LIFE, CustomerSession, CustomerSessionCreated, Sessions
 from meters.webhooks import (
     STATE_CHANGED,
     Endpoint,

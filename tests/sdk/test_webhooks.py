@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.webhook_messages import messages_of
-from aggregator.webhook_sender import signed_headers
-from aggregator.webhooks import outbox
+from aggregator.store import webhook_outbox
+from aggregator.webhooks.messages import messages_of
+from aggregator.webhooks.sender import signed_headers
 from tests.support.environments import interpreter, reported
 from tests.support.polar.organization import Polar
 from tests.support.servers.query_api import Server, Tenant, serving
@@ -33,7 +33,7 @@ def delivery(tenant: Tenant) -> dict[str, object]:
     """What is told of the customer who moved last: body, headers, secret."""
     server: Server = tenant.server
     with server.aggregator.outbox() as connection:
-        causes = outbox.take_causes(connection)
+        causes = webhook_outbox.take_causes(connection)
     telling = server.run(messages_of(server.app.state.desk, causes, server.now.replace(tzinfo=None)))
     message = telling.messages[-1]
     endpoint = server.aggregator.catalogue.webhooks.endpoints[message.endpoint_id]

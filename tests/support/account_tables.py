@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from meters.aggregation import exact_sum
-from meters.ledger import customer_meter_id
+from meters.ledger.ledger import customer_meter_id
 from tests.support.records import line
 from tests.support.servers.query_api import Server
 

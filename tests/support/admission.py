@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ingest.admission import Admitted, RefusedBody, Tenant, admit
-from meters.catalogue import Catalogue, Customer, CustomerCreated
+from ingest.admission.validate import Admitted, RefusedBody, Tenant, admit
+from meters.catalogue.catalogue import Catalogue, Customer, CustomerCreated
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 ORGANIZATION = "7d4f3a52-1111-4b5e-9a4e-111111111111"

@@ -6,9 +6,9 @@ from uuid import UUID, uuid5
 
 import httpx
 
+from aggregator.store import webhook_outbox
 from aggregator.store.queries.scope import naive
-from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import Attempt, Message
+from aggregator.store.webhook_outbox import Attempt, Message
 from meters.webhooks import STATE_CHANGED
 from tests.support.polar.organization import BEGINNING, Polar
 from tests.support.servers.query_api import Server, Tenant
@@ -121,8 +121,8 @@ def deliver(tenant: Tenant, endpoint: str, customer: str) -> None:
         for number, status in enumerate((None, 200), 1)
     ]
     with tenant.server.aggregator.outbox() as connection:
-        outbox.put_messages(connection, [message], [])
-        outbox.mark(connection, [message._replace(status="delivered", settled_at=now)], tries)
+        webhook_outbox.put_messages(connection, [message], [])
+        webhook_outbox.mark(connection, [message._replace(status="delivered", settled_at=now)], tries)
 
 
 def _send(story: Story) -> None:

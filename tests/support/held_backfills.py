@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from aggregator import running
+from aggregator.totals import running
 
 
 class Passes:

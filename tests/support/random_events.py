@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from meters.aggregation import Aggregation
-from meters.amount import amount_text, parse_amount
-from meters.filter import ORDERING, Clause, Filter, Operator
+from meters.exact import amount_text, parse_amount
+from meters.filters import ORDERING, Clause, Filter, Operator
 
 KEYS = ["tokens", "plan", "", "a.b", "a/b", "a~1b", "~0", 'it\'s "quoted"', "\\", "é😀", "$", "0", "name", "timestamp"]
 PATHS = [*KEYS, "_cost", "_cost.amount", "_cost.currency", "_cost.other", "_llm.input_tokens", "_llm.total_tokens"]

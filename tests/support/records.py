@@ -8,10 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aggregator.engine import Committed, Engine
-from aggregator.store.opening import Settings
+from aggregator.engine.pipeline import Committed, Engine
+from aggregator.store.database import Settings
 from aggregator.store.store import Store, prepare_partitions
-from meters.catalogue import Change, MeterCreated, Organization, OrganizationCreated, encode_change, encode_changes
+from meters.catalogue.catalogue import (
+    Change,
+    MeterCreated,
+    Organization,
+    OrganizationCreated,
+    encode_change,
+    encode_changes,
+)
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 from meters.meter import Meter, new_meter
 

@@ -7,10 +7,10 @@ import pytest
 from google.genai.types import Candidate, Content, GenerateContentResponse, GroundingMetadata, Part
 from openai import OpenAI
 
-from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens
 from ingest.client.prices import list_price
 from ingest.client.strategies import google_genai
 from ingest.client.strategies.openai import OpenAIStrategy
+from ingest.client.strategy import LanguageModelStrategy, ModelCall, Tokens
 from ingest.client.testing import RecordingIngestion
 from tests.support.servers.vendor_endpoint import Replay, stream, whole
 from tests.vendors.vendor_openai import CHAT, COMPLETION, MODEL, QUESTION, RESPONSES

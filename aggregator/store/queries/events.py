@@ -1,24 +1,91 @@
-"""Events, one by one: lists, single events, and the names they go by.
-
-An event whose chain of parents is incomplete is not shown, unless a list is of what counts: there it is like any other.
-A list is found in two steps: the sequence numbers of the page, from the few columns that its conditions need, then
-those rows whole.
-"""
+"""Queries for events, their families and dead letters."""
 
 from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.store.queries.family import Identity, with_descendants
+from aggregator.decode.dedup import PART_BYTES, LetterPlace
+from aggregator.store.meter_sql import Measured, Parameters, Stage, fixed, measures, statement
 from aggregator.store.queries.scope import Scope, aware, counted, events_in
-from aggregator.store.sql import statement
-from aggregator.store.stage import Parameters, fixed
 from meters.aggregation import Aggregation
-from meters.filter import EVERYTHING, Filter
+from meters.filters import EVERYTHING, Filter
+
+# Events and what hangs below them.
+#
+# ``hierarchy`` has a row for every event with a complete chain of parents. Walking down from an event looks only at
+# the rows of its root, so the walk is as long as the trace is deep and no larger than the trace.
+
+Identity = tuple[int, int]
+
+# The casts matter: numbers that happen to be small would make a column too narrow for the next.
+_ASKED = "SELECT UNNEST(CAST($tops_hi AS UBIGINT[])) AS top_hi, UNNEST(CAST($tops_lo AS UBIGINT[])) AS top_lo"
+_ROOTS = """
+    SELECT COALESCE(root_hi, top_hi) AS root_hi, COALESCE(root_lo, top_lo) AS root_lo
+    FROM asked LEFT JOIN hierarchy ON id_hi = top_hi AND id_lo = top_lo
+"""
+_RELATIVES = """
+    SELECT id_hi, id_lo, parent_hi, parent_lo FROM hierarchy
+    WHERE (root_hi, root_lo) IN (SELECT root_hi, root_lo FROM roots)
+"""
+_DESCENDANTS = """
+    SELECT top_hi, top_lo, top_hi AS id_hi, top_lo AS id_lo, 0 AS level FROM asked
+    UNION ALL
+    SELECT d.top_hi, d.top_lo, r.id_hi, r.id_lo, d.level + 1
+    FROM descendants d JOIN relatives r ON r.parent_hi = d.id_hi AND r.parent_lo = d.id_lo
+"""
+_PARTS = {"asked": _ASKED, "roots": _ROOTS, "relatives": _RELATIVES, "descendants": _DESCENDANTS}
+_CTES = ", ".join(f"{name} AS ({source})" for name, source in _PARTS.items())
+_COUNTS = f"WITH RECURSIVE {_CTES} SELECT top_hi, top_lo, COUNT(*) - 1 FROM descendants GROUP BY top_hi, top_lo"  # noqa: S608 - fixed text
+_MEMBERS = "(id_hi, id_lo) IN (SELECT id_hi, id_lo FROM descendants)"
+
+
+def with_descendants(query: exp.Select, tops: Sequence[Identity], parameters: Parameters) -> exp.Select:
+    """Let the query use ``descendants``: top_hi, top_lo, id_hi, id_lo, level; each top is its own at level 0."""
+    for name, value in _asked(tops).items():
+        parameters.named(name, value)
+    for name, source in _PARTS.items():
+        query = query.with_(name, as_=fixed(source), recursive=True, copy=False)
+    return query
+
+
+def descendant_counts(connection: duckdb.DuckDBPyConnection, tops: Sequence[Identity]) -> dict[Identity, int]:
+    """How many events hang below each of these, at any depth."""
+    rows = connection.execute(_COUNTS, _asked(tops)).fetchall()
+    return {(hi, lo): count for hi, lo, count in rows}
+
+
+def _asked(tops: Sequence[Identity]) -> dict[str, list[int]]:
+    return {"tops_hi": [hi for hi, _ in tops], "tops_lo": [lo for _, lo in tops]}
+
+
+def sums_below(
+    connection: duckdb.DuckDBPyConnection, organization: int, tops: Sequence[Identity], path: str
+) -> dict[Identity, Decimal]:
+    """What stands at a path of the metadata, summed over each event and all below it; left out where no number does.
+
+    A path is no property of a meter: ``timestamp`` is a key here, and not the event's own.
+    """
+    parameters, stage = Parameters(), Stage()
+    sums = measures(Aggregation("sum", path), stage.number(path))
+    members = events_in(Scope(organization=organization), parameters, "*").where(fixed(_MEMBERS), copy=False)
+    events = stage.select(members.subquery("members", copy=False), ("id_hi", "id_lo"), parameters)
+    query = exp.select("top_hi", "top_lo", *sums).from_("descendants")
+    query = query.join(events.subquery("events"), using=["id_hi", "id_lo"]).group_by("top_hi", "top_lo")
+    rows = connection.execute(*statement(with_descendants(query, tops, parameters), parameters)).fetchall()
+    found = {(hi, lo): Measured(*measured) for hi, lo, *measured in rows}
+    return {top: measured.total for top, measured in found.items() if measured.count}
+
+
+# Events, one by one: lists, single events, and the names they go by.
+#
+# An event whose chain of parents is incomplete is not shown, unless a list is of what counts: there it is like any
+# other. A list is found in two steps: the sequence numbers of the page, from the few columns that its conditions
+# need, then those rows whole.
 
 VISIBLE = "NOT EXISTS (SELECT 1 FROM pending WHERE pending.id_hi = events.id_hi AND pending.id_lo = events.id_lo)"
 _CHILD = """EXISTS (SELECT 1 FROM hierarchy WHERE hierarchy.id_hi = events.id_hi AND hierarchy.id_lo = events.id_lo
@@ -220,3 +287,77 @@ def names(
     rows = connection.execute(*statement(query, parameters)).fetchall()
     shown = [EventName(*(*row[1:4], aware(row[4]), aware(row[5]))) for row in rows if row[1] is not None]
     return shown, rows[0][0]
+
+
+# Lines of the log that could not be counted: listed with their reason and bytes until someone takes care of them.
+
+_COLUMNS = "log_partition, log_offset, line, organization_id, reason, detail, raw, raw_bytes, ingested_at, replayed_at"
+_NOBODYS = "(organization_id IS NULL OR NOT list_contains($known, organization_id))"
+_ITS = f"(organization_id = $organization OR ($first AND {_NOBODYS}))"
+_OPEN = f"{_ITS} AND ($replayed OR replayed_at IS NULL)"
+_DEAD_LETTERS_PAGE = f"""SELECT {_COLUMNS} FROM dead_letters WHERE number IN (
+    SELECT number FROM dead_letters WHERE {_OPEN} ORDER BY number DESC LIMIT $limit OFFSET $offset
+) ORDER BY number DESC"""  # noqa: S608 - fixed text
+_DEAD_LETTERS_COUNT = f"SELECT COUNT(*) FROM dead_letters WHERE {_OPEN}"  # noqa: S608 - fixed text
+_HERE = "log_partition = $partition AND log_offset = $offset AND line = $line"
+_ONE = f"SELECT {_COLUMNS} FROM dead_letters WHERE {_ITS} AND {_HERE}"  # noqa: S608 - fixed text
+_RESTS = f"SELECT raw FROM dead_rests WHERE {_HERE} ORDER BY part"  # noqa: S608 - fixed text
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A line of the log and why it was not counted. ``organization_id`` is what its record named, if anything."""
+
+    log_partition: int
+    log_offset: int
+    line: int
+    organization_id: str | None
+    reason: str
+    detail: str
+    raw: bytes  # or their beginning, in a page
+    raw_bytes: int
+    ingested_at: datetime
+    replayed_at: datetime | None
+
+
+class Letters(NamedTuple):
+    """Some dead letters, newest first, and how many there are."""
+
+    letters: list[DeadLetter]
+    total: int
+
+
+class Whose(NamedTuple):
+    """The organization that asks. If it is the ``first``, letters that name none of the ``known`` ones are its, too."""
+
+    organization: str
+    first: bool
+    known: list[str]
+
+
+def dead_letter_page(
+    connection: duckdb.DuckDBPyConnection, whose: Whose, *, replayed: bool, limit: int, offset: int
+) -> Letters:
+    """The organization's dead letters; those taken care of only if ``replayed``.
+
+    Of each the first PART_BYTES: a hundred whole ones may be gigabytes.
+    """
+    which: dict[str, object] = whose._asdict() | {"replayed": replayed}
+    ((total,),) = connection.execute(_DEAD_LETTERS_COUNT, which).fetchall()
+    rows = connection.execute(_DEAD_LETTERS_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
+    return Letters([_letter(row) for row in rows], total)
+
+
+def dead_letter(connection: duckdb.DuckDBPyConnection, whose: Whose, place: LetterPlace) -> DeadLetter | None:
+    """The organization's dead letter of this place."""
+    where = dict(zip(("partition", "offset", "line"), place, strict=True))
+    rows = connection.execute(_ONE, whose._asdict() | where).fetchall()
+    if not rows:
+        return None
+    letter = _letter(rows[0])
+    rests = connection.execute(_RESTS, where).fetchall() if letter.raw_bytes > PART_BYTES else []
+    return msgspec.structs.replace(letter, raw=b"".join([letter.raw, *(raw for (raw,) in rests)]))
+
+
+def _letter(row: tuple[Any, ...]) -> DeadLetter:
+    *fields, ingested_at, replayed_at = row
+    return DeadLetter(*(*fields, aware(ingested_at), replayed_at and aware(replayed_at)))

@@ -1,9 +1,4 @@
-"""Which stored events a question is about, and what a meter counts among them.
-
-A question is narrowed in two steps. The ``Scope`` speaks of columns alone (tenant, customers, names, time): what is
-out of scope is never parsed. The meter's filter is then evaluated over a stage that parses each text once. The stage
-is materialized because DuckDB would otherwise push the conditions below it and parse twice.
-"""
+"""The events that a query reads, and the buckets of time it groups them by."""
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,10 +7,15 @@ import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.store.sql import before_reading, condition, considered, value
-from aggregator.store.stage import Parameters, Stage, fixed
+from aggregator.store.meter_sql import Parameters, Stage, before_reading, condition, considered, fixed, value
 from meters.aggregation import Aggregation
-from meters.filter import Filter
+from meters.filters import Filter
+
+# Which stored events a question is about, and what a meter counts among them.
+#
+# A question is narrowed in two steps. The ``Scope`` speaks of columns alone (tenant, customers, names, time): what is
+# out of scope is never parsed. The meter's filter is then evaluated over a stage that parses each text once. The
+# stage is materialized because DuckDB would otherwise push the conditions below it and parse twice.
 
 NOBODY = -1
 """The number of an organization that has no events yet."""
@@ -111,3 +111,32 @@ def counted(
 
 def _has_text(stage: Stage, key: str, texts: Collection[str], parameters: Parameters) -> exp.Expr:
     return exp.In(this=stage.text_at(key), expressions=[parameters.add(text) for text in texts])
+
+
+# Time in buckets: which calendar unit an event falls into.
+#
+# Buckets are made in Python, where the calendar is exact, and are listed by their quarter hours: since 2023, where
+# ranges begin at the earliest, every time zone's hours begin on one (those of Antarctica/Casey last did not in
+# October 2022). So an event finds its bucket by a plain join, whatever the zone and however its clocks change.
+
+Bounds = tuple[datetime, datetime]
+"""A half-open bucket, which begins and ends on quarter hours."""
+
+QUARTER_COLUMN = "TIME_BUCKET(INTERVAL '15 minutes', timestamp) AS quarter"
+"""The column of events that ``in_buckets`` needs."""
+
+_QUARTERS = """
+    SELECT starts, UNNEST(GENERATE_SERIES(starts, ends - INTERVAL '15 minutes', INTERVAL '15 minutes')) AS quarter
+    FROM (SELECT UNNEST($starts) AS starts, UNNEST($ends) AS ends)
+"""
+
+
+def in_buckets(
+    events: exp.Select, buckets: Sequence[Bounds], columns: Sequence[exp.Expr], parameters: Parameters
+) -> exp.Select:
+    """SELECT starts, ``columns`` of the events (with a ``quarter``) that fall into a bucket; ``starts`` names it."""
+    parameters.named("starts", [naive(starts) for starts, _ in buckets])
+    parameters.named("ends", [naive(ends) for _, ends in buckets])
+    query = exp.select(exp.column("starts"), *columns, copy=False)
+    query = query.from_(events.subquery("events", copy=False), copy=False)
+    return query.join(fixed(_QUARTERS), using="quarter", join_alias="quarters", copy=False)

@@ -1,9 +1,6 @@
-"""How much, by when: a meter's quantities, and its value over everything.
+"""Queries for quantities, previews, arrivals and metrics."""
 
-``meters.quantities`` states what the answers mean, and is what they are tested against.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from itertools import groupby
@@ -16,14 +13,27 @@ import numpy.typing as npt
 import pyarrow as pa
 from sqlglot import exp
 
-from aggregator.store.queries.buckets import QUARTER, Bounds, in_buckets
-from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted
-from aggregator.store.sql import Measured, measures, statement
-from aggregator.store.stage import Parameters, amount_type, fixed
+from aggregator.store.meter_sql import MEASURES, Measured, Parameters, amount_type, fixed, measures, statement
+from aggregator.store.queries.scope import (
+    CONTRIBUTION,
+    QUARTER_COLUMN,
+    Bounds,
+    Scope,
+    aware,
+    counted,
+    events_in,
+    in_buckets,
+    naive,
+)
 from meters.aggregation import Aggregation, Function, combine, exact_sum, mean
-from meters.filter import Filter
-from meters.quantities import Quantities, Quantity
-from meters.window import Interval, bucket, series
+from meters.filters import EVERYTHING, Filter
+from meters.ledger.statement import QUARTER, Usage
+from meters.meter import Meter, Quantities, Quantity
+from meters.timestamps import Interval, bucket, series
+
+# How much, by when: a meter's quantities, and its value over everything.
+#
+# ``meters.quantities`` states what the answers mean, and is what they are tested against.
 
 ROWS_AT_ONCE = 10_000  # fetched; a bucket may have as many rows as there are customers
 
@@ -134,7 +144,7 @@ def _measured(question: Question, buckets: Sequence[Bounds], parameters: Paramet
     """SELECT starts, measures of the events in each bucket; the caller groups."""
     events = counted(
         question.scope, question.filter, question.aggregation, parameters, keep=("quarter", "subject"),
-        computed=(QUARTER,),
+        computed=(QUARTER_COLUMN,),
     )  # fmt: skip
     return in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
 
@@ -245,3 +255,180 @@ def value_of(connection: duckdb.DuckDBPyConnection, question: Question) -> Measu
     query = query.from_(events.subquery("events", copy=False), copy=False)
     (row,) = connection.execute(*statement(query, parameters)).fetchall()
     return Measured(*row)
+
+
+# What a meter would count, before there is one: enough to see whether its filter means what was meant.
+
+_ABOUT = (
+    "COUNT(*) AS events",
+    "COUNT(DISTINCT whose) AS customers",
+    "MIN(timestamp) AS first",
+    "MAX(timestamp) AS last",
+)
+_USED: dict[Function, str] = {  # others: the count
+    "sum": "SUM(CAST(contribution AS DOUBLE))",
+    "avg": "AVG(CAST(contribution AS DOUBLE))",
+    "min": "MIN(contribution)",
+    "max": "MAX(contribution)",
+}
+"""Whose usage is the largest. Doubles are near enough to find the few; what is shown of those is exact."""
+
+
+_SAME = pa.schema([("subject", pa.int32()), ("other", pa.int32())])
+
+
+class CustomerUsage(NamedTuple):
+    """What one customer used; ``kind`` says by which of its names (``who``) it was named."""
+
+    kind: str
+    who: str
+    measured: Measured
+
+
+class Preview(NamedTuple):
+    """Everything together, and the customers whose own value is the largest, largest first."""
+
+    whole: Measured
+    events: int
+    customers_count: int
+    first_seen: datetime | None
+    last_seen: datetime | None
+    customers: list[CustomerUsage]
+
+
+def preview(
+    connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int, same: Mapping[int, int]
+) -> Preview:
+    """Evaluate the meter over its whole scope, once for everyone and once by customer.
+
+    ``same`` are customer numbers that stand for somebody who has another one: those to that one.
+    """
+    parameters = Parameters()
+    about = exp.select(*measures(question.aggregation, CONTRIBUTION), *map(fixed, _ABOUT))
+    query = about.from_(_events(question, parameters).subquery("events"))
+    columns = {"subject": list(same), "other": list(same.values())}
+    connection.register("same", pa.table(columns, schema=_SAME))
+    try:
+        ((*found, events, customers, first, last),) = connection.execute(*statement(query, parameters)).fetchall()
+        top = _top(connection, question, customers_max)
+    finally:
+        connection.unregister("same")
+    return Preview(Measured(*found), events, customers, first and aware(first), last and aware(last), top)
+
+
+def _top(connection: duckdb.DuckDBPyConnection, question: Question, customers_max: int) -> list[CustomerUsage]:
+    parameters = Parameters()
+    aggregation = question.aggregation
+    largest = fixed(_USED.get(aggregation.func, '"count"'))
+    used = exp.select("whose", *measures(aggregation, CONTRIBUTION))
+    used = used.from_(_events(question, parameters).subquery("events")).group_by("whose")
+    used = used.order_by(exp.Ordered(this=largest, desc=True, nulls_first=False), "whose")
+    used = used.limit(parameters.add(customers_max))
+    columns = [exp.column(name, "used", quoted=True) for name in MEASURES]
+    query = exp.select("kind", "text", *columns).from_(used.subquery("used"))
+    query = query.join("subjects", on="subjects.number = used.whose").order_by("whose")
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    customers = [CustomerUsage(kind, who, Measured(*found)) for kind, who, *found in rows]
+    return sorted(customers, key=lambda one: (one.measured.count > 0, one.measured.value(aggregation)), reverse=True)
+
+
+def _events(question: Question, parameters: Parameters) -> exp.Select:
+    """What is counted, each with the one number of ``whose`` it is."""
+    keep = ("subject", "timestamp")
+    events = counted(question.scope, question.filter, question.aggregation, parameters, keep=keep)
+    found = exp.select("contribution", "timestamp", fixed("COALESCE(other, subject) AS whose"))
+    return found.from_(events.subquery("counted")).join(exp.to_table("same"), using="subject", join_type="left")
+
+
+# What a customer used of a meter, by the quarter hour in which it arrived: the lines of a statement.
+
+_COMPUTED = (
+    "TIME_BUCKET(INTERVAL '15 minutes', ingested_at) AS quarter",
+    "LEN(LIST_FILTER(CAST($cuts AS TIMESTAMP[]), LAMBDA cut: cut <= ingested_at)) AS cut_number",
+)
+_KEPT = ("seq", "ingested_at", "quarter", "cut_number")
+_IS_FIRST = """contribution IS NOT NULL
+    AND ROW_NUMBER() OVER (PARTITION BY cut_number, contribution ORDER BY ingested_at, seq) = 1 AS is_first"""
+
+
+def by_quarter(
+    connection: duckdb.DuckDBPyConnection, meter: Meter, scope: Scope, cuts: Sequence[datetime]
+) -> list[Usage]:
+    """Usage in the order of its arrival, split where a window begins (``cuts``, ascending)."""
+    parameters = Parameters()
+    parameters.named("cuts", [naive(cut) for cut in cuts])
+    events = counted(scope, meter.filter, meter.aggregation, parameters, keep=_KEPT, computed=_COMPUTED)
+    columns = [exp.column(name) for name in (*_KEPT, CONTRIBUTION.name)]
+    first = fixed(_IS_FIRST if meter.aggregation.func == "unique" else "FALSE AS is_first")
+    marked = exp.select(*columns, first, copy=False).from_(events.subquery("events", copy=False), copy=False)
+    query = exp.select(
+        exp.column("cut_number"), exp.column("quarter"), fixed("MAX(ingested_at) AS last_at"),
+        fixed("COUNT(*) AS events"), fixed("COUNT(*) FILTER (WHERE is_first) AS new_values"),
+        *measures(meter.aggregation, CONTRIBUTION), copy=False,
+    ).from_(marked.subquery("marked", copy=False), copy=False)  # fmt: skip
+    query = query.group_by("cut_number", "quarter", copy=False).order_by("cut_number", "quarter", copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return [
+        _usage(cuts, cut_number, aware(quarter), aware(last_at), count, distinct, Measured(*found))
+        for cut_number, quarter, last_at, count, distinct, *found in rows
+    ]
+
+
+def _usage(
+    cuts: Sequence[datetime], cut_number: int, quarter: datetime, last_at: datetime, count: int, distinct: int,
+    found: Measured,
+) -> Usage:  # fmt: skip
+    """``cut_number`` windows began before it."""
+    starts = max([quarter, *cuts[cut_number - 1 : cut_number]] if cut_number else [quarter])
+    ends = min([quarter + QUARTER, *cuts[cut_number : cut_number + 1]])
+    return Usage(
+        arrived_from=starts, arrived_until=ends, last_at=last_at, count=count, sum=found.total, min=found.min,
+        max=found.max, distinct=distinct,
+    )  # fmt: skip
+
+
+# What a tenant's usage cost it, period by period: sums of ``_cost.amount``, and for how many customers.
+#
+# Periods are calendar units of a time zone, but values are cut to the range asked for. Money is in cents.
+
+COST = Aggregation("sum", "_cost.amount")
+
+
+class Period(msgspec.Struct, frozen=True):
+    """One period: what its events cost, and how many customers they name."""
+
+    costs: Decimal
+    customers: int
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """Costs by period, before the first one, and the customers of all periods together."""
+
+    before: Decimal
+    periods: list[Period]
+    customers: int
+
+
+def costs(connection: duckdb.DuckDBPyConnection, scope: Scope, periods: Sequence[Bounds]) -> Costs:
+    """The costs of each period, which follow one another and begin on quarter hours."""
+    if not periods:
+        return Costs(Decimal(0), [], 0)
+    spent = by_bucket(connection, Question(filter=EVERYTHING, aggregation=COST, scope=scope), periods)
+    active = _customers(connection, scope, periods)
+    history = msgspec.structs.replace(scope, until=periods[0][0])
+    before = value_of(connection, Question(filter=EVERYTHING, aggregation=COST, scope=history))
+    shown = [Period(spent.values.get(starts, Decimal(0)), active.get(starts, 0)) for starts, _ in periods]
+    return Costs(before.total, shown, active[None])
+
+
+def _customers(
+    connection: duckdb.DuckDBPyConnection, scope: Scope, periods: Sequence[Bounds]
+) -> dict[datetime | None, int]:
+    """Distinct customers by the period's start, and under None of all periods; one under two names counts twice."""
+    parameters = Parameters()
+    within = msgspec.structs.replace(scope, since=periods[0][0], until=periods[-1][1])
+    events = events_in(within, parameters, "subject", QUARTER_COLUMN)
+    query = in_buckets(events, periods, [fixed("COUNT(DISTINCT subject)")], parameters)
+    query = query.group_by("GROUPING SETS ((starts), ())", copy=False)
+    rows = connection.execute(*statement(query, parameters)).fetchall()
+    return {starts and aware(starts): count for starts, count in rows}

@@ -14,18 +14,21 @@ part of the call; an advisor is another model with prices of its own, so each of
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ingest.client.llm import (
+from ingest.client.instrument import Reader, metered
+from ingest.client.strategy import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
+    Who,
     as_text,
     characters_in,
+    count,
     details,
     estimated_tokens,
+    items,
+    read,
+    text,
 )
-from ingest.client.reading import count, items, read, text
-from ingest.client.stainless import Reader, metered
-from ingest.client.strategy import Who
 
 C = TypeVar("C")
 

@@ -15,18 +15,21 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from ingest.client.llm import (
+from ingest.client.instrument import WatchedAsyncStream, WatchedStream, Watcher, harmless
+from ingest.client.strategy import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
+    Who,
     as_text,
     characters_in,
+    count,
     details,
     estimated_tokens,
+    items,
+    read,
+    text,
 )
-from ingest.client.reading import count, items, read, text
-from ingest.client.strategy import Who
-from ingest.client.streams import WatchedAsyncStream, WatchedStream, Watcher, harmless
 
 C = TypeVar("C")
 

@@ -17,10 +17,23 @@ from uuid import UUID
 
 import msgspec
 
-from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, as_text, details, estimated_tokens, inclusive
-from ingest.client.reading import count, items, read, text
-from ingest.client.strategy import Customer, Who, customer_in
-from ingest.client.streams import harmless
+from ingest.client.instrument import harmless
+from ingest.client.strategy import (
+    Customer,
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    count,
+    customer_in,
+    details,
+    estimated_tokens,
+    inclusive,
+    items,
+    read,
+    text,
+)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -12,10 +12,22 @@ one that the caller abandons is not reported to callbacks, so it is not metered.
 import sys
 from typing import Any
 
-from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, as_text, cents, details, inclusive
-from ingest.client.reading import count, items, read, text
-from ingest.client.strategy import Who, customer_in
-from ingest.client.streams import harmless
+from ingest.client.instrument import harmless
+from ingest.client.strategy import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    as_text,
+    cents,
+    count,
+    customer_in,
+    details,
+    inclusive,
+    items,
+    read,
+    text,
+)
 
 _LOGGER = "litellm.integrations.custom_logger"
 

@@ -16,18 +16,21 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from ingest.client.llm import (
+from ingest.client.instrument import Reader, metered
+from ingest.client.strategy import (
     LanguageModelStrategy,
     ModelCall,
     Tokens,
+    Who,
     as_text,
     characters_in,
+    count,
     details,
     estimated_tokens,
+    items,
+    read,
+    text,
 )
-from ingest.client.reading import count, items, read, text
-from ingest.client.stainless import Reader, metered
-from ingest.client.strategy import Who
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,18 @@ client itself.
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ingest.client.llm import LanguageModelStrategy, ModelCall, Tokens, inclusive
-from ingest.client.reading import count, read, text
-from ingest.client.strategy import Who, customer_in
-from ingest.client.streams import harmless
+from ingest.client.instrument import harmless
+from ingest.client.strategy import (
+    LanguageModelStrategy,
+    ModelCall,
+    Tokens,
+    Who,
+    count,
+    customer_in,
+    inclusive,
+    read,
+    text,
+)
 
 _OPERATIONS = frozenset({"chat", "text_completion", "generate_content", "embeddings", ""})
 """What a model does itself. Older instrumentations name no operation."""

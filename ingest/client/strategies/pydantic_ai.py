@@ -15,20 +15,24 @@ from contextvars import ContextVar
 from decimal import Decimal
 from typing import Any
 
-from ingest.client.llm import (
+from ingest.client.instrument import harmless
+from ingest.client.strategy import (
+    CustomerLike,
     LanguageModelStrategy,
     ModelCall,
     Tokens,
+    Who,
     as_text,
     cents,
     characters_in,
+    count,
     details,
     estimated_tokens,
     inclusive,
+    items,
+    read,
+    text,
 )
-from ingest.client.reading import count, items, read, text
-from ingest.client.strategy import CustomerLike, Who
-from ingest.client.streams import harmless
 
 
 def request_tokens(usage: Any) -> Tokens:

@@ -19,11 +19,10 @@ from contextvars import ContextVar
 from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
-from ingest.client.reading import count, items, read, text
-from ingest.client.strategy import Customer, Strategy, Who
-from ingest.client.streams import harmless
-from ingest.client.values import clipped
-from meters.refusal import STRING_LENGTH_MAX
+from ingest.client.event import clipped
+from ingest.client.instrument import harmless
+from ingest.client.strategy import Customer, Strategy, Who, count, items, read, text
+from meters.errors import STRING_LENGTH_MAX
 
 C = TypeVar("C")
 

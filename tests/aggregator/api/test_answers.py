@@ -10,18 +10,16 @@ from jsonschema import Draft202012Validator
 
 from aggregator.api import create_app, schemas
 from aggregator.api.bodies import fields_of, known_fields, shaped
-from aggregator.api.ingest_document import LLM, PATH, Cost, EventCreate
+from aggregator.api.openapi import LLM, PATH, Cost, EventCreate
 from aggregator.service import answers
 from aggregator.service.errors import Malformed
-from ingest.admission import Admitted
-from ingest.outcome import accepted
-from ingest.recent import Verdict
-from ingest.request import NO_PREFERENCES, Preferences
-from meters.event import Event, check_event
-from meters.metadata import _RESERVED
+from ingest.admission.batching import NO_PREFERENCES, Preferences, accepted
+from ingest.admission.duplicates import Verdict
+from ingest.admission.validate import Admitted
+from meters.errors import Reason
+from meters.event import _RESERVED, Event, check_event
+from meters.ledger.price import Price, parse_price
 from meters.meter import _PARSERS, Meter, new_meter, updated_meter
-from meters.price import Price, parse_price
-from meters.refusal import Reason
 from tests.support.api_story import EVERYTHING, Told, every_answer
 from tests.support.records import NOW
 from tests.support.servers.query_api import Server

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 
 from aggregator.api.customer_meters import SORTINGS
-from meters.ledger import customer_meter_id
-from meters.statement import statement
+from meters.ledger.ledger import customer_meter_id
+from meters.ledger.statement import statement
 from tests.support.records import line
 from tests.support.servers.query_api import Server, Tenant, exact
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.limits import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX
+from aggregator.api.requests import ECHO_LENGTH_MAX, IDENTIFIERS_MAX, METADATA_KEYS_MAX
 from aggregator.service.errors import QUERIES_OF_ONE_AT_ONCE, TooLong
 from aggregator.service.service import Patience, Waits
-from meters.detail import COMPLAINTS_MAX
+from meters.errors import COMPLAINTS_MAX
 from tests.support.records import line
 from tests.support.servers.query_api import Server, Tenant
 

@@ -10,10 +10,10 @@ from uuid import uuid4
 
 import pytest
 
-from aggregator import owner
+from aggregator.engine import supervisor
 from aggregator.store.store import Store
-from meters import exact_json
-from meters.catalogue import Customer, CustomerCreated
+from meters import exact
+from meters.catalogue.catalogue import Customer, CustomerCreated
 from tests.support.polar.organization import Polar
 from tests.support.records import line
 from tests.support.servers.query_api import Server, Tenant
@@ -112,7 +112,7 @@ def test_any_number_in_metadata_is_looked_for_exactly(tenant: Tenant) -> None:
     metadata = [9007199254740993, 10**400, Decimal("1E+999999"), True, 5, Decimal("5.0"), Decimal("1e2")]
     for place, number in enumerate(metadata):
         made = {"email": f"{place}@example.com", "name": str(number)[:9], "metadata": {"n": number}}
-        assert tenant.ask("POST", "/v1/customers/", content=exact_json.encode(made)).status_code == 201
+        assert tenant.ask("POST", "/v1/customers/", content=exact.encode(made)).status_code == 201
 
     def found(text: str) -> list[str]:
         return [customer["name"] for customer in tenant.get("/v1/customers/", **{"metadata[n]": text})["items"]]
@@ -232,7 +232,7 @@ def test_a_customer_asked_for_again_is_one_customer(server: Server, tenant: Tena
 
     with (
         patch.object(Store, "commit", slowly),
-        patch.object(owner, "DECISION_TIMEOUT_S", 0.01),
+        patch.object(supervisor, "DECISION_TIMEOUT_S", 0.01),
         patch.object(server.aggregator, "informed", asked),
     ):
         assert tenant.ask("POST", "/v1/customers/", json=body).status_code == 503

@@ -10,13 +10,13 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from aggregator.api.at_once import METERS_MAX, AtOnce, front
-from meters.access import SCOPES
+from aggregator.api.fast_reads import METERS_MAX, AtOnce, front
 from meters.aggregation import Aggregation
-from meters.catalogue import MeterCreated
+from meters.catalogue.access import SCOPES
+from meters.catalogue.catalogue import MeterCreated
 from meters.fast_paths import FastRead, path_pattern
-from meters.filter import Filter
-from meters.ledger import customer_meter_id
+from meters.filters import Filter
+from meters.ledger.ledger import customer_meter_id
 from meters.meter import Meter
 from tests.support.records import line
 from tests.support.servers.query_api import Server, Tenant

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.place import format_places, parse_places
-from aggregator.store.queries import feed, rollup
+from aggregator.store.queries import feed
+from meters.log import format_places, parse_places
 from tests.support.records import NOW, line
 from tests.support.servers.query_api import Tenant
 
@@ -105,7 +105,7 @@ def test_a_rollup_adds_up_each_window_between_two_places(tenant: Tenant, monkeyp
     assert len(whole) == 12
     first = {"meter_id": total, "external_customer_id": "c0", "window": "2026-02-01T10:00:00Z", "count": 2}
     assert whole[0] == first | {"sum": Decimal("6.2")}
-    monkeypatch.setattr(rollup, "ROLLUP_EVENTS_MAX", 5)
+    monkeypatch.setattr(feed, "ROLLUP_EVENTS_MAX", 5)
     position, pieces = "", []
     while (page := tenant.get("/v1/feed/rollup", **asked, position=position))["position"] != position:
         pieces += page["items"]
@@ -125,7 +125,7 @@ def test_an_answer_of_a_rollup_has_so_many_sums_at_most(
     for record in range(3):
         names = [f"c{record}-{n}" for n in range(7)]
         tenant.send(*(line(name, timestamp=AT, external_customer_id=name, metadata='{"n":1}') for name in names))
-    monkeypatch.setattr(rollup, "ROLLUP_GROUPS_MAX", 4 * meters)
+    monkeypatch.setattr(feed, "ROLLUP_GROUPS_MAX", 4 * meters)
     asked = {"meter_id": ids, "before": (NOW + timedelta(seconds=1)).isoformat()}
 
     position, pieces = "", []
@@ -143,7 +143,7 @@ def test_a_rollup_of_many_meters_reads_fewer_events(tenant: Tenant, monkeypatch:
     """Each meter reads them: the answer covers only as many as all together may read."""
     ids = [tenant.meter() for _ in range(3)]
     tenant.send(*(line(f"e{n}", timestamp=AT) for n in range(9)))
-    monkeypatch.setattr(rollup, "ROLLUP_READS_MAX", 12)
+    monkeypatch.setattr(feed, "ROLLUP_READS_MAX", 12)
     asked = {"meter_id": ids, "before": (NOW + timedelta(seconds=1)).isoformat()}
     assert [item["count"] for item in tenant.get("/v1/feed/rollup", **asked)["items"]] == [4, 4, 4]
 

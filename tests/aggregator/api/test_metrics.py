@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.metrics import periods
-from meters.window import Interval
+from aggregator.api.meters import periods
+from meters.timestamps import Interval
 from tests.aggregator.api.test_usage import customer_id, nobodys, send_all
 from tests.conformance.cases import cases, same_number
 from tests.support.servers.query_api import Tenant

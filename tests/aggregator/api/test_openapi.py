@@ -10,8 +10,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from aggregator.api import create_app, ingest_document
-from aggregator.api.document import _page, _prose
+from aggregator.api import create_app, openapi
+from aggregator.api.openapi import _page, _prose
 from tests.support.api_story import deliver
 from tests.support.servers.query_api import Server, Tenant
 
@@ -21,7 +21,7 @@ OPERATIONS = {
     f"{method.upper()} {path}": SCHEMA[path][method]
     for path, methods in DOCUMENT["paths"].items()
     for method in methods
-    if path.startswith("/v1") and path != ingest_document.PATH  # which the gateway answers
+    if path.startswith("/v1") and path != openapi.PATH  # which the gateway answers
 }
 PORTAL = [(name, "customer") for name in OPERATIONS if "customer-portal" in name]
 """What a customer's token opens; that it opens nothing else is in test_isolation."""

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import httpx
 import pytest
 
-from meters.catalogue import Change
-from meters.signatures import keys
+from meters.catalogue.catalogue import Change
+from meters.webhooks import keys
 from tests.support.polar.organization import BEGINNING, Delivery, Json, Polar, numbers, signed, state, text
 from tests.support.servers.query_api import Server
 from tests.support.waiting import until

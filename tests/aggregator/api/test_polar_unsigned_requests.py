@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.limits import BODY_BYTES_MAX, POLAR_BODY_BYTES_MAX
+from aggregator.api.requests import BODY_BYTES_MAX, POLAR_BODY_BYTES_MAX
 from aggregator.service.errors import VERIFICATIONS_WAITING_MAX
-from meters.signatures import SIGNATURES_MAX, keys
+from meters.webhooks import SIGNATURES_MAX, keys
 from tests.support.polar.organization import Polar, signed
 from tests.support.servers.query_api import Server, Tenant
 from tests.support.waiting import until

@@ -10,8 +10,8 @@ import pytest
 
 from aggregator.service import polar_accounts
 from aggregator.view import Unavailable
-from meters.credit import MeterReset
-from meters.signatures import keys
+from meters.ledger.ledger import MeterReset
+from meters.webhooks import keys
 from tests.support.polar.organization import BEGINNING, Delivery, Polar, numbers, signed, state, text
 from tests.support.records import line
 from tests.support.servers.query_api import Server

@@ -10,11 +10,11 @@ import duckdb
 import httpx
 import pytest
 
-from aggregator.api import audit, ingest_document, limits
+from aggregator.api import audit, openapi, requests
 from aggregator.service.errors import QUERIES_AT_ONCE
 from aggregator.service.service import Asking
 from aggregator.view import Unavailable
-from meters.access import AUDIT, SCOPES
+from meters.catalogue.access import AUDIT, SCOPES
 from meters.log import USAGE_EVENTS, TryAgain
 from tests.support.polar.organization import signed
 from tests.support.records import NOW, entry, line
@@ -105,7 +105,7 @@ def test_every_route_is_listed_with_the_scopes_it_needs(server: Server) -> None:
         for path, methods in document.items()
         for method in methods
         if path.startswith("/v1") and "/customer-portal/" not in path  # which takes a customer's token
-        and path != ingest_document.PATH  # which the gateway answers
+        and path != openapi.PATH  # which the gateway answers
     }
     assert served == known
 
@@ -198,11 +198,11 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(tenant: Tenant, monkeyp
         while True:
             yield b" " * 65536
 
-    monkeypatch.setattr(audit, "BODY_BYTES_MAX", limits.BODY_BYTES_MAX)
+    monkeypatch.setattr(audit, "BODY_BYTES_MAX", requests.BODY_BYTES_MAX)
     secret = tenant.token(AUDIT, "meters:write")
     headers = signed(b"", "one", int(tenant.server.now.timestamp()), b"nobody's")  # for Polar's door
     for path in ("/v1/meters/", "/webhooks/polar", "/v1/audit/total", "/v1/audit/ask/tallies"):
-        for content in (b" " * (limits.BODY_BYTES_MAX + 1), endless()):
+        for content in (b" " * (requests.BODY_BYTES_MAX + 1), endless()):
             response = tenant.ask("POST", path, content=content, secret=secret, headers=headers)
             assert (response.status_code, response.json()["error"]) == (413, "RequestBodyTooLarge")
 

@@ -7,7 +7,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import pytest
 
-from meters.catalogue import Customer, CustomerCreated
+from meters.catalogue.catalogue import Customer, CustomerCreated
 from tests.conformance.cases import cases, same_number
 from tests.conformance.differences import DIFFERENCES
 from tests.support.records import NOW, line

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.webhooks import outbox
+from aggregator.store import webhook_outbox
 from meters.webhooks import EVENT_TYPES
 from tests.support.servers.query_api import Server, Tenant
 
@@ -21,14 +21,14 @@ def log_of_four(tenant: Tenant) -> Tenant:
     with tenant.server.aggregator.outbox() as connection:
         for number, status in enumerate((200, 500, 404, None)):
             type, at = EVENT_TYPES[number // 2], noon + timedelta(minutes=number)
-            message = outbox.Message(
+            message = webhook_outbox.Message(
                 f"{ours}-Message-{number}", HOOKS[number % 2], tenant.id, type, "ann", "{}", at, at, at
             )
-            tried = outbox.Attempt(
+            tried = webhook_outbox.Attempt(
                 f"{ours}-try-{number}", message.id, message.endpoint_id, tenant.id, 1, at, 1, status, "answered"
             )
-            outbox.put_messages(connection, [message], [])
-            outbox.mark(connection, [message._replace(status="failed", settled_at=at)], [tried])
+            webhook_outbox.put_messages(connection, [message], [])
+            webhook_outbox.mark(connection, [message._replace(status="failed", settled_at=at)], [tried])
     return tenant
 
 

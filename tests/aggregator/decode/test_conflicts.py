@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.apply import decode
-from aggregator.directory import Directory
-from aggregator.seen import Keys, Seen
-from aggregator.step import CONFLICT, SAID, Effects, Tally, join, judge, nothing, step
+from aggregator.decode.decode import decode
+from aggregator.decode.dedup import CONFLICT, SAID, Effects, Tally, join, judge, nothing, step
+from aggregator.decode.directory import Directory
+from aggregator.decode.identities import Keys, Seen
 from ingest.log import open_log
+from meters.errors import LINES_MAX
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record
-from meters.refusal import LINES_MAX
 from tests.support.records import (
     NOW,
     NOW_US,

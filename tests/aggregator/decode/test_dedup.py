@@ -11,10 +11,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.apply import CHUNK_EVENTS, decode
-from aggregator.directory import Directory
-from aggregator.seen import Seen
-from aggregator.step import CONFLICT, Effects, Tally, join, judge, nothing, step
+from aggregator.decode.decode import CHUNK_EVENTS, decode
+from aggregator.decode.dedup import CONFLICT, Effects, Tally, join, judge, nothing, step
+from aggregator.decode.directory import Directory
+from aggregator.decode.identities import Seen
 from meters.event import identity
 from meters.log import LATEST_US
 from tests.support.random_events import metadata_texts

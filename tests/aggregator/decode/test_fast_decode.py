@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator import kernels, quick
-from aggregator.apply import decode
-from aggregator.batch import Batch, Chunk
-from aggregator.columns import Span
-from aggregator.directory import Directory
-from aggregator.quick import Quick
+from aggregator.decode import decode, kernels
+from aggregator.decode.columns import Batch, Chunk, Span
+from aggregator.decode.decode import Quick, decode
+from aggregator.decode.directory import Directory
 from meters.log import Pieces, Record
 from tests.aggregator.decode.test_timestamps import alone, anything
 from tests.support.random_events import metadata_texts
@@ -29,7 +27,7 @@ MARKS = [bytes([byte]) for byte in b'"\\{}[]:,0129-+.eEtrufalsn \t\n\r\0\x7f'] +
 @pytest.fixture(autouse=True)
 def from_one_line_on() -> Iterator[None]:
     """However few lines, they are read quickly."""
-    with patch.object(quick, "LINES_MIN", 1):
+    with patch.object(decode, "LINES_MIN", 1):
         yield
 
 
@@ -204,13 +202,13 @@ def test_the_table_grows_with_customers_not_with_their_lines() -> None:
         decode([msgspec.structs.replace(record(*told, offset=offset), distinct_keys=True)], directory, swift)
     external, own = swift._numbers[0]
 
-    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, quick.SLOTS_MIN)
+    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, decode.SLOTS_MIN)
 
 
 def test_it_is_made_ready_when_it_pays() -> None:
     """The first lines are read one by one; then a thread loads what is compiled, and it is used."""
     swift = Quick()
-    with patch.object(quick, "LOAD_AFTER_LINES", 1):
+    with patch.object(decode, "LOAD_AFTER_LINES", 1):
         assert not swift.pays(1)
         assert swift._loading is None
         swift.pays(1)
@@ -222,7 +220,7 @@ def test_it_is_made_ready_when_it_pays() -> None:
 def test_without_a_compiler_all_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Where it cannot be loaded that is said once, and lines are read one by one."""
     swift = Quick()
-    with patch.object(quick, "LOAD_AFTER_LINES", 0), patch.dict("sys.modules", {"aggregator.kernels": None}):
+    with patch.object(decode, "LOAD_AFTER_LINES", 0), patch.dict("sys.modules", {"aggregator.decode.kernels": None}):
         swift.pays(1)
         assert swift._loading is not None
         swift._loading.join()

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import kernels, run, seen
-from aggregator.seen import Keys, Seen, repeats
+from aggregator.decode import identities, kernels
+from aggregator.decode.identities import Keys, Seen, repeats
 
 few = st.integers(0, 3)  # a small range makes halves collide all the time
 batches = st.lists(st.lists(st.tuples(few, few), max_size=12), max_size=12)
@@ -32,10 +32,10 @@ def keys(identities: list[tuple[int, int]]) -> Keys:
 def files_from(rows: int) -> Iterator[None]:
     """Runs of so many rows have an index, and what confirms a find in a file; both are made in small pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "FILE_ROWS_MIN", rows)
-        patch.setattr(run, "PIECE_ROWS", 3)
-        patch.setattr(run, "INDEXED_ROWS_MIN", rows)
-        patch.setattr(seen, "AT_ONCE_ROWS_MAX", 4)  # the others are merged in the background
+        patch.setattr(identities, "FILE_ROWS_MIN", rows)
+        patch.setattr(identities, "PIECE_ROWS", 3)
+        patch.setattr(identities, "INDEXED_ROWS_MIN", rows)
+        patch.setattr(identities, "AT_ONCE_ROWS_MAX", 4)  # the others are merged in the background
         yield
 
 
@@ -80,7 +80,7 @@ def knows_exactly_what_was_added(seen: Seen, batches: list[list[tuple[int, int]]
 CROWD = 200  # external ids whose identities share a high half; a sender can make any number of them
 
 
-@pytest.mark.parametrize("rows", [1, run.FILE_ROWS_MIN])
+@pytest.mark.parametrize("rows", [1, identities.FILE_ROWS_MIN])
 def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: int) -> None:
     """Added at once or one by one, in runs that merge: each is found with its content, and no other one."""
     crowd = [(7, (number * 37) % CROWD * 2) for number in range(CROWD)]
@@ -102,31 +102,31 @@ def test_any_number_of_identities_may_share_a_high_half(tmp_path: Path, rows: in
 
 def test_runs_that_pile_up_are_copied_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a long merge hundreds may wait, and each lookup searches them all, so they have to be one soon."""
-    copied, merged = [], run.Run.merged
+    copied, merged = [], identities.Run.merged
 
-    def counting(older: run.Run, newer: run.Run, directory: Path | None) -> run.Run:
+    def counting(older: identities.Run, newer: identities.Run, directory: Path | None) -> identities.Run:
         copied.append(len(older.hi) + len(newer.hi))
         return merged(older, newer, directory)
 
-    monkeypatch.setattr(run.Run, "merged", counting)
+    monkeypatch.setattr(identities.Run, "merged", counting)
     count, rows = 256, 4
     pile = [keys([(number * rows + row, 0) for row in range(rows)]) for number in range(count)]
-    one = seen._merged(tuple(run.Run.of(*each, None) for each in pile), None)
+    one = identities._merged(tuple(identities.Run.of(*each, None) for each in pile), None)
     assert one.hi.tolist() == list(range(count * rows))
     assert sum(copied) == count * rows * 8  # the binary logarithm of 256
 
 
 def test_few_runs_stand_behind_a_long_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """While millions are merged, which takes seconds, rounds go on, and each of them searches every run."""
-    going_on, merge_all = threading.Event(), seen._merged
+    going_on, merge_all = threading.Event(), identities._merged
 
-    def slowly(runs: tuple[run.Run, ...], directory: Path | None) -> run.Run:
+    def slowly(runs: tuple[identities.Run, ...], directory: Path | None) -> identities.Run:
         if threading.current_thread().name == "seen-merge":
             assert going_on.wait(60)
         return merge_all(runs, directory)
 
-    monkeypatch.setattr(seen, "_merged", slowly)
-    monkeypatch.setattr(seen, "AT_ONCE_ROWS_MAX", 400)
+    monkeypatch.setattr(identities, "_merged", slowly)
+    monkeypatch.setattr(identities, "AT_ONCE_ROWS_MAX", 400)
     index = Seen()
     for first in range(0, 8_000, 20):
         index.add(keys([(row, row) for row in range(first, first + 20)]))
@@ -143,12 +143,12 @@ def test_few_runs_stand_behind_a_long_merge(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_run_is_merged_into_one_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a merge holds in memory besides is a part of the whole: none makes more than a quarter of all identities."""
-    monkeypatch.setattr(seen, "LONGEST_ROWS_MIN", 100)
+    monkeypatch.setattr(identities, "LONGEST_ROWS_MIN", 100)
     index = Seen()
     for first in range(0, 2_000, 10):
         index.add(keys([(row, row) for row in range(first, first + 10)]))
         settle(index)
-        assert max(len(each.hi) for each in index._runs) <= max(100, (first + 10) // seen.LONGEST_PART)
+        assert max(len(each.hi) for each in index._runs) <= max(100, (first + 10) // identities.LONGEST_PART)
     assert len(index._runs) < 20
 
 
@@ -179,7 +179,7 @@ def is_in_memory_and_knows_forty(directory: Path) -> None:
         asked = keys([(number % 7, number) for number in range(50)])
         found, content = seen.find(asked.hi, asked.lo)
 
-    assert {run.InMemory} == {type(each.confirming) for each in seen._runs}
+    assert {identities.InMemory} == {type(each.confirming) for each in seen._runs}
     assert found.tolist() == [number < 40 for number in range(50)]
     assert content[found].tolist() == asked.content[found].tolist()
 
@@ -190,8 +190,8 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         seen = Seen(tmp_path)
         seen.add(keys([(number, number) for number in range(20)]))
         [only] = seen._runs
-        assert isinstance(only.confirming, run.InFile)
-        os.truncate(only.confirming._descriptor, 10 * run.PAIR_BYTES)
+        assert isinstance(only.confirming, identities.InFile)
+        os.truncate(only.confirming._descriptor, 10 * identities.PAIR_BYTES)
         asked = keys([(15, 15)])
         with pytest.raises(OSError, match="shorter"):
             seen.find(asked.hi, asked.lo)

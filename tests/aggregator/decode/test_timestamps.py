@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.timestamps import Stamp, parse_times
-from meters.timestamp import UNREADABLE, microseconds_of, parse_timestamp
+from aggregator.decode.columns import Stamp, parse_times
+from meters.timestamps import UNREADABLE, microseconds_of, parse_timestamp
 
 USUAL = ["2026-03-01T10:00:00Z", "2026-03-01T10:00:00.5Z", "2024-02-29T23:59:59.123456Z"]
 READABLE = [

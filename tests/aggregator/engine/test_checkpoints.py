@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import checkpoint, engine
+from aggregator.engine import pipeline
 from aggregator.store.store import Store
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
@@ -24,9 +24,9 @@ def waiting_bytes(store: Path) -> int:
 def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of round has its own measure, and what lies in the write-ahead log counts, dead letters, too."""
     for name, value in (("ROWS_BETWEEN", 20), ("ROWS_BETWEEN_BACKLOG", 200), ("BACKLOG_ROUND_ROWS", 100)):
-        monkeypatch.setattr(checkpoint, name, value)
-    monkeypatch.setattr(checkpoint, "IDLE_S", 1000.0)
-    monkeypatch.setattr(engine, "ROUND_ROWS", 0)
+        monkeypatch.setattr(pipeline, name, value)
+    monkeypatch.setattr(pipeline, "IDLE_S", 1000.0)
+    monkeypatch.setattr(pipeline, "ROUND_ROWS", 0)
     log, store = open_log("memory:"), tmp_path / "store.duckdb"
     asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
     sent = 0
@@ -56,8 +56,8 @@ def test_small_rounds_are_folded_in_sooner_than_a_backlog(tmp_path: Path, monkey
 def test_the_longer_the_history_the_rarer_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint looks at all that is stored, so half as much again lies between two of them here."""
     for name, value in (("ROWS_BETWEEN", 20), ("STORED_ROWS_PER_ROW", 2), ("IDLE_S", 1000.0)):
-        monkeypatch.setattr(checkpoint, name, value)
-    monkeypatch.setattr(engine, "ROUND_ROWS", 0)
+        monkeypatch.setattr(pipeline, name, value)
+    monkeypatch.setattr(pipeline, "ROUND_ROWS", 0)
     stored, fold = list[int](), Store.checkpoint
 
     def noted(store: Store, merges_max: int = 0) -> bool:

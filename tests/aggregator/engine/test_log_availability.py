@@ -9,12 +9,12 @@ from unittest.mock import patch
 
 from structlog.testing import capture_logs
 
-from aggregator import lag
-from aggregator.lag import LagWatch
-from aggregator.owner import Aggregator
+from aggregator import process
+from aggregator.engine.supervisor import Aggregator
+from aggregator.process import LagWatch
 from aggregator.view import Unavailable
-from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
+from ingest.log.partitions import Limits
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record, TryAgain
 from tests.support.records import SMALL
 from tests.support.waiting import eventually
@@ -58,7 +58,7 @@ def test_a_log_that_cannot_be_read_is_told_once(tmp_path: Path) -> None:
     aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
     aggregator.start()
     eventually(lambda: is_followed(aggregator))
-    with capture_logs() as told, patch.object(lag, "LOOK_S", 0.01):
+    with capture_logs() as told, patch.object(process, "LOOK_S", 0.01):
         watch = LagWatch(log, aggregator)
         for _ in range(2):
             log.asked.clear()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aggregator.telemetry import FRESHNESS_BUCKETS_S, Freshness
+from aggregator.engine.metrics import FRESHNESS_BUCKETS_S, Freshness
 
 
 def test_a_clock_that_is_ahead_makes_no_freshness_negative() -> None:

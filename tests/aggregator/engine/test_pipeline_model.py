@@ -20,21 +20,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from aggregator import plan
-from aggregator.engine import Engine
+from aggregator.engine.pipeline import Engine
+from aggregator.store.meter_sql import Measured, Parameters, Stage, condition, considered, measures, statement, value
 from aggregator.store.queries import usage
-from aggregator.store.sql import Measured, condition, considered, measures, statement, value
-from aggregator.store.stage import Parameters, Stage
+from aggregator.totals import plan
 from ingest.log import open_log
 from meters.aggregation import considers, evaluate, exact_sum
-from meters.catalogue import MeterUpdated
+from meters.catalogue.catalogue import MeterUpdated
 from meters.event import Event, check_line
-from meters.facts import Facts, facts
-from meters.filter import Clause, Filter, Operator, matches
+from meters.event_values import Facts, facts
+from meters.filters import Clause, Filter, Operator, matches
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from meters.meter import Meter
-from meters.quantities import quantities
-from meters.window import Interval
+from meters.meter import Meter, quantities
+from meters.timestamps import Interval
 from tests.support.random_events import aggregations, filters, metadata_texts
 from tests.support.records import (
     NOW,

@@ -18,16 +18,16 @@ import duckdb
 import msgspec
 import pytest
 
-from aggregator.owner import QUESTIONS_AT_ONCE, Aggregator
+from aggregator.engine.supervisor import QUESTIONS_AT_ONCE, Aggregator
 from aggregator.process import START_AGAIN
 from aggregator.store import store as store_module
 from aggregator.store.store import Doubt, StillRead, Store
 from aggregator.view import Unavailable
-from deploy.giving_up import FAILED, USAGE
+from deploy.errors import FAILED, USAGE
 from ingest.log import open_log
-from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
-from meters.catalogue import Change, DeadLetterReplayed
+from ingest.log.partitions import Limits
+from meters.catalogue.catalogue import Change, DeadLetterReplayed
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
 from tests.support.records import (
     NOW,
@@ -73,7 +73,7 @@ def test_two_clocks_make_no_other_log(tmp_path: Path) -> None:
 
 def test_whoever_waits_does_not_wait_for_a_quiet_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However far apart rounds with few events are: a position that somebody waits for is the next round's."""
-    monkeypatch.setattr("aggregator.engine.QUIET_ROUND_PERIOD_S", 3600.0)
+    monkeypatch.setattr("aggregator.engine.pipeline.QUIET_ROUND_PERIOD_S", 3600.0)
     log = open_log("memory:")
     aggregator = Aggregator(log, tmp_path / "store.duckdb", SMALL)
     aggregator.start()
@@ -88,7 +88,7 @@ def test_whoever_waits_does_not_wait_for_a_quiet_round(tmp_path: Path, monkeypat
 def test_nothing_is_read_while_a_round_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But in a backlog: what is read later is fresher, and what came meanwhile is one round, not two in line."""
     for period in ("ROUND_PERIOD_S", "QUIET_ROUND_PERIOD_S"):
-        monkeypatch.setattr(f"aggregator.engine.{period}", 0.0)
+        monkeypatch.setattr(f"aggregator.engine.pipeline.{period}", 0.0)
     log, commit, writing, read_meanwhile = open_log("memory:"), Store.commit, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> Any:

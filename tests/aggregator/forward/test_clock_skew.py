@@ -1,6 +1,6 @@
 """How far behind Polar's clock is taken to be."""
 
-from aggregator.forward.skew import EASE_US, SKEW_FIRST_US, SKEW_MAX_US, Skew
+from aggregator.forward.forwarder import EASE_US, SKEW_FIRST_US, SKEW_MAX_US, Skew
 
 NOW_US = 1_772_000_000_000_000
 

@@ -10,18 +10,16 @@ from typing import Any
 
 import pytest
 
-from aggregator.forward.polar_event import item_of
-from aggregator.forward.source import Selection
+from aggregator.forward.feed_client import Selection, item_of
 from aggregator.forward.state import State
-from deploy.data import DataDirectory
+from deploy.client import Session
+from deploy.console import Output
 from deploy.doctor import examine
-from deploy.forwarding.desk import ask_replay, status
-from deploy.forwarding.process import open_source, selection_of
-from deploy.giving_up import GiveUp
-from deploy.output import Output
-from deploy.proof.local import Task
-from deploy.proof.run import prove
-from deploy.session import Session
+from deploy.errors import GiveUp
+from deploy.forwarding import ask_replay, open_source, selection_of, status
+from deploy.reconcile.local import Task
+from deploy.reconcile.run import prove
+from deploy.server.data import DataDirectory
 from deploy.settings import Secret, Settings
 from tests.aggregator.forward.test_forwarder import events, ids
 from tests.support.polar.proxy import POISON, Polar, send, stored

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from aggregator.forward.source import Selection
-from deploy.forwarding.process import know_destination
+from aggregator.forward.feed_client import Selection
+from deploy.forwarding import know_destination
 from deploy.settings import Secret, Settings
 from tests.aggregator.forward.test_forwarder import Room, events, ids, room
 from tests.support.polar.forwarder import Clocks, Running

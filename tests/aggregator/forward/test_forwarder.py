@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.forward.skew import EASE_US, SKEW_FIRST_US
-from aggregator.forward.source import Selection
+from aggregator.forward.feed_client import Selection
+from aggregator.forward.forwarder import EASE_US, SKEW_FIRST_US
 from tests.support.polar.forwarder import Clocks, Running
 from tests.support.polar.proxy import BREAKING, FAULTS, POISON, Polar, send, stored
 from tests.support.servers.installation import Installation

@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
-from aggregator.forward.source import Selection
+from aggregator.forward.feed_client import Selection
 from tests.aggregator.forward.test_forwarder import Room, by_customer, events, ids, room
 from tests.support.polar.forwarder import Running, forward_for_ever
 from tests.support.polar.proxy import send

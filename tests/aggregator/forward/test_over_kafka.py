@@ -9,9 +9,9 @@ import duckdb
 import pytest
 from confluent_kafka import Producer
 
-from deploy.data import DataDirectory
-from deploy.forwarding.desk import status
-from deploy.giving_up import GiveUp
+from deploy.errors import GiveUp
+from deploy.forwarding import status
+from deploy.server.data import DataDirectory
 from tests.aggregator.forward.test_forwarder import ids
 from tests.support.kafka.shared import shared_broker
 from tests.support.polar.proxy import send, stored

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.forward.answer import Answer
+from aggregator.forward.feed_client import Entry, item_of
 from aggregator.forward.planner import (
     ALONE_MAX,
     Accepted,
@@ -24,7 +24,7 @@ from aggregator.forward.planner import (
     probing,
     take,
 )
-from aggregator.forward.polar_event import Entry, item_of
+from aggregator.forward.polar_client import Answer
 
 NOW_US = 1_800_000_000_000_000
 NUMBERS = st.integers(0, 59)

@@ -2,7 +2,7 @@
 
 import random
 
-from aggregator.forward.suspects import STRIKES_MAX, Suspects
+from aggregator.forward.forwarder import STRIKES_MAX, Suspects
 
 SEED = 20261121
 

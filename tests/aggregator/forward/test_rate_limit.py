@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.forward.pace import (
+from aggregator.forward.polar_client import (
     FAILURES_UNTIL_OPEN,
     IN_FLIGHT_POLL_US,
     PAUSE_MAX_S,
     RETRY_AFTER_MAX_S,
+    UNDER_WAY_MAX_US,
     Circuit,
+    Clock,
+    RequestWindow,
     free_in_us,
     pause_after,
     retry_after_s,
 )
-from aggregator.forward.request_window import UNDER_WAY_MAX_US, Clock, RequestWindow
 from tests.support.faults.small_disk import nothing_written
 
 SECOND_US = 1_000_000

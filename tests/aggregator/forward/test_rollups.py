@@ -5,8 +5,8 @@ from pathlib import Path
 
 import httpx
 
+from aggregator.forward.feed_client import piece_at
 from aggregator.forward.forwarder import RolledMeter
-from aggregator.forward.polar_event import piece_at
 from tests.aggregator.forward.test_forwarder import events
 from tests.support.polar.forwarder import Clocks, Running
 from tests.support.polar.proxy import Polar, send, stored

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.forward.metrics import ForwardingMetrics
 from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.planner import Item
-from aggregator.forward.state import WAITING, State
+from aggregator.forward.state import WAITING, ForwardingMetrics, State
 from tests.support.faults.small_disk import SmallDisk
 
 NOW_US = 1_800_000_000_000_000

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from aggregator.forward.upstream import NoAnswer, Upstream
-from aggregator.reconcile.pairing import seen
-from aggregator.reconcile.remembering import GOOD_FOR, Remembering, interrupted
+from aggregator.forward.polar_client import NoAnswer, Upstream
+from aggregator.reconcile.polar_pairing import seen
+from aggregator.reconcile.polar_reader import GOOD_FOR, Remembering, interrupted
 from aggregator.reconcile.report import Cause
 from deploy.client import Api
-from deploy.control import new_secret, new_token, open_control
-from deploy.giving_up import GiveUp
-from meters.catalogue import TokenCreated
+from deploy.errors import GiveUp
+from deploy.server.control import new_secret, new_token, open_control
+from meters.catalogue.catalogue import TokenCreated
 from tests.support.polar.two_servers import Side, TwoSides, call, numbered
 from tests.support.servers.installation import Installation
 from tests.support.waiting import eventually

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
-from aggregator.reconcile.correction import MARK, METADATA_KEYS_MAX, instead, mark_of, settled, takes_back
-from aggregator.reconcile.pairing import Seen, seen
+from aggregator.reconcile.polar_pairing import (
+    MARK,
+    METADATA_KEYS_MAX,
+    Seen,
+    instead,
+    mark_of,
+    seen,
+    settled,
+    takes_back,
+)
 from meters.aggregation import Aggregation
-from meters.filter import EVERYTHING, Clause, Filter, Operator
+from meters.filters import EVERYTHING, Clause, Filter, Operator
 from meters.meter import Meter
 
 LARGE = Filter("and", [Clause("tokens", Operator.GTE, 10)])

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from aggregator.reconcile.readings import analytics, billing
-from meters.facts import Facts, number
-from meters.filter import Clause, Filter, Operator, matches
+from aggregator.reconcile.polar_pairing import analytics, billing
+from meters.event_values import Facts, number
+from meters.filters import Clause, Filter, Operator, matches
 
 WHEN = datetime(2026, 3, 1, 12, 0, 0, 700_000, tzinfo=UTC)
 

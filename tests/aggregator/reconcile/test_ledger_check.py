@@ -8,21 +8,19 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-import deploy.proof.local
+import deploy.reconcile.local
 from aggregator.forward.state import State
 from aggregator.reconcile.ledger_check import Balance, check_ledger
-from aggregator.reconcile.questions import StoppedStore
-from aggregator.reconcile.report import Cause, Report
-from aggregator.reconcile.worth import Worth
-from deploy.control import Control
-from deploy.giving_up import GiveUp
-from deploy.output import Output
-from deploy.proof.local import Task, _books, _compare, reconcile
-from deploy.proof.running_store import RunningStore
-from deploy.session import Session
+from aggregator.reconcile.lines import StoppedStore
+from aggregator.reconcile.report import Cause, Report, Worth
+from deploy.client import Session
+from deploy.console import Output
+from deploy.errors import GiveUp
+from deploy.reconcile.local import RunningStore, Task, _books, _compare, reconcile
+from deploy.server.control import Control
 from deploy.settings import Settings
-from meters.catalogue import Customer, CustomerCreated
-from meters.credit import CreditGranted
+from meters.catalogue.catalogue import Customer, CustomerCreated
+from meters.ledger.ledger import CreditGranted
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.meter import Meter
 from tests.support.faults.store_checks import usage

@@ -10,17 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from aggregator.letters import PART_BYTES
-from aggregator.reconcile import elsewhere, stretches
+from aggregator.decode.dedup import PART_BYTES
+from aggregator.reconcile import log_check
+from aggregator.reconcile.lines import StoppedStore
 from aggregator.reconcile.log_check import LogCheck, Range
-from aggregator.reconcile.questions import StoppedStore
-from aggregator.reconcile.report import Cause
-from aggregator.reconcile.worth import Worth
-from deploy.control import Control
+from aggregator.reconcile.report import Cause, Worth
+from deploy.server.control import Control
 from ingest.log import open_log
+from meters.errors import LINES_MAX
 from meters.event import event_id, identity
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from meters.refusal import LINES_MAX
 from tests.support.faults.store_checks import usage, write_usage
 from tests.support.records import ORGANIZATION, decisions, entry, line, organization
 from tests.support.servers.stopped_installation import Left
@@ -40,13 +39,13 @@ def test_an_untouched_store_is_equal(left: Left) -> None:
     assert len(log.buckets) > 1
 
 
-@pytest.mark.parametrize("at_once", [elsewhere.WAITING_MAX, 10])
+@pytest.mark.parametrize("at_once", [log_check.WAITING_MAX, 10])
 def test_a_long_log_with_everything_in_it_is_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Repetitions, contradictions, broken lines and awkward numbers in bulk are no differences, in any portions."""
-    monkeypatch.setattr(elsewhere, "WAITING_MAX", at_once)
-    monkeypatch.setattr(stretches, "STRETCH_BYTES", 1_000 * at_once)
+    monkeypatch.setattr(log_check, "WAITING_MAX", at_once)
+    monkeypatch.setattr(log_check, "STRETCH_BYTES", 1_000 * at_once)
     left = Left(tmp_path)
     with left.log() as log:
         write_usage(log, records=60, seed=3, lines=50)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.reconcile import upstream_customers
+from aggregator.reconcile import polar_check
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
-from deploy.data import DataDirectory
+from deploy.server.data import DataDirectory
 from tests.support.polar.readers import AddedAsDoubles, WithItsOwn
 from tests.support.polar.two_servers import NOON, TwoSides, call, item, numbered
 from tests.support.servers.installation import Installation, meterstream
@@ -257,7 +257,7 @@ def test_what_moved_to_another_customer_is_named_with_both(sides: TwoSides) -> N
 
 def test_customers_that_are_not_compared_are_counted(sides: TwoSides, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many for the requests, those with most events are compared, and a note says how many."""
-    monkeypatch.setattr(upstream_customers, "REQUESTS_MAX", 4)
+    monkeypatch.setattr(polar_check, "REQUESTS_MAX", 4)
     sides.here.send(*numbered(5), call("last", customer="cem"))
     sides.forward()
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
-from deploy.proof.run import confirmed
+from deploy.reconcile.run import confirmed
 from tests.support.polar.readers import Interrupted, Overlapping
 from tests.support.polar.two_servers import NOON, TwoSides, call, numbered
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.forward.polar_event import ROLLUP_NAME
+from aggregator.forward.feed_client import ROLLUP_NAME
 from aggregator.forward.state import State
+from aggregator.reconcile.polar_reader import midnight
 from aggregator.reconcile.report import Cause, Check, Difference, Repair
-from aggregator.reconcile.upstream_scope import midnight
-from deploy.data import DataDirectory
-from meters.timestamp import MICROSECOND
+from deploy.server.data import DataDirectory
+from meters.timestamps import MICROSECOND
 from tests.support.polar.two_servers import NOON, TwoSides, call, numbered
 
 DAY = timedelta(days=1)

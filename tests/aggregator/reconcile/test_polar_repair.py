@@ -6,14 +6,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.upstream import NoAnswer, Upstream
+from aggregator.forward.polar_client import Clock, NoAnswer, RequestWindow, Upstream
 from deploy.client import Api
-from deploy.control import new_secret, new_token, open_control
-from deploy.giving_up import GiveUp
-from deploy.proof.mending import REPAIRS
-from deploy.proof.repair import requests, send
-from meters.catalogue import TokenCreated
+from deploy.errors import GiveUp
+from deploy.reconcile.run import REPAIRS, requests, send
+from deploy.server.control import new_secret, new_token, open_control
+from meters.catalogue.catalogue import TokenCreated
 from tests.support.polar.forwarder import Clocks
 from tests.support.polar.proxy import Polar
 from tests.support.polar.two_servers import TwoSides, numbered

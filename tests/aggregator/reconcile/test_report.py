@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import msgspec
 
-from aggregator.reconcile.page import page
+from aggregator.reconcile.html import page
 from aggregator.reconcile.report import DIFFERENCES_MAX, Cause, Check, Difference, Repair, Report
 
 

@@ -16,23 +16,19 @@ import httpx
 import msgspec
 import pytest
 
-from aggregator.reconcile.report import Cause
+from aggregator.reconcile.report import Cause, Worth
 from aggregator.reconcile.store_check import check_store
-from aggregator.reconcile.worth import Worth
-from aggregator.running import RunningTotals
-from aggregator.store.queries.recount import Which
-from deploy.client import Api
-from deploy.control import new_secret, new_token, open_control
-from deploy.output import Output
-from deploy.proof import own_server as its_module
-from deploy.proof.local import Task, reconcile
-from deploy.proof.own_server import own_server
-from deploy.proof.run import prove
-from deploy.proof.running_store import RunningStore
-from deploy.session import Session
+from aggregator.store.queries.audit import Which
+from aggregator.totals.running import RunningTotals
+from deploy.client import Api, Session
+from deploy.console import Output
+from deploy.reconcile import local as its_module
+from deploy.reconcile.local import RunningStore, Task, own_server, reconcile
+from deploy.reconcile.run import prove
+from deploy.server.control import new_secret, new_token, open_control
 from deploy.settings import Secret, Settings
-from meters.access import AUDIT
-from meters.catalogue import TokenCreated
+from meters.catalogue.access import AUDIT
+from meters.catalogue.catalogue import TokenCreated
 from meters.log import USAGE_EVENTS
 from meters.meter import Meter
 from tests.support.polar.two_servers import TwoSides, call, numbered
@@ -68,7 +64,7 @@ def test_a_token_that_is_no_good_any_more_is_made_again(
     servers: tuple[Installation, Installation], sides: TwoSides, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a loss of power left of it, one that was revoked, or one that the restored log does not know: once."""
-    monkeypatch.setattr(its_module, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(its_module, "SERVER_PATIENCE_S", 2.0)
     here = Session(Settings(data=servers[0].data, polar_organization=sides.here.id), Output.json)
     path = servers[0].data / "reconcile" / f"token-{sides.here.id}"
     path.parent.mkdir(exist_ok=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.upstream import ATTEMPTS_MAX, NoAnswer, Upstream
-from aggregator.reconcile.page import page
+from aggregator.forward.polar_client import ATTEMPTS_MAX, Clock, NoAnswer, RequestWindow, Upstream
+from aggregator.reconcile.html import page
 from aggregator.reconcile.report import Cause, Repair
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.support.faults.store_checks import usage

@@ -7,11 +7,11 @@ from decimal import Decimal
 import msgspec
 import pytest
 
-from aggregator.reconcile.worth import Worth, add, between
-from meters.catalogue import Catalogue
-from meters.facts import Facts, Number
+from aggregator.reconcile.report import Worth, add, between
+from meters.catalogue.catalogue import Catalogue
+from meters.event_values import Facts, Number
+from meters.ledger.price import MeterPriced, Price
 from meters.meter import Meter
-from meters.price import MeterPriced, Price
 from tests.support.records import NOW, ORGANIZATION, created, meter
 
 TEN = Facts(

@@ -19,17 +19,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
 from msgspec.structs import replace
 
-from aggregator.store.queries import arrivals
+from aggregator.store.queries import usage
 from aggregator.store.queries.scope import Scope
 from ingest.log import open_log
 from meters.aggregation import exact_sum
-from meters.catalogue import Customer, CustomerCreated
-from meters.credit import CreditGranted, MeterReset
-from meters.ledger import Account
+from meters.catalogue.catalogue import Customer, CustomerCreated
+from meters.ledger.ledger import Account, CreditGranted, MeterReset
+from meters.ledger.statement import statement
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.meter import Meter
-from meters.statement import statement
-from meters.timestamp import microseconds_of
+from meters.timestamps import microseconds_of
 from tests.support.faults.aggregator_process import AfterSo, start_life
 from tests.support.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
 
@@ -288,7 +287,7 @@ class LedgerMachine(RuleBasedStateMachine):
         scope = Scope(organization=organization.number, subjects=subjects)
         cuts = sorted({reset.at for reset in account.resets})
         with engine.store.read() as snapshot:
-            return arrivals.by_quarter(snapshot.connection, measured, scope, cuts)
+            return usage.by_quarter(snapshot.connection, measured, scope, cuts)
 
 
 TestLedger = pytest.mark.timeout(600)(LedgerMachine.TestCase)  # some lives in other processes, on a busy machine

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from aggregator.store import opening
+from aggregator.store import database
 from aggregator.store.store import Store
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
@@ -27,7 +27,7 @@ def test_every_duckdb_that_is_allowed_can_open_the_file(tmp_path: Path) -> None:
 def test_a_file_of_another_format_is_followed_on(tmp_path: Path) -> None:
     """One that was made in the newest format keeps it, and is read and written."""
     log, path = open_log("memory:"), tmp_path / "store.duckdb"
-    with patch.object(opening, "_READABLE_FROM", "latest"), Running(log, path) as running:
+    with patch.object(database, "_READABLE_FROM", "latest"), Running(log, path) as running:
         asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"))]))
         made = rows(running.catch_up().store, _FORMAT)
     with Running(log, path) as running:
@@ -41,10 +41,10 @@ def test_a_file_of_another_format_is_followed_on(tmp_path: Path) -> None:
 def test_a_file_with_larger_groups_is_followed_on(tmp_path: Path) -> None:
     """As all were that were made before a round had a group of its own."""
     log, path = open_log("memory:"), tmp_path / "store.duckdb"
-    for made, attach in enumerate(["ATTACH ? AS store", opening._ATTACH]):
-        lines = [line(f"{made} {number}") for number in range(opening.ROW_GROUP_ROWS + 5)]
+    for made, attach in enumerate(["ATTACH ? AS store", database._ATTACH]):
+        lines = [line(f"{made} {number}") for number in range(database.ROW_GROUP_ROWS + 5)]
         asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
-        with patch.object(opening, "_ATTACH", attach), Running(log, path) as running:
+        with patch.object(database, "_ATTACH", attach), Running(log, path) as running:
             store = running.catch_up().store
             assert store.checkpoint()
             assert store.tallies()["stored"] == (made + 1) * len(lines)
@@ -56,7 +56,7 @@ def test_a_file_that_is_open_here_is_opened_later(tmp_path: Path) -> None:
     where = tmp_path / "store.duckdb", {USAGE_EVENTS: "a", USAGE_CONTROL: "b"}
     with closing(Store.open(*where)) as store:
         epoch = store.epoch
-        with pytest.raises(opening.NotNow):
+        with pytest.raises(database.NotNow):
             Store.open(*where)
     with closing(Store.open(*where)) as store:
         assert store.epoch == epoch + 1

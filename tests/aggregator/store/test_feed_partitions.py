@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.place import FeedPlace
-from aggregator.store.queries import rollup
+from aggregator.store.queries import feed
 from aggregator.store.queries.feed import FeedEvent, Wanted, backlog, page
 from aggregator.store.queries.scope import Scope, organization_number
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, FeedPlace
 from tests.support.records import (
     NOW,
     NOW_US,
@@ -48,7 +47,7 @@ def test_pages_cover_every_partition_once_and_in_order(tmp_path: Path, limit: in
             found += events
             assert len(events) <= max(limit, PARTITIONS)
             assert backlog(here, wanted, position).events == expected - len(found)
-        groups, end = rollup.rollup(here, [wanted], {}, NOW + timedelta(seconds=1), 60)
+        groups, end = feed.rollup(here, [wanted], {}, NOW + timedelta(seconds=1), 60)
     log.close()
     places = [(event.partition, event.offset, event.line) for event in found]
     assert len(set(places)) == len(places) == expected

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import hierarchy
-from aggregator.hierarchy import DEPTH_MAX
+from aggregator.store import hierarchy
+from aggregator.store.hierarchy import DEPTH_MAX
 from ingest.log import open_log
 from meters.event import event_id, identity
 from meters.log import USAGE_EVENTS

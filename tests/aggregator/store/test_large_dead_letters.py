@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from aggregator.letters import PART_BYTES
-from aggregator.store.opening import Settings
+from aggregator.decode.dedup import PART_BYTES
+from aggregator.store.database import Settings
 from tests.support.servers.query_api import Tenant, serving
 
 LETTERS = 17

@@ -12,13 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-from aggregator.awkward import any_suspicious, awkward_numbers, pointer, suspicious
-from aggregator.store.sql import Measured, condition, considered, measures, statement, value
-from aggregator.store.stage import Parameters, Stage
+from aggregator.decode.columns import any_suspicious, awkward_numbers, pointer, suspicious
+from aggregator.store.meter_sql import Measured, Parameters, Stage, condition, considered, measures, statement, value
 from meters.aggregation import FUNCTIONS, Aggregation, Function, considers, evaluate
 from meters.event import Event
-from meters.facts import Facts, facts
-from meters.filter import EVERYTHING, Clause, Filter, Operator, matches
+from meters.event_values import Facts, facts
+from meters.filters import EVERYTHING, Clause, Filter, Operator, matches
 from tests.support.random_events import (
     PATHS,
     aggregations,

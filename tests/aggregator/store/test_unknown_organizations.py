@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import pytest
 
-from meters.access import SCOPES
-from meters.catalogue import Organization, OrganizationCreated
+from meters.catalogue.access import SCOPES
+from meters.catalogue.catalogue import Organization, OrganizationCreated
 from meters.log import USAGE_EVENTS
 from tests.support.records import NOW, Running, entry, line, organization
 from tests.support.servers.query_api import Server, Tenant, serving

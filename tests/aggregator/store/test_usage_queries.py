@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.awkward import awkward_numbers
-from aggregator.store import schema
+from aggregator.decode.columns import awkward_numbers
+from aggregator.store import database
 from aggregator.store.queries import usage
 from aggregator.store.queries.scope import Scope
 from meters.aggregation import FUNCTIONS, Aggregation, Function
 from meters.event import Event
-from meters.facts import Facts, facts
-from meters.filter import EVERYTHING, Clause, Filter, Operator
-from meters.meter import Meter
-from meters.quantities import Selection, quantities
-from meters.window import Interval, bucket, series, zone_names
+from meters.event_values import Facts, facts
+from meters.filters import EVERYTHING, Clause, Filter, Operator
+from meters.meter import Meter, Selection, quantities
+from meters.timestamps import Interval, bucket, series, zone_names
 from tests.support.random_events import NUMBERS
 
 YEARS_START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -60,7 +59,7 @@ def as_facts(subject: int, instant: datetime, metadata: dict[str, msgspec.Raw]) 
 def connection() -> Iterator[duckdb.DuckDBPyConnection]:
     """A store with the sample in it."""
     with duckdb.connect(config={"threads": 1}) as connection:
-        connection.execute(schema.TABLES)
+        connection.execute(database.TABLES)
         rows = [
             (subject, instant.replace(tzinfo=None), msgspec.json.encode(metadata).decode(), awkward_numbers(metadata))
             for subject, instant, metadata in EVENTS

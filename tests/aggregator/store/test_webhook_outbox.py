@@ -6,9 +6,8 @@ from datetime import datetime, timedelta
 import duckdb
 import pytest
 
-from aggregator.store import schema
-from aggregator.webhooks import outbox
-from aggregator.webhooks.outbox import Attempt, Message, Status
+from aggregator.store import database, webhook_outbox
+from aggregator.store.webhook_outbox import Attempt, Message, Status
 
 NOON = datetime(2026, 3, 1, 12)  # noqa: DTZ001 (as the store writes times)
 SOON = NOON + timedelta(seconds=2)
@@ -18,7 +17,7 @@ SOON = NOON + timedelta(seconds=2)
 def connection() -> Iterator[duckdb.DuckDBPyConnection]:
     """A store of its own, empty."""
     with duckdb.connect() as made:
-        made.execute(schema.TABLES)
+        made.execute(database.TABLES)
         yield made
 
 
@@ -39,7 +38,7 @@ def statuses(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
 
 def waits(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, int, datetime]]:
     """What is left to be sent: the message, the attempts behind it, and when it is due."""
-    return [(one.id, one.attempts, one.due_at) for one in outbox.pending(connection, "hook")]
+    return [(one.id, one.attempts, one.due_at) for one in webhook_outbox.pending(connection, "hook")]
 
 
 def tried(message: Message) -> Attempt:
@@ -50,9 +49,9 @@ def tried(message: Message) -> Attempt:
 def test_a_newer_state_waits_as_the_one_whose_place_it_takes(connection: duckdb.DuckDBPyConnection) -> None:
     """Its attempts are counted on, whoever else is told in between; another customer's begin at none."""
     later = NOON + timedelta(seconds=1)
-    outbox.put_messages(connection, [state("a")], [])
-    outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [tried(state("a"))])
-    outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], [])
+    webhook_outbox.put_messages(connection, [state("a")], [])
+    webhook_outbox.mark(connection, [state("a")._replace(attempts=3, due_at=SOON)], [tried(state("a"))])
+    webhook_outbox.put_messages(connection, [state("b", 1, later), state("c", 1, later, "bob")], [])
     assert statuses(connection) == {"a": "superseded", "b": "pending", "c": "pending"}
     assert waits(connection) == [("b", 3, SOON), ("c", 0, later)]
 
@@ -66,10 +65,10 @@ def test_what_comes_of_a_message_under_way_counts_for_the_one_in_its_place(
 ) -> None:
     """A failure is one more attempt of both; after the last one, and after a delivery, counting begins again."""
     first = state("a")._replace(attempts=3)
-    outbox.put_messages(connection, [first], [])
-    outbox.put_messages(connection, [state("b", 1)], [], ["hook"])  # while the first is being sent
+    webhook_outbox.put_messages(connection, [first], [])
+    webhook_outbox.put_messages(connection, [state("b", 1)], [], ["hook"])  # while the first is being sent
     marked = first._replace(attempts=4, status=outcome, due_at=SOON if outcome == "pending" else first.due_at)
-    outbox.mark(connection, [marked], [])
+    webhook_outbox.mark(connection, [marked], [])
     assert statuses(connection) == {"a": became, "b": "pending"}
     assert waits(connection) == [("b", attempts, due_at)]
 
@@ -82,9 +81,9 @@ def test_what_an_endpoint_was_told_last_is_not_told_again(
     connection: duckdb.DuckDBPyConnection, outcome: Status, balance: int, is_told: bool
 ) -> None:
     """Only if it was not heard, or says something else; another customer's state is no matter."""
-    outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], [])
-    outbox.mark(connection, [state("a")._replace(status=outcome)], [])
-    outbox.put_messages(connection, [state("c", balance, SOON)], [])
+    webhook_outbox.put_messages(connection, [state("a"), state("b", 1, customer="bob")], [])
+    webhook_outbox.mark(connection, [state("a")._replace(status=outcome)], [])
+    webhook_outbox.put_messages(connection, [state("c", balance, SOON)], [])
     assert ("c" in statuses(connection)) is is_told
 
 
@@ -92,7 +91,7 @@ def test_a_state_that_comes_back_is_told(connection: duckdb.DuckDBPyConnection) 
     """What is to be told last counts, and not what was to be told before."""
     for id, balance in (("a", 0), ("b", 1), ("c", 0), ("d", 0)):
         seconds = len(statuses(connection))
-        outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], [])
+        webhook_outbox.put_messages(connection, [state(id, balance, NOON + timedelta(seconds=seconds))], [])
     assert statuses(connection) == {"c": "pending"}
 
 
@@ -103,25 +102,25 @@ def test_a_newer_state_is_lacked_as_long_as_the_one_whose_place_it_takes(
     connection: duckdb.DuckDBPyConnection, outcome: Status, lacked_since: datetime
 ) -> None:
     """Until the endpoint heard that one after all, or it failed for good. When each was made is no matter."""
-    outbox.put_messages(connection, [state("a")], [])
-    outbox.put_messages(connection, [state("b", 1, SOON)], [], ["hook"])
-    outbox.mark(connection, [state("a")._replace(attempts=1, status=outcome)], [])
-    assert [(one.id, one.caused_at, one.created_at) for one in outbox.pending(connection, "hook")] == [
+    webhook_outbox.put_messages(connection, [state("a")], [])
+    webhook_outbox.put_messages(connection, [state("b", 1, SOON)], [], ["hook"])
+    webhook_outbox.mark(connection, [state("a")._replace(attempts=1, status=outcome)], [])
+    assert [(one.id, one.caused_at, one.created_at) for one in webhook_outbox.pending(connection, "hook")] == [
         ("b", lacked_since, SOON)
     ]  # fmt: skip
-    assert [one.id for one in outbox.pending(connection, "hook", (SOON, NOON - timedelta(days=1)))] == (
+    assert [one.id for one in webhook_outbox.pending(connection, "hook", (SOON, NOON - timedelta(days=1)))] == (
         ["b"] if lacked_since == SOON else []
     )  # fmt: skip
 
 
 def test_a_superseded_state_that_nobody_tried_to_send_is_let_go_of(connection: duckdb.DuckDBPyConnection) -> None:
     """One that was tried is in the delivery log, and one that may be under way stays until it is known not to be."""
-    outbox.put_messages(connection, [state("a")], [])
-    outbox.mark(connection, [state("a")._replace(attempts=1)], [tried(state("a"))])
-    outbox.put_messages(connection, [state("b", 1), state("c", 1, customer="bob")], [])
-    outbox.put_messages(connection, [state("d", 2)], [], ["hook"])
+    webhook_outbox.put_messages(connection, [state("a")], [])
+    webhook_outbox.mark(connection, [state("a")._replace(attempts=1)], [tried(state("a"))])
+    webhook_outbox.put_messages(connection, [state("b", 1), state("c", 1, customer="bob")], [])
+    webhook_outbox.put_messages(connection, [state("d", 2)], [], ["hook"])
     assert statuses(connection) == {"a": "superseded", "b": "superseded", "c": "pending", "d": "pending"}
-    outbox.put_messages(connection, [state("e", 3)], [], ["another"])
+    webhook_outbox.put_messages(connection, [state("e", 3)], [], ["another"])
     assert statuses(connection) == {"a": "superseded", "c": "pending", "e": "pending"}
 
 
@@ -135,12 +134,12 @@ def test_a_cause_stays_until_something_was_made_of_it(connection: duckdb.DuckDBP
     connection.execute("INSERT INTO subjects VALUES (7, 1, 'external', 'ann')")
     for number in (1, 2, 3):
         cause(connection, number)
-    outbox.keep_causes(connection, {2: "id of ann"})
-    outbox.put_messages(connection, [], {1})
-    assert [(one.number, one.customer_id, one.text) for one in outbox.take_causes(connection)] == [
+    webhook_outbox.keep_causes(connection, {2: "id of ann"})
+    webhook_outbox.put_messages(connection, [], {1})
+    assert [(one.number, one.customer_id, one.text) for one in webhook_outbox.take_causes(connection)] == [
         (2, "id of ann", "ann"), (3, None, "ann")
     ]  # fmt: skip
-    assert [one.number for one in outbox.take_causes(connection, resting=[2])] == [3]
+    assert [one.number for one in webhook_outbox.take_causes(connection, resting=[2])] == [3]
 
 
 def test_what_waits_for_endpoints_that_were_disabled_long_ago_is_given_up(
@@ -148,13 +147,13 @@ def test_what_waits_for_endpoints_that_were_disabled_long_ago_is_given_up(
 ) -> None:
     """What waits for others stays, and a message stays for as long as an attempt that is listed with it."""
     mine, other = state("a"), state("b")._replace(endpoint_id="other")
-    late = NOON + outbox.KEPT + timedelta(seconds=1)
+    late = NOON + webhook_outbox.KEPT + timedelta(seconds=1)
     attempt = Attempt("try", "a", "hook", "ours", 1, late - timedelta(days=1), 1, 500, "answered 500")
-    outbox.put_messages(connection, [mine, other], [])
-    outbox.forget(connection, NOON, ["hook"])
+    webhook_outbox.put_messages(connection, [mine, other], [])
+    webhook_outbox.forget(connection, NOON, ["hook"])
     assert statuses(connection) == {"a": "failed", "b": "pending"}
-    outbox.mark(connection, [], [attempt])
-    outbox.forget(connection, late, [])
+    webhook_outbox.mark(connection, [], [attempt])
+    webhook_outbox.forget(connection, late, [])
     assert statuses(connection) == {"a": "failed", "b": "pending"}
-    outbox.forget(connection, late + outbox.KEPT, [])
+    webhook_outbox.forget(connection, late + webhook_outbox.KEPT, [])
     assert statuses(connection) == {"b": "pending"}

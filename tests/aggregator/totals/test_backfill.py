@@ -12,15 +12,15 @@ from typing import Any
 import duckdb
 import pytest
 
-from aggregator import running as module
-from aggregator.histories import HISTORIES_AT_ONCE
-from aggregator.plan import PREPARED_METERS_MAX
+from aggregator.totals import running as module
+from aggregator.totals.plan import PREPARED_METERS_MAX
+from aggregator.totals.running import HISTORIES_AT_ONCE
 from aggregator.view import Consumption
 from ingest.log import open_log
-from meters.catalogue import Customer, CustomerCreated
-from meters.credit import MeterReset
+from meters.catalogue.catalogue import Customer, CustomerCreated
+from meters.ledger.ledger import MeterReset
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
-from meters.timestamp import microseconds_of
+from meters.timestamps import microseconds_of
 from tests.support.held_backfills import uncounted
 from tests.support.records import NOW, ORGANIZATION, Running, created, decisions, entry, line, meter, organization
 from tests.support.waiting import eventually
@@ -192,7 +192,7 @@ def test_meters_count_alike_whether_their_statement_is_planned_once_or_each_time
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """There is room for a number of plans, which says nothing about what is counted."""
-    monkeypatch.setattr("aggregator.plan.PREPARED_METERS_MAX", room)
+    monkeypatch.setattr("aggregator.totals.plan.PREPARED_METERS_MAX", room)
     with used() as log, Running(log, tmp_path / "store.duckdb") as running:
         running.catch_up()
         totals = running.engine.totals

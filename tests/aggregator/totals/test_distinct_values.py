@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator import windows as module
+from aggregator.totals import accumulators as module
+from aggregator.totals.accumulators import IDENTITY_LENGTH_MAX, DistinctValues, MeterWindows
 from aggregator.view import EVER
-from aggregator.windows import IDENTITY_LENGTH_MAX, DistinctValues, MeterWindows
-from meters.ledger import customer_meter_id
+from meters.ledger.ledger import customer_meter_id
 from tests.support.records import line
 from tests.support.servers.query_api import Tenant
 

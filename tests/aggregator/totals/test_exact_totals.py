@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.totals import LOOPED_MAX, Amounts, MeterTotals, exact_sum
+from aggregator.totals.accumulators import LOOPED_MAX, Amounts, MeterTotals, exact_sum
 
 EXACT = Context(prec=100)
 amounts = st.one_of(

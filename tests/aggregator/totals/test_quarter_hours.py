@@ -6,10 +6,8 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 
-from aggregator.quarters import Calendar, MeterQuarters
-from aggregator.totals import Amounts
-from meters.timestamp import microseconds_of
-from meters.window import KEPT_FROM, START_MIN, Interval, bucket, zone_names
+from aggregator.totals.accumulators import Amounts, Calendar, MeterQuarters
+from meters.timestamps import KEPT_FROM, START_MIN, Interval, bucket, microseconds_of, zone_names
 
 QUARTER = timedelta(minutes=15)
 

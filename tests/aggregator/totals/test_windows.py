@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from aggregator.totals import Amounts
-from aggregator.windows import MeterWindows
+from aggregator.totals.accumulators import Amounts, MeterWindows
 
 SINCE_US = 1_800_000_000_000_000
 AMOUNTS = [Decimal(1), Decimal(7), Decimal(4)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from standardwebhooks import Webhook
 
-from aggregator.webhooks import outbox, targets
-from aggregator.webhooks.names import Names
+from aggregator.store import webhook_outbox
+from aggregator.webhooks import targets
+from aggregator.webhooks.targets import Names
 from meters.log import format_position
-from meters.signatures import signature
-from meters.webhooks import SigningSecret
+from meters.webhooks import SigningSecret, signature
 from tests.support.polar.organization import Polar
 from tests.support.servers.query_api import Server, Tenant
 from tests.support.servers.webhook_receiver import HURRY, Delivery
@@ -352,5 +352,5 @@ def test_polars_news_are_told_on(tenant: Tenant) -> None:
     live(tenant, story)
     polar.deliver("benefit_grant.created", polar.grant(tenant.server.now), "1")
     with tenant.server.aggregator.outbox() as connection:
-        causes = [cause.customer_id for cause in outbox.take_causes(connection) if cause.organization_id == tenant.id]
+        causes = [cause.customer_id for cause in webhook_outbox.take_causes(connection) if cause.organization_id == tenant.id]
     assert polar.customer_id in causes

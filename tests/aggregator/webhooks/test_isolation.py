@@ -10,14 +10,14 @@ from uuid import uuid4
 
 import pytest
 
-from aggregator import webhook_messages
-from aggregator.api.webhook_endpoints import ENDPOINTS_MAX
+from aggregator.api.webhooks import ENDPOINTS_MAX
 from aggregator.service import balances
+from aggregator.store import webhook_outbox
 from aggregator.store.queries.scope import naive
-from aggregator.webhook_messages import messages_of
-from aggregator.webhook_sender import ORDER_GUARD
-from aggregator.webhooks import names, outbox
-from aggregator.webhooks.outbox import KEPT, Cause, Message
+from aggregator.store.webhook_outbox import KEPT, Cause, Message
+from aggregator.webhooks import messages, targets
+from aggregator.webhooks.messages import messages_of
+from aggregator.webhooks.sender import ORDER_GUARD
 from meters.log import format_position
 from meters.webhooks import STATE_CHANGED, Endpoint, EndpointSet, Heard
 from tests.support.held_backfills import uncounted
@@ -28,7 +28,7 @@ from tests.support.waiting import until
 
 MOMENT = timedelta(milliseconds=20)
 MANY = 300  # of which any may be asked first
-SPARED = ENDPOINTS_MAX - names.LOOKUPS_AT_ONCE
+SPARED = ENDPOINTS_MAX - targets.LOOKUPS_AT_ONCE
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise socket.gaierror(socket.EAI_AGAIN, "away")
 
     monkeypatch.setattr(socket, "getaddrinfo", slowly)
-    monkeypatch.setattr(names, "RESOLVE_S_MAX", 0.1)
+    monkeypatch.setattr(targets, "RESOLVE_S_MAX", 0.1)
     try:
         yield names_asked
     finally:
@@ -86,7 +86,7 @@ def test_endpoints_that_are_switched_off_take_nobodys_turn(server: Server, tenan
     off = [switched_off(tenant) for _ in range(MANY)]
     server.run(server.aggregator.decide(*map(EndpointSet, off)))
     with server.aggregator.outbox() as connection:
-        outbox.put_messages(connection, [due(endpoint) for endpoint in off], [])
+        webhook_outbox.put_messages(connection, [due(endpoint) for endpoint in off], [])
 
     async def story(told: Told) -> None:
         await told.listen("customer.state_changed")
@@ -106,17 +106,17 @@ def test_names_that_are_slow_keep_nobody_else_waiting(server: Server, tenant: Te
         for number in range(ENDPOINTS_MAX):
             await told.ask("POST", "/v1/webhooks/endpoints", {"url": f"http://e{number}.slow.example/"})
         await told.customer()
-        await until(lambda: len(asked) == names.LOOKUPS_AT_ONCE)
+        await until(lambda: len(asked) == targets.LOOKUPS_AT_ONCE)
         told.receiver.url = told.receiver.url.replace("127.0.0.1", "localhost")
         other = Told(stranger, told.receiver)
         await other.listen("customer.state_changed")
         await other.customer("eve")
         await told.arrived(1, passing=MOMENT)  # a good lookup may be late as well, on a busy machine
-        await until(lambda: rows(server, tried, tenant.id) == [(names.LOOKUPS_AT_ONCE,)])
+        await until(lambda: rows(server, tried, tenant.id) == [(targets.LOOKUPS_AT_ONCE,)])
         found = (await told.ask("GET", "/v1/webhooks/deliveries"))["items"]
         assert {one["outcome"] for one in found} == {"the name could not be resolved in 0.1 s"}
-        assert sorted(rows(server, attempts, tenant.id)) == [(0,)] * SPARED + [(1,)] * names.LOOKUPS_AT_ONCE
-        assert len(asked) == names.LOOKUPS_AT_ONCE
+        assert sorted(rows(server, attempts, tenant.id)) == [(0,)] * SPARED + [(1,)] * targets.LOOKUPS_AT_ONCE
+        assert len(asked) == targets.LOOKUPS_AT_ONCE
 
     tried = "SELECT count(*) FROM webhook_attempts WHERE organization_id = ?"
     attempts = "SELECT attempts FROM webhook_messages WHERE organization_id = ?"
@@ -168,7 +168,7 @@ def test_whoever_makes_messages_lets_others_go_on(
     tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})
     ids = [tenant.customer(external_id=f"c{number}") for number in range(20)]
     causes = [Cause(number, tenant.id, id, None, None, None, naive(server.now)) for number, id in enumerate(ids)]
-    monkeypatch.setattr(webhook_messages, "TURN_S", 0)
+    monkeypatch.setattr(messages, "TURN_S", 0)
     turns = []
 
     async def others() -> None:

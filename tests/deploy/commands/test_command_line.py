@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 from typer.testing import CliRunner
 
-from deploy.command_line import app, global_options_first
+from deploy.app import app, global_options_first
 from deploy.settings import read_environment
 from tests.support.servers.installation import Installation, meterstream
 from tests.support.waiting import eventually

@@ -22,8 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from ingest.log import open_log
-from meters.log import USAGE_CONTROL, USAGE_EVENTS
-from meters.partition_key import partition_key
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, partition_key
 from tests.deploy.shipped.test_documented_commands import README
 from tests.support.kafka.cluster import Cluster
 from tests.support.kafka.installation import Process, own_brokers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.data import DataDirectory
+from deploy.server.data import DataDirectory
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.support.records import OTHER_ORGANIZATION, decisions, entry, line, organization
 from tests.support.servers.installation import Installation, meterstream

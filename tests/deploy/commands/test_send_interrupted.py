@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.giving_up import INTERRUPTED
+from deploy.errors import INTERRUPTED
 from tests.support.servers.installation import PATIENCE_S, Installation
 from tests.support.waiting import eventually
 

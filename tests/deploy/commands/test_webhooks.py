@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from meters.signatures import keys
+from meters.webhooks import keys
 from tests.support.polar.organization import signed
 from tests.support.servers.installation import PATIENCE_S, Installation
 from tests.support.waiting import eventually

@@ -17,9 +17,8 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aggregator.forward.metrics import ForwardingMetrics
-from aggregator.forward.state import State
-from deploy.command_line import app
+from aggregator.forward.state import ForwardingMetrics, State
+from deploy.app import app
 from deploy.settings import PREFIX, Settings
 from tests.support.programs import assert_succeeds, program
 from tests.support.servers.installation import Installation

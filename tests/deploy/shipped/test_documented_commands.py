@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from deploy.command_line import app
+from deploy.app import app
 from tests.test_tidy import REPOSITORY, repository_files
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

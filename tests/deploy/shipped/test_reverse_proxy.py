@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ingest.gateway import VERSIONS
-from meters.access import API_VERSION_DEFAULT
+from ingest.gateway.app import VERSIONS
+from meters.catalogue.access import API_VERSION_DEFAULT
 from tests.support.ports import take_port
 from tests.support.programs import program
 from tests.support.servers.installation import Installation

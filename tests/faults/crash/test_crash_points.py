@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.owner import Aggregator
+from aggregator.engine.supervisor import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
 from meters.log import Log

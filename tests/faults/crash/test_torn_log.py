@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.owner import Aggregator
+from aggregator.engine.supervisor import Aggregator
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, Record, Refused, TryAgain
 from tests.support.faults.store_checks import SEED, caught_up, ends, export, usage, write_sample, write_usage

@@ -11,9 +11,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from aggregator import engine
-from aggregator.owner import Aggregator
-from aggregator.store.opening import Unopenable
+from aggregator.engine import pipeline
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store.database import Unopenable
 from aggregator.store.store import Store
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
@@ -50,9 +50,9 @@ class Installed:
         write_sample(log)
         write_usage(log, 10, SEED, decide=False)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "ROUND_BYTES_MAX", 1)  # a record a round: many commits to be cut between
-            patch.setattr(engine, "ROUND_PERIOD_S", 0)
-            patch.setattr(engine, "QUIET_ROUND_PERIOD_S", 0)
+            patch.setattr(pipeline, "ROUND_BYTES_MAX", 1)  # a record a round: many commits to be cut between
+            patch.setattr(pipeline, "ROUND_PERIOD_S", 0)
+            patch.setattr(pipeline, "QUIET_ROUND_PERIOD_S", 0)
             aggregator = Aggregator(log, self.data / STORE, SMALL)
             aggregator.start()
             eventually(lambda: caught_up(aggregator, ends(log)))

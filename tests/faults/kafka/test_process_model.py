@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from meters.aggregation import evaluate
 from meters.event import Event, check_line
-from meters.facts import Facts, facts
+from meters.event_values import Facts, facts
 from meters.log import USAGE_EVENTS
 from meters.meter import Meter
 from tests.support.faults.sender import Sender

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from confluent_kafka import Producer, TopicPartition
 
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from meters.log import USAGE_EVENTS, Record
-from meters.partition_key import partition_key
+from ingest.log.kafka_admin import Wanted, make_topics, parse_address
+from meters.log import USAGE_EVENTS, Record, partition_key
 from tests.support.faults.figures import told
 from tests.support.faults.sender import Sender
 from tests.support.faults.store_checks import SEED, assert_store_tells, count, every, export, usage

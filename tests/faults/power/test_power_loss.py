@@ -13,11 +13,11 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from aggregator.owner import Aggregator
-from aggregator.store.opening import Unopenable
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store.database import Unopenable
 from aggregator.store.store import Store
-from deploy.data import DataDirectory
 from deploy.rebuild import rebuild
+from deploy.server.data import DataDirectory
 from ingest.log import open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record
 from tests.faults.power.losing import Crash, Disk, crashes

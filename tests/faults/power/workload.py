@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-from aggregator import checkpoint, engine
-from aggregator.owner import Aggregator
-from ingest.log import appender, open_log
+from aggregator.engine import pipeline
+from aggregator.engine.supervisor import Aggregator
+from ingest.log import open_log, sqlite_writer
 from meters.log import Entry, Log
 from tests.support.faults.store_checks import SEED, caught_up, ends, write_sample, write_usage
 from tests.support.records import SMALL
@@ -23,8 +23,8 @@ from tests.support.waiting import eventually
 STORE = "store.duckdb"
 RECORDS = 12  # beside the sample
 SMALL_STEPS = (
-    (engine, "ROUND_BYTES_MAX", 1), (engine, "ROUND_PERIOD_S", 0), (engine, "QUIET_ROUND_PERIOD_S", 0),
-    (checkpoint, "ROWS_BETWEEN", 40), (checkpoint, "AGAIN_S", 0.003), (appender, "CHECKPOINT_BYTES", 50_000),
+    (pipeline, "ROUND_BYTES_MAX", 1), (pipeline, "ROUND_PERIOD_S", 0), (pipeline, "QUIET_ROUND_PERIOD_S", 0),
+    (pipeline, "ROWS_BETWEEN", 40), (pipeline, "AGAIN_S", 0.003), (sqlite_writer, "CHECKPOINT_BYTES", 50_000),
 )
 
 

@@ -18,8 +18,7 @@ import duckdb
 import msgspec
 
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
+from ingest.log.kafka_admin import Wanted, make_topics, parse_address
 from meters.log import TryAgain
 from tests.faults.soak.forwarding import Forwarding
 from tests.faults.soak.ground import MEBIBYTE, Ground
@@ -49,7 +48,7 @@ LINE_BYTES, EVENT_BYTES = 40, 300  # what a line takes in the log and an event i
 QUOTA_SHARE = 3.0  # requests a minute that a token may have, of what the sender needs
 QUOTA_MIN = 3000
 LEAK_BYTES_PER_HOUR_MAX = 64 * MEBIBYTE
-IDENTITY_BYTES = 9  # what the aggregator remembers of an event (aggregator/seen.py)
+IDENTITY_BYTES = 9  # what the aggregator remembers of an event (aggregator/decode/identities.py)
 JUDGED_S_MIN = 600.0  # a slope over less says more about the allocator than about leaks
 
 

@@ -13,19 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest import kernels, tail
-from ingest.answers import Answer
-from ingest.batching import TURN_BYTES_MAX
-from ingest.intake import Intake
+from ingest import catalogue_follower
+from ingest.admission import kernels
+from ingest.admission.batching import NO_PREFERENCES, TURN_BYTES_MAX, Opened
+from ingest.admission.duplicates import RecentIdentities
+from ingest.admission.intake import Intake
+from ingest.catalogue_follower import CatalogueTail
 from ingest.limits import InFlight
-from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog
-from ingest.recent import RecentIdentities
-from ingest.request import NO_PREFERENCES, Opened
-from ingest.tail import CatalogueTail
-from meters.catalogue import Token
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
-from meters.partition_key import partition_key, partition_of
+from ingest.log.partitions import Limits
+from ingest.responses import Answer
+from meters.catalogue.catalogue import Token
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, partition_key, partition_of
 from tests.ingest.admission.test_compiled_parsing import bodies
 from tests.support.admission import ORGANIZATION, UNKNOWN, written
 
@@ -98,7 +97,7 @@ def counts(answer: Answer) -> tuple[int, Any]:
     return answer.status, said["inserted"] + said["duplicates"] if answer.status == 200 else said
 
 
-@patch.object(tail, "WAIT_S", 0.002)  # how long its thread goes on after the end
+@patch.object(catalogue_follower, "WAIT_S", 0.002)  # how long its thread goes on after the end
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([ORGANIZATION, UNKNOWN]), bodies()), min_size=1, max_size=8),
        st.sampled_from([1, 12, 70]))  # fmt: skip

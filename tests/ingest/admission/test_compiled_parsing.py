@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest import kernels, quick
-from ingest.admission import Admitted, admit
-from ingest.quick import Quick
-from ingest.recent import Fingerprints
-from ingest.spread import Spread
+from ingest.admission import intake, kernels
+from ingest.admission.duplicates import Fingerprints
+from ingest.admission.intake import Quick
+from ingest.admission.partitioner import Spread
+from ingest.admission.validate import Admitted, admit
 from meters.event import check_event
 from tests.support.admission import CATALOGUE, NOW, ORGANIZATION, tenant, written
 from tests.support.json_events import EVENTS, Pairs, repeats_a_key
@@ -139,7 +139,7 @@ def test_one_event_that_differs_is_looked_at_closely(old: str, new: str) -> None
 @pytest.fixture
 def at_once() -> Iterator[None]:
     """Loops are loaded by the first body."""
-    with patch.object(quick, "LOAD_AFTER_BYTES", 0):
+    with patch.object(intake, "LOAD_AFTER_BYTES", 0):
         yield
 
 
@@ -163,7 +163,7 @@ def test_a_repetition_is_known_whichever_way_it_came_before() -> None:
 def test_without_a_compiler_all_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """Where loops cannot be loaded that is said once."""
     swift = Quick()
-    with patch.dict("sys.modules", {"ingest.kernels": None}):
+    with patch.dict("sys.modules", {"ingest.admission.kernels": None}):
         assert swift.read([b"{}"], 0, 1, ORGANIZATION) is None
         assert swift._loading is not None
         swift._loading.join()
@@ -174,7 +174,7 @@ def test_without_a_compiler_all_goes_on(caplog: pytest.LogCaptureFixture) -> Non
 def test_a_gateway_with_few_events_loads_nothing() -> None:
     """Two mebibytes of bodies are the limit."""
     swift = Quick()
-    swift.read([b" " * quick.LOAD_AFTER_BYTES], 0, 1, ORGANIZATION)
+    swift.read([b" " * intake.LOAD_AFTER_BYTES], 0, 1, ORGANIZATION)
     assert swift._loading is None
 
 

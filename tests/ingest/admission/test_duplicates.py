@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest import kernels
-from ingest.recent import Fingerprints, RecentIdentities, Verdict
+from ingest.admission import kernels
+from ingest.admission.duplicates import Fingerprints, RecentIdentities, Verdict
 
 Memory = Callable[..., RecentIdentities]
 in_dictionaries: Memory = RecentIdentities

@@ -6,7 +6,7 @@ import functools
 import pytest
 import uvloop
 
-from ingest.turns import Turns
+from ingest.admission.batching import Turns
 
 
 class Rounds:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest import plain
-from ingest.plain import find_suspects, read_plain
+from ingest.admission import validate
+from ingest.admission.validate import find_suspects, read_plain
+from meters.catalogue.access import reference_refusals
 from meters.event import CLOCK_SKEW, check_event
-from meters.references import reference_refusals
 from tests.support.admission import CATALOGUE, CUSTOMER, NOW, ORGANIZATION, admitted, written
 from tests.support.json_events import BY_ID, EVENTS, METADATA, NAMES, Pairs, objects, repeats_a_key
 
@@ -110,5 +110,5 @@ def test_one_odd_event_does_not_make_the_others_suspects() -> None:
     """In a body that does not fit as a whole, only the events that do not fit are read with care."""
     lines = [msgspec.Raw(text.encode()) for text in (written(), "5", written(metadata={"k": {}}), written())]
     body = b'{"events":[' + b",".join(lines) + b"]}"
-    _, suspects, _ = plain.find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW, read_plain(body))
+    _, suspects, _ = validate.find_suspects(body, lines, ORGANIZATION, CATALOGUE, NOW, read_plain(body))
     assert suspects == {1, 2}

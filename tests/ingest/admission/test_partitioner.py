@@ -7,11 +7,10 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.admission import Admitted
-from ingest.plain import Plain
-from ingest.spread import Spread
-from meters.catalogue import Catalogue, Customer, CustomerCreated
-from meters.partition_key import partition_key, partition_of
+from ingest.admission.partitioner import Spread
+from ingest.admission.validate import Admitted, Plain
+from meters.catalogue.catalogue import Catalogue, Customer, CustomerCreated
+from meters.log import partition_key, partition_of
 
 ORGANIZATION = "6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10"
 NAMED = "0e1d7f2a-6f63-4c6c-8a53-111111111111"  # a customer with an external id

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.gather import GROUP_BYTES_MAX, RECORD_BYTES_MAX, Gather, together
-from ingest.log.limits import Limits
+from ingest.admission.batching import GROUP_BYTES_MAX, RECORD_BYTES_MAX, Gather, together
 from ingest.log.memory import Disk, MemoryLog
+from ingest.log.partitions import Limits
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Record, Refused, TryAgain
 
 PARTITIONS = 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ingest.admission import Admitted, RefusedBody, admit, admit_quickly
+from ingest.admission.validate import Admitted, RefusedBody, admit, admit_quickly
 from ingest.limits import (
     CAREFUL_EVENTS_MAX,
     CAREFUL_VALUES_MAX,

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.client import Event
-from ingest.client.event import seal
-from ingest.client.values import Unacceptable
+from ingest.client.event import Unacceptable, seal
 from meters.event import Event as MeteredEvent
 from meters.event import check_event
-from meters.exact_json import decode
+from meters.exact import decode
 
 NOW = datetime(2026, 3, 1, 10, tzinfo=UTC)
 LATER = NOW + timedelta(days=400_000)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.client import journal as journal_module
-from ingest.client.journal import SUFFIX, Journal
-from ingest.client.spool import Spool, spools
+from ingest.client import spool as journal_module
+from ingest.client.spool import JOURNAL_SUFFIX, Journal, Spool, spools
 from tests.support.faults.small_disk import SmallDisk
 
 OWNER = "owner"
@@ -47,7 +46,7 @@ def test_a_file_cut_anywhere_holds_what_was_written_before(choices: list[int], p
     with TemporaryDirectory() as directory:
         steps = lived(spool := Path(directory) / "a", choices)
         cut = round(steps[-1][0] * part)
-        with Path(f"{spool}{SUFFIX}").open("r+b") as file:
+        with Path(f"{spool}{JOURNAL_SUFFIX}").open("r+b") as file:
             file.truncate(cut)
         done = max(index for index, (end, _) in enumerate(steps) if end <= cut)
         before, after = steps[done][1], steps[min(done + 1, len(steps) - 1)][1]
@@ -64,7 +63,7 @@ def test_pages_that_a_power_cut_took_make_nothing_up(choices: list[int], start: 
     """They read as zeros: every event that is found was written just so."""
     with TemporaryDirectory() as directory:
         steps = lived(spool := Path(directory) / "a", choices)
-        path = Path(f"{spool}{SUFFIX}")
+        path = Path(f"{spool}{JOURNAL_SUFFIX}")
         content = path.read_bytes()
         begin = round(len(content) * start)
         end = begin + round((len(content) - begin) * length)
@@ -80,7 +79,7 @@ def test_what_follows_an_unfinished_line_is_read(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         journal.append(number, b"%d" % number)
     journal.drop()
-    with Path(f"{tmp_path / 'a'}{SUFFIX}").open("ab") as file:
+    with Path(f"{tmp_path / 'a'}{JOURNAL_SUFFIX}").open("ab") as file:
         file.write(b'+4 {"half":')
 
     second = Journal(tmp_path / "a")
@@ -96,7 +95,7 @@ def test_an_empty_journal_takes_no_room(tmp_path: Path) -> None:
     for number in range(1, 10):
         journal.append(number, b"x" * 1000)
     journal.settle(range(1, 10))
-    assert Path(f"{tmp_path / 'a'}{SUFFIX}").stat().st_size == 0
+    assert Path(f"{tmp_path / 'a'}{JOURNAL_SUFFIX}").stat().st_size == 0
 
     journal.append(10, b"ten")
     journal.drop()
@@ -160,7 +159,7 @@ def test_what_moves_into_the_file_is_found_once(tmp_path: Path, emptied: bool) -
 
 
 def _journal_and_copy(directory: Path) -> tuple[Path, Path]:
-    [path] = directory.glob(f"*{SUFFIX}")
+    [path] = directory.glob(f"*{JOURNAL_SUFFIX}")
     return path, directory / "journal.copy"
 
 

@@ -13,17 +13,15 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from ingest.client import Ingestion, KafkaTransport, Limits
-from ingest.client.answer import Taken, Unavailable
 from ingest.client.event import EVENT_BYTES_MAX
 from ingest.client.kafka import RECORD_BYTES_MAX
-from ingest.client.spool import SUFFIX, Spool, fingerprint
-from ingest.log import kafka_init, open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_writer import RECORD_OVERHEAD_BYTES, Writer
-from ingest.log.limits import Limits as LogLimits
-from meters.log import USAGE_EVENTS, Entry, Record, TryAgain
-from meters.partition_key import partition_key, partition_of
+from ingest.client.spool import SPOOL_SUFFIX, Spool, fingerprint
+from ingest.client.transport import Taken, Unavailable
+from ingest.log import kafka_admin, open_log
+from ingest.log.kafka_admin import Wanted, make_topics, parse_address
+from ingest.log.kafka_log import RECORD_OVERHEAD_BYTES, Writer
+from ingest.log.partitions import Limits as LogLimits
+from meters.log import USAGE_EVENTS, Entry, Record, TryAgain, partition_key, partition_of
 from tests.support.kafka.cluster import Cluster
 from tests.support.kafka.mock import mock_brokers
 from tests.support.waiting import eventually
@@ -229,7 +227,7 @@ def test_the_largest_event_reaches_the_topic(bootstrap: str, prefix: str) -> Non
 
     assert len(record.value) > LARGEST_TEXT_BYTES
     assert ingestion.stats().acknowledged == 1
-    assert RECORD_BYTES_MAX == LogLimits().value_bytes_max + RECORD_OVERHEAD_BYTES < kafka_init.RECORD_BYTES_MAX
+    assert RECORD_BYTES_MAX == LogLimits().value_bytes_max + RECORD_OVERHEAD_BYTES < kafka_admin.RECORD_BYTES_MAX
 
 
 def test_making_a_transport_connects_to_nobody() -> None:
@@ -267,4 +265,4 @@ def test_what_another_organization_left_is_not_ours(prefix: str, tmp_path: Path)
     with mock_brokers(topic) as brokers:
         assert sent_from(tmp_path, brokers, prefix, 1) == [f"{ORGANIZATION}-{topic}"]
 
-    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 2
+    assert len(list(tmp_path.glob(f"*{SPOOL_SUFFIX}"))) == 2

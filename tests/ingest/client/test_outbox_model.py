@@ -17,17 +17,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ingest.client import journal as journal_module
 from ingest.client import outbox as outbox_module
-from ingest.client import sending as sending_module
-from ingest.client.answer import Outcome, Unavailable
+from ingest.client import sender as sending_module
+from ingest.client import spool as journal_module
+from ingest.client.event import Limits, Rejection
 from ingest.client.ingestion import _move
-from ingest.client.journal import Row
-from ingest.client.limits import Limits
 from ingest.client.outbox import Batch, Outbox
-from ingest.client.rejection import Rejection
-from ingest.client.sending import Sender
-from ingest.client.spool import Spool, SpoolBroken, spools
+from ingest.client.sender import Sender
+from ingest.client.spool import Row, Spool, SpoolBroken, spools
+from ingest.client.transport import Outcome, Unavailable
 
 OWNER = "owner"
 LIMITS = Limits(batch_events_max=3, linger_s=0, held_bytes_max=800, backoff_s=0, backoff_s_max=0)

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from ingest.client import EventRefused, Ingestion, Limits, Rejection, Stats
-from ingest.client.limits import MEMORY_EVENTS_MAX
+from ingest.client.event import MEMORY_EVENTS_MAX
 from tests.support.servers.faulty_gateway import Bad, Events, FaultServer, Script, refusal
 from tests.support.waiting import PATIENCE_S, eventually
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ingest.client import journal as journal_module
-from ingest.client.journal import Row
-from ingest.client.limits import Limits
+from ingest.client import spool as journal_module
+from ingest.client.event import Limits
 from ingest.client.outbox import Outbox
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Row, Spool, SpoolBroken, fingerprint, spools
 
 OWNER = "owner"
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from meters.access import TOKEN_PREFIX
-from meters.catalogue import TokenCreated
+from meters.catalogue.access import TOKEN_PREFIX
+from meters.catalogue.catalogue import TokenCreated
 from tests.support.servers.gateway import RunningGateway, event
 from tests.support.waiting import eventually
 

@@ -18,8 +18,8 @@ import zstandard
 
 from ingest.limits import BODY_BYTES_MAX, MEBIBYTE
 from ingest.log import open_log
-from meters.access import TOKEN_PREFIX, digest
-from meters.catalogue import Token, TokenCreated, encode_change
+from meters.catalogue.access import TOKEN_PREFIX, digest
+from meters.catalogue.catalogue import Token, TokenCreated, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry
 from tests.support.servers.gateway import event
 from tests.support.waiting import eventually

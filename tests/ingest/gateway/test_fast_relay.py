@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ingest.gateway.proxy import BUFFER_BYTES
 from ingest.limits import RELAYED_MAX
-from ingest.passthrough import BUFFER_BYTES
 from meters.fast_paths import FastRead
 from tests.support.servers.gateway import PATIENCE_S, RunningGateway, receive_all
 from tests.support.waiting import eventually
@@ -204,7 +204,7 @@ def test_an_api_that_falls_silent_is_a_504(
     gateway: RunningGateway, api: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the same time as by the other way, and its connection is not used again."""
-    monkeypatch.setattr("ingest.relay.PASSTHROUGH_ANSWER_DEADLINE_S", 0.05)
+    monkeypatch.setattr("ingest.gateway.proxy.PASSTHROUGH_ANSWER_DEADLINE_S", 0.05)
     api.answering = lambda *_: None
     assert gateway.client.get(BALANCES).status_code == 504
     monkeypatch.undo()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ingest.heads import LENGTH_DIGITS_MAX, KnownHead, known_head
-from ingest.protocol import KNOWN_TIMES_MAX
+from ingest.gateway.connection import KNOWN_TIMES_MAX
+from ingest.gateway.header_cache import LENGTH_DIGITS_MAX, KnownHead, known_head
 from tests.support.servers.gateway import RunningGateway, event
 from tests.support.waiting import eventually
 

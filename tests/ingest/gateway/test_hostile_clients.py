@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from ingest.exchange import Exchange
+from ingest.gateway.connection import Exchange
 from ingest.limits import HEAD_BYTES_MAX, MEBIBYTE, PIPELINED_MAX
 from tests.support.servers.gateway import PATIENCE_S, RunningGateway, event, receive_all
 from tests.support.waiting import eventually

@@ -12,13 +12,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from ingest.catalogue_follower import CatalogueTail
 from ingest.log import open_log
-from ingest.log.limits import Limits
 from ingest.log.memory import Disk, MemoryLog, Partition
-from ingest.log.places import Places
-from ingest.tail import CatalogueTail
-from meters.access import TOKEN_PREFIX
-from meters.catalogue import Customer, CustomerCreated, Token, TokenCreated, TokenRevoked, encode_change
+from ingest.log.partitions import Limits, Places
+from meters.catalogue.access import TOKEN_PREFIX
+from meters.catalogue.catalogue import Customer, CustomerCreated, Token, TokenCreated, TokenRevoked, encode_change
 from meters.event import identity
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, PositionLost, Record, TryAgain, parse_position
 from tests.support.servers.gateway import CREATED, RunningGateway, event
@@ -181,7 +180,7 @@ def test_a_gateway_that_lost_a_background_task_ends(
     stream: str, failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would answer 503 for ever. It stops as if it were asked to: what it took before is answered with yes."""
-    monkeypatch.setattr("ingest.gateway.LOG_LOOK_S", 0.01)
+    monkeypatch.setattr("ingest.gateway.app.LOG_LOOK_S", 0.01)
     log = FailingLog()
     with RunningGateway(log) as gateway, concurrent.futures.ThreadPoolExecutor(1) as clients:
         eventually(lambda: gateway.client.get("/readyz").status_code == 200)
@@ -249,7 +248,7 @@ def test_what_was_acknowledged_survives_the_process(tmp_path: Path) -> None:
 
 def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event may follow its customer at once: what is in the log already is not unknown, only not read yet."""
-    monkeypatch.setattr("ingest.tail.CATCH_UP_S", 30.0)
+    monkeypatch.setattr("ingest.catalogue_follower.CATCH_UP_S", 30.0)
     with RunningGateway(open_log(f"embedded:{tmp_path}")) as gateway:
         for preference in ("handling=strict", "handling=lenient") * 10:
             customer = Customer(id=str(uuid.uuid4()), organization_id=gateway.organization_id, created_at=CREATED)

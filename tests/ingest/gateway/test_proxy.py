@@ -13,8 +13,8 @@ import httpx
 import pytest
 import uvicorn
 
+from ingest.gateway.proxy import end_to_end
 from ingest.limits import PASSTHROUGH_CONNECTIONS_MAX
-from ingest.passthrough import end_to_end
 from tests.support.servers.gateway import PATIENCE_S, RunningGateway, event, receive_all
 from tests.support.waiting import eventually
 
@@ -210,7 +210,7 @@ def test_an_answer_that_does_not_begin_is_not_waited_for(
     gateway: RunningGateway, api: QueryApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """504 when the time is up; the connection that still owes an answer is not used again."""
-    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_ANSWER_DEADLINE_S", 0.2)
+    monkeypatch.setattr("ingest.gateway.proxy.PASSTHROUGH_ANSWER_DEADLINE_S", 0.2)
     assert gateway.client.get("/v1/late").status_code == 504
     monkeypatch.undo()
     api.go_on.set()
@@ -221,8 +221,8 @@ def test_one_organization_leaves_some_of_the_api_to_others(
     api: QueryApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its requests beyond that wait, and are told in the end that there are too many; events are taken all the same."""
-    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
-    monkeypatch.setattr("ingest.passthrough.SLOT_S_MAX", 0.2)
+    monkeypatch.setattr("ingest.gateway.proxy.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
+    monkeypatch.setattr("ingest.gateway.proxy.SLOT_S_MAX", 0.2)
     with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}") as gateway, ThreadPoolExecutor(2) as clients:
         def late(_: int) -> int:
             return gateway.client.get("/v1/late", headers=gateway.authorization).status_code
@@ -244,8 +244,8 @@ def test_strangers_leave_some_of_the_api_to_customers(
     api: QueryApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A customer at the portal asks as one of the organization, and is answered while strangers hold their share."""
-    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
-    monkeypatch.setattr("ingest.passthrough.SLOT_S_MAX", 0.2)
+    monkeypatch.setattr("ingest.gateway.proxy.PASSTHROUGH_CONNECTIONS_OF_ONE_MAX", 2)
+    monkeypatch.setattr("ingest.gateway.proxy.SLOT_S_MAX", 0.2)
     with RunningGateway(upstream=f"unix:{tmp_path / 'api.sock'}") as gateway, ThreadPoolExecutor(2) as clients:
         session = {"authorization": f"Bearer {gateway.add_session()}"}
         held = clients.map(lambda _: gateway.client.get("/v1/late").status_code, range(2))
@@ -274,7 +274,7 @@ def test_half_an_answer_is_no_answer(gateway: RunningGateway, api: QueryApi) -> 
 @pytest.mark.parametrize("told", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf"])
 def test_an_aggregator_that_falls_silent_keeps_nothing(monkeypatch: pytest.MonkeyPatch, told: bytes) -> None:
     """In a request that it takes no more of (504), or an answer that it began (cut): both connections are closed."""
-    monkeypatch.setattr("ingest.passthrough.PASSTHROUGH_IDLE_DEADLINE_S", 0.2)
+    monkeypatch.setattr("ingest.gateway.proxy.PASSTHROUGH_IDLE_DEADLINE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with RunningGateway(upstream=address) as gateway, gateway.connect() as client:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest import passthrough
+from ingest.gateway import proxy
 from tests.support.certificates import make_certificate
 from tests.support.servers.gateway import PATIENCE_S, RunningGateway
 
@@ -60,7 +60,7 @@ def api(tmp_path: Path) -> Iterator[TlsApi]:
 def test_reads_are_asked_over_tls(api: TlsApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the certificate is of a known authority; without a port it is that of https."""
     monkeypatch.setenv("SSL_CERT_FILE", str(api.certificate))
-    monkeypatch.setitem(passthrough.PORTS, "https", api.port)
+    monkeypatch.setitem(proxy.PORTS, "https", api.port)
     with RunningGateway(upstream="https://127.0.0.1") as gateway:
         answers = [gateway.client.get("/v1/meters/", headers=gateway.authorization) for _ in range(2)]
     assert [answer.content for answer in answers] == [b"ok", b"ok"]

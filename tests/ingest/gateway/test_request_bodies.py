@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from ingest import outcome
+from ingest.admission import batching
+from ingest.admission.duplicates import Fingerprints
+from ingest.admission.partitioner import Spread
 from ingest.limits import INLINE_BODY_BYTES_MAX
 from ingest.log import open_log
-from ingest.recent import Fingerprints
-from ingest.spread import Spread
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.support.servers.gateway import RunningGateway, event
 
@@ -81,7 +81,7 @@ def test_a_large_body_is_taken_whole(gateway: RunningGateway, encode: Any) -> No
 
 TWELVE = {USAGE_EVENTS: 12, USAGE_CONTROL: 1}
 LASTING = {function.__code__: function.__name__ for function in (
-    Fingerprints.of.__func__, Spread.entries, outcome.accepted, outcome.unprocessable)}  # fmt: skip
+    Fingerprints.of.__func__, Spread.entries, batching.accepted, batching.unprocessable)}  # fmt: skip
 
 
 class Workers:

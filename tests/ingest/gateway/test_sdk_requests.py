@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meters.catalogue import Customer, CustomerCreated
+from meters.catalogue.catalogue import Customer, CustomerCreated
 from tests.support.servers.gateway import CREATED, RunningGateway
 from tests.support.waiting import eventually
 

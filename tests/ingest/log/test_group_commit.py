@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from ingest.log import open_log
-from ingest.log.appender import FileAppender
-from ingest.log.limits import Limits
+from ingest.log.partitions import Limits
 from ingest.log.sqlite_file import create
-from ingest.log.writer import Batch, GroupWriter, PartitionName
+from ingest.log.sqlite_writer import Batch, FileAppender, GroupWriter, PartitionName
 from meters.log import USAGE_EVENTS, Entry, TryAgain
 
 PARTITIONS = {USAGE_EVENTS: 2}

@@ -7,10 +7,9 @@ import certifi
 import pytest
 
 from ingest.log import open_log
-from ingest.log.kafka_address import PASSWORD, parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_writer import Writer
-from ingest.log.limits import Limits
+from ingest.log.kafka_admin import PASSWORD, Wanted, make_topics, parse_address
+from ingest.log.kafka_log import Writer
+from ingest.log.partitions import Limits
 from meters.log import USAGE_EVENTS, TryAgain
 
 URL = "kafka://127.0.0.1:1/nobody"

@@ -12,8 +12,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from ingest.log.kafka_address import Address, parse_address
-from ingest.log.kafka_init import Finding, Unreachable, Wanted, make_topics
+from ingest.log.kafka_admin import Address, Finding, Unreachable, Wanted, make_topics, parse_address
 from meters.log import USAGE_EVENTS
 from tests.support.kafka.cluster import Cluster, running
 from tests.support.kafka.jars import Missing

@@ -21,12 +21,10 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from aggregator.reconcile.stretches import Stretches
-from ingest.log import kafka_topics, open_log
-from ingest.log.kafka_address import Address, parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_topics import Topics
-from ingest.log.limits import Limits
+from aggregator.reconcile.log_check import Stretches
+from ingest.log import kafka_admin, open_log
+from ingest.log.kafka_admin import Address, Topics, Wanted, make_topics, parse_address
+from ingest.log.partitions import Limits
 from meters.log import USAGE_EVENTS, Entry, Log, OpenAgain, PositionLost, Refused, TryAgain
 from tests.support.kafka.cluster import Cluster
 from tests.support.ports import take_port
@@ -280,14 +278,14 @@ def test_an_answer_that_comes_late_takes_no_partition_away() -> None:
 
 def test_a_client_that_does_not_end_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker's death may leave a client of librdkafka waiting for itself; whoever gave it up goes on."""
-    monkeypatch.setattr(kafka_topics, "CLIENT_END_S_MAX", 0.01)
+    monkeypatch.setattr(kafka_admin, "CLIENT_END_S_MAX", 0.01)
     over, ended = threading.Event(), threading.Event()
 
     def end() -> None:
         over.wait()
         ended.set()
 
-    kafka_topics.end_apart(end)  # comes back
+    kafka_admin.end_apart(end)  # comes back
     over.set()
     assert ended.wait(PATIENCE_S)
 

@@ -19,10 +19,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from ingest.client import KafkaTransport
-from ingest.client.answer import Taken, Unavailable
+from ingest.client.transport import Taken, Unavailable
 from ingest.log import open_log
-from ingest.log.kafka_address import Address, parse_address
-from ingest.log.kafka_init import Finding, Unreachable, Wanted, make_topics
+from ingest.log.kafka_admin import Address, Finding, Unreachable, Wanted, make_topics, parse_address
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, TryAgain
 from tests.support.certificates import make_certificate
 from tests.support.kafka.cluster import running

@@ -10,11 +10,9 @@ from typing import NamedTuple
 import pytest
 from confluent_kafka import Consumer
 
-from ingest.log import kafka_reader, open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Wanted, make_topics
-from ingest.log.kafka_topics import Topics
-from ingest.log.limits import MEBIBYTE, Limits
+from ingest.log import kafka_log, open_log
+from ingest.log.kafka_admin import Topics, Wanted, make_topics, parse_address
+from ingest.log.partitions import MEBIBYTE, Limits
 from meters.log import USAGE_EVENTS, Entry, Log, Record, TryAgain
 from tests.support.faults.cutting_proxy import CuttingProxy
 from tests.support.kafka.installation import own_brokers
@@ -99,13 +97,13 @@ def test_a_reader_keeps_what_is_slow(behind: Behind, monkeypatch: pytest.MonkeyP
     """A backlog that takes longer than a fetch may take comes through one consumer: another would begin anew."""
     values = [os.urandom(MEBIBYTE // 2) for _ in range(48)]  # nothing to compress
     made = list[Consumer]()
-    monkeypatch.setattr(kafka_reader, "FETCH_S_MAX", 2.0)
+    monkeypatch.setattr(kafka_log, "FETCH_S_MAX", 2.0)
 
     def noted(settings: dict[str, str]) -> Consumer:
         made.append(Consumer(settings))
         return made[-1]
 
-    monkeypatch.setattr(kafka_reader, "Consumer", noted)
+    monkeypatch.setattr(kafka_log, "Consumer", noted)
     behind.write(*values)
     behind.proxy.pause_s = 0.01  # 6 MB/s
     rounds, read = 0, list[bytes]()

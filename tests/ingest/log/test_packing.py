@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.log.packing import PACK_BYTES_MIN, pack, unpack
+from ingest.log.sqlite_file import PACK_BYTES_MIN, pack, unpack
 
 
 @given(st.binary(max_size=64), st.integers(1, 200))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.log.places import take_in_order
+from ingest.log.partitions import take_in_order
 from meters.log import LATEST_US, Record
 
 PLENTY = 1_000_000

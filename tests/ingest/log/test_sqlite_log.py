@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ingest.log import appender, open_log
-from ingest.log.limits import Limits
+from ingest.log import open_log, sqlite_writer
+from ingest.log.partitions import Limits
 from ingest.log.sqlite_file import FILE_NAME, create
-from ingest.log.writer import Batch
+from ingest.log.sqlite_writer import Batch
 from meters.log import USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
 from tests.support.programs import program
 
@@ -242,7 +242,7 @@ def test_the_wal_starts_over(tmp_path: Path) -> None:
 
     with opened(tmp_path) as log:
         append(log, b"makes a WAL")
-        assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 2 * appender.CHECKPOINT_BYTES
+        assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 2 * sqlite_writer.CHECKPOINT_BYTES
 
 
 def test_what_a_dead_process_left_is_in_the_file_before_more_is_written(tmp_path: Path) -> None:
@@ -262,12 +262,12 @@ def test_what_a_dead_process_left_is_in_the_file_before_more_is_written(tmp_path
 
 def test_nobody_checkpoints_while_another_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the write lock in other hands a checkpoint is left for later, and the file stays as it is."""
-    monkeypatch.setattr(appender, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(sqlite_writer, "CHECKPOINT_BYTES", 1)
     file = tmp_path / FILE_NAME
     create(file, {USAGE_EVENTS: 1}, 1.0)
     batch = Batch()
     batch.add(Entry(random.Random(1).randbytes(100_000)))  # what packing cannot make smaller
-    subject = appender.FileAppender(file, lambda: 0, Limits(lock_wait_s_max=0.01))
+    subject = sqlite_writer.FileAppender(file, lambda: 0, Limits(lock_wait_s_max=0.01))
     subject.commit({(USAGE_EVENTS, 0): batch})
     before = file.stat().st_size
 
@@ -307,7 +307,7 @@ def test_a_gap_stops_the_reader(tmp_path: Path) -> None:
 
 def test_a_deleted_file_stops_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who deletes the log under a running process gets no acknowledgment for what would go nowhere."""
-    monkeypatch.setattr(appender, "SAME_FILE_CHECK_S", 0.0)
+    monkeypatch.setattr(sqlite_writer, "SAME_FILE_CHECK_S", 0.0)
     with opened(tmp_path) as log:
         append(log, b"a")
         for path in tmp_path.glob(f"{FILE_NAME}*"):

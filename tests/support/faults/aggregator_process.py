@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from aggregator.owner import Aggregator
+from aggregator.engine.supervisor import Aggregator
 from ingest.log import open_log
 from tests.support.faults.crash_points import Point, watch
 from tests.support.faults.store_checks import caught_up, ends

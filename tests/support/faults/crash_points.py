@@ -17,29 +17,29 @@ from unittest.mock import patch
 
 import duckdb
 
-from aggregator import checkpoint, engine, owner
-from aggregator.running import RunningTotals
-from aggregator.seen import Seen
-from aggregator.store import opening
+from aggregator.decode.identities import Seen
+from aggregator.engine import pipeline, supervisor
+from aggregator.store import database
 from aggregator.store.store import Store
-from ingest.log.embedded import EmbeddedLog
-from meters.catalogue import Catalogue
+from aggregator.totals.running import RunningTotals
+from ingest.log.sqlite_log import EmbeddedLog
+from meters.catalogue.catalogue import Catalogue
 
 Point = tuple[str, int]  # name, and which time it comes
 STATEMENTS = ("execute", "executemany", "sql", "register", "unregister", "cursor", "close")
 WORDS = 3  # of a statement's text, enough to tell statements apart: "INSERT INTO events"
 CALLS: tuple[tuple[Any, str], ...] = (
-    (engine, "decode"), (engine, "join"), (engine, "judge"), (engine, "step"), (engine, "nothing"),
+    (pipeline, "decode"), (pipeline, "join"), (pipeline, "judge"), (pipeline, "step"), (pipeline, "nothing"),
     (Seen, "find"), (Seen, "add"), (Catalogue, "apply"), (RunningTotals, "changed"), (RunningTotals, "add"),
-    (RunningTotals, "start"), (checkpoint.Checkpointer, "wrote"), (Store, "commit"), (Store, "directory"),
-    (Store, "seen"), (Store, "checkpoint"), (owner, "prepare_partitions"), (owner.Aggregator, "_observed"),
-    (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (opening, "_make"), (opening, "_check"),
+    (RunningTotals, "start"), (pipeline.Checkpointer, "wrote"), (Store, "commit"), (Store, "directory"),
+    (Store, "seen"), (Store, "checkpoint"), (supervisor, "prepare_partitions"), (supervisor.Aggregator, "_observed"),
+    (EmbeddedLog, "read"), (EmbeddedLog, "identity"), (EmbeddedLog, "ends"), (database, "_make"), (database, "_check"),
 )
 # Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
 HURRIED: tuple[tuple[Any, str, Any], ...] = (
-    (engine, "ROUND_BYTES_MAX", 1), (engine, "_STOP_POLL_S", 0.003), (engine, "IDLE_WAIT_S", 0.003),
-    (owner, "RESTART_DELAY_S", 0.001), (owner, "RESTART_DELAY_MAX_S", 0.01), (owner, "OPENING_DELAY_MAX_S", 0.01),
-    (checkpoint, "ROWS_BETWEEN", 1), (checkpoint, "AGAIN_S", 0.003),
+    (pipeline, "ROUND_BYTES_MAX", 1), (pipeline, "_STOP_POLL_S", 0.003), (pipeline, "IDLE_WAIT_S", 0.003),
+    (supervisor, "RESTART_DELAY_S", 0.001), (supervisor, "RESTART_DELAY_MAX_S", 0.01), (supervisor, "OPENING_DELAY_MAX_S", 0.01),
+    (pipeline, "ROWS_BETWEEN", 1), (pipeline, "AGAIN_S", 0.003),
 )
 
 
@@ -120,7 +120,7 @@ class Connection:
 def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
     """While it lasts, every step of every aggregator in this process is a point, and it hurries."""
     points = Points(strike)
-    real_connect = opening._connect
+    real_connect = database._connect
     connect = points.around("connect", lambda *where: points.opened(real_connect(*where)))
     with contextlib.closing(points), contextlib.ExitStack() as patches:
         for home, name in CALLS:
@@ -128,7 +128,7 @@ def watch(strike: Callable[[Point], None]) -> Iterator[Points]:
             patches.enter_context(patch.object(home, name, points.around(label, getattr(home, name))))
         for home, name, value in HURRIED:
             patches.enter_context(patch.object(home, name, value))
-        patches.enter_context(patch.object(opening, "_connect", connect))
+        patches.enter_context(patch.object(database, "_connect", connect))
         yield points
 
 

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import duckdb
 
-from aggregator.owner import Aggregator
-from aggregator.store.sql import Measured
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store.meter_sql import Measured
 from aggregator.view import Unavailable
 from meters.aggregation import considers, evaluate
-from meters.catalogue import Change, DeadLetterReplayed
+from meters.catalogue.catalogue import Change, DeadLetterReplayed
 from meters.event import Event, check_line
-from meters.facts import Facts, facts
-from meters.filter import matches
+from meters.event_values import Facts, facts
+from meters.filters import matches
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain, lines_of
 from meters.meter import Meter
 from tests.support.records import (

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from aggregator.owner import Aggregator
+from aggregator.engine.supervisor import Aggregator
 from meters.event import Event, check_line
-from meters.facts import Facts, facts
+from meters.event_values import Facts, facts
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log
 from tests.support.faults.store_checks import (
     CUSTOMERS,

@@ -15,10 +15,9 @@ from pathlib import Path
 import httpx
 
 from ingest.log import open_log
-from ingest.log.kafka_address import parse_address
-from ingest.log.kafka_init import Unreachable, Wanted, make_topics
-from meters.access import digest
-from meters.catalogue import Token, TokenCreated
+from ingest.log.kafka_admin import Unreachable, Wanted, make_topics, parse_address
+from meters.catalogue.access import digest
+from meters.catalogue.catalogue import Token, TokenCreated
 from meters.log import USAGE_CONTROL, Entry, Log, Record, TryAgain, format_position, parse_position
 from tests.support.faults.sender import Outcome, Sender
 from tests.support.faults.store_checks import Counted, Tables, assert_store_tells, count, ends_of, export, positions

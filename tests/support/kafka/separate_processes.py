@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from meters.partition_key import partition_key, partition_of
+from meters.log import partition_key, partition_of
 from tests.support.kafka.installation import Process
 from tests.support.ports import take_port
 from tests.support.servers.installation import PATIENCE_S, meterstream

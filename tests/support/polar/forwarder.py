@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aggregator.forward.feed_client import Selection, Source
 from aggregator.forward.forwarder import Forwarder, Wishes
-from aggregator.forward.request_window import Clock, RequestWindow
-from aggregator.forward.source import Selection, Source
+from aggregator.forward.polar_client import Clock, RequestWindow, Upstream
 from aggregator.forward.state import State
-from aggregator.forward.upstream import Upstream
 
 PATIENCE_S = 60.0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from meters.signatures import keys, signature
+from meters.webhooks import keys, signature
 from tests.support.servers.query_api import Tenant
 
 Json = dict[str, Any]

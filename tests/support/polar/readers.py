@@ -5,8 +5,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from aggregator.forward.answer import pages
-from aggregator.reconcile.upstream_scope import Reader
+from aggregator.forward.polar_client import pages
+from aggregator.reconcile.polar_reader import Reader
 
 Answer = Any
 

@@ -8,24 +8,21 @@ from typing import Any
 
 import msgspec
 
+from aggregator.forward.feed_client import Source
 from aggregator.forward.planner import Item
-from aggregator.forward.source import Source
 from aggregator.forward.state import State
-from aggregator.reconcile.report import Check, Difference, Done, Report
-from aggregator.reconcile.upstream_check import UpstreamCheck
-from aggregator.reconcile.upstream_scope import DAY, Reader, Scope, midnight
-from aggregator.reconcile.worth import Worth
-from deploy.client import Api
-from deploy.control import Control, new_organization, new_secret, new_token, open_control
-from deploy.data import DataDirectory
-from deploy.output import Output
-from deploy.proof.local import Task
-from deploy.proof.repair import send_again
-from deploy.proof.run import prove
-from deploy.proof.upstream import Range, compare
-from deploy.session import Session
+from aggregator.reconcile.polar_check import UpstreamCheck
+from aggregator.reconcile.polar_reader import DAY, Reader, Scope, midnight
+from aggregator.reconcile.report import Check, Difference, Done, Report, Worth
+from deploy.client import Api, Session
+from deploy.console import Output
+from deploy.reconcile.local import Task
+from deploy.reconcile.polar import Range, compare
+from deploy.reconcile.run import prove, send_again
+from deploy.server.control import Control, new_organization, new_secret, new_token, open_control
+from deploy.server.data import DataDirectory
 from deploy.settings import Settings, Token
-from meters.catalogue import OrganizationCreated, TokenCreated
+from meters.catalogue.catalogue import OrganizationCreated, TokenCreated
 from tests.support.servers.installation import Installation
 from tests.support.waiting import eventually
 

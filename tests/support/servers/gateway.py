@@ -12,14 +12,18 @@ from typing import Any
 
 import httpx
 
-from ingest.gateway import Gateway
+from ingest.gateway.app import Gateway
+from ingest.gateway.server import GatewayServer, ServerSettings
 from ingest.log import open_log
-from ingest.server import GatewayServer, ServerSettings
-from meters.access import TOKEN_PREFIX, digest
-from meters.catalogue import (
+from meters.catalogue.access import TOKEN_PREFIX, digest
+from meters.catalogue.catalogue import (
+    SESSION_LIFE,
+    SESSION_PREFIX,
     Change,
     Customer,
     CustomerCreated,
+    CustomerSession,
+    CustomerSessionCreated,
     Organization,
     OrganizationCreated,
     Token,
@@ -28,7 +32,6 @@ from meters.catalogue import (
     encode_change,
 )
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, Record
-from meters.sessions import SESSION_LIFE, SESSION_PREFIX, CustomerSession, CustomerSessionCreated
 from tests.support.waiting import eventually
 
 PATIENCE_S = 30.0

@@ -12,10 +12,10 @@ from uuid import uuid4
 
 import httpx
 
-from deploy.control import new_organization, new_secret, new_token, open_control
-from deploy.data import DataDirectory
-from meters import exact_json
-from meters.catalogue import Change, Customer, CustomerCreated, OrganizationCreated, TokenCreated
+from deploy.server.control import new_organization, new_secret, new_token, open_control
+from deploy.server.data import DataDirectory
+from meters import exact
+from meters.catalogue.catalogue import Change, Customer, CustomerCreated, OrganizationCreated, TokenCreated
 from meters.event import event_id, identity
 from tests.support.servers.installation import Installation
 
@@ -60,7 +60,7 @@ class Tenant:
         """One request; numbers in its body keep their digits. A read waits for what this server took before."""
         headers = {"authorization": f"Bearer {self.secret}", **more.pop("headers", {})}
         if body is not None:
-            more["content"] = exact_json.encode(body)
+            more["content"] = exact.encode(body)
             headers["content-type"] = "application/json"
         return self.http.request(method, path, headers=headers, **more)
 
@@ -68,7 +68,7 @@ class Tenant:
         """The JSON, with exact numbers, of a request that succeeds."""
         answer = self.ask(method, path, body=body, params=params)
         assert answer.is_success, f"{answer.status_code} {answer.text}"
-        return exact_json.decode(answer.content)
+        return exact.decode(answer.content)
 
     def get(self, path: str, **params: Any) -> Json:
         """The JSON of a GET."""

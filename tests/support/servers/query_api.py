@@ -15,15 +15,15 @@ from uuid import uuid4
 import httpx
 
 from aggregator.api import create_app
-from aggregator.owner import Aggregator
-from aggregator.store.opening import Settings
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store.database import Settings
 from aggregator.view import Unavailable
 from ingest.log import open_log
-from meters.access import SCOPES, digest
-from meters.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated
+from meters.catalogue.access import SCOPES, digest
+from meters.catalogue.catalogue import Change, Organization, OrganizationCreated, Token, TokenCreated
 from meters.event import event_id, identity
 from meters.log import USAGE_EVENTS, format_position
-from meters.timestamp import microseconds_of
+from meters.timestamps import microseconds_of
 from tests.support.records import NOW, SMALL, entry, line
 from tests.support.waiting import PATIENCE_S
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import duckdb
 
 from aggregator.reconcile.report import Check, Report
-from deploy.data import DataDirectory
-from deploy.output import Output
-from deploy.proof.local import Task, reconcile
-from deploy.proof.run import prove
+from deploy.client import Session
+from deploy.console import Output
 from deploy.rebuild import rebuild
-from deploy.session import Session
+from deploy.reconcile.local import Task, reconcile
+from deploy.reconcile.run import prove
+from deploy.server.data import DataDirectory
 from deploy.settings import Settings
 from ingest.log import open_log
 from meters.log import Log

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
-from aggregator.webhook_sender import Pace, Sender
+from aggregator.webhooks.sender import Pace, Sender
 from tests.support.servers.query_api import Json, Server, exact_text
 
 HURRY = Pace(tick_s=0.01, collect_s=0.02, attempts_max=3, backoff_s=0.02, settle_s=0.0)

@@ -5,8 +5,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from aggregator.owner import Aggregator
-from aggregator.webhooks import outbox
+from aggregator.engine.supervisor import Aggregator
+from aggregator.store import webhook_outbox
 from meters.log import USAGE_EVENTS
 from tests.support.records import SMALL, entry, line
 from tests.support.servers.query_api import Json, Server, Tenant
@@ -72,7 +72,7 @@ class Told:
                 causes = connection.execute(
                     "SELECT count(*) FROM webhook_causes WHERE organization_id = ?", [self.tenant.id]
                 ).fetchone()
-                return causes == (0,) and outbox.pending(connection, self.endpoint_id) == []
+                return causes == (0,) and webhook_outbox.pending(connection, self.endpoint_id) == []
 
         await until(idle)
 
@@ -93,7 +93,7 @@ def caused_anew(server: Server, tenant: Tenant, folder: Path) -> set[tuple[str |
     try:
         assert server.run(anew.wait_for(server.aggregator.as_of, PATIENCE_S))
         with anew.outbox() as connection:
-            causes = outbox.take_causes(connection)
+            causes = webhook_outbox.take_causes(connection)
         return {(cause.customer_id, cause.text) for cause in causes if cause.organization_id == tenant.id}
     finally:
         anew.stop()

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.client.llm import ModelCall, Tokens, cents, characters_in
 from ingest.client.strategies import anthropic, google_genai, langchain, litellm, openai, opentelemetry, pydantic_ai
+from ingest.client.strategy import ModelCall, Tokens, cents, characters_in
 from ingest.client.testing import RecordingIngestion
 
 SAME = Tokens(input=1000, cached=600, cache_write=100, output=300, reasoning=200)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ingest.client.streams import WatchedAsyncStream, WatchedStream, Watcher
+from ingest.client.instrument import WatchedAsyncStream, WatchedStream, Watcher
 
 
 class Notes(Watcher):

@@ -1,0 +1,572 @@
+"""Decode log records into a columnar batch or dead letters."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import structlog
+import xxhash
+
+from aggregator.decode.columns import (
+    Batch,
+    Chunk,
+    Microseconds,
+    Span,
+    Texts,
+    metadata,
+    of_records,
+    parse_times,
+    places,
+    sparse,
+)
+from aggregator.decode.dedup import DeadLetter, Letters
+from aggregator.decode.directory import Directory, Organization
+from aggregator.decode.identities import Keys, Search, Words
+from meters.errors import Reason, Refusal
+from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
+from meters.log import LATEST_US, Pieces, Record, has_too_many_lines, lines_of
+from meters.timestamps import UNREADABLE, instant_of
+
+# Admitted records to columns without an object for a line: in half of the time, and half of that without a lock.
+#
+# What ``kernels`` takes for ordinary becomes a chunk; whatever else, and everything until they are loaded, is for
+# ``apply``. Both make the same rows, which a property test shows.
+
+LINES_MIN = 200
+"""Fewer take longer than one by one."""
+
+CHUNK_LINES = 4_000
+"""Twice as many as ``apply`` takes at a time: a line holds the interpreter for less than half as long."""
+
+LOAD_AFTER_LINES = 10_000
+"""Lines that could have been read quickly, before that is made ready: a server with few events has no use for it."""
+
+BYTES_MAX = 64 * 1024 * 1024
+"""Of a chunk, ten times a round: places are 32-bit numbers, and each byte takes four more while quotes are found."""
+
+SLOTS_MIN = 256
+Numbers32 = npt.NDArray[np.int32]
+
+logger = structlog.get_logger("aggregator")
+
+
+class _Numbers:
+    """The numbers of customers by a 128-bit hash of what names them: a table with open addresses, at most half full."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+        self._count = 0
+        self._table = self._free(SLOTS_MIN)
+
+    def _free(self, slots: int) -> tuple[Words, Words, Numbers32]:
+        return np.zeros(slots, np.uint64), np.zeros(slots, np.uint64), np.full(slots, self._kernels.UNKNOWN, np.int32)
+
+    def find(self, hi: Words, lo: Words) -> Numbers32:
+        found = np.empty(len(hi), np.int32)
+        self._kernels.find_numbers(*self._table, hi, lo, found)
+        return found
+
+    def put(self, hi: Words, lo: Words, numbers: Numbers32) -> None:
+        numbers, rows = np.unique(numbers, return_index=True)  # a customer who is new may have many lines
+        hi, lo = hi[rows], lo[rows]
+        self._count += len(numbers)
+        if 2 * self._count > len(self._table[2]):
+            old = self._table
+            here = old[2] != self._kernels.UNKNOWN
+            self._table = self._free(1 << (2 * self._count).bit_length())
+            self._kernels.put_numbers(*self._table, *(column[here] for column in old))
+        self._kernels.put_numbers(*self._table, hi, lo, numbers)
+
+
+class _Read(NamedTuple):
+    """Lines as ``kernels.scan`` found them."""
+
+    kernels: Any
+    joined: bytes
+    text: npt.NDArray[np.uint8]
+    spans: npt.NDArray[np.int32]
+    lines: Numbers32
+
+    @classmethod
+    def of(cls, kernels: Any, joined: bytes, lines: int) -> "_Read | None":
+        if not joined.isascii():
+            try:
+                joined.decode()
+            except UnicodeDecodeError:
+                return None
+        text = np.frombuffer(joined, np.uint8)
+        quotes = np.empty(len(text) + 1, np.int32)
+        count = kernels.find_quotes(text, quotes)
+        if count == kernels.ODD:
+            return None
+        spans, bounds = np.empty((lines, kernels.FIELDS, 2), np.int32), np.empty((lines, 2), np.int32)
+        if kernels.scan(text, quotes, count, spans, bounds) != lines:  # fewer where a text has a line break
+            return None
+        return cls(kernels, joined, text, spans, bounds)
+
+    def has(self, field: int) -> npt.NDArray[np.bool_]:
+        """Which lines say something there."""
+        said: npt.NDArray[np.bool_] = self.spans[:, field, 1] != self.kernels.MISSING
+        return said
+
+    def one(self, row: int, field: int) -> str:
+        begin, end = self.spans[row, field]
+        return self.joined[begin:end].decode()
+
+    def sparse(self, field: int, where: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+        """The column of a field that few lines have; of those ``where`` it counts."""
+        here = self.has(field) if where is None else self.has(field) & where
+        if not here.any():
+            return pa.nulls(len(here), pa.string())
+        found = [self.one(row, field) if there else None for row, there in enumerate(here.tolist())]
+        return pa.array(found, pa.string())
+
+    def texts(self, field: int) -> Texts:
+        room = int(np.maximum(self.spans[:, field, 1] - self.spans[:, field, 0], 2).sum())
+        offsets, joined = np.empty(len(self.spans) + 1, np.int32), np.empty(room, np.uint8)
+        self.kernels.gather(self.text, self.spans, field, offsets, joined)
+        return Texts(joined[: offsets[-1]], offsets)
+
+    def hashes(self, field: int, prefix: bytes) -> tuple[Words, Words]:
+        longest = int((self.spans[:, field, 1] - self.spans[:, field, 0]).max())
+        room = np.empty(len(prefix) + max(longest, 0), np.uint8)
+        room[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+        hi, lo = np.empty(len(self.spans), np.uint64), np.empty(len(self.spans), np.uint64)
+        self.kernels.hash_texts(self.text, self.spans, field, room, len(prefix), hi, lo)
+        return hi, lo
+
+    def contents(self) -> Words:
+        found = np.empty(len(self.lines), np.uint64)
+        self.kernels.hash_lines(self.text, self.lines, found)
+        return found
+
+    def stamps(self, ingested: Microseconds) -> Microseconds:
+        """What each line says of its time; where its spelling is unusual, ``timestamps`` reads it."""
+        stamps = ingested.copy()
+        if not self.kernels.read_times(self.text, self.spans, stamps):
+            rows = np.flatnonzero(stamps == UNREADABLE)
+            stamps[rows] = parse_times([self.one(row, self.kernels.TIMESTAMP) for row in rows.tolist()], stamps[rows])
+        return stamps
+
+
+class Quick:
+    """For one engine: ``read`` is for its reader alone."""
+
+    def __init__(self, kernels: Any = None) -> None:
+        """With ``kernels`` they are used from the first line on."""
+        self._kernels = kernels
+        self._loading: threading.Thread | None = None
+        self._lines = 0
+        self._numbers: dict[int, tuple[_Numbers, _Numbers]] = {}
+
+    @property
+    def search(self) -> Search | None:
+        """The compiled search in runs of identities, as soon as it is loaded."""
+        return None if self._kernels is None else cast(Search, self._kernels.search)
+
+    def pays(self, lines: int) -> bool:
+        """Whether to ``read`` so many; where that would pay and is not ready, it will be."""
+        if lines < LINES_MIN:
+            return False
+        self._lines += lines
+        if self._kernels is None and self._loading is None and self._lines > LOAD_AFTER_LINES:
+            # No daemon: a compiler that is in the way of the interpreter's end would end it with a signal.
+            self._loading = threading.Thread(target=self._load, name="load-kernels")
+            self._loading.start()
+        return self._kernels is not None
+
+    def read(self, spans: Sequence[Span], directory: Directory) -> Chunk | None:
+        """The lines of whole records of one organization, which say that no key is given twice; None if any is odd."""
+        lines = sum(span.lines for span in spans)
+        if sum(len(span.record.value) for span in spans) > BYTES_MAX:
+            return None
+        found = _Read.of(self._kernels, b"\n".join([span.record.value for span in spans]), lines)
+        if found is None:
+            return None
+        ingested = of_records(spans, lambda record: record.timestamp_us, np.int64)
+        stamps = found.stamps(ingested)
+        fields = found.kernels
+        external = found.has(fields.EXTERNAL_CUSTOMER_ID)
+        if (stamps == UNREADABLE).any() or not (external | found.has(fields.CUSTOMER_ID)).all():
+            return None
+        organization_id = spans[0].record.organization_id or ""
+        organization = directory.organization(organization_id)
+        keys = Keys(*found.hashes(fields.EXTERNAL_ID, organization.id_bytes), found.contents())
+        columns = {
+            **places(spans),
+            "id_hi": keys.hi,
+            "id_lo": keys.lo,
+            "content": keys.content,
+            "organization": np.full(lines, organization.number, np.int32),
+            "subject": self._subjects(found, external, organization, directory),
+            "name": found.texts(fields.NAME).column,
+            "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
+            "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
+            "external_id": found.texts(fields.EXTERNAL_ID).column,
+            "parent": found.sparse(fields.PARENT_ID),
+            "member_id": found.sparse(fields.MEMBER_ID, ~external),
+            "external_member_id": found.sparse(fields.EXTERNAL_MEMBER_ID, external),
+            **metadata(found.texts(fields.METADATA)),
+        }
+        raws = Pieces(found.joined, found.lines)
+        stamped = found.has(fields.TIMESTAMP)
+        return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, organization_id)
+
+    def _subjects(
+        self, found: _Read, external: npt.NDArray[np.bool_], organization: Organization, directory: Directory
+    ) -> Numbers32:
+        if organization.number not in self._numbers:
+            self._numbers[organization.number] = _Numbers(self._kernels), _Numbers(self._kernels)
+        by_external, by_id = self._numbers[organization.number]
+        fields = found.kernels
+        hashes = found.hashes(fields.EXTERNAL_CUSTOMER_ID, b"")
+        subjects = by_external.find(*hashes)
+        if not external.all():
+            own = found.hashes(fields.CUSTOMER_ID, b"")
+            subjects = np.where(external, subjects, by_id.find(*own))
+        new = np.flatnonzero(subjects == fields.UNKNOWN)
+        for row in new.tolist():
+            field = fields.EXTERNAL_CUSTOMER_ID if external[row] else fields.CUSTOMER_ID
+            subjects[row] = directory.number_of(organization, found.one(row, field), is_external=bool(external[row]))
+        if len(new):
+            rows = new[external[new]]
+            by_external.put(hashes[0][rows], hashes[1][rows], subjects[rows])
+            if len(rows) < len(new):
+                rows = new[~external[new]]
+                by_id.put(own[0][rows], own[1][rows], subjects[rows])
+        return subjects
+
+    def _load(self) -> None:
+        try:
+            import aggregator.decode.kernels as kernels
+
+            self._kernels = kernels
+        except Exception as error:  # slower, never wrong
+            effect = "lines are read one by one, at half the speed"
+            logger.warning("quick_reading_off", reason=str(error), effect=effect)
+
+
+# From records to columns: every line becomes a row or a dead letter. No store, no clock, no event loop.
+#
+# New organizations and customers are numbered in the directory on the way.
+#
+# A record holds a line per event. Reading it has a fast way and a careful way with one result. The fast way decodes a
+# whole record in one call and is for lines the gateway admitted; whatever it stumbles over, and every line of a
+# foreign producer, goes the careful way, line by line, where a line that cannot be counted becomes a dead letter with
+# its bytes, its place and the reason. Nothing is dropped and nothing stalls the partition.
+#
+# A third way, for most lines of a busy server, makes no object of a line at all (``quick``). What it does not take
+# goes the fast way.
+#
+# Rows come out as Arrow columns, in chunks: small enough that no step holds the interpreter for long, large enough
+# that Python's cost is shared by thousands of events. The order of rows is the order of the log.
+
+CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
+FIELD_SHOWN_MAX = 200  # characters of where in an event it is
+_ENCODE = msgspec.json.Encoder().encode
+_WORD = np.dtype(">u8")
+
+
+class Line(msgspec.Struct, gc=False):
+    """An admitted event as the fast way reads it: times stay text, because texts are read many at once."""
+
+    name: str
+    metadata: dict[str, msgspec.Raw] = {}
+    timestamp: str | None = None
+    external_id: str | None = None
+    customer_id: str | None = None
+    external_customer_id: str | None = None
+    member_id: str | None = None
+    external_member_id: str | None = None
+    parent_id: str | None = None
+
+
+class PlainLine(Line, gc=False):
+    """The same of a record whose lines give no key of their metadata twice: the text of it is taken as it stands."""
+
+    metadata: msgspec.Raw = msgspec.Raw(b"{}")  # type: ignore[assignment]
+
+
+_DECODE_LINES = msgspec.json.Decoder(Line).decode_lines
+_DECODE_PLAIN_LINES = msgspec.json.Decoder(PlainLine).decode_lines
+
+
+class _Rows:
+    """Lines of one organization on their way into a chunk."""
+
+    def __init__(self, organization_id: str) -> None:
+        self.organization_id = organization_id
+        self.events: list[Event | Line] = []
+        self.raws: list[bytes] = []
+        self.spans: list[Span] = []
+
+    def add(self, record: Record, first_line: int, events: Sequence[Event | Line], raws: list[bytes]) -> None:
+        self.events += events
+        self.raws += raws
+        self.spans.append(Span(record, first_line, len(events)))
+
+
+def _texts(events: Sequence[Event | Line]) -> Texts:
+    """The metadata of lines: of a plain line as it stands, of any other written anew with each key once."""
+    texts = [event.metadata if type(event) is PlainLine else _ENCODE(event.metadata) for event in events]
+    offsets = np.zeros(len(texts) + 1, np.int32)
+    offsets[1:] = np.cumsum(np.fromiter(map(len, texts), np.int32, len(texts)))
+    return Texts(b"".join(texts), offsets)
+
+
+def _no_objects(texts: Texts) -> npt.NDArray[np.intp]:
+    """The rows whose text is another kind of JSON value."""
+    return np.flatnonzero(np.frombuffer(texts.joined, np.uint8)[texts.offsets[:-1]] != ord("{"))
+
+
+class _Decoding:
+    """One reading of the log under way: closes a chunk when it is full or the tenant changes."""
+
+    def __init__(self, directory: Directory, quick: Quick) -> None:
+        self.directory = directory
+        self._quick = quick
+        self._plain: list[Span] = []  # of records that may be read quickly, behind those of ``_rows``
+        self._plain_lines = 0
+        self.chunks: list[Chunk] = []
+        self.dead = Letters()
+        self.lines = 0
+        self._rows = _Rows("")
+
+    def add(
+        self, organization_id: str, record: Record, first_line: int, events: Sequence[Event | Line], raws: list[bytes]
+    ) -> None:
+        rows = self._rows
+        if rows.events and (rows.organization_id != organization_id or len(rows.events) >= CHUNK_EVENTS):
+            self.close_chunk()
+        if not self._rows.events:
+            self._rows = _Rows(organization_id)
+        self._rows.add(record, first_line, events, raws)
+        self.lines += len(events)
+
+    def add_plain(self, record: Record) -> None:
+        """Take a record whose lines the gateway admitted, and which give no key twice."""
+        is_another = bool(self._plain) and self._plain[0].record.organization_id != record.organization_id
+        if is_another or self._plain_lines >= CHUNK_LINES:
+            self.read_plain()
+        lines = record.value.count(b"\n") + 1
+        self._plain.append(Span(record, 0, lines))
+        self._plain_lines += lines
+
+    def read_plain(self) -> None:
+        """Read what was taken, at once or record by record."""
+        spans, self._plain, lines, self._plain_lines = self._plain, [], self._plain_lines, 0
+        if self._quick.pays(lines):
+            self.close_chunk()  # what comes before
+            chunk = self._quick.read(spans, self.directory)
+            if chunk is not None:
+                self.chunks.append(chunk)
+                self.lines += lines
+                return
+        for span in spans:
+            if not _fast(span.record, self):
+                _careful(span.record, self)
+
+    def close_chunk(self) -> None:
+        rows, self._rows = self._rows, _Rows("")
+        if not rows.events:
+            return
+        # Only a producer that claims to be the gateway has a line that is taken out here.
+        texts = _texts(rows.events)
+        if len(odd := _no_objects(texts)):
+            rows = self._without(rows, set(odd.tolist()), Reason.DICT_TYPE.at(0, "metadata"))
+            texts = _texts(rows.events)
+        stamps = _stamps(rows)
+        if len(odd := np.flatnonzero(stamps == UNREADABLE)):
+            rows = self._without(rows, set(odd.tolist()), Reason.DATETIME_PARSING.at(0, "timestamp"))
+            texts, stamps = _texts(rows.events), _stamps(rows)
+        if rows.events:
+            self.chunks.append(_chunk(rows, stamps, texts, self.directory))
+
+    def _without(self, rows: _Rows, odd: set[int], refusal: Refusal) -> _Rows:
+        kept = _Rows(rows.organization_id)
+        places = [(span.record, span.first_line + line) for span in rows.spans for line in range(span.lines)]
+        for row, (record, number) in enumerate(places):
+            if row in odd:
+                self.dead.add(_dead_letter(record, number, rows.raws[row], refusal))
+            else:
+                kept.add(record, number, [rows.events[row]], [rows.raws[row]])
+        self.lines -= len(odd)
+        return kept
+
+
+def decode(records: Sequence[Record], directory: Directory, quick: Quick | None = None) -> Batch:
+    """Turn records into rows and dead letters. Numbers new customers in ``directory``."""
+    decoding = _Decoding(directory, quick or Quick())
+    last = {record.partition: record for record in records}
+    for record in records:
+        if record.timestamp_us >= LATEST_US:
+            _bury(record, Reason.RECORD_TIME.at(0), decoding)
+            continue
+        organization = record.organization_id
+        if organization is not None and organization not in directory.organizations:
+            named = parse_uuid4(organization)
+            if not isinstance(named, str):
+                _bury(record, Reason.ORGANIZATION_UNKNOWN.at(0, "organization_id", input=organization), decoding)
+                continue
+            record = msgspec.structs.replace(record, organization_id=named)
+        if has_too_many_lines(record.value):
+            _bury(record, Reason.RECORD_LINES.at(0), decoding)
+            continue
+        if record.admitted and record.distinct_keys and record.organization_id:
+            decoding.add_plain(record)
+            continue
+        decoding.read_plain()
+        if not _fast(record, decoding):
+            _careful(record, decoding)
+    decoding.read_plain()
+    decoding.close_chunk()
+    organizations, subjects = directory.take_fresh()
+    dead = decoding.dead.table()
+    positions = {partition: record.offset + 1 for partition, record in last.items()}
+    return Batch(decoding.chunks, dead, positions, last, decoding.lines + dead.num_rows, organizations, subjects)
+
+
+def _fast(record: Record, decoding: _Decoding) -> bool:
+    if not (record.admitted and record.organization_id):
+        return False
+    raws = record.value.split(b"\n")
+    try:
+        if not record.value.isascii():
+            record.value.decode()
+        events = (_DECODE_PLAIN_LINES if record.distinct_keys else _DECODE_LINES)(record.value)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    if len(events) != len(raws):
+        return False
+    decoding.add(record.organization_id, record, 0, events, raws)
+    return True
+
+
+def _careful(record: Record, decoding: _Decoding) -> None:
+    now = instant_of(record.timestamp_us)
+    for number, raw in enumerate(record.value.split(b"\n")):
+        if not raw.strip():
+            continue
+        checked = check_line(raw, organization_id=record.organization_id, now=now)
+        if isinstance(checked, Event):
+            tenant = record.organization_id or checked.organization_id or ""
+            decoding.add(tenant, record, number, [checked], [raw])
+        else:
+            decoding.dead.add(_dead_letter(record, number, raw, checked))
+
+
+def _bury(record: Record, refusal: Refusal, decoding: _Decoding) -> None:
+    """Every line of a record that says nothing as a whole: only a producer that skips the gateway gets here."""
+    for number, raw in enumerate(lines_of(record.value)):
+        if raw.strip():
+            decoding.dead.add(_dead_letter(record, number, raw, refusal))
+
+
+def _dead_letter(record: Record, line: int, raw: bytes, refusal: Refusal) -> DeadLetter:
+    return DeadLetter(
+        record.partition,
+        record.offset,
+        line,
+        record.organization_id,
+        refusal.type,
+        _detail(refusal),
+        raw,
+        record.timestamp_us,
+    )
+
+
+def _detail(refusal: Refusal) -> str:
+    """What is wrong, with the field. A key is a stranger's: of any length, and perhaps with half a surrogate pair."""
+    parts = [str(part) for part in refusal.loc[3:] if part not in (CUSTOMER_VARIANT, EXTERNAL_VARIANT)]
+    field = ".".join(parts)[:FIELD_SHOWN_MAX].encode(errors="replace").decode()
+    return f"{field}: {refusal.msg}" if field else refusal.msg
+
+
+def _stamps(rows: _Rows) -> Microseconds:
+    ingested = of_records(rows.spans, lambda record: record.timestamp_us, np.int64)
+    return parse_times([event.timestamp for event in rows.events], ingested)
+
+
+def _chunk(rows: _Rows, stamps: Microseconds, texts: Texts, directory: Directory) -> Chunk:
+    organization = directory.organization(rows.organization_id)
+    events, raws = rows.events, rows.raws
+    external_ids = _external_ids(rows)
+    ingested = of_records(rows.spans, lambda record: record.timestamp_us, np.int64)
+    keys = _keys(organization.id_bytes, external_ids, raws)
+    columns = {
+        **places(rows.spans),
+        "id_hi": keys.hi,
+        "id_lo": keys.lo,
+        "content": keys.content,
+        "organization": np.full(len(events), organization.number, np.int32),
+        "subject": _subjects(events, organization, directory),
+        "name": pa.array([event.name for event in events], pa.string()),
+        "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
+        "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
+        "external_id": pa.array(external_ids, pa.string()),
+        "parent": sparse([event.parent_id for event in events]),
+        "member_id": _members(events),
+        "external_member_id": _external_members(events),
+        **metadata(texts),
+    }
+    stamped = np.array([event.timestamp is not None for event in events])
+    return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, rows.organization_id)
+
+
+def _external_ids(rows: _Rows) -> list[str]:
+    """The dedupe keys. A line without one, from a producer that skips the gateway, is known by its place."""
+    ids = [event.external_id for event in rows.events]
+    if None in ids:
+        known_by = [
+            f"{span.record.partition}:{span.record.offset}:{span.first_line + line}"
+            for span in rows.spans
+            for line in range(span.lines)
+        ]
+        ids = [key if key is not None else place for key, place in zip(ids, known_by, strict=True)]
+    return ids  # type: ignore[return-value]  # every None was replaced
+
+
+def _keys(organization: bytes, external_ids: list[str], raws: list[bytes]) -> Keys:
+    """Identities as ``meters.event.identity`` makes them, for a whole chunk at once."""
+    digest = xxhash.xxh3_128_digest
+    joined = b"".join([digest(organization + external_id.encode()) for external_id in external_ids])
+    words = np.frombuffer(joined, _WORD).astype(np.uint64)
+    content = np.fromiter(map(xxhash.xxh3_64_intdigest, raws), np.uint64, len(raws))
+    return Keys(words[0::2].copy(), words[1::2].copy(), content)
+
+
+def _subjects(events: Sequence[Event | Line], organization: Organization, directory: Directory) -> np.ndarray:
+    external = organization.external.get
+    numbers = [external(event.external_customer_id) for event in events]  # type: ignore[arg-type]
+    if None in numbers:
+        for row, event in enumerate(events):
+            if numbers[row] is None:
+                numbers[row] = _subject(event, organization, directory)
+    return np.array(numbers, np.int32)
+
+
+def _members(events: Sequence[Event | Line]) -> pa.Array:
+    """A member belongs to a ``customer_id``; beside an external customer it says nothing."""
+    members = [event.member_id for event in events]
+    if members.count(None) < len(members):
+        members = [event.member_id if event.external_customer_id is None else None for event in events]
+    return sparse(members)
+
+
+def _external_members(events: Sequence[Event | Line]) -> pa.Array:
+    """The other way round."""
+    members = [event.external_member_id for event in events]
+    if members.count(None) < len(members):
+        members = [event.external_member_id if event.external_customer_id is not None else None for event in events]
+    return sparse(members)
+
+
+def _subject(event: Event | Line, organization: Organization, directory: Directory) -> int:
+    external = event.external_customer_id
+    if external is not None:
+        return directory.number_of(organization, external, is_external=True)
+    return directory.number_of(organization, str(event.customer_id), is_external=False)

@@ -1,0 +1,375 @@
+"""The index of all event identities: sorted runs and their merges."""
+
+import contextlib
+import heapq
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+# A sorted run of identities: what is searched lies in memory, what confirms a find may lie in a file.
+#
+# A lookup searches the high halves. Only where one is found are the low half and the hash of the content looked at,
+# which for a new event is never and for a repetition once. So of a long run those 16 bytes an identity are kept in a
+# file, beside the store and without a name, and 8 bytes stay in memory. The file is a view like the run itself, and
+# ends with the process; where the disk takes no file, the run stays in memory as a whole.
+#
+# By chance no two identities share a high half, but the hash has no key: whoever wants to can make any number of
+# external ids that do. They stand in the order of their low halves and are searched like the high ones.
+#
+# It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
+# It is synced although nobody reads it after the process: what a disk took and then could not write is zeros when it
+# is read again, without an error, and what was stored would be new. A sync tells, while memory can still take the
+# run.
+#
+# A search by halves in ten million words misses the processor's cache at nearly every step. So a long run has an
+# index: where the high halves with the same leading bits begin. They are hashes, so that a handful of them are left
+# to search.
+
+Words = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.intp]
+FILE_ROWS_MIN = 1_000_000  # 16 MB; shorter runs are merged so often that writing them would be most of the work
+INDEXED_ROWS_MIN = 500_000  # a search by halves of so many takes 0.14 us, of 16,000,000 0.6; with an index 0.06, 0.09
+PREFIX_BITS_LESS = 3  # 4 to 8 identities for each entry of the index: a byte of memory an identity at most
+PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
+PAIR_BYTES = 16
+
+Search = Callable[[Words, npt.NDArray[np.uint32], np.uint64, Words, Rows], None]
+"""``kernels.search``: compiled, it takes half to two thirds of the time of the loop below, and holds no lock."""
+
+
+class Confirming(Protocol):
+    """The low halves and content hashes of a run: pairs, a row an identity, in the run's order."""
+
+    def take(self, rows: Rows) -> Words:
+        """Chosen pairs, in the order given. Raises OSError."""
+        ...
+
+    def slice(self, start: int, end: int) -> Words:
+        """Pairs next to each other. Raises OSError."""
+        ...
+
+
+class InMemory(NamedTuple):
+    """As an array."""
+
+    pairs: Words
+
+    def take(self, rows: Rows) -> Words:
+        """See Confirming."""
+        return self.pairs[rows]
+
+    def slice(self, start: int, end: int) -> Words:
+        """See Confirming."""
+        return self.pairs[start:end]
+
+
+class InFile:
+    """In a file that only this object knows, closed with it."""
+
+    def __init__(self, directory: Path, pieces: Iterable[Words]) -> None:
+        """Write the pieces. Raises OSError, and leaves nothing then."""
+        self._descriptor, path = tempfile.mkstemp(prefix=".identities-", dir=directory)
+        os.unlink(path)
+        with open(self._descriptor, "wb", closefd=False) as file:
+            for piece in pieces:
+                file.write(piece.data)
+        os.fsync(self._descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def take(self, rows: Rows) -> Words:
+        """See Confirming."""
+        found = [os.pread(self._descriptor, PAIR_BYTES, PAIR_BYTES * row) for row in rows.tolist()]
+        return _pairs(b"".join(found), len(rows))
+
+    def slice(self, start: int, end: int) -> Words:
+        """See Confirming."""
+        count = end - start
+        return _pairs(os.pread(self._descriptor, PAIR_BYTES * count, PAIR_BYTES * start), count)
+
+
+def _pairs(read: bytes, count: int) -> Words:
+    if len(read) != PAIR_BYTES * count:
+        raise OSError("the file of identities is shorter than it was written")
+    return np.frombuffer(read, np.uint64).reshape(count, 2)
+
+
+class Prefixes(NamedTuple):
+    """Where the high halves of each value of their leading bits begin; one more entry says where the last ones end."""
+
+    shift: np.uint64
+    begins: npt.NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, hi: Words) -> "Prefixes | None":
+        """The index of high halves in order; None where there are too few to need it."""
+        if len(hi) < INDEXED_ROWS_MIN:
+            return None
+        bits = max(len(hi).bit_length() - PREFIX_BITS_LESS, 1)
+        shift = np.uint64(64 - bits)
+        begins = np.empty((1 << bits) + 1, np.uint32)
+        for start in range(0, 1 << bits, PIECE_ROWS):
+            end = min(start + PIECE_ROWS, 1 << bits)
+            begins[start:end] = np.searchsorted(hi, np.arange(start, end, dtype=np.uint64) << shift)
+        begins[-1] = len(hi)
+        return cls(shift, begins)
+
+    def around(self, hi: Words) -> tuple[Rows, Rows]:
+        """Between which rows each high half would stand."""
+        entries = (hi >> self.shift).astype(np.intp)
+        return self.begins[entries].astype(np.intp), self.begins[entries + 1].astype(np.intp)
+
+
+class Run(NamedTuple):
+    """Identities in order: by their high halves, and where these are equal by their low halves."""
+
+    hi: Words
+    confirming: Confirming
+    prefixes: Prefixes | None
+
+    @classmethod
+    def of(cls, hi: Words, lo: Words, content: Words, directory: Path | None) -> "Run":
+        """A run of identities in any order. ``directory`` is where a file may lie, None for memory alone."""
+        order = np.argsort(hi, kind="stable")
+        in_order = hi[order]
+        if (in_order[1:] == in_order[:-1]).any():
+            order = np.lexsort((lo, hi))
+        pairs = np.stack((lo[order], content[order]), axis=1)
+        return cls(in_order, _kept(lambda: [pairs], len(hi), directory), Prefixes.of(in_order))
+
+    def merged(self, newer: "Run", directory: Path | None) -> "Run":
+        """This run and a newer, smaller one as one. It copies; sorting anew would cost six times that."""
+        place = np.searchsorted(self.hi, newer.hi, side="right")  # how many of the older ones stand before each
+        alike = np.flatnonzero(self.hi[np.maximum(place - 1, 0)] == newer.hi)
+        if len(alike):
+            begins = np.searchsorted(self.hi, newer.hi[alike])
+            place[alike] = self._place(newer.confirming.take(alike)[:, 0], begins, place[alike])
+        place += np.arange(len(newer.hi))  # no second array: eight million and as many would take 286 MB, and not 222
+        older = np.ones(len(self.hi) + len(newer.hi), np.bool_)
+        older[place] = False
+        hi = np.empty(len(older), np.uint64)
+        hi[place], hi[older] = newer.hi, self.hi
+        confirming = _kept(lambda: _interleaved(self.confirming, newer.confirming, older), len(hi), directory)
+        return Run(hi, confirming, Prefixes.of(hi))
+
+    def find(self, hi: Words, lo: Words, search: Search | None = None) -> tuple[Rows, Words]:
+        """Which of the identities asked for are here: their rows, and the content hashes they were kept with.
+
+        Faster for identities in order. Raises OSError when the file cannot be read.
+        """
+        here, last = self._first(hi, search), len(self.hi) - 1
+        rows = np.flatnonzero(self.hi[np.minimum(here, last)] == hi)
+        if not len(rows):
+            return rows, hi[:0]
+        here = here[rows]
+        crowded = np.flatnonzero((self.hi[np.minimum(here + 1, last)] == hi[rows]) & (here < last))
+        if len(crowded):
+            among = rows[crowded]
+            ends = np.searchsorted(self.hi, hi[among], side="right")
+            here[crowded] = self._place(lo[among], here[crowded], ends - 1)
+        pairs = self.confirming.take(here)
+        same = pairs[:, 0] == lo[rows]
+        return rows[same], pairs[same, 1]
+
+    def _first(self, hi: Words, search: Search | None) -> Rows:
+        """For each high half the first row that is not less."""
+        if self.prefixes is None:
+            return np.searchsorted(self.hi, hi)
+        if search is not None:
+            found = np.empty(len(hi), np.intp)
+            search(self.hi, self.prefixes.begins, self.prefixes.shift, hi, found)
+            return found
+        low, high = self.prefixes.around(hi)
+        while (apart := low < high).any():  # three or four times; of whole arrays, since to pick rows costs more
+            middle = (low + high) >> 1
+            less = apart & (self.hi.take(middle, mode="clip") < hi)
+            low, high = np.where(less, middle + 1, low), np.where(less, high, middle)
+        return low
+
+    def _place(self, lo: Words, begins: Rows, ends: Rows) -> Rows:
+        """For each low half the first place from ``begins`` on whose low half is not less, or else ``ends``.
+
+        From one to the other all high halves are equal, so that the low ones are in order.
+        """
+        low, high = begins.copy(), ends.copy()
+        while len(apart := np.flatnonzero(low < high)):  # only these, since each may be read from a file
+            middle = (low[apart] + high[apart]) // 2
+            less = self.confirming.take(middle)[:, 0] < lo[apart]
+            low[apart[less]], high[apart[~less]] = middle[less] + 1, middle[~less]
+        return low
+
+
+def _interleaved(old: Confirming, new: Confirming, older: npt.NDArray[np.bool_]) -> Iterator[Words]:
+    """The pairs of two runs in their common order, in pieces; ``older`` says for each place whose it is."""
+    old_start = new_start = 0
+    for start in range(0, len(older), PIECE_ROWS):
+        of_old = older[start : start + PIECE_ROWS]
+        old_end = old_start + int(np.count_nonzero(of_old))
+        new_end = new_start + len(of_old) - (old_end - old_start)
+        piece = np.empty((len(of_old), 2), np.uint64)
+        piece[of_old], piece[~of_old] = old.slice(old_start, old_end), new.slice(new_start, new_end)
+        yield piece
+        old_start, new_start = old_end, new_end
+
+
+def _kept(pieces: Callable[[], Iterable[Words]], rows: int, directory: Path | None) -> Confirming:
+    """Many pairs in a file; few of them, and all where the disk takes none, in memory."""
+    if directory is not None and rows >= FILE_ROWS_MIN:
+        with contextlib.suppress(OSError):
+            return InFile(directory, pieces())
+    return InMemory(np.concatenate(list(pieces())))
+
+
+# Every identity ever stored, so that "is this event new?" costs no query.
+#
+# An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
+# the event's bytes in sorted runs (``run``). A lookup searches each run for the high half and
+# confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
+# small run; runs of similar size are merged in the background, so there are few of them. A merge of long ones takes
+# seconds, in which short ones would pile up behind it; those are merged as they come, in milliseconds. A merge needs
+# memory for its result beside what it merges, so no run gets longer than 16 million or a quarter of all.
+#
+# The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
+# 8 to 9 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
+
+RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
+AT_ONCE_ROWS_MAX = 200_000  # rows of a merge for which a round may wait: 13 ms where 50,000 are merged with 150,000
+LONGEST_ROWS_MIN = 16_000_000  # a run may always get as long as this: 130 MB, merged in 1.6 s
+LONGEST_PART = 4  # and as long as this part of all identities: of a billion there are a few long runs, not sixty
+
+
+class Keys(NamedTuple):
+    """Identities as columns: high halves, low halves and content hashes, one row an event."""
+
+    hi: Words
+    lo: Words
+    content: Words
+
+    def take(self, rows: npt.NDArray[np.intp]) -> "Keys":
+        """The chosen rows, in the order given."""
+        return Keys(self.hi[rows], self.lo[rows], self.content[rows])
+
+
+class Seen:
+    """The index. One thread adds; any thread may look up."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """``directory`` is where files of long runs may lie; without one all is in memory."""
+        self._directory = directory
+        self._runs: tuple[Run, ...] = ()
+        self._merging: threading.Thread | None = None
+        self._held = 0  # so many of the oldest runs are in the hands of the thread that merges
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(len(run.hi) for run in self._runs)
+
+    def add(self, keys: Keys) -> None:
+        """Remember identities; the caller promises that they are new and committed."""
+        if len(keys.hi) == 0:
+            return
+        run = Run.of(*keys, self._directory)
+        with self._lock:
+            behind = (*self._runs[self._held :], run)
+            self._runs = (*self._runs[: self._held], *(_tidied(behind) if self._held else behind))
+        self._merge_in_background()
+
+    def find(self, hi: Words, lo: Words, search: Search | None = None) -> tuple[npt.NDArray[np.bool_], Words]:
+        """For each identity: whether it is known, and the content hash it was stored with (0 when unknown).
+
+        Raises OSError when a file cannot be read.
+        """
+        found = np.zeros(len(hi), dtype=np.bool_)
+        content = np.zeros(len(hi), dtype=np.uint64)
+        order = np.argsort(hi, kind="stable")  # sorted needles walk a run front to back instead of jumping in it
+        hi_sorted, lo_sorted = hi[order], lo[order]
+        for run in self._runs:
+            rows, hashes = run.find(hi_sorted, lo_sorted, search)
+            found[order[rows]], content[order[rows]] = True, hashes
+        return found, content
+
+    def _merge_in_background(self) -> None:
+        if self._merging is not None and self._merging.is_alive():
+            return
+        if _mergeable(self._runs) >= 2:
+            self._merging = threading.Thread(target=self._merge, name="seen-merge", daemon=True)
+            self._merging.start()
+
+    def _merge(self) -> None:
+        while True:
+            with self._lock:
+                runs, count = self._runs, _mergeable(self._runs)
+                self._held = len(runs) if count >= 2 else 0
+            if count < 2:
+                return
+            merged = _merged(runs[-count:], self._directory)
+            with self._lock:
+                # runs added meanwhile stand behind the ones just merged
+                self._runs = (*runs[:-count], merged, *self._runs[len(runs) :])
+                self._held = 0
+
+
+def _mergeable(runs: tuple[Run, ...]) -> int:
+    """How many of the newest runs to merge: all that are not small beside what is newer, unless it gets too long."""
+    longest = max(LONGEST_ROWS_MIN, sum(len(run.hi) for run in runs) // LONGEST_PART)
+    count, rows = 0, 0
+    for run in reversed(runs):
+        if count >= 1 and (len(run.hi) > RUN_GROWTH * rows or len(run.hi) + rows > longest):
+            break
+        count, rows = count + 1, rows + len(run.hi)
+    return count
+
+
+def _tidied(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """The runs with the newest ones merged, as long as that takes no time to speak of."""
+    count = _mergeable(runs)
+    while count > 1 and sum(len(run.hi) for run in runs[-count:]) > AT_ONCE_ROWS_MAX:
+        count -= 1
+    return runs if count < 2 else (*runs[:-count], _merged(runs[-count:], None))
+
+
+def _merged(runs: tuple[Run, ...], directory: Path | None) -> Run:
+    """Sorted runs as one, always the two smallest first.
+
+    While a large merge goes on, small runs pile up behind it. One into the other they would be copied as many times as
+    there are of them; that takes longer than the next ones take to come, and every lookup searches each of them.
+    """
+    waiting = [(len(run.hi), number, run) for number, run in enumerate(runs)]
+    heapq.heapify(waiting)
+    while len(waiting) > 1:
+        rows, number, small = heapq.heappop(waiting)
+        more, _, large = waiting[0]
+        heapq.heapreplace(waiting, (rows + more, number, large.merged(small, directory)))
+    return waiting[0][2]
+
+
+class Repeats(NamedTuple):
+    """Within one batch: ``first`` marks the first row of each identity; ``of`` names that row for every row."""
+
+    first: npt.NDArray[np.bool_]
+    of: npt.NDArray[np.intp]
+
+
+def repeats(hi: Words, lo: Words) -> Repeats:
+    """Find identities that occur more than once among the rows of one batch."""
+    rows = len(hi)
+    in_order = np.sort(hi)
+    if not (in_order[1:] == in_order[:-1]).any():  # as nearly always
+        return Repeats(np.ones(rows, np.bool_), np.arange(rows))
+    order = np.lexsort((np.arange(rows), lo, hi))
+    same = np.zeros(rows, dtype=np.bool_)
+    same[1:] = (hi[order][1:] == hi[order][:-1]) & (lo[order][1:] == lo[order][:-1])
+    head = np.maximum.accumulate(np.where(same, 0, np.arange(rows)))
+    first = np.zeros(rows, dtype=np.bool_)
+    first[order[~same]] = True
+    of = np.empty(rows, dtype=np.intp)
+    of[order] = order[head]
+    return Repeats(first, of)

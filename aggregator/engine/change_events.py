@@ -1,0 +1,107 @@
+"""What a round gives reason to tell of: customers whose usage or credits moved, and thresholds they reached.
+
+A cause is written in the transaction of the change itself, so nothing that is counted goes untold, and nothing is told
+that did not come to count. It says only who moved; what to say of them is worked out when it is said, from what is
+true then. Organizations that nobody listens to cause nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aggregator.decode.directory import Directory
+from meters.catalogue.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
+from meters.ledger.benefits import GrantSet, SubscriptionSet
+from meters.ledger.ledger import CreditGranted, MeterReset, MovementWithdrawn
+from meters.log import Record, parse_position
+from meters.timestamps import instant_of
+from meters.webhooks import Heard, ThresholdReached
+
+SCHEMA = pa.schema(
+    {
+        "organization_id": pa.string(),
+        "subject": pa.int32(),
+        "customer_id": pa.string(),
+        "change": pa.string(),
+        "caused_at": pa.timestamp("us"),
+    }
+)
+Decided = tuple[Record, Change]
+
+
+def causes(rows: pa.Table, decided: Iterable[Decided], catalogue: Catalogue, directory: Directory) -> pa.Table | None:
+    """The causes in a round's new events and decisions; None where nobody listens to any of them.
+
+    Who listens is taken from the end of the round: a store that is made anew reads endpoints together with what has yet
+    to be told to them. What all of an organization's endpoints were told already, which it reads again, causes nothing.
+    """
+    decided = list(decided)
+    listening = catalogue.webhooks.listening_after(change for _, change in decided)
+    if not listening:
+        return None
+    parts = [_by_decision(decided, catalogue, listening)]
+    for organization_id, heard in listening.items():
+        organization = directory.organizations.get(organization_id)
+        if rows.num_rows and organization is not None:
+            ours = rows.filter(pc.equal(rows["organization"], organization.number))
+            parts.append(_by_usage(ours, organization_id, [parse_position(one.events) or {} for one in heard]))
+    found = pa.concat_tables(parts)
+    return found if found.num_rows else None
+
+
+def _by_usage(rows: pa.Table, organization_id: str, heard: Sequence[Mapping[int, int]]) -> pa.Table:
+    """Whose usage came, once for each."""
+    fresh = pc.is_valid(rows["subject"])
+    for partition in set().union(*heard):
+        told = min(positions.get(partition, 0) for positions in heard)
+        old = pc.and_(pc.equal(rows["log_partition"], partition), pc.less(rows["log_offset"], told))
+        fresh = pc.and_(fresh, pc.invert(old))
+    moved = rows.select(["subject", "ingested_at"]).filter(fresh)
+    moved = moved.group_by("subject").aggregate([("ingested_at", "max")])
+    nothing = pa.nulls(moved.num_rows, pa.string())
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "organization_id": pa.array([organization_id] * moved.num_rows, pa.string()),
+        "subject": moved["subject"].cast(pa.int32()),
+        "customer_id": nothing,
+        "change": nothing,
+        "caused_at": moved["ingested_at_max"].cast(pa.timestamp("us")),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _by_decision(
+    decided: Sequence[Decided], catalogue: Catalogue, listening: Mapping[str, Sequence[Heard]]
+) -> pa.Table:
+    made = {change.customer.id: change.customer for _, change in decided if isinstance(change, CustomerCreated)}
+    found = []
+    for record, change in decided:
+        customer_id = _customer(change) or ""
+        customer = catalogue.customers.get(customer_id) or made.get(customer_id)
+        heard = listening.get(customer.organization_id, ()) if customer else ()
+        if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
+            continue
+        text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
+        at = instant_of(record.timestamp_us)
+        found.append((customer.organization_id, None, customer_id, text, at.replace(tzinfo=None)))
+    columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
+    arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    return pa.table(arrays, schema=SCHEMA)
+
+
+def _customer(change: Change) -> str | None:
+    match change:
+        case CustomerCreated(customer) | CustomerUpdated(customer):
+            return customer.id
+        case CustomerDeleted(id):
+            return id
+        case CreditGranted(customer_id=id) | MeterReset(customer_id=id) | MovementWithdrawn(customer_id=id):
+            return id
+        case ThresholdReached(customer_id=id):
+            return id
+        case GrantSet(grant):
+            return grant.customer_id
+        case SubscriptionSet(subscription):
+            return subscription.customer_id
+    return None

@@ -1,0 +1,125 @@
+"""Commands for processes and the store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.client import session
+from deploy.console import Output, note, progress_bar, show, show_one
+from deploy.errors import FAILED, GiveUp
+from deploy.server.start import begin
+
+# The processes: the whole, its two halves, and the demonstration.
+
+Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
+Upstream = Annotated[str | None, typer.Option(help="The aggregator, http:// or https://HOST:PORT; else a socket.")]
+Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
+Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socket that the supervisor opened.")]
+
+
+def serve(context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None) -> None:
+    """Run Meterstream: gateway and aggregator together. The first start makes an organization and a token."""
+    begin("serve", session(context).settings.but(host=host, port=port), lifeline)
+
+
+def gateway(
+    context: typer.Context, host: Host = None, port: Port = None, upstream: Upstream = None,
+    lifeline: Lifeline = None, socket: Socket = None,
+) -> None:  # fmt: skip
+    """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
+    begin("gateway", session(context).settings.but(host=host, port=port, upstream=upstream), lifeline, socket)
+
+
+def aggregate(
+    context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None
+) -> None:
+    """Run the aggregator alone: follows the log into the store and answers queries.
+
+    With its log on Kafka it answers on --host and --port, for gateways elsewhere; else on a socket in the data.
+    """
+    begin("aggregate", session(context).settings.but(host=host, port=port), lifeline)
+
+
+def demo(
+    context: typer.Context,
+    trace: Annotated[Path | None, typer.Option(help="A CSV file: TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")] = None,
+) -> None:
+    """Meter an LLM trace end to end and check every total against a plain recount; exit code 3 if one differs.
+
+    The trace is --trace; without it a copy of the real one, if there is any here, and else one that is generated.
+    """
+    from deploy.demo import run
+
+    run(trace, rows)
+
+
+def version(context: typer.Context) -> None:
+    """The version."""
+    from importlib.metadata import version as installed
+
+    here = session(context)
+    number = installed("meterstream")
+    if here.output is Output.table:
+        typer.echo(f"meterstream {number}")
+    else:
+        show_one({"version": number}, here.output)
+
+
+# The store's commands: make it again, go on without lost records, see what is wrong.
+
+BESIDE_A_SERVER = "stop the server for that, or compare beside it with `meterstream reconcile`"
+
+
+def rebuild(context: typer.Context) -> None:
+    """Make the store again from the log: beside the old one, then in its place. No server may run meanwhile."""
+    from deploy.rebuild import rebuild as run
+    from deploy.server.runtime import configure_logs
+
+    here = session(context)
+    configure_logs("rebuild", "critical")  # what goes wrong is said once, by the command
+    kept: list[Path] = []
+    with progress_bar("records", None) as advance:
+        tallies = run(here.data, advance, kept.append)
+    show_one(tallies, here.output)
+    note(f"{here.data.store} is new, and has everything that the log has.")
+    for old in kept:
+        note(f"{old} is the old store, which is not known to be of this log: keep it as long as you need its numbers.")
+
+
+def skip_lost(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this it only says what would be lost.")] = False,
+) -> None:
+    """Go on behind records that left the log before they were read; they are never counted. No server may run."""
+    from deploy.rebuild import skip_lost as run
+
+    here = session(context)
+    lost = run(here.data, sure=yes)
+    rows = [each._asdict() | {"records": each.start - each.position} for each in lost]
+    show(rows, ("stream", "partition", "position", "start", "records"), here.output)
+    records = sum(row["records"] for row in rows)
+    if records and not yes:
+        raise GiveUp(f"{records} records would never be counted; --yes accepts that", FAILED)
+    note(f"{records} records are skipped; the aggregator can go on." if records else "Nothing is lost.")
+
+
+def doctor(context: typer.Context) -> None:
+    """Look at the log and the store, and say what is wrong and what heals it. Exit code 1 if something is."""
+    from deploy.doctor import examine
+
+    here = session(context)
+    with progress_bar("records", None) as advance:
+        findings = list(examine(here.data, advance))
+    rows = [{"part": finding.part, "found": finding.found, "heal": finding.heal} for finding in findings]
+    show(rows, ("part", "found", "heal"), here.output)
+    wrong = sum(bool(finding.heal) for finding in findings)
+    if wrong:
+        raise GiveUp(f"{wrong} of {len(findings)} looks found something wrong; the last column says what to do", FAILED)
+    unseen = [finding.part for finding in findings if finding.is_blind]
+    if unseen:
+        note(f"Nothing is wrong with the rest; the {' and the '.join(unseen)} was not looked at: {BESIDE_A_SERVER}.")
+        return
+    note("Nothing is wrong.")

@@ -1,0 +1,491 @@
+"""Validate a request body: bytes in, log lines or refusals out. No I/O and no clock."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from ingest.limits import (
+    BODY_VALUES_MAX,
+    CAREFUL_EVENTS_MAX,
+    CAREFUL_VALUES_MAX,
+    DETAILS_MAX,
+    HURRIED_BODY_VALUES_MAX,
+    HURRIED_EVENTS_MAX,
+    HURRIED_VALUES_MAX,
+    REFUSALS_MAX,
+    REFUSALS_OF_EVENT_MAX,
+)
+from meters.catalogue.access import reference_refusals
+from meters.catalogue.catalogue import Catalogue
+from meters.errors import DEPTH_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX, Refusal
+from meters.event import CLOCK_SKEW, check_event
+from meters.log import Pieces
+from meters.timestamps import microseconds_of
+
+# Which events of a body are plain beyond doubt, by looking at all of them at once.
+#
+# Nearly every event is plain: fields of the expected types, an ISO timestamp, a known customer. C code checks types
+# and limits in one pass. What types cannot tell is told by counting bytes over the whole body: if there are exactly
+# as many opening brackets as the parsed events need, then nothing else is nested and no key with an object is given
+# twice; if the metadata has exactly as many colons as parsed keys, then no key in it is given twice.
+#
+# Whatever is not proven plain is a suspect, for ``meters.event`` to read with care. This module refuses nothing. It
+# is narrower than the careful reading in everything, and wider in nothing: a property test holds the two together.
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # stands for "not given": never in the future
+YEAR_TWO = datetime(2, 1, 1, tzinfo=UTC)
+NOT_PLAIN = -(2**32)  # instead of a number of keys; no body has so many
+
+Name = Annotated[str, Meta(max_length=NAME_LENGTH_MAX)]
+Time = Annotated[datetime, Meta(tz=True)]
+Text = Annotated[str, Meta(min_length=1, max_length=STRING_LENGTH_MAX)]
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Number = Annotated[float, Meta(gt=-1e26, lt=1e26)]  # every number of 27 digits is read as 1e26 or more
+Cents = Annotated[int, Meta(gt=-100_000, lt=100_000)] | Annotated[float, Meta(gt=-1e5, lt=1e5)]
+Currency = Literal["usd"]
+
+
+class Nested(Struct, gc=False, forbid_unknown_fields=True):
+    """A plain ``_cost`` or ``_llm``: numbers and not text, and no key that is not known."""
+
+    amount: Cents | UnsetType = UNSET
+    currency: Currency | UnsetType = UNSET
+    vendor: str | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    input_tokens: Integer | UnsetType = UNSET
+    output_tokens: Integer | UnsetType = UNSET
+    total_tokens: Integer | UnsetType = UNSET
+    cached_input_tokens: Integer | UnsetType = UNSET
+
+
+class Plain(Struct, gc=False):
+    """An event of an organization's token, without anything unusual."""
+
+    name: Name
+    external_customer_id: str | None = None
+    timestamp: Time = _EPOCH
+    external_id: str | None = None
+    metadata: dict[str, Text | Integer | Number | bool | Nested] | UnsetType = UNSET
+    customer_id: str | None = None
+    member_id: str | None = None
+    external_member_id: str | None = None
+    parent_id: str | None = None
+    organization_id: None = None
+
+
+class WithMetadata(Struct, gc=False):
+    """An event of which only the metadata is read, uncut."""
+
+    metadata: Raw = Raw(b"")
+
+
+class _Plains(Struct, gc=False):
+    events: list[Plain]
+
+
+class _WithMetadata(Struct, gc=False):
+    events: list[WithMetadata]
+
+
+_decode_plains = msgspec.json.Decoder(_Plains).decode
+_decode_plain = msgspec.json.Decoder(Plain).decode
+_decode_metadata = msgspec.json.Decoder(_WithMetadata).decode
+
+# Escapes that can hide something: of a NUL, of letters and the underscore (U+0040 to U+007F), which reserved keys are
+# made of, of a colon, which is counted, and of halves of surrogate pairs. No other: Go writes & < > as escapes.
+HIDING = re.compile(rb"\\u(?:00(?:00|3[aA]|[4-7])|[dD][89a-fA-F])")
+
+
+class Finding(NamedTuple):
+    """The external id of each event (None where it has none, or is a suspect), and the suspects' indexes.
+
+    ``distinct_keys``: beyond doubt no metadata gives a key twice.
+    """
+
+    external_ids: list[str | None]
+    suspects: set[int]
+    distinct_keys: bool
+
+
+def read_plain(body: bytes) -> list[Plain] | None:
+    """The events of ``{"events": [...]}`` by their types alone; None unless all of them fit."""
+    try:
+        return _decode_plains(body).events
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def find_suspects(body: bytes, lines: Sequence[Raw], organization_id: str, catalogue: Catalogue, latest: datetime,
+                  plains: list[Plain] | None) -> Finding:
+    """Sort the events of a body, cut into ``lines``, into plain ones and suspects. ``plains`` is ``read_plain(body)``.
+
+    A timestamp may be ``latest`` at most.
+    """
+    if plains is not None:
+        return _find(body, lines, plains, organization_id, catalogue, latest)
+    fitting = [index for index, line in enumerate(lines) if _fits(line)]
+    rest = [lines[index] for index in fitting]
+    body = b'{"events":[' + b",".join(rest) + b"]}"
+    found = _find(body, rest, _decode_plains(body).events, organization_id, catalogue, latest)
+    external_ids: list[str | None] = [None] * len(lines)
+    for index, external_id in zip(fitting, found.external_ids, strict=True):
+        external_ids[index] = external_id
+    suspects = set(range(len(lines))).difference(fitting)
+    return Finding(external_ids, suspects.union(fitting[index] for index in found.suspects), False)
+
+
+def _fits(line: Raw) -> bool:
+    try:
+        _decode_plain(line)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
+
+
+def _find(
+    body: bytes, lines: Sequence[Raw], plains: list[Plain], organization_id: str, catalogue: Catalogue,
+    latest: datetime,
+) -> Finding:
+    suspects = set(_unknown_customers(plains, organization_id, catalogue))
+    times = [event.timestamp for event in plains]
+    if times and (max(times) > latest or min(times) < YEAR_TWO):  # with its offset, year 1 may have begun before time
+        suspects.update(index for index, time in enumerate(times) if time > latest or time < YEAR_TWO)
+    if b"\\" in body and HIDING.search(body):
+        suspects.update(index for index, line in enumerate(lines) if HIDING.search(line))
+    metadata = [event.metadata for event in plains if event.metadata is not UNSET]
+    costs = [held["_cost"] for held in metadata if "_cost" in held]
+    llms = [held["_llm"] for held in metadata if "_llm" in held]
+    keys_in_costs, keys_in_llms = _keys_in_costs(costs), _keys_in_llms(llms)
+    keys = sum(map(len, metadata)) + keys_in_costs + keys_in_llms
+    texts = [event.metadata for event in _decode_metadata(body).events] if metadata else []
+    distinct_keys = keys_in_costs >= 0 <= keys_in_llms and _has_keys(b"".join(texts), keys)
+    if not distinct_keys and (costs or llms):
+        suspects.update(_doubtful(plains, texts))
+    brackets = 1 + len(plains) + len(metadata) + len(costs) + len(llms)
+    if body.count(b"{") != brackets or body.find(b"[") != body.rfind(b"["):
+        suspects.update(_bracketed(lines, plains))
+    return Finding([event.external_id for event in plains], suspects, distinct_keys and not suspects)
+
+
+def _unknown_customers(plains: list[Plain], organization_id: str, catalogue: Catalogue) -> Iterable[int]:
+    """Events without an external customer, unless they name a customer that exists, and no member."""
+    for index in [index for index, event in enumerate(plains) if event.external_customer_id is None]:
+        event = plains[index]
+        known = event.customer_id and catalogue.customer(organization_id, event.customer_id)
+        if not known or event.member_id is not None:
+            yield index
+
+
+def _bracketed(lines: Sequence[Raw], plains: list[Plain]) -> Iterable[int]:
+    """Events with more brackets than a plain event needs, be it in a text, a nested value or a repeated key."""
+    for index, (line, event) in enumerate(zip(lines, plains, strict=True)):
+        needed = 1
+        if event.metadata is not UNSET:
+            needed += 1 + ("_cost" in event.metadata) + ("_llm" in event.metadata)
+        text = bytes(line)
+        if b"[" in text or text.count(b"{") != needed:
+            yield index
+
+
+def _doubtful(plains: list[Plain], texts: Sequence[Raw]) -> Iterable[int]:
+    """Events with a reserved object that is not plain, or with more keys than were parsed."""
+    for index, (event, text) in enumerate(zip(plains, texts, strict=True)):
+        held = event.metadata
+        if held is UNSET or not ("_cost" in held or "_llm" in held):
+            continue
+        inner = _keys_in_costs([held[key] for key in ("_cost",) if key in held])
+        more = _keys_in_llms([held[key] for key in ("_llm",) if key in held])
+        if inner < 0 or more < 0 or not _has_keys(bytes(text), len(held) + inner + more):
+            yield index
+
+
+def _keys_in_costs(costs: Sequence[object]) -> int:
+    """How many keys plain costs have; NOT_PLAIN if any is not. Keys of another kind are for the count to find."""
+    plain = all(type(cost) is Nested and cost.amount is not UNSET and cost.currency is not UNSET for cost in costs)
+    return 2 * len(costs) if plain else NOT_PLAIN
+
+
+def _keys_in_llms(llms: Sequence[object]) -> int:
+    """How many keys plain accounts of a language model have; NOT_PLAIN if any is not."""
+    keys = 0
+    for llm in llms:
+        if type(llm) is not Nested or UNSET in (
+            llm.vendor, llm.model, llm.input_tokens, llm.output_tokens, llm.total_tokens
+        ):
+            return NOT_PLAIN
+        keys += 5 + (llm.cached_input_tokens is not UNSET)
+    return keys
+
+
+def _has_keys(texts: bytes, keys: int) -> bool:
+    """Whether JSON texts with at least so many keys have no more. A colon outside of strings is a key's."""
+    if texts.count(b":") == keys:
+        return True
+    return texts.translate(None, b" \n\t\r").count(b'":') == keys  # some colons are in strings, but not behind a quote
+
+
+# From a body's bytes to lines for the log, or refusals. No I/O, no clock.
+#
+# What is plain beyond doubt (``ingest.plain``) is admitted as it stands. Every other event is read with care by
+# ``meters.event``, which alone decides, and has Polar's words for a refusal.
+#
+# The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
+# because a line is an event; and an event without an external id gets one as its last key, because an event is
+# counted by its identity. Of a repeated key the last one counts, so ``"external_id": null`` is overruled.
+
+SCHEMA = "RequestValidationError"
+BUSINESS = "PolarRequestValidationError"
+"""Polar's names for the two kinds of 422: what an event says, and what the names in it refer to."""
+
+ECHO_BYTES_MAX = 16 * 1024
+"""A larger body is not sent back as the ``input`` of what is wrong with it."""
+
+
+class Tenant(Struct, frozen=True):
+    """Whose token sent the body, what is known just now, and how to name an event that has no name of its own.
+
+    ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
+    ``quick`` is ``ingest.quick.Quick.read``.
+    """
+
+    organization_id: str
+    catalogue: Catalogue
+    new_ids: Callable[[int], Sequence[str]]
+    quick: Callable[[Sequence[bytes], int, int, str], Any] | None = None
+
+
+class Admitted(Struct, frozen=True):
+    """Lines for the log, each with its external id and its index in the request; the three lists run in step.
+
+    ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
+    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
+    were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints`` instead
+    (see ``ingest.recent``), ``joined``, the lines end to end, ``spread``, which gives them by partition, and ``rows``,
+    how many there are up to the end of each body.
+    """
+
+    lines: Sequence[Raw | bytes]
+    external_ids: Sequence[str]
+    indexes: Sequence[int]
+    named: bool
+    refusals: list[Refusal]
+    distinct_keys: bool = False
+    plains: Sequence[Plain] | None = None
+    fingerprints: tuple[Sequence[int], Sequence[int]] | None = None
+    joined: bytes = b""
+    spread: Callable[[bytes, int], tuple[list[tuple[int, bytes]], list[int]]] | None = None
+    rows: Sequence[int] = ()
+
+    @property
+    def value(self) -> bytes:
+        """The record's value: NDJSON."""
+        return self.joined or b"\n".join(self.lines)
+
+
+class Texts(Sequence[str]):
+    """Pieces of a record's value, as texts."""
+
+    def __init__(self, value: bytes, places: Any) -> None:
+        self._pieces = Pieces(value, places)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._pieces[row].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece.decode() for piece in self._pieces)
+
+
+class RefusedBody(Struct, frozen=True):
+    """The whole request is refused: Polar's name for the error, and its detail list."""
+
+    error: str
+    detail: list[dict[str, Any]]
+
+
+class _Envelope(Struct, gc=False):
+    events: list[Raw]
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
+_EARLIEST_US = microseconds_of(YEAR_TWO)
+_BYTE = re.compile(r"\(byte (\d+)\)")
+
+
+def admit(body: bytes, tenant: Tenant, now: datetime, *, lenient: bool = False) -> Admitted | RefusedBody:
+    """Every event of the body as a line, or why not. One bad event refuses all of them, unless ``lenient``."""
+    found = _admit(body, tenant, now, lenient, hurry=False)
+    assert found is not None
+    return found
+
+
+def admit_quickly(
+    body: bytes, tenant: Tenant, now: datetime, *, lenient: bool = False
+) -> Admitted | RefusedBody | None:
+    """The same; None where more events are unusual than can be read while everybody waits."""
+    return _admit(body, tenant, now, lenient, hurry=True)
+
+
+def admit_together(bodies: Sequence[bytes], tenant: Tenant, now: datetime) -> Admitted | None:
+    """The events of as many bodies as are ordinary, from the first one on; None where the first is not.
+
+    What is said of one body by ``admit`` is the same; ``rows`` of what is found says which events are whose.
+    """
+    readable = list(itertools.takewhile(lambda body: _unreadable(body) is None, bodies))
+    return _quickly(readable, tenant, now + CLOCK_SKEW) if readable else None
+
+
+def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | RefusedBody | None:
+    unreadable = _unreadable(body)
+    if unreadable is not None:
+        return unreadable
+    latest = now + CLOCK_SKEW
+    ordinary = _quickly([body], tenant, latest)
+    if ordinary is not None:
+        return ordinary
+    plains = read_plain(body)
+    if plains is None and hurry and body.count(b",") > HURRIED_BODY_VALUES_MAX:
+        return None
+    if plains is None and body.count(b",") > BODY_VALUES_MAX:
+        return _too_many("values to look at one by one")
+    try:
+        lines = _decode_envelope(body).events
+    except (msgspec.MsgspecError, RecursionError):
+        return _no_envelope(body)
+    ids, suspects, distinct_keys = find_suspects(body, lines, tenant.organization_id, tenant.catalogue, latest, plains)
+    values = sum(bytes(lines[index]).count(b",") for index in suspects)
+    if hurry and (len(suspects) > HURRIED_EVENTS_MAX or values > HURRIED_VALUES_MAX):
+        return None
+    if len(suspects) > CAREFUL_EVENTS_MAX:
+        return _too_many("unusual events to look at one by one")
+    if values > CAREFUL_VALUES_MAX:
+        return _too_many("values in unusual events to look at one by one")
+    error_name, refusals = _with_care(lines, sorted(suspects), ids, tenant, now, lenient) if suspects else ("", [])
+    if refusals and not lenient:
+        return RefusedBody(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
+    if len(refusals) > REFUSALS_MAX:
+        some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
+        return RefusedBody(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
+    if refusals:
+        refused = {refusal.index for refusal in refusals}
+        kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
+        lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
+    else:
+        kept = range(len(lines))
+    found = _admitted(lines, ids, kept, refusals, tenant, b"\n" in body)
+    return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
+
+
+def _quickly(bodies: Sequence[bytes], tenant: Tenant, latest: datetime) -> Admitted | None:
+    """All events of bodies up to one in which compiled loops find anything odd; None to look closer at the first."""
+    if tenant.quick is None:
+        return None
+    found = tenant.quick(bodies, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
+    if found is None:
+        return None
+    lines, ids = found.places[:, 0:2], found.places[:, 2:4]
+    return Admitted(
+        Pieces(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
+        distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
+        rows=found.rows,
+    )  # fmt: skip
+
+
+def _with_care(
+    lines: Sequence[Raw], suspects: Sequence[int], ids: list[str | None], tenant: Tenant, now: datetime, lenient: bool
+) -> tuple[str, list[Refusal]]:
+    """Read each suspect, note its external id, and collect what is wrong, in the order of the request.
+
+    Names are looked up only when every event is well made, as Polar does; a lenient request hears both. Where refusals
+    are more than anybody may hear of, the rest is not read.
+    """
+    schema: list[Refusal] = []
+    business: list[Refusal] = []
+    of_event_max = REFUSALS_OF_EVENT_MAX if lenient else DETAILS_MAX
+    for index in suspects:
+        if len(schema) + len(business) > REFUSALS_MAX if lenient else len(schema) >= DETAILS_MAX:
+            break
+        event = check_event(bytes(lines[index]), index=index, now=now, complaints_max=of_event_max)
+        if isinstance(event, list):
+            schema += event[:of_event_max]
+            continue
+        ids[index] = event.external_id
+        business += reference_refusals(
+            event, tenant.catalogue, token_organization_id=tenant.organization_id, index=index
+        )
+    if lenient:
+        return SCHEMA, sorted(schema + business, key=lambda refusal: refusal.index)
+    return (SCHEMA, schema) if schema else (BUSINESS, business)
+
+
+def _admitted(
+    lines: Sequence[Raw], ids: Sequence[str | None], kept: Sequence[int], refusals: list[Refusal], tenant: Tenant,
+    newlines: bool,
+) -> Admitted:
+    final: list[Raw | bytes] = list(lines)
+    if newlines:
+        final = [bytes(line).replace(b"\n", b" ") for line in final]
+    named = list(ids)
+    nameless = [place for place, external_id in enumerate(ids) if external_id is None] if None in ids else []
+    for place, external_id in zip(nameless, tenant.new_ids(len(nameless)) if nameless else (), strict=True):
+        named[place] = external_id
+        final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
+    return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]
+
+
+def _unreadable(body: bytes) -> RefusedBody | None:
+    if not body:
+        return _refused("missing", ("body",), "Field required")
+    if not body.isascii():
+        try:
+            body.decode()
+        except UnicodeDecodeError as error:
+            return _not_json(error.start, "invalid UTF-8")
+    return None
+
+
+def _no_envelope(body: bytes) -> RefusedBody:
+    """Why the body is not ``{"events": [...]}``."""
+    try:
+        msgspec.json.decode(body, type=Raw)
+    except RecursionError:
+        return _refused("value_error", ("body",), f"Value error, nesting is limited to {DEPTH_MAX} levels")
+    except msgspec.DecodeError as error:
+        found = _BYTE.search(str(error))
+        return _not_json(int(found[1]) if found else len(body), str(error))
+    echo = Raw(body) if len(body) <= ECHO_BYTES_MAX else None
+    try:
+        fields = _decode_fields(body)
+    except msgspec.ValidationError:
+        message = "Input should be a valid dictionary or object to extract fields from"
+        return _refused("model_attributes_type", ("body",), message, echo)
+    if "events" not in fields:
+        return _refused("missing", ("body", "events"), "Field required", echo)
+    events = fields["events"]
+    echo = events if len(bytes(events)) <= ECHO_BYTES_MAX else None
+    return _refused("list_type", ("body", "events"), "Input should be a valid list", echo)
+
+
+def _too_many(what: str) -> RefusedBody:
+    return _refused("too_long", ("body", "events"), f"Too many {what}; send fewer events")
+
+
+def _not_json(offset: int, reason: str) -> RefusedBody:
+    entry = {"type": "json_invalid", "loc": ("body", offset), "msg": "JSON decode error", "input": {}}
+    return RefusedBody(SCHEMA, [entry | {"ctx": {"error": reason}}])
+
+
+def _refused(kind: str, loc: tuple[str, ...], message: str, echo: Any = None) -> RefusedBody:
+    return RefusedBody(SCHEMA, [{"type": kind, "loc": loc, "msg": message, "input": echo}])
+
+
+def _entry(refusal: Refusal) -> dict[str, Any]:
+    return {"type": refusal.type, "loc": refusal.loc, "msg": refusal.msg, "input": refusal.input}

@@ -1,0 +1,395 @@
+"""The catalogue: organizations, tokens, customers, meters and sessions, folded from decisions."""
+
+import heapq
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal, get_args
+
+import msgspec
+
+from meters import exact
+from meters.aggregation import Aggregation
+from meters.catalogue.polar_facts import DeliveryApplied, Mirror
+from meters.event_values import PREFIX, written
+from meters.filters import Filter, filter_json, parse_filter
+from meters.ledger.benefits import BenefitChange, Benefits
+from meters.ledger.ledger import CreditChange
+from meters.ledger.price import MeterPriced, Prices
+from meters.meter import Meter
+from meters.webhooks import WebhookChange, Webhooks
+
+# Customers at the portal: a credential that shows one customer what is theirs, for an hour.
+#
+# As with an organization's token, only the digest is kept. A session that has expired is forgotten when the next one
+# is made, so there are never many more than the customers who look at their usage within an hour.
+
+SESSION_PREFIX = "polar_cst_"
+"""How every customer's token begins, because Polar's clients look at it."""
+
+SESSION_LIFE = timedelta(hours=1)
+"""As with Polar: the token goes to a browser, and the application makes another one for the next visit."""
+
+
+class CustomerSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A customer's credential; ``sha256`` is the hex digest of the secret, which is kept nowhere."""
+
+    id: str
+    organization_id: str
+    customer_id: str
+    sha256: str
+    created_at: datetime
+    expires_at: datetime
+    return_url: str | None = None
+
+
+class CustomerSessionCreated(msgspec.Struct, frozen=True, tag_field="type", tag="customer_session.created"):
+    """A customer may look until the session expires."""
+
+    session: CustomerSession
+
+
+SessionChange = CustomerSessionCreated
+
+
+class Sessions:
+    """The sessions that may still be good, by the digest of their secret."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[str, CustomerSession] = {}
+        self._ends: list[tuple[datetime, str]] = []  # a heap: nobody pays for looking through all of them
+
+    def apply(self, change: object) -> None:
+        """Take in one change; others than the above are somebody else's."""
+        if isinstance(change, CustomerSessionCreated):
+            session = change.session
+            while self._ends and self._ends[0][0] <= session.created_at:
+                self._forget(*heapq.heappop(self._ends))
+            self._by_digest[session.sha256] = session
+            heapq.heappush(self._ends, (session.expires_at, session.sha256))
+
+    def _forget(self, expires_at: datetime, digest: str) -> None:
+        known = self._by_digest.get(digest)
+        if known and known.expires_at <= expires_at:  # else it was told again, with a later end
+            del self._by_digest[digest]
+
+    def find(self, digest: str, now: datetime) -> CustomerSession | None:
+        """The session of a secret's digest, unless it has expired; the instant of expiry counts as expired."""
+        session = self._by_digest.get(digest)
+        return session if session and now < session.expires_at else None
+
+
+# What operators decided: organizations, tokens, customers and meters.
+#
+# A change is one JSON line in ``usage.control``; what is decided together is one record of several lines, so that all
+# of it is there or nothing. The catalogue is the fold of all changes. A change carries the whole new state of the one
+# thing it is about, so applying it twice is applying it once, and a reader that starts in the middle of a repetition
+# ends in the same state. A reader passes over changes of a type it does not know: an old process survives a newer
+# one's decisions.
+
+class Organization(msgspec.Struct, frozen=True):
+    """A tenant. Nothing of one is visible to another."""
+
+    id: str
+    name: str
+    created_at: datetime
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """An organization's credential; ``sha256`` is the hex digest of the secret, which is kept nowhere."""
+
+    id: str
+    organization_id: str
+    name: str
+    sha256: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+
+INDIVIDUAL: Final = "individual"
+TEAM: Final = "team"
+
+
+class Customer(msgspec.Struct, frozen=True, kw_only=True):
+    """Someone an organization knows. Usage may name the customer by ``id`` or by ``external_id``.
+
+    Customers written down before ``type`` was kept are individuals.
+    """
+
+    id: str
+    organization_id: str
+    created_at: datetime
+    type: Literal["individual", "team"] = INDIVIDUAL
+    external_id: str | None = None
+    email: str | None = None
+    name: str | None = None
+    metadata: dict[str, Any] = {}
+    modified_at: datetime | None = None
+    deleted_at: datetime | None = None
+
+
+class OrganizationCreated(msgspec.Struct, frozen=True, tag_field="type", tag="organization.created"):
+    """There is a new tenant."""
+
+    organization: Organization
+
+
+class TokenCreated(msgspec.Struct, frozen=True, tag_field="type", tag="token.created"):
+    """A credential is good from now on."""
+
+    token: Token
+
+
+class TokenRevoked(msgspec.Struct, frozen=True, tag_field="type", tag="token.revoked"):
+    """A credential is good no longer."""
+
+    id: str
+    revoked_at: datetime
+
+
+class CustomerCreated(msgspec.Struct, frozen=True, tag_field="type", tag="customer.created"):
+    """An organization knows someone new."""
+
+    customer: Customer
+
+
+class CustomerUpdated(msgspec.Struct, frozen=True, tag_field="type", tag="customer.updated"):
+    """The customer's new state, whole."""
+
+    customer: Customer
+
+
+class CustomerDeleted(msgspec.Struct, frozen=True, tag_field="type", tag="customer.deleted"):
+    """The customer may not be named any more; usage that named the customer stays."""
+
+    id: str
+    deleted_at: datetime
+
+
+class MeterCreated(msgspec.Struct, frozen=True, tag_field="type", tag="meter.created"):
+    """An organization measures something new, from the beginning of its events."""
+
+    meter: Meter
+
+
+class MeterUpdated(msgspec.Struct, frozen=True, tag_field="type", tag="meter.updated"):
+    """The meter's new state, whole."""
+
+    meter: Meter
+
+
+class DeadLetterReplayed(msgspec.Struct, frozen=True, tag_field="type", tag="dead_letter.replayed"):
+    """The line at this place, which could not be counted, was sent again or let go. Keeps the list short."""
+
+    log_partition: int
+    log_offset: int
+    line: int
+    replayed_at: datetime
+
+
+_MeterChange = MeterCreated | MeterUpdated
+_PlainChange = (
+    OrganizationCreated
+    | TokenCreated
+    | TokenRevoked
+    | CustomerCreated
+    | CustomerUpdated
+    | CustomerDeleted
+    | DeadLetterReplayed
+    | CreditChange
+    | MeterPriced
+    | BenefitChange
+    | DeliveryApplied
+    | SessionChange
+    | WebhookChange
+)
+Change = _MeterChange | _PlainChange
+
+# One decoder for each type: that of the union would look at all of it each time.
+_PLAIN_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
+    str(kind.__struct_config__.tag): exact.decoder(kind) for kind in get_args(_PlainChange)
+}
+_METER_CHANGES: dict[str, type[MeterCreated] | type[MeterUpdated]] = {
+    str(kind.__struct_config__.tag): kind for kind in get_args(_MeterChange)
+}
+
+
+class _Typed(msgspec.Struct):
+    type: str
+
+
+_TYPE = msgspec.json.Decoder(_Typed)
+
+
+def encode_change(change: Change) -> bytes:
+    """One line of JSON, without the newline."""
+    if isinstance(change, _MeterChange):
+        return exact.encode({"type": change.__struct_config__.tag, "meter": meter_json(change.meter)})
+    return exact.encode(change)
+
+
+def encode_changes(changes: Iterable[Change]) -> bytes:
+    """A record's value: a line for each, all of them decided or none."""
+    return b"\n".join(map(encode_change, changes))
+
+
+def decode_changes(value: bytes) -> list[Change]:
+    """The changes of a record, in their order, without those that this version does not know. Raises ValueError."""
+    return [change for line in value.split(b"\n") if (change := decode_change(line)) is not None]
+
+
+def decode_change(line: bytes) -> Change | None:
+    """The change that a line states; None for a type that this version does not know, and for an empty line.
+
+    A log that may have holes gives an empty record where nothing but the marker of a transaction is. Raises ValueError
+    for what is no change at all: only our own processes write the control stream, so that is damage.
+    """
+    if not line:
+        return None
+    type_ = _TYPE.decode(line).type
+    if type_ in _METER_CHANGES:
+        return _METER_CHANGES[type_](meter_from_json(exact.decode(line).get("meter")))
+    decoder = _PLAIN_DECODERS.get(type_)
+    if decoder is None:
+        return None
+    change: Change = decoder.decode(line)
+    return change
+
+
+def meter_json(meter: Meter) -> dict[str, Any]:
+    """A meter in Polar's shape, filter and all."""
+    record = {name: getattr(meter, name) for name in meter.__struct_fields__}
+    aggregation: dict[str, Any] = {"func": meter.aggregation.func}
+    if meter.aggregation.property is not None:
+        aggregation["property"] = written(meter.aggregation.property)
+    return record | {"filter": filter_json(meter.filter), "aggregation": aggregation}
+
+
+class _MeterRecord(Meter, frozen=True, kw_only=True):
+    filter: Any
+
+
+def meter_from_json(record: object) -> Meter:
+    """The inverse of ``meter_json``. Raises ValueError for what is no meter."""
+    held = msgspec.convert(record, _MeterRecord)
+    filter = parse_filter(held.filter)
+    if not isinstance(filter, Filter):
+        raise ValueError(f"a stored meter's filter is refused: {filter}")
+    fields = {name: getattr(held, name) for name in Meter.__struct_fields__}
+    func, property = held.aggregation.func, held.aggregation.property
+    aggregation = Aggregation(func, property and property.removeprefix(PREFIX))
+    return Meter(**fields | {"filter": filter, "aggregation": aggregation})
+
+
+class Catalogue:
+    """The decisions so far. Read by everyone, changed by ``apply`` alone, in the order of the control stream."""
+
+    def __init__(self, changes: Iterable[Change] = ()) -> None:
+        self.organizations: dict[str, Organization] = {}
+        self.tokens: dict[str, Token] = {}  # by sha256
+        self.customers: dict[str, Customer] = {}
+        self.meters: dict[str, Meter] = {}
+        self.prices = Prices()
+        self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
+        self._external: dict[tuple[str, str], Customer] = {}
+        self._emails: dict[tuple[str, str], dict[str, None]] = {}  # whose an address is, in lower case
+        self._meters: dict[str, dict[str, Meter]] = {}
+        self._living: dict[str, dict[str, Customer]] = {}
+        for change in changes:
+            self.apply(change)
+
+    def apply(self, change: Change) -> None:
+        """Take in one change; taking it in again changes nothing."""
+        match change:
+            case OrganizationCreated(organization):
+                self.organizations[organization.id] = organization
+            case TokenCreated(token):
+                self.tokens.setdefault(token.sha256, token)
+            case TokenRevoked(id, revoked_at):
+                self._revoke(id, revoked_at)
+            case CustomerCreated(customer) | CustomerUpdated(customer):
+                self._put(customer)
+            case CustomerDeleted(id, deleted_at):
+                if id in self.customers:
+                    self._put(msgspec.structs.replace(self.customers[id], deleted_at=deleted_at))
+            case MeterCreated(meter) | MeterUpdated(meter):
+                self.meters[meter.id] = meter
+                self._meters.setdefault(meter.organization_id, {})[meter.id] = meter
+            case DeadLetterReplayed():
+                pass  # concerns the store alone
+            case _:
+                for part in (self.prices, self.benefits, self.sessions, self.webhooks, self.mirror):
+                    part.apply(change)
+
+    def _revoke(self, id: str, revoked_at: datetime) -> None:
+        for token in self.tokens.values():
+            if token.id == id:
+                self.tokens[token.sha256] = msgspec.structs.replace(token, revoked_at=revoked_at)
+                return
+
+    def _put(self, customer: Customer) -> None:
+        known = self.customers.get(customer.id)
+        if known and known.external_id is not None:
+            name = (known.organization_id, known.external_id)
+            if self._external.get(name) == known:  # another may have the name by now
+                del self._external[name]
+        if known and known.email is not None:
+            address = (known.organization_id, known.email.lower())
+            if owners := self._emails.get(address):
+                owners.pop(known.id, None)
+                if not owners:
+                    del self._emails[address]
+        self.customers[customer.id] = customer
+        living = self._living.setdefault(customer.organization_id, {})
+        if customer.deleted_at is None:
+            living[customer.id] = customer
+        else:
+            living.pop(customer.id, None)
+        if customer.email is not None and customer.deleted_at is None:
+            self._emails.setdefault((customer.organization_id, customer.email.lower()), {})[customer.id] = None
+        if customer.external_id is not None and customer.deleted_at is None:
+            self._external[customer.organization_id, customer.external_id] = customer
+
+    def customer(self, organization_id: str, id: str) -> Customer | None:
+        """The organization's customer of this id, unless deleted."""
+        found = self.customers.get(id)
+        return found if found and found.organization_id == organization_id and not found.deleted_at else None
+
+    def customers_of(self, organization_id: str) -> list[Customer]:
+        """The organization's customers, oldest first, without those that are deleted."""
+        return list(self._living.get(organization_id, {}).values())
+
+    def customer_by_external_id(self, organization_id: str, external_id: str) -> Customer | None:
+        """The organization's customer that it calls so itself, unless deleted."""
+        return self._external.get((organization_id, external_id))
+
+    def customers_by_email(self, organization_id: str, email: str) -> list[str]:
+        """The ids of the organization's customers with this address, whatever its case, without the deleted ones.
+
+        Here an address is given once; Polar tells of customers who share one.
+        """
+        return list(self._emails.get((organization_id, email.lower()), ()))
+
+    def meter(self, organization_id: str, id: str) -> Meter | None:
+        """The organization's meter of this id, archived or not."""
+        found = self.meters.get(id)
+        return found if found and found.organization_id == organization_id else None
+
+    def meters_of(self, organization_id: str) -> list[Meter]:
+        """The organization's meters, archived ones too, in the order of their creation."""
+        return list(self._meters.get(organization_id, {}).values())
+
+    def identifiers(
+        self, organization_id: str, customer_ids: Iterable[str], external_ids: Iterable[str]
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Both kinds of name for the customers asked for: ids and external ids, each drawing in the other.
+
+        A name that no customer has stays in its set: usage may carry it all the same.
+        """
+        ids, externals = set(customer_ids), set(external_ids)
+        by_id = [found for id in ids if (found := self.customer(organization_id, id))]
+        by_name = [found for name in externals if (found := self.customer_by_external_id(organization_id, name))]
+        ids.update(customer.id for customer in by_name)
+        externals.update(customer.external_id for customer in by_id if customer.external_id is not None)
+        return frozenset(ids), frozenset(externals)
