@@ -190,7 +190,7 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
 
 def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
     """Nothing is said where nothing was ever forwarded."""
-    from aggregator.forward.opening import MEND, Unusable
+    from aggregator.forward.sqlite_errors import MEND, Unusable
     from aggregator.forward.state import State
 
     if not data.forwarding.exists():

@@ -16,8 +16,8 @@ import structlog
 
 from aggregator.forward.feed_client import Away, Selection, Source
 from aggregator.forward.forwarder import Forwarder, RolledMeter, Wishes
-from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.polar_client import BODY_BYTES_MAX, RequestWindow, Upstream, base_url
+from aggregator.forward.sqlite_errors import Unusable, explaining
 from aggregator.forward.state import SILENT_US, State
 from deploy.console import ids, meters_called, parse_instant
 from deploy.errors import USAGE, GiveUp

@@ -1,9 +1,10 @@
 """What compiled loops over the bytes of events share: how they are compiled, keys, times and hashes.
 
-The loops themselves are ``ingest.kernels``, ``ingest.partitions`` and ``aggregator.kernels``. They read what is
-ordinary, as strictly as the careful reading of ``meters.event`` and ``meters.timestamp`` does; whatever differs is ODD
-or UNREADABLE here, and for the careful reading to judge. All they can do wrong is to take something odd for ordinary,
-or to look beyond a text; property tests hold them against the careful reading, with damaged texts.
+The loops themselves are ``ingest.admission.kernels``, ``ingest.admission.kernels`` and ``aggregator.decode.kernels``.
+They read what is ordinary, as strictly as the careful reading of ``meters.event`` and ``meters.timestamps`` does;
+whatever differs is ODD or UNREADABLE here, and for the careful reading to judge. All they can do wrong is to take
+something odd for ordinary, or to look beyond a text; property tests hold them against the careful reading, with
+damaged texts.
 
 Numba compiles each of these modules when it is first imported, in a few seconds, and keeps the result beside it, or
 where NUMBA_CACHE_DIR says; from then on importing takes less than a second. Who needs them imports them in a thread.

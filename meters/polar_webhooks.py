@@ -57,8 +57,8 @@ def here(catalogue: Catalogue, thing: BenefitOrGrant) -> BenefitOrGrant:
 #
 # A customer of Polar's is the customer here that has its id, or else its external id; where there is none, one is
 # made with Polar's id, and turns out to be another one when it gets the external id of that. A deletion goes by the
-# id alone. A thing's newest state wins (``meters.mirror``), and that it was deleted is the newest of all. Types that
-# say nothing about usage or credits are no business of this product and are passed over.
+# id alone. A thing's newest state wins (``meters.catalogue.polar_facts``), and that it was deleted is the newest of
+# all. Types that say nothing about usage or credits are no business of this product and are passed over.
 
 T = TypeVar("T")
 

@@ -50,16 +50,12 @@ def create_app(
     app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)
     install_error_answers(app)
-    for router in (events.router, meters.usage_router, meters.router, meters.metrics_router, customers.router, events.dead_letters_router):
+    for router in (
+        events.router, meters.usage_router, meters.router, meters.metrics_router, customers.router,
+        events.dead_letters_router, customer_meters.router, credits.router, meters.charges_router, benefits.router,
+        customers.sessions_router, portal.router, webhooks.router, polar.router, feed.router, audit.router,
+    ):  # fmt: skip
         app.include_router(router)
-    for router in (customer_meters.router, credits.router, credits.router, meters.charges_router):
-        app.include_router(router)
-    for router in (benefits.router, customers.sessions_router, portal.router):
-        app.include_router(router)
-    for router in (webhooks.router, webhooks.router, webhooks.router, polar.router):
-        app.include_router(router)
-    app.include_router(feed.router)
-    app.include_router(audit.router)
     app.include_router(_operations(metrics_text))
     install_pages(app)
     return app

@@ -141,7 +141,7 @@ class MeterUpdate(PolarBody):
 
 
 class PriceSet(OwnBody):
-    """What a unit of a meter costs. Checked by ``meters.price.parse_price``."""
+    """What a unit of a meter costs. Checked by ``meters.ledger.price.parse_price``."""
 
     unit_amount: Annotated[
         Decimal, Meta(description="Cents, above 0, with at most 12 decimals.", examples=["0.002"])

@@ -101,7 +101,7 @@ def _is_awkward(token: bytes) -> bool:
 #
 # Nearly every sender writes ``2026-03-01T10:00:00.123456Z``, with some number of digits behind the point, and Arrow
 # reads a column of such texts in one call instead of one object each. Digits finer than a microsecond, of which .NET
-# writes one and Go three, are cut before. Whatever looks different is read one by one by ``meters.timestamp``, whose
+# writes one and Go three, are cut before. Whatever looks different is read one by one by ``meters.timestamps``, whose
 # result Arrow's way equals; so is everything where one does not exist in the calendar, which the gateway lets nobody
 # send.
 
@@ -231,7 +231,7 @@ class Batch(NamedTuple):
     """
 
     chunks: list[Chunk]
-    dead: pa.Table  # of ``aggregator.letters``
+    dead: pa.Table  # of ``aggregator.decode.dedup``
     positions: dict[int, int]
     last: dict[int, Record]
     lines: int

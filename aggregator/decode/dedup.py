@@ -152,7 +152,7 @@ class Effects(NamedTuple):
 
     rows: pa.Table
     keys: Keys
-    dead: pa.Table  # of ``aggregator.letters``
+    dead: pa.Table  # of ``aggregator.decode.dedup``
     tallies: dict[int, Tally]
 
 

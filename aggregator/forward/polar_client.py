@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from aggregator.forward.opening import transaction
+from aggregator.forward.sqlite_errors import transaction
 from meters import exact
 
 # An answer of the upstream as a value, and lists that it gives in pages. Connects to nobody by itself.

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from aggregator.forward.opening import Unusable, explaining, transaction
 from aggregator.forward.planner import Item
 from aggregator.forward.polar_client import BUSY_WAIT_S
+from aggregator.forward.sqlite_errors import Unusable, explaining, transaction
 from meters.log import FeedPlace, format_places, parse_places
 
 # How far forwarding got, in a file of its own: what a restart, a second process and an operator need to know.

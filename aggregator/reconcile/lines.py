@@ -23,7 +23,8 @@ from meters.log import Record, lines_of
 # (``store.queries.audit``): ``StoppedStore`` opens the file read-only and asks it; a running aggregator answers them
 # on its own socket (``aggregator.api.audit``), and the log is compared outside of it.
 
-STORE_MEMORY_LIMIT = "192MB"  # blocks are read once or twice, so keeping more of them saves little; what needs more spills
+# Blocks are read once or twice, so keeping more of them saves little. What needs more memory spills to disk.
+STORE_MEMORY_LIMIT = "192MB"
 
 
 class StoreSide(Protocol):
@@ -67,16 +68,17 @@ class StoppedStore:
 
 # The log's lines as columns with a fingerprint each, made without any of the code that fills the store.
 #
-# The store's rows were made by ``aggregator.apply`` with one parser; here another one (DuckDB's JSON) reads the same
-# bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be careful:
-# what it takes for different is read again by ``meters.event``, line by line, before anybody calls it a difference.
-# It has to be right in one direction only: two lines that mean something else must not get the same fingerprint.
+# The store's rows were made by ``aggregator.decode.decode`` with one parser; here another one (DuckDB's JSON) reads
+# the same bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be
+# careful: what it takes for different is read again by ``meters.event``, line by line, before anybody calls it a
+# difference. It has to be right in one direction only: two lines that mean something else must not get the same
+# fingerprint.
 #
 # A fingerprint is DuckDB's hash over everything that the store keeps of an event. Sums of fingerprints do not depend
 # on the order of rows, so they serve as checksums of any bucket.
 
 LINE_BITS = 24
-"""Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.refusal.LINES_MAX``)."""
+"""Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.errors.LINES_MAX``)."""
 
 HOUR_US = 3_600_000_000
 LINES_MEMORY_LIMIT = "128MB"  # a stretch of the log at a time, eight megabytes of it

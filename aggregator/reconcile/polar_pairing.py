@@ -22,7 +22,7 @@ from meters.timestamps import EPOCH
 
 # The two other ways in which Polar reads a meter's filter. Pure.
 #
-# Quantities and balances go by one reading, which is ours (``meters.filter``). What is invoiced is matched in another
+# Quantities and balances go by one reading, which is ours (``meters.filters``). What is invoiced is matched in another
 # program with plain comparisons of its language, and event lists and cost metrics are read from a copy with typed
 # columns. Where types are mixed the three disagree, and then an invoice may count what a balance does not. Knowing
 # how the others read tells such a difference from a lost event.
@@ -216,7 +216,7 @@ def _match(missing: list[Seen], extra: list[Seen], key: Any) -> list[tuple[Seen,
 
 
 def _value(key: str, value: Any) -> Any:
-    """As ``meters.facts`` reads it: reserved numbers may come as text."""
+    """As ``meters.event_values`` reads it: reserved numbers may come as text."""
     if isinstance(value, dict):
         known, numbers = RESERVED.get(key, (frozenset(), frozenset()))
         return {name: _number(inner, name in numbers) for name, inner in value.items() if name in known}

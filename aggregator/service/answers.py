@@ -142,7 +142,7 @@ _PARTS = [{"$ref": REF_TEMPLATE.format(name=name)} for name in ("Clause", "Filte
 class Filter(Answer):
     """Clauses and filters, of which all (``and``) or at least one (``or``) must hold.
 
-    ``meters.filter.Filter`` is this in memory. msgspec cannot describe it: a clause and a filter have no tag.
+    ``meters.filters.Filter`` is this in memory. msgspec cannot describe it: a clause and a filter have no tag.
     """
 
     conjunction: Conjunction
@@ -156,7 +156,7 @@ Aggregated = Annotated[Aggregation, Meta(examples=[{"func": "sum", "property": "
 
 
 class Meter(Answer, kw_only=True):
-    """A meter. The fields are those of ``meters.catalogue.meter_json``."""
+    """A meter. The fields are those of ``meters.catalogue.catalogue.meter_json``."""
 
     id: Id
     organization_id: Id

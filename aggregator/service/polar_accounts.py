@@ -1,7 +1,7 @@
 """Accounts as Polar's news call for them: credits, what was taken back, and cuts with what rolls over.
 
-What is wanted follows from all facts together (``meters.mirror``). What the ledger has of it already stays; the rest is
-decided, and what turned out otherwise is withdrawn. Settling twice is settling once.
+What is wanted follows from all facts together (``meters.catalogue.polar_facts``). What the ledger has of it already
+stays; the rest is decided, and what turned out otherwise is withdrawn. Settling twice is settling once.
 """
 
 from collections import Counter

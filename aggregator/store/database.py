@@ -12,16 +12,17 @@ import duckdb
 # The tables.
 #
 # Everything here is derived from the log and could be deleted. There is no PRIMARY KEY, no UNIQUE constraint and no
-# index on purpose: identity is checked in memory before a row is written (``aggregator.seen``), and DuckDB's indexes
-# cost more than that check, grow with every row, and have returned nothing after a crash. Amounts are never stored
-# here: they are read from the metadata text when asked for, so a new meter counts the past as it counts the future.
+# index on purpose: identity is checked in memory before a row is written (``aggregator.decode.identities``), and
+# DuckDB's indexes cost more than that check, grow with every row, and have returned nothing after a crash. Amounts
+# are never stored here: they are read from the metadata text when asked for, so a new meter counts the past as it
+# counts the future.
 #
 # The two long texts are packed with zstd: as small as what DuckDB would choose, at half the cost of a checkpoint,
 # because nothing else is tried first.
 #
 # A dead letter may be a whole record of 24 MiB. DuckDB handles 2,048 values of a column at once, whatever their size,
 # and a hundred of those are more than its memory: so ``dead_letters`` has the beginning of the bytes, and
-# ``dead_rests`` the others in parts (``aggregator.letters``).
+# ``dead_rests`` the others in parts (``aggregator.decode.dedup``).
 #
 # A file of another layout is not changed: it is refused, and ``meterstream rebuild`` makes the store again from the
 # log.

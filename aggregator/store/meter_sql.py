@@ -18,12 +18,12 @@ from meters.filters import COMPARE, Clause, Filter, Operator, Scalar, value_text
 #
 # A meter asks for *facets* of a property: its string, its number, its boolean, its text, whether it is there at all.
 # Each is NULL (``present``: false) for an event that has nothing of the kind, so a comparison with it is undecided,
-# and undecided is never true: the table in ``meters.filter`` needs no type checks in SQL. The stage remembers what
+# and undecided is never true: the table in ``meters.filters`` needs no type checks in SQL. The stage remembers what
 # was asked for while meters are compiled, then gives one SELECT with a column for each, however many meters share it.
 #
 # Paths are JSON pointers, handed over as a parameter: any key works, and a dot in a property means nesting. Tokens
 # come back as JSON text (``5``, ``"5"``, ``true``, ``{...}``); numbers that DuckDB's JSON would bend stand in the
-# column ``awkward``, where the pointer is the key (see ``aggregator.awkward``).
+# column ``awkward``, where the pointer is the key (see ``aggregator.decode.columns``).
 
 DIALECT = "duckdb"
 AMOUNT = f"DECIMAL({INTEGER_DIGITS_MAX + DECIMALS}, {DECIMALS})"
@@ -116,7 +116,7 @@ class Stage:
         return self._facet(property.split("."), "present")
 
     def text(self, property: str) -> exp.Expr:
-        """VARCHAR: the text of a string, number (``meters.amount.number_text``) or boolean."""
+        """VARCHAR: the text of a string, number (``meters.exact.number_text``) or boolean."""
         return self._facet(property.split("."), "text")
 
     def text_at(self, key: str) -> exp.Expr:
@@ -195,7 +195,7 @@ def _call(name: str, *arguments: exp.Expr) -> exp.Expr:
 # Meters as SQL.
 #
 # A filter becomes a condition and an aggregation becomes columns, as sqlglot expressions over the facets of a
-# ``Stage``. What they mean is stated in ``meters.filter`` and ``meters.aggregation``; this module says the same in
+# ``Stage``. What they mean is stated in ``meters.filters`` and ``meters.aggregation``; this module says the same in
 # DuckDB's terms, and ``tests/aggregator/store/test_meter_sql.py`` holds the two against each other.
 #
 # A sum of DECIMAL(38, 12) overflows as soon as two values of 26 digits meet, and an overflow would stop the whole

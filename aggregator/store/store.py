@@ -132,7 +132,7 @@ class Round(NamedTuple):
     control: Sequence[Record]  # decisions: changes as JSON, a line each
     events_from: Mapping[int, int]
     control_from: int
-    causes: pa.Table | None = None  # of webhooks (``aggregator.webhooks.causes``)
+    causes: pa.Table | None = None  # of webhooks (``aggregator.engine.change_events``)
 
 
 class Store:

@@ -88,7 +88,7 @@ class Aside:
 # Endpoints take turns, and whose last turn is longest ago has the next one. A turn ends where nobody answers, and an
 # organization has a few at a time: whoever hangs delays the others by a turn, and cannot keep them from theirs.
 #
-# Signatures come in both readings of a secret (``meters.signatures``), so a verifier of the standard and one of
+# Signatures come in both readings of a secret (``meters.webhooks``), so a verifier of the standard and one of
 # Polar's both find theirs; while a secret is rotated, in those of the old one, too.
 
 ENDPOINTS_AT_ONCE = 16  # requests under way; each waits for one answer

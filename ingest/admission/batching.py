@@ -374,7 +374,7 @@ def _resolve(told: "asyncio.Future[Mapping[int, int]]", outcome: Outcome) -> Non
 #
 # Nothing of one request shows in another's answer. A body that is odd to the compiled loops is taken alone, between
 # those before and those behind it; one whose partition is away keeps nobody who has no lines for it
-# (``ingest.gather``); and where a log refuses the common record as too large, each is written by itself.
+# (``ingest.admission.batching``); and where a log refuses the common record as too large, each is written by itself.
 
 TURN_BYTES_MAX = 128 * 1024
 """Of bodies that are read in one turn: two tenths of a millisecond, in which nobody else is served."""

@@ -31,7 +31,10 @@ _SEED = int.from_bytes(os.urandom(8))  # another one in each process: nobody can
 
 
 class Fingerprints(NamedTuple):
-    """Events as two 64-bit numbers each: who it is, of whom, and what it says. ``ingest.kernels`` makes them, too."""
+    """Events as two 64-bit numbers each:
+
+    who it is, of whom, and what it says. ``ingest.admission.kernels`` makes them, too.
+    """
 
     keys: Sequence[int]
     contents: Sequence[int]
@@ -60,7 +63,10 @@ class RecentIdentities:
     """Identity to content, for the last 100,000 to 200,000 identities that were acknowledged."""
 
     def __init__(self, generation_max: int = GENERATION_MAX, table: Callable[[int], Any] = lambda _: None) -> None:
-        """``table`` makes ``ingest.kernels.Table`` for so many identities, when it can; it is asked until then."""
+        """``table`` makes ``ingest.admission.kernels.Table`` for so many identities, when it can;
+
+        it is asked until then.
+        """
         self._generation_max, self._make_table = generation_max, table
         self._young: Contents = {}
         self._old: Contents = {}

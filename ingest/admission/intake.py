@@ -59,11 +59,11 @@ class Quick:
         return self._kernels is not None
 
     def table(self, generation_max: int) -> Any:
-        """``ingest.kernels.Table``, if loops are ready; None otherwise."""
+        """``ingest.admission.kernels.Table``, if loops are ready; None otherwise."""
         return None if self._kernels is None else self._kernels.Table(generation_max)
 
     def read(self, bodies: Sequence[bytes], earliest_us: int, latest_us: int, organization_id: str) -> Any:
-        """The events of bodies as ``ingest.kernels.Found``, up to the first that is odd to loops.
+        """The events of bodies as ``ingest.admission.kernels.Found``, up to the first that is odd to loops.
 
         None if that is the first one, or loops are not ready.
         """

@@ -44,10 +44,11 @@ from meters.compiled import (
 from meters.errors import COST_INTEGER_DIGITS_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX
 from meters.log import MULTIPLIER, POSITIVE, SEED, WORD
 
-# The lines of a body by partition, in compiled loops: what ``ingest.spread`` does, without an object for a line.
+# The lines of a body by partition, in compiled loops: what ``ingest.admission.partitioner`` does, without an object
+# for a line.
 #
 # Kafka's hash takes Python some microseconds for each customer, and a line in a list of its own takes as much as its
-# checks did. Here an event takes 0.15 us. See ``meters.partition_key`` for the hash.
+# checks did. Here an event takes 0.15 us. See ``meters.log`` for the hash.
 
 _BLOCK_BYTES = 4
 _CUSTOMER = 4  # the column of places in which a customer begins; the next one has its end
@@ -134,10 +135,10 @@ def spread(
 #
 # ``read`` takes bodies ``{"events": [...]}`` where every event has a name, an external customer and an external id,
 # no key twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd,
-# and for ``ingest.plain`` to read. A length is counted in bytes here, so a text in another alphabet may look too long
-# and is read there, too. The bodies have to be UTF-8.
+# and for ``ingest.admission.validate`` to read. A length is counted in bytes here, so a text in another alphabet may
+# look too long and is read there, too. The bodies have to be UTF-8.
 #
-# ``ingest.quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
+# ``ingest.admission.intake`` imports this module, in a thread, when that pays: see ``meters.compiled``.
 
 # Where the keys of one event's metadata are, of which each is compared with all before it. There is one such place,
 # since nobody else runs while it is used.
@@ -185,7 +186,7 @@ class Found(NamedTuple):
     rows: list[int]
 
     def spread(self, begun: bytes, partitions: int) -> tuple[list[tuple[int, bytes]], list[int]]:
-        """The lines by partition, and which of these each body has lines in; see ``ingest.partitions``."""
+        """The lines by partition, and which of these each body has lines in; see ``ingest.admission.kernels``."""
         return spread(self.value, self.places, self.rows, begun, partitions)
 
 

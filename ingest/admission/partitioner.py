@@ -1,8 +1,8 @@
 """From a request's lines to one record for each partition that they belong to.
 
 Where there is one partition nothing is looked at. Lines that compiled loops read are spread by them, too
-(``ingest.partitions``). Of others the customers are those that admission parsed, or are read from all lines in one
-call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
+(``ingest.admission.kernels``). Of others the customers are those that admission parsed, or are read from all lines in
+one call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
 everything else that is done to an event.
 """
 

@@ -231,8 +231,8 @@ def _has_keys(texts: bytes, keys: int) -> bool:
 
 # From a body's bytes to lines for the log, or refusals. No I/O, no clock.
 #
-# What is plain beyond doubt (``ingest.plain``) is admitted as it stands. Every other event is read with care by
-# ``meters.event``, which alone decides, and has Polar's words for a refusal.
+# What is plain beyond doubt (``ingest.admission.validate``) is admitted as it stands. Every other event is read with
+# care by ``meters.event``, which alone decides, and has Polar's words for a refusal.
 #
 # The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
 # because a line is an event; and an event without an external id gets one as its last key, because an event is
@@ -250,7 +250,7 @@ class Tenant(Struct, frozen=True):
     """Whose token sent the body, what is known just now, and how to name an event that has no name of its own.
 
     ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
-    ``quick`` is ``ingest.quick.Quick.read``.
+    ``quick`` is ``ingest.admission.intake.Quick.read``.
     """
 
     organization_id: str
@@ -263,10 +263,10 @@ class Admitted(Struct, frozen=True):
     """Lines for the log, each with its external id and its index in the request; the three lists run in step.
 
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
-    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
-    were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints`` instead
-    (see ``ingest.recent``), ``joined``, the lines end to end, ``spread``, which gives them by partition, and ``rows``,
-    how many there are up to the end of each body.
+    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as
+    they were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints``
+    instead (see ``ingest.admission.duplicates``), ``joined``, the lines end to end, ``spread``, which gives them by
+    partition, and ``rows``, how many there are up to the end of each body.
     """
 
     lines: Sequence[Raw | bytes]

@@ -319,4 +319,8 @@ def spools(directory: Path, owners: Sequence[str]) -> list[Spool]:
         for log in directory.glob(f"{owner}-*{SPOOL_SUFFIX}{_WAL}"):  # of a file that was removed a moment too early
             if not Path(str(log).removesuffix(_WAL)).exists():
                 log.unlink(missing_ok=True)
-    return [Spool(directory, owner, path) for owner in owners for path in sorted(directory.glob(f"{owner}-*{SPOOL_SUFFIX}"))]
+    return [
+        Spool(directory, owner, path)
+        for owner in owners
+        for path in sorted(directory.glob(f"{owner}-*{SPOOL_SUFFIX}"))
+    ]

@@ -21,7 +21,7 @@ from meters.catalogue.access import API_VERSION_DEFAULT, Denied, authorize, good
 from meters.catalogue.catalogue import Token
 from meters.log import USAGE_EVENTS, Log, TryAgain
 
-# ``POST /v1/events/ingest``: who asks, how much, and how it is sent. What is sent is ``ingest.intake``'s.
+# ``POST /v1/events/ingest``: who asks, how much, and how it is sent. What is sent is ``ingest.admission.intake``'s.
 #
 # The checks come in Polar's order, each answering for itself: token and scope, the token's quota, the encoding and
 # length of the body; then the body.
@@ -115,10 +115,10 @@ def _authorization(headers: Headers) -> str:
 
 # The front door: one ASGI application that takes events itself and passes everything else on.
 #
-# ``POST /v1/events/ingest`` is answered by ``ingest.endpoint``. Ordinary requests reach it past this module
-# (``ingest.exchange``), the others through here, without a framework between, because events are nearly all of the
-# traffic. ``/livez``, ``/readyz`` and ``/metrics`` speak of this process and are answered here, too. The rest goes to
-# the query API (``ingest.passthrough``).
+# ``POST /v1/events/ingest`` is answered by ``ingest.gateway.app``. Ordinary requests reach it past this module
+# (``ingest.gateway.connection``), the others through here, without a framework between, because events are nearly all
+# of the traffic. ``/livez``, ``/readyz`` and ``/metrics`` speak of this process and are answered here, too. The rest
+# goes to the query API (``ingest.gateway.proxy``).
 #
 # The framing of a request is checked before anything else looks at it: what could be read in two ways is refused and
 # the connection closed.

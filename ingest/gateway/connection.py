@@ -151,7 +151,7 @@ class Exchange:
 # uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So a request whose head is long or is no
 # HTTP/1.1 is answered and cut here, and what the server's sweep needs to find the late ones is noted on the way; a
 # request pays for that with a few assignments. Ordinary requests do not become ASGI's: those with events are
-# exchanges (``ingest.exchange``), and reads of what memory knows are relayed (``ingest.relay``).
+# exchanges (``ingest.gateway.connection``), and reads of what memory knows are relayed (``ingest.gateway.proxy``).
 
 KNOWN_TIMES_MAX = 8  # heads of a connection that are remembered: a client whose heads differ gains nothing
 OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2

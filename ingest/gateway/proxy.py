@@ -402,7 +402,7 @@ async def _stream(connection: Connection, method: str, send: Send) -> None:
 #
 # Balances are asked for before nearly everything that an application does. As an ASGI request one costs a task, a
 # dozen coroutines and three messages, twice what the query API needs to find the answer. Here the request is written
-# to a kept connection of ``ingest.passthrough``, and the answer, once it is whole, to the client, in the turn in
+# to a kept connection of ``ingest.gateway.proxy``, and the answer, once it is whole, to the client, in the turn in
 # which it arrives.
 #
 # Only reads take it that the query API answers from memory (``meters.fast_paths``), with nothing unusual in their

@@ -1,8 +1,8 @@
 """The socket side: uvicorn with its fast parser, and a clock for the clients that it would wait for.
 
-Its connections are of ``ingest.protocol``, which notes since when each has been late: with a head, with a body, with
-reading its answer. One sweep a second looks at all of them and cuts those that were late for too long; beyond a number
-of connections a new one is told to come back.
+Its connections are of ``ingest.gateway.connection``, which notes since when each has been late: with a head, with a
+body, with reading its answer. One sweep a second looks at all of them and cuts those that were late for too long;
+beyond a number of connections a new one is told to come back.
 """
 
 import asyncio

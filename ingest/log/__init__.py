@@ -2,7 +2,7 @@
 
     embedded:DIR    one machine, one SQLite file DIR/log.sqlite; a plain path means the same
     memory:         this process only, for tests
-    kafka://...     two topics of a Kafka cluster, see ``ingest.log.kafka_address``
+    kafka://...     two topics of a Kafka cluster, see ``ingest.log.kafka_admin``
 """
 
 import re

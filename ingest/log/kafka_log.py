@@ -141,7 +141,9 @@ class Writer:
 
 
 @functools.lru_cache(maxsize=1024)
-def _producer_headers(organization_id: str | None, admitted: bool, distinct_keys: bool) -> list[tuple[str, str | bytes | None]]:
+def _producer_headers(
+    organization_id: str | None, admitted: bool, distinct_keys: bool
+) -> list[tuple[str, str | bytes | None]]:
     """The headers of a record; made once for each organization, and read only."""
     headers: list[tuple[str, str | bytes | None]] = []
     if organization_id is not None:

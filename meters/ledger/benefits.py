@@ -18,7 +18,7 @@ from meters.ledger.ledger import Account, Cause, CreditGranted, MeterReset, in_w
 #
 # Subscriptions are decided elsewhere (by whoever takes the money) and mirrored here: they say which meters are paid
 # for and in which period a customer is. What was decided at Polar names meters as Polar does
-# (``meters.polar_meters``).
+# (``meters.polar_webhooks``).
 
 METER_CREDIT: Final = "meter_credit"
 

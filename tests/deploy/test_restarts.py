@@ -95,8 +95,8 @@ def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
     """What is loaded before a gateway listens has no store, no framework, no HTTP client and no command line in it."""
     heavy = {"duckdb", "pyarrow", "numpy", "sqlglot", "fastapi", "starlette", "pydantic", "httpx", "aggregator"}
     program = (
-        "import deploy.cli, sys\nfrom deploy.start import without_rich\nwith without_rich():\n"
-        f"    import deploy.{process}\nprint(*sys.modules)"
+        "import deploy.cli, sys\nfrom deploy.server.start import without_rich\nwith without_rich():\n"
+        f"    import deploy.server.{process}\nprint(*sys.modules)"
     )
 
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -106,6 +106,9 @@ def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
 
 def test_tables_are_drawn_after_logs_were_loaded_alone() -> None:
     """Rich is hidden from the libraries of a start and from nobody else."""
-    program = "from deploy.start import without_rich\nwith without_rich():\n    import deploy.logs\nimport rich.table"
+    program = (
+        "from deploy.server.start import without_rich\nwith without_rich():\n"
+        "    import deploy.server.runtime\nimport rich.table"
+    )
 
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -343,7 +343,8 @@ def dead_letter_page(
     """
     which: dict[str, object] = whose._asdict() | {"replayed": replayed}
     ((total,),) = connection.execute(_DEAD_LETTERS_COUNT, which).fetchall()
-    rows = connection.execute(_DEAD_LETTERS_PAGE, which | {"limit": limit, "offset": min(offset, OFFSET_MAX)}).fetchall()
+    bounds = {"limit": limit, "offset": min(offset, OFFSET_MAX)}
+    rows = connection.execute(_DEAD_LETTERS_PAGE, which | bounds).fetchall()
     return Letters([_letter(row) for row in rows], total)
 
 

@@ -259,7 +259,7 @@ def _named(
 ROLLUP_EVENTS_MAX = 1_000_000  # looked at for one answer: a second or two of DuckDB's time
 ROLLUP_READS_MAX = 4_000_000  # the same times the meters, because each reads them
 ROLLUP_GROUPS_MAX = 100_000  # sums of one answer: 14 MB, and three seconds of Python's time
-_LINES = 1 << 24  # more than a record has (``meters.refusal.LINES_MAX``), so that a place is one number
+_LINES = 1 << 24  # more than a record has (``meters.errors.LINES_MAX``), so that a place is one number
 _NUMBER = f"CAST(log_offset AS HUGEINT) * {_LINES} + line"
 _BEFORE = "(log_offset < $until_offset OR (log_offset = $until_offset AND line < $until_line))"
 _WINDOW = "TIME_BUCKET(TO_SECONDS($window_s), timestamp)"

@@ -27,7 +27,7 @@ CONTRIBUTION = exp.column("contribution")
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """The events of one organization, narrowed down. None means no restriction; an empty list, nothing.
 
-    ``subjects`` are customer numbers (``aggregator.directory``). ``since`` is inclusive, ``until`` and ``after``
+    ``subjects`` are customer numbers (``aggregator.decode.directory``). ``since`` is inclusive, ``until`` and ``after``
     are not; nor is ``arrived_until``, while ``arrived_since`` is. ``metadata`` keeps events whose value at each
     top-level key has one of the texts.
     """

@@ -33,7 +33,7 @@ from meters.timestamps import Interval, bucket, series
 
 # How much, by when: a meter's quantities, and its value over everything.
 #
-# ``meters.quantities`` states what the answers mean, and is what they are tested against.
+# ``meters.meter`` states what the answers mean, and is what they are tested against.
 
 ROWS_AT_ONCE = 10_000  # fetched; a bucket may have as many rows as there are customers
 
@@ -66,7 +66,7 @@ def quantities(
     interval: Interval,
     timezone: str,
 ) -> Quantities:
-    """The series from ``start`` to ``end`` with its total, as ``meters.quantities`` defines them."""
+    """The series from ``start`` to ``end`` with its total, as ``meters.meter`` defines them."""
     points, bounds = spans(start, end, interval, timezone)
     return _shown(points, bounds, by_bucket(connection, question, bounds))
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.decode import decode, kernels
+from aggregator.decode import decode as decoding
+from aggregator.decode import kernels
 from aggregator.decode.columns import Batch, Chunk, Span
 from aggregator.decode.decode import Quick, decode
 from aggregator.decode.directory import Directory
@@ -27,7 +28,7 @@ MARKS = [bytes([byte]) for byte in b'"\\{}[]:,0129-+.eEtrufalsn \t\n\r\0\x7f'] +
 @pytest.fixture(autouse=True)
 def from_one_line_on() -> Iterator[None]:
     """However few lines, they are read quickly."""
-    with patch.object(decode, "LINES_MIN", 1):
+    with patch.object(decoding, "LINES_MIN", 1):
         yield
 
 
@@ -163,7 +164,7 @@ def test_an_escape_is_odd(escape: bytes) -> None:
 
 @given(st.lists(anything.filter(lambda time: isinstance(time, str) and '"' not in time), min_size=1, max_size=12))
 def test_times_are_what_each_is_alone(times: list[str]) -> None:
-    """What the loop reads is what ``meters.timestamp`` reads; the rest it leaves to that."""
+    """What the loop reads is what ``meters.timestamps`` reads; the rest it leaves to that."""
     texts = [time.encode() for time in times]
     ends = np.cumsum([len(text) for text in texts])
     spans = np.zeros((len(texts), kernels.FIELDS, 2), np.int32)
@@ -202,13 +203,13 @@ def test_the_table_grows_with_customers_not_with_their_lines() -> None:
         decode([msgspec.structs.replace(record(*told, offset=offset), distinct_keys=True)], directory, swift)
     external, own = swift._numbers[0]
 
-    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, decode.SLOTS_MIN)
+    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, decoding.SLOTS_MIN)
 
 
 def test_it_is_made_ready_when_it_pays() -> None:
     """The first lines are read one by one; then a thread loads what is compiled, and it is used."""
     swift = Quick()
-    with patch.object(decode, "LOAD_AFTER_LINES", 1):
+    with patch.object(decoding, "LOAD_AFTER_LINES", 1):
         assert not swift.pays(1)
         assert swift._loading is None
         swift.pays(1)
@@ -220,7 +221,7 @@ def test_it_is_made_ready_when_it_pays() -> None:
 def test_without_a_compiler_all_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Where it cannot be loaded that is said once, and lines are read one by one."""
     swift = Quick()
-    with patch.object(decode, "LOAD_AFTER_LINES", 0), patch.dict("sys.modules", {"aggregator.decode.kernels": None}):
+    with patch.object(decoding, "LOAD_AFTER_LINES", 0), patch.dict("sys.modules", {"aggregator.decode.kernels": None}):
         swift.pays(1)
         assert swift._loading is not None
         swift._loading.join()

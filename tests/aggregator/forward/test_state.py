@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.forward.opening import Unusable, explaining
 from aggregator.forward.planner import Item
+from aggregator.forward.sqlite_errors import Unusable, explaining
 from aggregator.forward.state import WAITING, ForwardingMetrics, State
 from tests.support.faults.small_disk import SmallDisk
 

@@ -352,5 +352,6 @@ def test_polars_news_are_told_on(tenant: Tenant) -> None:
     live(tenant, story)
     polar.deliver("benefit_grant.created", polar.grant(tenant.server.now), "1")
     with tenant.server.aggregator.outbox() as connection:
-        causes = [cause.customer_id for cause in webhook_outbox.take_causes(connection) if cause.organization_id == tenant.id]
+        taken = webhook_outbox.take_causes(connection)
+        causes = [cause.customer_id for cause in taken if cause.organization_id == tenant.id]
     assert polar.customer_id in causes

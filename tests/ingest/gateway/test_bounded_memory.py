@@ -26,9 +26,9 @@ from tests.support.waiting import eventually
 
 PROGRAM = """
 import socket, sys
-import ingest.kernels  # which takes its memory once, when there is much to read
+import ingest.admission.kernels  # which takes its memory once, when there is much to read
 from ingest.log import open_log
-from ingest.server import ServerSettings, run
+from ingest.gateway.server import ServerSettings, run
 log = open_log("embedded:" + sys.argv[1])
 try:
     run(log, ServerSettings(), [socket.socket(fileno=int(sys.argv[2]))])
@@ -37,7 +37,7 @@ finally:
 """
 
 HEAVY = ("duckdb", "pyarrow", "numpy", "numba", "fastapi", "starlette", "pydantic", "httpx", "rich", "typer", "sqlglot")
-LOADED = f"import sys, ingest.log, ingest.server; print([name for name in {HEAVY} if name in sys.modules])"
+LOADED = f"import sys, ingest.log, ingest.gateway.server; print([name for name in {HEAVY} if name in sys.modules])"
 
 GROWTH_BYTES_MAX = 160 * MEBIBYTE
 """What one of the largest bodies may cost while it is checked (its objects are some ten times its bytes), and a few

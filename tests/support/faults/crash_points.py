@@ -38,7 +38,8 @@ CALLS: tuple[tuple[Any, str], ...] = (
 # Rounds of one record, threads that look around often, a checkpoint whenever there is something to fold in.
 HURRIED: tuple[tuple[Any, str, Any], ...] = (
     (pipeline, "ROUND_BYTES_MAX", 1), (pipeline, "_STOP_POLL_S", 0.003), (pipeline, "IDLE_WAIT_S", 0.003),
-    (supervisor, "RESTART_DELAY_S", 0.001), (supervisor, "RESTART_DELAY_MAX_S", 0.01), (supervisor, "OPENING_DELAY_MAX_S", 0.01),
+    (supervisor, "RESTART_DELAY_S", 0.001), (supervisor, "RESTART_DELAY_MAX_S", 0.01),
+    (supervisor, "OPENING_DELAY_MAX_S", 0.01),
     (pipeline, "ROWS_BETWEEN", 1), (pipeline, "AGAIN_S", 0.003),
 )
 
