@@ -208,6 +208,26 @@ class Worker:
         return FailedError(f"{self._name} ended with exit code {code}:\n{printed}", code if code > WORSE else FAILED)
 
 
+class Disturbance:
+    """Processor time that this comparison did not get, from the beginning on."""
+
+    def __init__(self) -> None:
+        self._before = _processors_s()
+
+    def __str__(self) -> str:
+        """Meant for the end, when every process of the comparison has been waited for."""
+        passed, busy, stolen = (now - before for now, before in zip(_processors_s(), self._before, strict=True))
+        others, host = max(busy, 0) / passed, stolen / passed
+        return f"Other programs took {others:.0%} of the processors' time, the host kept {host:.0%}."
+
+
+def _processors_s() -> tuple[float, float, float]:
+    """Seconds of all processors: in all, busy for other processes than ours, and stolen by the host (proc(5))."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    passed, idle, stolen = (part / os.sysconf("SC_CLK_TCK") for part in (sum(ticks), ticks[3] + ticks[4], ticks[7]))
+    return passed, passed - idle - stolen - sum(os.times()[:4]), stolen
+
+
 class Progress:
     """Lines about what runs, with the time that is left by the estimates and by what the run took so far."""
 
@@ -269,7 +289,7 @@ def main() -> None:
     arguments = _arguments()
     groups, rounds = _chosen(arguments), 1 if arguments.quick else arguments.rounds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    where = environment()
+    where, disturbance = environment(), Disturbance()
     figures: dict[str, Rounds] = {}
     is_interrupted = False
     try:
@@ -281,11 +301,11 @@ def main() -> None:
     except KeyboardInterrupt:  # the rounds until then are shown
         is_interrupted = True
     found = {name: rows for name, both in figures.items() if (rows := compared(both))}
-    print(report(arguments.base, found))
+    print(f"{report(arguments.base, found)}\n\n{disturbance}")
     if arguments.json:
         groups_rows = {name: [{**row._asdict(), "ratio": row.ratio, "verdict": row.verdict} for row in rows]
                        for name, rows in found.items()}  # fmt: skip
-        content = {"base": arguments.base, "environment": where, "groups": groups_rows}
+        content = {"base": arguments.base, "environment": where, "disturbance": str(disturbance), "groups": groups_rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     is_worse = any(row.verdict == "worse" for rows in found.values() for row in rows)
     sys.exit(INTERRUPTED if is_interrupted else WORSE if is_worse and not arguments.quick else 0)
