@@ -74,7 +74,7 @@ lint: setup  ## style, types and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup  ## every benchmark into benchmarks/README.md, in twelve minutes (ARGS="--quick", "--long"); BASE=COMMIT compares with a commit instead
+bench: setup  ## every benchmark into benchmarks/README.md; with BASE=COMMIT a comparison with that commit; twelve minutes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks$(if $(BASE),.compare "$(BASE)") $(ARGS)
 
 clean:  ## remove what was made here, except the data

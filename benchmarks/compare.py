@@ -29,7 +29,6 @@ from typing import NamedTuple
 from benchmarks.checkouts import Checkout, FailedError, checkouts
 from benchmarks.page import shown
 from benchmarks.report import environment
-from benchmarks.turns import exit_on_sigterm
 
 WORSE, FAILED, INTERRUPTED = 1, 2, 130  # exit codes
 TOLERANCE = 0.05
@@ -125,18 +124,19 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def report(base: str, found: Mapping[str, Sequence[Row]], rounds: int) -> str:
+def report(base: str, found: Mapping[str, Sequence[Row]]) -> str:
     """The tables of all groups, with how to read them above."""
     head = f"{'':<{GOAL_WIDTH}}{'base':>9}{'here':>10}{'ratio':>6}{'spread':>12}"
     parts = [
-        f"Base is {base}, here is the working tree; rounds: {rounds}. Values are medians.\n"
+        f"Base is {base}, here is the working tree. Values are medians of the rounds.\n"
         "A ratio above 1 means that here is better: more in a second, or less time.\n"
         "The ratio is the median of the rounds' ratios, the spread their least and\n"
         f"largest. Within {TOLERANCE:.0%} is \"same\"; beyond that \"worse\" or \"better\", or \"noise\"\n"
         "if the spread includes 1.",
     ]
     for group, rows in found.items():
-        parts.append(f"{group}: {(GROUPS | KAFKA)[group].title}\n{head}\n{table(rows)}")
+        rounds = max(len(row.ratios) for row in rows)
+        parts.append(f"{group}: {(GROUPS | KAFKA)[group].title}; rounds: {rounds}\n{head}\n{table(rows)}")
     worse = [f"\n  {group}: {row.goal}" for group, rows in found.items() for row in rows if row.verdict == "worse"]
     parts.append(f"Worse: {len(worse)}{''.join(worse)}")
     return "\n\n".join(parts)
@@ -208,6 +208,26 @@ class Worker:
         return FailedError(f"{self._name} ended with exit code {code}:\n{printed}", code if code > WORSE else FAILED)
 
 
+class Disturbance:
+    """Processor time that this comparison did not get, from the beginning on."""
+
+    def __init__(self) -> None:
+        self._before = _processors_s()
+
+    def __str__(self) -> str:
+        """Meant for the end, when every process of the comparison has been waited for."""
+        passed, busy, stolen = (now - before for now, before in zip(_processors_s(), self._before, strict=True))
+        others, host = max(busy, 0) / passed, stolen / passed
+        return f"Other programs took {others:.0%} of the processors' time, the host kept {host:.0%}."
+
+
+def _processors_s() -> tuple[float, float, float]:
+    """Seconds of all processors: in all, busy for other processes than ours, and stolen by the host (proc(5))."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    passed, idle, stolen = (part / os.sysconf("SC_CLK_TCK") for part in (sum(ticks), ticks[3] + ticks[4], ticks[7]))
+    return passed, passed - idle - stolen - sum(os.times()[:4]), stolen
+
+
 class Progress:
     """Lines about what runs, with the time that is left by the estimates and by what the run took so far."""
 
@@ -230,23 +250,21 @@ class Progress:
 Rounds = list[tuple[Figures, Figures]]  # of base and here
 
 
-def measured(
-    pair: Sequence[Checkout], groups: Mapping[str, Group], rounds: int, progress: Progress
-) -> dict[str, Rounds]:
-    """Figures of each group, half of the rounds of every one and then the other half. Raises FailedError."""
-    found: dict[str, Rounds] = {name: [] for name in groups}
+def measure(pair: Sequence[Checkout], groups: Mapping[str, Group], rounds: int, found: dict[str, Rounds]) -> None:
+    """Add each group's rounds to ``found``: of every group the first half, then the second half. Raises FailedError."""
+    progress = Progress(groups, rounds)
     for numbers in _stretches(rounds):
         for name, group in groups.items():
             progress.say(f"{name}: starting")
             with contextlib.ExitStack() as running:
                 workers = [running.enter_context(Worker(checkout, name, group)) for checkout in pair]
-                names = [worker.ready() for worker in workers]
+                base, here = (worker.ready() for worker in workers)
+                turns = [turn for turn in here if turn in base]
                 progress.done(group.start_s)
                 for number in numbers:
                     progress.say(f"{name}: round {number + 1} of {rounds}")
-                    found[name].append(_round(workers, [turn for turn in names[1] if turn in names[0]], order(number)))
+                    found.setdefault(name, []).append(_round(workers, turns, order(number)))
                     progress.done(group.round_s)
-    return found
 
 
 def _stretches(rounds: int) -> list[range]:
@@ -270,25 +288,27 @@ def main() -> None:
     """Compare; exit 1 when a goal is worse, 2 when something failed, 3 when a number was wrong."""
     arguments = _arguments()
     groups, rounds = _chosen(arguments), 1 if arguments.quick else arguments.rounds
-    exit_on_sigterm()
-    where = environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    where, disturbance = environment(), Disturbance()
+    figures: dict[str, Rounds] = {}
+    is_interrupted = False
     try:
         with checkouts(Path(__file__).resolve().parent.parent, arguments.base) as pair:
-            figures = measured(pair, groups, rounds, Progress(groups, rounds))
+            measure(pair, groups, rounds, figures)
     except FailedError as failed:
         print(failed, file=sys.stderr)
         sys.exit(failed.code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    found = {name: compared(both) for name, both in figures.items()}
-    print(report(arguments.base, found, rounds))
+    except KeyboardInterrupt:  # the rounds until then are shown
+        is_interrupted = True
+    found = {name: rows for name, both in figures.items() if (rows := compared(both))}
+    print(f"{report(arguments.base, found)}\n\n{disturbance}")
     if arguments.json:
-        rows = {name: [{**row._asdict(), "ratio": row.ratio, "verdict": row.verdict} for row in rows]
-                for name, rows in found.items()}  # fmt: skip
-        content = {"base": arguments.base, "environment": where, "rounds": rounds, "groups": rows}
+        groups_rows = {name: [{**row._asdict(), "ratio": row.ratio, "verdict": row.verdict} for row in rows]
+                       for name, rows in found.items()}  # fmt: skip
+        content = {"base": arguments.base, "environment": where, "disturbance": str(disturbance), "groups": groups_rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     is_worse = any(row.verdict == "worse" for rows in found.values() for row in rows)
-    sys.exit(WORSE if is_worse and not arguments.quick else 0)
+    sys.exit(INTERRUPTED if is_interrupted else WORSE if is_worse and not arguments.quick else 0)
 
 
 def _arguments() -> argparse.Namespace:
@@ -298,7 +318,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--kafka", action="store_true", help="measure over a real broker, too")
     parser.add_argument("--json", type=Path, help="a file for every value and ratio")
-    parser.add_argument("--quick", action="store_true", help="one short round, whose figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or ()) - set(GROUPS):
         parser.error(f"no goals are called {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")

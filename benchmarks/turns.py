@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="of one stretch of load")
     parser.add_argument("--size", type=int, required=True, help="events of a backlog, or customers")
     arguments = parser.parse_args()
-    exit_on_sigterm()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers stop, and scratch directories are removed
     answers = _answers()
     try:
         with GROUPS[arguments.group](Asked(arguments.seconds, arguments.size)) as turns:
@@ -265,11 +265,6 @@ def main() -> None:
     except WrongError as wrong:
         print(f"wrong: {wrong}", file=sys.stderr)
         sys.exit(_own("report").WRONG)
-
-
-def exit_on_sigterm() -> None:
-    """Leave every context properly when the process is to end: servers stop, and scratch directories are removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _answers() -> TextIO:

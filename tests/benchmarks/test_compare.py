@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import turns
-from benchmarks.checkouts import FailedError, checkouts, own_modules
-from benchmarks.compare import GROUPS, KAFKA, Group, Progress, Row, compared, measured, medians, order, report, table
+from benchmarks.checkouts import Checkout, FailedError, checkouts, own_modules
+from benchmarks.compare import GROUPS, KAFKA, Group, Rounds, Row, compared, measure, medians, order, report, table
 
 ASKED = {"ingest": Group("small", 0, 0, 1, 1)}
 SPEED = "speed, events/s"
@@ -61,6 +61,13 @@ def worktrees(root: Path) -> int:
 def rows(*pairs: tuple[float, float], goal: str = SPEED) -> list[Row]:
     """One goal that had these values of base and here."""
     return compared([({goal: base}, {goal: here}) for base, here in pairs])
+
+
+def rounds(pair: tuple[Checkout, Checkout], count: int) -> Rounds:
+    """So many rounds of the small benchmark."""
+    found: dict[str, Rounds] = {}
+    measure(pair, ASKED, count, found)
+    return found["ingest"]
 
 
 def test_more_in_a_second_and_less_time_are_better_alike() -> None:
@@ -127,7 +134,7 @@ def test_a_table_fits_a_terminal_and_says_everything() -> None:
     """No line is wider than 80 columns, with the longest goals and large values; words of a long name stay whole."""
     goal = "one customer's total without a gateway at half load, p99, ms"
     found = rows((1_148_444.0, 1_166_020.0), (1_300_000.0, 800_000.0)) + rows((12.345, 0.98), goal=goal)
-    text = report("b937e00", {"ingest": found}, 2)
+    text = report("b937e00", {"ingest": found})
 
     assert max(map(len, text.splitlines())) <= 80
     assert [line.split() for line in table(found).splitlines()] == [
@@ -139,14 +146,14 @@ def test_a_table_fits_a_terminal_and_says_everything() -> None:
 
 def test_a_report_ends_with_what_is_worse() -> None:
     """The goals that fail a comparison are named once more at the end."""
-    assert report("b937e00", {"drain": rows((100, 90))}, 1).endswith("Worse: 1\n  drain: speed, events/s")
-    assert report("b937e00", {"drain": rows((100, 100))}, 1).endswith("Worse: 0")
+    assert report("b937e00", {"drain": rows((100, 90))}).endswith("Worse: 1\n  drain: speed, events/s")
+    assert report("b937e00", {"drain": rows((100, 100))}).endswith("Worse: 0")
 
 
 def test_both_sides_run_their_own_code(repository: Path) -> None:
     """The commit is measured beside the working tree as it is, changes included, and each imports its own product."""
     with checkouts(repository, "HEAD~1") as pair:
-        found = measured(pair, ASKED, 3, Progress(ASKED, 3))["ingest"]
+        found = rounds(pair, 3)
 
         assert [(base[SPEED], here[SPEED]) for base, here in found] == [(100, 300)] * 3
         assert not (pair[1].root / "ignored").exists()
@@ -161,7 +168,7 @@ def test_a_commit_without_turns_is_given_those_of_the_working_tree(repository: P
     git(repository, "commit", "--quiet", "-m", "Older")
 
     with checkouts(repository, "HEAD") as pair:
-        ((base, here),) = measured(pair, ASKED, 1, Progress(ASKED, 1))["ingest"]
+        ((base, here),) = rounds(pair, 1)
 
     assert (base[SPEED], here[SPEED]) == (200, 300)
 
@@ -171,7 +178,7 @@ def test_nothing_is_left_when_a_side_fails(repository: Path) -> None:
     (repository / "ingest" / "__init__.py").write_text("SPEED, CODE = 300, 3\n")
 
     with pytest.raises(FailedError) as failed, checkouts(repository, "HEAD") as pair:
-        measured(pair, ASKED, 1, Progress(ASKED, 1))
+        rounds(pair, 1)
 
     assert failed.value.code == 3
     assert worktrees(repository) == 1
