@@ -17,8 +17,7 @@ from ingest.log.kafka_address import parse_address
 from ingest.log.kafka_init import Wanted, make_topics
 from meters.log import USAGE_EVENTS, Record
 from meters.partition_key import partition_key
-from tests.support.faults.figures import told
-from tests.support.faults.sender import Sender
+from tests.support.faults.sender import Sender, told
 from tests.support.faults.store_checks import SEED, assert_store_tells, count, every, export, usage
 from tests.support.kafka.cluster import Cluster
 from tests.support.kafka.installation import PARTITIONS, TOKEN, KafkaInstallation, recovery_s, stored_ids
