@@ -6,6 +6,7 @@ What a linter can say is in pyproject.toml (ruff, mypy, import-linter); here is 
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,19 @@ PRODUCT = ("meters", "ingest", "aggregator", "deploy")
 FUNCTION_LINES_MAX = 70  # what still fits on a screen
 FILE_LINES_MAX = 600  # from here on, look again: is this one subject?
 LONG_FILES: dict[str, str] = {}  # the path of a longer file, and the reason why it stays whole
+MODULE_LINES_MIN = 60  # a smaller one that a single module uses is a part of that one
+SMALL_MODULES: dict[str, str] = {}  # the path of one that stands apart all the same, and the reason
+FOLDER_MODULES_MAX = 14  # what a newcomer takes in at a glance
+COLLECTIONS = {  # folders that may hold more, because each file is one of a kind
+    "aggregator/api": "one file per resource",
+    "benchmarks": "one file per benchmark",
+    "deploy/commands": "one file per group of commands",
+    "ingest/client/strategies": "one file per vendor or way of measuring",
+    "meters": "one file per concept of metering",
+    "tests/aggregator/api": "one file per resource",
+    "tests/aggregator/reconcile": "one file per check",
+    "tests/meters": "one file per concept of metering",
+}
 NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "misc"}  # a name that says nothing
 ABBREVIATIONS = {"cfg", "conf", "mgr", "evt", "obj"}  # a full word costs nothing
 ENVIRONMENT_HOME = "deploy/settings.py"
@@ -106,6 +120,32 @@ def test_a_long_file_has_a_reason() -> None:
 
     assert_none(f"{name} has {lengths[name]} lines and no reason" for name in long - set(LONG_FILES))
     assert_none(f"{name} needs no reason" for name in set(LONG_FILES) - long)
+
+
+def test_a_small_module_has_several_users() -> None:
+    """A product module under 60 lines that a single one imports stands in SMALL_MODULES, and no other module does."""
+    importers = Counter(name for path in python_files(*PRODUCT) for name in set(imported_names(path)))
+    lengths = {
+        place(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in python_files(*PRODUCT)
+        if path.stem not in ("__init__", "__main__") and importers[module_name(path)] == 1
+    }
+    small = {name for name, lines in lengths.items() if lines < MODULE_LINES_MIN}
+
+    assert_none(f"{name} has {lengths[name]} lines, one user and no reason" for name in small - set(SMALL_MODULES))
+    assert_none(f"{name} needs no reason" for name in set(SMALL_MODULES) - small)
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    """No folder has more than 14 modules, unless it is a collection. Packages' ``__init__`` files do not count."""
+    modules = Counter(place(path.parent) for path in python_files() if path.stem != "__init__")
+
+    assert_none(
+        f"{folder} has {count} modules"
+        for folder, count in modules.items()
+        if count > FOLDER_MODULES_MAX and folder not in COLLECTIONS
+    )
+    assert_none(f"{folder} is no folder of modules" for folder in COLLECTIONS if folder not in modules)
 
 
 def test_every_module_has_a_name_that_says_something() -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults.figures import told
-from tests.support.faults.sender import Outcome
+from tests.support.faults.sender import Outcome, told
 from tests.support.faults.store_checks import SEED
 
 KAFKA = Path(__file__).parent / "kafka"

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.faults.cutting_proxy import CuttingProxy
-from tests.support.faults.figures import told
-from tests.support.faults.sender import Sender
+from tests.support.faults.sender import Sender, told
 from tests.support.faults.store_checks import SEED, export
 from tests.support.kafka.cluster import Cluster, Node
 from tests.support.kafka.installation import TOKEN, KafkaInstallation, own_brokers, recovery_s

@@ -10,8 +10,7 @@ from statistics import median
 
 import pytest
 
-from tests.support.faults.figures import told
-from tests.support.faults.sender import Sender
+from tests.support.faults.sender import Sender, told
 from tests.support.faults.store_checks import SEED
 from tests.support.kafka.installation import TOKEN, KafkaInstallation, own_brokers, recovery_s
 

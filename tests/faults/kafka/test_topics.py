@@ -15,8 +15,7 @@ from confluent_kafka import Producer, TopicPartition
 
 from ingest.log.kafka_admin import Wanted, make_topics, parse_address
 from meters.log import USAGE_EVENTS, Record, partition_key
-from tests.support.faults.figures import told
-from tests.support.faults.sender import Sender
+from tests.support.faults.sender import Sender, told
 from tests.support.faults.store_checks import SEED, assert_store_tells, count, every, export, usage
 from tests.support.kafka.cluster import Cluster
 from tests.support.kafka.installation import PARTITIONS, TOKEN, KafkaInstallation, recovery_s, stored_ids

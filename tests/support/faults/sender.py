@@ -12,6 +12,7 @@ from typing import NamedTuple
 import httpx
 
 from meters.log import parse_position
+from tests.support.faults.store_checks import SEED
 
 EVENTS_A_BODY = 10
 CONNECTIONS = 8
@@ -127,3 +128,12 @@ class Sender:
         once = set(stored)
         lost = len(set(self.acknowledged) - once)
         return Outcome(len(self.sent), len(set(self.acknowledged)), len(once), dead, lost, len(stored) - len(once))
+
+
+def told(fault: str, outcome: Outcome, recovery: float | str, more: str = "", *, seed: int | str = SEED) -> str:
+    """Return the figures of a fault over Kafka: sent, acked, stored, dead, lost, doubled, recovery, seed. Omit none.
+
+    ``recovery`` is in seconds, or says of whom, or why there is none; so does ``seed`` where nothing is drawn.
+    """
+    away = f"{recovery:.2f} s" if isinstance(recovery, float) else recovery
+    return f"kafka, {fault}: {outcome}, recovery {away}, seed {seed}{more and '; '}{more}"
