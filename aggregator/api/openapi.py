@@ -6,13 +6,15 @@ from base64 import b64encode
 from collections.abc import Iterator
 from functools import cache
 from html import escape
+from inspect import cleandoc
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import FastAPI, Response
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from aggregator.api.schemas import Key, Moment, PolarBody, Schema, components, ref, response
-from aggregator.service.answers import Answer, Count, Error, ExternalId, Invalid, Scalar
+from aggregator.api.schemas import DEFINITIONS, Key, Moment, PolarBody, Schema, ref, response
+from aggregator.service.answers import REF_TEMPLATE, Answer, Count, Error, ExternalId, Invalid, Scalar
 from meters.errors import NAME_LENGTH_MAX
 
 # The gateway's one route in the document of the API: whoever reads it cannot know that two processes answer.
@@ -21,7 +23,7 @@ from meters.errors import NAME_LENGTH_MAX
 # definitions only describe what it takes and answers; tests hold them to it.
 
 PATH = "/v1/events/ingest"
-Tokens = Annotated[int, Meta(extra_json_schema={"type": ["integer", "string"]}, examples=[812])]
+Tokens = Annotated[int | str, Meta(examples=[812])]
 
 
 class Cost(Struct):
@@ -133,7 +135,9 @@ OPERATION: Schema = {
 }  # fmt: skip
 
 
-# The API described to people: a page made from the OpenAPI document, without scripts and without the internet.
+# The OpenAPI document, generated from the definitions of bodies and answers, and a page for people made from it.
+#
+# The page needs no scripts and no internet.
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
@@ -153,6 +157,10 @@ Lists take `page` and `limit`; events, quantities, meters, customers and benefit
 repeatable.
 
 Quantities are JSON numbers with all their digits: read them as decimals where that matters."""
+
+
+_PLAIN = {"string": "text", "integer": 1, "number": 1, "boolean": True}
+"""Examples of fields that have none."""
 
 
 def describe() -> str:
@@ -187,7 +195,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the schemas of bodies, the gateway's route, and the kind of credential."""
     held = document.setdefault("components", {})
     made = {name: schema for name, schema in held["schemas"].items() if "ValidationError" not in name}
-    held["schemas"] = made | components()
+    held["schemas"] = made | _components()
     for operation in (one for methods in document["paths"].values() for one in methods.values()):
         operation["responses"].setdefault("429", response("Too many requests of this token", ref(Error)))
         if "requestBody" in operation:
@@ -196,6 +204,66 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     held["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
     return document
+
+
+def _components() -> Schema:
+    """Return the schemas of all definitions that routes refer to, with an example of each."""
+    _, found = msgspec.json.schema_components(DEFINITIONS.values(), ref_template=REF_TEMPLATE)
+    made = [(kind, found[kind.__name__]) for kind in _below(Answer) if kind.__name__ in found]
+    for kind, schema in made:
+        schema["required"] = [field.name for field in msgspec.structs.fields(kind) if field.default is not UNSET]
+    for schema in found.values():
+        _tidy(schema)
+    for name in DEFINITIONS:
+        found[name]["examples"] = [_example(found[name], found)]
+    for part in (part for _, schema in made for part in schema["properties"].values()):
+        part.pop("default", None)  # an answer has all its fields
+    return found
+
+
+def _below(kind: type[Answer]) -> Iterator[type[Answer]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _tidy(part: object) -> None:
+    """Clean the descriptions of a schema, and add the types of enumerations and decimals."""
+    if isinstance(part, list):
+        for one in part:
+            _tidy(one)
+    if isinstance(part, dict):
+        for one in part.values():
+            _tidy(one)
+        if isinstance(part.get("description"), str):
+            part["description"] = cleandoc(part["description"])
+        if isinstance(part.get("enum"), list):
+            part.setdefault("type", "string")
+        if part.get("format") == "decimal":
+            part["type"] = ["number", "string"]  # the text of a number keeps its digits in every client
+
+
+def _example(schema: Schema, found: Schema) -> Any:
+    """Return a value that a schema allows: its first example, or a value composed of the examples of its parts.
+
+    An object has the fields that are required or have an example.
+    """
+    for key in ("examples", "enum"):
+        if key in schema:
+            return schema[key][0]
+    if "default" in schema:
+        return schema["default"]
+    if "$ref" in schema:
+        return _example(found[schema["$ref"].rpartition("/")[2]], found)
+    if "anyOf" in schema:
+        first, *others = schema["anyOf"]
+        return None if {"type": "null"} in others and not {"examples", "$ref"} & set(first) else _example(first, found)
+    if schema["type"] == "array":
+        return [_example(schema["items"], found)]
+    if schema["type"] == "object":
+        parts, required = schema.get("properties", {}), schema.get("required", ())
+        return {name: _example(part, found) for name, part in parts.items() if name in required or "examples" in part}
+    return _PLAIN[schema["type"]]
 
 
 def _page(document: dict[str, Any]) -> str:
@@ -243,12 +311,13 @@ def _parameter(parameter: dict[str, Any], schemas: dict[str, Any]) -> str:
 
 
 def _field(name: str, schema: dict[str, Any], required: bool, schemas: dict[str, Any]) -> str:
-    return _row(name, "body", required, schema.get("description") or _kind(schema, schemas))
+    about = [_kind(schema, schemas), schema.get("description", "")]
+    return _row(name, "body", required, ": ".join(filter(None, about)))
 
 
 def _row(name: str, place: str, required: bool, about: str) -> str:
     must = "required" if required else ""
-    return f"<tr><td><code>{escape(name)}</code><td class=muted>{place} {must}<td>{escape(about)}</tr>"
+    return f"<tr><td><code>{escape(name)}</code><td class=muted>{place} {must}<td>{_prose(about)}</tr>"
 
 
 def _fields(

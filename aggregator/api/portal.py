@@ -91,7 +91,7 @@ def _is_credited(account: Account | None) -> bool:
 def _shape(one: CustomerMeter) -> route_answers.PortalMeter:
     meter = one.meter
     return route_answers.PortalMeter(
-        **meter_numbers(one),
+        *meter_numbers(one),
         customer_id=one.customer.id,
         balance=number(one.balance),
         meter=route_answers.PortalMeterName(meter.id, meter.created_at, meter.modified_at, meter.name),

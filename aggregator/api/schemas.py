@@ -1,15 +1,13 @@
-"""Definitions of the API's request bodies, and what a route says of its body and answers in the OpenAPI document.
+"""Definitions of the API's request bodies, and the entries of routes in the OpenAPI document.
 
-A body is checked by its definition: ``bodies.body_as`` converts it as a whole, ``bodies.fields_of`` checks each field
-and collects every complaint. Meters and prices are checked by ``meters``, which is free of this package and knows
-Polar's words for each place in a filter; their definitions here describe what it takes.
+A body is checked by its definition: ``bodies.body_as`` converts the whole body, ``bodies.fields_of`` checks each field
+and collects every complaint. Meters and prices are checked in ``meters``, because their complaints need Polar's words
+for places inside a filter and for numbers in text. The definitions of those bodies only describe them.
 """
 
-from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
-from inspect import cleandoc
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from uuid import UUID
 
 import msgspec
@@ -43,6 +41,7 @@ from meters.meter import KEY_LENGTH_MAX, KEYS_MAX, STRING_LENGTH_MAX, Unit, pars
 from meters.webhooks import STATE_CHANGED, EventType
 
 Schema = dict[str, Any]
+T = TypeVar("T", bound=Answer)
 
 TEXT_LENGTH_MAX = 500
 """Characters of a customer's texts: an address has 254 by its standard; names and ids are no longer than metadata."""
@@ -55,7 +54,7 @@ SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
 
 
 class PolarBody(Struct):
-    """Base of the bodies of Polar's routes. Unknown fields are ignored, as Polar ignores them."""
+    """Base of the bodies of Polar's routes. Unknown fields are ignored, as in Polar's API."""
 
 
 class OwnBody(Struct, forbid_unknown_fields=False):
@@ -179,7 +178,7 @@ class CustomerCreate(CustomerUpdate):
 class CreditCreate(OwnBody):
     """Units to give to a customer."""
 
-    meter_id: Annotated[Any, Meta(extra_json_schema=msgspec.json.schema(Id))]  # of an unknown meter whatever it is
+    meter_id: Annotated[Any, Meta(extra_json_schema=msgspec.json.schema(Id))]  # any other value is an unknown meter
     units: Annotated[Units, Meta(extra={"parse": _units})]
     rollover: Annotated[
         bool, Meta(description="What is left at a reset goes into the next window.", examples=[True])
@@ -284,110 +283,48 @@ class WebhookSourceCreate(OwnBody):
     name: Name | None = None
 
 
-_named: dict[str, object] = {"Clause": Clause}
-"""The definitions that the document has, by their names there; ``Filter`` names ``Clause`` in words of its own."""
+DEFINITIONS: dict[str, type[Struct]] = {"Clause": Clause}
+"""The definitions in the document, by name. ``ref`` adds them; ``Filter`` refers to ``Clause`` without it."""
 
 
-def ref(kind: object) -> Schema:
-    """A reference to the schema of a definition, which is in the document from now on."""
-    name = "_".join((_bare(kind), *map(_bare, get_args(kind)))) + ("_" if get_args(kind) else "")
-    _named[name] = kind
+def ref(kind: type[Struct]) -> Schema:
+    """Return a reference to the schema of a definition, and add the definition to the document."""
+    name = _name(kind)
+    DEFINITIONS[name] = kind
     return {"$ref": REF_TEMPLATE.format(name=name)}
 
 
-def _bare(kind: object) -> str:
-    """The name of a definition; of ``ListResource[Meter]`` the first one."""
-    return str(getattr(get_origin(kind) or kind, "__name__", kind))
+def _name(kind: object) -> str:
+    """Return the name that msgspec gives a definition: ``Meter``, or ``ListResource_Meter_`` for a page of them."""
+    arguments = [f"_{_name(one)}_" for one in get_args(kind)]
+    return str(getattr(get_origin(kind) or kind, "__name__", kind)) + "".join(arguments)
 
 
 def takes(kind: type[Struct]) -> Schema:
-    """What a route says in ``openapi_extra`` about its request's body."""
+    """Return the ``openapi_extra`` of a route with this request body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(kind)}}}}
 
 
-def gives(*kinds: object, status: int = 200) -> dict[int | str, Schema]:
-    """What a route says in ``responses``: one of these answers, or none, and the errors that every route may give."""
+def gives(*kinds: type[Struct], status: int = 200) -> dict[int | str, Schema]:
+    """Return the ``responses`` of a route: one of these answers or no body, and the errors that every route has."""
     errors = refuses(401, 403, 404, 503, 504) | {422: response("Invalid", ref(Invalid))}
     schemas = [ref(kind) for kind in kinds]
     return errors | {status: response("The answer", *schemas)}
 
 
 def refuses(*statuses: int) -> dict[int | str, Schema]:
-    """What a route says in ``responses`` about errors."""
+    """Return the entries of errors in the ``responses`` of a route."""
     return {status: response("Error", ref(Error)) for status in statuses}
 
 
 def response(description: str, *schemas: Schema) -> Schema:
-    """One answer in the document: any of these schemas, or no body."""
+    """Return the entry of an answer with one of these schemas, or without a body."""
     if not schemas:
         return {"description": description}
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def page_of(kind: type[Answer]) -> object:
-    """The answer that is one page of a list."""
-    return ListResource[kind]  # type: ignore[valid-type]  # a type of this moment, and not of the text
-
-
-def components() -> Schema:
-    """The schemas of all definitions that routes name, with an example for each."""
-    _, found = msgspec.json.schema_components(_named.values(), ref_template=REF_TEMPLATE)
-    made = [(kind, found[kind.__name__]) for kind in _below(Answer) if kind.__name__ in found]
-    for kind, schema in made:
-        schema["required"] = [field.name for field in msgspec.structs.fields(kind) if field.default is not UNSET]
-    for schema in found.values():
-        _tidy(schema)
-    for name in _named:
-        found[name]["examples"] = [example(found[name], found)]
-    for part in (part for _, schema in made for part in schema["properties"].values()):
-        part.pop("default", None)  # a field of an answer is there
-    return found
-
-
-def _below(kind: type[Answer]) -> Iterator[type[Answer]]:
-    for one in kind.__subclasses__():
-        yield one
-        yield from _below(one)
-
-
-def _tidy(part: object) -> None:
-    """Add what msgspec leaves out: clean descriptions, the type of enumerations, and that decimals may be numbers."""
-    if isinstance(part, list):
-        for one in part:
-            _tidy(one)
-    if isinstance(part, dict):
-        for one in part.values():
-            _tidy(one)
-        if isinstance(part.get("description"), str):
-            part["description"] = cleandoc(part["description"])
-        if isinstance(part.get("enum"), list):
-            part.setdefault("type", "string")
-        if part.get("format") == "decimal":
-            part["type"] = ["number", "string"]  # the text of a number keeps its digits in every client
-
-
-def example(schema: Schema, found: Schema) -> Any:
-    """A value that a schema allows: the first of its examples, or one made of those of its parts.
-
-    Of an object it has the fields that are required or have an example.
-    """
-    for key in ("examples", "enum"):
-        if key in schema:
-            return schema[key][0]
-    if "default" in schema:
-        return schema["default"]
-    if "$ref" in schema:
-        return example(found[schema["$ref"].rpartition("/")[2]], found)
-    if "anyOf" in schema:
-        first, *others = schema["anyOf"]
-        return None if {"type": "null"} in others and not {"examples", "$ref"} & set(first) else example(first, found)
-    if schema["type"] == "array":
-        return [example(schema["items"], found)]
-    if schema["type"] == "object":
-        parts, required = schema.get("properties", {}), schema.get("required", ())
-        return {name: example(part, found) for name, part in parts.items() if name in required or "examples" in part}
-    return _PLAIN[schema["type"]]
-
-
-_PLAIN = {"string": "text", "integer": 1, "number": 1, "boolean": True}
+def page_of(kind: type[T]) -> type[ListResource[T]]:
+    """Return the type of a page of these answers."""
+    return ListResource[kind]  # type: ignore[valid-type]  # the argument is known at run time only

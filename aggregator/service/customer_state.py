@@ -4,7 +4,7 @@ The same object is answered here and told to webhooks. It is worked out from mem
 new as the balances are.
 """
 
-from typing import Any
+from datetime import datetime
 
 import msgspec
 
@@ -58,22 +58,16 @@ def _state(desk: Desk, customer: Customer, found: list[CustomerMeter]) -> answer
             for grant in grants
         ],
         active_meters=[
-            answers.CustomerStateMeter(**meter_numbers(one), balance=number(one.balance))
+            answers.CustomerStateMeter(*meter_numbers(one), number(one.balance))
             for one in sorted(found, key=lambda one: (one.created_at, one.id))
         ],
     )
 
 
-def meter_numbers(one: CustomerMeter) -> dict[str, Any]:
-    """The fields of ``answers.MeterNumbers``, for the structs that add to them."""
-    return {
-        "id": one.id,
-        "created_at": one.created_at,
-        "modified_at": one.modified_at,
-        "meter_id": one.meter.id,
-        "consumed_units": number(one.consumed),
-        "credited_units": number(one.credited),
-    }
+def meter_numbers(one: CustomerMeter) -> tuple[str, datetime, datetime | None, str, msgspec.Raw, msgspec.Raw]:
+    """The fields of ``answers.MeterNumbers``, with which every shape of a customer's meter begins."""
+    numbers = number(one.consumed), number(one.credited)
+    return one.id, one.created_at, one.modified_at, one.meter.id, *numbers
 
 
 def grant_properties(grant: Grant) -> answers.GrantProperties:
@@ -89,7 +83,7 @@ def _subscription(
     shown = answers.CustomerStateSubscription.__struct_fields__
     fields = {name: getattr(held, name) for name in held.__struct_fields__ if name in shown}
     meters = [
-        answers.CustomerStateSubscriptionMeter(**meter_numbers(one), amount=_amount(desk, one))
+        answers.CustomerStateSubscriptionMeter(*meter_numbers(one), _amount(desk, one))
         for id in meters_here(desk.catalogue, held.organization_id, held.meter_ids)
         if (one := by_meter.get(id))
     ]

@@ -1,4 +1,4 @@
-"""Serializers: the API's answers (``aggregator.api.answers``) made from stored things, with digits as they were sent.
+"""Serializers: the API's answers (``aggregator.service.answers``) made from stored things, with digits as they were sent.
 
 Metadata goes out as the tokens that came in. The exceptions are the reserved keys: ``_cost.amount`` is a string,
 because both Python clients want one, with a decimal at the least, because Polar writes doubles; numbers that were sent
