@@ -56,7 +56,7 @@ _NOTHING = {
 }
 # Numbers of ``_cost`` and ``_llm`` may have been sent as text: without its quotes it is read as the number it is.
 _UNQUOTED = f"COALESCE({_STRING}, {{t}})"
-# // cuts towards zero, so halves go away from it, as in meters.facts.epoch_seconds.
+# // cuts towards zero, so halves go away from it, as in meters.event_values.epoch_seconds.
 _SECONDS = "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
 
 
