@@ -1,6 +1,6 @@
-"""Definitions of answers that one module of routes builds: usage, charges, metrics, feed, portal and webhooks.
+"""Definitions of answers that only one module of routes builds: usage, charges, metrics, feed, portal and webhooks.
 
-``aggregator.api.answers`` has the field types, and the objects that several routes and webhooks share.
+``aggregator.service.answers`` has the field types, and the objects that several routes and webhooks share.
 """
 
 from datetime import date

@@ -257,7 +257,7 @@ def put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) ->
 
 @kernel(void(uint64[::1], uint32[::1], uint64, uint64[::1], int64[::1]))
 def search(words: Any, begins: Any, shift: Any, asked: Any, found: Any) -> Any:
-    """For each word asked for, the first row of the ordered words that is not less; the index is ``identities.Prefixes``."""
+    """For each word asked for, the first row of the ordered words that is not less; index: ``identities.Prefixes``."""
     for row in range(len(asked)):
         entry = asked[row] >> shift
         low, high = uint64(begins[entry]), uint64(begins[entry + np.uint64(1)])
