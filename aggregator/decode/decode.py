@@ -155,7 +155,7 @@ class _Read(NamedTuple):
         return found
 
     def stamps(self, ingested: Microseconds) -> Microseconds:
-        """What each line says of its time; where its spelling is unusual, ``timestamps`` reads it."""
+        """What each line says of its time; where its spelling is unusual, ``meters.timestamps`` reads it."""
         stamps = ingested.copy()
         if not self.kernels.read_times(self.text, self.spans, stamps):
             rows = np.flatnonzero(stamps == UNREADABLE)

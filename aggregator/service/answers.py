@@ -35,7 +35,7 @@ EndTime = Annotated[Time | None, Meta(examples=[None])]
 
 Count = Annotated[int, Meta(ge=0, examples=[3])]
 Number = Annotated[Raw, Meta(extra_json_schema={"type": "number"}, examples=[12.5])]
-"""A JSON number with all digits of a decimal, written by ``aggregator.api.shapes.number``."""
+"""A JSON number with all digits of a decimal, written by ``aggregator.service.serializers.number``."""
 
 Consumed = Annotated[Number, Meta(description="Units used since the newest reset.", examples=[812])]
 Credited = Annotated[Number, Meta(description="Units credited since the newest reset.", examples=[1000])]
