@@ -262,7 +262,7 @@ class Committed(NamedTuple):
 
 
 class Engine:
-    """See the module. ``failure`` holds what ended it, once ``ended`` is set."""
+    """One engine, from start to failure. ``failure`` holds the error that ended it, once ``ended`` is set."""
 
     def __init__(self, log: Log, store: Store, observe: Callable[[Committed], None]) -> None:
         self._log, self.store, self._observe = log, store, observe

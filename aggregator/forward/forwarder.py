@@ -60,7 +60,7 @@ EASE_US = 300_000_000  # without a refusal, until less is assumed
 
 
 class Skew:
-    """See the module."""
+    """The assumed lag of Polar's clock: doubled on each rejection, halved after EASE_US without one."""
 
     def __init__(self) -> None:
         self._us, self._changed_us = 0, 0
@@ -167,7 +167,7 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forwarder:
-    """See the module. ``turn`` does one thing and says how long to wait; the owner calls it again and again."""
+    """Read the feed and send it to Polar. ``turn`` does one step and returns how long to wait; its owner repeats it."""
 
     def __init__(
         self, source: Source, upstream: Upstream, state: State, wishes: Wishes, draw: Callable[[], float] = jitter

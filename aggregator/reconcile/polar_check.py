@@ -69,7 +69,7 @@ class Used(NamedTuple):
 
 
 class Customers:
-    """See the module. ``used`` is what was compared, ``notes`` say what was not."""
+    """Compare quantities by day and customer. ``used`` is what was compared, ``notes`` say what was not."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope) -> None:
         self._here, self._there, self._scope = here, there, scope
@@ -114,7 +114,7 @@ class Customers:
 # differ.
 
 class SystemEvents:
-    """See the module. ``told`` are the names of those that explained something, by the meter's name."""
+    """Events that Polar writes itself. ``told`` are the names of those that explained something, by meter name."""
 
     def __init__(self, there: Reader) -> None:
         self._there = there

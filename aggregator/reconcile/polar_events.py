@@ -55,7 +55,7 @@ ADDED_UP_MAX = 200_000  # events of a day that are added up here: some seconds, 
 
 
 class OwnUsage:
-    """See the module. Asks nobody but our own server, as often as it likes."""
+    """Our side, as far as it is forwarded. Only our own server is asked, without a limit of requests."""
 
     def __init__(self, here: Reader, forwarded: Forwarded) -> None:
         self._here, self._forwarded = here, forwarded
@@ -159,7 +159,7 @@ _Rows = Mapping[tuple[str, str], _Row]  # by the customer's external id (or id),
 
 
 class Balances:
-    """See the module. ``notes`` say what was not compared."""
+    """Compare balances of both sides. ``notes`` say what was not compared."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope, worth: Worth) -> None:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth
@@ -264,7 +264,7 @@ _CORRECTABLE = {Cause.DOUBLED, Cause.CHANGED, Cause.LATE}  # what is over there 
 
 
 class Events:
-    """See the module. ``pairs`` is what the sides do not have alike."""
+    """Find events that differ. ``pairs`` are the events that are not alike on both sides."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope, worth: Worth) -> None:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth

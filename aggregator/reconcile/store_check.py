@@ -283,7 +283,7 @@ HOUR = timedelta(hours=1)
 
 
 class StoppedTotals:
-    """See the module. Takes part in ``store_check``; ``close`` ends its threads."""
+    """Totals counted from the file of a stopped server. A ``TotalsSide``; ``close`` ends its threads."""
 
     def __init__(self, stopped: StoppedStore, catalogue: Catalogue) -> None:
         self._connection = stopped.connection

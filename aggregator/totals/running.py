@@ -128,7 +128,7 @@ class Found(NamedTuple):
 
 
 class RunningTotals:
-    """See the module. ``add`` and ``changed`` are the writer's, who says when ``evaluate`` runs, in another thread.
+    """The totals of all meters. The writer calls ``add`` and ``changed``, and starts ``evaluate`` in another thread.
 
     ``total`` is for any thread.
     """
