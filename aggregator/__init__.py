@@ -1,0 +1,1 @@
+"""The aggregator: reads the log, keeps the store, and answers queries."""

@@ -1,4 +1,9 @@
-"""The aggregator process: its parts put together, and a watch on its lag."""
+"""The aggregator process: engine, API and webhook sender in one process, and the gauges of its lag.
+
+``run`` starts an ``Aggregator`` (``engine/supervisor.py``), creates the API over it and serves both until SIGTERM,
+SIGINT or a final failure of the aggregator. The webhook sender runs as a task on the API's event loop. ``LagWatch``
+compares the store's positions with the ends of the log for ``/metrics``.
+"""
 
 import asyncio
 import contextlib
@@ -29,10 +34,10 @@ from aggregator.view import Unavailable
 from aggregator.webhooks.sender import Sender
 from meters.log import USAGE_EVENTS, Log, PositionLost, TryAgain
 
-# How far behind the log the store is, looked at now and then for the metrics.
+# LagWatch: how many records of ``usage.events`` the store has not applied yet, by partition.
 #
-# The ends are the log's and the positions the view's, so a lag is true for a moment that has just passed. While
-# either cannot be had the last look stays, and says by its age that it is old.
+# A lag is true for a moment in the past, because the end of the log and the store's position are read one after the
+# other. While either of them cannot be read, the gauges keep the last values, and another gauge shows their age.
 
 FIRST_LOOK_S = 0.2  # until the view is there
 LOOK_S = 2.0  # well below what a scrape waits, and nothing to a broker
@@ -78,10 +83,10 @@ class LagWatch:
         self._looked.set(time.time())
 
 
-# The aggregator's process: the view and the API that is its guest, on one socket.
+# The process itself.
 #
-# The interpreter's lock is shared by the API's loop, the reader and the writer. A short switch interval keeps an
-# answer from memory in the low milliseconds while the reader decodes at full speed.
+# The API's event loop, the reader and the writer share the interpreter's lock. A short switch interval keeps answers
+# from memory in the low milliseconds while the reader decodes at full speed.
 
 SWITCH_INTERVAL_S = 0.0005  # between 0.5 and 2 ms no difference showed above the noise of a loaded machine
 GARBAGE_THRESHOLD = 100_000  # about five rounds of events, which reference counts free long before

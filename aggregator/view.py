@@ -1,4 +1,10 @@
-"""The protocol through which the API and the webhooks read the aggregator, and the values that it returns."""
+"""The View protocol: how the API, the webhooks and the service read the aggregator, and the values that it returns.
+
+``View`` gives the catalogue, the ledger, the directory and the running totals in memory; opens a ``Snapshot`` of the
+store; appends decisions to the log; and waits for log positions. ``engine/supervisor.py`` implements it. Readers
+depend on this module instead of on the engine, so the engine can change, and tests can supply their own view.
+``Unavailable`` means that the view cannot answer now and the caller should retry.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

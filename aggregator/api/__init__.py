@@ -1,4 +1,4 @@
-"""The HTTP API of the aggregator: everything but ingestion. ``create_app`` is its only door."""
+"""The HTTP API of the aggregator: everything except ingestion. Use it through ``create_app``."""
 
 from aggregator.api.app import create_app
 

@@ -1,4 +1,7 @@
-"""The API put together: one desk, a router per resource, one for operators, errors in Polar's shapes."""
+"""The ASGI application: one ``Desk``, a router for each resource, health and metrics routes, and error answers.
+
+``create_app`` puts them together. Time and new ids come in as functions, so tests control both.
+"""
 
 from collections.abc import Callable
 from datetime import datetime

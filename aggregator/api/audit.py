@@ -1,7 +1,9 @@
-"""For reconciliation: the store's rows as fingerprints, and what is kept in memory beside them.
+"""Audit routes for reconciliation: fingerprints of the store's rows, and the totals that are kept in memory.
 
-A token needs a scope that none has by default, because what is answered here knows no tenants. Questions come from a
-closed list; nothing can be changed. One question at a time is answered: a proof may take its time, a customer may not.
+``meterstream reconcile`` reads a running server through these routes; they are not part of the public document. The
+answers span all organizations, so a token needs the scope ``audit:read``, which no token has by default. Questions
+come from a closed list (``aggregator.store.queries.audit``), and none changes anything. Only one question is answered
+at a time, so an audit does not slow down customers' queries.
 """
 
 import asyncio

@@ -1,10 +1,11 @@
-"""Benefits, and whom they are granted to (section 6 of Polar's contract).
+"""Routes of benefits and their grants (section 6 of Polar's contract).
 
-Benefits have Polar's paths and shapes. Granting is ours, for whoever does not take money through Polar: a grant is
-made, renewed (``cycle``) and revoked here, with the effects that Polar's own steps have. Every step can be repeated:
-granting what is granted and revoking what is revoked change nothing, and a cycle that names its ``at`` happens once.
-What Polar's webhooks told of is changed at Polar, as long as it tells anything: its news of a step that was made here
-too would count it twice.
+Benefits have Polar's paths and shapes. Granting, renewing (``cycle``) and revoking are Meterstream's own routes, for
+organizations that do not sell through Polar; they have the effects of Polar's own steps. Every step is idempotent: a
+second grant or revocation changes nothing, and a cycle that names its ``at`` happens once.
+
+Benefits and grants that came from Polar's webhooks can only be changed at Polar while a Polar source exists.
+Otherwise a step made here, and Polar's webhook about the same step, would both count.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,9 @@
-"""Request bodies checked by their definitions (``aggregator.api.schemas``): each complaint at its place."""
+"""Check request bodies by their definitions in ``schemas.py``, and report each error with its location.
+
+``body_as`` converts a request's JSON to a struct as a whole. ``fields_of`` checks each field by itself and collects
+every error, in Polar's words. Naming an organization in a body is an error, because the token names it. ``moment``
+reads the optional ``at`` of a body.
+"""
 
 import re
 from collections.abc import Sequence

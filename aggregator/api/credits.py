@@ -1,4 +1,9 @@
-"""Routes of credits and resets."""
+"""Routes of credits and resets: units given by hand, taken back, and the manual end of a period.
+
+``give_credits`` and ``take_back_credits`` change a customer's credited units; ``list_credits`` shows every movement.
+``reset_meters`` begins new windows. ``used_until`` and ``carried`` compute which units roll over at a reset; the
+benefit routes use them as well.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,11 +41,11 @@ from meters.ledger.ledger import (
 )
 from meters.meter import Meter
 
-# Units given to a customer by hand: given once however often the request is repeated, listed, and taken back.
+# Credits.
 #
-# A request with an ``Idempotency-Key`` is decided once; its repetition gets the same answer, for ever, since the key
-# is part of the decision. The same key with another body is refused, and so is a repetition while the first is under
-# way.
+# A request with an ``Idempotency-Key`` is decided once. A repetition gets the same answer, without a time limit,
+# since the key is part of the decision. The same key with another body is refused, and so is a repetition while the
+# first request is in progress.
 
 router = APIRouter(tags=["credits"])
 Reader = Annotated[Token, Depends(allow(reading("customers") | {"customer_meters:read"}))]
@@ -161,11 +166,10 @@ def _credit(desk: Desk, token: Token, customer: Customer, credit_id: str) -> tup
     raise NotFound
 
 
-# Beginning a customer's meters anew, by hand: the end of a period for whoever has no benefits that are renewed.
+# Resets, for organizations without renewed benefits.
 #
-# The units that are carried over are worked out here, once, from all that arrived before the reset; they are part of
-# the decision. A reset that names its time happens once, however often it is asked for, and is answered as the first
-# time.
+# The units that roll over are computed once, from all usage that arrived before the reset, and are part of the
+# decision. A reset that names its time happens once; a repetition gets the first answer again.
 
 @router.post(
     "/v1/customers/{id}/resets",

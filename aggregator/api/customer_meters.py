@@ -1,7 +1,8 @@
-"""Customer meters (section 5 of Polar's contract) and their ledgers: what is left, and every movement that led there.
+"""Routes of customer meters (section 5 of Polar's contract) and their ledgers.
 
-Rows exist for whoever used a meter, was credited or had a reset. They come from memory and are as of the last commit;
-in Polar they are recomputed seconds to hours later. What memory does not keep comes from the store.
+A row exists for each customer and meter with usage, a credit or a reset. Rows come from memory and reflect the last
+commit; Polar recomputes them seconds to hours later. The ledger routes list every movement of a balance, and the
+events behind an entry. Data that memory does not keep comes from the store.
 """
 
 import contextlib

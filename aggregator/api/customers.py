@@ -1,4 +1,8 @@
-"""Routes of customers, their state and their sessions."""
+"""Routes of customers, their state and their portal sessions.
+
+Customers are created, listed, changed and deleted, by Meterstream's id or by the organization's external id.
+``named_customer`` finds the customer that a body names; the benefit routes use it, too.
+"""
 
 import secrets
 from collections.abc import Callable, Iterable
@@ -53,7 +57,7 @@ from meters.catalogue.catalogue import (
 from meters.errors import detail
 from meters.exact import decimal_text
 
-# Customers, as far as usage needs them: made, found, and given by either of their names.
+# Customers: only the fields that usage metering needs.
 
 router = APIRouter(tags=["customers"])
 Reader = Annotated[Token, Depends(allow(reading("customers")))]
@@ -281,7 +285,7 @@ async def _state(desk: Desk, customer: Customer) -> Response:
     return answer(await state_of(desk, customer), as_of)
 
 
-# Sessions of customers: an application asks for a token and gives it to its customer's browser.
+# Portal sessions: an application requests a session token and passes it to its customer's browser.
 
 sessions_router = APIRouter(tags=["customer portal"])
 SessionWriter = Annotated[Token, Depends(allow(writing("customer_sessions")))]

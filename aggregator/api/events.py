@@ -1,4 +1,8 @@
-"""Routes of events and dead letters."""
+"""Routes of events (section 2 of Polar's contract) and dead letters.
+
+Events are read as lists, one by one, and as the names that they use. Dead letters are lines that could not be
+counted; they are listed and marked as replayed here.
+"""
 
 from decimal import Decimal
 from typing import Annotated, NamedTuple
@@ -48,10 +52,10 @@ from meters.filters import Filter, parse_filter
 from meters.log import is_count
 from meters.meter import Meter
 
-# Reading events: lists, one event, and the names they go by (section 2 of Polar's contract).
+# Events.
 #
-# Where Polar's list compares metadata with strings alone, this one compares with the text of strings, numbers and
-# booleans, as its quantities do. ``query`` needs no ``organization_id``, since a token has but one organization.
+# Polar's list compares metadata with strings alone. This list compares with the text of strings, numbers and
+# booleans, as Polar's quantities do. ``query`` needs no ``organization_id``, since a token has only one organization.
 
 router = APIRouter(tags=["events"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
@@ -227,13 +231,14 @@ async def get_event(desk: AtDesk, token: Reader, id: UUID, aggregate_fields: Fie
     return answer(_shape(desk, token, found.page.events[0], found), as_of)
 
 
-# Dead letters: what arrived and could not be counted. Ours; Polar has no such thing.
+# Dead letters, which Polar does not have.
 #
-# A mended event is sent through ``POST /v1/events/ingest`` like any other, because there is one door for events. What
-# is done here is to say that the letter is taken care of, so that the list stays short.
+# The fixed event of a dead letter is sent through ``POST /v1/events/ingest`` like any other. The replay route only
+# removes the dead letter from the list.
 #
-# A line whose organization is not known, or is none, belongs to nobody; only a producer that skips the gateway can
-# write one. The operator looks after these with the first organization's tokens: the one that ``serve`` made.
+# A line whose organization is missing or unknown belongs to no organization; only a producer that bypasses the
+# gateway can write one. Tokens of the first organization, which ``serve`` created for the operator, can read these
+# lines.
 
 dead_letters_router = APIRouter(tags=["dead letters"])
 Writer = Annotated[Token, Depends(allow(writing("events")))]

@@ -1,16 +1,14 @@
-"""Balances and running totals answered at once: the reads that an application makes before each of its own requests.
+"""Fast reads: balances, totals and states answered at the connection, before the web framework.
 
-``meters.fast_paths`` lists them: one customer meter, one customer's meters, one customer's total of one meter, one
-customer's state. Everything they need is in memory, in microseconds; the framework around an endpoint costs ten times
-that, and every turn of the event loop waits again for the interpreter's lock, which the threads that count events hold
-most of the time. So this stands in front of the framework, at the connection itself (``Front``), and answers in the
-turn in which the request arrives.
+Applications make these reads before each of their own requests. ``meters.fast_paths`` lists them: one customer meter,
+one customer's meters, one customer's total of one meter, one customer's state. All of their data is in memory, and
+the framework would cost ten times as much as the read. ``front`` returns uvicorn's protocol with ``AtOnce`` in front
+of the application, which answers in the turn of the event loop in which the request arrives.
 
-It answers a request only when nothing about it is unusual: a good token with the scope, known ids in their usual
-form, each parameter once, numbers that memory has, a position that is reached already. Anything else goes on to the
-endpoint, untouched; what a refusal looks like, how long to wait and what the store is asked are decided there alone.
-What is looked up and how it is shaped are the endpoints' own functions, so the two cannot say different things
-(``tests/aggregator/api/test_fast_reads.py`` holds them side by side).
+A request is answered here only if nothing about it is unusual: a valid token with the scope, known ids in their usual
+form, each parameter once, totals that memory has, and a log position that is already reached. Every other request
+goes on to its endpoint unchanged. Lookups and shapes are the endpoints' own functions, so both give the same answers
+(``tests/aggregator/api/test_fast_reads.py`` compares them).
 """
 
 import re

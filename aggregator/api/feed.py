@@ -1,8 +1,10 @@
-"""The feed: what was counted, in the order of the log, for whoever hands it on or checks it. Ours; Polar has none.
+"""Routes of the feed: counted events in the order of the log, for programs that forward or check them.
 
-A reader keeps the ``position`` of an answer and gives it with the next question. It is half-open and speaks of the log,
-so nothing is missed or read twice, whatever happens to the reader or the store. Events come in the form in which they
-could be ingested elsewhere: a customer known here only by its id goes by its external id, and a parent too.
+A reader keeps the ``position`` of an answer and sends it with the next request. A position is half-open and names
+places in the log, so no event is missed or read twice, even after a restart or a rebuild of the store. Events have
+the form in which another system could ingest them: a customer or parent that is known by an internal id is shown with
+its external id. ``rollup`` adds events up; ``backlog``, ``customers`` and ``traffic`` describe what is waiting. Polar
+has no such routes.
 """
 
 from datetime import datetime

@@ -1,4 +1,8 @@
-"""Routes of meters: definitions, quantities, usage, prices, metrics."""
+"""Routes of meters: definitions, prices, quantities, usage, previews and metrics.
+
+Each group has its own router. ``meter_of`` finds the organization's meter, ``running_total`` builds the answer of
+``/usage`` (fast reads use it as well), and ``METRICS`` lists the metrics with their formulas.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -59,7 +63,7 @@ from meters.meter import Meter, Quantities, new_meter, updated_meter
 from meters.polar_webhooks import meters_here
 from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, bucket, day_start, range_refusal, zone
 
-# Meters: made, shown and changed (section 3.1 of Polar's contract). In ``query`` wildcards are plain characters.
+# Meter definitions (section 3.1 of Polar's contract). In ``query``, wildcards are plain characters.
 
 logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
@@ -170,7 +174,7 @@ def _complaint(details: list[Detail]) -> Exception:
     return refused
 
 
-# What usage will cost: a price for a meter, and an estimate of a customer's running period.
+# Prices, and estimated charges for a customer's running period.
 #
 # The period is the meter's window, from the newest reset on. Credits are used first. An estimate bills nobody.
 
@@ -238,11 +242,11 @@ def _item(one: CustomerMeter, price: Price) -> route_answers.Charge:
     )
 
 
-# How much was used: series, one customer's running total, and what a meter would count if it existed.
+# Usage: series, running totals, and previews of meters.
 #
-# A running total comes from memory and is answered on the event loop. So does a series of everybody's, which takes
-# some milliseconds of the calendar's: it is made in a thread, so that nobody waits. The rest are questions to the
-# store.
+# A customer's running total comes from memory and is answered on the event loop. A series of all customers comes from
+# memory as well, but its calendar costs some milliseconds, so it is computed in a thread. Everything else is a store
+# query.
 
 usage_router = APIRouter(tags=["usage"])
 
@@ -406,10 +410,10 @@ def _named(desk: Desk, token: Token, row: usage.CustomerUsage) -> tuple[str | No
     return row.who, customer.external_id if customer else None
 
 
-# Metrics that usage alone can tell (section 8 of Polar's contract): what it cost, and for how many customers.
+# Metrics that follow from usage (section 8 of Polar's contract): costs, and the number of customers.
 #
-# What needs revenue (margins, cash flow, lifetime value) is absent, since no revenue is known here. Polar's totals of
-# active users and of cost per user take the number of subscriptions; here they take the customers of the whole range.
+# Metrics that need revenue (margins, cash flow, lifetime value) are absent, since no revenue is known here. Polar's
+# totals of active users and of cost per user count subscriptions; these count the customers of the whole range.
 
 metrics_router = APIRouter(tags=["metrics"])
 MetricsReader = Annotated[Token, Depends(allow(frozenset({"metrics:read"})))]

@@ -1,4 +1,8 @@
-"""The OpenAPI document, and the page that shows it."""
+"""The OpenAPI document, and the page at ``/docs`` that shows it.
+
+``install_pages`` serves both. FastAPI's document is completed with the schemas of bodies and answers
+(``schemas.py``), the gateway's ingestion route and the kind of credential.
+"""
 
 import hashlib
 import re
@@ -17,10 +21,10 @@ from aggregator.api.schemas import DEFINITIONS, Key, Moment, PolarBody, Schema, 
 from aggregator.service.answers import REF_TEMPLATE, Answer, Count, Error, ExternalId, Invalid, Scalar
 from meters.errors import NAME_LENGTH_MAX
 
-# The gateway's one route in the document of the API: whoever reads it cannot know that two processes answer.
+# The ingestion route, which the gateway answers: clients need one document for both processes.
 #
-# The gateway checks events with ``meters.event.check_event`` and shares no code with this package, so these
-# definitions only describe what it takes and answers; tests hold them to it.
+# The gateway checks events with ``meters.event.check_event`` and shares no code with this package. So these
+# definitions only describe its bodies and answers; tests compare them with the gateway.
 
 PATH = "/v1/events/ingest"
 Tokens = Annotated[int | str, Meta(examples=[812])]
@@ -135,9 +139,7 @@ OPERATION: Schema = {
 }  # fmt: skip
 
 
-# The OpenAPI document, generated from the definitions of bodies and answers, and a page for people made from it.
-#
-# The page needs no scripts and no internet.
+# The page: generated from the OpenAPI document, without scripts or external resources.
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }

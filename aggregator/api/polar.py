@@ -1,12 +1,11 @@
-"""Polar's webhooks in: ``POST /webhooks/polar``. What Polar decided about customers and credits becomes true here.
+"""The route ``POST /webhooks/polar``: accepts Polar's signed webhooks about customers, benefits and subscriptions.
 
-The signature says which organization a delivery is for: each has the secrets of its own sources. The facts of a
-delivery are made durable first; then the ledger is brought to what all facts together call for. Both are repeated
-without harm, so a delivery that was interrupted is finished by its repetition, and one that was finished changes
-nothing.
+The signature determines the organization, because each organization's sources have their own secrets. First the facts
+of a delivery become durable; then ``aggregator.service.polar_accounts`` settles the accounts. Both steps are
+idempotent, so a repeated delivery completes an interrupted one and otherwise changes nothing.
 
-Anybody may send here. What can be told from the headers is told before the body is read, and signatures are looked at
-in a thread, one delivery after the other: whoever has no secret holds up nobody but others at this door.
+Anybody can send to this route. So the headers are checked before the body is read, and signatures are verified in a
+thread, one delivery at a time: requests without a valid secret delay only this route.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""The customer portal: what one customer may see with a token of their own, and nothing else.
+"""Routes of the customer portal: what one customer may see with a session token of its own.
 
-Polar's ``customer-portal/meters``, ``customers/me`` and ``introspect``, and ``usage``: what a portal shows (usage,
-limit, period, part used, history of credits) in one answer. A meter is seen where the customer has it: by an active
-subscription, a grant that holds, or a credit that somebody gave directly.
+Polar's routes are ``customer-portal/meters``, ``customers/me`` and ``customer-session/introspect``. ``usage`` is
+Meterstream's own: usage, limit, period, percentage and credit history in one answer. A customer sees a meter if an
+active subscription, an active grant or a direct credit gives it to them.
 """
 
 from collections.abc import Iterator

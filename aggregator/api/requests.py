@@ -1,4 +1,10 @@
-"""Requests: limits, authorization, pages, paths, answers and errors."""
+"""What all routes share: limits, authorization, bodies, pages of lists, paths, answers and errors.
+
+``allow`` is the dependency that checks the token and honors ``Prefer: wait``; ``body_of`` reads JSON with exact
+numbers; ``listed`` and ``on_page`` build pages; ``answer`` adds ``As-Of``. ``Segments`` and ``RelativeRedirects`` are
+ASGI middleware for paths. A route raises an exception, and ``install_error_answers`` maps it to Polar's error shape
+(section 10.2 of its contract). Any other exception becomes a plain 500 that reveals nothing internal.
+"""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -34,7 +40,7 @@ from meters.errors import COMPLAINTS_MAX, detail
 from meters.log import Refused as RefusedByLog
 from meters.log import TryAgain, format_position, parse_position
 
-# Limits of HTTP requests and their parameters, each with its reason.
+# Limits of requests and their parameters, each with its reason.
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
 """Of a request: a filter of a hundred clauses fits, with every text at its longest."""
@@ -97,19 +103,16 @@ FEED_WINDOW_S_MAX = 86_400
 """Seconds of a rollup's window: a day. What is sent later than that belongs to no bill any more."""
 
 
-# HTTP requests and answers: access, bodies, pages of lists, paths, and errors in Polar's shapes (its contract, 10.2).
+# Requests and answers.
 #
-# A route raises an exception; ``install_error_answers`` turns it into an answer. An exception that is not listed
-# there is a plain 500, so that nothing internal gets out.
-#
-# An organization's name for a customer may hold a slash, such as ``acme/eu``. In a path that is ``acme%2Feu``, one
-# segment, but servers hand over the path decoded, where it looks like two segments. So ``Segments`` decodes the
-# segments one by one and keeps ``%2F``, and ``%25`` beside it; a parameter of the kind ``name`` is decoded when its
+# An organization's external id of a customer may contain a slash, such as ``acme/eu``. In a path that is
+# ``acme%2Feu``, one segment, but ASGI servers decode the whole path, which makes it two. So ``Segments`` decodes the
+# segments one by one and keeps ``%2F`` (and ``%25``); the path converter ``name`` decodes a parameter once its
 # segment is known.
 #
-# A path without its closing slash is answered with 307 to the path with it, as Polar does. The framework writes the
-# whole URL there, with plain http and a Host that a proxy may have changed. ``RelativeRedirects`` shortens it to the
-# path. That is right behind every proxy and cannot lead a client from https to http.
+# A path without its closing slash is answered with 307 to the path with it, as Polar does. The framework redirects to
+# an absolute URL with plain http and a Host that a proxy may have changed. ``RelativeRedirects`` shortens the
+# location to the path, which is right behind every proxy and cannot lead a client from https to http.
 
 T = TypeVar("T")
 

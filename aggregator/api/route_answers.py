@@ -1,4 +1,4 @@
-"""Definitions of answers that one module of routes builds: usage, charges, metrics, feed, portal and webhooks.
+"""Definitions of answers that only one module of routes builds: usage, charges, metrics, feed, portal and webhooks.
 
 ``aggregator.service.answers`` has the field types, and the objects that several routes and webhooks share.
 """

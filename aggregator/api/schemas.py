@@ -1,8 +1,9 @@
-"""Definitions of the API's request bodies, and the entries of routes in the OpenAPI document.
+"""Definitions of request bodies, and the helpers that describe a route in the OpenAPI document.
 
-A body is checked by its definition: ``bodies.body_as`` converts the whole body, ``bodies.fields_of`` checks each field
-and collects every complaint. Meters and prices are checked in ``meters``, because their complaints need Polar's words
-for places inside a filter and for numbers in text. The definitions of those bodies only describe them.
+A body is a struct based on ``PolarBody``, which ignores unknown fields as Polar does, or on ``OwnBody``.
+``bodies.py`` checks requests by these structs. Meters and prices are checked in ``meters``, which knows Polar's words
+for each place in a filter; their structs here only describe them. A route states its body with ``takes``, its answers
+with ``gives`` and ``page_of``, its errors with ``refuses``. ``openapi.py`` generates the schemas with examples.
 """
 
 from datetime import datetime

@@ -1,4 +1,8 @@
-"""Routes of webhook endpoints, deliveries, thresholds and sources."""
+"""Routes of webhooks: endpoints, the delivery log, thresholds and the sources of incoming webhooks.
+
+Endpoints and deliveries have Polar's paths. Thresholds and sources are Meterstream's own. ``aggregator.webhooks``
+sends the webhooks; ``polar.py`` receives those of a source.
+"""
 
 import asyncio
 import secrets
@@ -61,11 +65,11 @@ from meters.webhooks import (
     ThresholdSet,
 )
 
-# Webhooks out: who is told, what was told, and telling it again. Paths are Polar's.
+# Endpoints.
 #
-# A secret is shown when it is made and never again; other answers have ``MASKED`` in its place, because Polar's
-# clients insist on a text. Rotating leaves the old one signing for a day beside the new one, so that a receiver can
-# change over without missing anything.
+# A secret is shown once, when it is created. Other answers have ``MASKED`` in its place, because Polar's clients
+# require a text. After a rotation the old secret keeps signing for a day beside the new one, so that a receiver can
+# change over without rejecting a message.
 
 router = APIRouter(tags=["webhooks"])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
@@ -207,7 +211,7 @@ async def delete_webhook_endpoint(desk: AtDesk, token: Writer, id: UUID) -> Resp
     return Response(status_code=204)
 
 
-# The delivery log of webhooks, and telling something again. Kept for 30 days, in the store alone.
+# The delivery log and redelivery. Entries are kept for 30 days, only in the store.
 
 Types = Annotated[list[EventType] | None, Query(max_length=IDENTIFIERS_MAX)]
 
@@ -296,10 +300,10 @@ def _again(desk: Desk, token: Token, id: str) -> int:
     return count
 
 
-# What is watched, and who is listened to: thresholds of meters, and the sources of webhooks that come in.
+# Thresholds and sources.
 #
-# A threshold is a line in a customer's usage or balance; reaching it is told to the endpoints that want
-# ``meter.threshold_reached``. A source is another system that signs what it sends with a secret, at present Polar.
+# A threshold is a line in a customer's usage or balance; reaching it sends ``meter.threshold_reached``. A source is
+# another system, at present Polar, that signs its webhooks with a secret.
 
 THRESHOLDS_MAX = 200
 """Thresholds of an organization: all of them are looked at whenever one of its customers moved."""

@@ -1,4 +1,10 @@
-"""A batch of decoded events as columns."""
+"""The columns of a batch of decoded events, and the parsers that read one column at once.
+
+``Batch`` is the result of one read from the log: ``Chunk`` objects (rows of one organization as Arrow columns), dead
+letters and log positions. Both decoders of ``decode.py`` build their columns here. ``parse_times`` reads timestamps,
+``metadata`` builds the metadata column, and ``awkward_numbers`` keeps the exact text of numbers that DuckDB would
+round.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,17 +24,17 @@ from meters.exact import DECIMALS, number_text
 from meters.log import Record
 from meters.timestamps import UNREADABLE, microseconds_of, parse_timestamp
 
-# Numbers that DuckDB's JSON functions would bend, found early and kept as exact text beside the JSON.
+# Exact numbers.
 #
-# DuckDB reads a JSON number as a 64-bit integer or as a double. Up to 15 significant digits a double gives back the
-# digits it was given; past that it does not, and nothing says so. Money must not depend on that, so every number
-# whose exact value could get lost is written into the column ``awkward``: a JSON object from JSON pointer to plain
-# decimal text, NULL for nearly all events. The SQL looks there first.
+# DuckDB's JSON functions read a number as a 64-bit integer or as a double. A double keeps at most 15 significant
+# digits, and DuckDB reports no loss beyond that. Amounts of money must be exact, so every number whose value could
+# change is written into the column ``awkward``: a JSON object from JSON pointer to plain decimal text, NULL for
+# nearly all events. The SQL of a meter looks there first.
 #
-# Looking at every number of every event would cost more than all the rest of the work, so the texts of many are
-# looked at as a whole, and only where digits and points fill eight neighboring places, or an ``e`` follows one, does
-# anybody look closer, first at each text: there the sign is a run of 15. A reserved number that was sent as text may
-# be written with escapes, so that its digits do not show: a text with both is looked at, too.
+# Parsing every number of every event would cost more than all other work. So the texts of many events are searched
+# together for a place where digits and points fill eight neighboring bytes, or where an ``e`` follows a digit. Only
+# texts around such a place are searched one by one, for 15 digits in a row. A reserved number sent as text may
+# contain escapes that hide its digits, so a text with a reserved key and an escape is also examined.
 
 EXACT_DIGITS = 15  # any decimal of so many digits survives the way through a double and back
 _FILLED = np.uint64(0x0101_0101_0101_0101)  # eight times True
@@ -97,13 +103,12 @@ def _is_awkward(token: bytes) -> bool:
     return len(token.strip(b"-")) > EXACT_DIGITS or len(decimals) > DECIMALS
 
 
-# Times of many events at once.
+# Timestamps of many events.
 #
-# Nearly every sender writes ``2026-03-01T10:00:00.123456Z``, with some number of digits behind the point, and Arrow
-# reads a column of such texts in one call instead of one object each. Digits finer than a microsecond, of which .NET
-# writes one and Go three, are cut before. Whatever looks different is read one by one by ``meters.timestamps``, whose
-# result Arrow's way equals; so is everything where one does not exist in the calendar, which the gateway lets nobody
-# send.
+# Nearly every sender writes ``2026-03-01T10:00:00.123456Z`` with some number of fractional digits. Arrow reads a
+# column of such texts in one call. Digits finer than a microsecond (.NET sends one, Go three) are cut off before. A
+# text of any other form is read by ``meters.timestamps``, with the same result. If one text of a column names a date
+# that does not exist, the whole column is read that way; the gateway accepts no such date.
 
 Microseconds = npt.NDArray[np.int64]
 _USUAL_LENGTH_MIN = len("2026-03-01T10:00:00Z")  # with less, Arrow also takes an hour alone, which is no time to us
@@ -154,7 +159,7 @@ def _one(stamp: Stamp, missing: int) -> int:
     return microseconds_of(instant)
 
 
-# Columns of events that both ways of reading lines make: ``apply``, object by object, and ``quick``.
+# Columns that both decoders build: the one that makes an object for each line and the compiled one.
 
 _DECODE_METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -212,7 +217,7 @@ def metadata(texts: Texts) -> dict[str, pa.Array]:
     return {"metadata": texts.column, "awkward": awkward}
 
 
-# What one reading of the log says: rows as columns, and what could not be a row.
+# The result of one read from the log.
 
 class Chunk(NamedTuple):
     """Rows of one organization, as columns."""

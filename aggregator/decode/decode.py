@@ -1,4 +1,16 @@
-"""Decode log records into a columnar batch or dead letters."""
+"""Decode log records into a batch of columns; a line that cannot be counted becomes a dead letter.
+
+``decode`` handles each record in the fastest of three ways that accepts it, all with the same result:
+
+* ``Quick.read`` scans lines with compiled loops (``kernels.py``) and creates no object for a line. It is used once
+  enough lines have arrived to make loading the compiler worthwhile.
+* ``_fast`` decodes a whole record in one msgspec call. It is for records that the gateway validated.
+* ``_careful`` validates line by line, as the gateway does. It handles records of other producers and everything that
+  the other two refuse. A line that it cannot count becomes a dead letter with its bytes, its place and the reason.
+
+No line is dropped, and a bad line does not stop its partition. The rows keep the order of the log. New organizations
+and customers are numbered in the ``Directory`` on the way. Decoding uses no store, no clock and no event loop.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -31,16 +43,14 @@ from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, 
 from meters.log import LATEST_US, Pieces, Record, has_too_many_lines, lines_of
 from meters.timestamps import UNREADABLE, instant_of
 
-# Admitted records to columns without an object for a line: in half of the time, and half of that without a lock.
-#
-# What ``kernels`` takes for ordinary becomes a chunk; whatever else, and everything until they are loaded, is for
-# ``apply``. Both make the same rows, which a property test shows.
+# The compiled decoder. It takes half the time of the others, and half of that time runs without the interpreter's
+# lock. Property tests compare its rows with those of the other decoders.
 
 LINES_MIN = 200
 """Fewer take longer than one by one."""
 
 CHUNK_LINES = 4_000
-"""Twice as many as ``apply`` takes at a time: a line holds the interpreter for less than half as long."""
+"""Twice CHUNK_EVENTS: a line holds the interpreter for less than half as long."""
 
 LOAD_AFTER_LINES = 10_000
 """Lines that could have been read quickly, before that is made ready: a server with few events has no use for it."""
@@ -145,7 +155,7 @@ class _Read(NamedTuple):
         return found
 
     def stamps(self, ingested: Microseconds) -> Microseconds:
-        """What each line says of its time; where its spelling is unusual, ``timestamps`` reads it."""
+        """What each line says of its time; where its spelling is unusual, ``meters.timestamps`` reads it."""
         stamps = ingested.copy()
         if not self.kernels.read_times(self.text, self.spans, stamps):
             rows = np.flatnonzero(stamps == UNREADABLE)
@@ -250,20 +260,10 @@ class Quick:
             logger.warning("quick_reading_off", reason=str(error), effect=effect)
 
 
-# From records to columns: every line becomes a row or a dead letter. No store, no clock, no event loop.
+# The decoders that create one object for a line, and ``decode``, which chooses.
 #
-# New organizations and customers are numbered in the directory on the way.
-#
-# A record holds a line per event. Reading it has a fast way and a careful way with one result. The fast way decodes a
-# whole record in one call and is for lines the gateway admitted; whatever it stumbles over, and every line of a
-# foreign producer, goes the careful way, line by line, where a line that cannot be counted becomes a dead letter with
-# its bytes, its place and the reason. Nothing is dropped and nothing stalls the partition.
-#
-# A third way, for most lines of a busy server, makes no object of a line at all (``quick``). What it does not take
-# goes the fast way.
-#
-# Rows come out as Arrow columns, in chunks: small enough that no step holds the interpreter for long, large enough
-# that Python's cost is shared by thousands of events. The order of rows is the order of the log.
+# Chunks are small enough that no step holds the interpreter's lock for long, and large enough that Python's overhead
+# is shared by thousands of events.
 
 CHUNK_EVENTS = 2_000  # about 5 ms of work, so that a reader of the API never waits long for the interpreter
 FIELD_SHOWN_MAX = 200  # characters of where in an event it is

@@ -1,4 +1,13 @@
-"""Deduplicate a batch: new, duplicate or conflict; and the dead letters it leaves."""
+"""Deduplicate a batch against the identity index, and keep dead letters as columns.
+
+``judge`` sorts rows into new, duplicate and suspect, from what the identity index says. ``step`` then compares the
+suspects with their stored first writes and returns the ``Effects`` of the transaction: new rows, dead letters and
+tallies. Everything here is pure: the writer thread reads the store in between and commits the result.
+
+The first write of an identity wins for ever. A later row with the same bytes is a duplicate and is only counted. A
+row with other bytes but the same meaning (keys in another order, another spelling of a time) is a duplicate as well.
+A row with another meaning is a conflict: it becomes a dead letter and is never billed.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,10 +23,10 @@ from aggregator.decode.columns import Batch
 from aggregator.decode.identities import Keys, Words, repeats
 from meters.exact import decode_tokens
 
-# Dead letters as columns: lines that cannot be counted, with everything needed to mend and replay them.
+# Dead letters: lines that cannot be counted, with everything needed to fix and replay them.
 #
-# Nearly always there are none. But a producer can make as many as a record has lines, and a sender as many as a
-# request has, so they are packed as they come, and no step after that takes them one by one.
+# There are usually none. But a producer can cause as many as a record has lines, and a sender as many as a request
+# has events. So ``Letters`` packs them into columns as they come, and no later step handles them one by one.
 
 PACKED_AT_ONCE = 10_000
 PART_BYTES = 16 << 10  # of a letter in one row of the store: DuckDB has 2,048 of them in memory at once, so 32 MiB
@@ -106,12 +115,7 @@ def _replayed_at(letters: pa.Table, replayed: dict[LetterPlace, datetime]) -> pa
     return pa.array([replayed.get(place) for place in places], pa.timestamp("us"))
 
 
-# What a round makes true: which rows are new, which repeat, which contradict. Pure.
-#
-# First write wins, for ever. A row whose identity is new is stored. A row whose identity is known and whose bytes are
-# the same is a duplicate: counted, nothing else. Other bytes may still say the same (keys in another order, another
-# spelling of a time); only when the meaning differs is it a conflict: kept as a dead letter with its bytes, counted,
-# never billed. So is another external id that meets a stored one in all 128 bits.
+# Deduplication. A different external id that has the same 128-bit hash as a stored one is a conflict, too.
 
 CONFLICT = "conflict"
 METADATA, TIMESTAMP = "metadata", "timestamp"

@@ -1,9 +1,9 @@
-"""Small numbers for who is meant: an organization, and the customer an event names.
+"""The directory: dense numbers for organizations and for the customers that events name.
 
-Events name their customer by ``external_customer_id`` or by ``customer_id``; both are long texts, and the store,
-the running totals and the queries want a dense integer. Numbers are given in order of first sight by the one
-reader of the log, become true in the round that first uses them, and are never given twice. A customer known
-under both identifiers has two numbers (attribution is by join at read time, contract section 1.6).
+Events name their customer by ``external_customer_id`` or by ``customer_id``. Both are long texts; the store, the
+running totals and the queries need a small integer instead. The reader thread assigns numbers in order of first
+appearance, and the batch that first uses a number also stores it. A number is never reused. A customer that is known
+by both names has two numbers; queries combine them when they read (contract section 1.6).
 """
 
 from typing import NamedTuple

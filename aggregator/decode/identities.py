@@ -1,4 +1,13 @@
-"""The index of all event identities: sorted runs and their merges."""
+"""The index of all event identities: answers "is this event new?" in memory, without a query.
+
+An identity is 128 bits (``meters.event.identity``). ``Seen`` keeps the two 64-bit halves of each identity and a
+64-bit hash of the event's content, in sorted arrays (``Run``). A lookup searches each run for the high half and
+confirms with the low half, so the answer is exact. New identities form a small run; a background thread merges runs
+of similar size. ``repeats`` finds identities that occur more than once within one batch.
+
+The index holds only committed identities and is rebuilt from the store when an engine starts. It needs 8 to 9 bytes
+of memory and 16 bytes of disk for an identity, and 24 bytes of memory for the newest ones.
+"""
 
 import contextlib
 import heapq
@@ -12,24 +21,24 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-# A sorted run of identities: what is searched lies in memory, what confirms a find may lie in a file.
+# Runs.
 #
-# A lookup searches the high halves. Only where one is found are the low half and the hash of the content looked at,
-# which for a new event is never and for a repetition once. So of a long run those 16 bytes an identity are kept in a
-# file, beside the store and without a name, and 8 bytes stay in memory. The file is a view like the run itself, and
-# ends with the process; where the disk takes no file, the run stays in memory as a whole.
+# Only the high halves are searched. The low half and the content hash are read only when a high half matches: never
+# for a new event, once for a duplicate. So a long run keeps those 16 bytes per identity in an unnamed file beside the
+# store, and 8 bytes in memory. The file ends with the process. Where the disk accepts no file, the whole run stays in
+# memory.
 #
-# By chance no two identities share a high half, but the hash has no key: whoever wants to can make any number of
-# external ids that do. They stand in the order of their low halves and are searched like the high ones.
+# Two identities with the same high half do not occur by chance. But the hash has no key, so a sender can construct
+# any number of external ids with equal high halves. These are ordered by their low halves and found by binary search.
 #
-# It is read with ``pread`` and not mapped: an I/O error under a mapping kills the process, here it is an ``OSError``.
-# It is synced although nobody reads it after the process: what a disk took and then could not write is zeros when it
-# is read again, without an error, and what was stored would be new. A sync tells, while memory can still take the
-# run.
+# The file is read with ``pread`` and not memory-mapped: an I/O error in a mapping kills the process, while ``pread``
+# raises OSError. The file is synced although it does not outlive the process: data that the disk accepted and then
+# failed to write reads back as zeros, without an error, and stored events would then look new. The sync reports such
+# a failure while the run can still stay in memory.
 #
-# A search by halves in ten million words misses the processor's cache at nearly every step. So a long run has an
-# index: where the high halves with the same leading bits begin. They are hashes, so that a handful of them are left
-# to search.
+# A binary search in ten million words misses the processor's cache at nearly every step. So a long run has an index
+# of where the high halves with the same leading bits begin (``Prefixes``). High halves are hashes, so only a few
+# candidates remain to be searched.
 
 Words = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.intp]
@@ -228,17 +237,11 @@ def _kept(pieces: Callable[[], Iterable[Words]], rows: int, directory: Path | No
     return InMemory(np.concatenate(list(pieces())))
 
 
-# Every identity ever stored, so that "is this event new?" costs no query.
+# The index.
 #
-# An identity is 128 bits (``meters.event.identity``). The index keeps, for each, the two halves and a 64-bit hash of
-# the event's bytes in sorted runs (``run``). A lookup searches each run for the high half and
-# confirms on the low one, so an answer is about the whole key and "new" is never guessed. New identities become a
-# small run; runs of similar size are merged in the background, so there are few of them. A merge of long ones takes
-# seconds, in which short ones would pile up behind it; those are merged as they come, in milliseconds. A merge needs
-# memory for its result beside what it merges, so no run gets longer than 16 million or a quarter of all.
-#
-# The index is a view: it is rebuilt from the store when the aggregator starts, and holds only what is committed.
-# 8 to 9 bytes of memory an identity, and 16 on the disk; 24 of memory for the newest.
+# Merging two long runs takes seconds. Short runs would accumulate meanwhile, so those are merged at once, in
+# milliseconds. A merge needs memory for its result beside its inputs, so no run grows beyond 16 million identities or
+# a quarter of all identities.
 
 RUN_GROWTH = 4  # merge while the newer runs hold at least a quarter of the next older one
 AT_ONCE_ROWS_MAX = 200_000  # rows of a merge for which a round may wait: 13 ms where 50,000 are merged with 150,000

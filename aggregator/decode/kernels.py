@@ -1,13 +1,14 @@
-"""What is done to every byte of every line, compiled: loops over arrays, which hold no interpreter's lock.
+"""Compiled loops over the bytes of event lines (Numba). They run without the interpreter's lock.
 
-``scan`` reads lines of JSON. It is as strict as ``msgspec``, and stricter: an escape, a tab between tokens, a field of
-another type, a line without a name or an external id are odd, and a line that is odd is for ``apply`` to read. All it
-can do wrong is to take something odd for ordinary, and a property test holds it against ``apply`` there.
+``scan`` parses JSON lines into spans of their fields. It is at least as strict as msgspec: an escape, a tab between
+tokens, a field of an unexpected type, or a line without a name or external id is marked odd, and the decoders of
+``decode.py`` read that line instead. The one possible error, taking an odd line for an ordinary one, is covered by a
+property test against those decoders. The other functions hash lines and texts, look numbers up and read timestamps.
 
-Quotes are found first, in a loop without branches. Where a text has no backslash every second quote ends a string,
-whatever stands in it, so most of a line is jumped over.
+Quotes are found first, in a loop without branches. In a text without a backslash every second quote ends a string, so
+most bytes of a line are skipped.
 
-``quick`` imports this module, in a thread, when that pays: see ``meters.compiled``.
+``decode.Quick`` imports this module in a thread, once enough lines have arrived (see ``meters.compiled``).
 """
 
 from typing import Any
@@ -256,7 +257,7 @@ def put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) ->
 
 @kernel(void(uint64[::1], uint32[::1], uint64, uint64[::1], int64[::1]))
 def search(words: Any, begins: Any, shift: Any, asked: Any, found: Any) -> Any:
-    """For each word asked for, the first row of the words in order that is not less; the index is ``run.Prefixes``."""
+    """For each word asked for, the first row of the ordered words that is not less; index: ``identities.Prefixes``."""
     for row in range(len(asked)):
         entry = asked[row] >> shift
         low, high = uint64(begins[entry]), uint64(begins[entry + np.uint64(1)])

@@ -1,8 +1,9 @@
-"""What a round gives reason to tell of: customers whose usage or credits moved, and thresholds they reached.
+"""Find the causes of webhooks in a batch: customers whose usage or credits changed, and thresholds that were reached.
 
-A cause is written in the transaction of the change itself, so nothing that is counted goes untold, and nothing is told
-that did not come to count. It says only who moved; what to say of them is worked out when it is said, from what is
-true then. Organizations that nobody listens to cause nothing.
+``causes`` takes the batch's new events and decisions and returns rows for the store's table ``webhook_causes``. The
+rows are written in the transaction of the change itself, so no change is lost and no rolled-back change is reported.
+A cause names only the customer; the sender builds the message later, from the state of that moment. Organizations
+without webhook endpoints produce no causes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

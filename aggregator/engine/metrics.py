@@ -1,7 +1,8 @@
-"""Every metric of the aggregator, declared once.
+"""Every Prometheus metric of the aggregator, declared in one place.
 
-Freshness is measured where it is true: at each commit, for every stored event, from the time of its ingestion. One
-round holds thousands of events, so they are put into buckets as an array.
+``Telemetry`` owns the registry and counts committed batches. ``Freshness`` is a histogram, over all stored events, of
+the time from ingestion to commit. One batch holds thousands of events, so they are sorted into buckets as an array
+and not one by one.
 """
 
 import time

@@ -1,4 +1,14 @@
-"""One engine's pipeline: the reader, writer and checkpointer threads."""
+"""One engine: the threads that read the log, write the store and checkpoint it, from one start to the first failure.
+
+``Engine`` runs a reader thread and a writer thread, because DuckDB works outside the interpreter's lock. During a
+backlog the reader decodes the next batch while the writer commits the previous one. When the engine has caught up,
+the reader waits for the writer, so that no decoded batch is queued. A third thread checkpoints (``Checkpointer``); a
+fourth evaluates the meters over a batch while it is being written.
+
+The writer handles a batch as follows: deduplicate it, decide what it changes, commit one transaction, then update
+memory (identities, catalogue, ledger, totals) and publish the new position. When anything fails in or around a commit
+or a checkpoint, the engine ends; the supervisor starts another one from what the store says.
+"""
 
 import contextlib
 import queue
@@ -36,7 +46,8 @@ from meters.ledger.ledger import Account, Ledger, MeterReset, MovementWithdrawn
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 from meters.meter import Meter
 
-# Whether the log can be read: told once when it cannot be, and once when it can again. Alerts send people there.
+# ``Readable`` logs once that the log cannot be read, and once that it can be read again. Alerts are built on these
+# two messages, so a long outage must not repeat them.
 
 logger = structlog.get_logger("aggregator")
 
@@ -62,11 +73,11 @@ class Readable:
             logger.info("log_can_be_read_again", what=what)
 
 
-# Where customers' windows begin, handed from the ledger to the running totals.
+# ``Boundaries`` tells the running totals where customers' windows begin, as the ledger has it.
 #
-# The ledger speaks of customers, the totals of the numbers that events carry, and a customer may have two of them:
-# one for each name. A number may come to be a customer's long after its events (the customer is made later, or is
-# given another external id), so the windows follow the catalogue as well as the resets.
+# The ledger speaks of customers, the totals of the numbers that events carry. A customer may have two numbers, one
+# for each of its two names, and may get a number long after that number's events arrived (the customer is created
+# later, or is given another external id). So the windows follow the catalogue as well as the resets.
 
 Subject = tuple[int, int, str, str]  # number, organization's number, kind, text
 Named = tuple[str, str]  # kind and text: how events name a customer
@@ -140,21 +151,20 @@ def _since(accounts: Mapping[str, Account], customer_id: str | None) -> int:
     return window_begin_us(account.since) if account is not None else EVER
 
 
-# When the write-ahead log is folded into the file.
+# ``Checkpointer`` decides when DuckDB's write-ahead log is folded into the file.
 #
-# A checkpoint costs one to two microseconds per row written since the last one, and the round that comes meanwhile
-# waits for it. Often enough means: the file opens quickly after a crash (replay is slower than a checkpoint), and no
-# single checkpoint is long. While rounds follow what arrives, each of their events is waited for, so a checkpoint
-# takes what fits between two rounds. While a backlog is worked off, nobody waits for the single event, and larger
-# ones leave a file that is a fifth smaller.
+# The writer waits while a checkpoint runs, and the cost of a checkpoint grows with the rows written since the last
+# one. Frequent checkpoints are short, and make the file open quickly after a crash. When the engine has caught up,
+# each event is waited for, so a checkpoint takes only what fits between two batches. During a backlog nobody waits
+# for a single event, and larger checkpoints leave a smaller file.
 #
-# What a checkpoint finds becomes row groups of its own, of 122,880 rows at most. DuckDB would like to merge small
-# ones with their neighbors there and then; that keeps a round waiting for up to half a second, because a table takes
-# no rows while it is rewritten. So under load a checkpoint merges nothing; the first one of a quiet time merges some
-# of the small row groups that were left behind. One without rows to write merges none.
+# A checkpoint writes its rows as new row groups of at most 122,880 rows. By default DuckDB also merges small row
+# groups with their neighbors, which rewrites a table and blocks the writer for up to half a second. So under load a
+# checkpoint merges nothing; the first checkpoints of an idle period merge some of the small row groups. A checkpoint
+# without new rows merges none.
 #
-# Each checkpoint also looks at every row group there is, changed or not: 3 ms of CPU time for a million rows stored.
-# So the longer the history, the more rows lie between two.
+# Each checkpoint also visits every row group of the table, changed or not, so the interval between two checkpoints
+# grows with the number of stored rows.
 
 ROWS_BETWEEN = 25_000  # 55 ms on busy cores, which mostly fit between two rounds; 100,000 kept every 20th event 0.2 s
 ROWS_BETWEEN_BACKLOG = 100_000  # and what comes while it is noticed: nearly a row group
@@ -215,16 +225,7 @@ class Checkpointer:
                     self._wake.wait_for(lambda: self._stopping, timeout=AGAIN_S)
 
 
-# One life of the aggregator: open the store, follow the log, end at the first doubt.
-#
-# Two threads in a pipeline, because DuckDB works outside the interpreter's lock: in a backlog the reader turns the
-# next records into columns while the writer commits the ones before; otherwise it waits for the writer, so that
-# nothing lies between the two. A third checkpoints; a fourth works out what the meters find in a round while it is
-# being written.
-#
-# A round is: decode, look up, decide, write once, then move what is kept in memory (identities, catalogue, totals)
-# and publish the new position. Memory moves only after the commit, and only this engine's: when anything fails in or
-# around the commit, or a checkpoint does, the engine ends, and the next one starts from what the store says.
+# The engine. Memory changes only after the commit, so whatever a failed engine held in memory is discarded with it.
 
 ROUND_BYTES_MAX = 6_000_000  # about 20,000 events: enough to share DuckDB's fixed cost, few enough to stay fresh
 ROUNDS_AHEAD = 1  # decoded rounds waiting for the writer; bounds memory to about three rounds
@@ -261,7 +262,7 @@ class Committed(NamedTuple):
 
 
 class Engine:
-    """See the module. ``failure`` holds what ended it, once ``ended`` is set."""
+    """One engine, from start to failure. ``failure`` holds the error that ended it, once ``ended`` is set."""
 
     def __init__(self, log: Log, store: Store, observe: Callable[[Committed], None]) -> None:
         self._log, self.store, self._observe = log, store, observe

@@ -1,4 +1,14 @@
-"""The engine's supervisor: starts one engine after another, and checks that the log continues."""
+"""The engine's supervisor: runs one engine after another over one store file, and is the ``View`` that others read.
+
+``Aggregator`` opens the store, checks that the log is still the one that the store was counted from (``break_in``),
+and starts an ``Engine``. An engine that failed is not repaired: the supervisor closes it, opens the store again and
+starts a new engine at the committed positions. Between two engines reads raise ``Unavailable``, and nothing is lost,
+because the log keeps every acknowledged event. A full disk is such an interval, as long as the disk is full.
+
+Some failures are final (``FINAL``): another writer took over, the log lost a position, or the store cannot be opened.
+The process then ends with a message, because continuing could produce wrong invoices. The process also ends when a
+query does not release the store of a failed engine; a new process then continues.
+"""
 
 import asyncio
 import contextlib
@@ -23,12 +33,12 @@ from meters.catalogue.catalogue import Catalogue, Change, encode_changes
 from meters.ledger.ledger import Ledger
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
 
-# Whether a log is still the one that a store was counted from.
+# Continuity of the log.
 #
-# A log has an identity, and a position past its end is refused. Neither tells of a log that was restored from an
-# older copy and written on: it has the same name, and other records under numbers that the store counted already.
-# Those would never be counted. So the last record that was read of each partition is looked at again: the log must
-# still give it the same time.
+# A log has an identity, and a position past its end is refused. Neither detects a log that was restored from an older
+# copy and then written to: it has the same identity, but other records at offsets that the store has counted already.
+# Those records would never be counted. So ``break_in`` reads the last record of each partition that the store counted
+# again, and requires that the log still gives it the same time.
 
 READ_BYTES_MAX = 1 << 20  # of one look at all partitions: to seek costs brokers more than what came since
 
@@ -60,14 +70,7 @@ def _other(stream: str, partition: int, offset: int) -> str:
     return f"{where}: the log was restored from an older copy and written on"
 
 
-# The aggregator as a whole: it owns one engine after another over one store file, and is the view its guests see.
-#
-# An engine, which reads the log, is not mended when it ends. The owner closes it, opens the store again, which says
-# what was committed, and starts the next one there; between two engines reads answer "unavailable" and nothing is
-# lost, because the log keeps what was acknowledged. A full disk is such a state between two engines, for as long as
-# it is full. Three endings are final: another writer took over, the log lost a position, or the store file cannot be
-# used. Then the process must stop and say so; guessing would make a wrong bill. Where a reader does not let go of an
-# engine's store, the process must stop too, and a new one goes on.
+# The aggregator.
 
 RESTART_DELAY_S = 0.5  # between two engines; a full disk is not asked more often than this
 RESTART_DELAY_MAX_S = 10.0

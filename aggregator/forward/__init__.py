@@ -1,1 +1,1 @@
-"""From the store to Polar: what was counted here is handed on there, within its limits, once."""
+"""The forwarder: sends counted events on to Polar, within Polar's request limit."""

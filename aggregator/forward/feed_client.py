@@ -1,4 +1,8 @@
-"""The HTTP client for our own feed, and its items as Polar's events."""
+"""Read Meterstream's own feed, and convert its events and rollups to Polar's form.
+
+``Source`` is the HTTP client of the aggregator's feed routes; ``Page`` is what it reads. ``item_of`` and
+``rollup_item`` make the ``Item`` that the planner schedules, with the bytes for Polar.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,11 +19,11 @@ from meters.exact import amount_text, parse_amount
 from meters.log import FeedPlace, format_places, parse_places, parse_position
 from meters.timestamps import microseconds_of
 
-# An event of the feed as Polar takes it. Pure: bytes in, bytes out.
+# Conversion, without I/O: bytes in, bytes out.
 #
-# Polar wants ``_cost.amount`` with at most 12 decimals and the counts of ``_llm`` as whole numbers, and drops keys
-# that it does not know; here amounts are rounded when they are counted and keep the digits they came with. So what is
-# sent is what was counted. Everything else goes on as it is; what Polar does not take, it says itself.
+# Polar requires ``_cost.amount`` with at most 12 decimals and the counts of ``_llm`` as integers, and drops unknown
+# keys of both. Meterstream rounds amounts when it counts and stores the digits as sent. So the values that were
+# counted are sent. Everything else is passed on unchanged; Polar itself refuses what it does not accept.
 
 ROLLUP_NAME = "meterstream.rollup"
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -117,10 +121,10 @@ def _reserved(key: str, raw: msgspec.Raw) -> dict[str, Any]:
     return values
 
 
-# This side: the feed of our own server, read over its socket or its address.
+# The client. It connects to the server's socket or address.
 #
-# Every failure is ``Away``, because all of them pass: the server is being started, restarted or updated. A token that
-# is not taken is said so, for the owner to make another.
+# Every failure raises ``Away``, because every failure is temporary: the server is starting, restarting or being
+# updated. If the token is refused, the error says so, and the owner must create another one.
 
 ANSWER_TIMEOUT_S = 60.0  # twice what a question to the store may take
 

@@ -1,4 +1,15 @@
-"""The forwarder: the loop that sends batches to Polar, Polar's clock skew, and events that fail alone."""
+"""The forwarder: reads the feed and sends its events to Polar, at least once, each customer's in order.
+
+``Forwarder.turn`` does one step and returns how long to wait. A step reads a page of the feed, sends the next slice
+(chosen by ``planner.py``), and records the outcome in one transaction of the state file (``state.py``). ``Skew``
+estimates how far Polar's clock is behind, and ``Suspects`` finds single events that Polar fails on.
+
+Only one request is in progress at a time. This keeps each customer's events in order without bookkeeping, and costs
+nothing where requests are scarce, since a batch carries thousands of events.
+
+The forwarder is a process of its own and a client of the feed: the store's file has one owner, slow work here must
+not delay counting, and a crash here must not interrupt it.
+"""
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Set
@@ -37,11 +48,11 @@ from aggregator.forward.polar_client import (
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from meters.log import FeedPlace
 
-# How far Polar's clock is taken to be behind ours. Pure: no clock, no files, no network.
+# Clock skew. Pure: no clock, no files, no network.
 #
-# Nothing tells the time over there but that it calls an event's time the future, so the assumption grows while it
-# does, and is halved whenever it has not for a while. Where Polar's clock stays behind, that costs a refused request
-# now and then; where it was mended, no event waits any longer for nothing.
+# Polar's clock is visible only when Polar rejects a timestamp as in the future. So the assumed skew grows with each
+# rejection and is halved after five minutes without one. If Polar's clock stays behind, this costs an occasional
+# refused request; if it was corrected, events soon stop waiting.
 
 SKEW_FIRST_US = 2_000_000  # assumed when Polar first calls an event's time the future
 SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
@@ -49,7 +60,7 @@ EASE_US = 300_000_000  # without a refusal, until less is assumed
 
 
 class Skew:
-    """See the module."""
+    """The assumed lag of Polar's clock: doubled on each rejection, halved after EASE_US without one."""
 
     def __init__(self) -> None:
         self._us, self._changed_us = 0, 0
@@ -69,11 +80,11 @@ class Skew:
         return self._us
 
 
-# Tells an event that Polar cannot take from a Polar that is away. Pure: no clock, no files, no network.
+# Poison events: an event that makes Polar fail is told apart from a Polar that is down. Pure.
 #
-# Both give a server's error (5xx). What tells them apart is the request after it: an event is at fault if it fails
-# alone and Polar takes the next request, again and again. While Polar is away the next request fails, too, so however
-# long that lasts, it says nothing against anybody.
+# Both cause a server error (5xx). The next request tells them apart: an event is at fault if it fails alone and Polar
+# accepts the next request, several times. While Polar is down the next request fails as well, so an outage of any
+# length condemns no event.
 
 STRIKES_MAX = 5  # each needs a minute and another request that passes: what passes by itself is over by then
 PAUSE_US = 60_000_000  # between two tries of an event that failed alone, while the others go on
@@ -119,13 +130,7 @@ class Suspects:
             del self._strikes[external_id]
 
 
-# Takes events from the feed and gives them to Polar: at least once towards Polar, exactly once in the books.
-#
-# One request is under way at a time. That keeps each customer's events in order without any bookkeeping, and costs
-# nothing where requests are the scarce thing: a batch carries thousands of events.
-#
-# It is a process of its own and a client of the feed, because the store's file has one owner and that one is busy:
-# what is slow here (Polar, TLS, pauses) must not hold up the counting, and a crash here must not interrupt it.
+# The loop.
 
 BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it answers; this takes it about a second
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
@@ -162,7 +167,7 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forwarder:
-    """See the module. ``turn`` does one thing and says how long to wait; the owner calls it again and again."""
+    """Read the feed and send it to Polar. ``turn`` does one step and returns how long to wait; its owner repeats it."""
 
     def __init__(
         self, source: Source, upstream: Upstream, state: State, wishes: Wishes, draw: Callable[[], float] = jitter

@@ -1,9 +1,12 @@
-"""What to send next, and what an answer means. Pure: no clock, no files, no network.
+"""Plan what to send next, and interpret Polar's answers. Pure: no clock, no files, no network.
 
-A *slice* is a run of items in the order in which they came; its items are sent, parked (their time is not yet past) or
-condemned (Polar does not take this very one: it says so, or breaks at it). A slice is done as a whole and then marked
-in one transaction, so at every moment what was taken is exactly what was accepted, parked or condemned. A slice that
-Polar refuses is cut, in order, until what it refuses stands alone; what is in front of it has been marked by then.
+A *slice* is a run of items in the order in which they arrived. Each item is sent, parked (its timestamp is still in
+the future for Polar) or condemned (Polar refuses this item or fails on it). ``take`` cuts a slice to the request
+limits, ``judge`` turns an answer into a verdict, and ``isolate``, ``apart``, ``probing`` and ``halves`` split a slice
+that failed until the bad event stands alone.
+
+A slice is completed as a whole and recorded in one transaction, so at every moment taken = accepted + parked +
+condemned.
 """
 
 from collections.abc import Collection, Sequence

@@ -1,4 +1,10 @@
-"""The HTTP client for Polar: requests, rate window, backoff."""
+"""The HTTP client of Polar's API: authenticated requests, the shared request limit, and backoff.
+
+``Upstream`` sends requests; ``Answer`` is a whole response. ``send`` makes one request and does not judge the
+response, because the forwarder has its own rules. ``insist``, ``get`` and ``pages`` retry, so they are only for
+requests that are safe to repeat. Every request takes a place in the ``RequestWindow`` first. ``Circuit`` counts
+failures and computes pauses with jitter. ``meterstream reconcile`` uses this client, too.
+"""
 
 import json
 import math
@@ -18,7 +24,7 @@ import msgspec
 from aggregator.forward.sqlite_errors import transaction
 from meters import exact
 
-# An answer of the upstream as a value, and lists that it gives in pages. Connects to nobody by itself.
+# Responses, and lists in pages.
 
 PAGE_ROWS = 100  # the most that Polar gives at once, and this API like it
 
@@ -66,13 +72,11 @@ def is_passing(status: int) -> bool:
     return status in (408, 425, 429) or status >= 500
 
 
-# How fast: a sliding window of requests, pauses that grow, and what ``Retry-After`` says.
+# Pace. Time and random numbers are arguments; only ``jitter`` draws one.
 #
-# Time and chance are arguments; only ``jitter`` draws.
-#
-# The window is kept for the receiver, not for us. A request arrives somewhere between its start and the end of its
-# answer, so it occupies its place from its start until a whole period after its end; then no window of that length,
-# laid anywhere over the receiver's own times, holds more requests than allowed.
+# The window protects the receiver's limit. A request arrives at some time between its start and the end of its
+# response. So it occupies its place from its start until a whole period after its end. Then no window of that length,
+# at any offset of the receiver's clock, contains more requests than allowed.
 
 REQUESTS_MAX = 300  # a setting: Polar's production allows 500, or 300 by another of its pages, its sandbox 100
 PERIOD_S = 60.0  # Polar counts by the minute
@@ -151,16 +155,16 @@ def jitter() -> float:
     return random.random()  # noqa: S311 (no secret hangs on it)
 
 
-# The request limit of one upstream, kept in a file, so that a restart and a second process share it.
+# The request limit, kept in a file that survives restarts and that all processes share.
 #
-# Whoever is about to ask takes a place and gives back the time when the answer was there. A place that a killed
-# process left taken is treated as having ended when the file is opened again: its request cannot arrive later than
-# that. Where nobody opens it again, it ends when somebody has seen it taken for longer than any request lasts.
+# A request takes a place before it starts, and its end is recorded when the response has arrived. A place that a
+# killed process left open counts as ended when the file is opened again, since its request cannot arrive later. If no
+# process opens the file again, the place ends once it has been seen open for longer than any request lasts.
 #
-# Times in the file are the world's: processes have no other in common. What a process asked itself it also knows by a
-# clock that nobody sets, so that a step of the world's clock does not let it ask more often.
+# The file uses wall-clock time, the only clock that processes share. Each process also tracks its own requests with a
+# monotonic clock, so a step of the wall clock cannot let it exceed the limit.
 #
-#     requests(number, ended_us)    the places of the last period; ended_us is NULL while a request is under way
+#     requests(number, ended_us)    the places of the last period; ended_us is NULL while a request is in progress
 
 BUSY_WAIT_S = 30.0  # another process holds the file for milliseconds
 UNDER_WAY_MAX_US = 600_000_000  # no request lasts this long: its process is gone
@@ -267,11 +271,7 @@ class RequestWindow:
         self._file.execute("DELETE FROM requests WHERE ended_us <= ?", [since_us])
 
 
-# The other side: requests to a Polar organization (or to anything that speaks its API), each within the limit.
-#
-# ``send`` makes one request and judges nothing: the forwarder has its own rules. ``insist`` tries again by itself,
-# and so do ``get`` and ``pages``, which read: it is for what changes nothing when it is done twice. All of them take
-# a place of the ``RequestWindow`` first, so whatever shares its file shares the limit.
+# The connection.
 
 SERVERS = {"production": "https://api.polar.sh", "sandbox": "https://sandbox-api.polar.sh"}
 INGEST_PATH = "/v1/events/ingest"

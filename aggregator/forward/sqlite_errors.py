@@ -1,7 +1,8 @@
-"""The forwarder's files: a transaction, and what it means that one cannot be used.
+"""Transactions and errors of the forwarder's SQLite files.
 
-Either it is damaged, which a person must mend: nothing makes it again, because nothing else knows what was sent. Or the
-machine cannot serve it just now, which is tried again. Everything else is a bug, and is said as such.
+``transaction`` commits all or nothing. ``explaining`` turns an SQLite error into ``Unusable`` with advice: either the
+file is damaged, and a person must restore it, because nothing else knows what was sent; or the machine cannot serve
+it at the moment, and the caller retries. All other errors are bugs and propagate.
 """
 
 import contextlib

@@ -1,4 +1,12 @@
-"""The forwarder's state file, and its metrics."""
+"""The forwarder's state file (SQLite): how far forwarding got, what waits, dead letters and replays; and its metrics.
+
+``State.mark`` records a finished slice in one transaction: the reader's position, the outcome of each event, and the
+tallies. Any number of processes may read the file; one forwards. ``ForwardingMetrics`` exposes it in ``/metrics``.
+
+The state is not a table of the store, because the store may be deleted and rebuilt from the log, while sent events
+stay sent. The store needs no outbox for the forwarder: its rows are the outbox
+(``aggregator/store/queries/feed.py``).
+"""
 
 import contextlib
 import json
@@ -20,25 +28,19 @@ from aggregator.forward.polar_client import BUSY_WAIT_S
 from aggregator.forward.sqlite_errors import Unusable, explaining, transaction
 from meters.log import FeedPlace, format_places, parse_places
 
-# How far forwarding got, in a file of its own: what a restart, a second process and an operator need to know.
+# The tables.
 #
-#     lanes      where each reader of the feed stands (raw events, rollups), and from where and to where it has to go
-#     begins     where and when each of them began: what was before is no business of theirs, and of no proof
-#     waiting    what was taken from the feed and is not sent yet: events of the future, rollups
-#     dead       what Polar refuses for good, with its words
+#     lanes      the position of each reader of the feed (raw events, rollups, replays), and the range it has to cover
+#     begins     where and when each lane began; earlier events are neither forwarded nor reconciled
+#     waiting    events and rollups that were taken from the feed and are not sent yet
+#     dead       events that Polar refuses for good, with Polar's message
 #     replays    ranges of time to be sent again
-#     tallies    lane by lane: taken = accepted + waiting + dead, at every moment
-#     flags      what operators asked for, and what they want to see
+#     tallies    by lane: taken = accepted + waiting + dead, at every moment
+#     flags      operators' requests, and facts that are shown to them
 #
-# All but the flags speak of one server. What a server took says nothing of another one: whoever tries the sandbox
-# first wants production to get everything, and the sandbox, on the way back, only what came since. So each has its
-# own place in the log, its own dead letters and replays, and its own sums. Those of any server but the present one
-# stand in tables of the same columns and the server.
-#
-# It is a file beside the store and not a table in it because the store may be deleted and made again from the log,
-# and what was sent stays sent. An outbox written in the store's transaction would say nothing that the store's rows
-# do not say by being there (``aggregator/store/queries/feed.py``); what must never be torn apart is the taking, and
-# that is one transaction here: a reader's position, what became of the events before it, and the tallies.
+# All tables but the flags belong to one server: events that the sandbox accepted must still be sent to production,
+# and the sandbox later needs only what came since. So each server has its own positions, dead letters, replays and
+# tallies. Those of servers that are not in use are kept in tables with the same columns plus the server.
 
 WAITING_MAX = 100_000  # rows; nothing more is taken from the feed while so many wait
 WAITING = "waiting"  # the lane of slices that are made of waiting rows
@@ -351,10 +353,8 @@ class State:
                     self._file.execute("INSERT OR REPLACE INTO flags VALUES (?, ?)", [name, json.dumps(value)])
 
 
-# Forwarding in Prometheus' terms, read from the forwarder's file by whoever serves ``/metrics``.
-#
-# The forwarder itself listens nowhere: what it wants known stands in its file, so the numbers are there while it is
-# down.
+# Metrics. The forwarder listens on no port: the process that serves ``/metrics`` reads them from the forwarder's
+# file. So they are available while the forwarder is down.
 
 SILENT_US = 30_000_000  # a forwarder at work writes something every few seconds
 COUNTERS = {

@@ -1,1 +1,1 @@
-"""Two sides that should say the same, compared: log and store, store and itself, ledger, store and Polar."""
+"""Reconciliation: compare the log, the store, the totals in memory, the ledger and Polar with each other."""

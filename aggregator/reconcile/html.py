@@ -1,6 +1,6 @@
-"""The report as one page that a person in finance can read: no script, nothing to load, fit to print. Pure.
+"""Render a report as one HTML page for people in finance: no scripts, no external resources, printable. Pure.
 
-What comes from events is text from strangers, and is escaped like everything else.
+``page`` is the entry. Texts from events are untrusted and are escaped like everything else.
 """
 
 from collections.abc import Iterable, Sequence

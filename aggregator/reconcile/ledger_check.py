@@ -1,9 +1,8 @@
-"""Balances against what they are made of, decision by decision.
+"""Check the ledger: balances against the credits, resets and usage that they are made of.
 
-The log's control stream holds every credit and every reset; the store holds a copy, and a running server adds them up
-as they come. So there are three things to hold together: the copy says what the log says; for every account the entries
-of its statement add up to what was credited; and what a running server shows for it is the same, usage included. What
-is forwarded has books of its own: taken = accepted + waiting + refused.
+``check_ledger`` makes three comparisons. The store's copy of each decision must match the log's control stream. For
+every account, the entries of its statement must add up to its credits. The balance that a running server shows must
+match both, usage included. It also checks the forwarder's books: taken = accepted + waiting + refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

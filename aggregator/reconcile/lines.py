@@ -1,4 +1,9 @@
-"""An independent reader of log lines, and the store's events they are matched with."""
+"""Read log lines and stored events for comparison, independently of the code that fills the store.
+
+``LineReader`` turns log records into ``Lines``: columns with a fingerprint for each line. ``StoreSide`` is the port
+for questions to a store; ``StoppedStore`` asks the file of a stopped server. ``sort_out`` compares both sides as
+arrays and returns ``Heaps`` of the rows that need a closer look. ``HourSums`` keeps counts and checksums by hour.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,13 +22,12 @@ from aggregator.store import database
 from aggregator.store.queries.audit import put
 from meters.log import Record, lines_of
 
-# Where questions to a store are put.
+# Questions to a store.
 #
-# The store belongs to a running aggregator, or to nobody. Either way the questions are the same
-# (``store.queries.audit``): ``StoppedStore`` opens the file read-only and asks it; a running aggregator answers them
-# on its own socket (``aggregator.api.audit``), and the log is compared outside of it.
+# The questions (``store.queries.audit``) are the same for a stopped and a running server. ``StoppedStore`` opens the
+# file read-only; a running aggregator answers over its socket (``aggregator.api.audit``).
 
-# Blocks are read once or twice, so keeping more of them saves little. What needs more memory spills to disk.
+# Blocks are read once or twice, so a larger cache gains little. Work that needs more memory spills to disk.
 STORE_MEMORY_LIMIT = "192MB"
 
 
@@ -66,16 +70,15 @@ class StoppedStore:
             return put(cursor, question, asked, parameters)
 
 
-# The log's lines as columns with a fingerprint each, made without any of the code that fills the store.
+# Log lines with fingerprints.
 #
-# The store's rows were made by ``aggregator.decode.decode`` with one parser; here another one (DuckDB's JSON) reads
-# the same bytes, so a mistake in either shows as a difference. It reads millions of lines quickly and need not be
-# careful: what it takes for different is read again by ``meters.event``, line by line, before anybody calls it a
-# difference. It has to be right in one direction only: two lines that mean something else must not get the same
-# fingerprint.
+# The store's rows were made by ``aggregator.decode.decode`` with one parser. Here another parser (DuckDB's JSON)
+# reads the same bytes, so a bug in either one shows as a difference. This parser must be fast and need not be
+# careful: a line that looks different is read again by ``meters.event`` before it counts as a difference. It must be
+# right in one direction only: two lines of different meaning must not get the same fingerprint.
 #
-# A fingerprint is DuckDB's hash over everything that the store keeps of an event. Sums of fingerprints do not depend
-# on the order of rows, so they serve as checksums of any bucket.
+# A fingerprint is DuckDB's hash over everything that the store keeps of an event. A sum of fingerprints does not
+# depend on the order of rows, so it serves as the checksum of any group of rows.
 
 LINE_BITS = 24
 """Lines of one record are numbered below 2^24: there are at most 2^20 (``meters.errors.LINES_MAX``)."""
@@ -97,7 +100,7 @@ _READ = """
         FROM (SELECT CASE WHEN json_valid(raw) THEN raw ELSE '{}' END AS raw FROM lines)
     )
 """
-# A time is read here only where it states its offset: a cast to TIMESTAMP passes over one, and TIMESTAMPTZ adds ours.
+# Only a time with an offset is read here: a cast to TIMESTAMP ignores offsets, and TIMESTAMPTZ adds the local one.
 _PRINT = """
     SELECT hash(
         id_hi, id_lo, content, organization, CASE WHEN external_customer_id IS NULL THEN 'customer' ELSE 'external' END,
@@ -259,10 +262,10 @@ def _awkward_of(raw: bytes) -> str | None:
         return None
 
 
-# Places and fingerprints of two sides against each other, as arrays. Pure.
+# Comparison of places and fingerprints. Pure.
 #
-# Where both sides have the same places with the same fingerprints nothing else is looked at. Elsewhere each place
-# falls into one of six heaps, and only those are read as rows.
+# Lines with the same place and fingerprint on both sides need no further work. Every other place belongs to one of
+# six groups, and only those are read as rows.
 
 Rows = npt.NDArray[np.intp]
 

@@ -1,4 +1,10 @@
-"""Compare the log with the store."""
+"""Check the log against the store: every line is a stored event, a duplicate or a dead letter, exactly once.
+
+``LogCheck.run`` walks the log a few megabytes at a time (``Stretches``) and asks the store for the places and
+fingerprints of the same stretch. Equal stretches need no further work. Other lines and rows are compared field by
+field (``report.py``), and lines without a row at their place are looked up by identity (``Elsewhere``). What still
+differs is reported, grouped by kind and hour. Memory use is bounded, however long the log is.
+"""
 
 import contextlib
 from collections import deque
@@ -48,9 +54,8 @@ from meters.errors import Refusal
 from meters.log import USAGE_EVENTS, Log, PositionLost, Record, TryAgain, lines_of
 from meters.timestamps import instant_of
 
-# The log in stretches of a few megabytes, as lines, the next ones made while one is compared.
-#
-# Half of the work of making lines is DuckDB's, outside of the interpreter's lock, so two threads keep two cores busy.
+# Stretches of the log. Two threads prepare lines while the previous stretch is compared, because half of that work
+# runs inside DuckDB, outside the interpreter's lock.
 
 STRETCH_BYTES = 8_000_000
 READERS = 2
@@ -109,11 +114,10 @@ class Stretches:
             self._readers.put(reader)
 
 
-# Lines of the log without a row at their place: repetitions of an event that is stored elsewhere, or lost.
+# Lines without a row at their place: duplicates of an event stored elsewhere, or lost.
 #
-# There may be as many of them as there are lines, so a line waits here as six numbers, in arrays, and the store is
-# asked for the identities of a quarter of a million at a time. The few that have to be looked at are read from the
-# log again.
+# There may be as many as there are lines. So each waits here as six numbers in arrays, and the store is asked for the
+# identities of a quarter of a million at a time. The few that need a closer look are read from the log again.
 
 WAITING_MAX = 250_000  # lines of one question: 12 MB, and as much again for the answer
 NOWHERE = -1
@@ -212,12 +216,7 @@ class LineAgain:
         return None
 
 
-# The log against the store: every line is a stored event, a repetition of one, or a dead letter, exactly once.
-#
-# The log is walked a few megabytes at a time, and the store is asked for the places and fingerprints of the same
-# stretch. Equal stretches cost nothing more. Elsewhere lines and rows are read with care (``evidence``), and only
-# what still differs is a difference; differences of one kind within an hour are told as one. Memory holds a few
-# stretches and a bounded number of lines that have no row of their own (``elsewhere``), however long the log is.
+# The check.
 
 ROWS_AT_ONCE = 5_000  # differing rows read in one question
 LOST_MAX = 200_000  # lost identities that are remembered, so that a repetition of one is not lost once more

@@ -1,4 +1,12 @@
-"""Compare the store with Polar."""
+"""Check Meterstream against a Polar organization: events, quantities by day, and customers' balances.
+
+``UpstreamCheck.run`` compares both sides, which have the same API. Requests to Polar are limited, so each step asks
+for as little as shows a difference: one request for a day's number of events, one for a year of a meter's days. Days
+that differ are narrowed down to single events (``polar_events.py``). The remaining differences of a quantity are
+explained by Polar's own events (``SystemEvents``), the rounding of doubles, or another reading of the meter's filter.
+``Customers`` compares quantities by customer. Usage of the settle window may still be on its way and is left out, and
+so are events that are not forwarded.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +44,10 @@ from meters.exact import EXACT, amount_text
 from meters.filters import Filter, matches
 from meters.meter import Meter
 
-# Quantities by day and customer: what moved from one customer to another changes no count and no sum of a day.
+# Quantities by day and customer: usage that was attributed to the wrong customer changes no total of a day.
 #
-# A customer's days cost a request for each meter, so those with most events are compared, as many as the requests
-# allow.
+# A customer's days cost one request for each meter. So the customers with the most events are compared, up to the
+# request limit.
 
 REQUESTS_MAX = 300  # for them, of one run: a minute of the usual limit
 
@@ -61,7 +69,7 @@ class Used(NamedTuple):
 
 
 class Customers:
-    """See the module. ``used`` is what was compared, ``notes`` say what was not."""
+    """Compare quantities by day and customer. ``used`` is what was compared, ``notes`` say what was not."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope) -> None:
         self._here, self._there, self._scope = here, there, scope
@@ -99,14 +107,14 @@ class Customers:
         return OwnUsage(self._here, self._scope.forwarded(both))
 
 
-# Events that Polar writes itself (an order was paid, a credit was given), which no log of ours holds.
+# Events that Polar writes itself, such as "order paid" or "credit granted".
 #
-# They count in a meter's quantities there wherever its filter lets them through, and in no balance. A meter without a
-# filter that counts events differs by them on every day on which Polar had something to do. Only days that differ are
-# asked about.
+# Polar counts them in a meter's quantities where its filter accepts them, but in no balance. A meter that counts
+# events without a filter differs by them on every day on which Polar wrote one. They are requested only for days that
+# differ.
 
 class SystemEvents:
-    """See the module. ``told`` are the names of those that explained something, by the meter's name."""
+    """Events that Polar writes itself. ``told`` are the names of those that explained something, by meter name."""
 
     def __init__(self, there: Reader) -> None:
         self._there = there
@@ -143,13 +151,7 @@ class SystemEvents:
         return self._days[day.since]
 
 
-# Our server against a Polar organization: events, quantities by day, customers' meters. Both sides speak one API.
-#
-# Requests over there are few and precious, so every step asks for as little as tells the sides apart. A day's number
-# of events costs one request, a year of a meter's days another one. Days that differ are narrowed down to single
-# events (``upstream_events``). What those do not explain of a quantity is judged by itself: events of Polar's own,
-# the digits of doubles, or another reading of the meter's filter. What came in within the settle window may still be
-# on its way and is not compared, nor is what is not forwarded at all (``own_usage``).
+# The check.
 
 READ_MAX = 20_000  # events that are read in the other two ways, to see what an invoice would count
 

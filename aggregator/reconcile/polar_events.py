@@ -1,4 +1,9 @@
-"""Compare events and balances with Polar's, one by one."""
+"""Compare single events and balances with Polar's.
+
+``OwnUsage`` is our side, restricted to what is forwarded. ``Balances`` compares customers' credited and consumed
+units. ``Events`` finds the events that differ: it splits a day into parts until a part is small or equal, lists the
+events of both sides, and pairs them (``polar_pairing.py``).
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -39,19 +44,18 @@ from meters.exact import EXACT, amount_text
 from meters.filters import matches
 from meters.meter import Meter
 
-# Our side of a comparison with an upstream, as far as it is forwarded at all.
+# Our side, as far as it is forwarded.
 #
-# A selection keeps events here, and where forwarding began with what came from then on, it left out all that was
-# before. Polar has nothing of those from us, so they take no part in counts, lists or quantities. Where everything
-# that a meter counts is forwarded, its own quantities say what was used; where only a part is, the events of that
-# part are added up.
+# A selection keeps some events here, and a forwarding that began later left out earlier ones. Polar has none of those
+# from us, so they are left out of counts, lists and quantities. Where all events of a meter are forwarded, the
+# meter's own quantities are used; otherwise the usage of the forwarded events is added up here.
 
 FEED_ROWS = 10_000
 ADDED_UP_MAX = 200_000  # events of a day that are added up here: some seconds, and some hundred megabytes
 
 
 class OwnUsage:
-    """See the module. Asks nobody but our own server, as often as it likes."""
+    """Our side, as far as it is forwarded. Only our own server is asked, without a limit of requests."""
 
     def __init__(self, here: Reader, forwarded: Forwarded) -> None:
         self._here, self._forwarded = here, forwarded
@@ -137,7 +141,7 @@ def _range(part: Part) -> dict[str, str]:
     return {"start_timestamp": text(part.since), "end_timestamp": text(part.until)}
 
 
-# Customers' meters on both sides: what was credited, and what was used since the last reset.
+# Balances: what was credited, and what was used since the last reset, on both sides.
 
 NAMED_MAX = 5  # balances that a note names
 _PARTS = ("credited_units", "consumed_units")
@@ -155,7 +159,7 @@ _Rows = Mapping[tuple[str, str], _Row]  # by the customer's external id (or id),
 
 
 class Balances:
-    """See the module. ``notes`` say what was not compared."""
+    """Compare balances of both sides. ``notes`` say what was not compared."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope, worth: Worth) -> None:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth
@@ -242,17 +246,17 @@ def _alone(where: str, mine: _Rows, others: _Rows, names: Mapping[str, str]) -> 
         yield f"balances that stand {where} alone, and are not compared: {named}{more}"
 
 
-# Events of both sides: counted by day, halved where the counts differ, listed and paired where a part is small.
+# Events.
 #
-# A request over there is precious and one here is not, so parts are told apart by counts, and by quantities where the
-# counts agree. What is listed is paired (``pairing``), within a part first and over all parts in the end.
+# Requests to Polar are limited and requests to Meterstream are not, so parts are first compared by counts, and by
+# quantities where the counts agree. Listed events are paired within a part, and at the end across all parts.
 #
-# Both sides go on while they are read. Theirs is listed first, because what they have was counted here before; what
-# came in here since is known by when it did. An event over there is known by its id: the pages of a list shift when
-# another event comes in between them, and where many events have one time they may overlap and leave some out.
+# Both sides keep changing while they are read. Polar's side is listed first, because its events were counted here
+# before; later events of ours are recognized by their time of arrival. Polar's events are identified by id: the pages
+# of a list shift when an event is inserted, and events with equal times may appear on two pages or on none.
 #
-# An event whose parent is not there is counted over there and not listed. So what has a parent and is not listed is
-# lost only where quantities lack it, too.
+# Polar counts an event whose parent is missing, but does not list it. So an unlisted event with a parent is reported
+# as lost only where quantities lack it as well.
 
 LISTED_MAX = 1_000  # events of a part that is listed rather than halved: ten requests
 PART_MIN = timedelta(minutes=1)
@@ -260,7 +264,7 @@ _CORRECTABLE = {Cause.DOUBLED, Cause.CHANGED, Cause.LATE}  # what is over there 
 
 
 class Events:
-    """See the module. ``pairs`` is what the sides do not have alike."""
+    """Find events that differ. ``pairs`` are the events that are not alike on both sides."""
 
     def __init__(self, here: Reader, there: Reader, scope: Scope, worth: Worth) -> None:
         self._here, self._there, self._scope, self._worth = here, there, scope, worth

@@ -1,4 +1,8 @@
-"""Pair our events with Polar's, and correct what differs."""
+"""Pair our events with Polar's, and build the events that correct what Polar counts too much. Pure.
+
+``pair`` matches the events of both sides and returns a ``Pair`` with a cause for each that differs. ``takes_back``
+builds a correcting event. ``billing`` and ``analytics`` are Polar's two other readings of a meter's filter.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -20,12 +24,12 @@ from meters.filters import Clause, Filter, Operator, Scalar, holds, matches
 from meters.meter import Meter
 from meters.timestamps import EPOCH
 
-# The two other ways in which Polar reads a meter's filter. Pure.
+# Polar's other readings of a filter.
 #
-# Quantities and balances go by one reading, which is ours (``meters.filters``). What is invoiced is matched in another
-# program with plain comparisons of its language, and event lists and cost metrics are read from a copy with typed
-# columns. Where types are mixed the three disagree, and then an invoice may count what a balance does not. Knowing
-# how the others read tells such a difference from a lost event.
+# Quantities and balances use one reading, which is also ours (``meters.filters``). Polar's invoices are computed by
+# another program, with the plain comparisons of its language; event lists and cost metrics read a copy with typed
+# columns. For mixed types the three disagree, and an invoice may count what a balance does not. These functions tell
+# such a difference from a lost event.
 
 Reading = Callable[[Filter, Facts], bool]
 
@@ -110,12 +114,11 @@ def _plain(stored: Any) -> Any:
     return stored.amount if isinstance(stored, Number) else stored
 
 
-# Events of two sides, paired by what they say. Pure.
+# Pairing.
 #
-# Polar shows neither the id that an event was sent with nor when it arrived, so an event is known there by its
-# content: name, customer, time and metadata, with numbers compared as the doubles that Polar keeps. Within a pool of
-# windows that differ, what is left over on both sides is paired again with less and less in common, and what it lacks
-# is its cause.
+# Polar shows neither the id that an event was sent with nor its time of arrival. So an event is identified by its
+# content: name, customer, time and metadata, with numbers compared as the doubles that Polar keeps. Events left over
+# on both sides are then paired again with fewer and fewer common fields; the missing field gives the cause.
 
 class Seen(NamedTuple):
     """An event as one side shows it. ``external_id``, ``ingested_at`` and ``place`` are known on our side alone.
@@ -255,12 +258,12 @@ def _double(value: Any) -> Any:
         return value
 
 
-# Events that take back what Polar counts too much, where nothing can be removed. Pure.
+# Corrections: Polar cannot delete an event, so a second event takes it back.
 #
-# What takes an event back is the same event with its summed numbers negated, so it is truthful only where sums alone
-# count that event: a meter that counts events, averages or compares them would move the wrong way. It names what it
-# takes back by a digest of it, so that the next comparison knows it, and its id is made of the same digest, so that
-# sending it again changes nothing.
+# The correcting event is the same event with its summed numbers negated. It is correct only if sums alone count the
+# event: meters that count events, average or compare them would move the wrong way. It names the original by a
+# digest, so that the next comparison recognizes it. Its id is made of the same digest, so sending it again has no
+# effect.
 
 MARK = "meterstream_takes_back"
 METADATA_KEYS_MAX = 50  # of an event at Polar

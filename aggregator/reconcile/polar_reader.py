@@ -1,4 +1,8 @@
-"""Read Polar's objects page by page, cached."""
+"""Read quantities and lists of either side of a Polar comparison, and cache Polar's answers for an interrupted run.
+
+``Reader`` is the port to one side's API. ``Scope`` and ``Part`` say which time range and which events are compared;
+``asked`` requests a meter's quantities. ``Remembering`` wraps a reader and stores each answer in a file.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +19,7 @@ from meters import exact
 from meters.meter import Meter
 from meters.timestamps import EPOCH, MICROSECOND
 
-# The two sides of an upstream comparison, and the stretches of time that are asked about.
+# Sides, ranges and quantities.
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 POINTS_AT_ONCE = 366  # the longest range of days that one request may ask for; of hours no more than a day is asked for
@@ -176,17 +180,14 @@ def text(instant: datetime) -> str:
     return instant.isoformat().replace("+00:00", "Z")
 
 
-# What an upstream answered, kept in a file: a run that was interrupted goes on without asking again.
+# The cache: a run that was interrupted continues without repeating its requests.
 #
-# Memory holds no more than where each answer stands there. Decimals are kept as numbers with all their digits: read
-# as texts, they would be another content.
+# Memory holds only the position of each answer in the file. Decimals are stored as numbers with all digits, since a
+# decimal stored as text would be read as another type. An answer of an unexpected shape is not stored, because it
+# would then be wrong for all retries of the next hours.
 #
-# An answer that is not of the shape that was asked for is not kept: it would be as wrong for every try of the next
-# hours.
-#
-# The range that a run compares lies in the past, so its answers stay good for as long as the run is tried again. The
-# file goes when a run is complete, and is not used when it is older than a few hours or is of another range or
-# organization.
+# A run compares a range in the past, so its answers stay valid while it is retried. The file is deleted when a run
+# completes, and ignored when it is a few hours old or belongs to another range or organization.
 
 GOOD_FOR = timedelta(hours=6)
 

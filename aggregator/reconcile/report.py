@@ -1,4 +1,9 @@
-"""The reconciliation report: differences, their causes, groups and money."""
+"""The reconciliation report: differences with their causes, quantities and money; and the careful reading of one event.
+
+``Report`` contains a ``Check`` for each comparison, and each ``Difference`` has one ``Cause`` from a closed list.
+``Findings`` groups single events into differences. ``Worth`` computes what they are worth in units and cents.
+``read_line`` and ``changes`` compare one log line with one stored row.
+"""
 
 import json
 from collections import Counter
@@ -23,10 +28,10 @@ from meters.log import LATEST_US
 from meters.meter import Meter
 from meters.timestamps import instant_of
 
-# One event, read with care: what a line of the log says, what a row of the store says, and what lies between them.
+# One event: what its log line says, what its stored row says, and how the two differ.
 #
-# The line is read by ``meters.event``, the same definition that refuses events at the door; nothing of the code that
-# fills the store takes part. What an event is worth is the reference evaluation of each meter over it.
+# ``meters.event``, which also validates events at the gateway, reads the line; no code that fills the store is
+# involved. The contribution of an event is the reference evaluation of each meter over it.
 
 _METADATA = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -160,11 +165,10 @@ def _aware(instant: datetime) -> datetime:
     return instant.replace(tzinfo=UTC)
 
 
-# What a reconciliation found: how much was compared, what differs, why, what it is worth, and what to do. Pure.
+# The report. Pure.
 #
-# A difference has one cause from a closed list. Two causes explain a difference away, since nothing is missing and
-# nobody erred: the last digits of doubles, and a total that speaks of another range by definition. They are listed
-# like all others, but an installation that has no others counts as equal.
+# Two causes explain a difference, since nothing is missing or wrong: the rounding of doubles, and a total that covers
+# another range by definition. Such differences are listed, but an installation that has no others counts as equal.
 
 SHOWN_EVENTS_MAX = 20
 """Events that a difference names. Its count and its quantities speak of all of them."""
@@ -364,7 +368,7 @@ def report_json(report: Report) -> bytes:
     return msgspec.json.encode({**verdict, **msgspec.to_builtins(report, builtin_types=(datetime, Decimal))})
 
 
-# What a difference is worth: meters' quantities, and cents where a meter has a price. Pure.
+# Quantities and money. Pure.
 
 Quantities = dict[str, Decimal]
 """By the meter's id: several meters may have one name."""
@@ -421,9 +425,9 @@ def between(there: Mapping[str, Decimal], here: Mapping[str, Decimal]) -> Quanti
     return {id: amount for id, amount in totals.items() if amount}
 
 
-# Single findings told together: those of one cause, one hour and one tenant are one difference. Pure.
+# Grouping: single findings of one cause, hour and organization become one difference. Pure.
 #
-# A missing hour is one line of a report and not a hundred thousand; a single event is named.
+# An hour of lost events is one line of the report instead of a hundred thousand; a single event is named.
 
 _HOUR = timedelta(hours=1)
 _Key = tuple[Cause, int, datetime, str]

@@ -1,4 +1,9 @@
-"""Compare the totals in memory with the store."""
+"""Check a store against itself: identities, sequence numbers and tallies, and totals in memory against raw events.
+
+``check_store`` recounts every meter for every customer: first by blocks of customers, then customer by customer
+inside a block that differs, then by hour, down to a single event that explains the difference. ``TotalsSide`` is the
+port to the totals of a running server; ``StoppedTotals`` builds them from the file of a stopped one.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +28,7 @@ from meters.exact import EXACT, amount_text
 from meters.meter import Meter
 from meters.timestamps import KEPT_FROM
 
-# The store against itself: identities, numbers and tallies without gaps, and totals against the raw events.
-#
-# The running totals are what customers see and what a balance is made of. Each is compared with a plain recount of
-# the raw events, for every meter and customer: first for blocks of customers, then customer by customer inside a
-# block that differs, then by the hour, down to the one event that explains the difference if one does.
+# The check. Running totals are what customers see and what balances are made of, so each one is recounted.
 
 LOOKS = 3  # at what differs, before it is called a difference
 SHOWN_MAX = 1_000  # repeated identities and gaps that are named
@@ -276,13 +277,13 @@ def _shown(meter: Meter, count: int, total: Decimal, least: Decimal | None, most
     return f"{count} events" if meter.aggregation.func == "count" else f"{amount_text(amount)} in {count} events"
 
 
-# Running totals of a server that does not run: counted as its next start would, from the file as it lies there.
+# Totals of a stopped server: counted from the file as its next start would count them.
 
 HOUR = timedelta(hours=1)
 
 
 class StoppedTotals:
-    """See the module. Takes part in ``store_check``; ``close`` ends its threads."""
+    """Totals counted from the file of a stopped server. A ``TotalsSide``; ``close`` ends its threads."""
 
     def __init__(self, stopped: StoppedStore, catalogue: Catalogue) -> None:
         self._connection = stopped.connection

@@ -1,1 +1,1 @@
-"""The query service: what the API and the webhooks read and decide, without HTTP."""
+"""The query service: queries and decisions for the API and the webhooks, without HTTP."""

@@ -1,7 +1,9 @@
-"""Definitions of the API's answers: a struct for each object that a route returns.
+"""Definitions of the API's answers: one struct for each object that several routes or webhooks return.
 
-Serializers build these structs, and the OpenAPI document is generated from them (``aggregator.api.schemas``). A field
-of an answer is always present, unless its type allows ``UnsetType``. The order of the fields is the order in the JSON.
+``serializers.py`` and the routes build these structs, and the OpenAPI document is generated from them
+(``aggregator.api.schemas``). Answers that only one module of routes builds are in ``aggregator.api.route_answers``. A
+field of an answer is always present, unless its type allows ``UnsetType``. The order of the fields is the order in
+the JSON.
 """
 
 from datetime import datetime
@@ -33,7 +35,7 @@ EndTime = Annotated[Time | None, Meta(examples=[None])]
 
 Count = Annotated[int, Meta(ge=0, examples=[3])]
 Number = Annotated[Raw, Meta(extra_json_schema={"type": "number"}, examples=[12.5])]
-"""A JSON number with all digits of a decimal, written by ``aggregator.api.shapes.number``."""
+"""A JSON number with all digits of a decimal, written by ``aggregator.service.serializers.number``."""
 
 Consumed = Annotated[Number, Meta(description="Units used since the newest reset.", examples=[812])]
 Credited = Annotated[Number, Meta(description="Units credited since the newest reset.", examples=[1000])]

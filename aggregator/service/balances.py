@@ -1,8 +1,11 @@
-"""What a customer has of a meter: the answer that lists, states, sessions and webhooks share.
+"""Balances: what a customer used of a meter, was credited, and has left.
 
-Everything here comes from memory: the ledger has the credits, the running totals what was used since the newest
-reset. Only while a meter's history is still being counted, and for a meter of more distinct values than memory keeps,
-is the store asked instead.
+``customer_meter`` and ``customer_meters`` return ``CustomerMeter`` objects, which lists, customer states, portal
+sessions and webhooks share. ``consumed_between`` measures a stretch of time from the store.
+
+Balances come from memory: the ledger has the credits, the running totals have the usage since the newest reset. The
+store is queried only while a meter is being backfilled, and for a ``unique`` meter with more distinct values than
+memory keeps.
 """
 
 from asyncio import sleep

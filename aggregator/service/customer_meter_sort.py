@@ -1,10 +1,11 @@
-"""The order of customer meters, and the search for one page of a list that is too long to read row by row.
+"""Sort customer meters, and find one page of a list that is too long to read row by row.
 
-A short list is read row by row and sorted by ``sort_key``. A list of a million rows shows ten. So its rows are found
-and sorted as arrays, one for each meter, and only those of the page are read. This works in a thread, under the same
-limits as a store query; but it reads memory alone, unless the list is sorted by amounts that memory does not keep.
-Amounts in arrays are doubles, which is also Polar's precision; the rows show every digit. Equal rows are in the order
-of customers, then of meters.
+``sort_customer_meters`` sorts a short list by ``sort_key``. ``find_page`` handles long lists: of a million rows, a
+page shows ten. It finds and sorts the rows as arrays, one array per meter, and only the page's rows are read in full.
+
+``find_page`` runs in a thread under the limits of store queries, but reads memory alone, unless the list is sorted by
+amounts that memory does not keep. Amounts in arrays are doubles, which is Polar's precision; the rows show all
+digits. Equal rows are ordered by customer, then by meter.
 """
 
 from collections.abc import Callable, Iterable, Sequence

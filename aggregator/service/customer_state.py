@@ -1,7 +1,8 @@
-"""A customer's state: who they are, what they pay for, what they were given, what is left (contract, section 7.1).
+"""A customer's state: the customer with subscriptions, granted benefits and balances (contract, section 7.1).
 
-The same object is answered here and told to webhooks. It is worked out from memory when it is asked for, so it is as
-new as the balances are.
+``state_of`` builds the object that the API, the portal and the webhook ``customer.state_changed`` share.
+``state_in_memory`` returns it only when memory has all of it, for fast reads. The state is computed when it is asked
+for, so it is as current as the balances.
 """
 
 from datetime import datetime

@@ -1,4 +1,8 @@
-"""Errors that queries and decisions raise, and the limits behind them. The API maps each error to an HTTP status."""
+"""Errors that queries and decisions raise, and the limits behind them.
+
+The service raises these errors without knowing HTTP; ``aggregator.api.requests`` maps each error to a status. Errors
+in ``PASSING`` are temporary, and the caller may retry. Each limit has its reason below it.
+"""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,9 @@
-"""Accounts as Polar's news call for them: credits, what was taken back, and cuts with what rolls over.
+"""Settle customers' accounts to match Polar's webhooks: credits, revocations and resets with rollover.
 
-What is wanted follows from all facts together (``meters.catalogue.polar_facts``). What the ledger has of it already
-stays; the rest is decided, and what turned out otherwise is withdrawn. Settling twice is settling once.
+``settle`` compares what all known facts call for (``meters.catalogue.polar_facts``) with what the ledger holds. It
+decides the missing movements and withdraws those that later facts contradict. So the result does not depend on the
+order of the webhooks, and settling again changes nothing. ``settle_meter`` does this for a meter that was linked to
+one of Polar's meters only later.
 """
 
 from collections import Counter

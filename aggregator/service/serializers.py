@@ -1,8 +1,9 @@
-"""Serializers: the API's answers (``aggregator.service.answers``) made from stored things, with digits as they were sent.
+"""Serializers: build the API's answers (``aggregator.service.answers``) from stored objects, without losing digits.
 
-Metadata goes out as the tokens that came in. The exceptions are the reserved keys: ``_cost.amount`` is a string,
-because both Python clients want one, with a decimal at the least, because Polar writes doubles; numbers that were sent
-as text are numbers; unknown keys do not exist.
+There is one ``*_shape`` function for each kind of object. Metadata is passed on as the tokens that were sent. The
+reserved keys are the exception: ``_cost.amount`` becomes a string, because both Python clients require one, with at
+least one decimal, because Polar writes doubles; numbers that were sent as text become numbers; unknown keys are
+dropped.
 """
 
 from collections.abc import Mapping

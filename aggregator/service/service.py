@@ -1,8 +1,12 @@
-"""Run queries and decisions for one organization at a time, without HTTP.
+"""The query service: runs queries and decisions for one organization at a time, without HTTP.
 
-Short answers from memory are given on the event loop. A store query blocks, and so does long work over memory, so each
-gets a thread; only a few run at the same time and only some wait. Decisions are made one after the other, each against
-the state that the previous one left.
+``Desk`` is shared by the API's routes and the webhook sender. ``ask`` runs a store query and ``look`` long work over
+memory, each in a thread, because both block; short answers from memory stay on the event loop. ``Line`` limits how
+many run and how many wait, in total and for each organization, so one organization cannot starve the others. Too many
+waiting requests raise ``Busy``, too long ones ``TooLong``.
+
+``decide`` appends changes to the log and waits until they are applied. Decisions are made one after the other under
+``deciding``, each against the state that the previous one left.
 """
 
 import asyncio

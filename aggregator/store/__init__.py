@@ -1,0 +1,1 @@
+"""The store: one DuckDB file with everything that was counted, written by one writer."""

@@ -1,4 +1,9 @@
-"""The store's database file: open, schema, layout."""
+"""The store's database file: its tables, and how it is opened, checked and claimed by one writer.
+
+``open_file`` creates the file if it is missing, checks that it belongs to this log and this layout, and claims the
+next writer epoch, which fences an older writer. ``Unopenable`` means that the file cannot be used as it is and names
+the command to run; ``NotNow`` means that the machine cannot serve the file at the moment and a retry may succeed.
+"""
 
 import contextlib
 import errno
@@ -11,21 +16,20 @@ import duckdb
 
 # The tables.
 #
-# Everything here is derived from the log and could be deleted. There is no PRIMARY KEY, no UNIQUE constraint and no
-# index on purpose: identity is checked in memory before a row is written (``aggregator.decode.identities``), and
-# DuckDB's indexes cost more than that check, grow with every row, and have returned nothing after a crash. Amounts
-# are never stored here: they are read from the metadata text when asked for, so a new meter counts the past as it
-# counts the future.
+# Everything in the file is derived from the log and can be rebuilt. There is no PRIMARY KEY, UNIQUE constraint or
+# index on purpose: identities are checked in memory before a row is written (``aggregator.decode.identities``), and
+# DuckDB's indexes cost more than that check, grow with every row, and have returned no rows after a crash.
+# Amounts are not stored: queries read them from the metadata text, so a new meter counts past events as it counts
+# future ones.
 #
-# The two long texts are packed with zstd: as small as what DuckDB would choose, at half the cost of a checkpoint,
-# because nothing else is tried first.
+# The two long texts are compressed with zstd. The result is as small as what DuckDB would choose by itself, at half
+# the cost of a checkpoint, because DuckDB tries no other method first.
 #
 # A dead letter may be a whole record of 24 MiB. DuckDB handles 2,048 values of a column at once, whatever their size,
-# and a hundred of those are more than its memory: so ``dead_letters`` has the beginning of the bytes, and
-# ``dead_rests`` the others in parts (``aggregator.decode.dedup``).
+# and a hundred such values exceed its memory. So ``dead_letters`` has the beginning of the bytes, and ``dead_rests``
+# has the rest in parts (``aggregator.decode.dedup``).
 #
-# A file of another layout is not changed: it is refused, and ``meterstream rebuild`` makes the store again from the
-# log.
+# A file of another layout is refused and left unchanged; ``meterstream rebuild`` rebuilds the store from the log.
 
 VERSION = 5
 
@@ -79,10 +83,7 @@ CREATE TABLE webhook_attempts (
 """
 
 
-# How the store's file is opened: made if it is not there, checked that it belongs to this log, claimed by one writer.
-#
-# What goes wrong here is one of two things. The file cannot be used as it is, and a person must run a command; or the
-# machine cannot serve it just now, and it is tried again.
+# Opening the file.
 
 _NO_AUTOMATIC_CHECKPOINT = "1TB"  # larger than any write-ahead log we let grow; checkpoints are ours to schedule
 _READABLE_FROM = "v1.5.0"  # the oldest DuckDB that is allowed here has to open what the newest one wrote

@@ -1,11 +1,12 @@
-"""Who is whose child: parents named by an event are found when they arrive, in whatever order they arrive.
+"""The event hierarchy: link child events to their parents, in whatever order they arrive.
 
 An event may name a parent by that parent's ``external_id`` or by its event id (contract section 1.7; the external id
-is tried first). It waits in ``pending``, invisible in event lists but counted like any other, until the chain above
-it reaches an event that names no parent: the root. Then it gets a row in ``hierarchy`` and releases those that wait
-for it. An event is never its own parent, and a chain longer than DEPTH_MAX stays pending.
+is tried first). ``resolve`` runs in the batch's transaction. It files each new child in ``pending``, then links every
+child whose chain of ancestors reaches a root, an event without a parent: the child gets a row in ``hierarchy`` and
+its own children are tried next. A pending event is counted like any other, but event lists do not show it. An event
+cannot be its own parent, and a chain longer than DEPTH_MAX stays pending.
 
-Because an event's id is its identity, "which event is meant" needs no search: the id is computed from the name.
+An event's id is its identity, so the parent's identity is computed from its name, without a search.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -1,4 +1,8 @@
-"""Repairs of the store: lost records skipped, events of unknown organizations made readable."""
+"""Rare repairs of the store: skip lost log records, and count events of unknown organizations.
+
+``find_lost`` and ``skip`` advance the positions past records that the log no longer has. ``Strangers`` counts stored
+events whose organization does not exist; ``doctor`` and the metrics report them.
+"""
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +14,10 @@ import pyarrow as pa
 
 from aggregator.store.store import Store
 
-# Going on where records of the log are gone for ever: an operator's decision, written into the positions.
+# Skipping lost records.
 #
-# Nothing does this by itself. A reader that cannot have its next record stops; only a person can say that what lies
-# between the store and the beginning of the log will never be counted.
+# The reader stops when its next record is gone. Only an operator can decide that the records between the store's
+# position and the beginning of the log will never be counted, so nothing calls ``skip`` automatically.
 
 class Lost(NamedTuple):
     """Records of one partition that the store never read: from ``position`` up to ``start``, which is still there."""
@@ -47,11 +51,11 @@ def skip(store: Store, lost: list[Lost]) -> None:
         connection.execute("COMMIT")
 
 
-# Events of organizations that no decision made: stored, and visible to nobody.
+# Events of unknown organizations: stored, but not readable until the organization is created.
 #
-# Only a producer that skips the gateway can name such an organization. Its events are stored like all others, because
-# the decision may be read after them, and the store must not depend on which came first. So they are counted, and
-# said.
+# Only a producer that bypasses the gateway can write such events. They are stored like all others, because the
+# decision that creates the organization may be read after them, and the store must not depend on that order. They are
+# counted so that an operator notices them.
 
 _COUNT = """SELECT organization, count(*) FROM events
     WHERE organization IN (SELECT unnest($numbers)) GROUP BY organization"""

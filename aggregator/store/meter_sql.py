@@ -1,4 +1,11 @@
-"""Filters and aggregations as SQL."""
+"""Compile meters to SQL: filters become conditions and aggregations become columns (sqlglot expressions).
+
+``Stage`` collects the properties that the meters of a statement read and produces one SELECT that parses each
+metadata text once. ``condition`` and ``value`` translate a filter and an aggregation over the columns of that stage.
+``Parameters`` holds the statement's values, which are never written into the SQL text. ``Measured`` is the result of
+an aggregation. ``meters.filters`` and ``meters.aggregation`` define the meaning, and
+``tests/aggregator/store/test_meter_sql.py`` compares this translation with them.
+"""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -14,22 +21,22 @@ from meters.event_values import NAME, RESERVED, SOURCE, TIMESTAMP, is_built_in
 from meters.exact import DECIMALS, INTEGER_DIGITS_MAX
 from meters.filters import COMPARE, Clause, Filter, Operator, Scalar, value_text
 
-# Reading properties out of stored events, each metadata text parsed once.
+# Reading properties.
 #
-# A meter asks for *facets* of a property: its string, its number, its boolean, its text, whether it is there at all.
-# Each is NULL (``present``: false) for an event that has nothing of the kind, so a comparison with it is undecided,
-# and undecided is never true: the table in ``meters.filters`` needs no type checks in SQL. The stage remembers what
-# was asked for while meters are compiled, then gives one SELECT with a column for each, however many meters share it.
+# A meter asks for *facets* of a property: its string, its number, its boolean, its text, or whether it is present. A
+# facet is NULL (``present``: false) where the property has another type. A comparison with NULL is undecided, and a
+# filter does not let an undecided event through, so the SQL needs no type checks. Meters that use the same facet
+# share its column.
 #
-# Paths are JSON pointers, handed over as a parameter: any key works, and a dot in a property means nesting. Tokens
-# come back as JSON text (``5``, ``"5"``, ``true``, ``{...}``); numbers that DuckDB's JSON would bend stand in the
-# column ``awkward``, where the pointer is the key (see ``aggregator.decode.columns``).
+# A path is a JSON pointer passed as a parameter: any key is possible, and a dot in a property name means nesting.
+# Tokens come back as JSON text (``5``, ``"5"``, ``true``, ``{...}``). Numbers that DuckDB's JSON would round are read
+# from the column ``awkward``, by their pointer (see ``aggregator.decode.columns``).
 
 DIALECT = "duckdb"
 AMOUNT = f"DECIMAL({INTEGER_DIGITS_MAX + DECIMALS}, {DECIMALS})"
 """What holds every amount exactly."""
 
-# {t}: column with a JSON token or NULL; {x}: with the exact text of an awkward number or NULL.
+# {t} is a column with a JSON token or NULL; {x} is a column with the exact text of an awkward number or NULL.
 _NUMBER = f"COALESCE(TRY_CAST({{x}} AS {AMOUNT}), TRY_CAST({{t}} AS {AMOUNT}))"
 _STRING = "CASE WHEN STARTS_WITH({t}, '\"') THEN json_extract_string({t}, '$') END"
 _IS_NUMBER = "{t} >= '-' AND {t} < ':'"  # the characters a JSON number begins with, and no other token
@@ -54,9 +61,10 @@ _NOTHING = {
     "text": "CAST(NULL AS VARCHAR)",
     "identity": "CAST(NULL AS VARCHAR)",
 }
-# Numbers of ``_cost`` and ``_llm`` may have been sent as text: without its quotes it is read as the number it is.
+# A number of ``_cost`` or ``_llm`` may have been sent as text: without its quotes, the text is read as a number.
 _UNQUOTED = f"COALESCE({_STRING}, {{t}})"
-# // cuts towards zero, so halves go away from it, as in meters.facts.epoch_seconds.
+# // rounds towards zero. Half a second is added first, so halves round away from zero, as in
+# meters.event_values.epoch_seconds.
 _SECONDS = "(EPOCH_US(timestamp) + CASE WHEN EPOCH_US(timestamp) < 0 THEN -500000 ELSE 500000 END) // 1000000"
 
 
@@ -192,15 +200,11 @@ def _call(name: str, *arguments: exp.Expr) -> exp.Expr:
     return exp.Anonymous(this=name, expressions=list(arguments))
 
 
-# Meters as SQL.
+# Filters and aggregations.
 #
-# A filter becomes a condition and an aggregation becomes columns, as sqlglot expressions over the facets of a
-# ``Stage``. What they mean is stated in ``meters.filters`` and ``meters.aggregation``; this module says the same in
-# DuckDB's terms, and ``tests/aggregator/store/test_meter_sql.py`` holds the two against each other.
-#
-# A sum of DECIMAL(38, 12) overflows as soon as two values of 26 digits meet, and an overflow would stop the whole
-# query for the sake of one sender. So ordinary amounts are summed by the engine, and the rest (there is never any)
-# are collected in a list, ``enormous``, which Python adds: ``Measured.total`` is exact whatever was sent.
+# A sum of DECIMAL(38, 12) overflows when two values of 26 digits are added, and one overflow would fail the whole
+# query. So DuckDB sums ordinary amounts, and enormous amounts (in practice there are none) are collected in the list
+# ``enormous`` and added in Python: ``Measured.total`` is always exact.
 
 ORDINARY = 10**16
 """Amounts up to here are added by DuckDB: 10^10 of them in one group stay below the 26 digits of a DECIMAL(38, 12)."""

@@ -1,4 +1,14 @@
-"""The store: one transaction for each batch."""
+"""The store: one DuckDB file, one writer, one transaction for each batch.
+
+``Store.commit`` writes a whole ``Round``: events, hierarchy, dead letters, tallies, control records and log positions
+change together or not at all. The transaction compares the positions and the writer epoch before it sets them, so a
+replaced writer or an already applied batch cannot commit. ``read`` opens a snapshot for queries, ``outbox`` a small
+transaction on the webhook tables, and ``checkpoint`` folds the write-ahead log into the file.
+
+DuckDB may raise an error from COMMIT for a transaction that is durable, and a failed instance may still answer
+queries. So errors in and after COMMIT are never interpreted: ``commit`` raises ``Doubt``, and the caller opens a new
+instance and asks it for its positions.
+"""
 
 import contextlib
 import threading
@@ -22,14 +32,14 @@ from aggregator.view import Snapshot, Unavailable
 from meters.catalogue.catalogue import DeadLetterReplayed, decode_changes
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Record, format_position
 
-# A name in SQL under which one table after another is handed to DuckDB.
+# ``Slot`` passes one Arrow table after another to DuckDB under a fixed name.
 #
-# Registering a table makes a view, which costs a millisecond, and a statement over a view made anew is planned anew,
-# which costs two. In a round of a few thousand events that is as much as the events. A slot is registered once and
-# shows whatever lies in it when a statement runs, so that a statement over it can stay prepared.
+# Registering a table creates a view, which costs a millisecond; a statement over a new view is planned again, which
+# costs two more. For a batch of a few thousand events that is as much as the events cost. A slot is registered once
+# and shows its current table whenever a statement runs, so a statement over it stays prepared.
 #
-# A statement over the store's own tables is planned anew whenever it runs, prepared or not. The few of a round leave
-# an optimizer nothing to find: without it, moving the positions on takes 2 ms instead of 5.
+# DuckDB plans a statement over the store's own tables again each time it runs, prepared or not. The few statements of
+# a batch gain nothing from the optimizer, so it is switched off for them (``as_written``).
 
 def as_written(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Another connection to the file, which executes statements as they are written."""
@@ -79,18 +89,10 @@ class Prepared:
         return int(row[0]) if row else 0
 
 
-# The store: one DuckDB file, one writer, one transaction per round.
+# The transaction.
 #
-# Events, identities, hierarchy, dead letters, tallies, control records and log positions change together or not at
-# all; nothing becomes true anywhere else. The positions are compared before they are set, and so is the writer's
-# epoch, so that a writer that was replaced, or a batch that was applied already, cannot commit.
-#
-# DuckDB may raise from COMMIT for a transaction that is durable, and may leave an instance dead that still answers.
-# So no error in or after COMMIT is interpreted: ``commit`` raises ``Doubt``, the caller drops this instance, opens a
-# new one and asks it where it stands.
-#
-# A checkpoint folds the write-ahead log into the file while rounds go on; it is started by our own schedule, never by
-# DuckDB's, because its default would stall every few batches.
+# The engine starts checkpoints on its own schedule; DuckDB's automatic checkpoint would block the writer every few
+# batches.
 
 _READERS_PATIENCE_S = 10.0  # an interrupted query ends in milliseconds; what takes longer does not read any more
 _INTERRUPT_AGAIN_S = 0.02  # a reader between two statements cannot be interrupted, so it is tried again

@@ -1,13 +1,13 @@
-"""The outbox: causes that were written with the changes, messages made of them, and every attempt to deliver one.
+"""The webhook outbox: causes, the messages made from them, and every delivery attempt.
 
-    webhook_causes     who moved; written by the one transaction of a round, gone once messages are made of it
-    webhook_messages   what is told to one endpoint, word for word, so that a repetition is the same bytes
+    webhook_causes     whose usage or credits changed; the batch's transaction adds them, deleted once messages exist
+    webhook_messages   one message to one endpoint, with its exact bytes, so that every attempt sends the same
     webhook_attempts   the delivery log
 
-A message is pending until it is delivered, failed for good, or superseded: of one customer's state only the newest is
-worth telling, so an endpoint that is away costs a message per customer and not one per change: what was superseded
-before anybody tried to send it is let go of. Only the sender writes here (the round adds causes); each function is one
-step of a small transaction that the caller opens and commits.
+A message is pending until it is delivered, failed for good, or superseded. Of one customer's state only the newest is
+worth sending, so an unreachable endpoint accumulates one message per customer and not one per change. A message that
+was superseded before its first attempt is deleted. The batch's transaction adds causes; all other writes come from
+the webhook sender. Each function is one step of a small transaction that the caller opens and commits.
 """
 
 import contextlib

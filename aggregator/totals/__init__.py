@@ -1,0 +1,1 @@
+"""Running totals: what customers used of every meter, in memory and exact."""

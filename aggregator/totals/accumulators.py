@@ -1,4 +1,13 @@
-"""Accumulators as arrays: totals, windows and quarter hours."""
+"""Accumulators: one meter's totals as arrays, with exact sums.
+
+``MeterTotals`` keeps what each customer number used since the first event. ``MeterWindows`` adds what each used since
+its newest reset. ``MeterQuarters`` keeps what all customers together used in each quarter hour, for charts.
+``DistinctValues`` keeps the values of a ``unique`` meter. ``running.py`` feeds them with the rows of each batch.
+
+A query over the store takes milliseconds and grows with the history; reading a total here takes microseconds. The
+totals are derived data: they are counted from the store when the aggregator starts or a meter is created, and then
+updated after each commit.
+"""
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,15 +25,11 @@ from meters.aggregation import mean
 from meters.exact import DECIMALS, EXACT
 from meters.timestamps import KEPT_FROM, instant_of, microseconds_of
 
-# What every customer used of every meter since the beginning, in memory, exact.
+# Totals since the first event.
 #
-# A query over the store costs milliseconds and grows with history; a total read here costs microseconds. Totals are a
-# view: counted from the store when the aggregator starts or a meter is made, and moved on by the rows of each round
-# after that round has committed.
-#
-# A sum is two columns of 64-bit integers, whole units and 10^-12 units, so that a round's thousands of additions are
-# a few array operations and no digit is ever rounded. A value too large for that (beyond 9 million, in 10^-12 units)
-# goes to a Python integer beside the columns, which has no end.
+# A sum is stored as two columns of 64-bit integers, whole units and units of 10^-12, so a batch's thousands of
+# additions are a few array operations, and nothing is rounded. A value too large for that (beyond 9 million in units
+# of 10^-12) is kept as a Python integer beside the columns, which has no limit.
 
 Integers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
@@ -245,13 +250,13 @@ def _amount(units: int) -> Decimal:
     return _EXACT.scaleb(Decimal(units), -DECIMALS)
 
 
-# What each customer used of one meter since the newest reset, in memory, beside what was used since the beginning.
+# Usage since the newest reset.
 #
-# A window holds what *arrived* since its reset, so an event that arrives late belongs to the newest window, and one
-# that arrived before the reset and is read after it does not. Most rows of most rounds belong to the newest window.
-# So a meter whose values add up keeps, for a customer with a reset, what lies *before* the window and takes it off
-# the whole; the others (min, max, unique) keep what lies inside. Either way a round costs a comparison of times, as
-# arrays.
+# A window holds what *arrived* since its reset: an event with an old timestamp that arrives late belongs to the
+# newest window, and an event that arrived before the reset but is read after it does not. Most rows of most batches
+# belong to the newest window. So a meter whose values can be subtracted keeps, for a customer with a reset, what lies
+# *before* the window, and subtracts it from the total. The other meters (min, max, unique) keep what lies inside the
+# window. Either way a batch costs one comparison of times, as arrays.
 
 ADDING = frozenset({"count", "sum", "avg"})
 DISTINCT_MAX = 1_000_000
@@ -472,16 +477,15 @@ def window_begin_us(instant: datetime | None) -> int:
     return EVER if instant is None else microseconds_of(instant)
 
 
-# What was used of every meter in each quarter hour, by everyone together, in memory, exact.
+# Usage of all customers by quarter hour.
 #
-# A chart asks for a month by the day. Read from the events that is a pass over all of them, and grows with history;
-# read from quarter hours it is three thousand additions, which numpy makes at once. Hours, days and months of every
-# time zone begin and end on a quarter hour, so these serve them all.
+# A chart shows, for example, a month by the day. From stored events that needs a pass over all of them; from quarter
+# hours it needs three thousand additions, which numpy does at once. Hours, days and months of every time zone begin
+# on a quarter hour, so quarter hours serve all of them.
 #
-# They are counted as the totals of customers are, in the same columns: the quarter hours that have events are
-# numbered in order of first sight, and such a number stands where a customer's would. Events may carry any time that
-# has passed. All quarter hours before KEPT_FROM, which no chart shows, share one number: else a client with a wrong
-# clock would fill the memory.
+# Quarter hours that have events are numbered in order of first appearance, and the number takes the place of a
+# customer number in ``MeterTotals``. Events may carry any past timestamp. All quarter hours before KEPT_FROM, which
+# no chart shows, share one number; otherwise a client with a wrong clock would fill the memory.
 
 QUARTER_US = 15 * 60 * 1_000_000
 _BEFORE = microseconds_of(KEPT_FROM) // QUARTER_US - 1  # stands for all that are not kept

@@ -1,11 +1,12 @@
-"""All meters of an organization as one statement over a round's rows.
+"""Compile all meters of an organization into one SQL statement over the rows of a batch.
 
-Each metadata text is parsed once. A meter adds a condition and a contribution, each a column; what several meters
-share is there once. Grouping in SQL instead costs a hash table per meter and round, several times as much.
+``PreparedPlans`` keeps one compiled ``Plan`` for each organization, and ``Evaluated`` reads its result for each
+meter. Each metadata text is parsed once. A meter adds a condition and a contribution to the statement, as columns;
+meters that need the same column share it. Grouping in SQL instead would cost a hash table per meter and batch.
 
-A thousand meters are mostly one question asked of a thousand values: the model is this one, the name is that one. So
-where many meters compare one property with a text, the property itself is a column, its rows are sorted by it once,
-and each of those meters takes its own. A meter whose text does not occur costs nothing.
+A thousand meters often compare one property with a thousand values, such as a model name. So where many meters
+compare a property with a text, the property itself becomes a column. Its rows are sorted by value once, and each
+meter selects its own rows (``_Index``). A meter whose value does not occur then costs nothing.
 """
 
 from collections import Counter

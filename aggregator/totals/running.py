@@ -1,4 +1,11 @@
-"""Running totals of every meter, and their backfill from stored events."""
+"""Running totals of every meter, and their backfill from stored events.
+
+``RunningTotals.evaluate`` applies all meters to a batch while the batch is being written; ``add`` updates the
+accumulators after the commit. The View reads totals, windows and quarter hours from here. A new or changed meter is
+backfilled in the background over the events stored before its creation, while batches add what comes after; additions
+may come in any order. ``Histories`` limits how many backfills run at once. A total whose backfill is unfinished is
+reported as None, and the caller queries the store.
+"""
 
 import contextlib
 import threading
@@ -23,11 +30,11 @@ from meters.catalogue.catalogue import Catalogue, Change, MeterCreated, MeterUpd
 from meters.meter import Meter
 from meters.timestamps import KEPT_FROM
 
-# Work in the background, by organization: at most HISTORIES_AT_ONCE threads, and what waits for one organization is
-# done in one pass.
+# Background work by organization.
 #
-# A meter that is made, and every one at a start, has its history counted, which reads all events of its organization.
-# A thread for each would be as many threads as there are organizations, and a pass over the events for each meter.
+# A backfill reads all events of an organization. A thread for each meter would mean as many threads and passes as
+# there are meters. So at most HISTORIES_AT_ONCE threads run, and all meters that wait for one organization share a
+# pass.
 
 Item = TypeVar("Item")
 HISTORIES_AT_ONCE = 2  # organizations whose history is read at a time: each reads all events
@@ -86,13 +93,7 @@ class Histories(Generic[Item]):
             self._work(organization_id, added)
 
 
-# Keeps the totals of every meter moving: forward with each round, and from the beginning for a meter that is new.
-#
-# All meters of an organization are evaluated in one statement over a round's rows (``plan``), and what comes back are
-# columns, which the totals add up as arrays.
-#
-# A meter counts history as it counts the future, so a new one is counted from the store in the background, up to the
-# sequence number at which it was made, while the rounds add what comes after. Additions may come in any order.
+# The running totals.
 
 HISTORY_ROWS = 20_000  # rows of history evaluated at a time; bounds memory and how long a reader waits for the lock
 HISTORY_AGAIN_S = 10.0  # until a history is read again that could not be, as where memory was short
@@ -103,7 +104,8 @@ _SINCE = (
     " AND subject IN (SELECT UNNEST($subjects))"
 )
 
-# True, and a copy of a few thousand narrow rows; the relation without it is planned twice, which costs more.
+# The warning is true, but the copy holds only a few thousand narrow rows. Without a copy the relation is planned
+# twice, which costs more.
 warnings.filterwarnings("ignore", message="Arrow output on a DB-API result makes an extra copy")
 
 
@@ -126,7 +128,7 @@ class Found(NamedTuple):
 
 
 class RunningTotals:
-    """See the module. ``add`` and ``changed`` are the writer's, who says when ``evaluate`` runs, in another thread.
+    """The totals of all meters. The writer calls ``add`` and ``changed``, and starts ``evaluate`` in another thread.
 
     ``total`` is for any thread.
     """

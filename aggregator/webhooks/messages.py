@@ -1,7 +1,8 @@
-"""What is told: the words of each webhook, from what is true when it is made.
+"""Build webhook messages from causes: customer states and threshold crossings, as of the moment of building.
 
-Nearly everything comes from memory, so hardly anything here waits, and a thousand customers take a second: the event
-loop, which answers everybody else, has a turn every few milliseconds.
+``messages_of`` takes the causes of the outbox and returns a ``Telling``: messages to store, and decisions about
+thresholds that were crossed. Nearly all data comes from memory, so a thousand customers take about a second; during
+that time the event loop gets a turn every few milliseconds, so that other requests are answered.
 """
 
 import asyncio

@@ -1,4 +1,15 @@
-"""The webhook sender: the delivery loop, retries and deferred customers."""
+"""The webhook sender: turns causes into messages, and delivers them with retries.
+
+``Sender.run`` executes two independent loops over the outbox. Every two seconds the first one builds messages from
+all causes: many changes of one customer become one message, and thresholds are checked on the way. Customers whose
+state cannot be computed yet are deferred (``Aside``). The second loop sends due messages, one at a time to each
+endpoint, in order as long as the endpoint answers. A message is marked after it was sent, so a crash in between sends
+it again under the same ``webhook-id`` (at least once).
+
+Endpoints take turns, and the one whose last turn is longest ago comes next. A turn ends when the endpoint does not
+answer, and an organization has a limited number of turns at a time. So a slow endpoint delays others by one turn at
+most.
+"""
 
 import asyncio
 import contextlib
@@ -28,11 +39,11 @@ from meters.catalogue.catalogue import Customer
 from meters.log import TryAgain, format_position, parse_position
 from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard, keys, signature
 
-# Customers whose state cannot be told yet: each is asked about again after a growing pause, and nobody waits for
-# them.
+# Deferred customers: those whose state cannot be computed yet, because a meter is being backfilled.
 #
-# One cause of each stays in the outbox and stands for all that come after it. Which one, and for how long, is known
-# here alone: after a restart everybody is asked about at once.
+# Each is retried after a growing pause, and no other customer waits for them. One cause of each stays in the outbox
+# and stands for all later ones. Which cause, and how long to wait, is known only in memory: after a restart all are
+# retried at once.
 
 PAUSE_S_MAX = 300.0
 """Between two questions that have no answer, each of which may take as long as the store lets it."""
@@ -77,19 +88,11 @@ class Aside:
         return found
 
 
-# The sender of webhooks: makes messages of what moved, and delivers them until they are taken or given up.
+# Delivery.
 #
-# Two loops over the outbox's tables, of which neither waits for the other. Every couple of seconds all causes become
-# messages: a customer who moved a hundred times meanwhile is told once, as they are then, and thresholds are looked
-# at on the way; whose state cannot be told yet is set aside (``webhooks.aside``). And whatever message is due is
-# sent, one at a time to each endpoint, in order as long as the endpoint answers. A message is marked after it was
-# sent, so a process that dies in between sends it again, under the same ``webhook-id``.
-#
-# Endpoints take turns, and whose last turn is longest ago has the next one. A turn ends where nobody answers, and an
-# organization has a few at a time: whoever hangs delays the others by a turn, and cannot keep them from theirs.
-#
-# Signatures come in both readings of a secret (``meters.webhooks``), so a verifier of the standard and one of
-# Polar's both find theirs; while a secret is rotated, in those of the old one, too.
+# Each delivery is signed with both readings of the secret (``meters.webhooks``), so that a verifier of Standard
+# Webhooks and one of Polar's both find a valid signature. During a rotation it is also signed with both readings of
+# the old one.
 
 ENDPOINTS_AT_ONCE = 16  # requests under way; each waits for one answer
 ORGANIZATION_AT_ONCE = 4  # of them: three others find room, whoever hangs

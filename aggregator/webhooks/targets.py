@@ -1,4 +1,10 @@
-"""Where webhooks may be delivered: allowed addresses, resolved names."""
+"""Webhook targets: which addresses are allowed, and the lookup of host names.
+
+A target's URL comes from an API client, but the request leaves from inside the operator's network, where it could
+reach private services. So a target must be public and use https, unless the operator's setting allows others.
+``refusal`` checks a URL when an endpoint is created. ``resolve`` looks the name up for each delivery, and the
+connection goes to the checked address, so a later change of the name has no effect. ``Names`` runs the lookups.
+"""
 
 import asyncio
 import ipaddress
@@ -9,11 +15,11 @@ from concurrent.futures import Future
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-# Names become addresses in threads of their own.
+# Lookups run in threads of their own.
 #
-# The system's resolver cannot be stopped: who no longer waits for it leaves a thread behind until it gives up. Were
-# that a thread of a pool that others use, a few slow names would keep everybody waiting. So each lookup has its own,
-# an organization has a few at a time, and beyond that is asked to come again: nobody waits here for another's name.
+# A call of the system's resolver cannot be cancelled: its thread stays busy until the resolver gives up. In a shared
+# thread pool a few slow names would block all others. So each lookup has its own thread, and an organization may have
+# only a few at a time; further ones are refused and retried later.
 
 RESOLVE_S_MAX = 5.0
 """Seconds for a name: half of what a delivery has."""
@@ -62,12 +68,7 @@ def _look_up(host: str, port: int, found: Future[list[str]]) -> None:
         found.set_result([str(place[4][0]) for place in places])
 
 
-# Where a webhook may go.
-#
-# An address comes from whoever has a token, and the request leaves from inside the operator's network: without a
-# check it could reach what only that network may. So a target is public and speaks https, unless the operator's
-# setting allows others. A name is looked up for each delivery (``webhooks.names``) and the connection goes to the
-# very address that was checked; a name that changes its mind afterwards changes nothing.
+# Allowed addresses.
 
 URL_LENGTH_MAX = 2000
 """Characters of an address: what every server takes."""

@@ -1,1 +1,1 @@
-"""Questions to the store, a module each. Every function takes a connection that reads one snapshot, and blocks."""
+"""Queries to the store. Every function takes a connection that reads one snapshot, and blocks."""

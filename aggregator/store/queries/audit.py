@@ -1,4 +1,9 @@
-"""Queries for audits: fingerprints and recounts."""
+"""Queries for reconciliation: fingerprints of the store's rows, and recounts of meters from raw events.
+
+``put`` runs one of ``QUESTIONS``, a closed list of named statements. ``everything``, ``by_customer``, ``by_hour`` and
+``part`` recount meters without using any derived totals. ``aggregator.reconcile`` asks them of a stopped server's
+file, and ``aggregator.api.audit`` answers them for a running server.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -24,13 +29,11 @@ from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, 
 from meters.meter import Meter
 from meters.timestamps import KEPT_FROM
 
-# Everything that reconciliation asks of a store: a closed list of statements, by name.
+# Named statements.
 #
-# What is asked names positions, so answers from different moments agree: a row once stored never changes. So the same
-# questions can be put to the file of a stopped server and to one that runs.
-#
-# A fingerprint is DuckDB's hash over everything that the store keeps of an event (``aggregator.reconcile.lines``
-# makes the same of a line). Places within a partition are one number: the offset, 24 bits to the left, and the line.
+# A question names log positions, so answers from different moments agree: a stored row never changes. A fingerprint
+# is DuckDB's hash over everything that the store keeps of an event; ``aggregator.reconcile.lines`` computes the same
+# hash from a log line. A place within a partition is one number: the offset, shifted left by 24 bits, plus the line.
 
 SLICES = 16
 """Identities are looked at in so many parts, by their first four bits: a part of 100 million fits into memory."""
@@ -141,10 +144,10 @@ def put(
         connection.unregister("asked")
 
 
-# Meters counted again from the raw events, with nothing that is kept beside them.
+# Recounts.
 #
 # All meters of an organization are counted in one pass, in two ways at once: by blocks of customers and by hours.
-# What agrees in a block agrees for everyone in it, so customers are told apart only inside of a block that does not.
+# When a block agrees, all of its customers agree, so single customers are read only inside a block that differs.
 
 BLOCK = 1_000
 """Customers, by their numbers, that are compared at once."""

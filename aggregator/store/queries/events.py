@@ -1,4 +1,8 @@
-"""Queries for events, their families and dead letters."""
+"""Queries for single events: pages of events, event names, parents and children, and dead letters.
+
+``page`` and ``one`` return events, ``names`` their names, ``descendant_counts`` and ``sums_below`` facts about an
+event's descendants, and ``dead_letter_page`` and ``dead_letter`` the lines that could not be counted.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,14 +19,14 @@ from aggregator.store.queries.scope import Scope, aware, counted, events_in
 from meters.aggregation import Aggregation
 from meters.filters import EVERYTHING, Filter
 
-# Events and what hangs below them.
+# Descendants of events.
 #
-# ``hierarchy`` has a row for every event with a complete chain of parents. Walking down from an event looks only at
-# the rows of its root, so the walk is as long as the trace is deep and no larger than the trace.
+# ``hierarchy`` has a row for every event whose chain of ancestors is complete. Walking down from an event reads only
+# the rows with the same root, so the work is bounded by the size of the trace.
 
 Identity = tuple[int, int]
 
-# The casts matter: numbers that happen to be small would make a column too narrow for the next.
+# The casts are needed: DuckDB would otherwise choose a column type that is too narrow for the next, larger numbers.
 _ASKED = "SELECT UNNEST(CAST($tops_hi AS UBIGINT[])) AS top_hi, UNNEST(CAST($tops_lo AS UBIGINT[])) AS top_lo"
 _ROOTS = """
     SELECT COALESCE(root_hi, top_hi) AS root_hi, COALESCE(root_lo, top_lo) AS root_lo
@@ -81,11 +85,10 @@ def sums_below(
     return {top: measured.total for top, measured in found.items() if measured.count}
 
 
-# Events, one by one: lists, single events, and the names they go by.
+# Pages of events.
 #
-# An event whose chain of parents is incomplete is not shown, unless a list is of what counts: there it is like any
-# other. A list is found in two steps: the sequence numbers of the page, from the few columns that its conditions
-# need, then those rows whole.
+# An event whose chain of ancestors is incomplete is hidden, unless the list shows what a meter counts. A page is
+# found in two steps: first the sequence numbers, from the few columns that the conditions need, then the whole rows.
 
 VISIBLE = "NOT EXISTS (SELECT 1 FROM pending WHERE pending.id_hi = events.id_hi AND pending.id_lo = events.id_lo)"
 _CHILD = """EXISTS (SELECT 1 FROM hierarchy WHERE hierarchy.id_hi = events.id_hi AND hierarchy.id_lo = events.id_lo
@@ -289,7 +292,7 @@ def names(
     return shown, rows[0][0]
 
 
-# Lines of the log that could not be counted: listed with their reason and bytes until someone takes care of them.
+# Dead letters: listed with their reason and bytes until someone replays or dismisses them.
 
 _COLUMNS = "log_partition, log_offset, line, organization_id, reason, detail, raw, raw_bytes, ingested_at, replayed_at"
 _NOBODYS = "(organization_id IS NULL OR NOT list_contains($known, organization_id))"

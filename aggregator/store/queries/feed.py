@@ -1,4 +1,13 @@
-"""Queries for the feed of events and its rollups."""
+"""Queries for the feed: stored events in the order of the log, from a position on, and rollups of them.
+
+``page`` returns events behind a position; ``backlog`` and ``customers`` describe what is behind it. ``rollup`` adds
+usage up by meter, customer and window of time; ``traffic`` and ``windows`` estimate how much a rollup would save.
+
+The table ``events`` serves as the outbox, without a table of its own: a row is written by the transaction that counts
+the event, and names its place in the log. So an event is in the feed if and only if it was counted, and a reader
+needs to keep only one place per partition. Within a partition the feed has the log's order, and all events of one
+customer are in one partition.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,12 +25,7 @@ from meters.event import halves
 from meters.filters import EVERYTHING, Filter
 from meters.log import USAGE_EVENTS, FeedPlace
 
-# Stored events in the order of the log, from a place on: what was counted, for whoever hands it on.
-#
-# A row of ``events`` is written by the transaction that counts it, and names its place in the log. So the rows from a
-# place on are an outbox that needs no table of its own: an event is in it exactly if it was counted, once, and what
-# has been taken out of it is one place per partition. Within a partition rows keep the log's order, and a customer's
-# events are all in one.
+# Events of the feed.
 
 SPAN_MIN = 64  # records looked at first; doubled until the page is full, so little is read in vain
 RECORDS_MAX = 2_000_000  # looked at for one page: a selective filter gets a page that is not full, and goes on
@@ -250,11 +254,11 @@ def _named(
     return [(*names.get(subject, (None, None)), events) for events, subject in rows]
 
 
-# What the events between two places of the feed add up to, and how much comes in.
+# Rollups and traffic.
 #
-# A rollup ends at a time of ingestion, or at the event before which it has read or found as much as one answer may
-# take; the next one goes on there. What it covers depends on nothing but the two places. Sums are exact, like those
-# of the meters themselves.
+# A rollup ends at a time of ingestion, or earlier, at the event before which it has read as many events or found as
+# many groups as one answer may contain; the next rollup continues there. Its content depends only on its two places.
+# Sums are exact, like those of the meters.
 
 ROLLUP_EVENTS_MAX = 1_000_000  # looked at for one answer: a second or two of DuckDB's time
 ROLLUP_READS_MAX = 4_000_000  # the same times the meters, because each reads them

@@ -1,4 +1,9 @@
-"""The events that a query reads, and the buckets of time it groups them by."""
+"""The scope of a query: which stored events it reads, and the time buckets that it groups them by.
+
+``Scope`` restricts columns (organization, customers, names, time); ``events_in`` turns it into SQL. ``counted`` adds
+a meter: the scope's events that pass the meter's filter, with their contribution. ``in_buckets`` joins events with
+calendar units such as days or months of a time zone.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,11 +16,9 @@ from aggregator.store.meter_sql import Parameters, Stage, before_reading, condit
 from meters.aggregation import Aggregation
 from meters.filters import Filter
 
-# Which stored events a question is about, and what a meter counts among them.
-#
-# A question is narrowed in two steps. The ``Scope`` speaks of columns alone (tenant, customers, names, time): what is
-# out of scope is never parsed. The meter's filter is then evaluated over a stage that parses each text once. The
-# stage is materialized because DuckDB would otherwise push the conditions below it and parse twice.
+# A query is narrowed in two steps. The scope's columns come first, so metadata outside the scope is never parsed. The
+# filter is then evaluated over a stage that parses each text once. The stage is materialized because DuckDB would
+# otherwise push the conditions below it and parse twice.
 
 NOBODY = -1
 """The number of an organization that has no events yet."""
@@ -113,11 +116,11 @@ def _has_text(stage: Stage, key: str, texts: Collection[str], parameters: Parame
     return exp.In(this=stage.text_at(key), expressions=[parameters.add(text) for text in texts])
 
 
-# Time in buckets: which calendar unit an event falls into.
+# Time buckets.
 #
-# Buckets are made in Python, where the calendar is exact, and are listed by their quarter hours: since 2023, where
-# ranges begin at the earliest, every time zone's hours begin on one (those of Antarctica/Casey last did not in
-# October 2022). So an event finds its bucket by a plain join, whatever the zone and however its clocks change.
+# Python computes the buckets, because its calendar is exact, and passes them as lists of quarter hours. Ranges begin
+# in 2023 at the earliest. Since then the hours of every time zone begin on a quarter hour (Antarctica/Casey was the
+# last exception, in October 2022). So a plain join finds an event's bucket in any zone and across clock changes.
 
 Bounds = tuple[datetime, datetime]
 """A half-open bucket, which begins and ends on quarter hours."""

@@ -1,4 +1,10 @@
-"""Queries for quantities, previews, arrivals and metrics."""
+"""Queries for usage: a meter's quantities, previews, usage by time of arrival, and cost metrics.
+
+``quantities`` answers ``GET /v1/meters/{id}/quantities``; ``in_windows`` and ``value_of`` measure customers' windows;
+``preview`` evaluates a meter that does not exist yet; ``by_quarter`` lists a customer's usage for the ledger;
+``costs`` sums ``_cost.amount`` by period. ``meters.meter`` defines the results, and tests compare these queries with
+it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -31,9 +37,7 @@ from meters.ledger.statement import QUARTER, Usage
 from meters.meter import Meter, Quantities, Quantity
 from meters.timestamps import Interval, bucket, series
 
-# How much, by when: a meter's quantities, and its value over everything.
-#
-# ``meters.meter`` states what the answers mean, and is what they are tested against.
+# Quantities: a meter's value in each time bucket and in total.
 
 ROWS_AT_ONCE = 10_000  # fetched; a bucket may have as many rows as there are customers
 
@@ -257,7 +261,7 @@ def value_of(connection: duckdb.DuckDBPyConnection, question: Question) -> Measu
     return Measured(*row)
 
 
-# What a meter would count, before there is one: enough to see whether its filter means what was meant.
+# Previews: what a meter would count, before it is created, so that a user can check its filter.
 
 _ABOUT = (
     "COUNT(*) AS events",
@@ -340,7 +344,7 @@ def _events(question: Question, parameters: Parameters) -> exp.Select:
     return found.from_(events.subquery("counted")).join(exp.to_table("same"), using="subject", join_type="left")
 
 
-# What a customer used of a meter, by the quarter hour in which it arrived: the lines of a statement.
+# Usage by the quarter hour in which it arrived: the usage entries of a ledger.
 
 _COMPUTED = (
     "TIME_BUCKET(INTERVAL '15 minutes', ingested_at) AS quarter",
@@ -387,9 +391,8 @@ def _usage(
     )  # fmt: skip
 
 
-# What a tenant's usage cost it, period by period: sums of ``_cost.amount``, and for how many customers.
-#
-# Periods are calendar units of a time zone, but values are cut to the range asked for. Money is in cents.
+# Cost metrics. Periods are calendar units of a time zone, but values are cut to the requested range. Amounts are in
+# cents.
 
 COST = Aggregation("sum", "_cost.amount")
 

@@ -174,7 +174,7 @@ def test_an_account_is_kept_as_the_table_says(server: Server, name: str) -> None
 
 def test_the_example_of_the_page_is_true(server: Server) -> None:
     """The table on the page about balances is kept like any other."""
-    text = (Path(__file__).parents[3] / "aggregator" / "api" / "balances.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "aggregator" / "service" / "balances.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^```\n(day  what happens.*?)^```", text, re.DOTALL | re.MULTILINE)
     Book(server).check(table)
 
