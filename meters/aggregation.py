@@ -2,8 +2,8 @@
 
 ``evaluate`` computes an ``Aggregation`` over the ``Facts`` of events. ``count`` counts every event; ``sum``, ``avg``,
 ``min`` and ``max`` read the events whose property is a JSON number and skip the rest; ``unique`` counts distinct
-values. The value of no events is 0. ``combine`` merges the values of several buckets; ``parse_aggregation`` reads a
-request.
+values. The value of no events is 0. ``combine`` applies a function to amounts, such as the values of customers.
+``parse_aggregation`` reads the aggregation in a request.
 
 For ``unique``, two values are equal when they have the same type and the same value: 1 and 1.0 are one value; 1, "1"
 and true are three. Objects, arrays and null have no such identity and are skipped.

@@ -1,8 +1,9 @@
-"""Polar's webhook payloads, read as facts.
+"""Polar's webhook payloads, read as facts and decisions.
 
-``read`` turns a payload into ``News``: the facts that it adds (``meters.catalogue.polar_facts``) and the customers,
-benefits, grants and subscriptions that it changes; it raises ``Unreadable`` for a damaged payload. ``meter_of`` and
-``meters_here`` map Polar's meters to meters here. Types that concern neither usage nor credits are skipped.
+``read`` turns a payload into ``News``: the decisions to write (facts of ``meters.catalogue.polar_facts``; changes of
+customers, benefits, grants and subscriptions) and the customers that the payload concerns. It raises ``Unreadable``
+for a payload of another form. ``meter_of`` and ``meters_here`` map Polar's meters to meters here. Types that concern
+neither usage nor credits are skipped.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,9 @@
 """Access: scopes, authorization, and references to customers and organizations.
 
-``authorize`` checks an organization's token and scope, ``authorize_customer`` a session of the customer portal; both
-look credentials up in the ``Catalogue`` and raise ``Denied`` with Polar's answer. ``reference_refusals`` returns a
-refusal for each customer, member or organization id in an event that does not exist. The gateway and the query API
-use both.
+``authorize`` checks an organization's token and scope, ``authorize_customer`` a session of the customer portal. Both
+look the credential up in the ``Catalogue``, and return ``Denied``, with Polar's answer, if access is not allowed.
+``reference_refusals`` returns a refusal for each customer, member or organization id in an event that does not exist.
+The gateway and the query API use this module.
 """
 
 import hmac

@@ -1,8 +1,8 @@
 """The credit ledger: credits, resets and the balance of each account.
 
 ``CreditGranted``, ``MeterReset`` and ``MovementWithdrawn`` are decisions in the control stream. ``Ledger.apply``
-folds them into an ``Account`` for each customer and meter; ``in_window`` and ``floored`` compute what is credited in
-the newest window.
+folds them into an ``Account`` for each customer and meter. ``floored`` adds credits up; ``rollover_units`` computes
+what goes on into the next window.
 
 * A reset begins a window. Credits of the newest window are added in order of time; the sum never falls below zero.
 * Usage counts by the time it arrived, whatever its own timestamp. Usage may be negative.
