@@ -1,10 +1,11 @@
-"""The operator's decisions, as the gateway follows them.
+"""Follow the operator's decisions in the control stream, for a gateway without a database.
 
-The gateway has no database. Who may send, and which customers exist, are in the control stream; a thread reads it
-from the beginning into memory and then waits for more, so that a revoked token is refused within a second. Until the
-stream was read once, and whenever it could not be read for a while, the gateway does not know who may send, and says
-"try again" rather than guess. What no waiting heals, such as a stream that was deleted and made again, ends the
-gateway: one that is started anew reads what is there from the beginning.
+``CatalogueTail`` reads the control stream in a thread from its beginning into a ``Catalogue``, then waits for more,
+so that a revoked token is refused within a second. Until the stream was read once, and when it could not be read for
+ten seconds, the gateway does not know who may send, and answers "try again".
+
+``Unfollowable`` ends the gateway: a control stream that was deleted and created again cannot be followed further, and
+a restarted gateway reads it from the beginning.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
-"""How much anyone may ask of the gateway, and why that much.
+"""The bounds of the gateway: bytes, seconds, sockets and requests, each with its reason.
 
-Everything that a stranger can make grow has a limit here: bytes, seconds, sockets, requests. A limit that is reached is
-an answer (408, 411, 413, 429, 431, 503), never a slower or larger process.
+Everything that a client can make grow has a limit here. A limit that is reached is an answer (408, 411, 413, 429,
+431, 503), never a slower or larger process. ``InFlight`` counts the bytes that are held for requests;
+``RequestQuota`` limits the requests of a token in a minute.
 """
 
 import math

@@ -1,4 +1,8 @@
-"""Every metric of the gateway, declared once. Nothing in a label comes from a request."""
+"""The metrics of the gateway, declared in one place.
+
+The ``count_*`` functions and ``observe`` update them, and ``exposition`` writes them for ``/metrics``. No label has a
+value from a request, so clients cannot make the number of series grow.
+"""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,9 @@
-"""Request bodies read within limits, and the gateway's responses and refusals."""
+"""Request bodies read within limits, and the gateway's responses and refusals.
+
+``Answer`` is a whole response. There is a function for each refusal (``too_large``, ``unavailable``, ...), with its
+status, headers and body in Polar's shapes. ``read`` reads a body from ASGI and ``unpack`` decompresses it, both
+within limits; ``send_answer`` sends an answer through ASGI and ``written`` makes its bytes.
+"""
 
 import asyncio
 import zlib
@@ -11,8 +16,6 @@ import zstandard
 
 from ingest.limits import InFlight
 from meters.catalogue.access import API_VERSION_DEFAULT
-
-# What the gateway says when it does not say yes: every status, its body and its headers, in Polar's shapes.
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -135,10 +138,8 @@ def method_not_allowed(allow: str) -> Answer:
     return Answer(405, b'{"detail":"Method Not Allowed"}', (JSON, (b"allow", allow.encode())))
 
 
-# A request's body, read and unpacked within limits; and a whole answer, sent.
-#
-# Three ways to hurt a server with a body: send more than was agreed, send it slowly, or send little that unpacks to a
-# lot. Each ends here in an answer, after at most the limit's worth of memory.
+# Bodies. A client can send more than was agreed, send slowly, or send little that unpacks to a lot. Each of these
+# ends in an answer, and holds at most as much memory as the limit allows.
 
 Message = dict[str, Any]  # ASGI's
 Receive = Callable[[], Awaitable[Message]]

@@ -1,10 +1,12 @@
-"""What a meter makes of the events it counts.
+"""Aggregate the events that a meter counts into one exact value.
 
-The value is exact. ``count`` counts every event; ``sum``, ``avg``, ``min`` and ``max`` read the events whose property
-is a JSON number and pass over the rest; ``unique`` counts distinct values. Of no events the value is 0.
+``evaluate`` computes an ``Aggregation`` over the ``Facts`` of events. ``count`` counts every event; ``sum``, ``avg``,
+``min`` and ``max`` read the events whose property is a JSON number and skip the rest; ``unique`` counts distinct
+values. The value of no events is 0. ``combine`` applies a function to amounts, such as the values of customers.
+``parse_aggregation`` reads the aggregation in a request.
 
-Two values are the same for ``unique`` when they have the same type and the same value: 1 and 1.0 are one, 1, "1"
-and true are three. Objects and arrays have no such identity and are passed over, as null is.
+For ``unique``, two values are equal when they have the same type and the same value: 1 and 1.0 are one value; 1, "1"
+and true are three. Objects, arrays and null have no such identity and are skipped.
 """
 
 from collections.abc import Iterable

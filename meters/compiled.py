@@ -1,13 +1,12 @@
-"""What compiled loops over the bytes of events share: how they are compiled, keys, times and hashes.
+"""Shared parts of the compiled loops over the bytes of events: compiler options, keys, times and hashes.
 
-The loops themselves are ``ingest.admission.kernels``, ``ingest.admission.kernels`` and ``aggregator.decode.kernels``.
-They read what is ordinary, as strictly as the careful reading of ``meters.event`` and ``meters.timestamps`` does;
-whatever differs is ODD or UNREADABLE here, and for the careful reading to judge. All they can do wrong is to take
-something odd for ordinary, or to look beyond a text; property tests hold them against the careful reading, with
-damaged texts.
+The loops themselves are ``ingest.admission.kernels`` and ``aggregator.decode.kernels``. They accept only ordinary
+input, by the rules of ``meters.event`` and ``meters.timestamps``. Anything else is marked ODD or UNREADABLE, and the
+full parser decides. So a loop can be wrong in two ways only: by accepting odd input as ordinary, or by reading beyond
+a text. Property tests compare the loops with the full parser, also on damaged input.
 
-Numba compiles each of these modules when it is first imported, in a few seconds, and keeps the result beside it, or
-where NUMBA_CACHE_DIR says; from then on importing takes less than a second. Who needs them imports them in a thread.
+Numba compiles each of these modules at its first import, which takes a few seconds, and caches the result (in the
+folder NUMBA_CACHE_DIR, or beside the module); later imports take less than a second. Import them in a thread.
 """
 
 import pkgutil

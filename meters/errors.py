@@ -1,4 +1,8 @@
-"""Reasons for refusing input, and the error details that an API answers with."""
+"""Reasons for refusing input, and the error details that an API answers with.
+
+``Refusal`` is one reason why an event is refused: a ``Reason`` from a closed list, with the place in the event.
+``detail`` makes a ``Detail``, an entry of the ``detail`` list in a 422: what is wrong, where, and with which input.
+"""
 
 from enum import Enum, unique
 from typing import Any, TypedDict
@@ -7,7 +11,7 @@ import msgspec
 
 from meters.exact import INTEGER_DIGITS_MAX
 
-# Why an event is refused: a closed list, and the shape in which a refusal is told.
+# Refusals of events.
 
 NAME_LENGTH_MAX = 128
 """Characters of an event's name (Polar's limit)."""
@@ -95,7 +99,7 @@ class Reason(Enum):
         return Refusal(index, kind, ["body", "events", index, *loc], message, input)
 
 
-# Entries of the ``detail`` list in a 422: what is wrong, where, and with which input.
+# Details of a 422.
 
 COMPLAINTS_MAX = 100
 """Complaints about one thing that somebody made, and entries of one answer: what is wrong is refused in any case, and

@@ -1,4 +1,12 @@
-"""The event: its fields, identity, metadata rules and full validation."""
+"""The event: its fields, identity, metadata rules and full validation.
+
+``check_line`` and ``check_event`` read one event with every rule and return an ``Event`` or every ``Refusal``.
+``complaints`` checks metadata alone. ``identity`` hashes the organization's id and the external id to 128 bits; the
+public id of an event is that identity, so a log that is read again gives every event the same id.
+
+This module is the definition of a valid event. The fast parsers (``ingest.admission.validate`` and the compiled
+loops) accept only input that this module would accept, and leave everything else to it.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -23,15 +31,14 @@ from meters.errors import (
 from meters.exact import INTEGER_DIGITS_MAX, Object, Token, decode_tokens, echo, parse_amount
 from meters.timestamps import parse_timestamp
 
-# What an event's metadata may hold.
+# Metadata. An ordinary value is a string of 1 to 500 characters, a number or a boolean; the last value of a repeated
+# key counts. Two keys are reserved: ``_cost`` (``amount`` in cents and ``currency``) and ``_llm`` (the model call and
+# its tokens). A repeated key in either is refused, because the intended amount would be unknown; unknown keys in them
+# are accepted and ignored.
 #
-# An ordinary value is a string of 1 to 500 characters, a number or a boolean; of a repeated key the last value holds.
-# Two keys are reserved. ``_cost`` says what the event cost its sender: ``amount`` in cents and ``currency``. ``_llm``
-# says what a language model did: who, and how many tokens. In both a repeated key is refused, since nobody could tell
-# which amount was meant; keys they do not know are let through and do not exist for anyone.
-#
-# Deliberate differences: an amount of more than 12 decimals is rounded and not refused, because that is what adding
-# cents in JavaScript makes; numbers in text must be JSON numbers; a number of more than 26 integer digits is refused.
+# Deliberate differences from Polar: an amount with more than 12 decimals is rounded and not refused, because adding
+# cents in JavaScript makes such amounts; numbers in text must be JSON numbers; a number with more than 26 integer
+# digits is refused.
 
 JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 
@@ -136,13 +143,9 @@ _RESERVED: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
 """Reserved key: the fields it must have and those it may have, each with its rule."""
 
 
-# The fact: one thing that a customer used, once.
-#
-# An event is never changed and never taken back; whoever erred sends another. Its identity is the organization's id
-# and the external id that its sender gave it, hashed to 128 bits. The public id of an event *is* that identity, so a
-# log read again gives every event the id it had before. An event without external id gets one before it is logged.
-#
-# Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double would bend their digits.
+# The event. An event is never changed and never deleted; a correction is another event. An event without an external
+# id gets one before it is logged. Values in metadata stay the tokens that were sent (``msgspec.Raw``), since a double
+# would change their digits.
 
 CLOCK_SKEW = timedelta(seconds=60)
 """How far ahead of ours a sender's clock may be. Polar grants nothing, which loses the usage of machines whose clock

@@ -1,4 +1,9 @@
-"""The values of an event that filters and aggregations read, and the property names that select them."""
+"""The values of an event that filters and aggregations read, and the property names that select them.
+
+``facts`` turns an ``Event`` into ``Facts``; ``lookup`` returns the value of a property, and ``text_of`` that value as
+text. The six JSON types become ``str``, ``Number``, ``bool``, ``dict``, ``list`` and ``None``. ``parse_property``
+checks a property name of a meter and ``written`` returns the form that is shown.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,12 +18,10 @@ from meters.event import USER, Event
 from meters.exact import number_text, parse_amount
 from meters.timestamps import microseconds_of
 
-# How a meter names what it reads of an event.
-#
-# A property is a dotted path into the metadata, save for three built-in names. One leading ``metadata.`` is taken off
-# when a property is parsed and not shown again, unless the path itself begins with a key of that name: then it is
-# shown, or reading what was written would take off another. So metadata keys that are called like a built-in, or
-# contain a dot, cannot be reached.
+# Property names. A property is a dotted path into the metadata, except for three built-in names. ``parse_property``
+# removes one leading ``metadata.``. ``written`` adds the prefix only if the path itself begins with a key
+# ``metadata``: without it, reading the shown name again would select another value. Metadata keys that equal a
+# built-in name, or contain a dot, cannot be selected.
 
 PREFIX = "metadata."
 NAME = "name"
@@ -50,11 +53,8 @@ def is_built_in(name: str) -> bool:
     return name in BUILT_INS
 
 
-# What filters and aggregations see of an event.
-#
-# The six JSON types become ``str``, ``Number``, ``bool``, ``dict``, ``list`` and ``None``. Reserved metadata is
-# brought to its known shape here and nowhere else: keys of ``_cost`` and ``_llm`` outside the known set do not exist,
-# and their numbers are numbers also when they were sent as text.
+# Values. Reserved metadata gets its known shape here and nowhere else: unknown keys of ``_cost`` and ``_llm`` are
+# dropped, and their numbers are numbers also when they were sent as text.
 
 COST_NUMBERS = frozenset({"amount"})
 COST_KEYS = frozenset({"amount", "currency"})

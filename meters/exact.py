@@ -1,4 +1,9 @@
-"""Exact decimal amounts, and JSON that keeps every digit."""
+"""Exact decimal amounts, and JSON that keeps every digit.
+
+``parse_amount`` reads a JSON number as a ``Decimal`` or ``int`` and ``amount_text`` writes it. ``decode`` and
+``encode`` are JSON with exact fractions, for requests of operators and the control stream. ``decode_tokens`` keeps
+each number as it was written. No number passes through a float.
+"""
 
 import json
 import re
@@ -8,12 +13,10 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
-# Exact amounts.
-#
-# A number in an event is an amount with at most 26 digits before the point and 12 after it: what a DECIMAL(38, 12)
-# column holds, so that every engine can hold it without loss. It is read from the digits that were sent, never
-# through a double: ten times 0.1 is 1, and 9007199254740993 + 1 is 9007199254740994. More than 12 decimals are
-# rounded half to even; more than 26 integer digits cannot be counted, and the event that carries them is refused.
+# Amounts. An amount has at most 26 digits before the point and 12 after it, which is what a DECIMAL(38, 12) column
+# holds, so every engine can store it without loss. It is read from the digits that were sent: ten times 0.1 is 1, and
+# 9007199254740993 + 1 is 9007199254740994. More than 12 decimals are rounded half to even. More than 26 integer
+# digits cannot be counted, and the event with them is refused.
 
 DECIMALS = 12
 """Decimals of an amount: a millionth of a millionth. Token prices in cents need nine."""
@@ -77,11 +80,8 @@ def number_text(token: str | bytes) -> str:
     return text if amount is None else decimal_text(amount)
 
 
-# JSON whose numbers keep their digits.
-#
-# ``decode`` reads what operators send (meters, customers) and what the control stream holds. A fraction becomes a
-# ``Decimal``, so that 0.1 comes back as 0.1; ``encode`` writes it as the same number. NaN, Infinity, half surrogate
-# pairs and everything else that is not JSON raise ValueError.
+# JSON. A fraction becomes a ``Decimal``, so 0.1 comes back as 0.1. NaN, Infinity, half surrogate pairs and everything
+# else that is not JSON raise ValueError.
 
 Kind = TypeVar("Kind")
 

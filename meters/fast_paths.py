@@ -1,7 +1,8 @@
-"""The reads that memory answers, listed once for the gateway and the query API.
+"""The reads that the query API answers from memory, listed once for the gateway and the query API.
 
-The gateway relays these reads past ASGI, and the query API answers them in front of its framework. Both do so only for
-a path in the form given here. Any other form of the same path gets the same answer, by the longer way.
+The gateway relays these reads without ASGI, and the query API answers them before its framework. Both do so only for
+a path in exactly this form (``FastRead``, ``path_pattern``). Any other form of the path gets the same answer through
+the framework.
 """
 
 import re

@@ -1,4 +1,9 @@
-"""Filters: conditions on events, and their JSON form."""
+"""Filters: conditions on events, and their JSON form.
+
+A ``Filter`` is a tree of ``Clause`` under ``and`` and ``or``. ``matches`` decides whether the ``Facts`` of an event
+pass a filter. ``parse_filter`` reads the JSON of a request and reports every complaint at its place; ``filter_json``
+writes a filter back unchanged.
+"""
 
 from collections.abc import Callable
 from decimal import Decimal
@@ -24,11 +29,8 @@ from meters.event_values import (
 )
 from meters.exact import INTEGER_DIGITS_MAX, amount_text, round_amount
 
-# Which events a meter counts.
-#
-# A filter is a tree of clauses under ``and`` and ``or``; one without clauses lets everything through. There is no
-# negation of a tree, so a clause that cannot be decided is simply false. What a clause means depends on the JSON type
-# that the event has at the property:
+# Meaning. A filter without clauses lets every event through. A tree cannot be negated, so a clause that cannot be
+# decided is false. What a clause means depends on the JSON type that the event has at the property:
 #
 #     event has     eq ne gt gte lt lte           with a number            with a boolean (eq and ne alone)
 #                   with a string value           value                    value
@@ -38,10 +40,10 @@ from meters.exact import INTEGER_DIGITS_MAX, amount_text, round_amount
 #     boolean       false, ``ne`` too             false                    compared
 #     object, array false                         false                    false
 #
-# ``like`` looks for the value's text (t or f for a boolean) within the event's text, minding case; ``not_like`` is
-# true where there is a text without it. ``in`` is ``eq`` with any value of a list, ``exists`` asks whether there is a
-# value other than null. ``name`` and ``source`` are compared with strings alone, ``timestamp`` (seconds since 1970)
-# with integers alone; any other value is legal there and false.
+# ``like`` searches the value's text (t or f for a boolean) in the event's text, case-sensitively; ``not_like`` is
+# true where there is a text without it. ``in`` is ``eq`` with any value of a list; ``exists`` is true for a value
+# other than null. ``name`` and ``source`` are compared with strings only, ``timestamp`` (seconds since 1970) with
+# integers only; any other value is allowed there and false.
 
 Scalar = str | bool | int | Decimal
 Value = Scalar | list[Scalar]
@@ -155,12 +157,10 @@ def value_text(value: Scalar) -> str:
     return value if isinstance(value, str) else amount_text(Decimal(value))
 
 
-# Filters as JSON: reading them with every complaint at its place, and writing them back unchanged.
-#
-# Values must come from ``exact_json.decode`` (fractions as ``Decimal``). Beyond Polar's, numbers with a fraction and
-# integers of a thousand digits are taken; an integral fraction such as 1.0 becomes the integer, and one of more than
-# 12 decimals is rounded by the rule of amounts, so that a client's 0.30000000000000004 is 0.3 here, too. Ordering by
-# a boolean has no meaning and is refused here, where the author reads the answer.
+# JSON form. Values must come from ``meters.exact.decode`` (fractions as ``Decimal``). Beyond Polar's rules, numbers
+# with a fraction and integers of a thousand digits are accepted. An integral fraction such as 1.0 becomes the
+# integer; a fraction of more than 12 decimals is rounded as amounts are, so a client's 0.30000000000000004 is 0.3
+# here, too. Ordering by a boolean has no meaning and is refused here, so that the filter's author sees the error.
 
 TEXT_LENGTH_MAX = 1000
 """Characters of a text value (Polar's limit), and digits of a number."""

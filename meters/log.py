@@ -1,4 +1,11 @@
-"""The log port: streams, records, positions and the partition key."""
+"""The log port: streams, records, positions and the partition key.
+
+``Log`` is the protocol that each log implements (``ingest.log``): ``append`` takes ``Entry`` objects and ``read``
+returns ``Record`` objects. Errors are ``TryAgain``, ``Refused`` and ``PositionLost``. ``partition_of`` maps a
+customer to a partition; ``format_position`` and ``parse_position`` write and read positions as in ``Log-Position``.
+
+The log is the only truth; everything else is a view of it.
+"""
 
 import struct
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +16,10 @@ import msgspec
 
 from meters.errors import LINES_MAX
 
-# Which partition an event belongs to: the one that Kafka's own default would choose for its key.
-#
-# The key is the organization's id, a colon, and the customer: by the name that the organization gave it, or by its id
-# here where it has none. A customer's events stay in one partition and so in their order, whoever writes them: a
-# gateway, or a producer of another kind that sets this key and leaves the choice to its client (``murmur2``, what
-# Java clients do by default; librdkafka calls it ``murmur2_random``).
+# The partition key. The partition is the one that Kafka's default partitioner chooses for the key
+# ``ORGANIZATION_ID:CUSTOMER``, where the customer is the external id, or the id here if there is none. So a
+# customer's events stay in one partition, in order, whether a gateway or another Kafka producer writes them.
+# ``murmur2`` is the hash of Java clients; librdkafka calls it ``murmur2_random``.
 
 SEED, MULTIPLIER = 0x9747B28C, 0x5BD1E995
 WORD, POSITIVE = 0xFFFFFFFF, 0x7FFFFFFF
@@ -81,21 +86,17 @@ def _end(digest: int, data: bytes) -> int:
     return digest ^ digest >> 15
 
 
-# What a log promises.
+# Promises of a log. Stream ``usage.events`` holds facts from producers, ``usage.control`` decisions of the operator.
+# Partitions may be added, never removed; records are numbered from 0, without gaps unless the log allows holes.
 #
-# The log is the only truth; everything else is a view of it. It has two streams: ``usage.events`` holds facts
-# from producers, ``usage.control`` holds decisions of the operator. Partitions of a stream may be added, never
-# removed; the records of each are numbered from 0, without gaps unless the log allows holes. Two promises carry the
-# whole system:
+# * ``append`` returns only when the records would survive the death of every process (and, for the embedded log, a
+#   loss of power). After an error the records may or may not have been written: the caller answers "try again", and
+#   the identity of the events makes the retry harmless.
+# * ``read`` returns consecutive records from the requested position and never skips a record silently. If the next
+#   record cannot be read (retention removed it, the stream was replaced), it raises ``PositionLost``.
 #
-# * ``append`` returns only when the records would survive the death of every process (and, for the embedded
-#   log, the loss of power). What it raises for may or may not have been written: the caller answers "try
-#   again", and the identity of the events makes the repetition harmless.
-# * ``read`` returns consecutive records from the position asked for, and never skips one unnoticed. Where the
-#   next record cannot be had (retention removed it, the stream was replaced) it raises ``PositionLost``.
-#
-# A position is always the offset of the *next* record: after offset 7 the position is 8.
-# Times are microseconds since 1970 UTC, and a record's time is the time of its ingestion, never an event's own.
+# A position is the offset of the *next* record: after offset 7 the position is 8. Times are microseconds since 1970
+# UTC; a record's time is its time of ingestion, never an event's own.
 
 USAGE_EVENTS = "usage.events"
 USAGE_CONTROL = "usage.control"
@@ -270,11 +271,9 @@ class Log(Protocol):
         ...
 
 
-# How far a reader of the feed has come: in each partition of the log, before which line of which record.
-#
-# Written as ``partition:offset:line``, comma separated, like ``Log-Position`` with a line more. Half-open: everything
-# before the place has been read. It speaks of the log and not of the store, so it stays true when the store is made
-# anew.
+# Positions of the feed: for each partition, the record and the line before which everything has been read. Written as
+# ``partition:offset:line``, comma separated. A feed position refers to the log and not to the store, so it stays
+# valid after a rebuild.
 
 FeedPlace = tuple[int, int]
 """Offset of a record in its partition, and a line of it; in the order in which the log has them."""

@@ -1,4 +1,9 @@
-"""Meters and the quantities they measure: the reference implementation."""
+"""Meters and the quantities they measure: the reference implementation.
+
+``Meter`` says which events count (a filter) and how they are aggregated. ``new_meter`` and ``updated_meter`` turn a
+request into a meter or complaints. ``quantities`` computes the series and the total of a meter over events; every
+engine is tested against it. ``parse_metadata`` checks the metadata of meters and customers.
+"""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +20,7 @@ from meters.event_values import Facts, text_of
 from meters.filters import Filter, matches, parse_filter
 from meters.timestamps import Interval, bucket, series
 
-# The metadata of meters and customers, which is theirs to show and never counts.
+# Metadata of meters and customers: shown to their owner, never used for counting.
 
 KEYS_MAX = 50
 """Keys of a resource's metadata (Polar's limit)."""
@@ -59,10 +64,8 @@ def _length_complaints(text: str, length_max: int, loc: Loc) -> list[Detail]:
     return []
 
 
-# The meter: which events count, and what is made of them.
-#
-# A meter belongs to an organization and is never deleted, only archived. Its unit is for display and changes no
-# number. What it counts may change as well, since nothing bills here, so that a change rewrites no invoice.
+# The meter. A meter belongs to an organization and is never deleted, only archived. Its unit is for display. Filter
+# and aggregation may change, because no invoices are made here.
 
 Unit = Literal["scalar", "token", "custom"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -218,15 +221,13 @@ _PARSERS: dict[str, Any] = {
 }
 
 
-# The answer to "how much, by when": the reference that every engine is tested against.
-#
-# For each point of the series the meter's aggregation over the whole bucket of that point. The total of count and sum
-# is the sum of the quantities; of min and max the least and greatest over buckets that have events (the 0 shown for
-# an empty bucket never wins); of avg and unique one aggregate over the events of the buckets shown. In this the last
-# differs from Polar, whose total reads every event there ever was.
+# Quantities. Each point of a series has the aggregation over its whole bucket. The total of count and sum is the sum
+# of the quantities; of min and max the least and greatest over buckets that have events (the 0 of an empty bucket
+# never wins); of avg and unique one aggregate over the events of the buckets shown. Polar differs in the last: its
+# total reads all events ever stored.
 #
 # With a function per customer, each bucket first aggregates by customer and then applies that function to the
-# results. Totals follow the same rules, save that avg and unique totals do not know customers.
+# results. Totals follow the same rules, except that avg and unique totals ignore customers.
 
 class Quantity(msgspec.Struct, frozen=True):
     """What was used in the bucket that holds ``timestamp``."""

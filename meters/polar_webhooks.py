@@ -1,4 +1,10 @@
-"""Polar's webhook payloads, read as facts."""
+"""Polar's webhook payloads, read as facts and decisions.
+
+``read`` turns a payload into ``News``: the decisions to write (facts of ``meters.catalogue.polar_facts``; changes of
+customers, benefits, grants and subscriptions) and the customers that the payload concerns. It raises ``Unreadable``
+for a payload of another form. ``meter_of`` and ``meters_here`` map Polar's meters to meters here. Types that concern
+neither usage nor credits are skipped.
+"""
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -22,10 +28,8 @@ from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, 
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.meter import Meter
 
-# Which meter here is which of Polar's.
-#
-# What Polar told is kept under Polar's id of the meter: which one it is here may be said later, and may change. So
-# whoever shows what was told, or acts on it, asks here each time.
+# Mapping of meters. What Polar stated is stored under Polar's id of the meter, because the mapping to a meter here
+# may be set later, and may change. So every reader applies the mapping when it reads.
 
 METER_KEY = "polar_meter_id"
 """The key of a meter's metadata that says which of Polar's meters it is, where its id is another one."""
@@ -53,12 +57,9 @@ def here(catalogue: Catalogue, thing: BenefitOrGrant) -> BenefitOrGrant:
     return replace(thing, **{name: known[0]}) if known else thing
 
 
-# Polar's webhooks, read: which facts they add, and which customers, benefits, grants and subscriptions they change.
-#
-# A customer of Polar's is the customer here that has its id, or else its external id; where there is none, one is
-# made with Polar's id, and turns out to be another one when it gets the external id of that. A deletion goes by the
-# id alone. A thing's newest state wins (``meters.catalogue.polar_facts``), and that it was deleted is the newest of
-# all. Types that say nothing about usage or credits are no business of this product and are passed over.
+# Payloads. A customer of Polar's is the customer here with its id, or else with its external id. If there is none,
+# one is created with Polar's id; when that customer later gets an external id that exists here, both are merged.
+# Deletions go by id alone. The newest state of an object wins, and a deletion is newer than every state.
 
 T = TypeVar("T")
 

@@ -1,4 +1,9 @@
-"""Timestamps and calendar buckets."""
+"""Timestamps as senders write them, and calendar buckets.
+
+``parse_timestamp`` reads the timestamp of an event. ``series`` returns the points of an answer over a range,
+``bucket`` the calendar unit (hour, day, week, month, year) around an instant; both work in a time zone and return
+UTC. ``microseconds_of`` and ``instant_of`` convert.
+"""
 
 import re
 from calendar import monthrange
@@ -11,11 +16,9 @@ from zoneinfo import ZoneInfo, available_timezones
 from meters.errors import Reason
 from meters.exact import EXACT, Token
 
-# When an event happened, as senders write it.
-#
-# ISO 8601 with an offset, or seconds since 1970 as a number or in text; a number beyond 20 thousand million is
-# milliseconds (the year 2603 in the one reading, 1970 in the other). These are pydantic's rules, which Polar's
-# senders rely on. Whatever is finer than a microsecond is cut, never rounded into the future.
+# Timestamps. ISO 8601 with an offset, or seconds since 1970 as a number or text; a number above 20 thousand million
+# is milliseconds (the year 2603 in seconds, 1970 in milliseconds). These are pydantic's rules, on which Polar's
+# senders rely. Digits below a microsecond are cut, never rounded into the future.
 
 WATERSHED = Decimal(20_000_000_000)
 """Beyond this a number counts milliseconds."""
@@ -89,16 +92,14 @@ def _offset(text: str) -> timedelta:
     return timezone(offset if text[0] == "+" else -offset).utcoffset(None)
 
 
-# Calendar windows, half-open and in UTC.
+# Calendar, half-open and in UTC. A *bucket* is one calendar unit of a time zone (weeks begin on Monday); every
+# instant lies in exactly one, also where clocks are set back or forward. A *series* is the start and one interval
+# after another up to and including the end. A point is not cut to its bucket; it stands for the whole bucket that
+# contains it.
 #
-# Usage is shown by the hour, day, week (from Monday), month or year of a time zone. A *bucket* is one such calendar
-# unit: every instant lies in exactly one, also where clocks are set back or forward. A *series* are the points of an
-# answer: the start, and one interval after another up to and including the end. A point is not cut to its bucket; it
-# stands for the whole bucket that it lies in.
-#
-# Steps of a day and more keep the time of day on the local clock. A local time that the clock skips is read with the
-# offset before the change, one that it shows twice with the offset after it, as PostgreSQL does; a step starts from
-# the point before it, so a series that had to yield (31 January, 29 February) stays where it is (29 March).
+# Steps of a day and more keep the local time of day. A local time that the clock skips is read with the offset before
+# the change, one that it shows twice with the offset after it, as PostgreSQL does. A step starts from the point
+# before it, so a series that had to move (31 January, 29 February) stays there (29 March).
 
 class Interval(StrEnum):
     """The calendar units that usage is shown by. A week begins on Monday."""

@@ -1,4 +1,9 @@
-"""Webhook endpoints, event types, thresholds and signatures."""
+"""Webhook endpoints, event types, thresholds and signatures.
+
+``Webhooks`` folds the decisions about endpoints (which receive webhooks), sources (whose webhooks are received) and
+thresholds. ``signature`` signs a body and ``is_signed`` checks one, by Standard Webhooks. An ``Endpoint`` receives
+changes of a customer's state, or thresholds of meters that were reached.
+"""
 
 import contextlib
 import hmac
@@ -14,11 +19,10 @@ import msgspec
 
 from meters.exact import EXACT
 
-# Signatures of webhooks, as Standard Webhooks writes them, with both readings of a secret.
-#
-# The signed text is ``id.timestamp.body``. The standard's key is the secret without ``whsec_``, decoded from base64;
-# Polar's is the UTF-8 of the whole secret as its dashboard shows it. Both are in use, so what comes in may be signed
-# with either. The body is the bytes as they arrived: a body that was parsed and written again has another signature.
+# Signatures. The signed text is ``id.timestamp.body``. The standard's key is the secret without ``whsec_``, decoded
+# from base64; Polar's key is the UTF-8 of the whole secret as its dashboard shows it. Both are in use, so an incoming
+# webhook may be signed with either. The body is the received bytes: a body that was parsed and written again has
+# another signature.
 
 PREFIX = "whsec_"
 TOLERANCE_S = 300
@@ -84,14 +88,11 @@ def is_signed(secret: str, headers: Mapping[str, str], body: bytes) -> bool:
     return any(matches)
 
 
-# Whom to tell, and of what: endpoints, thresholds, and the senders that are listened to.
+# Endpoints, sources and thresholds. A threshold is reached once each time it is crossed, and once in each cycle (from
+# one reset to the next). Reaching it is a decision in the log, so a rebuilt store does not report it again. For the
+# same reason the log has, for each endpoint, the log position up to which everything was delivered.
 #
-# An endpoint hears that a customer's state changed, or that a threshold of a meter was reached. A threshold is
-# reached once each time it is crossed and once in each cycle (from one reset to the next): what was reached is a
-# decision like any other, so that a store made anew from the log does not tell it again. For the same reason the log
-# knows up to which of its own positions each endpoint was told everything.
-#
-# Secrets have to be kept to sign with; they show themselves to nobody else, not even in an error's text.
+# Secrets must be stored to sign with; nothing shows them, not even an error's text.
 
 EventType = Literal["customer.state_changed", "meter.threshold_reached"]
 """What an endpoint can be told of."""

@@ -1,4 +1,15 @@
-"""Group commit for requests: bodies of one event-loop turn are validated, appended and answered together."""
+"""Group commit for requests: bodies that arrive together are validated, appended and answered together.
+
+* ``read_preferences``, ``Opened`` and ``Asked`` describe a request with events; ``accepted`` and ``unprocessable``
+  make its answer.
+* ``Turns`` runs the checks of bodies one by one, and lets the event loop serve its sockets in between.
+* ``Batching`` collects ordinary bodies of one organization and validates them in one call.
+* ``Gather`` collects log entries for each partition while an append to it is under way, and appends them as common
+  records. It resolves each request when the appends of its own lines have returned.
+
+One small request costs Python more than its event, and a record costs the log and its readers something whatever its
+size. Nothing of one request shows in another's answer, and a request that comes alone does not wait.
+"""
 
 import asyncio
 import functools

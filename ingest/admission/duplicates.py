@@ -1,8 +1,9 @@
-"""What the gateway remembers of the events it has just acknowledged.
+"""Recent identities: recognize events that this process has just acknowledged.
 
-A courtesy to clients that repeat a request: the answer can say "duplicate" and, where the bytes differ, "conflict".
-It is a memory of this process alone, limited in size and keyed by 64 bits. Nothing is decided here: every event goes to
-the log whatever this says, and the store, which knows every identity there ever was, counts each once.
+``RecentIdentities`` returns a ``Verdict`` for each event, so that the answer to a repeated request can say
+"duplicate" or, if the bytes differ, "conflict". The memory belongs to one process, is bounded, and is keyed by 64-bit
+hashes (``Fingerprints``). The verdict is information only: every event goes to the log, and the store, which knows
+every identity, counts each event once.
 """
 
 import os

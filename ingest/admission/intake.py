@@ -1,4 +1,13 @@
-"""Ingest one request body: unpack, validate, append, answer."""
+"""Ingest one request body: unpack, validate, append, answer.
+
+``Intake`` receives a request (``Asked``) with its whole body. It unpacks the body, validates it
+(``ingest.admission.validate``), makes an entry for each partition (``ingest.admission.partitioner``), appends through
+``ingest.admission.batching`` and answers after the append returned. ``Quick`` loads the compiled loops
+(``ingest.admission.kernels``) in a thread once there is enough traffic to pay for them.
+
+Small bodies are handled in the event-loop turn in which they are complete, without a task. Tasks are for large and
+packed bodies, which are validated in a thread, and for customers that the catalogue does not know yet.
+"""
 
 import asyncio
 import functools

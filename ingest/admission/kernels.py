@@ -1,4 +1,13 @@
-"""Compiled loops of admission: the fast reader, the partitioner and the table of recent identities."""
+"""Compiled loops of admission: the fast reader, the partitioner and the table of recent identities.
+
+* ``read`` checks ordinary bodies, cuts them into lines and hashes the lines, without a Python object for each event.
+* ``spread`` distributes the lines over partitions, by the same hash as ``meters.log``.
+* ``Table`` holds the hashes of recent events for ``ingest.admission.duplicates``.
+
+``read`` accepts only ordinary events and stops at the first body that has another one; ``ingest.admission.validate``
+reads that body. Numba compiles the module at its first import: ``ingest.admission.intake`` imports it in a thread
+(see ``meters.compiled``).
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""From a request's lines to one record for each partition that they belong to.
+"""Make the log entries of a request: one for each partition that its lines belong to.
 
-Where there is one partition nothing is looked at. Lines that compiled loops read are spread by them, too
-(``ingest.admission.kernels``). Of others the customers are those that admission parsed, or are read from all lines in
-one call, and a customer's partition is computed once and remembered, because the hash of Kafka costs Python more than
-everything else that is done to an event.
+``Spread.entries`` looks up the partition of each line's customer. With one partition nothing is looked up. Lines that
+the compiled loops read come with their partitions (``ingest.admission.kernels``). For the other lines the customer is
+the one that validation parsed, or is read from all lines in one call. A customer's partition is remembered, because
+Kafka's hash is the most expensive step for an event in Python.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,16 @@
-"""Validate a request body: bytes in, log lines or refusals out. No I/O and no clock."""
+"""Validate a request body: bytes in, log lines or refusals out. No I/O and no clock.
+
+``admit`` returns ``Admitted`` (lines for the log) or ``RefusedBody`` (errors in Polar's words). ``admit_quickly``
+gives up when too many events need the full parser; ``admit_together`` validates ordinary bodies of several requests
+at once.
+
+There are three ways to read an event, from fast to complete: compiled loops (``ingest.admission.kernels``), one typed
+pass over the whole body (``read_plain``, ``find_suspects``), and the full parser ``meters.event``. Each fast way
+accepts only what the full parser would accept, and only the full parser refuses.
+
+Accepted bytes are passed on as they were sent, with two exceptions: a raw newline becomes a space, because a line is
+an event; an event without external id gets one as its last key, because events are deduplicated by their identity.
+"""
 
 import itertools
 import re

@@ -1,4 +1,13 @@
-"""The gateway's ASGI application: routes, framing, health, and POST /v1/events/ingest."""
+"""The gateway's ASGI application: routes, framing, health, metrics and POST /v1/events/ingest.
+
+``Gateway`` is the application. It checks the framing of a request first, answers ``/livez``, ``/readyz`` and
+``/metrics`` itself, hands requests with events to ``IngestEndpoint``, and passes everything else to the query API
+(``ingest.gateway.proxy``). It also runs the background tasks and records why one ended. ``IngestEndpoint`` checks
+token, scope, quota, encoding and length, in Polar's order, and then hands the body to ``ingest.admission.intake``.
+
+There is no web framework, because nearly all traffic goes to one route. Ordinary requests with events reach
+``IngestEndpoint`` directly from ``ingest.gateway.connection``.
+"""
 
 import asyncio
 import contextlib
@@ -20,11 +29,6 @@ from ingest.responses import ENCODINGS, JSON, WITH_BODY, Answer, Gone, Message, 
 from meters.catalogue.access import API_VERSION_DEFAULT, Denied, authorize, good_credential, is_good, writing
 from meters.catalogue.catalogue import Token
 from meters.log import USAGE_EVENTS, Log, TryAgain
-
-# ``POST /v1/events/ingest``: who asks, how much, and how it is sent. What is sent is ``ingest.admission.intake``'s.
-#
-# The checks come in Polar's order, each answering for itself: token and scope, the token's quota, the encoding and
-# length of the body; then the body.
 
 SCOPES = writing("events")
 
@@ -113,15 +117,7 @@ def _authorization(headers: Headers) -> str:
     return headers.get(b"authorization", b"").decode("latin-1")
 
 
-# The front door: one ASGI application that takes events itself and passes everything else on.
-#
-# ``POST /v1/events/ingest`` is answered by ``ingest.gateway.app``. Ordinary requests reach it past this module
-# (``ingest.gateway.connection``), the others through here, without a framework between, because events are nearly all
-# of the traffic. ``/livez``, ``/readyz`` and ``/metrics`` speak of this process and are answered here, too. The rest
-# goes to the query API (``ingest.gateway.proxy``).
-#
-# The framing of a request is checked before anything else looks at it: what could be read in two ways is refused and
-# the connection closed.
+# The application. A request whose framing can be read in two ways is refused, and the connection closed.
 
 INGEST = frozenset({"/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest", "/api/v1/events/ingest/"})
 OLD_PREFIX = b"/api/v1/"

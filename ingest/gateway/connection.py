@@ -1,4 +1,16 @@
-"""One HTTP/1.1 connection: uvicorn's protocol with deadlines, header limits and a fast path for ingestion."""
+"""One HTTP/1.1 connection: uvicorn's protocol with deadlines, header limits and a fast path for ingestion.
+
+``GatewayProtocol`` limits request heads, answers what is not HTTP/1.1, and notes since when a client is late, for the
+sweep of ``ingest.gateway.server``. It sends a request one of three ways:
+
+* an ordinary POST of events: an ``Exchange``, which collects the body, calls the endpoint once and writes the answer
+  at once;
+* an ordinary read: ``ingest.gateway.proxy.Relay``;
+* any other request: ASGI (``ingest.gateway.app``).
+
+The fast paths exist because the scope, task and messages of an ASGI request cost as much as checking fifty events.
+All ways end in the same endpoint, with the same answers.
+"""
 
 import asyncio
 import re
@@ -15,16 +27,12 @@ from ingest.gateway.proxy import Relay
 from ingest.limits import CONNECTIONS_MAX, HEAD_BYTES_MAX, PIPELINED_MAX
 from ingest.responses import Answer
 
-# The short way of an ordinary ingest request: from the connection to the endpoint, and one write back.
+# The fast path. It takes a POST of events that has a length and nothing unusual in its head. Other requests, and
+# those of clients that leave answers unread, take the ASGI path, which waits where it must.
 #
-# Nearly every request is a POST of events with a length and without anything unusual in its head. As an ASGI request
-# it costs a scope, a task that wakes for each piece of the body, an event, and two messages on the way back: as much
-# as checking fifty events. Here its pieces are collected as they come, the endpoint is asked once, and the answer is
-# one write. Whatever has more to say in its head takes the ASGI way, and so do requests of clients that leave answers
-# unread, since an answer waits there; both end in the same endpoint, with the same answers.
-#
-# To uvicorn an exchange is the connection's cycle: it asks whether the answer is complete before it starts the next
-# request, and whether to keep the connection. A request that follows before the answer waits in uvicorn's own line.
+# To uvicorn an exchange is the connection's request cycle: uvicorn asks it whether the answer is complete before it
+# starts the next request, and whether to keep the connection. A request that arrives before the answer waits in
+# uvicorn's queue.
 
 URLS = frozenset({b"/v1/events/ingest", b"/v1/events/ingest/"})
 
@@ -146,17 +154,13 @@ class Exchange:
         self._pieces = []
 
 
-# One client's connection: uvicorn's protocol with a clock, a ruler and shorter ways.
-#
-# uvicorn waits for headers for ever, of any size, and calls HTTP/0.9 HTTP. So a request whose head is long or is no
-# HTTP/1.1 is answered and cut here, and what the server's sweep needs to find the late ones is noted on the way; a
-# request pays for that with a few assignments. Ordinary requests do not become ASGI's: those with events are
-# exchanges (``ingest.gateway.connection``), and reads of what memory knows are relayed (``ingest.gateway.proxy``).
+# The protocol. uvicorn alone waits for headers without a time limit, of any size, and accepts HTTP/0.9. A request
+# with a long head, or of another version, is answered and cut here.
 
 KNOWN_TIMES_MAX = 8  # heads of a connection that are remembered: a client whose heads differ gains nothing
 OFFER_BYTES = 4096  # of a head are searched for an offer of HTTP/2
-# Java's client offers HTTP/2 on every first request. The parser would stop for it, before the body; an offer may be
-# declined, so it is made invisible to the parser.
+# Java's client offers HTTP/2 on every first request. The parser would stop at the offer, before the body. A server
+# may decline an offer, so it is hidden from the parser.
 _H2C_OFFER = re.compile(rb"^((?:[^\r\n]+\r\n)+)upgrade:[ \t]*h2c(?=\r\n)", re.IGNORECASE)
 REASONS = {
     400: b"Bad Request",

@@ -1,10 +1,11 @@
-"""Heads of ordinary requests: what must not be in them, and how one is known again without a parser.
+"""The header cache: recognize a connection's previous request head by its bytes.
 
-A client sends the same head with every request, but for the length of the body. To parse it takes a dozen calls from
-the parser into Python, as much as everything else that is done for a request of one event. So a connection remembers
-the bytes of its last ordinary head; what begins with the same bytes, other digits of the length apart, is that head.
-A head is compared with an earlier one of its own connection alone, whose sender knows it, so the time that takes tells
-nobody anything.
+A client sends one head with every request, except for the length of the body, and parsing it takes a dozen calls into
+Python. So a connection keeps the bytes of its last ordinary head as a ``KnownHead``, and ``known_head`` recognizes
+them with another length. ``ordinary_headers`` decides whether a head is ordinary.
+
+A head is compared only with earlier heads of its own connection, whose sender knows them, so the timing reveals
+nothing.
 """
 
 import re

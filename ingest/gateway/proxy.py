@@ -1,4 +1,13 @@
-"""The proxy to the query API: pooled connections, streaming, and a fast relay for reads."""
+"""The proxy to the query API: pooled connections, streaming, and a fast relay for reads.
+
+``Upstream`` keeps connections to the query API in the aggregator, over a unix socket or an http(s) address. It sends
+a whole request, so that a slow client occupies the gateway and not the aggregator, and streams the answer. ``Relay``
+forwards ordinary reads (``meters.fast_paths``) without ASGI: one write to the query API, one write to the client.
+
+While the aggregator is away the answer is 503 with Retry-After: reads wait, ingestion goes on. The HTTP client is
+made for this one hop (no redirects, no cookies, no decoding); ``benchmarks/passthrough.py`` shows what a general
+client costs.
+"""
 
 import asyncio
 import contextlib
@@ -24,15 +33,7 @@ from ingest.limits import (
 from ingest.responses import WITH_BODY, Answer, Headers, Message, Send, send_answer
 from meters.fast_paths import FAST_PATHS
 
-# Everything but ingestion, passed on to the query API.
-#
-# The query API lives in the aggregator, behind a unix socket (or an address of http or https). A request goes there
-# whole, so that a slow client occupies the gateway and not the aggregator; the answer comes back in pieces as they
-# arrive. Headers that concern one connection only are left out. While the aggregator is away the answer is 503 with
-# Retry-After: reads wait, events are taken all the same.
-#
-# The client is made for this one hop: HTTP/1.1 over a few kept connections, parsed as the server parses, no
-# redirects, no cookies, no content decoding. ``benchmarks/passthrough.py`` shows what a general client costs instead.
+# Connections to the query API, and requests passed on through ASGI.
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -398,18 +399,13 @@ async def _stream(connection: Connection, method: str, send: Send) -> None:
         await send({"type": "http.response.body", "body": await connection.piece(), "more_body": more})
 
 
-# The short way of an ordinary read: from the connection to the query API and back, and one write for each.
+# The relay. Applications read balances very often, and as an ASGI request such a read costs a task, a dozen
+# coroutines and three messages.
 #
-# Balances are asked for before nearly everything that an application does. As an ASGI request one costs a task, a
-# dozen coroutines and three messages, twice what the query API needs to find the answer. Here the request is written
-# to a kept connection of ``ingest.gateway.proxy``, and the answer, once it is whole, to the client, in the turn in
-# which it arrives.
-#
-# Only reads take it that the query API answers from memory (``meters.fast_paths``), with nothing unusual in their
-# heads, while few of them are out. Whatever comes of one but a whole answer of ordinary size, the ASGI way asks
-# again, which may be done because it is a read: how long to wait, what to say of an API that is away, and streams are
-# decided there alone. So is how many questions one organization may have out, and how many in a minute: where the
-# latter is limited nothing is relayed.
+# Only reads with nothing unusual in their heads are relayed, and only while few of them are out. On any outcome other
+# than a complete, ordinary response, the request is retried through ASGI, which is safe for a read. Only the ASGI
+# path decides how long to wait, what to answer when the API is away, how to stream, and how many requests an
+# organization may have out or make in a minute. With a limit per minute, nothing is relayed.
 
 _UNUSUAL = frozenset({b"content-length", b"prefer", b"log-position"})  # which have to be read, or waited for
 _WITHOUT_BODY = frozenset({204, 304})

@@ -1,8 +1,9 @@
-"""The socket side: uvicorn with its fast parser, and a clock for the clients that it would wait for.
+"""The gateway's server: uvicorn with its fast parser, and deadlines for slow clients.
 
-Its connections are of ``ingest.gateway.connection``, which notes since when each has been late: with a head, with a
-body, with reading its answer. One sweep a second looks at all of them and cuts those that were late for too long;
-beyond a number of connections a new one is told to come back.
+``run`` serves the application on the given sockets with ``GatewayServer``, whose connections are
+``ingest.gateway.connection.GatewayProtocol``. Once a second a sweep looks at all connections and cuts those that are
+late with a head, with a body, or with reading an answer. Beyond a number of connections, new ones are told to come
+back later.
 """
 
 import asyncio
@@ -21,8 +22,9 @@ from ingest.gateway.proxy import Relay
 from ingest.limits import CONNECTIONS_MAX, HEAD_DEADLINE_S, IDLE_DEADLINE_S, SHUTDOWN_DEADLINE_S, WRITE_DEADLINE_S
 from meters.log import Log
 
-# The log's thread wants the interpreter several times for each commit, and its turn comes no sooner: with Python's own
-# 5 ms an answer in a hundred took 18 to 24 ms beside 50,000 events/s, with this 11 to 16 (three turns).
+# The log's thread needs the interpreter lock several times for each commit, and gets it only at the end of a switch
+# interval. Beside 50,000 events/s the slowest percent of answers took 18 to 24 ms with Python's 5 ms, and 11 to 16
+# with this.
 SWITCH_INTERVAL_S = 0.0005
 SWEEP_TICKS = 10  # uvicorn ticks ten times a second
 DESCRIPTORS_SPARE = 256  # for the log, the query API, and what Python opens

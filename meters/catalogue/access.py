@@ -1,4 +1,10 @@
-"""Access: scopes, authorization, and references to known customers and organizations."""
+"""Access: scopes, authorization, and references to customers and organizations.
+
+``authorize`` checks an organization's token and scope, ``authorize_customer`` a session of the customer portal. Both
+look the credential up in the ``Catalogue``, and return ``Denied``, with Polar's answer, if access is not allowed.
+``reference_refusals`` returns a refusal for each customer, member or organization id in an event that does not exist.
+The gateway and the query API use this module.
+"""
 
 import hmac
 from datetime import datetime
@@ -10,11 +16,9 @@ from meters.catalogue.catalogue import Catalogue, CustomerSession, Token
 from meters.errors import Reason, Refusal
 from meters.event import Event
 
-# Who may do what.
-#
-# A credential is an organization's token with scopes, sent as ``Authorization: Bearer ...``. Only the SHA-256 of a
-# token is ever kept or compared, and it is found by its digest: how long an answer takes says nothing about how much
-# of a guess was right. Answers are Polar's, headers and all, so that its clients raise the errors they know.
+# Authorization. A credential is sent as ``Authorization: Bearer ...``. Only the SHA-256 of a token is stored and
+# looked up, so the time of an answer reveals nothing about how much of a guess was right. Refusals equal Polar's,
+# headers included, so that Polar's clients raise the errors they know.
 
 TOKEN_PREFIX = "polar_oat_"  # noqa: S105 - a prefix, not a secret
 """How every token begins, because Polar's clients look at it."""
@@ -144,12 +148,10 @@ def _denied(status: int, body: dict[str, str], challenge: str) -> Denied:
 _UNAUTHORIZED = _denied(401, {"error": "Unauthorized", "detail": "Unauthorized"}, _REALM)
 
 
-# Whether what an event names exists: its organization, its customer, its member.
-#
-# This is asked after the event itself was found good, and by whoever holds the catalogue. The gateway takes the
-# tokens of organizations alone, so an event that names one is refused there; that each event names its own, as with
-# the tokens of Polar's users, occurs in the conformance cases only. External customer ids are not asked about: usage
-# may come before the customer, and is theirs once an operator says who they are.
+# References in an event, checked after the event itself was found valid. The gateway accepts organization tokens
+# only, so an event that names an organization is refused there. (Tokens of Polar's users, whose events name their
+# organization, occur in the conformance cases only.) External customer ids are not checked: usage may arrive before
+# the customer is created.
 
 def reference_refusals(
     event: Event, catalogue: Catalogue, *, token_organization_id: str | None, index: int = 0

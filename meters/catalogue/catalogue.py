@@ -1,4 +1,14 @@
-"""The catalogue: organizations, tokens, customers, meters and sessions, folded from decisions."""
+"""The catalogue: organizations, tokens, customers, meters and sessions, folded from decisions.
+
+A decision (``OrganizationCreated``, ``TokenCreated``, ``MeterUpdated``, ...) is one JSON line in the stream
+``usage.control``. ``encode_changes`` writes decisions that belong together as one record of several lines, so that
+all of them are stored or none; ``decode_changes`` reads a record. ``Catalogue.apply`` folds one decision into the
+current state.
+
+A decision carries the whole new state of one thing, so applying it twice changes nothing, and a reader that starts in
+the middle of a repeated part reaches the same state. Unknown types are skipped, so an old process survives the
+decisions of a newer one.
+"""
 
 import heapq
 from collections.abc import Iterable
@@ -18,10 +28,9 @@ from meters.ledger.price import MeterPriced, Prices
 from meters.meter import Meter
 from meters.webhooks import WebhookChange, Webhooks
 
-# Customers at the portal: a credential that shows one customer what is theirs, for an hour.
-#
-# As with an organization's token, only the digest is kept. A session that has expired is forgotten when the next one
-# is made, so there are never many more than the customers who look at their usage within an hour.
+# Sessions of the customer portal: a credential that shows one customer their own data for an hour. Only its digest is
+# stored. Expired sessions are removed when the next one is created, so their number stays near the number of
+# customers who looked at their usage within an hour.
 
 SESSION_PREFIX = "polar_cst_"
 """How every customer's token begins, because Polar's clients look at it."""
@@ -77,14 +86,6 @@ class Sessions:
         session = self._by_digest.get(digest)
         return session if session and now < session.expires_at else None
 
-
-# What operators decided: organizations, tokens, customers and meters.
-#
-# A change is one JSON line in ``usage.control``; what is decided together is one record of several lines, so that all
-# of it is there or nothing. The catalogue is the fold of all changes. A change carries the whole new state of the one
-# thing it is about, so applying it twice is applying it once, and a reader that starts in the middle of a repetition
-# ends in the same state. A reader passes over changes of a type it does not know: an old process survives a newer
-# one's decisions.
 
 class Organization(msgspec.Struct, frozen=True):
     """A tenant. Nothing of one is visible to another."""
@@ -206,7 +207,7 @@ _PlainChange = (
 )
 Change = _MeterChange | _PlainChange
 
-# One decoder for each type: that of the union would look at all of it each time.
+# One decoder for each type: a decoder of the union would compare all types for each line.
 _PLAIN_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     str(kind.__struct_config__.tag): exact.decoder(kind) for kind in get_args(_PlainChange)
 }

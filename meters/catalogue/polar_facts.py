@@ -1,4 +1,12 @@
-"""Facts about a customer that Polar's webhooks state, merged independently of their order."""
+"""Facts about customers that Polar's webhooks state, merged independently of their order.
+
+``meters.polar_webhooks`` reads a delivery into facts (``Known``, ``Linked``, ``Credited``, ``Revoked``) and periods.
+Those that are new are stored in the control stream as one ``DeliveryApplied``. ``Mirror`` merges all facts and
+derives from them the credits and resets (``Wanted``) that the ledger should have for a customer and a meter.
+
+Polar may deliver webhooks late, twice and in any order. So a fact names the version of the object that states it, and
+the result depends on the set of facts alone.
+"""
 
 from collections.abc import Iterable
 from datetime import datetime

@@ -1,0 +1,1 @@
+"""Credits: the ledger and its statement, benefits that grant credits, and prices."""

@@ -1,4 +1,12 @@
-"""Benefits, their grants and their renewals."""
+"""Benefits, their grants to customers, subscriptions and renewals.
+
+A ``meter_credit`` benefit gives units of a meter to every customer it is granted to, again in every cycle.
+``Benefits`` folds the decisions ``BenefitSet``, ``GrantSet`` and ``SubscriptionSet``. ``granted``, ``cycled`` and
+``revoked`` return a ``Step``: the ledger movements that a grant, a renewal or a revocation causes.
+
+Editing a benefit changes what later grants and cycles credit, and nothing that was credited before. Subscriptions are
+decided where the customer pays and mirrored here: they say which meters are paid for, and for which period.
+"""
 
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -10,15 +18,8 @@ from msgspec.structs import replace
 
 from meters.ledger.ledger import Account, Cause, CreditGranted, MeterReset, in_window
 
-# What customers are given for what they pay: benefits, grants of them, and subscriptions.
-#
-# A ``meter_credit`` benefit gives units of a meter to every customer it is granted to, again in every cycle. The
-# grant remembers what it credited last, because that is what is taken back when it is revoked. Editing a benefit
-# changes what later grants and cycles give, and nothing that was given.
-#
-# Subscriptions are decided elsewhere (by whoever takes the money) and mirrored here: they say which meters are paid
-# for and in which period a customer is. What was decided at Polar names meters as Polar does
-# (``meters.polar_webhooks``).
+# State. A grant keeps its last credit, because that is the amount that a revocation takes back. Decisions from Polar
+# use Polar's ids of meters (``meters.polar_webhooks``).
 
 METER_CREDIT: Final = "meter_credit"
 
@@ -187,12 +188,10 @@ def _put(thing: T, held: dict[str, T], by_customer: dict[str, dict[str, None]]) 
     by_customer.setdefault(thing.customer_id, {})[thing.id] = None
 
 
-# What granting, renewing and taking back a benefit does to the ledger (the table of section 6 of Polar's contract).
-#
-# Ids are made of what makes a step the one that it is: the grant of the benefit and the customer, its first credit of
-# nothing else, a renewal's of its time, the credit of a grant that is given again of when it was taken back, and what
-# is taken back of when that was credited. So deciding the same step twice decides it once, also by someone who has
-# not heard of the first time.
+# Ledger movements, by section 6 of Polar's contract. The id of a movement is derived from its cause: a first credit
+# from the grant and the customer; a renewal also from its time; the credit of a repeated grant from the time of the
+# revocation before it; a revocation from the time of the credit that it takes back. So deciding a step twice adds one
+# movement, also when the second decision is made without knowledge of the first.
 
 INSTANT = timedelta(microseconds=1)
 """The least by which one movement is after another: at one time their ids would decide."""

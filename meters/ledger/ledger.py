@@ -1,4 +1,14 @@
-"""The credit ledger: credits, resets and the balance of each account."""
+"""The credit ledger: credits, resets and the balance of each account.
+
+``CreditGranted``, ``MeterReset`` and ``MovementWithdrawn`` are decisions in the control stream. ``Ledger.apply``
+folds them into an ``Account`` for each customer and meter. ``floored`` adds credits up; ``rollover_units`` computes
+what goes on into the next window.
+
+* A reset begins a window. Credits of the newest window are added in order of time; the sum never falls below zero.
+* Usage counts by the time it arrived, whatever its own timestamp. Usage may be negative.
+* The balance is credits less usage; it may be below zero.
+* A balance does not depend on the order in which decisions arrive: movements are ordered by (time, id).
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +24,8 @@ import xxhash
 from meters.event import event_id
 from meters.exact import EXACT
 
-# What the ledger is told: units given to a customer or taken back, and resets after which a meter begins anew.
-#
-# Each is a decision in the control stream with an id of its own, so that being told twice is being told once. Each
-# states the time from which it holds, ``at``, which may be before it was decided (a period ends when it was due, also
-# when the news of it comes later) and by which, with the id to break ties, the ledger orders what it knows. No order
-# of telling changes a balance.
+# Decisions. Each has an id, so applying a decision twice changes nothing, and a time ``at`` from which it holds.
+# ``at`` may be before the time of the decision: a period ends when it was due, also if the news arrives later.
 
 Cause = Literal["grant", "cycle", "revoke", "credit", "rollover"]
 """Why units came or went: a benefit, its renewal, taking back, somebody's decision, what a reset carried over."""
@@ -88,16 +94,8 @@ def revocation_id(credit_id: str) -> str:
     return f"{credit_id}-revoked"
 
 
-# The ledger: what customers were credited, where their meters began anew, and what is left.
-#
-# For one customer and one meter: a reset begins a window. In the newest window, credits are added up in the order of
-# their times and the sum never falls below zero; usage counts by when it arrived, whatever time it states of itself.
-# The balance is what was credited less what was used; it may be below zero, and usage may be negative.
-#
-# The ledger holds credits and resets alone. It is the same whatever the order in which it is told of them, and
-# telling it twice changes nothing: everything is ordered by (time, id). The id of a credit that came from something
-# (a grant, or the credit that is taken back) is made of what it came from: where it was decided at two times, because
-# nobody could tell that it was decided, the earlier one stands.
+# The fold. The id of a movement with a cause (a grant, or a credit that is revoked) is derived from its cause. If a
+# movement was decided at two times, because the first decision was not known, the earlier one stands.
 
 ZERO = Decimal(0)
 

@@ -1,7 +1,8 @@
-"""What usage costs: a price for a unit, credits first, and perhaps a cap.
+"""Prices: what usage costs, with credits used first and an optional cap.
 
-Unit prices are cents with up to 12 decimals, amounts are whole cents. This estimates the running period for whoever
-looks at it; invoices are made elsewhere.
+``Price`` is a price for a unit, ``Prices`` folds the decisions ``MeterPriced``, and ``charge`` computes an amount.
+Unit prices are cents with up to 12 decimals, amounts are whole cents. The result is an estimate of the running
+period; invoices are made elsewhere.
 """
 
 from datetime import datetime

@@ -1,8 +1,9 @@
-"""The statement of an account: every movement of a balance, in order, with its cause and what was left after it.
+"""The statement of an account: every movement of a balance in order, with its cause and the balance after it.
 
-The ledger's credits and resets and the usage of each quarter hour, put together. A credit moves the balance by as much
-as it moves the floored sum; a reset takes away whatever there was; usage moves it by what the meter's value became:
-for a maximum most usage moves nothing. So the movements add up to the balance, always.
+``statement`` merges the ledger's credits and resets with the usage of each quarter hour (``Usage``) into a list of
+``Entry``. A credit moves the balance by as much as it moves the floored sum, a reset removes the whole balance, and
+usage moves it by the change of the meter's value (for a maximum, most usage moves nothing). So the movements always
+add up to the balance.
 """
 
 from collections.abc import Iterable
