@@ -18,6 +18,7 @@ from deploy.errors import USAGE, GiveUp
 from deploy.server.data import DataDirectory, data_directory
 from deploy.settings import Settings, fits_header
 from meters import exact
+from meters.backoff import retry_after_s
 
 # The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on.
 
@@ -26,6 +27,22 @@ ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes second
 BUSY_WAIT_S_MAX = 10.0  # a server that has just begun to listen answers questions a second or two later
 LEFT_OUT = "Field required"  # the server's words
 DETAILS_SHOWN_MAX = 10  # further refusals of one request rarely say something new
+
+
+class Complaint(msgspec.Struct):
+    """What is wrong with one field of a request, in the server's words; ``loc`` is the path to the field."""
+
+    loc: list[str | int]
+    msg: str = ""
+
+    @property
+    def words(self) -> str:
+        """What is wrong, without the kind of error that Polar's words begin with."""
+        return self.msg.removeprefix("Value error, ")
+
+
+class _Refusal(msgspec.Struct):
+    detail: list[Complaint]
 
 
 class Refused(GiveUp):
@@ -146,10 +163,10 @@ class Api:
                 raise self.unreachable(error) from None
             if response.is_success:
                 return response
-            wait = response.headers.get("Retry-After", "")
-            if response.status_code != 503 or not wait.isdecimal() or time.monotonic() + int(wait) > until_s:
+            wait_s = retry_after_s(response.headers.get("Retry-After"), time.time_ns() // 1000)
+            if response.status_code != 503 or wait_s is None or time.monotonic() + wait_s > until_s:
                 raise refused(response)
-            time.sleep(int(wait))
+            time.sleep(wait_s)
 
     def get(self, path: str, **params: Any) -> Any:
         """The answer's JSON, its decimals exact. Raises GiveUp."""
@@ -217,7 +234,8 @@ def refused(response: httpx.Response) -> GiveUp:
         case 404:
             return Missing(f"not found: {response.request.url.path}")
         case 422:
-            return Refused(_complaints(response), _first_line(response))
+            found = [(".".join(map(str, one.loc[1:])), one.words) for one in complaints(response)]
+            return Refused(found, _first_line(response))
         case 429:
             wait = response.headers.get("Retry-After", "a few")
             return GiveUp(f"this token's requests are limited; there is room again in {wait} s")
@@ -228,18 +246,12 @@ def refused(response: httpx.Response) -> GiveUp:
             return GiveUp(f"the server answered {status}: {_first_line(response)}")
 
 
-def _complaints(response: httpx.Response) -> list[tuple[str, str]]:
-    """The refusals of a 422: the field, and what is wrong with it."""
+def complaints(response: httpx.Response) -> list[Complaint]:
+    """Return the complaints of a 422; none where the answer cannot be read."""
     try:
-        entries = response.json()["detail"]
-        return [(".".join(map(str, entry["loc"][1:])), words_of(entry["msg"])) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return msgspec.json.decode(response.content, type=_Refusal).detail
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return []
-
-
-def words_of(message: str) -> str:
-    """What is wrong, without the kind of error that Polar's words begin with."""
-    return message.removeprefix("Value error, ")
 
 
 def _first_line(response: httpx.Response) -> str:

@@ -3,17 +3,17 @@
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import httpx
 import msgspec
 
-from deploy.client import Api, refused, words_of
+from deploy.client import Api, complaints, refused
 from deploy.console import note
 from deploy.errors import GiveUp
 from ingest.limits import BODY_BYTES_MAX
 from meters import exact
+from meters.backoff import Backoff, retry_after_s
 from meters.log import format_position, parse_position
 
 # Events on their way to a gateway: batches, retries, and refusals with the number of the line they came from.
@@ -28,8 +28,7 @@ BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
 BATCH_BYTES_MAX = 4 * 1024 * 1024  # well below the 10 MiB that a gateway takes
 EVENT_BYTES_MAX = BODY_BYTES_MAX - 1024  # alone in a request, with an id that it was given
 PATIENCE_S = 120.0  # outlasts a restart of the server; longer is for the person to decide
-FIRST_PAUSE_S = 0.25
-PAUSE_S_MAX = 10.0
+BACKOFF = Backoff(0.25, 10.0, jitter=(1.0, 1.0))  # one command of one person has nobody to come back together with
 BUSY = (429, 500, 502, 503, 504)  # another attempt may succeed; the ids make it harmless
 
 
@@ -104,23 +103,27 @@ def _send_batch(api: Api, batch: list[Line], delivery: Delivery) -> None:
             for partition, end in (parse_position(response.headers.get("Log-Position", "")) or {}).items():
                 delivery.records.setdefault(partition, array("q")).append(end - 1)
             return
-        faults = _faults(response)
+        faults = refused_events(response)
         if not faults:
             raise refused(response)
         delivery.problems += [Problem(batch[index].number, message) for index, message in sorted(faults.items())]
         batch = [line for index, line in enumerate(batch) if index not in faults]
 
 
-def _faults(response: httpx.Response) -> dict[int, str]:
-    """The refused events of a 422 by their place in the batch, each with its first reason."""
-    from ingest.client.transport import Refused, read_answer  # brings the whole client, which few batches need
+def refused_events(response: httpx.Response) -> dict[int, str]:
+    """Return the events that a 422 names, by their place in the batch, each with its first reason.
 
-    outcome = read_answer(response.status_code, response.headers, response.content, datetime.now(UTC))
+    The client library reads a refusal alike (``ingest/client/transport.py``); a table test compares the two.
+    """
     faults: dict[int, str] = {}
-    for index, detail in outcome.details.items() if isinstance(outcome, Refused) else ():
-        # Polar names the variant of an event that it tried, which nobody wrote.
-        field = ".".join(str(part) for part in detail.loc[3:] if not str(part).startswith("EventCreate"))
-        faults[index] = ": ".join(filter(None, (field, words_of(detail.msg))))
+    for one in complaints(response) if response.status_code == 422 else ():
+        match one.loc:
+            case [_, "events", int(index), *path]:
+                # Polar names the variant of an event that it tried, which nobody wrote.
+                field = ".".join(str(part) for part in path if not str(part).startswith("EventCreate"))
+                faults.setdefault(index, ": ".join(filter(None, (field, one.words))))
+            case _:
+                return {}  # something else is wrong, too: no index can be trusted
     return faults
 
 
@@ -128,8 +131,10 @@ def _persist(api: Api, batch: list[Line], delivery: Delivery) -> httpx.Response:
     """Send one body until somebody answers for it. A server that was never there is not waited for."""
     body = b'{"events":[' + b",".join(line.event for line in batch) + b"]}"
     deadline = time.monotonic() + PATIENCE_S
-    pause_s = FIRST_PAUSE_S
+    failures = 0
     while True:
+        failures += 1
+        pause_s = BACKOFF.pause_s(failures, 0.0)
         try:
             response = _sent(api, body, batch[-1].number, delivery)
             if response.status_code not in BUSY:
@@ -146,7 +151,6 @@ def _persist(api: Api, batch: list[Line], delivery: Delivery) -> httpx.Response:
             note(f"{trouble}; trying again for {PATIENCE_S:.0f} s")
             delivery.is_told = True
         time.sleep(pause_s)
-        pause_s = min(pause_s * 2, PAUSE_S_MAX)
 
 
 def _sent(api: Api, body: bytes, line: int, delivery: Delivery) -> httpx.Response:
@@ -163,8 +167,9 @@ def _sent(api: Api, body: bytes, line: int, delivery: Delivery) -> httpx.Respons
 
 
 def _asked_pause(response: httpx.Response, pause_s: float) -> float:
-    asked = response.headers.get("Retry-After", "")
-    return max(min(float(asked), PAUSE_S_MAX), FIRST_PAUSE_S) if asked.isdigit() else pause_s
+    """The server's wish, within the bounds of a person's patience; without one, ``pause_s``."""
+    asked_s = retry_after_s(response.headers.get("Retry-After"), time.time_ns() // 1000)
+    return pause_s if asked_s is None else max(min(asked_s, BACKOFF.longest_s), BACKOFF.first_s)
 
 
 # Which events of a delivery have an external_id that was taken with other content.

@@ -36,16 +36,9 @@ from aggregator.forward.planner import (
     probing,
     take,
 )
-from aggregator.forward.polar_client import (
-    BODY_BYTES_MAX,
-    RETRY_AFTER_MAX_S,
-    Circuit,
-    NoAnswer,
-    Upstream,
-    jitter,
-    retry_after_s,
-)
+from aggregator.forward.polar_client import BODY_BYTES_MAX, Circuit, NoAnswer, Upstream, jitter
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
+from meters.backoff import RETRY_AFTER_S_MAX, retry_after_s
 from meters.log import FeedPlace
 
 # Clock skew. Pure: no clock, no files, no network.
@@ -53,6 +46,9 @@ from meters.log import FeedPlace
 # Polar's clock is visible only when Polar rejects a timestamp as in the future. So the assumed skew grows with each
 # rejection and is halved after five minutes without one. If Polar's clock stays behind, this costs an occasional
 # refused request; if it was corrected, events soon stop waiting.
+#
+# The client library (``ingest/client/sender.py``) reads the server's time from the ``Date`` header of a refusal
+# instead. Polar's header is written by a proxy, whose clock is not the one that judges an event's time.
 
 SKEW_FIRST_US = 2_000_000  # assumed when Polar first calls an event's time the future
 SKEW_MAX_US = 600_000_000  # no honest clock is ten minutes behind; what it refuses then is the event's own fault
@@ -136,7 +132,7 @@ BATCH_EVENTS = 2_000  # Polar matches every event with every meter before it ans
 BATCH_EVENTS_MIN = 10  # of a batch that was cut because Polar was too slow for larger ones
 PAGE_EVENTS = 10_000  # read from the feed at once
 IDLE_S = 0.5  # between two looks at a feed that had nothing
-CIRCUIT_US_MAX = int((RETRY_AFTER_MAX_S + 1) * 1e6)  # the longest pause that it makes
+CIRCUIT_US_MAX = int((RETRY_AFTER_S_MAX + 1) * 1e6)  # the longest pause that it makes
 LOOK_S = 1.0  # how soon a wish of an operator is heard
 NOTE_US = 2_000_000  # how often the backlog is counted, at most
 NOTE_SHARE = 20  # and so many times as long as it took last: a filter over a large backlog is work for the store

@@ -7,14 +7,11 @@ failures and computes pauses with jitter. ``meterstream reconcile`` uses this cl
 """
 
 import json
-import math
 import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +20,7 @@ import msgspec
 
 from aggregator.forward.sqlite_errors import transaction
 from meters import exact
+from meters.backoff import Backoff, retry_after_s
 
 # Responses, and lists in pages.
 
@@ -72,7 +70,8 @@ def is_passing(status: int) -> bool:
     return status in (408, 425, 429) or status >= 500
 
 
-# Pace. Time and random numbers are arguments; only ``jitter`` draws one.
+# Pace. Time and random numbers are arguments; only ``jitter`` draws one. Backoff and ``Retry-After`` are in
+# ``meters.backoff``.
 #
 # The window protects the receiver's limit. A request arrives at some time between its start and the end of its
 # response. So it occupies its place from its start until a whole period after its end. Then no window of that length,
@@ -82,7 +81,7 @@ REQUESTS_MAX = 300  # a setting: Polar's production allows 500, or 300 by anothe
 PERIOD_S = 60.0  # Polar counts by the minute
 PAUSE_MIN_S = 0.5  # after a first failure: most are over by then
 PAUSE_MAX_S = 60.0  # an upstream that is away for hours is asked once a minute
-RETRY_AFTER_MAX_S = 600.0  # a longer wait is a mistake at the other end; asking again costs one request
+BACKOFF = Backoff(PAUSE_MIN_S, PAUSE_MAX_S)
 FAILURES_UNTIL_OPEN = 5  # in a row; then one small request probes before the batches go on
 IN_FLIGHT_POLL_US = 20_000  # how soon to look again when every place is taken by a request still under way
 
@@ -100,20 +99,6 @@ def free_in_us(ended_us: Sequence[int | None], now_us: int, requests_max: int, p
     if surplus > len(ended):
         return IN_FLIGHT_POLL_US
     return ended[surplus - 1] + period_us - now_us
-
-
-def retry_after_s(header: str | None, now_us: int) -> float | None:
-    """The seconds of a ``Retry-After`` header, in either of its forms (RFC 9110, 10.2.3); None where there is none."""
-    text = (header or "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(int(text[:9])), RETRY_AFTER_MAX_S)
-    try:
-        instant = parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return None
-    aware = instant if instant.tzinfo else instant.replace(tzinfo=UTC)
-    seconds = (aware - datetime.fromtimestamp(now_us / 1e6, UTC)).total_seconds()
-    return min(max(math.ceil(seconds), 0.0), RETRY_AFTER_MAX_S)
 
 
 class Circuit(msgspec.Struct):
@@ -135,19 +120,13 @@ class Circuit(msgspec.Struct):
     def failed(self, now_us: int, asked_s: float | None, draw: float) -> float:
         """Count a failure; the seconds to wait. ``asked_s`` is the upstream's own wish, ``draw`` of [0, 1) the jitter.
 
-        The pause doubles up to PAUSE_MAX_S and is drawn from its upper half, so that those who failed together do not
-        come back together. A wish is kept as it is, plus a little, for the same reason.
+        A wish replaces the backoff, however long that is, plus a little jitter: Polar counts requests by the minute and
+        knows when there is room. (The client library takes the longer of the two, since it knows no such limit.)
         """
         self.failures += 1
-        pause_s = pause_after(self.failures, draw) if asked_s is None else asked_s + draw * PAUSE_MIN_S
+        pause_s = BACKOFF.pause_s(self.failures, draw) if asked_s is None else asked_s + draw * PAUSE_MIN_S
         self.open_until_us = now_us + int(pause_s * 1e6)
         return pause_s
-
-
-def pause_after(failures: int, draw: float) -> float:
-    """The pause after this many failures in a row (at least 1)."""
-    longest = min(PAUSE_MAX_S, PAUSE_MIN_S * 2.0 ** min(failures - 1, 16))
-    return longest * (0.5 + draw / 2)
 
 
 def jitter() -> float:
@@ -391,7 +370,7 @@ class Upstream:
         self._tell(f"{self.url} answers {answer.status}: {answer.words()}")
         now_us = self.window.clock.now_us()
         wish_s = circuit.failed(now_us, retry_after_s(answer.headers.get("retry-after"), now_us), jitter())
-        return max(wish_s, pause_after(circuit.failures, jitter()))  # wishes of no time would use up the attempts
+        return max(wish_s, BACKOFF.pause_s(circuit.failures, jitter()))  # wishes of no time would use up the attempts
 
     def _tell(self, trouble: str) -> None:
         if self._on_trouble is not None:

@@ -35,6 +35,7 @@ from aggregator.view import Unavailable
 from aggregator.webhooks import targets
 from aggregator.webhooks.messages import messages_of
 from aggregator.webhooks.targets import Crowded, Names, Unresolved
+from meters.backoff import Backoff
 from meters.catalogue.catalogue import Customer
 from meters.log import TryAgain, format_position, parse_position
 from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard, keys, signature
@@ -105,6 +106,7 @@ _LOOK_S = 0.005
 TOLD_KEPT = 100  # positions, a minute apart; an endpoint that is away for longer is settled once it is back
 GONE = 410  # the endpoint says that it is not one any more (Standard Webhooks)
 USER_AGENT = "meterstream-webhooks"
+JITTER = (1.0, 1.1)  # no pause is shorter than the handbook says
 
 logger = structlog.get_logger("aggregator")
 T = TypeVar("T")
@@ -304,8 +306,8 @@ class Sender:
             return message._replace(attempts=number, status="delivered", settled_at=now)
         if number >= self._pace.attempts_max or attempt.status_code == GONE:
             return message._replace(attempts=number, status="failed", settled_at=now)
-        pause_s = self._pace.backoff_s * 2**message.attempts
-        pause_s *= random.uniform(1, 1.1)  # noqa: S311 (endpoints that failed together do not come back together)
+        backoff = Backoff(self._pace.backoff_s, math.inf, JITTER)  # the number of attempts is the bound
+        pause_s = backoff.pause_s(number, random.random())  # noqa: S311 (no secret hangs on it)
         return message._replace(attempts=number, due_at=now + timedelta(seconds=pause_s))
 
     async def _attempt(self, http: httpx.AsyncClient, endpoint: Endpoint, message: Message) -> Attempt | None:

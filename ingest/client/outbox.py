@@ -4,7 +4,7 @@ import heapq
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from threading import get_ident
@@ -20,6 +20,9 @@ from ingest.client.spool import Row, Spool, SpoolBroken
 #
 # The pause doubles with every failed try, is drawn at random so that a thousand clients do not come back at once, and
 # is never shorter than what the server asked for. While it does not work, one request at a time asks whether it does.
+#
+# The backoff is that of the server's packages (``meters/backoff.py``), which this one does not import;
+# ``tests/contracts/test_senders.py`` compares the two.
 
 _DOUBLINGS_MAX = 16  # beyond any longest pause; keeps the power small
 
@@ -27,8 +30,9 @@ _DOUBLINGS_MAX = 16  # beyond any longest pause; keeps the power small
 class Pace:
     """Not for several threads at once: the outbox's lock guards it. Times are seconds of a monotonic clock."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, draw: Callable[[], float] = random.random) -> None:
+        """``draw`` gives random numbers of [0, 1)."""
+        self._limits, self._draw = limits, draw
         self.failures = 0
         self.until_s = 0.0
 
@@ -41,13 +45,13 @@ class Pace:
         if now_s >= self.until_s:
             self.failures += 1
         wished_s = min(retry_after_s or 0.0, self._limits.retry_after_s_max)
-        pause_s = max(self.backoff_s(self.failures), wished_s * random.uniform(1.0, 1.1))  # noqa: S311 (clients that failed together do not come back together)
+        pause_s = max(self.backoff_s(self.failures), wished_s * (1.0 + self._draw() / 10))
         self.until_s = max(self.until_s, now_s + pause_s)
 
     def backoff_s(self, failures: int) -> float:
         """A pause after so many failures."""
-        longest_s = min(self._limits.backoff_s_max, self._limits.backoff_s * 2 ** min(failures - 1, _DOUBLINGS_MAX))
-        return random.uniform(longest_s / 2, longest_s)  # noqa: S311
+        longest_s = min(self._limits.backoff_s_max, self._limits.backoff_s * 2.0 ** min(failures - 1, _DOUBLINGS_MAX))
+        return longest_s * (0.5 + self._draw() / 2)
 
     def allows(self, now_s: float, in_flight: int) -> bool:
         """Whether a request may start."""

@@ -137,7 +137,7 @@ def _ahead_s(headers: Mapping[str, str], now: datetime) -> float:
 def _date(value: str) -> datetime | None:
     try:
         instant = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 

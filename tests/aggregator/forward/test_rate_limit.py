@@ -1,4 +1,4 @@
-"""The request limit as the receiver sees it, and how pauses grow."""
+"""The request limit as the receiver sees it, and the circuit breaker."""
 
 import sqlite3
 from contextlib import closing
@@ -12,15 +12,11 @@ from hypothesis import strategies as st
 from aggregator.forward.polar_client import (
     FAILURES_UNTIL_OPEN,
     IN_FLIGHT_POLL_US,
-    PAUSE_MAX_S,
-    RETRY_AFTER_MAX_S,
     UNDER_WAY_MAX_US,
     Circuit,
     Clock,
     RequestWindow,
     free_in_us,
-    pause_after,
-    retry_after_s,
 )
 from tests.support.faults.small_disk import nothing_written
 
@@ -181,29 +177,6 @@ def test_the_wait_is_until_a_place_is_free(ended_s: list[int | None], expected_u
     """With two places in ten seconds."""
     ended_us = [at if at is None else NOW_US + at * SECOND_US for at in ended_s]
     assert free_in_us(ended_us, NOW_US, 2, 10 * SECOND_US) == expected_us
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        (None, None), ("", None), ("soon", None), ("0", 0.0), ("17", 17.0), ("99999999", RETRY_AFTER_MAX_S),
-        ("Sun, 01 Mar 2026 12:00:30 GMT", 30.0), ("Sun, 01 Mar 2026 11:00:00 GMT", 0.0), ("-5", None), ("1.5", None),
-        ("Mon, 01 Jan 99999999999999 00:00:00 GMT", None),
-    ],
-)  # fmt: skip
-def test_retry_after_has_two_forms(header: str | None, seconds: float | None) -> None:
-    """Seconds or a date; what is neither is as if it were not there, and nobody makes us wait for hours."""
-    assert retry_after_s(header, NOW_US) == seconds
-
-
-def test_pauses_grow_and_are_bounded() -> None:
-    """They double from half a second to a minute, drawn from the upper half."""
-    shortest = [pause_after(failures, 0.0) for failures in range(1, 12)]
-    longest = [pause_after(failures, 0.999_999) for failures in range(1, 12)]
-    assert shortest == sorted(shortest)
-    assert shortest[:3] == [0.25, 0.5, 1.0]
-    assert all(2 * low == pytest.approx(high, rel=1e-3) for low, high in zip(shortest, longest, strict=True))
-    assert PAUSE_MAX_S / 2 == shortest[-1] < longest[-1] < PAUSE_MAX_S
 
 
 def test_the_circuit_opens_after_failures_in_a_row() -> None:
