@@ -1,4 +1,4 @@
-"""How a command ends when it cannot go on: one line for the person, one number for the script that called it."""
+"""Errors of commands: ``GiveUp`` ends a command with one line for the person and an exit code for scripts."""
 
 DONE = 0
 FAILED = 1  # the world said no: no server, no permission, a refused event

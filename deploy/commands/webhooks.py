@@ -1,4 +1,4 @@
-"""``meterstream webhooks``: whom the organization's news are told to, and whose news are taken."""
+"""``meterstream webhooks``: endpoints that receive webhooks, their deliveries, and sources of incoming webhooks."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
