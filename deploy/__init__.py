@@ -1,0 +1,1 @@
+"""Deployment: the command line, the processes and their data directory, reconciliation and the demonstration."""

@@ -1,9 +1,8 @@
-"""The command line: every command hangs here.
+"""The command line: registers every command, and the options that all commands share.
 
-The commands live in deploy/commands, by noun. What a command needs is imported when it runs.
-
-The global options may stand anywhere on the line: ``meterstream usage tokens --output json`` reads naturally, and so
-does the other order.
+The commands are in ``deploy.commands``, a file for each subject; what a command needs is imported when it runs.
+``run`` parses the arguments and calls the command. ``global_options_first`` lets global options such as ``--output``
+stand anywhere on the line: ``meterstream usage tokens --output json`` reads naturally.
 """
 
 import errno

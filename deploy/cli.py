@@ -1,9 +1,9 @@
-"""The console script ``meterstream``: every way to fail becomes one line and an exit code.
+"""The console script ``meterstream``: every failure becomes one line and an exit code.
 
-Commands are parsed by deploy/app.py, which loads all of them to know their options. The processes that should
-be back soon after a crash do not wait for that: ``serve``, ``gateway`` and ``aggregate`` with plain options begin
-here. Whatever is not plain (help, an unknown option, a number that is none) goes to the command line, which knows how
-to say so; the options mean the same either way.
+``main`` maps exceptions to messages and exit codes. It hands most commands to ``deploy.app``, which imports all
+commands to know their options. ``serve``, ``gateway`` and ``aggregate`` with plain options (``plain_options``) start
+here without that, because they should be back soon after a crash. Help, unknown options and invalid values go to
+``deploy.app``; options mean the same on both ways.
 """
 
 import os

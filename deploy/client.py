@@ -1,4 +1,9 @@
-"""The command line's client of the API, and its session."""
+"""The command line's client of the HTTP API, and the session of a command.
+
+``Api`` sends plain requests; a refusal becomes ``Refused`` with one line that a person can act on, an unknown object
+``Missing``. ``Session`` has the settings of a command and shows its answer; ``session`` returns it in a command.
+Other commands of deploy (forwarding, reconciliation) use ``Api`` as well.
+"""
 
 import inspect
 import time
@@ -20,7 +25,7 @@ from deploy.settings import Settings, fits_header
 from meters import exact
 from meters.backoff import retry_after_s
 
-# The command line as a client of the HTTP API: plain requests, and refusals as one line a person can act on.
+# The HTTP client.
 
 CONNECT_TIMEOUT_S = 5.0  # a server on the same network answers sooner or not at all
 ANSWER_TIMEOUT_S = 60.0  # a query over all events of a large store takes seconds, and may wait for another
@@ -263,7 +268,7 @@ def _first_line(response: httpx.Response) -> str:
         return (response.text.strip().splitlines() or [response.reason_phrase])[0][:200]
 
 
-# What every command knows: its settings and how to show its answer.
+# The session.
 
 if TYPE_CHECKING:
     pass

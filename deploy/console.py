@@ -1,4 +1,9 @@
-"""The terminal: tables, CSV, and the values that people type."""
+"""The terminal: how answers are shown, and how typed values are read.
+
+``show``, ``show_table`` and ``show_json`` write answers to stdout as a table, JSON or CSV (``Output``); ``note`` and
+``progress_bar`` write to stderr. ``parse_filter``, ``parse_clause`` and ``parse_instant`` read the values of options.
+Quantities arrive and leave as exact decimals; no number passes through a float.
+"""
 
 import csv
 import json
@@ -17,16 +22,15 @@ from deploy.errors import USAGE, GiveUp
 from meters import exact
 from meters.event import JSON_NUMBER
 
-# What a person types for filters, times and names.
-#
-# Filters are ``--where model=gpt-4 --where 'tokens>=100'``, all of which must hold.
+# Typed values. Filters are ``--where model=gpt-4 --where 'tokens>=100'``; all of them must hold.
 #
 #     =  !=  >  >=  <  <=      compare            ~  !~      contains, does not contain
 #
-# A value that reads as a number, true or false is one; quotes make it a text (``--where 'zip="00123"'``). Zeros in
-# front make it one, too; what is a number for people alone (``+5``, ``5.``) is neither.
+# A value that reads as a JSON number, true or false has that type. Quotes make it text (``--where 'zip="00123"'``),
+# and so do leading zeros. Numbers in other notations (``+5``, ``5.``) are refused, because it is unclear what is
+# meant.
 #
-# Times are ISO 8601, in UTC (or another zone) where they do not say. A name may mean several things.
+# Times are ISO 8601, in UTC unless they state a zone. One name may refer to several objects.
 
 OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte", "~": "like", "!~": "not_like"}
 CLAUSE = re.compile(r"\s*(?P<property>[^=!<>~]+?)\s*(?P<operator>!=|>=|<=|!~|=|>|<|~)\s*(?P<value>.*?)\s*", re.DOTALL)
@@ -96,11 +100,7 @@ def _value(text: str, operator: str) -> str | bool | int | Decimal:
     return text
 
 
-# How answers are shown: a table for a person, JSON or CSV for a program; and how far a long command is.
-#
-# Answers go to stdout, everything else to stderr.
-#
-# Quantities arrive and leave as exact decimals; no number passes through a float on its way to the screen.
+# Output.
 
 CHART_WIDTH_MAX = 100  # columns of a table with bars: wider ones say no more
 ASCII_BAR = 40  # columns of the longest bar where there are no blocks to draw it with

@@ -1,4 +1,9 @@
-"""The demonstration: a trace of model calls, metered and recounted."""
+"""The demonstration ``meterstream demo``: a trace of model calls, metered and recounted.
+
+``run`` starts a server on a free port with an empty data directory, creates three meters, sends the trace over HTTP
+in small bodies, and asks for usage. ``recount`` adds the trace up with none of the product's code, and ``compare``
+checks every total. The demonstration prints no total that it has not compared.
+"""
 
 import csv
 import itertools
@@ -29,19 +34,17 @@ from meters import exact
 from meters.log import format_position, parse_position
 from meters.timestamps import END_MAX, RANGE_DAYS_MAX, START_MIN, Interval
 
-# The demonstration's workload: LLM requests as they were, given to customers and priced by a stated rule.
-#
-# The trace is a CSV file with one row per request: TIMESTAMP (UTC where it says no offset, 100 ns digits),
-# ContextTokens, GeneratedTokens, as in the Azure LLM inference trace of 2023 (CC-BY 4.0; P. Patel et al., Splitwise,
-# ISCA 2024). Such a file names nobody, so the requests are spread over customers: customer k of 200 gets a share
-# proportional to 1/k (Zipf), drawn with a fixed seed. Arrival times and token counts stay as they are.
+# The workload. The trace is a CSV file with one row per request: TIMESTAMP (UTC unless it states an offset, 100 ns
+# digits), ContextTokens, GeneratedTokens, as in the Azure LLM inference trace of 2023 (CC-BY 4.0; P. Patel et al.,
+# Splitwise, ISCA 2024). The file names no customers, so the requests are distributed: customer k of 200 gets a share
+# proportional to 1/k (Zipf), drawn with a fixed seed. Arrival times and token counts are unchanged.
 
 TRACE_NAME = "AzureLLMInferenceTrace_conv.csv"
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 CUSTOMERS = 200
 SEED = 2023
 EVENT_NAME = "llm.request"
-# Prices in cents per token: 2.50 and 10 dollars per million, what such a service costs today.
+# Prices in cents per token: 2.50 and 10 dollars per million.
 CONTEXT_CENTS = Decimal("0.00025")
 GENERATED_CENTS = Decimal("0.001")
 
@@ -158,10 +161,8 @@ def event(request: Request, trace_id: str) -> Line:
     return Line(request.line, msgspec.json.Encoder(decimal_format="number").encode(body))
 
 
-# The demonstration's auditor: adds a trace up without any of the pipeline's code.
-#
-# Only ``csv`` and ``Decimal``, over the file itself; from ``trace`` it takes the rule (whose a request is, when it
-# was, what a token costs) and nothing that sends or counts.
+# The auditor. It uses only ``csv`` and ``Decimal`` over the file, and from the workload only the rules for customer,
+# time and price. It uses nothing that sends or counts.
 
 class Figures(msgspec.Struct):
     """Everything that the demonstration prints. Hours are keyed by their beginning, ``2023-11-16T18``, in UTC."""
@@ -229,7 +230,7 @@ def compare(measured: Figures, recounted: Figures) -> tuple[int, list[str]]:
     return compared, differences
 
 
-# What the demonstration asks the API, and how it shows the answers.
+# Queries and tables.
 
 TOP = 10
 
@@ -305,10 +306,7 @@ def _rounded(numerator: Decimal, denominator: Decimal) -> Decimal:
     return (numerator / denominator).quantize(Decimal("0.0001")) if denominator else Decimal(0)
 
 
-# ``meterstream demo``: a trace through the real pipeline, every printed total checked against a plain recount.
-#
-# Starts a server on a free port with an empty data directory, creates three meters, sends the trace over HTTP in
-# small bodies as services would, and asks for usage. It prints nothing about usage that it did not compare.
+# The run.
 
 BODY_EVENTS = 100
 CONNECTIONS = 4  # so that the log's group commit has something to group

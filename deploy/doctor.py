@@ -1,7 +1,8 @@
-"""What is wrong with an installation, and which command heals it.
+"""The doctor: find what is wrong with an installation, and name the command that fixes it.
 
-Looks from the bottom up: the directory, the log, the decisions in it, the store, how the two fit, and how far
-forwarding got. What is a file here is read to its end. A finding that makes the next look pointless ends the visit.
+``examine`` checks from the bottom up: the directory, the log, the decisions in it, the store, how store and log fit,
+and the state of forwarding. Files on this machine are read to their end. Each ``Finding`` has its remedy; a finding
+that makes the next checks pointless ends the examination.
 """
 
 import contextlib

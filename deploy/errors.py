@@ -1,4 +1,8 @@
-"""How a command ends when it cannot go on: one line for the person, one number for the script that called it."""
+"""Errors of commands, and the exit codes.
+
+A command that cannot go on raises ``GiveUp``: one line for the person, one exit code for scripts. ``deploy.cli``
+prints the line and exits.
+"""
 
 DONE = 0
 FAILED = 1  # the world said no: no server, no permission, a refused event

@@ -1,4 +1,9 @@
-"""Files of events: NDJSON and CSV, with stable ids for their lines."""
+"""Files of events: NDJSON and CSV, with stable ids for their lines.
+
+``read_ndjson`` passes lines on byte by byte; ``CsvFile`` maps columns to an event's fields. Every event leaves with
+an ``external_id``: if a line has none, ``StableIds`` makes one from the line's content and the number of its
+occurrence in the file. So a file that is sent again, or that has grown, counts nothing twice.
+"""
 
 import codecs
 import csv
@@ -25,14 +30,12 @@ from deploy.sending import EVENT_BYTES_MAX, Line, Problem
 from ingest.limits import BODY_BYTES_MAX
 from meters.event import JSON_NUMBER
 
-# Ids for events that a file gives none: made from what a line says, so that sending it again counts nothing twice.
+# Stable ids. An id is a digest of the content and of the number of its occurrence among equal lines of the file. Two
+# equal lines of one file are two events. Neither the file's name nor the line's number is part of the id: an equal
+# line of another file is the same event. So a file that has grown, or some of whose lines were corrected, repeats the
+# ids of its other lines.
 #
-# An id is a digest of the content and the number of its occurrence among equal lines of the file. A file that has
-# grown, or of which some lines were mended, so repeats what was there, and two equal lines of one file are two
-# events. Neither the file's name nor the line's number is part of it: an equal line of another file is the same
-# event.
-#
-# Occurrences are counted in a temporary file, since a log of usage may have more lines than fit into memory.
+# Occurrences are counted in a temporary file, because a file may have more lines than fit into memory.
 
 DIGEST_BYTES = 16  # no two contents will ever share it
 CACHE_KIB = 32 * 1024  # what counting takes of memory; more lies in the temporary file
@@ -76,11 +79,7 @@ def never_again() -> str:
     return uuid.uuid4().hex
 
 
-# Files of usage as events: NDJSON passed on byte by byte, CSV by a mapping of columns.
-#
-# Every event leaves here with an external_id. One that a line lacks is made from what the line says and the number of
-# its occurrence in the file (deploy/event_files.py), so that sending a file again, or one that has grown, counts
-# nothing twice. What is piped is not held back for long: its lines go together only with those of the same second.
+# Reading. Input from a pipe is not held back for long: its lines are batched only with lines of the same second.
 
 FIELDS = (
     "name", "timestamp", "external_customer_id", "customer_id", "external_id", "parent_id", "member_id",

@@ -1,4 +1,10 @@
-"""The forwarder's process, its status and its plan."""
+"""The forwarder to Polar: its process, its status, its replays and its plan.
+
+``run`` is the process ``meterstream forward``: it opens the state in the data directory, finds the organization and
+the feed of the aggregator, and starts ``aggregator.forward``. ``status``, ``ask_replay`` and ``dead_letters`` read
+and write the state beside a running forwarder. ``plan`` computes whether the traffic fits Polar's limits, and what a
+rollup would change.
+"""
 
 import contextlib
 import fcntl
@@ -29,7 +35,7 @@ from meters.aggregation import SUMMABLE
 from meters.catalogue.access import digest
 from meters.catalogue.catalogue import TokenCreated
 
-# The forwarder's file in a data directory, as every command opens it: what is wrong with it is one line.
+# Opening the state: an error becomes one line.
 
 @contextlib.contextmanager
 def explained(data: DataDirectory) -> Iterator[None]:
@@ -48,7 +54,7 @@ def open_state(data: DataDirectory) -> Iterator[State]:
         yield state
 
 
-# What an operator sees of forwarding and asks of it: reads and writes the forwarder's state, beside the forwarder.
+# Status and replays.
 
 LANES = ("raw", "rollup")
 
@@ -150,11 +156,9 @@ def dead_letters(data: DataDirectory, limit: int) -> list[dict[str, Any]]:
         ]  # fmt: skip
 
 
-# The forwarder's process: a data directory's state, the feed of its aggregator, and Polar.
-#
-# Whatever keeps it from forwarding (no organization yet, an ambiguous one, a meter that does not exist, a refused
-# token) is written into the state, where ``meterstream forward status`` and the metrics show it, and tried again: it
-# must never take down the server beside it.
+# The process. If it cannot forward (no organization yet, several organizations, an unknown meter, a refused token),
+# it writes the reason into the state, where ``meterstream forward status`` and the metrics show it, and tries again.
+# It must never end the server beside it.
 
 TRY_AGAIN_S = 2.0  # after what a person or a starting server will mend
 TOKEN_PATIENCE_S = 60.0  # a new token is known to a running aggregator within a second, unless it is far behind
@@ -297,10 +301,9 @@ def _meter(meters: Sequence[dict[str, Any]], wanted: str) -> dict[str, Any]:
     return found[0]
 
 
-# ``meterstream forward plan``: does the traffic fit through the limit, and what would a rollup cost?
-#
-# Judged by the last day: its events, their size, its busiest minute. A limit counts requests, so what matters is how
-# many events a request carries: the setting's number of them, or fewer where they are large.
+# The plan. It is based on the last day: its events, their size and its busiest minute. Polar's limit counts requests,
+# so what matters is how many events fit into one request: the number in the settings, or fewer if the events are
+# large.
 
 DAY = timedelta(days=1)
 MINUTES = 24 * 60

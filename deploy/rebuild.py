@@ -1,4 +1,9 @@
-"""Rebuild the store, skip lost records, check the totals."""
+"""Maintenance of the store: rebuild it from the log, skip lost records, check running totals.
+
+``rebuild`` makes a new store from the log with the code that a server runs, and puts it in place of the old one.
+``skip_lost`` accepts that records which left the log before they were counted will never be counted.
+``compare_totals`` compares a meter's running totals with a recount of its stored events.
+"""
 
 import contextlib
 import itertools
@@ -21,10 +26,8 @@ from deploy.server.runtime import private_files
 from meters import exact
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
 
-# A meter's running totals against a recount of its stored events.
-#
-# Running totals live in the aggregator's memory; a preview of the same definition counts the stored events again.
-# Both answers name the position they are true for, and only answers for the same position are compared.
+# Checking totals. Running totals live in the aggregator's memory; a preview of the same definition counts the stored
+# events. Both answers name the log position that they reflect, and only answers for one position are compared.
 
 ATTEMPTS_MAX = 20  # while events flow, two answers for one position need some luck
 
@@ -60,7 +63,7 @@ def _running(api: Api, meter: dict[str, Any], customer: dict[str, Any]) -> tuple
     return Decimal(response.json()["value"]), response.headers["As-Of"]
 
 
-# ``meterstream skip-lost``: accept that records which left the log before they were read will never be counted.
+# Skipping lost records.
 
 def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
     """What is lost; skipped if ``sure``.
@@ -90,15 +93,13 @@ def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
             raise GiveUp(f"{error}") from error
 
 
-# The store again, from the log alone.
+# Rebuilding. The new file grows beside the old one and replaces it in one rename when it has caught up. A failure
+# before the rename leaves the old store unchanged, and removes the new file unless the process was killed. The old
+# write-ahead log is removed just before the rename: without it the old file is a consistent store of an earlier
+# position, so a crash at that moment is safe.
 #
-# A new file grows beside the old one by the same code that a server runs, and takes its place in one rename when it
-# has caught up. Whatever stops this before the rename leaves the old store as it was, and all but a kill takes the
-# new file away. The old write-ahead log goes just before the rename: without it the old file is a consistent store of
-# an earlier position, so even that moment is safe.
-#
-# A store of another log is not thrown away: what it counted may be nowhere else. It gets another name, with its
-# write-ahead log, and so does a file that cannot be asked what it was made from.
+# A store of another log is kept, because its counts may exist nowhere else: it is renamed, together with its
+# write-ahead log. A file whose origin cannot be read is renamed, too.
 
 WAIT_S = 0.2  # between two looks at how far it is
 IDENTITY_CHARACTERS = 8  # of a stream's identity, in the name of a kept store

@@ -1,4 +1,10 @@
-"""Send events from files, and explain conflicts."""
+"""Send events from files: batches, retries, refusals by line, and conflicts.
+
+``deliver`` sends ``Line`` objects in batches (``batches``) and returns a ``Delivery`` with a ``Problem`` for each
+refused line. Every event has its external_id before the first attempt, so a retry after a lost answer is a duplicate
+that the server recognizes. Lines that a 422 names are taken out of their batch, and the rest is sent again; this
+works with every server of Polar's API. ``find_conflicts`` reports events whose external_id exists with other content.
+"""
 
 import time
 from array import array
@@ -16,12 +22,7 @@ from meters import exact
 from meters.backoff import Backoff, retry_after_s
 from meters.log import format_position, parse_position
 
-# Events on their way to a gateway: batches, retries, and refusals with the number of the line they came from.
-#
-# An event that is sent gets its external_id before the first attempt and keeps it over every repetition, so an answer
-# that was lost on the way costs a duplicate that the server recognizes and never a second count. What the server
-# refuses (422) is taken out of its batch, reported, and the rest is sent again; this holds for every server that
-# speaks Polar's API.
+# Delivery.
 
 INGEST_PATH = "/v1/events/ingest"
 BATCH_EVENTS = 500  # fills a request well, and a repetition is still cheap
@@ -172,10 +173,8 @@ def _asked_pause(response: httpx.Response, pause_s: float) -> float:
     return pause_s if asked_s is None else max(min(asked_s, BACKOFF.longest_s), BACKOFF.first_s)
 
 
-# Which events of a delivery have an external_id that was taken with other content.
-#
-# A gateway remembers only the newest events, and calls such a one a duplicate, or takes it for new. What became of it
-# is known when it is counted: it is a dead letter then, of a record that this delivery wrote.
+# Conflicts. A gateway remembers only recent events, so it may answer that a conflicting event is a duplicate, or new.
+# The aggregator decides: a conflicting event is a dead letter of a record that this delivery wrote.
 
 PATH = "/v1/dead-letters/"
 REASON = "conflict"

@@ -105,7 +105,7 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_meter(body: object, *, id: str, organization_id: str, created_at: datetime) -> Meter | list[Detail]:
-    """The meter that a decoded request body (``exact_json.decode``) asks for, or every complaint about it."""
+    """The meter that a decoded request body (``meters.exact.decode``) asks for, or every complaint about it."""
     if not isinstance(body, dict):
         return [detail("model_attributes_type", ("body",), "Input should be a valid dictionary or object", body)]
     fields, complaints = _fields(body)

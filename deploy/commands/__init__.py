@@ -1,1 +1,1 @@
-"""The commands, a file for each noun. They parse, ask, and show; what they ask lives beside them in deploy."""
+"""The commands, a file for each subject: they parse arguments, call the code in deploy, and show the result."""

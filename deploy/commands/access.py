@@ -1,4 +1,8 @@
-"""Commands for organizations and tokens."""
+"""``meterstream orgs`` and ``meterstream tokens``: organizations and their credentials.
+
+Both work on the machine that has the installation's data, with or without a running server
+(``deploy.server.control``). A token's secret is shown once, when it is created.
+"""
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -11,7 +15,7 @@ from deploy.console import Output, note, show, show_one
 from deploy.errors import USAGE, GiveUp
 from meters.catalogue.access import AUDIT, SCOPES
 
-# ``meterstream orgs``: the tenants of an installation, on the machine that has its data.
+# Organizations.
 
 organization_app = typer.Typer(
     no_args_is_help=True, help="The organizations of this installation (works on --data, over Kafka on --log)."
@@ -65,7 +69,7 @@ def list_organizations(context: typer.Context) -> None:
     show(rows, ("id", "name", "created_at"), here.output)
 
 
-# ``meterstream tokens``: the credentials of an organization, on the machine that has its data.
+# Tokens.
 
 token_app = typer.Typer(
     no_args_is_help=True, help="Access tokens of the organizations (works on --data, over Kafka on --log)."

@@ -1,4 +1,8 @@
-"""Commands for customers and their credits."""
+"""``meterstream customers`` and ``meterstream credits``: customers, their balances and their credits.
+
+``customers`` lists and creates customers, and shows the balance, the ledger and the state of one. ``credits`` grants
+units of a meter by hand, and revokes them. ``find_customer`` accepts an external id or an id.
+"""
 
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
@@ -11,7 +15,7 @@ from deploy.errors import USAGE, GiveUp
 from meters import exact
 from meters.exact import EXACT
 
-# ``meterstream customers``: whom an organization knows, and what each of them has left.
+# Customers.
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -145,7 +149,7 @@ def _signed(units: Any) -> str:
     return f"+{text(units)}" if units > 0 else text(units)
 
 
-# ``meterstream credits``: units given to a customer by hand, and taken back.
+# Credits.
 
 credit_app = typer.Typer(no_args_is_help=True, help="Give customers units of a meter, and take them back.")
 

@@ -1,4 +1,9 @@
-"""``meterstream events``: sending usage, and looking at what arrived and at what could not be counted."""
+"""``meterstream events``: send and import usage, list events and dead letters, replay a dead letter.
+
+``send`` and ``import_csv`` read a file (``deploy.event_files``) and deliver its events (``deploy.sending``). They
+report refused lines by number, and finally the events that do not count because their ``external_id`` exists with
+other content.
+"""
 
 import io
 import sys

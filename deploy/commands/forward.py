@@ -1,4 +1,7 @@
-"""``meterstream forward``: hand events on to Polar, and see to it."""
+"""``meterstream forward``: run the forwarder to Polar, show its status, pause, resume and replay.
+
+The commands read and write the forwarder's state in the data directory through ``deploy.forwarding``.
+"""
 
 from typing import Annotated
 

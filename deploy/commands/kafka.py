@@ -1,4 +1,8 @@
-"""``meterstream kafka`` and ``meterstream lag``: the topics of the log, and how far behind them the store is."""
+"""``meterstream kafka`` and ``meterstream lag``: create the log's topics, and show how far the store is behind.
+
+``kafka init`` creates or compares the two topics (``ingest.log.kafka_admin``). ``lag`` reads the metrics of the
+aggregator.
+"""
 
 import time
 from typing import Annotated

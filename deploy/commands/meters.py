@@ -1,4 +1,8 @@
-"""Commands for meters and their usage."""
+"""``meterstream meters`` and ``meterstream usage``: meters, and what was used over time.
+
+``meters`` lists, creates, previews and backfills meters. ``usage`` asks for the series of one meter and shows it as a
+table, a chart, JSON or CSV. ``find_meter`` accepts an id or a name.
+"""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -26,7 +30,7 @@ from deploy.errors import MISMATCH, USAGE, GiveUp
 from meters import exact
 from meters.timestamps import END_MAX, START_MIN, Interval, bucket, zone
 
-# ``meterstream meters``: what is counted.
+# Meters.
 
 if TYPE_CHECKING:
     from deploy.client import Api
@@ -193,12 +197,12 @@ def _definition(
     return {"aggregation": chosen[0], "filter": parse_filter(filter, where or [])}
 
 
-# ``meterstream usage``: what was used, over time.
+# Usage.
 
 USAGE_OPTIONS = {"": "--start and --end", "timezone": "--timezone", "external_customer_id": "--customer"}
 MICROSECOND = timedelta(microseconds=1)
 
-# How far back each interval looks by default: a screenful, and within the API's limits.
+# The default range of each interval: a screenful, and within the API's limits.
 DEFAULT_RANGE = {
     "hour": timedelta(hours=24),
     "day": timedelta(days=30),

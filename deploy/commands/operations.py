@@ -1,4 +1,9 @@
-"""Commands for processes and the store."""
+"""Commands for processes and the store: ``serve``, ``gateway``, ``aggregate``, ``demo``, ``rebuild``, ``skip-lost``,
+``doctor``.
+
+Each command sets the options over the settings and calls ``deploy.server``, ``deploy.demo``, ``deploy.rebuild`` or
+``deploy.doctor``.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +15,7 @@ from deploy.console import Output, note, progress_bar, show, show_one
 from deploy.errors import FAILED, GiveUp
 from deploy.server.start import begin
 
-# The processes: the whole, its two halves, and the demonstration.
+# Processes and the demonstration.
 
 Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
@@ -68,7 +73,7 @@ def version(context: typer.Context) -> None:
         show_one({"version": number}, here.output)
 
 
-# The store's commands: make it again, go on without lost records, see what is wrong.
+# The store.
 
 BESIDE_A_SERVER = "stop the server for that, or compare beside it with `meterstream reconcile`"
 

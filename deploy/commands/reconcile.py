@@ -1,4 +1,8 @@
-"""``meterstream reconcile``: are what was taken, what is counted and what Polar has the same?"""
+"""``meterstream reconcile``: compare what was accepted, what is counted and what Polar has.
+
+The command chooses the checks and whether to repair, calls ``deploy.reconcile.run``, and prints the report as a
+table, JSON, CSV or HTML. Its exit code says whether differences remain.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, timedelta

@@ -1,4 +1,8 @@
-"""``meterstream webhooks``: whom the organization's news are told to, and whose news are taken."""
+"""``meterstream webhooks``: endpoints that receive webhooks, and sources whose webhooks are received.
+
+The commands create, list, switch and rotate endpoints, and show and repeat their deliveries. ``listen`` adds a
+source, such as Polar, whose webhooks change customers, benefits and subscriptions here. All of them call the API.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,0 +1,1 @@
+"""Reconciliation: compare the log, the store, the ledger and Polar, and repair differences."""

@@ -1,4 +1,9 @@
-"""The sources of one installation: its log, its store, its running server."""
+"""Reconcile one installation: compare its log, its store and its ledger.
+
+``reconcile`` runs a ``Task``. Who owns the store decides how it is read: a running server is asked over its API
+(``RunningStore``, found by ``own_server``), a stopped server's file is opened read-only. The log is always read here,
+so a running server only answers questions about its rows. The comparisons themselves are in ``aggregator.reconcile``.
+"""
 
 import contextlib
 import os
@@ -34,9 +39,8 @@ from meters.catalogue.catalogue import Catalogue, TokenCreated
 from meters.log import USAGE_CONTROL, Log, TryAgain, format_position
 from meters.meter import Meter
 
-# The store of a server that runs, asked over its socket or its address: both parts of what a reconciliation needs.
-#
-# Answers to ``ask`` are Arrow tables, all else is JSON with decimals as text.
+# The store of a running server, asked over its socket or address. Answers to ``ask`` are Arrow tables; all others are
+# JSON with decimals as text.
 
 _PATH = "/v1/audit"
 
@@ -106,10 +110,8 @@ class RunningStore:
         return msgspec.json.decode(self._api.answer("POST", f"{_PATH}/{path}", content=body).content, type=kind)
 
 
-# The running server of an installation, for commands that read all of it.
-#
-# Whoever has the data directory reaches the aggregator on its socket, with a token made for this alone; everybody
-# else gives an address and a token, which needs the scope ``audit:read`` to see the store's rows.
+# Finding the running server. With the data directory, the aggregator is reached on its socket, with a token created
+# for this purpose only. Otherwise the caller gives an address and a token, which needs the scope ``audit:read``.
 
 SERVER_PATIENCE_S = 10.0  # a decision is applied within a round
 LOOK_S = 0.05
@@ -184,10 +186,7 @@ def _is_known_soon(api: Api) -> bool:
         time.sleep(LOOK_S)
 
 
-# Log, store and ledger of one installation, compared.
-#
-# Who owns the store decides how it is asked. On a stopped server the file is opened here, for reading only. The log
-# is read here in any case, so a server that runs does little more than answer questions about its rows.
+# The comparison.
 
 CHECKS = ("log", "store", "ledger", "upstream")
 READ_BYTES = 4 * 1024 * 1024

@@ -1,7 +1,8 @@
-"""Our running server and a Polar organization, compared.
+"""Reconcile with Polar: compare the running server and a Polar organization over their APIs.
 
-Both are read over their APIs. Requests to Polar share the forwarder's limit, and what it answered is kept until the run
-is complete, so that an interrupted run goes on where it was.
+``compare`` connects to both (``connected``) and runs ``aggregator.reconcile`` over a ``Range``. Requests to Polar
+share the forwarder's rate limit. Polar's answers are kept until the run is complete, so an interrupted run resumes
+where it stopped.
 """
 
 import contextlib

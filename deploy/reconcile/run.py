@@ -1,4 +1,10 @@
-"""Run the reconciliation's checks, then repair."""
+"""One run of ``meterstream reconcile``: the requested checks, then the repairs.
+
+``prove`` runs the checks (``deploy.reconcile.local``, ``deploy.reconcile.polar``) and, if asked, repairs what they
+found, then checks again. ``send_again`` and ``correct`` bring Polar into line, ``rebuilt`` rebuilds a wrong store,
+and ``write_down`` records what was done. Nothing edits the log. Differences that only a person can decide are listed,
+not repaired.
+"""
 
 import contextlib
 import time
@@ -22,10 +28,8 @@ from deploy.reconcile.polar import connected
 from deploy.server.data import DataDirectory
 from deploy.settings import Settings
 
-# What a Polar organization lacks is sent there again, and what it counts wrongly is taken back.
-#
-# Everything goes under an id that is always the same, so doing it twice changes nothing. Requests share the
-# forwarder's limit, and are as large as the forwarder's may be.
+# Repairs at Polar. Missing events are sent again, and events counted wrongly are corrected. Every request has ids
+# that are always the same, so a repeated repair changes nothing. Requests share the forwarder's rate limit and size.
 
 BATCH_EVENTS = 500  # of one request: nobody waits for a repair, and Polar answers sooner
 
@@ -123,12 +127,10 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
         position = page.position
 
 
-# Repairs of what a reconciliation found. Nothing edits the truth.
-#
-# The store is a view of the log, so a wrong store is made again from the log. Polar is told what it lacks once more,
-# with the same ids, so whatever it has already it takes for a repetition; what it counts too much is taken back by
-# another event where only sums count it. Everything else is a person's decision. What was done, and what was not and
-# why, is appended to ``reconcile/repairs.jsonl`` in the data directory, with the differences that were the reason.
+# Choosing repairs. A wrong store is rebuilt from the log. Polar deduplicates what it has already; an excess is
+# corrected by another event, if only sums count it. Everything else is a person's decision. What was done, what was
+# not and why, is appended to ``reconcile/repairs.jsonl`` in the data directory, with the differences that were the
+# reason.
 
 REPAIRS = "repairs.jsonl"
 PLANNED_MAX = 50  # differences that a plan speaks of one by one, where a person has to act
@@ -206,9 +208,7 @@ def write_down(data: DataDirectory, done: list[Done], mended: list[Difference]) 
         raise GiveUp(f"the repair was made, but cannot be recorded in {folder}: {error.strerror}") from None
 
 
-# The nightly proof: what was taken, what is counted and what Polar has are the same, or a report says where not.
-#
-# It is one run of ``meterstream reconcile``: every check that was asked for, and the repair if one was.
+# The run.
 
 LOCAL = {"log", "store", "ledger"}
 TOLD = (Repair.SEND, Repair.CORRECT)

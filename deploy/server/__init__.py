@@ -1,0 +1,1 @@
+"""The server's processes: supervisor, gateway and aggregator, and what they share."""

@@ -1,12 +1,11 @@
-"""The aggregator's process: the log, the store of a data directory, and the API.
+"""The aggregator's process: opens the log and the store, serves the API, and trims the log.
 
-The API is on a socket in the data directory, for the gateway beside it; on a host and port where the log is one that
-gateways on other machines share.
+``run`` wires ``aggregator.process``. The API listens on a socket in the data directory, for the gateway beside it, or
+on a host and port if the log is shared with gateways on other machines.
 
-By default the log keeps all records, so that the store can be made again from the first event on. Where an operator
-sets a bound, records older than so many days go, but never one that the store has not read: what was acknowledged is
-counted first, however long that takes. The numbers in the store stay. A store made again later only has what the log
-still holds, so ``meterstream rebuild`` then refuses.
+By default the log keeps all records, so that the store can always be rebuilt. ``trimming`` implements the retention:
+records older than a number of days are removed, but never a record that the store has not read. The numbers in the
+store stay. A later rebuild would have only the remaining records, so ``meterstream rebuild`` refuses then.
 """
 
 import contextlib

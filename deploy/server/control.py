@@ -1,9 +1,12 @@
-"""The operator's hand on the control stream: organizations and tokens, with or without a running server.
+"""Create organizations and tokens, with or without a running server.
 
-A decision is a record in the log like any other; a running gateway and aggregator read it within moments, and a
-stopped one finds it when it starts. The log holds a token's digest; its secret exists in this process alone, for as
-long as it takes to show it. Two kinds that nobody is shown are kept in the data directory: the forwarder's
-(``forwarding``) and reconciliation's (``proof``), which can only read.
+``open_control`` opens the log and returns ``Control``; ``Control.decide`` appends decisions to the control stream. A
+running gateway and aggregator read them within moments, a stopped one when it starts. ``first_start`` creates the
+first organization and its token.
+
+The log has a token's digest only. Its secret exists in this process for as long as it takes to show it. Two kinds of
+tokens that the product creates for itself are stored in the data directory: the forwarder's (``deploy.forwarding``)
+and reconciliation's (``deploy.reconcile.local``), which can only read.
 """
 
 import asyncio

@@ -1,16 +1,17 @@
-"""What lies in a data directory, and who may hold it.
+"""The data directory: which files it has, and which process may hold it.
 
     log.sqlite      the log, the only truth          any process may append, one aggregator reads; none with Kafka
     store.duckdb    the view of it                   the aggregator alone
     api.sock        the aggregator's query API       the gateway passes reads on to it
-    forward.sqlite  how far forwarding got           the forwarder writes, the aggregator shows it in /metrics
+    forward.sqlite  the state of forwarding          the forwarder writes, the aggregator shows it in /metrics
     reconcile/      tokens, an interrupted run,      ``meterstream reconcile`` alone
                     and the record of repairs
     serve.lock      who serves from here             held by ``serve`` and its children as long as one of them lives
     forward.lock    who forwards from here           held by the forwarder
 
-The locks are the operating system's, on open files: each goes with the last process that holds it, however that
-process ended, so there is never a stale one to remove by hand.
+``DataDirectory`` has the paths, opens the log and checks that files that belong together are there; ``hold`` takes
+the lock. Locks are the operating system's, on open files: a lock ends with the last process that holds it, so there
+is never a stale lock to remove by hand.
 """
 
 import contextlib
@@ -28,13 +29,13 @@ from deploy.settings import Settings, read_environment
 from ingest.log import open_log
 from meters.log import Log, PositionLost, Refused, TryAgain
 
-# Unix sockets have room for 108 bytes of path, with a final zero (Linux unix(7); macOS has 104).
+# A unix socket's path has at most 108 bytes with a final zero (Linux unix(7); macOS has 104).
 SOCKET_PATH_BYTES_MAX = 103
-# A server that was killed leaves its lock when the kernel has ended its children: milliseconds, unless it is busy.
+# A killed server's lock is released when the kernel has ended its children: within milliseconds, unless it is busy.
 LOCK_PATIENCE_S = 3.0
 REBUILD = "meterstream rebuild"
 AS_OWNER = "run this as the user that the server runs as"
-# What a crash left in the write-ahead log would be copied into whatever lies beside it, and ruin it.
+# After a crash, SQLite would copy the write-ahead log into a log file put beside it, and ruin that file.
 PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
 
 

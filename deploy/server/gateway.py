@@ -1,4 +1,8 @@
-"""The gateway's process: a log, and a socket to the world. With its log on Kafka it needs no data of its own."""
+"""The gateway's process: opens the log and serves HTTP. With its log on Kafka it needs no data directory.
+
+``run`` configures logging and garbage collection, takes the supervisor's listening socket or opens one
+(``_own_listener``), and calls ``ingest.gateway.server.run``.
+"""
 
 import gc
 import os
@@ -14,8 +18,8 @@ from ingest.catalogue_follower import Unfollowable
 from ingest.gateway.server import ServerSettings
 from ingest.gateway.server import run as run_server
 
-# Objects made between two looks for cycles. A request makes hundreds that are gone with its answer, and none of them is
-# in a cycle; at Python's own 700 an event cost about a tenth more CPU.
+# How many new objects start a garbage collection. A request makes hundreds of objects that are freed with its answer,
+# and none of them is in a cycle; with Python's default of 700 an event cost about a tenth more CPU.
 GARBAGE_THRESHOLD = 100_000
 
 LOOK_CLOSER = (

@@ -1,4 +1,9 @@
-"""What every server process needs: signals, sockets, logs, file permissions."""
+"""What every server process needs: file permissions, signals and lifeline, sockets, and JSON logs.
+
+``private_files`` makes new files readable by their owner only. ``leave_when_asked`` ends the process on a signal and
+``live_no_longer_than_supervisor`` with its supervisor. ``listen`` and ``bind`` open sockets. ``configure_logs`` sets
+up structlog.
+"""
 
 import ctypes
 import logging
@@ -15,10 +20,9 @@ from structlog.typing import EventDict, Processor
 
 from deploy.errors import BUG, DONE, FAILED, USAGE, GiveUp
 
-# What an installation writes is for its owner alone.
-#
-# The log holds the secrets of webhooks, and the store what everybody used. The data directory is often made by
-# others, a volume say, and open to all; so each file is made closed by itself. One that is there keeps its mode.
+# File permissions. The log contains the secrets of webhooks, and the store everyone's usage. The data directory is
+# often created by others, such as a volume open to all, so each file is created private. Existing files keep their
+# mode.
 
 UMASK = 0o077
 
@@ -33,10 +37,9 @@ def private_files() -> Iterator[None]:
         os.umask(before)
 
 
-# How a process of ours ends: when it is asked to, or when its supervisor is gone, however that went.
-#
-# The pipe works everywhere: its other end closes with the process that holds it. On Linux the kernel's own signal is
-# quicker and reaches a child that is stuck. Leaving at once is safe, because every part is built to be killed.
+# The end of a process. The lifeline is a pipe whose other end closes with the supervisor; this works everywhere. On
+# Linux the kernel's own signal is faster, and reaches a child that hangs. Leaving at once is safe, because every part
+# is built to be killed.
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -69,7 +72,7 @@ def _await_end(lifeline: int) -> None:
     os._exit(FAILED)
 
 
-# Where a process listens: a socket, and its address as a person types it.
+# Sockets, and their address as a person types it.
 
 BACKLOG = 2048  # connections that wait while a gateway is replaced, as many as uvicorn would let wait
 
@@ -111,10 +114,8 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-# Logs: one JSON object a line on stderr, from our own code and from the libraries alike.
-#
-# A secret that slips into an event is taken out by its name. What a person should read on a terminal is printed by
-# the commands; logs are for machines.
+# Logs: one JSON object a line on stderr, from our code and from libraries. Values with the name of a secret are
+# removed. What a person should read on a terminal is printed by the commands.
 
 ROOMS = ("aggregator", "deploy", "ingest")
 SECRET_KEYS = frozenset({"token", "secret", "authorization", "password"})

@@ -1,6 +1,8 @@
-"""How the processes that run for long begin, with as little loaded as they need.
+"""Start a long-running process with as few imports as possible.
 
-A start is measured in hundredths of a second, since a restart is: until a gateway listens, its clients wait.
+``begin`` runs one of the processes. A gateway's clients wait until it listens, so a start, like a restart, is
+measured in hundredths of a second. ``without_rich`` keeps structlog and httpx from importing rich, which these
+processes never use.
 """
 
 import sys

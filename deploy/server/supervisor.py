@@ -1,18 +1,17 @@
 """``meterstream serve``: one process that keeps the others alive.
 
-    gateway     takes events and passes reads on         needs the log
+    gateway     accepts events and passes reads on       needs the log
     aggregator  owns the store and answers the reads     needs the log, and the store for itself
-    forwarder   hands events on to Polar, where wanted   needs the aggregator's answers
+    forwarder   hands events on to Polar, if configured  needs the aggregator's answers
 
-The supervisor opens the listening socket and hands it down, so a client that calls while the gateway is being
-replaced waits in the kernel's queue instead of being turned away, and a port that is taken is known before anything
-starts. Brokers that are away are waited for beside the children, which say so to whoever asks. A child that crashed is
-started again, at first at once, then with growing pauses, up to five seconds; a child that explains itself (exit code
-1 or 2) or crashes too often ends the whole, unless it is the forwarder. At the end the gateway goes first, so that
-nothing is taken in that nobody is left to count soon; what it took before is in the log.
+``run`` opens the listening socket and hands it to the gateway, so clients wait in the kernel's queue while a gateway
+is replaced, and a port in use is known before anything starts. ``Child.keep`` restarts a child that crashed, at first
+at once, then with growing pauses up to five seconds. A child that explains itself (exit code 1 or 2) or crashes too
+often ends all, unless it is the forwarder. The gateway is stopped first, so that no event is accepted that nobody
+would count soon.
 
-Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe that nobody ever writes
-to and leaves when the other end is gone, and on Linux the kernel kills it besides (deploy/lifeline.py).
+Children never outlive the supervisor, not even its SIGKILL: each holds the read end of a pipe and leaves when the
+other end is closed, and on Linux the kernel kills it besides (``deploy.server.runtime``).
 """
 
 import asyncio

@@ -1,11 +1,11 @@
-"""The client: usage events from an application to the server, none lost and none counted twice.
+"""The client: send usage events from an application, none lost and none counted twice.
 
     from ingest.client import Ingestion
 
     with Ingestion(TOKEN, base_url="https://meters.example.com") as ingestion:
         ingestion.ingest({"name": "call", "external_customer_id": "user-1", "metadata": {"tokens": 812}})
 
-It speaks to Meterstream and to Polar alike. It needs httpx and msgspec, and nothing of the server.
+The client works with Meterstream and with Polar. It needs httpx and msgspec, and no part of the server.
 """
 
 from ingest.client.event import Event, EventRefused, Limits, Rejection, SpoolFull

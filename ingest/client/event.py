@@ -1,4 +1,10 @@
-"""The client's events: values, limits, rejections, and sealing into bytes."""
+"""The client's events: values, limits, rejections, and sealing into bytes.
+
+``seal`` turns an event of the application into a ``Sealed`` one: it sets the time and the id if none was given,
+converts values (``clean``), checks what the server would refuse, and makes the bytes. Retries and restarts never
+change id or bytes. ``EventRefused`` and ``SpoolFull`` are the exceptions that a caller may see; ``Rejection``
+describes an event that is not sent or not accepted; ``Limits`` bounds the client.
+"""
 
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -17,7 +23,7 @@ import msgspec
 from meters.errors import COST_INTEGER_DIGITS_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX, Reason
 from meters.exact import amount_text, round_amount
 
-# How much the client holds, how long it waits, and why that much.
+# Limits, each with its reason.
 
 MEBIBYTE = 1 << 20
 
@@ -78,10 +84,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds between two looks for what processes that are gone have left in the spool."""
 
 
-# What becomes of an event that is not sent, or not taken: a rejection that says which, why and by whom.
-#
-# The reasons carry the server's own words (``type``, ``loc``, ``msg``), whether it was the client that found them at
-# capture or the server that answered 422, so that one handler reads both.
+# Rejections. A rejection carries the server's words (``type``, ``loc``, ``msg``), whether the client found the error
+# at capture or the server answered 422, so that one handler reads both.
 
 By = Literal["capture", "server", "spool"]
 
@@ -114,12 +118,9 @@ class SpoolFull(Exception):
     """Raised when the caller chose it: send fewer events, or wait until the server has taken some."""
 
 
-# Values as applications have them, made into values that metadata may hold.
-#
-# Where the meaning is clear a value is converted: None and the empty string say nothing and are left out, decimals
-# keep their digits, instants become ISO 8601, whatever counts as an integer becomes one, enumerations their value.
-# Where it is not clear (NaN, an instant without zone, anything nested) the event is refused, at the line that
-# captured it.
+# Values. Where the meaning is clear a value is converted: None and the empty string are left out, decimals keep their
+# digits, instants become ISO 8601, integer-like objects become integers, enumerations become their value. Where the
+# meaning is not clear (NaN, an instant without zone, anything nested) the event is refused where it is captured.
 #
 # ``_cost.amount`` is in cents and is rounded half to even at 12 decimals, because ``0.1 + 0.2`` has 17.
 
@@ -284,10 +285,7 @@ def sendable(words: str) -> str:
     return whole.replace("\0", "")
 
 
-# An event as an application states it, and sealed: with its id and its bytes, which no retry and no restart changes.
-#
-# Sealing happens once, where the event is captured. It stamps the time if none was given, makes the id if none was
-# given, converts values and checks what the server would refuse. From then on only bytes travel.
+# Events and sealing. Sealing happens once, at capture; from then on only bytes travel.
 
 EVENT_BYTES_MAX = 4 << 20
 """Bytes of one sealed event: prompts may be long, and a request takes ten mebibytes."""

@@ -1,4 +1,10 @@
-"""The client: Ingestion, AsyncIngestion and their statistics."""
+"""The client: ``Ingestion``, ``AsyncIngestion`` for event loops, and their statistics.
+
+``Ingestion.ingest`` seals an event, writes it to the spool through the outbox, and returns within microseconds. A
+sender thread sends the event until the server has acknowledged it, over restarts of either side. Every captured event
+is acknowledged, rejected (and handed to ``on_rejected``), dropped (if configured) or pending; ``Stats`` counts the
+four, and they add up to what was captured and adopted.
+"""
 
 import asyncio
 import contextvars
@@ -24,13 +30,6 @@ from ingest.client.sender import Sender
 from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
-
-# ``Ingestion``: where an application hands its usage over, and can forget about it.
-#
-# ``ingest`` returns within microseconds: it gives the event its id and its bytes, writes it to the spool and leaves.
-# A thread sends it, and again until the server has acknowledged it, over restarts of either side. Whatever happened
-# to an event, it was acknowledged, rejected (and handed to ``on_rejected``), dropped (by choice, and counted) or is
-# pending: the four add up to what was captured, and ``stats`` has them.
 
 logger = logging.getLogger(__name__)
 
@@ -336,12 +335,10 @@ def _move(spool: Spool, outbox: Outbox) -> bool:
     return bool(rows)
 
 
-# ``AsyncIngestion``: the same client in an application with an event loop.
-#
-# Capturing takes microseconds and is done at once, on the loop; whatever may wait (room in a full spool, ``flush``,
-# ``close``) waits in a thread, so that the loop goes on; not in one of those in which asyncio looks up hosts. No
-# thread waits long for what its coroutine may have given up: it would keep others waiting, and the process from its
-# end. Events travel on the client's own threads, so that a busy loop holds no usage up and an ended one loses none.
+# The client for event loops. Capturing takes microseconds and runs on the loop. What may wait (room in a full spool,
+# ``flush``, ``close``) runs in threads of its own, not in the pool in which asyncio resolves hosts. No thread waits
+# long for a coroutine that may have been cancelled: it would hold up other callers, and the end of the process.
+# Events are sent by the client's own threads, so a busy loop does not delay usage and an ended loop does not lose it.
 
 _WAITING_MAX = 8  # threads: more events that wait for room would only wait behind each other
 _GLANCE_S = 0.25  # how long a flush waits in a thread at a time, and so the longest that a cancelled one keeps it

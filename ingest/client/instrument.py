@@ -1,4 +1,9 @@
-"""Instrumentation of vendors' clients and of their streams."""
+"""Instrumentation of vendors' clients and of their streams.
+
+``metered`` returns a copy of a client made by the Stainless generator (OpenAI's, Anthropic's) that hands every call
+to a ``Reader``. ``WatchedStream`` and ``WatchedAsyncStream`` wrap a stream: they yield what it yields, and tell a
+``Watcher`` when it ends. An error in metering never reaches the caller (``harmless``).
+"""
 
 import contextlib
 import copy
@@ -10,11 +15,8 @@ from functools import cache
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-# Streams that are watched: they give what they gave before, and tell somebody when they end, however they end.
-#
-# A stream ends by running out, by an error, by ``close``, by leaving its ``with`` block, or by being forgotten.
-# Whoever watches hears of each end, the first of them counts, and nothing that goes wrong in watching reaches the
-# caller.
+# Watched streams. A stream ends by running out, by an error, by ``close``, by leaving its ``with`` block, or by being
+# garbage-collected. The first end counts.
 
 logger = logging.getLogger(__name__)
 
@@ -240,12 +242,10 @@ class WatchedAsyncStream(_Watched):
             self._ward.end()
 
 
-# Clients made by the Stainless generator (OpenAI's, Anthropic's): every call passes through ``post`` or ``get``.
-#
-# ``metered`` makes a copy of a client that shares its connections and differs in these two alone. So whatever is
-# built on them (parsing, streaming helpers, raw responses, tool runners, other libraries) is metered too,
-# ``isinstance`` holds, and retries, which happen below, are seen once. Nothing is imported: the client brings its own
-# classes.
+# Metered clients. Every call of such a client passes through ``post`` or ``get``. The copy shares the client's
+# connections and overrides only these two, so everything built on them (parsing, streaming helpers, raw responses,
+# tool runners, other libraries) is metered, ``isinstance`` holds, and retries, which happen below, count once. No
+# vendor library is imported: the client brings its own classes.
 
 C = TypeVar("C")
 

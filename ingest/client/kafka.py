@@ -1,16 +1,14 @@
-"""``KafkaTransport``: the same events under the same ids, straight into the log, where the log is Kafka.
-
-For producers inside the walls: there is no gateway that checks a token, so whoever may write to the topic is trusted
-to write for the organization. A record holds the events of one partition, a line each, and names the organization in
-its header; the partition follows from the customer as everywhere (name customers by your own ids: the server's id of a
-customer that has one of yours leads elsewhere). The aggregator reads every line with care, so what
-it refuses becomes a dead letter there and is not told to the client.
+"""``KafkaTransport``: send events straight into the log, where the log is Kafka.
 
     Ingestion("", base_url="kafka://broker:9092", transport=KafkaTransport("broker:9092", ORGANIZATION_ID))
 
-A spool belongs to the address, the organization and the topic together.
+For trusted producers inside the network: no gateway checks a token, so a producer that may write to the topic may
+write for every organization. A record holds the events of one partition, a line each, and names the organization in
+its header. The partition follows from the customer as in the gateway; name customers by your own ids, because the
+server's id of such a customer leads to another partition. The aggregator validates every line: a refused line becomes
+a dead letter there and is not reported to the client.
 
-Needs confluent-kafka.
+A spool belongs to the address, the organization and the topic together. Needs confluent-kafka.
 """
 
 import logging

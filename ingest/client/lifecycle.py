@@ -1,4 +1,9 @@
-"""The client and its process: fork, exit, signals, and a lock that signal handlers may re-enter."""
+"""The client in its process: forks, exit, SIGTERM, and a lock that signal handlers may re-enter.
+
+``Turns`` is the lock of an outbox. ``look_after`` registers a client (``Living``) for the life of the process: its
+lock is held across a fork, the child starts the client anew, and at interpreter exit the client closes within its
+time limit.
+"""
 
 import atexit
 import ctypes
@@ -16,18 +21,16 @@ from types import FrameType
 from typing import Protocol
 from weakref import WeakSet
 
-# One thing at a time, also where a thread interrupts itself.
+# The re-entrant lock. A lock keeps other threads out, but not its owner: a signal handler, or a finalizer run by
+# garbage collection, can interrupt its own thread anywhere and capture an event. Half-finished work would then be
+# done a second time in the middle of the first. So the owner of the lock has a turn, and what its thread captures
+# meanwhile is deferred to the end of the turn.
 #
-# A lock keeps other threads out, and not its owner: a signal handler, or a finalizer that the collection of garbage
-# runs, comes between any two steps of its thread and may capture an event there. What is half done would then be done
-# a second time, in the middle of the first. So whoever holds the lock has a turn, and what the same thread captures
-# meanwhile waits for the end of it.
+# Nothing is logged within a turn, only after it: a log handler may be slow, or capture events itself, and then wait
+# for the turn while the turn waits for the handler's lock.
 #
-# Nothing is logged in a turn, but after it: a handler may be slow, or capture events itself, and then wait for the
-# turn while the turn waits for the handler's own lock.
-#
-# Signal handlers may raise, too: a turn is marked and unmarked by plain assignments, between which and their ``try``
-# Python runs nobody else.
+# Signal handlers may raise, too: a turn is marked and unmarked by plain assignments, and Python runs no handler
+# between these and their ``try``.
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +116,11 @@ class Turns:
         return True
 
 
-# Clients and the life of their process: forks, SIGTERM, the end of the interpreter.
-#
-# A fork happens while no client is in the middle of something: its lock is held across. The child starts every client
-# anew, with threads, connections and a spool of its own, and without the parent's events, which the parent sends. No
-# thread of a client imports anything: a module that is being imported when the process forks stays locked in the
-# child, for ever. At the end of the interpreter every client closes within its bound; what is told after that, by
-# streams that nobody had ended, is for the spool. SIGTERM, which by default ends Python on the spot, is made to end
-# it in order, but only where the application has not decided otherwise.
+# Life of the process. The child of a fork starts every client with threads, connections and a spool of its own, and
+# without the parent's events, which the parent sends. No thread of a client imports anything: a module that is being
+# imported during a fork stays locked in the child for ever. Usage of streams that are still open at interpreter exit
+# comes after the clients closed, and is written to the spool. SIGTERM, which ends Python at once by default, is made
+# to end it in order, unless the application has set its own handler.
 
 class Living(Protocol):
     """A client, as its process sees it."""

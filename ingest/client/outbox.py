@@ -1,4 +1,9 @@
-"""The client's outbox: a bounded queue of events, their batches, and the pace of sending."""
+"""The client's outbox: a bounded queue of events, their batches, and the pace of sending.
+
+``Outbox.put`` adds an event to memory and spool. The sender takes a ``Batch``, and ``settle`` removes events that
+were acknowledged, rejected or dropped. Until then an event is in exactly one place: waiting in memory, waiting in the
+spool alone (when memory is full), held back for a later try, or in flight. ``Pace`` is the backoff after failures.
+"""
 
 import heapq
 import random
@@ -16,12 +21,11 @@ from ingest.client.event import EVENT_BYTES_MAX, MEMORY_EVENTS_MAX, Limits, Spoo
 from ingest.client.lifecycle import Turns
 from ingest.client.spool import Row, Spool, SpoolBroken
 
-# When to send again after the server could not take something: the whole client slows down together.
+# Backoff with jitter, for the whole client. The pause doubles with every failure, is randomized so that many clients
+# do not return at one time, and is never shorter than the server's ``Retry-After``. After a failure one request at a
+# time probes the server.
 #
-# The pause doubles with every failed try, is drawn at random so that a thousand clients do not come back at once, and
-# is never shorter than what the server asked for. While it does not work, one request at a time asks whether it does.
-#
-# The backoff is that of the server's packages (``meters/backoff.py``), which this one does not import;
+# The server's packages have the same rule in ``meters/backoff.py``, which the client does not import;
 # ``tests/contracts/test_senders.py`` compares the two.
 
 _DOUBLINGS_MAX = 16  # beyond any longest pause; keeps the power small
@@ -58,12 +62,8 @@ class Pace:
         return now_s >= self.until_s and (self.failures == 0 or in_flight == 0)
 
 
-# What is captured and not yet settled: the line in which events wait for the server.
-#
-# An event is in exactly one place: waiting in memory, waiting in the spool alone (when memory is full), held back for
-# a later try, or in flight. It leaves when it is settled: acknowledged, rejected or dropped; until then it stays in
-# the spool, whatever else happens. Whatever is done is done in a turn; nothing slow but the spool's file is touched
-# in one.
+# The queue. All changes happen under the lock of ``ingest.client.lifecycle.Turns``; the only slow thing within it is
+# writing the spool's file.
 
 WhenFull = Literal["block", "drop_oldest", "raise"]
 

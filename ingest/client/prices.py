@@ -1,10 +1,10 @@
-"""List prices of language models, from the genai-prices package, an optional extra: ``meterstream[prices]``.
+"""List prices of language models, from the genai-prices package (optional extra ``meterstream[prices]``).
 
     llm = ingestion.strategy(OpenAIStrategy, "llm").cost(list_price)
 
-Nothing is guessed: where the model, or who serves it, is not known for certain, or a part of what was used has no price
-in the list, the event goes without a cost and the log says so once. A price list is still no invoice: discounts and
-minimum charges are not in it.
+``list_price`` never guesses. If the model or its provider is not known for certain, or a part of the usage has no
+price in the list, the event has no cost, and the log says so once. A list price is not an invoice: it has no
+discounts and no minimum charges.
 """
 
 import logging

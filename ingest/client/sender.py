@@ -1,9 +1,9 @@
-"""The threads that bring events to the server: take a batch, send it, settle what the answer settles, keep the rest.
+"""The sender: threads that take batches from the outbox, send them, and settle their events.
 
-An event that will never be taken is found and handed over, and the others of its batch go on without it: by the
-index that the answer names, or by halves when it names none. A batch that fails for no stated reason, or that may be
-why there is no answer, steps aside and lets others pass; only when others get through is it halved, down to the event
-at fault. While nobody gets through everything waits, and nothing is given up.
+``Sender`` isolates an event that the server will never accept, so that the rest of its batch goes on. If the answer
+names events by index, those are rejected; otherwise the batch is halved until one event is left. A batch that fails
+for no stated reason waits while others are sent, and is halved only when others succeed. While no request succeeds,
+everything waits and nothing is given up.
 """
 
 import logging

@@ -1,4 +1,14 @@
-"""The client's spool: events on disk until they are acknowledged."""
+"""The client's spool: events on disk until they are acknowledged.
+
+``Spool`` is a SQLite file for each process, with a ``Journal`` in front. ``append`` writes an event to the journal;
+from then on the event survives the end of the process, and a power cut once the system has written its pages. Most
+events are acknowledged while they are in the journal. When the journal is full, the rest moves into SQLite in one
+transaction.
+
+A process owns both files by SQLite's exclusive lock, so processes that share a directory never wait for each other. A
+file that can be locked belongs to a process that ended; ``spools`` finds such files, and the new owner sends their
+events.
+"""
 
 import contextlib
 import errno
@@ -14,14 +24,11 @@ from pathlib import Path
 
 from ingest.client.lifecycle import abandon
 
-# A spool's newest events: a file of lines, each there for good, whatever ends the process, once ``append`` returns.
-#
-# Writing a line costs two microseconds, a transaction of SQLite's ten; and most events are acknowledged so soon that
-# they need never get into SQLite. A line is ``+NUMBER EVENT``, or ``-NUMBER LAST``: the events from NUMBER to LAST
-# are needed no more. A line that its process did not live to finish has no newline; what a power cut took away reads
-# as zeros, which no event has in it. Neither is an event. The file is emptied whenever nothing in it is needed.
-#
-# It has no lock of its own: who holds the spool's SQLite file holds this one, too.
+# The journal. Writing a line is several times cheaper than a SQLite transaction. A line is ``+NUMBER EVENT``, or
+# ``-NUMBER LAST``: the events from NUMBER to LAST are not needed any more. A line that its process did not finish has
+# no newline; a part lost in a power cut reads as zeros, which no event contains. Neither counts as an event. The file
+# is emptied when nothing in it is needed. It has no lock of its own: the lock of the spool's SQLite file protects it,
+# too.
 
 logger = logging.getLogger(__name__)
 
@@ -113,20 +120,9 @@ def _needed(lines: Iterable[bytes]) -> dict[int, bytes]:
     return needed
 
 
-# What is captured and not yet acknowledged, on disk: a SQLite file for each process, and before it a journal.
-#
-# An event is in the journal when ``append`` returns, and survives the end of the process in whatever way; it survives
-# a power cut once the system has written its pages. Most are acknowledged while they are there. What is left when the
-# journal is full moves into the SQLite file, in one transaction. So events in the file are older than those in the
-# journal.
-#
-# A process owns both by SQLite's exclusive lock, held while the file is open. So processes that share a directory
-# never wait for one another, and a file that can be locked belongs to nobody: its process is gone, killed perhaps,
-# and whoever locks it takes over the events, ids and all.
-#
-# Prompts may be in it, so nobody but its user reads it, whoever may look into the directory.
-#
-# A connection must not cross a fork: the child forgets it, without closing, and makes a file of its own.
+# The SQLite file. Its events are older than those of the journal. Events may contain prompts, so only the file's user
+# may read it, whatever the permissions of the directory. A connection must not cross a fork: the child forgets it
+# without closing, and makes a file of its own.
 
 SPOOL_SUFFIX = ".spool"
 _WAL = "-wal"  # SQLite's name for its write-ahead log

@@ -1,4 +1,11 @@
-"""The base of strategies, and the usage of language models."""
+"""The base of strategies, readers of other libraries' answers, and the usage of language models.
+
+A strategy turns something that happened (a call, a stream, elapsed time) into the metadata of one event.
+``Strategy.emit`` merges what the strategy measured with the metadata of the strategy and of the call, adds the cost,
+and captures the event; ``emit`` never raises, because metering must not make a call fail. ``LanguageModelStrategy``
+is the base for model calls, with ``Tokens`` and ``ModelCall``. ``read``, ``count``, ``items`` and ``text`` read
+answers of unknown shape without raising.
+"""
 
 import copy
 import json
@@ -12,9 +19,7 @@ import msgspec
 
 from ingest.client.event import COST, Event, clean, clipped, sendable
 
-# What lies in the answers of other libraries, read so that nothing unexpected in them hurts.
-#
-# Responses come as objects, as dictionaries, and as objects that hold dictionaries.
+# Readers. Answers come as objects, as dictionaries, and as objects that hold dictionaries.
 
 def read(source: Any, *path: str) -> Any:
     """What lies at a path of attributes or keys, None when there is no such thing."""
@@ -45,11 +50,7 @@ def text(source: Any, *path: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-# What every strategy is made of: whose usage it is, what an event says, what it cost, and how it is handed over.
-#
-# A strategy turns a thing that happened (a call, a stream, some time) into the metadata of one event. It builds on
-# ``Strategy``: ``emit`` puts together what the strategy measured, what was given for every event and what was given
-# for this one, adds the cost, and captures the event. ``emit`` never raises: metering is not why a call may fail.
+# The base class. A strategy of your own:
 #
 #     class Words(Strategy):
 #         def count(self, customer: CustomerLike, text: str, **metadata: Value) -> None:
@@ -181,16 +182,14 @@ def _add_cost(metadata: dict[str, Any], calculate: Callable[[Any], Cost], contex
 S = TypeVar("S", bound=Strategy)
 
 
-# What a call of a language model used, meaning the same whoever the vendor is, and the event that says so.
-#
-# Vendors count alike and report differently: one's input has the cached tokens inside, another's does not; one's
-# output leaves the reasoning out. Each strategy reads its vendor's fields into ``Tokens``, where every part is
-# *inside* its whole and the total is the sum of the two wholes:
+# Language models. Vendors report usage differently: for one, the input includes cached tokens, for another it does
+# not; one leaves reasoning out of the output. Each strategy reads its vendor's fields into ``Tokens``, where every
+# part is *inside* its whole and the total is the sum of the two wholes:
 #
 #     total = input  (of which: cached, cache_write)
 #           + output (of which: reasoning)
 #
-# The event's metadata is what Polar's LLM strategy sends, so meters made for that one count these.
+# The event's metadata is what Polar's LLM strategy sends, so meters made for that strategy count these events.
 
 TEXT_LENGTH_MAX = 100_000
 """Characters of a prompt or a response that are kept: the numbers must fit into the event beside them."""

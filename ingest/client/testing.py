@@ -1,10 +1,11 @@
-"""For the tests of applications: an ingestion that sends nothing and remembers everything.
-
-Events pass the same checks and get the same bytes as in earnest; what is remembered is what would have been sent.
+"""A client for an application's tests: ``RecordingIngestion`` sends nothing and records every event.
 
     ingestion = RecordingIngestion()
     charge(ingestion)
     assert ingestion.one("chat.completion")["metadata"]["tokens"] == 812
+
+Events pass the same checks and get the same bytes as with ``Ingestion``; what is recorded is what would have been
+sent.
 """
 
 from collections.abc import Mapping

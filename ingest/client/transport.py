@@ -1,4 +1,9 @@
-"""The client's transport over HTTP, and what the server's answers mean."""
+"""The client's transport over HTTP, and what the server's answers mean.
+
+``HttpTransport`` posts a batch to ``/v1/events/ingest``. ``read_answer`` maps an answer to an outcome: ``Taken``,
+``Refused`` (a 422 about single events), ``Unavailable`` (wait) or ``Failed`` (perhaps the fault of this batch).
+``Transport`` is the protocol that other transports implement (``ingest.client.kafka``).
+"""
 
 import contextlib
 import encodings.idna  # noqa: F401 - see ``lifecycle``: the first look-up of a host would import it, in a thread
@@ -12,12 +17,10 @@ from zlib import compressobj
 import httpx
 import msgspec
 
-# What the server's answer means for the events that were sent. Pure.
-#
-# Only a 2xx acknowledges. A 422 speaks of single events: its ``detail`` names them by index, and they will never be
-# taken; when it names none, halves tell. What concerns the sender or the server as a whole (no connection, 401, 429,
-# 503) waits and loses nothing; of some of it the events may be the reason after all, which others tell that get
-# through. Everything else may be the fault of this one batch, or of the server: see ``Failed``.
+# Answers, as a pure function. Only a 2xx acknowledges. The ``detail`` of a 422 names events by index, which will
+# never be accepted; if it names none, halving the batch finds them. What concerns the sender or the server as a whole
+# (no connection, 401, 429, 503) waits and loses nothing; some of these may still be caused by the events, which shows
+# when other batches succeed. Anything else may be the fault of this batch, or of the server: see ``Failed``.
 
 class Detail(NamedTuple):
     """Why one event was refused, in the server's words."""
@@ -142,10 +145,9 @@ def _date(value: str) -> datetime | None:
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
-# How batches travel: over HTTP to ``/v1/events/ingest``, as every server of this contract takes them.
-#
-# Nothing here depends on one server. Compression is tried once with a body worth it; a server that answers such a
-# body with a 4xx before it ever took one gets the same body plain, and no other kind from then on.
+# HTTP. Nothing here depends on one server. Compression is tried with the first body worth it. If the server answers a
+# compressed body with a 4xx before it ever accepted one, that body is sent again uncompressed. If that is accepted,
+# all later bodies are uncompressed, too.
 
 PATH = "/v1/events/ingest"
 

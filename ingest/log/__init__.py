@@ -1,8 +1,10 @@
-"""The log: durable, ordered, the only truth. Which kind is told by its URL.
+"""The log: durable, ordered, and the only truth. ``open_log`` opens the kind that a URL names.
 
     embedded:DIR    one machine, one SQLite file DIR/log.sqlite; a plain path means the same
     memory:         this process only, for tests
     kafka://...     two topics of a Kafka cluster, see ``ingest.log.kafka_admin``
+
+Each kind implements the port ``meters.log.Log``. Only the modules of the opened kind are loaded.
 """
 
 import re

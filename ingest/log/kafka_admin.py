@@ -1,4 +1,10 @@
-"""The Kafka URL, questions about topics, and the topics' creation."""
+"""Administration of the Kafka log: its URL, questions about topics, and the creation of topics.
+
+``parse_address`` reads a URL ``kafka://HOST:PORT[,HOST:PORT...][/PREFIX][?OPTION=VALUE&...]`` into an ``Address``
+with its ``Options``. ``Topics`` asks the brokers which topics exist, with which id, and which offsets they have.
+``make_topics`` creates the two topics, or compares existing ones with what they should be and returns a ``Finding``
+for each setting. ``ingest.log.kafka_log`` and the command ``meterstream kafka`` use this module.
+"""
 
 import itertools
 import re
@@ -24,22 +30,19 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from ingest.log.partitions import Limits, Places
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, TryAgain
 
-# Where a log on Kafka is and how to speak to it, from its URL.
-#
-#     kafka://HOST:PORT[,HOST:PORT...][/PREFIX][?OPTION=VALUE&...]
-#
-# The topics are ``usage.events`` and ``usage.control``, with ``PREFIX.`` in front if there is one, so that several
-# installations share a cluster. Options are a closed list; a misspelled one is refused. Passwords are never part of
-# the URL, because URLs are shown and logged: they come beside it, from the environment.
+# The URL. The topics are ``usage.events`` and ``usage.control``, with ``PREFIX.`` in front if there is one, so that
+# several installations can share a cluster. Options are a closed list; an unknown option is refused. Passwords are
+# never part of the URL, because URLs are shown and logged: they come from the environment.
 
 PASSWORD, KEY_PASSWORD = "password", "key_password"
 
-# What clients wait for an answer is 30 s and more in general: a delivery that fails is told well before.
+# Clients usually wait 30 s or more for an answer: a failed delivery is reported well before that.
 DELIVERY_TIMEOUT_S = 10.0
 DELIVERY_TIMEOUT_S_RANGE = (1.0, 300.0)  # librdkafka's sockets wait no longer, and 0 would be for ever
-# A pause for records of other requests to join a batch. A request has a record for each of its customers' partitions,
-# and what a broker does costs more by the batch than by the record: at 50,000 events/s it takes 9.3 us an event without
-# a pause, 6.5 with this one and 5.7 with the 5 ms of Kafka's own client. Those make every client wait 5 ms longer.
+# How long a record waits for others to join its batch. A request has a record for each of its customers' partitions,
+# and a broker's cost is by batch more than by record. At 50,000 events/s the brokers take 9.3 us an event without the
+# pause, 6.5 with this one and 5.7 with the 5 ms of Kafka's own client, which would make every client wait 5 ms
+# longer.
 LINGER_MS = 2.0
 LINGER_MS_RANGE = (0.0, 500.0)  # a pause as long as the shortest delivery would leave no time for it
 
@@ -159,10 +162,8 @@ def _check_protocol(options: Options, secrets: Mapping[str, str]) -> None:
         raise ValueError("ssl_certificate and ssl_key go together: name both, the same file twice where it holds both")
 
 
-# Questions to the brokers about topics: which there are, which id they have, from where to where they reach.
-#
-# Every question waits a bounded time and answers or raises TryAgain. A topic that is not there is TryAgain too: an
-# installation may start before its topics are made.
+# Questions about topics. Every question waits a bounded time and answers or raises TryAgain. A missing topic is
+# TryAgain, too: an installation may start before its topics are created.
 
 STREAMS = (USAGE_EVENTS, USAGE_CONTROL)
 REQUEST_S_MAX = 3.0
@@ -178,8 +179,8 @@ CLIENT_END_S_MAX = 3.0
 FUTURE_GRACE_S = 0.5  # librdkafka keeps its own time, and is asked to be punctual
 
 NAME_A_CERTIFICATE = "they want a client's certificate: name one that they trust with ssl_certificate and ssl_key"
-# The alerts of TLS about the other side's certificate (bad, unsupported, revoked, expired, unknown, of an unknown
-# authority, required); OpenSSL has changed their words before, and their numbers are the protocol's.
+# TLS alerts about the other side's certificate (bad, unsupported, revoked, expired, unknown, of an unknown authority,
+# required). OpenSSL has changed their words before; the protocol fixes their numbers.
 _UNCERTIFIED = re.compile(r"SSL alert number (4[2-68]|116)\b")
 
 
@@ -333,11 +334,9 @@ def quiet(settings: dict[str, str]) -> dict[str, Any]:
     return {**settings, "log_level": 0, "socket.keepalive.enable": True, "reconnect.backoff.max.ms": 1000}
 
 
-# The two topics, made as they have to be, or compared with it.
-#
-# Nothing here is made in passing: a topic that a broker makes by itself has one partition, forgets after a week and
-# may be compacted. What is there already is never changed unless asked to; each setting that would lose records, or
-# let an acknowledged one be lost, is named with what it should be.
+# Creating topics. Topics are never created implicitly: a topic that a broker creates by itself has one partition,
+# deletes records after a week and may be compacted. Existing topics are not changed unless asked to. Each setting
+# that would lose records, or allow the loss of an acknowledged record, is reported with the value it should have.
 
 EVENTS_PARTITIONS = 12
 """Enough for gateways and producers to write side by side; the store has one reader however many there are."""

@@ -1,4 +1,14 @@
-"""The log on Kafka: producer and consumer."""
+"""The log on Kafka: for any number of gateways on any number of machines.
+
+``KafkaLog`` implements the port on two topics. ``Writer`` appends through librdkafka's producer, ``Reader`` reads
+through its consumer; ``ingest.log.kafka_admin`` has the URL and the questions about topics. Kafka is used narrowly:
+explicit partitions, positions from the store, no consumer group, no transactions, no idempotent producer. Events are
+deduplicated by their identity in any case.
+
+Two things differ from the embedded log. A record's time has milliseconds and comes from the clock of the appending
+gateway, so it can step back between records of different gateways. An append of several entries to one partition that
+fails may have written some of them; retrying is harmless.
+"""
 
 import asyncio
 import contextlib
@@ -17,16 +27,13 @@ from ingest.log.partitions import MEBIBYTE, Limits, Places, take_in_order
 from ingest.log.sqlite_writer import Outcome, answer
 from meters.log import LATEST_US, USAGE_EVENTS, Entry, OpenAgain, PositionLost, Record, Refused, TryAgain
 
-# The writing end of the log on Kafka: librdkafka's producer, and a thread that carries its answers to the callers.
+# The producer. ``submit`` hands every entry to librdkafka, which queues, batches, compresses and retries. One future
+# stands for the whole call, and a counter says when its last entry was answered. A thread polls librdkafka and
+# answers all calls that one poll finished with a single step into each event loop.
 #
-# ``submit`` hands every entry to librdkafka, which queues, batches, compresses and repeats; one future stands for the
-# whole call, however many entries it has, and a counter says when the last of them was answered. The thread polls,
-# and answers all the calls that one poll finished with a single step into each event loop.
-#
-# The producer is not an idempotent one. That would spare the log some repetitions, but not all of them (leaders
-# change, processes restart), and what counts an event once is its identity in any case. In exchange it would need an
-# id from the brokers before its first record, half a second or more after each start, and a stale sequence number
-# would be fatal for it. What is given up is the order of two records that were under way at the same time.
+# The producer is not idempotent. Idempotence would avoid some duplicates but not all (leaders change, processes
+# restart). It would also need an id from the brokers before the first record, half a second or more after each start,
+# and a stale sequence number would be fatal. The price is the order of two records that are in flight at one time.
 
 ORGANIZATION, ADMITTED = "organization", "admitted"
 """Names of the headers that carry ``Entry.organization_id``, and ``Entry.admitted``: "1", or "2" with distinct keys."""
@@ -173,16 +180,14 @@ def _producer_settings(address: Address, limits: Limits) -> dict[str, Any]:
     }
 
 
-# The reading end of the log on Kafka: librdkafka's consumer, told exactly where to begin, and watched.
+# The consumer. It joins no group and keeps no position: partitions are assigned at the requested positions, and a
+# missing position is an error, never a jump. A consumer that does not deliver records that the brokers have is
+# replaced by a new one. Records are returned only if each follows the one before, and only after the topic's id was
+# checked: a topic that was deleted and created again may be long enough to answer the same offsets with other
+# records.
 #
-# It joins no group and has no position of its own: partitions are assigned from the positions asked for, and a
-# position that is not there is an error, never a jump. So a consumer is nothing to hold on to: one that brings
-# nothing of what the brokers have is given up for another. Records are handed on only when each follows the one
-# before, and only after the topic was seen to be still the same one: a topic that was deleted and made again may be
-# long enough to answer the same offsets with other records.
-#
-# A read without waiting gives whatever was acknowledged before it, as the port promises; a consumer alone cannot,
-# since it fetches in the background. So the brokers are asked for the ends first, unless enough is at hand.
+# A read without waiting returns everything that was acknowledged before it, as the port promises. A consumer fetches
+# in the background and cannot promise that, so the brokers are asked for the ends first, unless enough is buffered.
 
 FETCHED_BYTES_MAX = 16 * MEBIBYTE
 """Bytes fetched ahead of the reader: about two rounds of the aggregator. A larger record comes alone."""
@@ -425,21 +430,10 @@ def _consumer_settings(stream: str, address: Address, limits: Limits) -> dict[st
     }
 
 
-# The log on Kafka: the port on two topics, for any number of gateways on any number of machines.
-#
-# Kafka is used narrowly, because its wide parts are where clients lose money: explicit partitions, positions from the
-# store, no consumer group, no transactions, no idempotent producer; what counts an event once is its identity.
-# ``kafka_writer`` appends, ``kafka_reader`` reads, ``kafka_topics`` asks the brokers, ``kafka_address`` understands
-# the URL. This module puts them together.
-#
-# The client is confluent-kafka (librdkafka). aiokafka 0.14 was tried first on Kafka 4.4: it cannot tell a topic's id,
-# so a topic that was deleted and made again looks like the same one; its idempotent producer let an append wait past
-# every timeout while the broker was stopped, where this port promises an answer; and it took about 350 us of
-# processor time for a record of 30 KB. So the classic clients of librdkafka do the work, behind a thread of our own.
-#
-# Two things differ from the embedded log. A record's time has milliseconds and comes from the clock of whoever
-# appended, so it can step back between records of different gateways. And an append of several entries to one
-# partition that fails may have written some of them; repeating it is harmless, as always.
+# The client library is confluent-kafka (librdkafka). aiokafka 0.14 was tried first on Kafka 4.4. It does not expose a
+# topic's id, so a topic that was deleted and created again looks unchanged. Its idempotent producer let an append
+# wait past every timeout while the broker was stopped, where this port promises an answer. It took about 350 us of
+# CPU for a record of 30 KB. So librdkafka does the work, behind a thread of our own.
 
 class KafkaLog:
     """The log at the address. See ``meters.log.Log`` for what the methods promise."""

@@ -1,7 +1,7 @@
-"""The log in memory: the same port, for tests and simulations.
+"""The log in memory: an implementation of the port for tests and simulations.
 
-What the death of a process leaves behind is the ``Disk``: two logs on one disk are two processes on one machine. A
-disk can be told to be full, so that a test can ask what its subject does about TryAgain.
+``MemoryLog`` keeps its records on a ``Disk``, which outlives it: a second log on one disk plays a second process, or
+the process after a crash. A disk can be set to full, so that a test can check how its subject handles TryAgain.
 """
 
 import asyncio

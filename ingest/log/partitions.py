@@ -1,4 +1,9 @@
-"""Streams, partitions and limits that every log shares."""
+"""Streams, partitions and limits that every kind of log shares.
+
+``Limits`` bounds one open log, with a reason for each figure. ``Places`` knows which partitions each stream has, and
+raises ``NoSuchPartition`` or ``Refused`` for others. ``take_in_order`` merges records of several partitions by their
+time of ingestion, so that a rebuild reads events in the order in which they were first counted.
+"""
 
 import heapq
 from collections import deque
@@ -8,7 +13,7 @@ import msgspec
 
 from meters.log import LATEST_US, USAGE_CONTROL, USAGE_EVENTS, Entry, NoSuchPartition, Record, Refused
 
-# How much the log takes at once. Every figure has its reason beside it; a caller may set others.
+# Limits. A caller may set others.
 
 MEBIBYTE = 1 << 20
 
@@ -30,9 +35,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lock_wait_s_max: float = 5.0
 
 
-# Which streams a log has, how many partitions each, what is refused for ever, and how partitions are read as one.
+# Streams and partitions.
 
-# One partition keeps every order there is; more of them help readers only when there are several readers.
+# One partition keeps the order of all records; more of them help only when there are several readers.
 PARTITIONS: Mapping[str, int] = {USAGE_EVENTS: 1, USAGE_CONTROL: 1}
 
 

@@ -1,4 +1,19 @@
-"""The embedded log's file: format, pragmas, compression."""
+"""The embedded log's file: format, pragmas and compression.
+
+    log.sqlite       streams(name, identity, partitions), and one table per stream and partition
+    log.sqlite-wal   commits that are durable but not yet copied into the file; part of the log
+    log.sqlite-shm   SQLite's index of the WAL; created again when it is missing
+
+``create`` makes the file and ``connect`` opens a connection to it with the right pragmas; ``pack`` and ``unpack``
+compress values. Three decisions shape this module:
+
+* One statement per group. Python releases its interpreter lock around every step of a SQLite statement, and under
+  load each release can cost milliseconds. So all values of a group travel in one blob, with their heads as JSON.
+* No checkpoint while anybody writes. Up to SQLite 3.51.2 a checkpoint beside another connection's commit can lose
+  pages of the WAL (sqlite.org/wal.html, "The WAL-Reset Bug"). Automatic checkpoints are off, and ours run under
+  SQLite's write lock.
+* No memory mapping. An I/O error under a mapping is a SIGBUS that kills the process; through read() it is an error.
+"""
 
 import contextlib
 import fcntl
@@ -13,11 +28,9 @@ import zstandard
 
 from meters.log import Refused
 
-# Values on the disk are packed: events of one sender resemble each other, so zstd makes them 5 to 15 times smaller.
-#
-# That is less to write and sync than packing costs, and a log that keeps everything stays affordable. A value too
-# short to gain is stored as it is. Which of the two it is shows in the lengths: a packed value is shorter than its
-# plain length, which stands beside it; an unpacked one is as long.
+# Compression. Events of one sender resemble each other, so zstd makes them 5 to 15 times smaller, and packing costs
+# less than writing and syncing the difference. A value that is too short to gain is stored as it is. Lengths tell
+# which: a packed value is shorter than its plain length, which is stored beside it.
 
 PACK_BYTES_MIN = 1024  # a shorter value gains little and costs a call
 LEVEL = 1  # 0.3 us for an event of 300 bytes; higher levels cost more than the disk saves
@@ -55,37 +68,20 @@ def unpack(stored: bytes, length: int) -> bytes:
     return value
 
 
-# The file of the embedded log: one SQLite database, written by statements that carry a whole group.
-#
-#     log.sqlite       streams(name, identity, partitions), and one table per stream and partition
-#     log.sqlite-wal   commits that are durable but not yet copied into the file; part of the log
-#     log.sqlite-shm   SQLite's index of the WAL; made again when it is missing
-#
-# Three decisions shape this module.
-#
-# *One statement per group.* Python gives up its interpreter lock around every step of a SQLite statement, and under
-# load each give-up can cost milliseconds until the lock comes back. Values therefore travel to and from SQLite end
-# to end in one blob, beside their heads as JSON; beside a busy thread this is 20 to 100 times faster than a row
-# at a time, and no slower on an idle machine.
-#
-# *Nobody checkpoints while anybody writes.* Up to SQLite 3.51.2 a checkpoint that runs beside a commit of another
-# connection can, rarely, forget pages of the WAL for ever (sqlite.org/wal.html, "The WAL-Reset Bug"). Automatic
-# checkpoints are off on every connection, and ours run while we hold SQLite's own write lock.
-#
-# *No memory mapping.* An I/O error under a mapping is a SIGBUS that kills the process; through read() it is an error.
+# The file.
 
 FILE_NAME = "log.sqlite"
 FORMAT = 1  # PRAGMA user_version; a change of the tables below raises it
 APPLICATION_ID = 0x4D54524C  # "MTRL", so that `file log.sqlite` tells what it is
 
-# 3.38 is the first with JSON built in and with group_concat that keeps every byte of a blob.
+# SQLite 3.38 is the first with JSON built in and with a group_concat that keeps every byte of a blob.
 SQLITE_VERSION_MIN = (3, 38, 0)
-# 8 KiB measured best: 4 KiB pages cost twice the system calls for a 30 KB value, and larger ones
-# make the smallest commit (which writes at least one page) dearer without making large ones cheaper.
+# 8 KiB measured best: 4 KiB pages cost twice the system calls for a 30 KB value, and larger pages make the smallest
+# commit (which writes at least one page) dearer without making large commits cheaper.
 PAGE_BYTES = 8192
-# Leaves and the root of the tree while a group is written; the values themselves pass through.
+# Enough for the leaves and the root of the tree while a group is written; the values pass through.
 CACHE_KIBIBYTES = 8192
-# After a reader held the WAL open for long it may have grown; give that space back down to this.
+# A reader that held the WAL open for long lets it grow; a later checkpoint shrinks it to this size.
 WAL_BYTES_KEPT = 64 << 20
 
 _PRAGMAS = (

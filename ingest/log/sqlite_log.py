@@ -1,4 +1,9 @@
-"""The embedded log: SQLite, one writer thread, retention."""
+"""The embedded log: one SQLite file, for one machine.
+
+``EmbeddedLog`` puts the parts together: ``ingest.log.sqlite_writer`` appends by group commit in one thread,
+``ingest.log.sqlite_reader`` reads with one statement per call, ``ingest.log.sqlite_file`` knows the format. Several
+processes may open the file and append; SQLite's locks admit one commit at a time. ``trim`` is the retention.
+"""
 
 import asyncio
 import sqlite3
@@ -15,12 +20,11 @@ from ingest.log.sqlite_reader import FileReader
 from ingest.log.sqlite_writer import FileAppender, GroupWriter, checkpoint
 from meters.log import Entry, Record, Refused, TryAgain
 
-# Retention: remove the oldest records of a partition, a few at a time, so that appending goes on between.
-#
-# Times never go backwards within a partition, so what is older than an instant is a prefix, and its end is found
-# by bisection. The newest record always stays: the next offset and the clock's floor are read from it.
+# Retention. The oldest records of a partition are removed a few at a time, so that appending goes on in between.
+# Times never decrease within a partition, so bisection finds the end of what is too old. The newest record always
+# stays: the next offset and the lowest time for the next record are read from it.
 
-# Removing a record reads every page of its value; this many keep the write lock for milliseconds only.
+# Removing a record reads every page of its value; this many hold the write lock for milliseconds only.
 RECORDS_PER_STEP = 256
 
 _BOUNDS = 'SELECT (SELECT min("offset") FROM {table}), (SELECT max("offset") FROM {table})'
@@ -54,14 +58,10 @@ def _first_kept(connection: sqlite3.Connection, table: str, start: int, end: int
     return start + bisect_left(candidates, older_than_us, key=timestamp_us)
 
 
-# The embedded log: the port on one SQLite file, for one machine.
-#
-# Several processes may open it, and several may append; SQLite's locks let one commit at a time. Appending is the
-# writer's thread with its group commit (``writer``, ``appender``), reading is one statement per call (``reader``),
-# ``sqlite_file`` knows what lies on the disk. This module puts them together.
+# The log.
 
-# A waiting reader looks for commits of other processes, first often, because under load the next one is near,
-# then more and more rarely: an idle reader costs one hundredth of a core, and its first record waits 20 ms at most.
+# A waiting reader polls for commits of other processes, first often, because under load the next commit is near, then
+# more and more rarely: an idle reader costs one hundredth of a core, and its first record waits 20 ms at most.
 POLL_S_MIN = 0.001
 POLL_S_MAX = 0.020
 

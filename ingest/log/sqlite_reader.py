@@ -1,11 +1,11 @@
-"""The reading end of the embedded log.
+"""Read the embedded log: one SQL statement for each read.
 
-A read is one statement, so it sees one state of the file: it walks from the position from record to next record
-until the bytes are used up, and takes what it walked over in one piece. It holds no transaction between calls,
-because an open reader would keep the WAL from starting over.
+``FileReader.read`` walks from the requested position from record to record until the bytes are used up, and returns
+the records. One statement sees one state of the file. No transaction stays open between calls, because an open reader
+would keep the WAL from starting over.
 
-Every answer is checked: the offsets as read must follow one another from the position asked for, and the values
-must have the lengths they were stored with.
+Every result is checked: offsets must follow one another from the requested position, and values must have the lengths
+they were stored with.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import msgspec
 from ingest.log.sqlite_file import connect, same_file, table_name, unpack
 from meters.log import PositionLost, Record, TryAgain
 
-# The objects made of a read take about 300 bytes each besides the values: 15 MB at the most.
+# Each record of a read takes about 300 bytes of objects besides its value: 15 MB at most.
 RECORDS_MAX = 50_000
 
 _FETCH = """WITH RECURSIVE run(place, bytes) AS (
@@ -39,7 +39,7 @@ FROM {table} WHERE "offset" BETWEEN :position AND (SELECT max(place) FROM run)""
 
 _BOUNDS = """SELECT (SELECT min("offset") FROM {table}), (SELECT max("offset") + 1 FROM {table})"""
 
-# offsets, timestamps, stored lengths, organizations, admitted, plain lengths
+# The columns: offsets, timestamps, stored lengths, organizations, admitted, plain lengths.
 _Columns = tuple[list[int], list[int], list[int], list[str | None], list[int], list[int]]
 _columns = msgspec.json.Decoder(_Columns)
 

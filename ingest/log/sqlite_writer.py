@@ -1,4 +1,12 @@
-"""Group commit of the embedded log: the writer thread and the appender that feeds it."""
+"""Write the embedded log: the writer thread with its group commit, and the appender that it feeds.
+
+``GroupWriter`` queues the entries of all callers. Its thread takes what queued during the last commit, hands the
+group to an ``Appender`` as a ``Batch`` for each partition, and resolves the futures of the callers. ``FileAppender``
+writes a group in one SQLite transaction and runs the checkpoints when nobody waits.
+
+One sync of the disk costs the same for one entry as for a thousand, so groups make appending cheap under load. There
+is no timer: a single entry is committed at once.
+"""
 
 import asyncio
 import contextlib
@@ -17,15 +25,9 @@ from ingest.log.partitions import Limits
 from ingest.log.sqlite_file import PAGE_BYTES, connect, pack, same_file, table_name
 from meters.log import Entry, Refused, TryAgain
 
-# Group commit: many tasks wait, one thread writes.
-#
-# A commit costs the same sync of the disk for one entry as for a thousand, so whatever queued while the last
-# commit ran goes into the next one. There is no timer: a lonely entry is committed at once, and groups grow only
-# as far as the disk is slower than the callers.
-#
-# The thread hands a group to its ``Appender`` and answers every waiter of the group with one call into the
-# waiter's event loop. A waiter gets offsets only after ``Appender.commit`` has returned; any error there is
-# TryAgain for the whole group, because a failed commit may or may not have reached the disk.
+# Group commit. A caller gets offsets only after ``Appender.commit`` returned. Any error there is TryAgain for the
+# whole group, because a failed commit may or may not have reached the disk. All callers of one event loop are
+# answered with one call into the loop.
 
 PartitionName = tuple[str, int]  # stream, number
 
@@ -195,24 +197,21 @@ def _resolve(answers: list[tuple[asyncio.Future[list[int]], Outcome]]) -> None:
             future.set_exception(outcome)
 
 
-# The writing end of the embedded log: one transaction per group, and checkpoints while nobody waits.
+# The appender. Offsets are dense and have no counter of their own: the next offset is that of the newest record plus
+# one. The lowest time for the next record comes from it, too. So retention never removes the newest record.
 #
-# Offsets, dense and without a counter of their own, come from the newest record: its offset plus one. So does the
-# clock's floor. That is why retention never removes the newest record of a partition.
-#
-# After any error the connections are dropped and the next group opens others: what SQLite thinks of a transaction
-# whose sync failed is not to be built upon. Whoever opens them, after an error or another process's death, first
-# copies the WAL into the file. A sync that failed may have left pages that the system shows but the disk never got,
-# and a commit written behind such pages would go with them when the power goes. Once they are copied the WAL begins
-# anew, unless a reader is in a transaction just then: what is acknowledged behind such pages meanwhile is lost if the
-# power goes before a later checkpoint has copied it, too. That is left as it is: to wait for readers would hold up
-# everybody, and a checkpoint that starts the WAL over may copy beside another's commit.
+# After any error the connections are dropped and the next group opens new ones, because the state of a transaction
+# whose sync failed is not reliable. Opening first copies the WAL into the file: a failed sync may have left pages
+# that the system shows but the disk never got, and a commit behind such pages would be lost with them in a power
+# loss. The WAL then begins anew, unless a reader is in a transaction at that moment. In that case commits behind such
+# pages are lost if the power fails before a later checkpoint. This is accepted: waiting for readers would stop all
+# writers, and a checkpoint that restarts the WAL may copy beside another connection's commit.
 
-# A checkpoint holds up whoever comes meanwhile, 3 to 8 ms for each MiB: larger ones stall longer and save little.
+# A checkpoint delays commits by 3 to 8 ms for each MiB: larger ones delay longer and save little.
 CHECKPOINT_BYTES = 4 << 20
-# What a commit adds to the WAL besides its values, at least: the last leaf of the table, written again.
+# The least that a commit adds to the WAL besides its values: the last leaf of the table, written again.
 COMMIT_BYTES = PAGE_BYTES
-# Who deletes the file under a running log has deleted what was acknowledged; a second more changes nothing.
+# Deleting the file under a running log deletes acknowledged records in any case; a second more changes nothing.
 SAME_FILE_CHECK_S = 1.0
 
 # The SELECT reads the table it inserts into, so SQLite completes it first; `key` counts the heads from 0. A piece of
