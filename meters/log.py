@@ -10,7 +10,7 @@ The log is the only truth; everything else is a view of it.
 import struct
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol, overload
 
 import msgspec
 
@@ -163,20 +163,38 @@ def has_too_many_lines(value: bytes) -> bool:
     return len(value) >= LINES_MAX and value.count(b"\n") >= LINES_MAX
 
 
+class Places(Protocol):
+    """Where texts begin and end: an array of two columns. (This package does not load numpy for its name.)"""
+
+    def __len__(self) -> int:
+        """How many texts there are."""
+
+    def __getitem__(self, rows: slice, /) -> "Places":
+        """Some of them."""
+
+    def tolist(self) -> list[list[int]]:
+        """Both places of each."""
+
+
 class Pieces(Sequence[bytes]):
-    """Pieces of a record's value, each made when it is asked for: nearly none ever is.
+    """Pieces of a record's value, each made when it is asked for: nearly none ever is."""
 
-    ``places`` is an array of two columns: where each begins and ends.
-    """
-
-    def __init__(self, value: bytes, places: Any) -> None:
+    def __init__(self, value: bytes, places: Places) -> None:
         self._value, self._places = value, places
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, row: Any) -> Any:
-        begin, end = self._places[row]
+    @overload
+    def __getitem__(self, row: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> "Pieces": ...
+
+    def __getitem__(self, row: int | slice) -> "bytes | Pieces":
+        if isinstance(row, slice):
+            return Pieces(self._value, self._places[row])
+        [(begin, end)] = self._places[row : row + 1 or None].tolist()
         return self._value[begin:end]
 
     def __iter__(self) -> Iterator[bytes]:

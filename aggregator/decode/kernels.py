@@ -1,198 +1,82 @@
 """Compiled loops over the bytes of event lines (Numba). They run without the interpreter's lock.
 
-``scan`` parses JSON lines into spans of their fields. It is at least as strict as msgspec: an escape, a tab between
-tokens, a field of an unexpected type, or a line without a name or external id is marked odd, and the decoders of
-``decode.py`` read that line instead. The one possible error, taking an odd line for an ordinary one, is covered by a
-property test against those decoders. The other functions hash lines and texts, look numbers up and read timestamps.
-
-Quotes are found first, in a loop without branches. In a text without a backslash every second quote ends a string, so
-most bytes of a line are skipped.
-
-``decode.Quick`` imports this module in a thread, once enough lines have arrived (see ``meters.compiled``).
+``Reader`` makes a chunk of whole records if all of their lines are ordinary. It is at least as strict as msgspec: an
+escape, a tab between tokens, a field of an unexpected type, or a line without a name or external id is odd, and the
+decoders of ``decode.py`` read records with such a line. A property test compares the rows of both. Lines are scanned by
+``meters.compiled``; the loops here hash lines and texts, look numbers up and gather columns.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import boolean, int32, int64, types, uint8, uint32, uint64, void
+import numpy.typing as npt
+import pyarrow as pa
+from numba import boolean, int32, int64, uint8, uint32, uint64, void
 
+from aggregator.decode.columns import Chunk, Microseconds, Span, Texts, metadata, of_records, parse_times, places
+from aggregator.decode.directory import Directory, Organization
+from aggregator.decode.identities import Keys, Search, Words
 from meters.compiled import (
-    BACKSLASH,
-    BLANK,
-    COLON,
-    COMMA,
-    FALSE,
-    LIST,
-    LIST_END,
-    MINUS,
+    CUSTOMER_ID,
+    EXTERNAL_CUSTOMER_ID,
+    EXTERNAL_ID,
+    EXTERNAL_MEMBER_ID,
+    FIELDS,
+    MEMBER_ID,
+    METADATA,
     MISSING,
+    NAME,
     NEWLINE,
-    NULL,
-    OBJECT,
-    OBJECT_END,
     ODD,
-    PLUS,
-    POINT,
-    QUOTE,
-    TRUE,
-    ZERO,
+    PARENT_ID,
+    TIMESTAMP,
     Bytes,
-    Text,
+    Spans,
     after_blanks,
-    after_digits,
+    after_event,
     copy_bytes,
     hash_64,
     hash_128,
     kernel,
-    keys_table,
-    place_of,
     read_time,
     text_at,
 )
+from meters.log import Pieces
 from meters.timestamps import UNREADABLE
 
-_FIELDS = (
-    "name", "metadata", "timestamp", "external_id", "external_customer_id", "customer_id", "member_id",
-    "external_member_id", "parent_id",
-)  # fmt: skip
-FIELDS = len(_FIELDS)
-(
-    NAME, METADATA, TIMESTAMP, EXTERNAL_ID, EXTERNAL_CUSTOMER_ID, CUSTOMER_ID, MEMBER_ID, EXTERNAL_MEMBER_ID, PARENT_ID
-) = range(FIELDS)  # fmt: skip
-UNKNOWN = -1
-"""The number of a customer who has none yet."""
+BYTES_MAX = 64 * 1024 * 1024
+"""Of a chunk, ten times a round: places are 32-bit numbers."""
 
-_DEPTH_MAX = 60  # an integer has a bit for each level
-_KEYS, _KEY_ENDS = keys_table(*_FIELDS)
+SLOTS_MIN = 256
+_UNKNOWN = -1  # the number of a customer who has none yet
 _EMPTY = np.frombuffer(b"{}", np.uint8)
-_LARGE_E, _SMALL_E = b"Ee"
-_OPENED, _KEY, _VALUE, _DONE = range(4)  # what comes next: the first in a bracket, a key, a value, or what follows one
+_NO_KEYS = np.empty((0, 2), np.int32)
 
-Spans = int32[:, :, ::1]  # by line and field: where its text begins and ends
-Lines = int32[:, ::1]  # where a line begins and ends
-
-
-@kernel(int64(Bytes, int32[::1]))
-def find_quotes(text: Any, places: Any) -> Any:
-    """How many quotes there are, and where; ODD with a backslash, or a control character that ends no line."""
-    odd = False
-    for byte in text:
-        odd |= (byte == BACKSLASH) | ((byte < BLANK) & (byte != NEWLINE))
-    if odd:
-        return ODD
-    count = 0
-    for at in range(len(text)):
-        places[count] = at
-        count += text[at] == QUOTE
-    return count
+FieldSpans = int32[:, :, ::1]  # by line and field: where its text begins and ends
+Integers = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 
 
-@kernel(int64(Text, int64))
-def _after_number(text: Any, at: Any) -> Any:
-    at += text[at] == MINUS
-    after = at + 1 if text[at] == ZERO else after_digits(text, at)
-    if after == at:
-        return ODD
-    at = after
-    if text[at] == POINT:
-        after = after_digits(text, at + 1)
-        if after == at + 1:
-            return ODD
-        at = after
-    if text[at] == _SMALL_E or text[at] == _LARGE_E:
-        at += 1
-        at += text[at] == PLUS or text[at] == MINUS
-        after = after_digits(text, at)
-        if after == at:
-            return ODD
-        at = after
-    return at
-
-
-@kernel(int64(Text, int64))
-def _after_scalar(text: Any, at: Any) -> Any:
-    """Behind a number, true, false or null; ODD where none stands."""
-    for word in (TRUE, FALSE, NULL):
-        if text[at] == word[0]:
-            for place in range(len(word)):
-                if text[at + place] != word[place]:
-                    return ODD
-            return at + len(word)
-    return _after_number(text, at)
-
-
-@kernel(types.UniTuple(int64, 2)(Text, int64, int32[::1], int64, int64, int32[:, ::1]))
-def _scan_line(text: Any, at: Any, quotes: Any, quotes_count: Any, quote: Any, spans: Any) -> Any:
-    """Read one line from ``at`` on; where it ends and how many quotes were passed, or ODD and whatever."""
-    depth, objects, state, field = 0, 0, _VALUE, MISSING  # ``objects`` has a bit for each open bracket: 1 for a brace
-    while state != _DONE or depth > 0:
-        at = after_blanks(text, at)
-        byte = text[at]
-        in_object = objects & 1 == 1
-        if byte == QUOTE and (state == _KEY or (state == _OPENED and in_object)):
-            if quote + 1 >= quotes_count:
-                return ODD, quote
-            if depth == 1:
-                field = place_of(text, at + 1, quotes[quote + 1], _KEYS, _KEY_ENDS)
-            at = after_blanks(text, quotes[quote + 1] + 1)
-            if text[at] != COLON:
-                return ODD, quote
-            at, quote, state = at + 1, quote + 2, _VALUE
-        elif byte == COMMA and state == _DONE:
-            at, state = at + 1, _KEY if in_object else _VALUE
-        elif byte == (OBJECT_END if in_object else LIST_END) and state in (_DONE, _OPENED):
-            at, depth, objects, state = at + 1, depth - 1, objects >> 1, _DONE
-            if depth == 1 and field == METADATA:
-                spans[field, 1] = at
-        elif state in (_KEY, _DONE) or (state == _OPENED and in_object):
-            return ODD, quote
-        elif byte in (OBJECT, LIST):
-            known = depth == 1 and field != MISSING
-            if depth == _DEPTH_MAX or (byte == LIST and (depth == 0 or known)) or (known and field != METADATA):
-                return ODD, quote
-            if known:
-                spans[field, 0] = at
-            at, depth, objects, state = at + 1, depth + 1, (objects << 1) | (byte == OBJECT), _OPENED
-        elif byte == QUOTE:
-            if quote + 1 >= quotes_count or depth == 0 or (depth == 1 and field == METADATA):
-                return ODD, quote
-            if depth == 1 and field != MISSING:
-                spans[field, 0], spans[field, 1] = at + 1, quotes[quote + 1]
-            at, quote, state = quotes[quote + 1] + 1, quote + 2, _DONE
-        else:
-            at, state = _after_scalar(text, at), _DONE
-            known = depth == 1 and field != MISSING
-            if at == ODD or depth == 0 or (known and (field == METADATA or byte != NULL[0])):
-                return ODD, quote
-            if known:
-                spans[field, 1] = MISSING
-    return at, quote
-
-
-@kernel(int64(Bytes, int32[::1], int64, Spans, Lines))
-def scan(joined: Any, quotes: Any, quotes_count: Any, spans: Any, lines: Any) -> Any:
-    """Read as many lines as ``spans`` has rows; how many were read before the first that is odd.
-
-    The span of a text lies within its quotes, that of metadata includes its braces.
-    """
-    at, quote, text = 0, 0, text_at(uint64(joined.ctypes.data))
+@kernel(int64(Bytes, FieldSpans, Spans, Spans))
+def _scan(joined: Any, spans: Any, lines: Any, no_keys: Any) -> Any:
+    """Read as many lines as ``spans`` has rows; how many were read before the first that is odd."""
+    at, end, text = 0, len(joined), text_at(uint64(joined.ctypes.data))
     for row in range(len(spans)):
-        for field in range(FIELDS):
-            spans[row, field, 0], spans[row, field, 1] = 0, MISSING
         lines[row, 0] = at
-        at, quote = _scan_line(text, at, quotes, quotes_count, quote, spans[row])
+        at = after_event(text, after_blanks(text, at), True, no_keys, spans[row], end)
         if at == ODD or spans[row, NAME, 1] == MISSING or spans[row, EXTERNAL_ID, 1] == MISSING:
             return row
         lines[row, 1] = at
         is_last = row + 1 == len(spans)
-        if is_last != (at == len(joined)) or not (is_last or text[at] == NEWLINE):
+        if is_last != (at == end) or not (is_last or text[at] == NEWLINE):
             return row
         at += 1
     return len(spans)
 
 
-@kernel(void(Bytes, Spans, int64, int32[::1], uint8[::1]))
-def gather(text: Any, spans: Any, field: Any, offsets: Any, out: Any) -> Any:
+@kernel(void(Bytes, FieldSpans, int64, int32[::1], uint8[::1]))
+def _gather(text: Any, spans: Any, field: Any, offsets: Any, out: Any) -> Any:
     """The texts of a field end to end, and where each begins; ``{}`` where there is no metadata."""
     at, source, target = np.uint64(0), uint64(text.ctypes.data), uint64(out.ctypes.data)
     for row in range(len(spans)):
@@ -210,16 +94,16 @@ def gather(text: Any, spans: Any, field: Any, offsets: Any, out: Any) -> Any:
     offsets[len(spans)] = at
 
 
-@kernel(void(Bytes, Lines, uint64[::1]))
-def hash_lines(text: Any, lines: Any, out: Any) -> Any:
+@kernel(void(Bytes, Spans, uint64[::1]))
+def _hash_lines(text: Any, lines: Any, out: Any) -> Any:
     """XXH3 of each line, 64 bits."""
     base = text.ctypes.data
     for row in range(len(lines)):
         out[row] = hash_64(base + lines[row, 0], lines[row, 1] - lines[row, 0])
 
 
-@kernel(void(Bytes, Spans, int64, uint8[::1], int64, uint64[::1], uint64[::1]))
-def hash_texts(text: Any, spans: Any, field: Any, room: Any, prefix_bytes: Any, hi: Any, lo: Any) -> Any:
+@kernel(void(Bytes, FieldSpans, int64, uint8[::1], int64, uint64[::1], uint64[::1]))
+def _hash_texts(text: Any, spans: Any, field: Any, room: Any, prefix_bytes: Any, hi: Any, lo: Any) -> Any:
     """XXH3 of what ``room`` begins with and a field's text behind it, 128 bits; rows without the field are left."""
     base = room.ctypes.data
     for row in range(len(spans)):
@@ -232,23 +116,23 @@ def hash_texts(text: Any, spans: Any, field: Any, room: Any, prefix_bytes: Any, 
 
 @kernel(uint64(uint64[::1], uint64[::1], int32[::1], uint64, uint64))
 def _slot(hi: Any, lo: Any, numbers: Any, own_hi: Any, own_lo: Any) -> Any:
-    """Where a hash is, or belongs, in a table with open addresses: a power of two slots, some free (UNKNOWN)."""
+    """Where a hash is, or belongs, in a table with open addresses: a power of two slots, some free (_UNKNOWN)."""
     mask = np.uint64(len(numbers) - 1)
     slot = own_lo & mask
-    while numbers[slot] != UNKNOWN and not (lo[slot] == own_lo and hi[slot] == own_hi):
+    while numbers[slot] != _UNKNOWN and not (lo[slot] == own_lo and hi[slot] == own_hi):
         slot = (slot + np.uint64(1)) & mask
     return slot
 
 
 @kernel(void(uint64[::1], uint64[::1], int32[::1], uint64[::1], uint64[::1], int32[::1]))
-def find_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, found: Any) -> Any:
+def _find_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, found: Any) -> Any:
     """Look hashes up in such a table."""
     for row in range(len(his)):
         found[row] = numbers[_slot(hi, lo, numbers, his[row], los[row])]
 
 
 @kernel(void(uint64[::1], uint64[::1], int32[::1], uint64[::1], uint64[::1], int32[::1]))
-def put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) -> Any:
+def _put_numbers(hi: Any, lo: Any, numbers: Any, his: Any, los: Any, put: Any) -> Any:
     """Put hashes with their numbers into such a table; it must have room for them."""
     for row in range(len(his)):
         slot = _slot(hi, lo, numbers, his[row], los[row])
@@ -270,8 +154,8 @@ def search(words: Any, begins: Any, shift: Any, asked: Any, found: Any) -> Any:
         found[row] = low
 
 
-@kernel(boolean(Bytes, Spans, int64[::1]))
-def read_times(joined: Any, spans: Any, times: Any) -> Any:
+@kernel(boolean(Bytes, FieldSpans, int64[::1]))
+def _read_times(joined: Any, spans: Any, times: Any) -> Any:
     """The times of the lines that say one; whether none was UNREADABLE."""
     all_read, text = True, text_at(uint64(joined.ctypes.data))
     for row in range(len(spans)):
@@ -280,3 +164,167 @@ def read_times(joined: Any, spans: Any, times: Any) -> Any:
             times[row] = read_time(text, begin, end)
             all_read &= times[row] != UNREADABLE
     return all_read
+
+
+class _Lines(NamedTuple):
+    """The lines of records, and where their fields are."""
+
+    joined: bytes
+    text: npt.NDArray[np.uint8]
+    spans: Integers
+    lines: Integers
+
+    @classmethod
+    def of(cls, joined: bytes, lines: int) -> "_Lines | None":
+        """Scan so many lines; None if one of them is odd."""
+        if not joined.isascii():
+            try:
+                joined.decode()
+            except UnicodeDecodeError:
+                return None
+        text = np.frombuffer(joined, np.uint8)
+        spans, bounds = np.empty((lines, FIELDS, 2), np.int32), np.empty((lines, 2), np.int32)
+        if _scan(text, spans, bounds, _NO_KEYS) != lines:  # fewer where a text has a line break
+            return None
+        return cls(joined, text, spans, bounds)
+
+    def has(self, field: int) -> Flags:
+        """Which lines say something there."""
+        said: Flags = self.spans[:, field, 1] != MISSING
+        return said
+
+    def one(self, row: int, field: int) -> str:
+        """The text of a field."""
+        begin, end = self.spans[row, field]
+        return self.joined[begin:end].decode()
+
+    def sparse(self, field: int, where: Flags | None = None) -> pa.Array:
+        """The column of a field that few lines have; of those ``where`` it counts."""
+        here = self.has(field) if where is None else self.has(field) & where
+        if not here.any():
+            return pa.nulls(len(here), pa.string())
+        found = [self.one(row, field) if there else None for row, there in enumerate(here.tolist())]
+        return pa.array(found, pa.string())
+
+    def texts(self, field: int) -> Texts:
+        """A field of all lines."""
+        room = int(np.maximum(self.spans[:, field, 1] - self.spans[:, field, 0], 2).sum())
+        offsets, joined = np.empty(len(self.spans) + 1, np.int32), np.empty(room, np.uint8)
+        _gather(self.text, self.spans, field, offsets, joined)
+        return Texts(joined[: offsets[-1]], offsets)
+
+    def hashes(self, field: int, prefix: bytes) -> tuple[Words, Words]:
+        """The high and low halves of hashes of a prefix and a field."""
+        longest = int((self.spans[:, field, 1] - self.spans[:, field, 0]).max())
+        room = np.empty(len(prefix) + max(longest, 0), np.uint8)
+        room[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+        hi, lo = np.empty(len(self.spans), np.uint64), np.empty(len(self.spans), np.uint64)
+        _hash_texts(self.text, self.spans, field, room, len(prefix), hi, lo)
+        return hi, lo
+
+    def contents(self) -> Words:
+        """A hash of each line."""
+        found = np.empty(len(self.lines), np.uint64)
+        _hash_lines(self.text, self.lines, found)
+        return found
+
+    def stamps(self, ingested: Microseconds) -> Microseconds:
+        """What each line says of its time; where its spelling is unusual, ``timestamps`` reads it."""
+        stamps = ingested.copy()
+        if not _read_times(self.text, self.spans, stamps):
+            rows = np.flatnonzero(stamps == UNREADABLE)
+            stamps[rows] = parse_times([self.one(row, TIMESTAMP) for row in rows.tolist()], stamps[rows])
+        return stamps
+
+
+class _Numbers:
+    """The numbers of customers by a 128-bit hash of what names them: a table with open addresses, at most half full."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._table = self._free(SLOTS_MIN)
+
+    def _free(self, slots: int) -> tuple[Words, Words, Integers]:
+        return np.zeros(slots, np.uint64), np.zeros(slots, np.uint64), np.full(slots, _UNKNOWN, np.int32)
+
+    def find(self, hi: Words, lo: Words) -> Integers:
+        """The number of each, or _UNKNOWN."""
+        found = np.empty(len(hi), np.int32)
+        _find_numbers(*self._table, hi, lo, found)
+        return found
+
+    def put(self, hi: Words, lo: Words, numbers: Integers) -> None:
+        """Remember customers; each may come many times."""
+        numbers, rows = np.unique(numbers, return_index=True)
+        hi, lo = hi[rows], lo[rows]
+        self._count += len(numbers)
+        if 2 * self._count > len(self._table[2]):
+            old = self._table
+            here = old[2] != _UNKNOWN
+            self._table = self._free(1 << (2 * self._count).bit_length())
+            _put_numbers(*self._table, *(column[here] for column in old))
+        _put_numbers(*self._table, hi, lo, numbers)
+
+
+class Reader:
+    """Reads records that the gateway admitted. For one engine's reading thread."""
+
+    search: Search = staticmethod(search)
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[_Numbers, _Numbers]] = {}
+
+    def read(self, spans: Sequence[Span], directory: Directory) -> Chunk | None:
+        """The lines of whole records of one organization, which say that no key is given twice; None if any is odd."""
+        lines = sum(span.lines for span in spans)
+        if sum(len(span.record.value) for span in spans) > BYTES_MAX:
+            return None
+        found = _Lines.of(b"\n".join([span.record.value for span in spans]), lines)
+        if found is None:
+            return None
+        ingested = of_records(spans, lambda record: record.timestamp_us, np.int64)
+        stamps, external = found.stamps(ingested), found.has(EXTERNAL_CUSTOMER_ID)
+        if (stamps == UNREADABLE).any() or not (external | found.has(CUSTOMER_ID)).all():
+            return None
+        organization_id = spans[0].record.organization_id or ""
+        organization = directory.organization(organization_id)
+        keys = Keys(*found.hashes(EXTERNAL_ID, organization.id_bytes), found.contents())
+        columns = {
+            **places(spans),
+            "id_hi": keys.hi,
+            "id_lo": keys.lo,
+            "content": keys.content,
+            "organization": np.full(lines, organization.number, np.int32),
+            "subject": self._subjects(found, external, organization, directory),
+            "name": found.texts(NAME).column,
+            "timestamp": pa.array(stamps).cast(pa.timestamp("us")),
+            "ingested_at": pa.array(ingested).cast(pa.timestamp("us")),
+            "external_id": found.texts(EXTERNAL_ID).column,
+            "parent": found.sparse(PARENT_ID),
+            "member_id": found.sparse(MEMBER_ID, ~external),
+            "external_member_id": found.sparse(EXTERNAL_MEMBER_ID, external),
+            **metadata(found.texts(METADATA)),
+        }
+        raws, stamped = Pieces(found.joined, found.lines), found.has(TIMESTAMP)
+        return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, organization_id)
+
+    def _subjects(
+        self, found: _Lines, external: Flags, organization: Organization, directory: Directory
+    ) -> Integers:
+        by_external, by_id = self._numbers.setdefault(organization.number, (_Numbers(), _Numbers()))
+        hashes = found.hashes(EXTERNAL_CUSTOMER_ID, b"")
+        subjects = by_external.find(*hashes)
+        if not external.all():
+            own = found.hashes(CUSTOMER_ID, b"")
+            subjects = np.where(external, subjects, by_id.find(*own))
+        new = np.flatnonzero(subjects == _UNKNOWN)
+        for row in new.tolist():
+            field = EXTERNAL_CUSTOMER_ID if external[row] else CUSTOMER_ID
+            subjects[row] = directory.number_of(organization, found.one(row, field), is_external=bool(external[row]))
+        if len(new):
+            rows = new[external[new]]
+            by_external.put(hashes[0][rows], hashes[1][rows], subjects[rows])
+            if len(rows) < len(new):
+                rows = new[~external[new]]
+                by_id.put(own[0][rows], own[1][rows], subjects[rows])
+        return subjects

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ingest import metrics, responses
 from ingest.admission.batching import (
@@ -42,57 +42,58 @@ from ingest.limits import INLINE_BODY_BYTES_MAX, InFlight
 from ingest.responses import Answer, unpack
 from meters.catalogue.catalogue import Token
 from meters.errors import Reason
+from meters.loader import Loader
 from meters.log import Entry, Log, NoSuchPartition, Refused, TryAgain
 
 # Ordinary bodies, read by compiled loops once there are many: a third of the work of the ways without them.
 #
-# A gateway starts without them, because they take a second of CPU and 110 MB; the first of some thousand events makes
-# them ready, in a thread, while everything is read as before. Where they cannot be had, all of it stays as before.
+# A gateway starts without the loops. Some thousand events make it load them, in a thread; meanwhile everything is
+# read without them.
+
+if TYPE_CHECKING:
+    from ingest.admission.kernels import BodyReader, Found, Table
 
 LOAD_AFTER_BYTES = 2 * 1024 * 1024
-"""Of bodies, before loops are loaded: some ten thousand events. A server with few events has no use for them."""
+"""Of bodies, before loops are loaded: some ten thousand events. A server with few events has no use for it."""
 
 
 class Quick:
     """For one event loop and its thread."""
 
-    def __init__(self, kernels: Any = None) -> None:
-        """With ``kernels`` they are used from the first body on."""
-        self._kernels = kernels
-        self._loading: threading.Thread | None = None
-        self._bytes = 0
+    def __init__(self, reader: "BodyReader | None" = None) -> None:
+        """With a ``reader`` it is used from the first body on."""
+        self.loader = Loader(_load, _failed, LOAD_AFTER_BYTES, threading.Thread, reader)
 
     @property
     def ready(self) -> bool:
         """Whether there are loops."""
-        return self._kernels is not None
+        return self.loader.loops is not None
 
-    def table(self, generation_max: int) -> Any:
-        """``ingest.admission.kernels.Table``, if loops are ready; None otherwise."""
-        return None if self._kernels is None else self._kernels.Table(generation_max)
+    def table(self, generation_max: int) -> "Table | None":
+        """A table of identities, if loops are ready; None otherwise."""
+        reader = self.loader.loops
+        return None if reader is None else reader.table(generation_max)
 
-    def read(self, bodies: Sequence[bytes], earliest_us: int, latest_us: int, organization_id: str) -> Any:
-        """The events of bodies as ``ingest.admission.kernels.Found``, up to the first that is odd to loops.
-
-        None if that is the first one, or loops are not ready.
-        """
-        if self._kernels is not None:
-            return self._kernels.read(bodies, earliest_us, latest_us, seed_of(organization_id))
-        self._bytes += sum(map(len, bodies))
-        if self._loading is None and self._bytes > LOAD_AFTER_BYTES:
-            # No daemon: a compiler that is in the way of the interpreter's end would end it with a signal.
-            self._loading = threading.Thread(target=self._load, name="load-kernels")
-            self._loading.start()
+    def read(
+        self, bodies: Sequence[bytes], earliest_us: int, latest_us: int, organization_id: str
+    ) -> "Found | None":
+        """The events of bodies, up to the first that is odd to loops; None if that is the first, or without loops."""
+        reader = self.loader.loops
+        if reader is not None:
+            return reader.read(bodies, earliest_us, latest_us, seed_of(organization_id))
+        self.loader.add_work(sum(map(len, bodies)))
         return None
 
-    def _load(self) -> None:
-        try:
-            import ingest.admission.kernels as kernels
 
-            self._kernels = kernels
-            logger.info("bodies are read by compiled loops from now on")
-        except Exception as error:  # slower, never wrong
-            logger.warning("bodies are read without compiled loops, at half the speed: %s", error)
+def _load() -> "BodyReader":
+    from ingest.admission.kernels import BodyReader
+
+    logger.info("bodies are read by compiled loops from now on")
+    return BodyReader()
+
+
+def _failed(error: Exception) -> None:
+    logger.warning("bodies are read without compiled loops, at half the speed: %s", error)
 
 
 # From a whole body to durable lines and an answer.

@@ -403,9 +403,9 @@ def _quickly(bodies: Sequence[bytes], tenant: Tenant, latest: datetime) -> Admit
     found = tenant.quick(bodies, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
     if found is None:
         return None
-    lines, ids = found.places[:, 0:2], found.places[:, 2:4]
+    lines, ids = Pieces(found.value, found.lines), Texts(found.value, found.external_ids)
     return Admitted(
-        Pieces(found.value, lines), Texts(found.value, ids), range(len(lines)), named=True, refusals=[],
+        lines, ids, range(len(lines)), named=True, refusals=[],
         distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
         rows=found.rows,
     )  # fmt: skip

@@ -15,7 +15,9 @@ from aggregator.decode import kernels
 from aggregator.decode.columns import Batch, Chunk, Span
 from aggregator.decode.decode import Quick, decode
 from aggregator.decode.directory import Directory
+from meters.compiled import FIELDS, TIMESTAMP
 from meters.log import Pieces, Record
+from meters.timestamps import UNREADABLE
 from tests.aggregator.decode.test_timestamps import alone, anything
 from tests.support.random_events import metadata_texts
 from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, record
@@ -119,7 +121,7 @@ def records(lines: st.SearchStrategy[bytes]) -> st.SearchStrategy[list[Record]]:
 @given(records(damaged(lines())))
 def test_the_quick_way_is_the_others(sent: list[Record]) -> None:
     """Ordinary lines and odd ones, next to each other, read twice: the second time every customer is known."""
-    swift, plain, directory = Quick(kernels), Directory(), Directory()
+    swift, plain, directory = Quick(kernels.Reader()), Directory(), Directory()
     for _ in range(2):
         assert_same(decode(sent, directory, swift), decode(sent, plain))
 
@@ -138,7 +140,7 @@ def test_what_is_read_quickly_is_json(sent: bytes) -> None:
 
 def read(value: bytes) -> Chunk | None:
     """The chunk that a record's value makes when it is read quickly, if it is."""
-    return Quick(kernels).read([Span(record(value), 0, value.count(b"\n") + 1)], Directory())
+    return Quick(kernels.Reader()).read([Span(record(value), 0, value.count(b"\n") + 1)], Directory())
 
 
 @pytest.mark.parametrize(
@@ -167,18 +169,18 @@ def test_times_are_what_each_is_alone(times: list[str]) -> None:
     """What the loop reads is what ``meters.timestamps`` reads; the rest it leaves to that."""
     texts = [time.encode() for time in times]
     ends = np.cumsum([len(text) for text in texts])
-    spans = np.zeros((len(texts), kernels.FIELDS, 2), np.int32)
-    spans[:, kernels.TIMESTAMP, 0], spans[:, kernels.TIMESTAMP, 1] = ends - [len(text) for text in texts], ends
+    spans = np.zeros((len(texts), FIELDS, 2), np.int32)
+    spans[:, TIMESTAMP, 0], spans[:, TIMESTAMP, 1] = ends - [len(text) for text in texts], ends
     found = np.zeros(len(texts), np.int64)
-    kernels.read_times(np.frombuffer(b"".join(texts) or b" ", np.uint8), spans, found)
+    kernels._read_times(np.frombuffer(b"".join(texts) or b" ", np.uint8), spans, found)
 
     for time, microseconds in zip(times, found.tolist(), strict=True):
-        assert microseconds in (alone(time, 0), kernels.UNREADABLE)
+        assert microseconds in (alone(time, 0), UNREADABLE)
 
 
 def test_customers_keep_their_numbers_while_the_table_grows() -> None:
     """Thousands of them, under both names, in rounds that repeat some."""
-    swift, directory, plain = Quick(kernels), Directory(), Directory()
+    swift, directory, plain = Quick(kernels.Reader()), Directory(), Directory()
     for offset in range(6):
         told = [
             b'{"name":"n","external_id":"%d-%d","%scustomer_id":"customer %d"}'
@@ -193,7 +195,7 @@ def test_customers_keep_their_numbers_while_the_table_grows() -> None:
 
 def test_the_table_grows_with_customers_not_with_their_lines() -> None:
     """A program that sends a hundred events of one customer at a time must not fill the memory."""
-    swift, directory = Quick(kernels), Directory()
+    swift, directory = Quick(kernels.Reader()), Directory()
     for offset in range(20):
         told = [
             b'{"name":"n","external_id":"%d-%d","external_customer_id":"%d"}'
@@ -201,29 +203,27 @@ def test_the_table_grows_with_customers_not_with_their_lines() -> None:
             for number in range(2000)
         ]
         decode([msgspec.structs.replace(record(*told, offset=offset), distinct_keys=True)], directory, swift)
-    external, own = swift._numbers[0]
+    external, own = swift.loader.loops._numbers[0]
 
-    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, decoding.SLOTS_MIN)
+    assert (directory.subjects_count, len(external._table[2]), len(own._table[2])) == (1000, 2048, kernels.SLOTS_MIN)
 
 
 def test_it_is_made_ready_when_it_pays() -> None:
     """The first lines are read one by one; then a thread loads what is compiled, and it is used."""
-    swift = Quick()
     with patch.object(decoding, "LOAD_AFTER_LINES", 1):
-        assert not swift.pays(1)
-        assert swift._loading is None
-        swift.pays(1)
-        assert swift._loading is not None
-        swift._loading.join()
-        assert swift.pays(1)
+        swift = Quick()
+    assert not swift.pays(1)
+    assert swift.loader.thread is None
+    swift.pays(1)
+    swift.loader.thread.join()
+    assert swift.pays(1)
 
 
 def test_without_a_compiler_all_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Where it cannot be loaded that is said once, and lines are read one by one."""
-    swift = Quick()
     with patch.object(decoding, "LOAD_AFTER_LINES", 0), patch.dict("sys.modules", {"aggregator.decode.kernels": None}):
+        swift = Quick()
         swift.pays(1)
-        assert swift._loading is not None
-        swift._loading.join()
+        swift.loader.thread.join()
         assert not swift.pays(1)
     assert capsys.readouterr().out.count("quick_reading_off") == 1

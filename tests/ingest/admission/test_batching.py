@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest import catalogue_follower
-from ingest.admission import kernels
 from ingest.admission.batching import NO_PREFERENCES, TURN_BYTES_MAX, Opened
 from ingest.admission.duplicates import RecentIdentities
 from ingest.admission.intake import Intake
+from ingest.admission.kernels import BodyReader
 from ingest.catalogue_follower import CatalogueTail
 from ingest.limits import InFlight
 from ingest.log.memory import Disk, MemoryLog
@@ -49,7 +49,7 @@ def intake_on(log: MemoryLog, known: CatalogueTail, *, swift: bool = True) -> In
     intake = Intake(log, known, InFlight(), BODY_MAX)
     intake.learn(log.ends(USAGE_EVENTS))
     if swift:
-        intake._quick._kernels = kernels
+        intake._quick.loader.loops = BodyReader()
         intake._recent = RecentIdentities(table=intake._quick.table)
     return intake
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.admission import intake, kernels
+from ingest.admission import intake
 from ingest.admission.duplicates import Fingerprints
 from ingest.admission.intake import Quick
+from ingest.admission.kernels import BodyReader
 from ingest.admission.partitioner import Spread
 from ingest.admission.validate import Admitted, admit
 from meters.event import check_event
@@ -37,7 +38,7 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 def both(body: bytes, *, lenient: bool = False) -> tuple[object, object]:
     """What admission says of a body with loops and without."""
-    swift = msgspec.structs.replace(tenant(), quick=Quick(kernels).read)
+    swift = msgspec.structs.replace(tenant(), quick=Quick(BodyReader()).read)
     return admit(body, swift, NOW, lenient=lenient), admit(body, tenant(), NOW, lenient=lenient)
 
 
@@ -151,9 +152,7 @@ def test_a_repetition_is_known_whichever_way_it_came_before() -> None:
         first, later = event(external_id="a"), event(external_id="b")
         escaped = json.dumps({"events": [later | {"metadata": {"a": "\n"}}]})
         assert gateway.ingest({"events": [first]}).json() == {"inserted": 1, "duplicates": 0}
-        loading = gateway.gateway.endpoint.intake._quick._loading
-        assert loading is not None
-        loading.join()
+        gateway.gateway.endpoint.intake._quick.loader.thread.join()
         assert gateway.ingest({"events": [first]}).json() == {"inserted": 0, "duplicates": 1}
         assert gateway.ingest({"events": [later]}).json() == {"inserted": 1, "duplicates": 0}
         assert gateway.ingest(json.loads(escaped)).json() == {"inserted": 0, "duplicates": 1}
@@ -165,8 +164,7 @@ def test_without_a_compiler_all_goes_on(caplog: pytest.LogCaptureFixture) -> Non
     swift = Quick()
     with patch.dict("sys.modules", {"ingest.admission.kernels": None}):
         assert swift.read([b"{}"], 0, 1, ORGANIZATION) is None
-        assert swift._loading is not None
-        swift._loading.join()
+        swift.loader.thread.join()
         assert swift.read([b"{}"], 0, 1, ORGANIZATION) is None
     assert caplog.text.count("without compiled loops") == 1
 
@@ -175,14 +173,14 @@ def test_a_gateway_with_few_events_loads_nothing() -> None:
     """Two mebibytes of bodies are the limit."""
     swift = Quick()
     swift.read([b" " * intake.LOAD_AFTER_BYTES], 0, 1, ORGANIZATION)
-    assert swift._loading is None
+    assert swift.loader.thread is None
 
 
 def test_nothing_but_bytes_is_read() -> None:
     """Loops end at the 0 that Python keeps behind them, and behind other buffers need not."""
     body = f'{{"events":[{written()}]}}'.encode()
-    assert kernels.read([body], -(2**62), 2**62, 1) is not None
-    assert kernels.read([memoryview(body)], -(2**62), 2**62, 1) is None
+    assert BodyReader().read([body], -(2**62), 2**62, 1) is not None
+    assert BodyReader().read([memoryview(body)], -(2**62), 2**62, 1) is None
 
 
 def test_pieces_can_be_asked_for_one_by_one() -> None:
