@@ -20,12 +20,12 @@ import orjson
 from pydantic import UUID4, AwareDatetime, BaseModel, Field
 
 from benchmarks.report import Report
-from ingest.admission.intake import Quick, new_ids
+from ingest.admission.intake import Quick, RandomIds
 from ingest.admission.kernels import BodyReader
 from ingest.admission.validate import Admitted, Tenant, admit
 from meters.catalogue.catalogue import Catalogue
 
-TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), new_ids, Quick(BodyReader()).read)
+TENANT = Tenant("6f8b1f9e-0f4e-4b8e-9a53-3f6f4f1d2c10", Catalogue(), RandomIds(), Quick(BodyReader()))
 COST = {"_cost": {"amount": 0.0425, "currency": "usd"}}
 TOKENS = {"input_tokens": 700, "output_tokens": 112, "total_tokens": 812}
 LLM = {"_llm": {"vendor": "acme", "model": "m-1", **TOKENS}}

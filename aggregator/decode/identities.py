@@ -49,7 +49,7 @@ PIECE_ROWS = 262_144  # merged and written at a time: 4 MB
 PAIR_BYTES = 16
 
 Search = Callable[[Words, npt.NDArray[np.uint32], np.uint64, Words, Rows], None]
-"""``kernels.search``: compiled, it takes half to two thirds of the time of the loop below, and holds no lock."""
+"""``kernels.search``, the one search by the index of prefixes; compiled, so that it takes a handful of steps each."""
 
 
 class Confirming(Protocol):
@@ -131,11 +131,6 @@ class Prefixes(NamedTuple):
         begins[-1] = len(hi)
         return cls(shift, begins)
 
-    def around(self, hi: Words) -> tuple[Rows, Rows]:
-        """Between which rows each high half would stand."""
-        entries = (hi >> self.shift).astype(np.intp)
-        return self.begins[entries].astype(np.intp), self.begins[entries + 1].astype(np.intp)
-
 
 class Run(NamedTuple):
     """Identities in order: by their high halves, and where these are equal by their low halves."""
@@ -189,19 +184,15 @@ class Run(NamedTuple):
         return rows[same], pairs[same, 1]
 
     def _first(self, hi: Words, search: Search | None) -> Rows:
-        """For each high half the first row that is not less."""
-        if self.prefixes is None:
+        """For each high half the first row that is not less.
+
+        Before loops are loaded, and where they cannot be, a long run is searched as a whole: slower, with one result.
+        """
+        if self.prefixes is None or search is None:
             return np.searchsorted(self.hi, hi)
-        if search is not None:
-            found = np.empty(len(hi), np.intp)
-            search(self.hi, self.prefixes.begins, self.prefixes.shift, hi, found)
-            return found
-        low, high = self.prefixes.around(hi)
-        while (apart := low < high).any():  # three or four times; of whole arrays, since to pick rows costs more
-            middle = (low + high) >> 1
-            less = apart & (self.hi.take(middle, mode="clip") < hi)
-            low, high = np.where(less, middle + 1, low), np.where(less, high, middle)
-        return low
+        found = np.empty(len(hi), np.intp)
+        search(self.hi, self.prefixes.begins, self.prefixes.shift, hi, found)
+        return found
 
     def _place(self, lo: Words, begins: Rows, ends: Rows) -> Rows:
         """For each low half the first place from ``begins`` on whose low half is not less, or else ``ends``.

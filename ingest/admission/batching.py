@@ -19,14 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from ingest import metrics, responses
 from ingest.admission.duplicates import Fingerprints, RecentIdentities, Verdict
-from ingest.admission.partitioner import Spread, entries_together
-from ingest.admission.validate import Admitted, RefusedBody, Tenant, admit_together
+from ingest.admission.partitioner import entries_of
+from ingest.admission.validate import Admitted, RefusedBody, Tenant, read_together
 from ingest.limits import ANSWER_BYTES_MAX, PARTITIONS_TOGETHER_MAX
 from ingest.responses import JSON, Answer, failed
 from meters.catalogue.catalogue import Token
@@ -387,6 +387,9 @@ def _resolve(told: "asyncio.Future[Mapping[int, int]]", outcome: Outcome) -> Non
 # those before and those behind it; one whose partition is away keeps nobody who has no lines for it
 # (``ingest.admission.batching``); and where a log refuses the common record as too large, each is written by itself.
 
+if TYPE_CHECKING:
+    from ingest.admission.kernels import Found
+
 TURN_BYTES_MAX = 128 * 1024
 """Of bodies that are read in one turn: two tenths of a millisecond, in which nobody else is served."""
 
@@ -397,41 +400,41 @@ whose bodies are all odd has each of them looked at twice, and not once more for
 ODD_TIMES = 16
 """How many times longer it takes to read a body that is odd to compiled loops, about."""
 
-ALL = -1  # a mask with every partition
-
 logger = logging.getLogger("ingest.batching")
-
 
 Written = Mapping[int, int]  # by partition, the position behind
 
 
-class Taker(NamedTuple):
-    """What requests share, and what is done for one that is not ordinary."""
+class Taker(Protocol):
+    """What requests share, and what is done for one that is not ordinary: ``ingest.intake.Intake``."""
 
     gather: Gather
     recent: RecentIdentities
-    spread: Spread
-    tenant: Callable[[Token], Tenant]
-    partitions: Callable[[], int]
-    written: Callable[[Outcome], Written | Answer]  # raises what nobody expects
-    take_alone: Callable[[Asked, bytes], None]
+
+    @property
+    def partitions(self) -> int:
+        """How many the log has, as far as this process knows."""
+
+    def tenant(self, token: Token) -> Tenant:
+        """What is known of whose token a request has."""
+
+    def written(self, outcome: Outcome) -> Written | Answer:
+        """Where the log stands after an append, or what to say. Raises what nobody expects."""
+
+    def take_alone(self, asked: Asked, body: bytes) -> None:
+        """Read the body by all readers, write its events, and tell the answer."""
 
 
 class _Batch(NamedTuple):
     """Requests of one organization that were read as one."""
 
-    admitted: Admitted
+    found: "Found"
     asked: Sequence[Asked]
     masks: Sequence[int]  # the sum of ``1 << partition`` of each one's lines
 
     def rows(self, number: int) -> slice:
         """Which events are those of a request."""
-        return slice(self.admitted.rows[number - 1] if number else 0, self.admitted.rows[number])
-
-    @property
-    def fingerprints(self) -> Fingerprints:
-        """Of all events."""
-        return Fingerprints(*(self.admitted.fingerprints or ((), ())))
+        return slice(self.found.rows[number - 1] if number else 0, self.found.rows[number])
 
 
 class Batching:
@@ -480,21 +483,25 @@ class Batching:
     def _take(self, asked: Sequence[Asked], bodies: Sequence[bytes]) -> int:
         """Take as many bodies as are ordinary, from the first on; how many that are."""
         token, taker = asked[0].opened.token, self._taker
-        partitions = taker.partitions()
-        if not 0 < partitions <= PARTITIONS_TOGETHER_MAX:
+        if not 0 < taker.partitions <= PARTITIONS_TOGETHER_MAX:
             return 0
         try:
-            admitted = admit_together(bodies, taker.tenant(token), datetime.now(UTC))
-            if admitted is None:
+            found = read_together(bodies, taker.tenant(token), datetime.now(UTC))
+            if found is None:
                 return 0
-            entries, masks = entries_together(admitted, token.organization_id, partitions)
-            batch = _Batch(admitted, asked[: len(masks)], masks)
-            taker.gather.put_together(entries, masks, functools.partial(self._written, batch))
+            batch = self._put(found, asked[: len(found.rows)])
         except Exception:
             logger.exception("ingest requests failed")
             _tell_all(asked, [failed()] * len(asked))
             return len(asked)
         return len(batch.asked)
+
+    def _put(self, found: "Found", asked: Sequence[Asked]) -> _Batch:
+        """Hand what was found in these requests to the log, as one."""
+        entries, masks = entries_of(found, asked[0].opened.token.organization_id, self._taker.partitions)
+        batch = _Batch(found, asked, masks)
+        self._taker.gather.put_together(entries, masks, functools.partial(self._written, batch))
+        return batch
 
     def _written(self, batch: _Batch, numbers: Sequence[int], outcome: Outcome) -> None:
         """The lines of some requests are durable, or may not be."""
@@ -513,7 +520,7 @@ class Batching:
         """What each of some requests hears; who hears the same gets the same."""
         if isinstance(position, Answer):
             return [position] * len(numbers)
-        fingerprints, recent = batch.fingerprints, self._taker.recent
+        fingerprints, recent = Fingerprints(batch.found.keys, batch.found.contents), self._taker.recent
         rows = [batch.rows(number) for number in numbers]
         if len(numbers) == len(batch.asked):
             verdicts = recent.take(fingerprints)
@@ -531,20 +538,11 @@ class Batching:
 
     def _write_alone(self, batch: _Batch, number: int) -> None:
         """Write the lines of one request into records of its own."""
-        asked, rows, taker = batch.asked[number], batch.rows(number), self._taker
         try:
-            lines = [batch.admitted.lines[row] for row in range(rows.start, rows.stop)]
-            fingerprints = batch.fingerprints.some(rows)
-            alone = Admitted(
-                lines, [], range(len(lines)), named=True, refusals=[], distinct_keys=True, fingerprints=fingerprints,
-                rows=[len(lines)],
-            )  # fmt: skip
-            tenant = taker.tenant(asked.opened.token)
-            entries = taker.spread.entries(alone, tenant.organization_id, tenant.catalogue, taker.partitions())
-            taker.gather.put(entries, functools.partial(self._written, _Batch(alone, [asked], [ALL]), [0]))
+            self._put(batch.found.of_body(number), [batch.asked[number]])
         except Exception:
             logger.exception("an ingest request failed")
-            _tell_all([asked], [failed()])
+            _tell_all([batch.asked[number]], [failed()])
 
 
 def _begin(

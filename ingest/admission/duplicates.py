@@ -7,9 +7,9 @@ every identity, counts each event once.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest
 
@@ -27,8 +27,23 @@ class Verdict(StrEnum):
     REJECTED = "rejected"
 
 
-_BY_CODE = (Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.CONFLICT)  # as compiled loops say it
+AT_ONCE_MAX = 10_000
+"""Events that are remembered before a generation is looked at again: a table has room for so many more."""
+
 _SEED = int.from_bytes(os.urandom(8))  # another one in each process: nobody can choose ids that fall on each other
+
+
+class Numbers(Protocol):
+    """A list of integers, or an array of compiled loops."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, rows: slice, /) -> "Numbers":
+        """Some of them."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Each."""
 
 
 class Fingerprints(NamedTuple):
@@ -37,8 +52,8 @@ class Fingerprints(NamedTuple):
     who it is, of whom, and what it says. ``ingest.admission.kernels`` makes them, too.
     """
 
-    keys: Sequence[int]
-    contents: Sequence[int]
+    keys: Numbers
+    contents: Numbers
 
     @classmethod
     def of(cls, organization_id: str, external_ids: Iterable[str], lines: Iterable[bytes]) -> "Fingerprints":
@@ -57,43 +72,82 @@ def seed_of(organization_id: str) -> int:
     return xxh3_64_intdigest(organization_id.encode(), _SEED)
 
 
-Contents = dict[int, int]  # by identity
+class Generations:
+    """The content that each identity came with first, in two generations, as dictionaries.
+
+    A table of compiled loops (``ingest.kernels.Table``) takes a fifth of the memory and a tenth of the time. A server
+    needs this class before it has loaded the loops, and where it cannot.
+    """
+
+    def __init__(self) -> None:
+        self.young: dict[int, int] = {}
+        self.old: dict[int, int] = {}
+
+    @property
+    def count(self) -> int:
+        """Identities in the younger generation."""
+        return len(self.young)
+
+    def remember(self, keys: Numbers, contents: Numbers) -> list[int | None] | None:
+        """Put events into the younger generation. For each the content it was known with; None if all are new."""
+        known = [self._remember(key, content) for key, content in zip(keys, contents, strict=True)]
+        return known if known.count(None) < len(known) else None
+
+    def _remember(self, key: int, content: int) -> int | None:
+        known = self.old.get(key, self.young.get(key))
+        self.young.setdefault(key, content if known is None else known)
+        return known
+
+    def age(self) -> None:
+        """Forget the older generation; the younger one becomes it."""
+        self.old, self.young = self.young, {}
+
+
+class Loops(Protocol):
+    """What may have compiled loops: ``ingest.quick.Quick``."""
+
+    def table(self, generation_max: int) -> Generations | None:
+        """Generations in a table, once loops are loaded."""
 
 
 class RecentIdentities:
     """Identity to content, for the last 100,000 to 200,000 identities that were acknowledged."""
 
-    def __init__(self, generation_max: int = GENERATION_MAX, table: Callable[[int], Any] = lambda _: None) -> None:
-        """``table`` makes ``ingest.admission.kernels.Table`` for so many identities, when it can;
-
-        it is asked until then.
-        """
-        self._generation_max, self._make_table = generation_max, table
-        self._young: Contents = {}
-        self._old: Contents = {}
-        self._table: Any = None
+    def __init__(self, generation_max: int = GENERATION_MAX, loops: Loops | None = None) -> None:
+        """``loops`` are asked for a table until they have one."""
+        self._generation_max, self._loops = generation_max, loops
+        self._generations = Generations()
 
     def take(self, events: Fingerprints) -> list[Verdict] | None:
         """Remember events whose append is durable, and judge them; None where every one is new, as nearly always.
 
         Of two requests with the same event, the one whose append ended first has the new one.
         """
-        if self._table is None and (table := self._make_table(self._generation_max)) is not None:
-            for known in (self._old, self._young):
-                table.take(list(known), list(known.values()))
-            self._table, self._old, self._young = table, {}, {}
-        if self._table is not None:
-            codes = self._table.take(events.keys, events.contents)
-            return None if codes is None else [_BY_CODE[code] for code in codes]
-        verdicts = [self._verdict(key, content) for key, content in zip(events.keys, events.contents, strict=True)]
-        if len(self._young) >= self._generation_max:
-            self._old, self._young = self._young, {}
-        return verdicts if any(verdict is not Verdict.ACCEPTED for verdict in verdicts) else None
+        if self._loops is not None and (table := self._loops.table(self._generation_max)) is not None:
+            self._move_to(table)
+        known = self._remember(events)
+        return None if known is None else list(map(_verdict, known, events.contents))
 
-    def _verdict(self, key: int, content: int) -> Verdict:
-        """What became of one. The first content of an identity stays."""
-        before = self._old.get(key, self._young.get(key))
-        self._young.setdefault(key, content if before is None else before)
-        if before is None:
-            return Verdict.ACCEPTED
-        return Verdict.DUPLICATE if before == content else Verdict.CONFLICT
+    def _remember(self, events: Fingerprints) -> list[int | None] | None:
+        """For each event the content it was known with; None if all are new."""
+        count = len(events.keys)
+        if count > AT_ONCE_MAX:
+            parts = [events.some(slice(begin, begin + AT_ONCE_MAX)) for begin in range(0, count, AT_ONCE_MAX)]
+            known = [first for part in parts for first in self._remember(part) or [None] * len(part.keys)]
+            return known if known.count(None) < count else None
+        found = self._generations.remember(events.keys, events.contents)
+        if self._generations.count >= self._generation_max:
+            self._generations.age()
+        return found
+
+    def _move_to(self, table: Generations) -> None:
+        before, self._generations, self._loops = self._generations, table, None
+        for known in (before.old, before.young):
+            self.take(Fingerprints(list(known), list(known.values())))
+
+
+def _verdict(known: int | None, content: int) -> Verdict:
+    """What became of an event that was known with a content, or not known."""
+    if known is None:
+        return Verdict.ACCEPTED
+    return Verdict.DUPLICATE if known == content else Verdict.CONFLICT

@@ -29,7 +29,6 @@ from ingest.admission.batching import (
     Gather,
     Opened,
     Respond,
-    Taker,
     Turns,
     accepted,
     unprocessable,
@@ -119,30 +118,31 @@ Made = TypeVar("Made")
 logger = logging.getLogger("ingest.intake")
 
 
-def new_ids(count: int) -> list[str]:
-    """So many external ids of 128 random bits: in a million million of them the chance of a pair is 10^-15."""
-    digits = os.urandom(16 * count).hex()
-    return [digits[start : start + 32] for start in range(0, 32 * count, 32)]
+class RandomIds:
+    """Makes external ids of 128 random bits: in a million million of them the chance of a pair is 10^-15."""
+
+    def make_ids(self, count: int) -> list[str]:
+        """So many."""
+        digits = os.urandom(16 * count).hex()
+        return [digits[start : start + 32] for start in range(0, 32 * count, 32)]
 
 
 class Intake:
-    """Takes bodies; what they share is the log, the catalogue, and the limits. For one event loop."""
+    """The one door for bodies, whichever way their requests came. For one event loop."""
 
     def __init__(self, log: Log, tail: CatalogueTail, in_flight: InFlight, body_bytes_max: int) -> None:
         self.position: dict[int, int] = {}  # of every partition of usage.events, as far as this process knows
-        self._gather = Gather(log)
+        self.gather = Gather(log)
         self._tail = tail
         self._in_flight = in_flight
         self._body_bytes_max = body_bytes_max
         self._spread = Spread()
         self._large_spread = Spread()  # for the thread alone, as the other one is for the event loop alone
         self._quick = Quick()
-        self._recent = RecentIdentities(table=self._quick.table)
+        self._ids = RandomIds()
+        self.recent = RecentIdentities(loops=self._quick)
         self._turns = Turns()
-        self._batching = Batching(self._turns, Taker(
-            self._gather, self._recent, self._spread, self._tenant, lambda: len(self.position), self._written,
-            self._take_short,
-        ))  # fmt: skip
+        self._batching = Batching(self._turns, self)
         self._tasks: set[asyncio.Task[Answer]] = set()
         # One thread: parsing holds the interpreter, so a second would only take memory.
         self._large_bodies = ThreadPoolExecutor(1, "admission")
@@ -153,6 +153,11 @@ class Intake:
     def writable(self) -> bool:
         """False until the log's partitions are known, and for a while after it refused to write."""
         return bool(self.position) and time.monotonic() >= self._not_writable_until_s
+
+    @property
+    def partitions(self) -> int:
+        """How many the log has, as far as this process knows."""
+        return len(self.position)
 
     @property
     def trouble(self) -> str:
@@ -170,7 +175,10 @@ class Intake:
     def take(self, opened: Opened, body: bytes, tell: Respond) -> None:
         """Judge the body, whose bytes are counted into ``in_flight``, write its events, and tell the answer, once.
 
-        ``tell`` is called now or later, by the event loop.
+        ``tell`` is called now or later, by the event loop. A packed body is unpacked first, in the thread. A large one
+        is read there, too (``_take_with_care``). Any other is read here: with those that came beside it once compiled
+        loops are loaded (``batching``), or alone (``take_alone``), at once or in its turn. The readers are always those
+        of ``admission``, in the same order.
         """
         if opened.encoding not in ("", "identity"):
             self._do_in_task(self._take_packed(opened, body), tell)
@@ -201,19 +209,19 @@ class Intake:
         if self._quick.ready and opened.preferences == NO_PREFERENCES:
             self._batching.put(asked, body)
         elif len(body) < TURN_BYTES_MIN:
-            self._take_short(asked, body)
+            self.take_alone(asked, body)
         else:
-            self._turns.do(functools.partial(self._take_short, asked, body))
+            self._turns.do(functools.partial(self.take_alone, asked, body))
 
-    def _take_short(self, asked: Asked, body: bytes) -> None:
+    def take_alone(self, asked: Asked, body: bytes) -> None:
         """Do everything at once, except for what has to wait for others, or takes long."""
         opened, tell = asked
         try:
             now = datetime.now(UTC)
-            admitted = admit_quickly(body, self._tenant(opened.token), now, lenient=opened.preferences.lenient)
+            admitted = admit_quickly(body, self.tenant(opened.token), now, lenient=opened.preferences.lenient)
             if isinstance(admitted, Admitted) and self._is_ready_for(admitted):
                 prepared = self._prepare(opened.token, admitted, self._spread)
-                self._gather.put(prepared.entries, functools.partial(self._appended, opened, prepared, tell))
+                self.gather.put(prepared.entries, functools.partial(self._appended, opened, prepared, tell))
                 return
         except Exception:
             logger.exception("an ingest request failed")
@@ -233,7 +241,7 @@ class Intake:
         tell(found)
 
     def _answer(self, opened: Opened, prepared: "_Prepared", outcome: Written | Exception) -> Answer:
-        position = self._written(outcome)
+        position = self.written(outcome)
         if isinstance(position, Answer):
             return position
         return accepted(prepared.admitted, self._verdicts(prepared), opened.preferences, position)
@@ -245,12 +253,12 @@ class Intake:
         in_thread = admitted is None
         judge = functools.partial(self._do, in_thread, _admit, body, opened)
         if admitted is None:
-            admitted = await judge(self._tenant(opened.token))
+            admitted = await judge(self.tenant(opened.token))
         if _names_unknown(admitted):  # or made a moment ago, and not yet known here
             if not await self._tail.catch_up():
                 return responses.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
             if self._tail.position != position_before:
-                admitted = await judge(self._tenant(opened.token))
+                admitted = await judge(self.tenant(opened.token))
         if isinstance(admitted, RefusedBody):
             return await self._do(in_thread, unprocessable, admitted)
         return await self._append(opened, admitted, in_thread)
@@ -265,25 +273,26 @@ class Intake:
         spread = self._large_spread if in_thread else self._spread
         prepared = await self._do(in_thread, self._prepare, opened.token, admitted, spread)
         try:
-            position = self._written(await self._gather.append(prepared.entries))
+            position = self.written(await self.gather.append(prepared.entries))
         except Exception as error:
-            position = self._written(error)
+            position = self.written(error)
         if isinstance(position, Answer):
             return position
         return await self._do(is_long, accepted, admitted, self._verdicts(prepared), preferences, position)
 
-    def _tenant(self, token: Token) -> Tenant:
-        return Tenant(token.organization_id, self._tail.catalogue, new_ids, self._quick.read)
+    def tenant(self, token: Token) -> Tenant:
+        """What is known of whose token a request has."""
+        return Tenant(token.organization_id, self._tail.catalogue, self._ids, self._quick)
 
     def _prepare(self, token: Token, admitted: Admitted, spread: Spread) -> "_Prepared":
-        where = token.organization_id, self._tail.catalogue, len(self.position)
+        where = token.organization_id, self._tail.catalogue, self.partitions
         return _Prepared(admitted, _fingerprints(token, admitted), spread.entries(admitted, *where))
 
     def _verdicts(self, prepared: "_Prepared") -> Sequence[Verdict] | None:
         """What was acknowledged is known to the event loop alone, which needs no lock for it."""
-        return self._recent.take(prepared.events) if prepared.events is not None else None
+        return self.recent.take(prepared.events) if prepared.events is not None else None
 
-    def _written(self, outcome: Written | Exception) -> Written | Answer:
+    def written(self, outcome: Written | Exception) -> Written | Answer:
         """What came of an append: where the log stands after it, or what to say. Raises what nobody expects."""
         match outcome:
             case TryAgain():
@@ -340,8 +349,8 @@ class _Prepared(NamedTuple):
 
 
 def _fingerprints(token: Token, admitted: Admitted) -> Fingerprints | None:
-    if admitted.fingerprints is not None:
-        return Fingerprints(*admitted.fingerprints)
+    if admitted.compiled is not None:
+        return Fingerprints(admitted.compiled.keys, admitted.compiled.contents)
     if not admitted.named:
         return None
     return Fingerprints.of(token.organization_id, admitted.external_ids, admitted.lines)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import boolean, int32, int64, types, uint8, uint64
 
+from ingest.admission.duplicates import AT_ONCE_MAX, Generations, Numbers
 from ingest.limits import PARTITIONS_TOGETHER_MAX
 from meters.compiled import (
     COMMA,
@@ -50,7 +51,7 @@ from meters.compiled import (
     text_at,
 )
 from meters.errors import NAME_LENGTH_MAX
-from meters.log import MULTIPLIER, POSITIVE, SEED, WORD
+from meters.log import MULTIPLIER, POSITIVE, SEED, WORD, Pieces
 
 # The lines of a body by partition, in compiled loops: what ``ingest.admission.partitioner`` does, without an object
 # for a line.
@@ -153,8 +154,6 @@ _ENVELOPE, _ENVELOPE_ENDS = keys_table("events")
 _LINE, _ID, _CUSTOMER = range(3)  # whose places
 _EVENT_BYTES_MIN = len('{"name":"","external_customer_id":"","external_id":""}')
 
-_TAKEN_MAX = 10_000  # of events that a table takes at once, so that it is never full
-_ACCEPTED, _DUPLICATE, _CONFLICT = range(3)
 _FREE = 0  # instead of a key
 
 Slots = uint64[:, ::1]  # a key and a content each
@@ -162,23 +161,41 @@ Words = npt.NDArray[np.uint64]
 
 
 class Found(NamedTuple):
-    """Events as lines, and where in them each line, external id and customer begins and ends, in two columns.
+    """Events as lines, end to end, and where each line, its external id and its customer are.
 
     ``keys`` are hashes of the external ids, which depend on the seed, ``contents`` those of the lines; ``rows`` say how
     many events there are up to the end of each body.
     """
 
     value: bytes
-    lines: Places
-    external_ids: Places
-    customers: Places
+    line_places: Places
+    id_places: Places
+    customer_places: Places
     keys: Words
     contents: Words
     rows: list[int]
 
+    @property
+    def lines(self) -> Pieces:
+        """Each line."""
+        return Pieces(self.value, self.line_places)
+
+    @property
+    def external_ids(self) -> list[str]:
+        """The external id of each line."""
+        return [piece.decode() for piece in Pieces(self.value, self.id_places)]
+
+    def of_body(self, number: int) -> "Found":
+        """The events of one body."""
+        some = slice(self.rows[number - 1] if number else 0, self.rows[number])
+        lines = self.line_places[some]
+        begin, end = int(lines[0, 0]), int(lines[-1, 1])
+        places = lines - begin, self.id_places[some] - begin, self.customer_places[some] - begin
+        return Found(self.value[begin:end], *places, self.keys[some], self.contents[some], [len(lines)])
+
     def spread(self, begun: bytes, partitions: int) -> tuple[list[tuple[int, bytes]], list[int]]:
         """The lines by partition, and which of these each body has lines in; see ``spread``."""
-        return spread(self.value, self.lines, self.customers, self.rows, begun, partitions)
+        return spread(self.value, self.line_places, self.customer_places, self.rows, begun, partitions)
 
 
 @kernel(boolean(Text, Spans, int64, int64))
@@ -297,47 +314,47 @@ def _slot(table: Any, key: Any) -> Any:
     return slot
 
 
-@kernel(types.UniTuple(int64, 2)(Slots, Slots, uint64[::1], uint64[::1], uint8[::1]), lock=True)
-def _take(young: Any, old: Any, keys: Any, contents: Any, codes: Any) -> Any:
-    """Judge events and put them into ``young``; how many are there for the first time, and how many known at all."""
+@kernel(types.UniTuple(int64, 2)(Slots, Slots, uint64[::1], uint64[::1], uint64[::1], boolean[::1]), lock=True)
+def _remember(young: Any, old: Any, keys: Any, contents: Any, firsts: Any, is_known: Any) -> Any:
+    """Put events into ``young``; how many are there for the first time, and how many were known at all."""
     put, known = 0, 0
     for row in range(len(keys)):
         key = keys[row] | np.uint64(1)
         place, before = _slot(young, key), _slot(old, key)
-        content = contents[row]
         is_young, is_old = young[place, 0] == key, old[before, 0] == key
-        first = old[before, 1] if is_old else young[place, 1] if is_young else content
-        codes[row] = _ACCEPTED
-        if is_young or is_old:
-            codes[row] = _DUPLICATE if first == content else _CONFLICT
-            known += 1
+        firsts[row] = old[before, 1] if is_old else young[place, 1] if is_young else contents[row]
+        is_known[row] = is_young or is_old
+        known += is_known[row]
         if not is_young:
-            young[place, 0], young[place, 1] = key, first
+            young[place, 0], young[place, 1] = key, firsts[row]
             put += 1
     return put, known
 
 
-class Table:
-    """The keys and contents of the last events, up to ``generation_max`` to twice as many, in 16 bytes each.
-
-    It has two generations of slots, of which half are free at least.
-    """
+class Table(Generations):
+    """Generations in 16 bytes for each slot, of which half are free at least."""
 
     def __init__(self, generation_max: int) -> None:
-        self._max = generation_max
-        slots = 1 << (2 * (generation_max + _TAKEN_MAX)).bit_length()
+        slots = 1 << (2 * (generation_max + AT_ONCE_MAX)).bit_length()
         self._young, self._old = np.zeros((slots, 2), np.uint64), np.zeros((slots, 2), np.uint64)
         self._count = 0
 
-    def take(self, keys: Sequence[int], contents: Sequence[int]) -> list[int] | None:
-        """Remember events, and say for each 0 (new), 1 (known) or 2 (with another content); None if all are new."""
+    @property
+    def count(self) -> int:
+        """Identities in the younger generation."""
+        return self._count
+
+    def remember(self, keys: Numbers, contents: Numbers) -> list[int | None] | None:
+        """Put events into the younger generation. For each the content it was known with; None if all are new."""
         all_keys, all_contents = np.asarray(keys, np.uint64), np.asarray(contents, np.uint64)
-        codes, known = np.empty(len(all_keys), np.uint8), 0
-        for begin in range(0, len(codes), _TAKEN_MAX):
-            some = slice(begin, begin + _TAKEN_MAX)
-            put, repeated = _take(self._young, self._old, all_keys[some], all_contents[some], codes[some])
-            self._count, known = self._count + put, known + repeated
-            if self._count >= self._max:
-                self._young, self._old, self._count = self._old, self._young, 0
-                self._young.fill(_FREE)
-        return codes.tolist() if known else None
+        firsts, is_known = np.empty(len(all_keys), np.uint64), np.empty(len(all_keys), np.bool_)
+        put, known = _remember(self._young, self._old, all_keys, all_contents, firsts, is_known)
+        self._count += put
+        if not known:
+            return None
+        return [first if flag else None for first, flag in zip(firsts.tolist(), is_known.tolist(), strict=True)]
+
+    def age(self) -> None:
+        """Forget the older generation; the younger one becomes it."""
+        self._young, self._old, self._count = self._old, self._young, 0
+        self._young.fill(_FREE)

@@ -7,7 +7,7 @@ Kafka's hash is the most expensive step for an event in Python.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec import Raw
@@ -16,6 +16,9 @@ from ingest.admission.validate import Admitted, Plain
 from meters.catalogue.catalogue import Catalogue
 from meters.event import parse_uuid4
 from meters.log import CustomerPartitions, Entry, partition_key
+
+if TYPE_CHECKING:
+    from ingest.admission.kernels import Found
 
 REMEMBERED_MAX = 200_000
 """Customers whose partition is kept, some 30 MB in each of the two threads that spread; whoever has more pays for the
@@ -56,18 +59,20 @@ class Spread:
         self, admitted: Admitted, organization_id: str, catalogue: Catalogue, partitions: int
     ) -> list[Entry]:
         """The records to append, at most one for a partition."""
-        if partitions == 1 or admitted.spread is not None:
-            return entries_together(admitted, organization_id, partitions)[0]
+        if admitted.compiled is not None:
+            return entries_of(admitted.compiled, organization_id, partitions)[0]
+        if partitions == 1:
+            return [_entry(admitted.value, 0, organization_id, admitted.distinct_keys)]
         if partitions != self._partitions or self._remembered > REMEMBERED_MAX:
             self._partitions, self._remembered, self._known, self._hashes = partitions, 0, {}, {}
         places = self._places(_whos(admitted), organization_id, catalogue)
         if len(set(places)) == 1:
-            return [_entry(admitted.value, places[0], organization_id, admitted)]
+            return [_entry(admitted.value, places[0], organization_id, admitted.distinct_keys)]
         lines: dict[int, list[bytes]] = {}
         for place, line in zip(places, admitted.lines, strict=True):
             lines.setdefault(place, []).append(line)
         values = {place: b"\n".join(lines[place]) for place in sorted(lines)}
-        return [_entry(value, place, organization_id, admitted) for place, value in values.items()]
+        return [_entry(value, place, organization_id, admitted.distinct_keys) for place, value in values.items()]
 
     def _places(self, whos: Sequence[_Named | Plain], organization_id: str, catalogue: Catalogue) -> list[int]:
         known = self._known.setdefault(organization_id, {})
@@ -99,15 +104,15 @@ class Spread:
         return found
 
 
-def entries_together(admitted: Admitted, organization_id: str, partitions: int) -> tuple[list[Entry], list[int]]:
-    """The records of bodies that were read together, and for each body the sum of ``1 << partition`` of its lines.
+def entries_of(found: "Found", organization_id: str, partitions: int) -> tuple[list[Entry], list[int]]:
+    """The records of what compiled loops read, and for each body the sum of ``1 << partition`` of its lines.
 
-    Of more than one partition only what compiled loops read can be spread so, and there may be 64 of them.
+    Of more than 64 partitions such a sum says nothing.
     """
-    if partitions == 1 or admitted.spread is None:
-        return [_entry(admitted.value, 0, organization_id, admitted)], [1] * len(admitted.rows)
-    parts, masks = admitted.spread(partition_key(organization_id, ""), partitions)
-    return [_entry(value, place, organization_id, admitted) for place, value in parts], masks
+    if partitions == 1:
+        return [_entry(found.value, 0, organization_id, True)], [1] * len(found.rows)
+    parts, masks = found.spread(partition_key(organization_id, ""), partitions)
+    return [_entry(value, place, organization_id, True) for place, value in parts], masks
 
 
 def _whos(admitted: Admitted) -> Sequence[_Named | Plain]:
@@ -120,5 +125,5 @@ def _text(raw: Raw) -> str | None:
     return msgspec.json.decode(raw, type=str) if bytes(raw).startswith(b'"') else None
 
 
-def _entry(value: bytes, partition: int, organization_id: str, admitted: Admitted) -> Entry:
-    return Entry(value, partition, organization_id, admitted=True, distinct_keys=admitted.distinct_keys)
+def _entry(value: bytes, partition: int, organization_id: str, distinct_keys: bool) -> Entry:
+    return Entry(value, partition, organization_id, admitted=True, distinct_keys=distinct_keys)

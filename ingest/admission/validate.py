@@ -14,9 +14,9 @@ an event; an event without external id gets one as its last key, because events 
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -36,7 +36,6 @@ from meters.catalogue.access import reference_refusals
 from meters.catalogue.catalogue import Catalogue
 from meters.errors import DEPTH_MAX, NAME_LENGTH_MAX, STRING_LENGTH_MAX, Refusal
 from meters.event import CLOCK_SKEW, check_event
-from meters.log import Pieces
 from meters.timestamps import microseconds_of
 
 # Which events of a body are plain beyond doubt, by looking at all of them at once.
@@ -250,6 +249,9 @@ def _has_keys(texts: bytes, keys: int) -> bool:
 # because a line is an event; and an event without an external id gets one as its last key, because an event is
 # counted by its identity. Of a repeated key the last one counts, so ``"external_id": null`` is overruled.
 
+if TYPE_CHECKING:
+    from ingest.admission.kernels import Found
+
 SCHEMA = "RequestValidationError"
 BUSINESS = "PolarRequestValidationError"
 """Polar's names for the two kinds of 422: what an event says, and what the names in it refer to."""
@@ -258,61 +260,58 @@ ECHO_BYTES_MAX = 16 * 1024
 """A larger body is not sent back as the ``input`` of what is wrong with it."""
 
 
-class Tenant(Struct, frozen=True):
-    """Whose token sent the body, what is known just now, and how to name an event that has no name of its own.
+class CompiledReader(Protocol):
+    """Reads ordinary bodies by compiled loops: ``ingest.quick.Quick``."""
 
-    ``new_ids`` makes that many external ids, each new in the world, of characters that JSON need not escape;
-    ``quick`` is ``ingest.admission.intake.Quick.read``.
-    """
+    def read(
+        self, bodies: Sequence[bytes], earliest_us: int, latest_us: int, organization_id: str
+    ) -> "Found | None":
+        """The events of bodies, up to the first that is odd to loops; None if that is the first, or without loops."""
+
+
+class IdMaker(Protocol):
+    """Makes external ids for events that have none."""
+
+    def make_ids(self, count: int) -> Sequence[str]:
+        """So many, each new in the world, of characters that JSON need not escape."""
+
+
+class Tenant(Struct, frozen=True):
+    """Whose token sent the body, what is known just now, and what admission itself does not have."""
 
     organization_id: str
     catalogue: Catalogue
-    new_ids: Callable[[int], Sequence[str]]
-    quick: Callable[[Sequence[bytes], int, int, str], Any] | None = None
+    id_maker: IdMaker
+    compiled: CompiledReader | None = None
 
 
 class Admitted(Struct, frozen=True):
     """Lines for the log, each with its external id and its index in the request; the three lists run in step.
 
     ``named`` says whether the sender chose any external id; only then can a line be a repetition. ``refusals`` is
-    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as
-    they were parsed, if none had to be read with care. Of events that compiled loops read there are ``fingerprints``
-    instead (see ``ingest.admission.duplicates``), ``joined``, the lines end to end, ``spread``, which gives them by
-    partition, and ``rows``, how many there are up to the end of each body.
+    empty unless the request was lenient. ``distinct_keys``: see ``meters.log.Entry``. ``plains`` are the events as they
+    were parsed, if none had to be read with care; ``compiled`` is what loops found, if they read the body, and has the
+    external ids then.
     """
 
     lines: Sequence[Raw | bytes]
-    external_ids: Sequence[str]
+    given_ids: Sequence[str]
     indexes: Sequence[int]
     named: bool
     refusals: list[Refusal]
     distinct_keys: bool = False
     plains: Sequence[Plain] | None = None
-    fingerprints: tuple[Sequence[int], Sequence[int]] | None = None
-    joined: bytes = b""
-    spread: Callable[[bytes, int], tuple[list[tuple[int, bytes]], list[int]]] | None = None
-    rows: Sequence[int] = ()
+    compiled: "Found | None" = None
+
+    @property
+    def external_ids(self) -> Sequence[str]:
+        """Of each line. Made when it is asked for where loops read it, since few answers name ids."""
+        return self.given_ids if self.compiled is None else self.compiled.external_ids
 
     @property
     def value(self) -> bytes:
         """The record's value: NDJSON."""
-        return self.joined or b"\n".join(self.lines)
-
-
-class Texts(Sequence[str]):
-    """Pieces of a record's value, as texts."""
-
-    def __init__(self, value: bytes, places: Any) -> None:
-        self._pieces = Pieces(value, places)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self._pieces[row].decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return (piece.decode() for piece in self._pieces)
+        return b"\n".join(self.lines) if self.compiled is None else self.compiled.value
 
 
 class RefusedBody(Struct, frozen=True):
@@ -346,23 +345,26 @@ def admit_quickly(
     return _admit(body, tenant, now, lenient, hurry=True)
 
 
-def admit_together(bodies: Sequence[bytes], tenant: Tenant, now: datetime) -> Admitted | None:
+def read_together(bodies: Sequence[bytes], tenant: Tenant, now: datetime) -> "Found | None":
     """The events of as many bodies as are ordinary, from the first one on; None where the first is not.
 
     What is said of one body by ``admit`` is the same; ``rows`` of what is found says which events are whose.
     """
     readable = list(itertools.takewhile(lambda body: _unreadable(body) is None, bodies))
-    return _quickly(readable, tenant, now + CLOCK_SKEW) if readable else None
+    return _read_compiled(readable, tenant, now) if readable else None
 
 
 def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: bool) -> Admitted | RefusedBody | None:
+    """Ask the readers in their order."""
     unreadable = _unreadable(body)
     if unreadable is not None:
         return unreadable
-    latest = now + CLOCK_SKEW
-    ordinary = _quickly([body], tenant, latest)
-    if ordinary is not None:
-        return ordinary
+    # 1. Compiled loops, for all of the body or nothing: there are none yet, or a value, key or escape is odd to them.
+    compiled = _read_compiled([body], tenant, now)
+    if compiled is not None:
+        indexes = range(len(compiled.line_places))
+        return Admitted(compiled.lines, (), indexes, named=True, refusals=[], distinct_keys=True, compiled=compiled)
+    # 2. The plain reading, for each event alone. Its suspects are odd by their types, their bytes or their customer.
     plains = read_plain(body)
     if plains is None and hurry and body.count(b",") > HURRIED_BODY_VALUES_MAX:
         return None
@@ -372,7 +374,12 @@ def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: 
         lines = _decode_envelope(body).events
     except (msgspec.MsgspecError, RecursionError):
         return _no_envelope(body)
+    latest = now + CLOCK_SKEW
     ids, suspects, distinct_keys = find_suspects(body, lines, tenant.organization_id, tenant.catalogue, latest, plains)
+    if not suspects:
+        plain = _admitted(lines, ids, range(len(lines)), [], tenant, b"\n" in body)
+        return msgspec.structs.replace(plain, distinct_keys=distinct_keys, plains=plains)
+    # 3. The careful reading, for suspects alone: it accepts each, or says what is wrong. It is by far the slowest.
     values = sum(bytes(lines[index]).count(b",") for index in suspects)
     if hurry and (len(suspects) > HURRIED_EVENTS_MAX or values > HURRIED_VALUES_MAX):
         return None
@@ -380,35 +387,30 @@ def _admit(body: bytes, tenant: Tenant, now: datetime, lenient: bool, *, hurry: 
         return _too_many("unusual events to look at one by one")
     if values > CAREFUL_VALUES_MAX:
         return _too_many("values in unusual events to look at one by one")
-    error_name, refusals = _with_care(lines, sorted(suspects), ids, tenant, now, lenient) if suspects else ("", [])
+    return _admit_with_care(body, lines, sorted(suspects), ids, tenant, now, lenient)
+
+
+def _read_compiled(bodies: Sequence[bytes], tenant: Tenant, now: datetime) -> "Found | None":
+    if tenant.compiled is None:
+        return None
+    return tenant.compiled.read(bodies, _EARLIEST_US, microseconds_of(now + CLOCK_SKEW), tenant.organization_id)
+
+
+def _admit_with_care(
+    body: bytes, lines: list[Raw], suspects: Sequence[int], ids: list[str | None], tenant: Tenant, now: datetime,
+    lenient: bool,
+) -> Admitted | RefusedBody:
+    """Judge a body by what is wrong with its suspects."""
+    error_name, refusals = _with_care(lines, suspects, ids, tenant, now, lenient)
     if refusals and not lenient:
         return RefusedBody(error_name, [_entry(refusal) for refusal in refusals[:DETAILS_MAX]])
     if len(refusals) > REFUSALS_MAX:
         some = [_entry(refusal) for refusal in refusals[: DETAILS_MAX - 1]]
         return RefusedBody(SCHEMA, _too_many(f"refusals to tell, more than {REFUSALS_MAX}").detail + some)
-    if refusals:
-        refused = {refusal.index for refusal in refusals}
-        kept: Sequence[int] = [index for index in range(len(lines)) if index not in refused]
-        lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
-    else:
-        kept = range(len(lines))
-    found = _admitted(lines, ids, kept, refusals, tenant, b"\n" in body)
-    return found if suspects else msgspec.structs.replace(found, distinct_keys=distinct_keys, plains=plains)
-
-
-def _quickly(bodies: Sequence[bytes], tenant: Tenant, latest: datetime) -> Admitted | None:
-    """All events of bodies up to one in which compiled loops find anything odd; None to look closer at the first."""
-    if tenant.quick is None:
-        return None
-    found = tenant.quick(bodies, _EARLIEST_US, microseconds_of(latest), tenant.organization_id)
-    if found is None:
-        return None
-    lines, ids = Pieces(found.value, found.lines), Texts(found.value, found.external_ids)
-    return Admitted(
-        lines, ids, range(len(lines)), named=True, refusals=[],
-        distinct_keys=True, fingerprints=(found.keys, found.contents), joined=found.value, spread=found.spread,
-        rows=found.rows,
-    )  # fmt: skip
+    refused = {refusal.index for refusal in refusals}
+    kept = [index for index in range(len(lines)) if index not in refused]
+    lines, ids = [lines[index] for index in kept], [ids[index] for index in kept]
+    return _admitted(lines, ids, kept, refusals, tenant, b"\n" in body)
 
 
 def _with_care(
@@ -447,7 +449,7 @@ def _admitted(
         final = [bytes(line).replace(b"\n", b" ") for line in final]
     named = list(ids)
     nameless = [place for place, external_id in enumerate(ids) if external_id is None] if None in ids else []
-    for place, external_id in zip(nameless, tenant.new_ids(len(nameless)) if nameless else (), strict=True):
+    for place, external_id in zip(nameless, tenant.id_maker.make_ids(len(nameless)) if nameless else (), strict=True):
         named[place] = external_id
         final[place] = b'%s,"external_id":"%s"}' % (bytes(final[place])[:-1], external_id.encode())
     return Admitted(final, named, kept, len(nameless) < len(final), refusals)  # type: ignore[arg-type]

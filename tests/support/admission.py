@@ -21,14 +21,20 @@ CATALOGUE = Catalogue([
 ])  # fmt: skip
 
 
+class CountedIds:
+    """Makes ids that a test can name."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def make_ids(self, count: int) -> Sequence[str]:
+        """So many."""
+        return [f"made-{next(self._numbers)}" for _ in range(count)]
+
+
 def tenant() -> Tenant:
     """An organization, whose nameless events are called made-0, made-1 and so on."""
-    numbers = itertools.count()
-
-    def new_ids(count: int) -> Sequence[str]:
-        return [f"made-{next(numbers)}" for _ in range(count)]
-
-    return Tenant(ORGANIZATION, CATALOGUE, new_ids)
+    return Tenant(ORGANIZATION, CATALOGUE, CountedIds())
 
 
 def admit_text(*events: str, lenient: bool = False) -> Admitted | RefusedBody:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from ingest import catalogue_follower
 from ingest.admission.batching import NO_PREFERENCES, TURN_BYTES_MAX, Opened
-from ingest.admission.duplicates import RecentIdentities
 from ingest.admission.intake import Intake
 from ingest.admission.kernels import BodyReader
 from ingest.catalogue_follower import CatalogueTail
@@ -50,7 +49,6 @@ def intake_on(log: MemoryLog, known: CatalogueTail, *, swift: bool = True) -> In
     intake.learn(log.ends(USAGE_EVENTS))
     if swift:
         intake._quick.loader.loops = BodyReader()
-        intake._recent = RecentIdentities(table=intake._quick.table)
     return intake
 
 
@@ -152,13 +150,13 @@ def test_more_than_a_turn_may_have_waits_for_the_next() -> None:
 
         one_more()
         read = list[int]()
-        put = intake._gather.put_together
+        put = intake.gather.put_together
 
         def note(entries: Sequence[Entry], masks: Sequence[int], tell: Any) -> None:
             read.append(rounds)
             put(entries, masks, tell)
 
-        intake._gather.put_together = note  # type: ignore[method-assign]
+        intake.gather.put_together = note  # type: ignore[method-assign]
         body = body_of(*range(100))
         found = await at_once([(ORGANIZATION, body)] * (5 * TURN_BYTES_MAX // len(body)), intake)
         assert len(read) == len(set(read)) >= 5
@@ -287,7 +285,7 @@ def test_one_that_cannot_be_taken_keeps_nobody_behind_it() -> None:
     """Whatever happens to it."""
 
     async def ask(intake: Intake) -> None:
-        intake._batching._taker = intake._batching._taker._replace(take_alone=lambda *_: 1 // 0)
+        intake.take_alone = lambda *_: 1 // 0  # type: ignore[method-assign,assignment]
         answers = [asyncio.get_running_loop().create_future() for _ in range(4)]
         for number, told in enumerate(answers):
             intake.take(opened(ORGANIZATION), ODD if number == 1 else body_of(number), told.set_result)

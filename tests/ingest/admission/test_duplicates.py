@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.admission import kernels
 from ingest.admission.duplicates import Fingerprints, RecentIdentities, Verdict
+from ingest.admission.intake import Quick
+from ingest.admission.kernels import BodyReader
 
 Memory = Callable[..., RecentIdentities]
 in_dictionaries: Memory = RecentIdentities
-in_a_table: Memory = partial(RecentIdentities, table=kernels.Table)
+in_a_table: Memory = partial(RecentIdentities, loops=Quick(BodyReader()))
 
 
 @pytest.fixture(params=[in_dictionaries, in_a_table], ids=["dictionaries", "table"])
@@ -67,11 +68,11 @@ def test_a_request_may_be_larger_than_what_is_remembered(memory: Memory) -> None
 
 def test_what_was_known_before_there_was_a_table_stays_known() -> None:
     """Of both generations."""
-    tables: list[Callable[[int], object]] = [lambda _: None]
-    recent = RecentIdentities(10, lambda generation_max: tables[-1](generation_max))
+    swift = Quick()
+    recent = RecentIdentities(10, swift)
     for number in range(15):
         recent.take(Fingerprints.of("o", [str(number)], [b"{}"]))
-    tables.append(kernels.Table)
+    swift.loader.loops = BodyReader()
     known = [number for number in range(15) if deepcopy(recent).take(Fingerprints.of("o", [str(number)], [b"{}"]))]
     assert known == list(range(15))
 
