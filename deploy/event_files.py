@@ -100,6 +100,10 @@ OTHER_FILES = {
     codecs.BOM_UTF16_LE + b"{\0": "UTF-16; save it as UTF-8",
     codecs.BOM_UTF16_BE + b"\0{": "UTF-16; save it as UTF-8",
 }
+HALF_WRITTEN = (
+    "the last line does not end with a newline, so somebody may be writing it still: it was not sent. Import the file "
+    "again when it is whole, or give --complete if it is"
+)
 WAIT_S = 1.0  # that a line waits for others to go with it: what is piped happens now
 CHUNK_BYTES = 1024 * 1024
 
@@ -216,6 +220,7 @@ class CsvFile(msgspec.Struct, frozen=True):
     columns: dict[str, str]  # event field -> column
     constants: dict[str, str]  # event field -> the same value for every line
     apart: str = ""  # that of StableIds
+    is_complete: bool = False  # also where the last line has no newline
 
     def check(self, *, texts_meant: bool = False) -> None:
         """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent.
@@ -259,10 +264,10 @@ class CsvFile(msgspec.Struct, frozen=True):
         with self._open() as file, StableIds(self.apart) as ids:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            for cells in reader:
-                if not cells:
+            for number, cells in self._rows(reader):
+                if cells is None:
+                    yield Problem(number, HALF_WRITTEN)
                     continue
-                number = reader.line_num
                 if len(cells) != len(header):
                     yield Problem(number, f"the row has {len(cells)} cells, and the header has {len(header)}")
                     continue
@@ -272,6 +277,21 @@ class CsvFile(msgspec.Struct, frozen=True):
                     yield Line(number, msgspec.json.encode(self._event(row, external_id)))
                 except ValueError as error:
                     yield Problem(number, str(error))
+
+    def _rows(self, reader: Any) -> Iterator[tuple[int, list[str] | None]]:
+        """Every row with the line on which it ends; None for a last one that somebody may be writing still."""
+        held: tuple[int, list[str] | None] | None = None
+        for cells in reader:
+            if held is not None:
+                yield held
+            held = (reader.line_num, cells) if cells else None
+        if held is not None:
+            yield held if self.is_complete or self._ends_a_line() else (held[0], None)
+
+    def _ends_a_line(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            return file.read(1) in (b"\n", b"\r")
 
     def _identity(self, row: Mapping[str, str]) -> bytes:
         """What makes a row the same event: its cells in any order of columns, what is set, whom and what it names.

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, moment
-from aggregator.api.credits import Overtaken, Used, carried, used_until
+from aggregator.api.credits import Overtaken, used_until, with_usage
 from aggregator.api.customers import has_texts, named_customer
 from aggregator.api.requests import (
     BY_METADATA,
@@ -46,7 +46,8 @@ from aggregator.api.schemas import (
 )
 from aggregator.service import answers
 from aggregator.service.customer_state import grant_properties
-from aggregator.service.errors import Malformed, NotFound, Refused
+from aggregator.service.cuts import Counted
+from aggregator.service.errors import Conflict, Malformed, NotFound, Refused
 from aggregator.service.serializers import customer_shape
 from aggregator.service.service import Desk
 from meters.catalogue.access import reading, writing
@@ -61,6 +62,7 @@ from meters.ledger.benefits import (
     cycled,
     grant_id,
     granted,
+    is_credited,
     movement_id,
     needs_reset,
     revoked,
@@ -72,6 +74,10 @@ from meters.polar_webhooks import here
 router = APIRouter(tags=["benefits"])
 Reader = Annotated[Token, Depends(allow(reading("benefits")))]
 Writer = Annotated[Token, Depends(allow(writing("benefits")))]
+
+
+GRANTS_AT_ONCE = 200
+"""Grants that the deletion of a benefit revokes together: their customers' other movements wait meanwhile."""
 
 
 def benefit_shape(benefit: Benefit) -> answers.Benefit:
@@ -219,13 +225,24 @@ async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
 
     A benefit of Polar's is deleted there. The benefit itself goes last: where this ends half way, a retry goes on.
     """
-    async with desk.deciding:
+    while not await _deleted(desk, token, id):
+        pass
+    return Response(status_code=204)
+
+
+async def _deleted(desk: Desk, token: Token, id: UUID) -> bool:
+    """Revoke some of the benefit's grants; where there are none, delete it and return true."""
+    some = desk.catalogue.benefits.grants_by(benefit_of(desk, token, id).id)[:GRANTS_AT_ONCE]
+    async with desk.turn(token.organization_id, *(grant.customer_id for grant in some)), desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
-        grants = [here(desk.catalogue, grant) for grant in desk.catalogue.benefits.grants_by(benefit.id)]
+        held = desk.catalogue.benefits.grants_by(benefit.id)
+        turned = {grant.customer_id for grant in some}
+        grants = [here(desk.catalogue, grant) for grant in held if grant.customer_id in turned]
         await desk.decide_each(_all(revoked(grant, benefit, now, _credited(desk, grant))) for grant in grants)
-        await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
-    return Response(status_code=204)
+        if not held:
+            await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
+    return not held
 
 
 def _credited(desk: Desk, grant: Grant) -> Account | None:
@@ -268,10 +285,23 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     A benefit of Polar's is granted there.
     """
     body = await body_as(BenefitGrantCreate, request)
-    async with desk.deciding:
+    while (found := await _granted(desk, token, id, body)) is None:
+        pass
+    return answer(grant_shape(*found), desk.view.as_of, 201)
+
+
+async def _granted(
+    desk: Desk, token: Token, id: UUID, body: BenefitGrantCreate
+) -> tuple[Grant, Benefit, Customer] | None:
+    """The grant that is made, or was; None where another customer has come to have the name."""
+    benefit_of(desk, token, id)
+    turned = named_customer(desk, token, body)
+    async with desk.turn(token.organization_id, turned.id), desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.now()
         _must_be_ours(desk, token, "benefit", benefit.id)
         customer = named_customer(desk, token, body)
+        if customer.id != turned.id:
+            return None
         grants = desk.catalogue.benefits.grants_of(customer.id)
         known = next((here(desk.catalogue, one) for one in grants if one.benefit_id == benefit.id), None)
         grant = known or Grant(
@@ -282,7 +312,7 @@ async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) 
             step = granted(grant, benefit, now, desk.view.ledger.account(customer.id, benefit.meter_id))
             await desk.decide(*_all(step))
             grant = step.grant
-    return answer(grant_shape(grant, benefit, customer), desk.view.as_of, 201)
+    return grant, benefit, customer
 
 
 @router.get("/v1/benefit-grants/{id}", responses=gives(answers.BenefitGrant))
@@ -294,16 +324,17 @@ async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
 @router.post(
     "/v1/benefit-grants/{id}/cycle",
     openapi_extra=takes(BenefitGrantStep),
-    responses=gives(answers.BenefitGrant),
+    responses=gives(answers.BenefitGrant) | {409: gives(answers.Error)[404]},
 )
 async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a cycle: reset the meter, carry over what rolls over, credit again.
 
-    Say ``at``, when it began, so that a retry is harmless. A grant of Polar's is renewed there.
+    Say ``at``, when it began, so that a retry is harmless. A cycle that would credit nothing, because one that began
+    later was credited before, is refused. A grant of Polar's is renewed there.
     """
     body = await body_as(BenefitGrantStep, request, otherwise={})
     _, _, customer = _grant_of(desk, token, id)
-    async with desk.settling(token.organization_id, customer.id):
+    async with desk.turn(token.organization_id, customer.id):
         while (found := await _cycled(desk, token, id, body)) is None:
             pass
     return answer(grant_shape(*found), desk.view.as_of)
@@ -314,18 +345,34 @@ async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep) ->
     grant, benefit, customer = _to_cycle(desk, token, id)
     at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
     meter = desk.catalogue.meter(grant.organization_id, benefit.meter_id)
-    begins = _is_due(grant, at) and needs_reset(grant, desk.view.ledger.account(customer.id, benefit.meter_id))
-    used = await used_until(desk, customer, [meter] if meter and begins else [], at)
+    begins = meter and _is_due(grant, at) and needs_reset(grant, desk.view.ledger.account(customer.id, meter.id))
+    used = await used_until(desk, customer, [meter] if meter and begins else [], _begun(grant, customer, at))
     async with desk.deciding:
         grant, benefit, customer = _to_cycle(desk, token, id)
         if _is_due(grant, at):
             try:
-                step = _cycle(desk, grant, benefit, customer, at, used)
+                step, others = _cycle(desk, grant, benefit, customer, at, used)
             except Overtaken:
                 return None
-            await desk.decide(*_all(step))
+            await desk.decide(*_all(step), *others)
             grant = step.grant
+        elif not _was_cycled(desk, grant, benefit, at):
+            message = f"Nothing was credited: the grant's credit of {grant.last_credited_at} is not before this cycle."
+            raise Conflict(message, is_passing=False)
     return grant, benefit, customer
+
+
+def _was_cycled(desk: Desk, grant: Grant, benefit: Benefit, at: datetime) -> bool:
+    meter_ids = {benefit.meter_id, grant.last_credited_meter_id or ""}
+    return any(is_credited(grant, at, desk.view.ledger.account(grant.customer_id, id)) for id in meter_ids)
+
+
+def _begun(grant: Grant, customer: Customer, at: datetime) -> MeterReset:
+    """The reset that a cycle begins with, without its meter."""
+    return MeterReset(
+        id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
+        meter_ids=[], at=at, reference=grant.id,
+    )  # fmt: skip
 
 
 def _to_cycle(desk: Desk, token: Token, id: UUID) -> tuple[Grant, Benefit, Customer]:
@@ -342,25 +389,25 @@ def _is_due(grant: Grant, at: datetime) -> bool:
 
 
 def _cycle(
-    desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime, used: Mapping[str, Used]
-) -> Step:  # fmt: skip
-    begun, meter = None, desk.catalogue.meter(grant.organization_id, benefit.meter_id)
+    desk: Desk, grant: Grant, benefit: Benefit, customer: Customer, at: datetime, used: Mapping[str, Counted]
+) -> tuple[Step, list[MeterReset]]:  # fmt: skip
+    """The step, and usage that later resets carry over by."""
+    begun, others = None, list[MeterReset]()
+    meter = desk.catalogue.meter(grant.organization_id, benefit.meter_id)
     if meter is None:
         raise Refused("value_error", ("path", "id"), "The meter of this benefit is not known here.", benefit.meter_id)
     account = desk.view.ledger.account(customer.id, benefit.meter_id)
     if needs_reset(grant, account):
-        units = carried(desk, customer, meter, at, used)
-        begun = MeterReset(
-            id=movement_id(grant.id, at, "reset"), organization_id=grant.organization_id, customer_id=customer.id,
-            meter_ids=[benefit.meter_id], at=at, rollover={benefit.meter_id: units}, reference=grant.id,
-        )  # fmt: skip
-    return cycled(grant, benefit, at, begun, account)
+        alone = replace(_begun(grant, customer, at), meter_ids=[meter.id])
+        begun, others = with_usage(desk, customer, meter, alone, used)
+    return cycled(grant, benefit, at, begun, account), others
 
 
 @router.post("/v1/benefit-grants/{id}/revoke", responses=gives(answers.BenefitGrant))
 async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Take the benefit back, with the units that it credited last. A grant of Polar's is revoked there."""
-    async with desk.deciding:
+    _, _, customer = _grant_of(desk, token, id)
+    async with desk.turn(token.organization_id, customer.id), desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
         _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:

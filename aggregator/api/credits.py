@@ -7,37 +7,34 @@ benefit routes use them as well.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from decimal import Decimal
 from hashlib import sha256
-from typing import Annotated, NamedTuple
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Request, Response
+from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, fields_of, mapping_of, moment, refuse_organization
 from aggregator.api.customers import customer_by_id
 from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed, on_page
 from aggregator.api.schemas import CreditCreate, ResetCreate, gives, page_of, takes
 from aggregator.service import answers
-from aggregator.service.balances import consumed_between
+from aggregator.service.cuts import Counted, counted
 from aggregator.service.errors import Conflict, NotFound, Refused
 from aggregator.service.serializers import credit_shape, reset_shape
 from aggregator.service.service import Desk
 from meters import exact
-from meters.aggregation import Aggregation
 from meters.catalogue.access import reading, writing
 from meters.catalogue.catalogue import Customer, Token
-from meters.filters import Filter
 from meters.ledger.ledger import (
     ZERO,
-    Account,
     Credit,
     CreditGranted,
     MeterReset,
     in_window,
+    newest_window,
     revocation_id,
-    rollover_units,
 )
 from meters.meter import Meter
 
@@ -69,7 +66,8 @@ async def give_credits(
     meter_id, units, rollover = _fields(desk, token, body)
     content = sha256(exact.encode([customer.id, meter_id, units, rollover])).hexdigest()
     with _only(desk, token, idempotency_key):
-        async with desk.deciding:
+        async with desk.turn(token.organization_id, customer.id), desk.deciding:
+            customer = customer_by_id(desk, token, id)
             known = _decided(desk, token, idempotency_key, content)
             account = desk.view.ledger.account(customer.id, meter_id)
             credit = known or CreditGranted(
@@ -138,21 +136,24 @@ def _credits(desk: Desk, customer: Customer, meter_id: str) -> list[Credit]:
 
 @router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(answers.Credit))
 async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: str) -> Response:
-    """Take a credit back, while the window lasts in which it was given. Repeating this takes nothing more."""
+    """Take a credit back: all of it in the window in which it was given, afterwards what of it was carried over.
+
+    Repeating this takes nothing more.
+    """
     customer = customer_by_id(desk, token, id)
-    async with desk.settling(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
+    async with desk.turn(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
         credit, meter_id = _credit(desk, token, customer, credit_id)
+        account = desk.view.ledger.account(customer.id, meter_id)
         taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
         change = taken or CreditGranted(
             id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
-            meter_id=meter_id, units=-credit.units, rollover=credit.rollover, at=max(desk.now(), credit.at),
-            cause="revoke", reference=credit.id,
+            meter_id=meter_id, units=-credit.units, rollover=credit.rollover,
+            at=max(in_window(account, desk.now()), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
         )  # fmt: skip
         if isinstance(change, CreditGranted):
-            account = desk.view.ledger.account(customer.id, meter_id)
-            by_hand = credit.cause == "credit" and credit.units > 0  # a benefit's credits go with its grant
-            if not by_hand or account is None or credit not in account.window():
-                message = "Only what was given by hand, since the last reset, can be taken back."
+            by_hand = credit.cause == "credit"  # a benefit's credits go with its grant
+            if not by_hand or not newest_window(account).of(credit.id):
+                message = "Only units that were given by hand, and that no reset has ended, can be taken back."
                 raise Refused("value_error", ("path", "credit_id"), message, credit_id)
             await desk.decide(change)
     return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of)
@@ -181,7 +182,7 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""
     customer_by_id(desk, token, id)
     asked = await body_as(ResetCreate, request, otherwise={})
-    async with desk.settling(token.organization_id, str(id)):
+    async with desk.turn(token.organization_id, str(id)):
         while (change := await _reset(desk, token, id, asked)) is None:
             pass
     return answer(reset_shape(change), desk.view.as_of, 201)
@@ -191,21 +192,25 @@ async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> Mete
     """The reset that is made, or was; None where it has to be worked out again."""
     customer = customer_by_id(desk, token, id)
     at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
-    used = await used_until(desk, customer, _meters(desk, token, asked), at)
+    change = MeterReset(
+        id=f"{customer.id}:{at.isoformat(timespec='microseconds')}", organization_id=token.organization_id,
+        customer_id=customer.id, meter_ids=[], at=at,
+    )  # fmt: skip
+    used = await used_until(desk, customer, _meters(desk, token, asked), change)
     async with desk.deciding:
         customer, meters = customer_by_id(desk, token, id), _meters(desk, token, asked)
-        name = f"{customer.id}:{at.isoformat(timespec='microseconds')}"
-        made = {meter.id: kept for meter in meters if (kept := _made(desk, name, customer, meter.id)) is not None}
+        made = {meter.id: kept for meter in meters if (kept := _made(desk, change.id, customer, meter.id)) is not None}
+        change, others = replace(change, rollover={of: kept for of, kept in made.items() if kept > 0}), []
         try:
-            units = made | {one.id: carried(desk, customer, one, at, used) for one in meters if one.id not in made}
+            for meter in meters:
+                if meter.id not in made:
+                    change, later = with_usage(desk, customer, meter, change, used)
+                    others += later
         except Overtaken:
             return None
-        change = MeterReset(
-            id=name, organization_id=token.organization_id, customer_id=customer.id, at=at,
-            meter_ids=[meter.id for meter in meters], rollover={of: kept for of, kept in units.items() if kept > 0},
-        )  # fmt: skip
+        change = replace(change, meter_ids=[meter.id for meter in meters])
         if len(made) < len(meters):
-            await desk.decide(change)
+            await desk.decide(change, *others)
     return change
 
 
@@ -232,50 +237,25 @@ class Overtaken(Exception):
     """Something else was decided meanwhile, by which other usage counts: ask for it again."""
 
 
-class Used(NamedTuple):
-    """What was used of a meter in the window that a reset would end, and all that this number depends on."""
-
-    external_id: str | None
-    filter: Filter
-    aggregation: Aggregation
-    since: datetime | None
-    consumed: Decimal = ZERO
-
-
-async def used_until(desk: Desk, customer: Customer, meters: Iterable[Meter], at: datetime) -> dict[str, Used]:
-    """By meter, what was used before the reset where it decides what is carried over. Raises Unavailable.
-
-    This waits for the store, so it is asked for before ``desk.deciding`` is held, for which every tenant waits.
-    """
+async def used_until(
+    desk: Desk, customer: Customer, meters: Iterable[Meter], reset: MeterReset
+) -> dict[str, Counted]:  # fmt: skip
+    """By meter, the usage that decides what the reset, and those after it, carry over. Raises Unavailable."""
     found = {}
     for meter in meters:
-        if account := _that_rolls_over(desk, customer, meter, at):
-            consumed = await consumed_between(desk, customer, meter, account.since, at)
-            found[meter.id] = _basis(customer, meter, account)._replace(consumed=consumed)
+        alone = replace(reset, meter_ids=[meter.id])
+        found[meter.id] = await counted(desk, customer, meter, [alone], reset.at)
     return found
 
 
-def carried(desk: Desk, customer: Customer, meter: Meter, at: datetime, used: Mapping[str, Used]) -> Decimal:
-    """The units that a reset at this time carries over: what is left of rollover credits, others used up first.
+def with_usage(
+    desk: Desk, customer: Customer, meter: Meter, reset: MeterReset, used: Mapping[str, Counted]
+) -> tuple[MeterReset, list[MeterReset]]:
+    """The reset with the meter's usage and what it carries over, and the usage of the resets after it.
 
-    Raises Overtaken where ``used`` is not of the window that the reset ends by now.
+    Raises Overtaken where ``used`` was counted by what is not so any more.
     """
-    account = _that_rolls_over(desk, customer, meter, at)
-    if account is None:
-        return ZERO
     known = used.get(meter.id)
-    if known is None or known._replace(consumed=ZERO) != _basis(customer, meter, account):
+    if known is None or not known.basis.holds(desk, customer, meter):
         raise Overtaken
-    return rollover_units(account, known.consumed, until=at)
-
-
-def _that_rolls_over(desk: Desk, customer: Customer, meter: Meter, at: datetime) -> Account | None:
-    """The account, where there is something that a reset at this time may carry over."""
-    account = desk.view.ledger.account(customer.id, meter.id)
-    if account is None or (account.since is not None and account.since >= at):
-        return None
-    return account if any(credit.rollover and credit.at < at for credit in account.window()) else None
-
-
-def _basis(customer: Customer, meter: Meter, account: Account) -> Used:
-    return Used(customer.external_id, meter.filter, meter.aggregation, account.since)
+    return known.added_to(reset, meter.id), known.of_others(reset)

@@ -42,14 +42,20 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
         return _not_believed(Rejection.SIGNATURE)
     payload = _payload(body)
     organization_id, delivery_id = source.organization_id, request.headers["webhook-id"]
-    async with desk.settling(organization_id, _about(payload.get("data"))):
-        heard = desk.catalogue.mirror.heard(organization_id, delivery_id)
-        news = _news(desk, organization_id, delivery_id, payload)
-        if news is not None:
-            if not heard:
-                news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
-            await settle(desk, organization_id, news.customer_ids)
-            await forget(desk, organization_id, news.polar_customer_id)
+    is_done = False
+    while not is_done:
+        whom = _whom(desk, organization_id, payload.get("data"))
+        async with desk.turn(organization_id, *whom):
+            if not whom >= _whom(desk, organization_id, payload.get("data")):
+                continue  # the customer became another one while this waited for its turn
+            heard = desk.catalogue.mirror.heard(organization_id, delivery_id)
+            news = _news(desk, organization_id, delivery_id, payload)
+            if news is not None:
+                if not heard:
+                    news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
+                await settle(desk, organization_id, news.customer_ids)
+                await forget(desk, organization_id, news.polar_customer_id)
+            is_done = True
     status: Literal["ignored", "repeated", "accepted"]
     status = "ignored" if news is None else "repeated" if heard else "accepted"
     return json_response(202, route_answers.WebhookAccepted(status))
@@ -59,9 +65,17 @@ def _not_believed(reason: Rejection) -> Response:
     return json_response(401, {"error": "InvalidSignature", "detail": f"Not accepted: {reason}."})
 
 
-def _about(data: object) -> str:
-    """Polar's customer whom a delivery is about: those of one customer wait for each other, and for nobody else."""
-    return str(data.get("customer_id") or data.get("id")) if isinstance(data, dict) else ""
+def _whom(desk: Desk, organization_id: str, data: object) -> set[str]:
+    """The customers that a delivery is about: Polar's, those here that it is or was, and the one that has its name."""
+    told = data if isinstance(data, dict) else {}
+    customer = told.get("customer", told)
+    external_id = customer.get("external_id") if isinstance(customer, dict) else None
+    polar_id = str(told.get("customer_id") or told.get("id"))
+    found = {polar_id, *desk.catalogue.mirror.once(organization_id, polar_id)}
+    if isinstance(external_id, str):
+        named = desk.catalogue.customer_by_external_id(organization_id, external_id)
+        found |= {named.id} if named else set()
+    return found
 
 
 async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None]) -> News:

@@ -7,18 +7,28 @@ without webhook endpoints produce no causes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from aggregator.decode.directory import Directory
-from meters.catalogue.catalogue import Catalogue, Change, CustomerCreated, CustomerDeleted, CustomerUpdated
+from aggregator.store.webhook_outbox import Cause
+from meters.catalogue.catalogue import (
+    Catalogue,
+    Change,
+    CustomerCreated,
+    CustomerDeleted,
+    CustomerUpdated,
+    MeterCreated,
+    MeterUpdated,
+)
 from meters.ledger.benefits import GrantSet, SubscriptionSet
 from meters.ledger.ledger import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record, parse_position
 from meters.timestamps import instant_of
-from meters.webhooks import Heard, ThresholdReached
+from meters.webhooks import EndpointSet, Heard, ThresholdReached, ThresholdSet
 
 SCHEMA = pa.schema(
     {
@@ -30,6 +40,28 @@ SCHEMA = pa.schema(
     }
 )
 Decided = tuple[Record, Change]
+
+
+class Review(msgspec.Struct, frozen=True, kw_only=True, tag="review"):
+    """Customers are to be looked at again whom a decision may have moved. It is the ``change`` of a cause.
+
+    Of a meter, or only the customer ``customer_id`` of it; ``is_changed``: also those who were told of it before.
+    Or of an endpoint that was disabled ``since`` a time. ``has_states``: states may differ, and not thresholds alone.
+    """
+
+    meter_id: str | None = None
+    customer_id: str | None = None
+    is_changed: bool = False
+    endpoint_id: str | None = None
+    since: datetime | None = None
+    has_states: bool = True
+
+
+def review_of(cause: Cause) -> Review | None:
+    """The review that a cause asks for, or None."""
+    if cause.customer_id is not None or cause.change is None:
+        return None
+    return msgspec.json.decode(cause.change, type=Review)
 
 
 def causes(rows: pa.Table, decided: Iterable[Decided], catalogue: Catalogue, directory: Directory) -> pa.Table | None:
@@ -76,19 +108,44 @@ def _by_decision(
     decided: Sequence[Decided], catalogue: Catalogue, listening: Mapping[str, Sequence[Heard]]
 ) -> pa.Table:
     made = {change.customer.id: change.customer for _, change in decided if isinstance(change, CustomerCreated)}
-    found = []
+    found: list[tuple[str, None, str | None, str | None, datetime]] = []
+    disabled = {id: one.disabled_at for id, one in list(catalogue.webhooks.endpoints.items())}
     for record, change in decided:
+        at = instant_of(record.timestamp_us).replace(tzinfo=None)
+        review = _review(change, disabled)
+        if review is not None:
+            organization_id, what = review
+            if any(record.offset >= one.control for one in listening.get(organization_id, ())):
+                found.append((organization_id, None, None, msgspec.json.encode(what).decode(), at))
+            continue
         customer_id = _customer(change) or ""
         customer = catalogue.customers.get(customer_id) or made.get(customer_id)
         heard = listening.get(customer.organization_id, ()) if customer else ()
         if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
             continue
         text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
-        at = instant_of(record.timestamp_us)
-        found.append((customer.organization_id, None, customer_id, text, at.replace(tzinfo=None)))
+        found.append((customer.organization_id, None, customer_id, text, at))
     columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     return pa.table(arrays, schema=SCHEMA)
+
+
+def _review(change: Change, disabled: dict[str, datetime | None]) -> tuple[str, Review] | None:
+    """The organization, and what is to be looked at in it. ``disabled`` is since when endpoints are, as of now."""
+    match change:
+        case MeterCreated(meter):
+            return meter.organization_id, Review(meter_id=meter.id)
+        case MeterUpdated(meter):
+            return meter.organization_id, Review(meter_id=meter.id, is_changed=True)
+        case ThresholdSet(threshold) if threshold.deleted_at is None:
+            return threshold.organization_id, Review(
+                meter_id=threshold.meter_id, customer_id=threshold.customer_id, has_states=False
+            )  # fmt: skip
+        case EndpointSet(endpoint):
+            since, disabled[endpoint.id] = disabled.get(endpoint.id), endpoint.disabled_at
+            if since is not None and endpoint.disabled_at is None and endpoint.deleted_at is None:
+                return endpoint.organization_id, Review(endpoint_id=endpoint.id, since=since)
+    return None
 
 
 def _customer(change: Change) -> str | None:

@@ -112,7 +112,7 @@ _PRINT = """
         make_timestamp(ingested_us), external_id, parent,
         CASE WHEN external_customer_id IS NULL THEN member_id END,
         CASE WHEN external_customer_id IS NOT NULL THEN external_member_id END,
-        coalesce(metadata, '{}'), awkward
+        coalesce(metadata, '{}'), awkward, 'user'
     ) AS print FROM read
 """
 Words = npt.NDArray[np.uint64]

@@ -20,7 +20,7 @@ from aggregator.decode.columns import awkward_numbers
 from meters.aggregation import amount_of, exact_sum, is_summable
 from meters.catalogue.catalogue import Catalogue
 from meters.errors import Reason, Refusal
-from meters.event import Event, check_line, event_id, identity, parse_uuid4
+from meters.event import USER, Event, check_line, event_id, identity, parse_uuid4
 from meters.event_values import Facts, facts
 from meters.exact import EXACT, amount_text, decode_tokens
 from meters.filters import matches
@@ -99,6 +99,8 @@ def changes(reading: Reading, row: Mapping[str, Any]) -> list[str]:
         "external_id": reading.external_id,
         "parent_id": event.parent_id,
         "member_id": event.member_id,
+        "external_member_id": event.external_member_id,
+        "source": USER,
         "id": identity(reading.organization_id, reading.external_id),
         "content hash": xxhash.xxh3_64_intdigest(reading.raw),
         "exact numbers": _exact(awkward_numbers(event.metadata)),
@@ -112,6 +114,8 @@ def changes(reading: Reading, row: Mapping[str, Any]) -> list[str]:
         "external_id": row["external_id"],
         "parent_id": row["parent"],
         "member_id": row["member_id"],
+        "external_member_id": row["external_member_id"],
+        "source": row["source"],
         "id": (row["id_hi"], row["id_lo"]),
         "content hash": row["content"],
         "exact numbers": _exact(row["awkward"]),

@@ -87,6 +87,7 @@ def check_store(store: StoreSide, totals: TotalsSide, catalogue: Catalogue, wort
     _identities(check, store)
     _sequence(check, store)
     _bookkeeping(check, store)
+    _kin(check, store)
     for organization_id in catalogue.organizations:
         meters = [meter for meter in catalogue.meters_of(organization_id) if _is_kept(check, totals, meter)]
         if meters:
@@ -157,6 +158,22 @@ def _bookkeeping(check: Check, store: StoreSide) -> None:
         if row[name]:
             check.add(_broken(Cause.UNFOUNDED, "events", f"{row[name]} rows belong to nobody ({name})", row[name]))
     check.counted.append(Counted("partitions and small tables", len(partitions) + 6, check.differences_count - before))
+
+
+_KIN = {
+    "lost": (Cause.LOST, "it names a parent, and is neither below it nor waiting for it"),
+    "wrong": (Cause.CHANGED, "it is not where its parent's place puts it"),
+    "strange": (Cause.UNFOUNDED, "it is below a parent that no event of this id names"),
+}
+
+
+def _kin(check: Check, store: StoreSide) -> None:
+    """Every event that names a parent is below it, or waits for it."""
+    found = store.ask("kin", most=SHOWN_MAX).to_pylist()
+    for row in found:
+        cause, what = _KIN[row["what"]]
+        check.add(_broken(cause, f"hierarchy, event {event_id(row['id_hi'], row['id_lo'])}", what))
+    check.counted.append(Counted("events below their parents", 1, len(found)))
 
 
 def _partition(check: Check, row: dict[str, Any]) -> None:

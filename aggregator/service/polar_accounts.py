@@ -6,40 +6,32 @@ order of the webhooks, and settling again changes nothing. ``settle_meter`` does
 one of Polar's meters only later.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 
 from msgspec.structs import replace
 
-from aggregator.service.balances import consumed_between
+from aggregator.service.cuts import counted
 from aggregator.service.errors import CHANGES_AT_ONCE
 from aggregator.service.service import Desk
 from meters.catalogue.catalogue import Customer, CustomerDeleted
 from meters.catalogue.polar_facts import Given, Wanted
-from meters.ledger.ledger import (
-    ZERO,
-    Account,
-    Cause,
-    Credit,
-    CreditGranted,
-    MeterReset,
-    MovementWithdrawn,
-    Reset,
-    rollover_units,
-)
+from meters.ledger.ledger import POLARS, Account, Cause, Credit, CreditGranted, MeterReset, MovementWithdrawn, Reset
 from meters.meter import Meter
 from meters.polar_webhooks import METER_KEY, meter_of
 
-OURS = "polar:"
-"""How the ids of movements begin that follow from what Polar told."""
+CUSTOMERS_AT_ONCE = 50
+"""Customers that are settled together: their other movements wait meanwhile."""
 
 Movement = CreditGranted | MeterReset
 
 
 async def settle(desk: Desk, organization_id: str, customer_ids: Iterable[str | None]) -> None:
-    """Bring customers' accounts to what the facts call for, as far as their meters are known here."""
+    """Bring customers' accounts to what the facts call for, as far as their meters are known here.
+
+    The caller holds the customers' turn.
+    """
     changes: list[Movement | MovementWithdrawn] = []
     for customer_id in customer_ids:
         customer = desk.catalogue.customer(organization_id, customer_id or "")
@@ -61,7 +53,11 @@ async def settle_meter(desk: Desk, meter: Meter) -> None:
     waiting = {customer_id for name in names for customer_id in desk.catalogue.mirror.customers(name)}
     accounts = list(desk.view.ledger.of_meter(meter.id).items())  # the writer goes on meanwhile
     waiting.update(customer_id for customer_id, account in accounts if _has_ours(account))
-    await settle(desk, meter.organization_id, sorted(waiting))
+    every = sorted(waiting)
+    for place in range(0, len(every), CUSTOMERS_AT_ONCE):
+        some = every[place : place + CUSTOMERS_AT_ONCE]
+        async with desk.turn(meter.organization_id, *some):
+            await settle(desk, meter.organization_id, some)
 
 
 async def forget(desk: Desk, organization_id: str, polar_id: str) -> None:
@@ -100,28 +96,39 @@ async def _movements(
 ) -> list[Movement | MovementWithdrawn]:
     """What has to be decided so that the account holds what is wanted and nothing else of ours."""
     account = desk.view.ledger.account(customer.id, meter.id) or Account()
-    have = {credit.id for credit in account.credits if _is_ours(credit)}
-    have |= {reset.id for reset in account.resets if _is_ours(reset)}
-    credits = [change for given in wanted.given for change in _credits(customer, meter, given)]
-    kept_until = _kept_until(account, credits, wanted.cuts)
-    if kept_until is None:
-        return []
-    resets = await _resets(desk, customer, meter, account, credits, wanted.cuts, kept_until)
-    should: dict[str, Movement] = {credit.id: credit for credit in credits}
-    should |= {reset.id: reset for reset in resets}
-    withdrawn = [
+    should = {credit.id: credit for given in wanted.given for credit in _credits(customer, meter, given)}
+    made = {reset.at: reset for reset in reversed(account.resets) if _is_ours(reset)}
+    cuts = {at: _cut(customer, meter, at) for at in wanted.cuts if at not in made}
+    kept = should.keys() | {reset.id for at, reset in made.items() if at in wanted.cuts}
+    moved = [one for one in account.credits if one.cause != "rollover"] + account.resets
+    have = {one.id: one.at for one in moved if _is_ours(one)}
+    gone = [
         MovementWithdrawn(
             id=id, organization_id=customer.organization_id, customer_id=customer.id, meter_id=meter.id
         )
-        for id in sorted(have - should.keys())
+        for id in sorted(have.keys() - kept)
     ]  # fmt: skip
-    return [*withdrawn, *(change for id, change in should.items() if id not in have)]
+    credits = [credit for id, credit in should.items() if id not in have]
+    changes: list[Movement | MovementWithdrawn] = [*gone, *credits, *cuts.values()]
+    if not changes:
+        return []
+    since = min([*(have[one.id] for one in gone), *(one.at for one in credits), *cuts])
+    found = await counted(desk, customer, meter, changes, since)
+    resets = [found.added_to(reset, meter.id) for reset in cuts.values()]
+    return [*gone, *credits, *resets, *found.of_others(*resets)]
+
+
+def _cut(customer: Customer, meter: Meter, at: datetime) -> MeterReset:
+    return MeterReset(
+        id=f"{POLARS}{customer.id}:{meter.id}:{_text(at)}", organization_id=customer.organization_id,
+        customer_id=customer.id, meter_ids=[meter.id], at=at,
+    )  # fmt: skip
 
 
 def _credits(customer: Customer, meter: Meter, given: Given) -> list[CreditGranted]:
     fact = given.fact
     cause: Cause = "revoke" if fact.units < 0 else "cycle" if given.is_cycle else "grant"
-    name = f"{OURS}{fact.grant_id}:{_text(fact.at)}:{fact.units}{'r' if fact.rollover else ''}"
+    name = f"{POLARS}{fact.grant_id}:{_text(fact.at)}:{fact.units}{'r' if fact.rollover else ''}"
     credit = CreditGranted(
         id=name, organization_id=customer.organization_id, customer_id=customer.id, meter_id=meter.id, at=fact.at,
         units=Decimal(fact.units), rollover=fact.rollover, cause=cause, reference=fact.grant_id,
@@ -132,64 +139,12 @@ def _credits(customer: Customer, meter: Meter, given: Given) -> list[CreditGrant
     return [credit, taken]
 
 
-def _kept_until(account: Account, credits: Sequence[CreditGranted], cuts: Sequence[datetime]) -> datetime | None:
-    """The time before which the account holds what is wanted already; None where it does so altogether."""
-    have = {credit.id: credit.at for credit in account.credits if _is_ours(credit) and credit.cause != "rollover"}
-    should = {credit.id: credit.at for credit in credits}
-    made = Counter(reset.at for reset in account.resets if _is_ours(reset))
-    twice = [at for at, times in made.items() if times > 1]  # two deliveries at once may have reckoned apart
-    differing = [(have | should)[id] for id in have.keys() ^ should.keys()]
-    return min([*differing, *twice, *(made.keys() ^ set(cuts))], default=None)
-
-
-async def _resets(
-    desk: Desk, customer: Customer, meter: Meter, account: Account, credits: Sequence[CreditGranted],
-    cuts: Sequence[datetime], kept_until: datetime,
-) -> list[MeterReset]:  # fmt: skip
-    """The cuts with what each carries over, which depends on everything before it and on nothing after it."""
-    carried = {credit.id: credit.units for credit in account.credits if credit.cause == "rollover"}
-    made = {reset.at: carried.get(reset.id, ZERO) for reset in account.resets if _is_ours(reset)}
-    before = Account(
-        [credit for credit in account.credits if not _is_ours(credit)] + [_held(credit) for credit in credits],
-        [reset for reset in account.resets if not _is_ours(reset)],
-    )
-    found = []
-    for at in cuts:
-        units = made[at] if at < kept_until else await _carried(desk, customer, meter, _until(before, at), at)
-        reset = MeterReset(
-            id=f"{OURS}{customer.id}:{meter.id}:{_text(at)}:{units}", organization_id=customer.organization_id,
-            customer_id=customer.id, meter_ids=[meter.id], at=at, rollover={meter.id: units},
-        )  # fmt: skip
-        found.append(reset)
-        before.resets.append(Reset(at, reset.id))
-        before.credits.append(Credit(at, reset.id, units, True, "rollover"))
-    return found
-
-
-async def _carried(desk: Desk, customer: Customer, meter: Meter, before: Account, at: datetime) -> Decimal:
-    if not any(credit.rollover for credit in before.window()):
-        return ZERO
-    return rollover_units(before, await consumed_between(desk, customer, meter, before.since, at), until=at)
-
-
-def _until(account: Account, at: datetime) -> Account:
-    """The account as it was before a time."""
-    return Account(
-        sorted((credit for credit in account.credits if credit.at < at), key=lambda credit: credit.sort_key),
-        sorted((reset for reset in account.resets if reset.at < at), key=lambda reset: reset.sort_key),
-    )
-
-
-def _held(credit: CreditGranted) -> Credit:
-    return Credit(credit.at, credit.id, credit.units, credit.rollover, credit.cause)
-
-
 def _has_ours(account: Account) -> bool:
     return any(map(_is_ours, account.credits)) or any(map(_is_ours, account.resets))
 
 
 def _is_ours(one: Credit | Reset) -> bool:
-    return one.id.startswith(OURS)
+    return one.id.startswith(POLARS)
 
 
 def _text(instant: datetime) -> str:

@@ -13,7 +13,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -288,6 +288,17 @@ class Desk:
     def settling(self, organization_id: str, customer: str) -> asyncio.Lock:
         """Return the lock for decisions about one customer alone, so that those about others run at the same time."""
         return self._settling.setdefault((organization_id, customer), asyncio.Lock())
+
+    @asynccontextmanager
+    async def turn(self, organization_id: str, *customer_ids: str) -> AsyncIterator[None]:
+        """Hold what moves the balances of these customers. Whatever moves one takes its turn by the customer's id.
+
+        Locks are taken in one order, so that two who want the same customers do not wait for each other for ever.
+        """
+        async with AsyncExitStack() as held:
+            for id in sorted(set(customer_ids)):
+                await held.enter_async_context(self.settling(organization_id, id))
+            yield
 
     async def ask(self, token: Token, question: Callable[[Here], T]) -> Reading[T]:
         """Run a store query for the token's organization. Raises Busy, TooLong, TooLarge, Unavailable."""

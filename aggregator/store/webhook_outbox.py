@@ -35,7 +35,7 @@ KEPT = timedelta(days=30)
 class Cause(NamedTuple):
     """Who moved: a customer by id, or by the name that usage gives (``kind`` and ``text``, as in the directory).
 
-    ``change`` is a threshold that was reached, as JSON.
+    ``change`` is a threshold that was reached, or customers to look at again (``causes.Review``), as JSON.
     """
 
     number: int
@@ -315,6 +315,43 @@ def deliver_again(
         [now, organization_id, message_id, list(endpoint_ids)],
     ).fetchone()
     return found[0] if found else 0
+
+
+def told_before(connection: Connection, organization_id: str) -> set[str]:
+    """The customers of whom an organization was told anything that is kept."""
+    rows = connection.execute(
+        "SELECT DISTINCT customer_id FROM webhook_messages WHERE organization_id = ?", [organization_id]
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def not_taken(connection: Connection, endpoint_id: str) -> set[str]:
+    """The customers whose newest settled message an endpoint did not take."""
+    rows = connection.execute(
+        """SELECT customer_id FROM webhook_messages WHERE endpoint_id = ? AND status IN ('delivered', 'failed')
+           GROUP BY customer_id HAVING max_by(status, settled_at) = 'failed'""",
+        [endpoint_id],
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def offer_again(connection: Connection, endpoint_id: str, type: str, now: datetime) -> None:
+    """Make messages of a type due now that an endpoint did not take since it took anything last."""
+    connection.execute(
+        """UPDATE webhook_messages SET status = 'pending', attempts = 0, due_at = $now, settled_at = NULL
+           WHERE endpoint_id = $endpoint AND type = $type AND status = 'failed' AND settled_at >= coalesce((
+               SELECT max(settled_at) FROM webhook_messages WHERE endpoint_id = $endpoint AND status = 'delivered'
+           ), settled_at)""",
+        {"endpoint": endpoint_id, "type": type, "now": now},
+    )
+
+
+def known(connection: Connection, endpoint_id: str, type: str) -> set[str]:
+    """The ids of the messages of a type that were made for an endpoint."""
+    rows = connection.execute(
+        "SELECT id FROM webhook_messages WHERE endpoint_id = ? AND type = ?", [endpoint_id, type]
+    ).fetchall()
+    return {row[0] for row in rows}
 
 
 def knows(connection: Connection, organization_id: str, message_id: str) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from aggregator.decode.directory import EXTERNAL
+from aggregator.engine.change_events import Review
 from aggregator.service.balances import CustomerMeter, customer_meter
 from aggregator.service.customer_state import state_of
 from aggregator.service.errors import PASSING
@@ -59,14 +60,14 @@ async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime, restin
     """
     telling = Telling([], [], {})
     moved: dict[str, Moved] = {}
-    async for cause in _by_turns(causes):
+    async for cause in by_turns(causes):
         if cause.change is not None:
             reached = msgspec.json.decode(cause.change, type=ThresholdReached)
             telling.messages.extend(_reached(desk, reached, cause, now))
         elif (customer := _customer(desk, cause)) is not None and customer.id not in resting:
             first = moved.get(customer.id) or Moved(customer, cause.caused_at, cause.number)
             moved[customer.id] = first._replace(caused_at=min(cause.caused_at, first.caused_at))
-    async for customer, caused_at, first_cause in _by_turns(moved.values()):
+    async for customer, caused_at, first_cause in by_turns(moved.values()):
         try:
             await _tell(telling, desk, customer, caused_at, now)
         except PASSING:
@@ -76,7 +77,34 @@ async def messages_of(desk: Desk, causes: Sequence[Cause], now: datetime, restin
     return telling
 
 
-async def _by_turns(things: Iterable[T]) -> AsyncIterator[T]:
+async def looked_at(desk: Desk, customers: Sequence[Customer], cause: Cause, review: Review, now: datetime) -> Telling:
+    """What there is to tell of customers who are looked at again. ``kept`` has those of whom it cannot be told yet."""
+    telling = Telling([], [], {})
+    place = 0
+    async for customer in by_turns(customers):
+        try:
+            await _tell(telling, desk, customer, cause.caused_at, now, has_states=review.has_states)
+        except PASSING:
+            telling.kept[place] = customer
+        except Exception:  # of one customer: all the others are told
+            logger.exception("webhook_has_no_words", customer_id=customer.id)
+        place += 1
+    return telling
+
+
+def missed(desk: Desk, cause: Cause, review: Review, known: Collection[str], now: datetime) -> list[Message]:
+    """The thresholds that were reached while an endpoint was disabled, for this endpoint."""
+    if review.since is None:
+        return []
+    webhooks, found = desk.catalogue.webhooks, list[Message]()
+    for reached in list(webhooks.reached.values()):
+        is_ours = webhooks.thresholds[reached.threshold_id].organization_id == cause.organization_id
+        if is_ours and reached.at >= review.since and reached.id not in known:
+            found += [one for one in _reached(desk, reached, cause, now) if one.endpoint_id == review.endpoint_id]
+    return found
+
+
+async def by_turns(things: Iterable[T]) -> AsyncIterator[T]:
     """The same things; every few milliseconds the event loop goes on with something else before the next one."""
     ends_s = time.monotonic() + TURN_S
     for thing in things:
@@ -86,9 +114,11 @@ async def _by_turns(things: Iterable[T]) -> AsyncIterator[T]:
         yield thing
 
 
-async def _tell(telling: Telling, desk: Desk, customer: Customer, caused_at: datetime, now: datetime) -> None:
+async def _tell(
+    telling: Telling, desk: Desk, customer: Customer, caused_at: datetime, now: datetime, *, has_states: bool = True
+) -> None:
     telling.decisions.extend(await _thresholds(desk, customer))
-    endpoints = _endpoints(desk, customer.organization_id, STATE_CHANGED)
+    endpoints = _endpoints(desk, customer.organization_id, STATE_CHANGED) if has_states else []
     if endpoints:
         body, id = _body(STATE_CHANGED, await state_of(desk, customer), now), desk.new_id()
         telling.messages.extend(_messages(id, endpoints, STATE_CHANGED, customer.id, body, caused_at, now))

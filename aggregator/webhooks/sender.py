@@ -27,18 +27,20 @@ import httpx
 import structlog
 from msgspec.structs import replace
 
+from aggregator.engine.change_events import Review, review_of
 from aggregator.service.service import Desk
 from aggregator.store import webhook_outbox
 from aggregator.store.queries.scope import naive
 from aggregator.store.webhook_outbox import Attempt, Cause, Message
 from aggregator.view import Unavailable
 from aggregator.webhooks import targets
-from aggregator.webhooks.messages import messages_of
+from aggregator.webhooks.messages import looked_at, messages_of, missed
+from aggregator.webhooks.reviews import Left, page_of, whom
 from aggregator.webhooks.targets import Crowded, Names, Unresolved
 from meters.backoff import Backoff
 from meters.catalogue.catalogue import Customer
 from meters.log import TryAgain, format_position, parse_position
-from meters.webhooks import Endpoint, EndpointSet, EndpointSettled, Heard, keys, signature
+from meters.webhooks import THRESHOLD_REACHED, Endpoint, EndpointSet, EndpointSettled, Heard, keys, signature
 
 # Deferred customers: those whose state cannot be computed yet, because a meter is being backfilled.
 #
@@ -103,6 +105,7 @@ FORGET_EVERY_S = 3600.0  # what is older than a month is let go of; an hour more
 ANSWER_BYTES_MAX = 65_536  # of an answer that nobody reads; a longer one costs the connection
 CAUGHT_UP_S = 5.0  # memory moves milliseconds after a commit, or never
 _LOOK_S = 0.005
+REVIEW_RESTS_S = 5.0  # before customers are asked about again whose state could not be told
 TOLD_KEPT = 100  # positions, a minute apart; an endpoint that is away for longer is settled once it is back
 GONE = 410  # the endpoint says that it is not one any more (Standard Webhooks)
 USER_AGENT = "meterstream-webhooks"
@@ -133,6 +136,8 @@ class Sender:
         self._names = Names()
         self._writing = asyncio.Lock()
         self._aside = Aside(pace.collect_s)
+        self._reviews: dict[int, Left] = {}  # by cause
+        self._reviewing: dict[int, tuple[str, datetime]] = {}  # by cause: whose they are, and since when
         self._told: list[tuple[datetime, Heard]] = []  # by when everything before a position was made into messages
         self._unsettled = True
         self._forgot_s = -FORGET_EVERY_S
@@ -208,7 +213,12 @@ class Sender:
         if causes:
             await self._caught_up(stored)
             self._unsettled = True
-            await self._tell(causes, resting)
+            reviews = [(cause, review) for cause in causes if (review := review_of(cause)) is not None]
+            if len(reviews) < len(causes):
+                await self._tell([cause for cause in causes if review_of(cause) is None], resting)
+            for cause, review in reviews:
+                self._reviewing.setdefault(cause.number, (cause.organization_id, self._now()))
+                await self._look_again(cause, review)
         if len(causes) < webhook_outbox.CAUSES_AT_ONCE:
             await self._settle(heard)
 
@@ -227,6 +237,51 @@ class Sender:
 
         await self._write(write)
         self._aside.note(asked, telling.kept, now, time.monotonic())
+
+    async def _look_again(self, cause: Cause, review: Review) -> None:
+        """Tell of the next customers of a review, and let go of its cause after the last of them."""
+        now, left = self._now(), self._reviews.get(cause.number)
+        if left is None:
+            left = await self._begun(cause, review, now)
+            if left is None:
+                return
+        if time.monotonic() < left.rests_until_s:
+            return
+        page, rest = page_of(left)
+        telling = await looked_at(self._desk, page, cause, review, now)
+        if telling.decisions:
+            async with self._desk.deciding:
+                await self._desk.decide_each([decision] for decision in telling.decisions)
+        waiting = list(telling.kept.values())
+        done = [] if rest or waiting else [cause.number]
+        await self._write(lambda here: webhook_outbox.put_messages(here, telling.messages, done, tuple(self._busy)))
+        rests_s = 0.0 if rest else time.monotonic() + REVIEW_RESTS_S
+        self._reviews[cause.number] = Left([*rest, *waiting], rests_s)
+        if done:
+            del self._reviews[cause.number], self._reviewing[cause.number]
+
+    async def _begun(self, cause: Cause, review: Review, now: datetime) -> Left | None:
+        """Whom a review is about; None while its meter is being counted. What an endpoint missed is offered to it."""
+        endpoint_id, type = review.endpoint_id, THRESHOLD_REACHED
+
+        def read(here: duckdb.DuckDBPyConnection) -> tuple[set[str], set[str]]:
+            if endpoint_id is not None:
+                return webhook_outbox.not_taken(here, endpoint_id), webhook_outbox.known(here, endpoint_id, type)
+            return webhook_outbox.told_before(here, cause.organization_id) if review.is_changed else set(), set()
+
+        others, known = await self._write(read)
+        customers = await whom(self._desk, cause, review, others, now)
+        if customers is None:
+            return None
+        if endpoint_id is not None:
+            messages = missed(self._desk, cause, review, known, now)
+
+            def offer(here: duckdb.DuckDBPyConnection) -> None:
+                webhook_outbox.offer_again(here, endpoint_id, type, now)
+                webhook_outbox.put_messages(here, messages, [], tuple(self._busy))
+
+            await self._write(offer)
+        return Left(customers)
 
     async def _caught_up(self, stored: webhook_outbox.Stored) -> None:
         """Wait until memory, which the words are made of, is as far as the store, which has the causes.
@@ -249,6 +304,8 @@ class Sender:
             return
         self._told = [*self._told, (now, heard)][-TOLD_KEPT:]
         oldest, lacking = await self._write(webhook_outbox.oldest_pending), self._aside.since()
+        for organization_id, since in self._reviewing.values():
+            lacking[organization_id] = min(since, lacking.get(organization_id, since))
         webhooks = self._desk.catalogue.webhooks
         settled = []
         for endpoint in list(webhooks.endpoints.values()):

@@ -73,17 +73,19 @@ def import_csv(
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
     texts: Annotated[bool, typer.Option("--texts", help="Cells such as 00123 or 1,234 are meant as text.")] = False,
+    complete: Annotated[bool, typer.Option("--complete", help="Send the last line also if it has no newline.")] = False,
 ) -> None:
     """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
 
     A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
     customer, and from how often the same row stood before it in this file. So equal rows of one file are different
     events, and the same row of another file is the same event; if it is meant as another one, tell the files apart
-    (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC.
+    (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC. A last line without a
+    newline may be half written, so it is not sent unless the file is --complete.
     """
     from deploy.event_files import CsvFile, parse_mapping
 
-    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew))
+    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew), complete)
     source.check(texts_meant=texts)
     _deliver(session(context), source.lines(), batch, total=source.rows(), is_new=anew)
 

@@ -16,7 +16,7 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec.structs import replace
 
-from meters.ledger.ledger import Account, Cause, CreditGranted, MeterReset, in_window
+from meters.ledger.ledger import Account, Cause, Credit, CreditGranted, MeterReset, in_window
 
 # State. A grant keeps its last credit, because that is the amount that a revocation takes back. Decisions from Polar
 # use Polar's ids of meters (``meters.polar_webhooks``).
@@ -254,7 +254,7 @@ def _credited(
 
 
 def revoked(grant: Grant, benefit: Benefit, at: datetime, account: Account | None) -> Step:
-    """The end of a grant: what it credited last is taken back, if it ever credited, from the units of its kind.
+    """The end of a grant: what it credited last is taken back, if it ever credited, as far as the window has it.
 
     That is after it was given or carried over, also where the clock has gone back: before it, there is nothing to take.
     The benefit may have been edited since: whether it rolls over now says nothing of what was given.
@@ -263,10 +263,24 @@ def revoked(grant: Grant, benefit: Benefit, at: datetime, account: Account | Non
     if grant.last_credited_units is None or grant.last_credited_meter_id is None:
         return Step(held, [])
     rollover = benefit.rollover if grant.last_credited_rollover is None else grant.last_credited_rollover
+    last = _last_credit(grant, account)
     given = [known for known in (grant.last_credited_at, account.since if account else None) if known is not None]
     back = CreditGranted(
         id=movement_id(grant.id, grant.last_credited_at, "revoke"), organization_id=grant.organization_id,
         customer_id=grant.customer_id, meter_id=grant.last_credited_meter_id, units=-Decimal(grant.last_credited_units),
         at=max([at, *(known + INSTANT for known in given)]), rollover=rollover, cause="revoke", reference=grant.id,
+        takes=last.id if last else None,
     )  # fmt: skip
     return Step(held, [back])
+
+
+def _last_credit(grant: Grant, account: Account | None) -> Credit | None:
+    """What the grant credited last."""
+    credits = reversed(account.credits) if account else ()
+    return next((one for one in credits if one.reference == grant.id and one.cause in ("grant", "cycle")), None)
+
+
+def is_credited(grant: Grant, at: datetime, account: Account | None) -> bool:
+    """Whether the grant was renewed as of this time."""
+    id = movement_id(grant.id, at, "cycle")
+    return account is not None and any(credit.id == id for credit in account.credits)

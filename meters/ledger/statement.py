@@ -1,13 +1,14 @@
 """The statement of an account: every movement of a balance in order, with its cause and the balance after it.
 
 ``statement`` merges the ledger's credits and resets with the usage of each quarter hour (``Usage``) into a list of
-``Entry``. A credit moves the balance by as much as it moves the floored sum, a reset removes the whole balance, and
+``Entry``. A credit moves the balance by as much as it moves the credited
+units, a take-back by what it takes, a reset removes the whole balance, and
 usage moves it by the change of the meter's value (for a maximum, most usage moves nothing). So the movements always
 add up to the balance.
 """
 
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import msgspec
 
 from meters.aggregation import Aggregation, mean
 from meters.exact import EXACT
-from meters.ledger.ledger import ZERO, Account, Cause, Credit, Reset, floored
+from meters.ledger.ledger import ZERO, Account, Cause, Credit, Move, Reset, moves
 from meters.log import is_count
 from meters.timestamps import instant_of, microseconds_of
 
@@ -63,13 +64,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 def statement(aggregation: Aggregation, account: Account, usages: Iterable[Usage]) -> list[Entry]:
     """Every movement, oldest first. Of one instant: the reset, then credits, then usage."""
-    moves: list[tuple[datetime, int, str, Reset | Credit | Usage]] = [
-        *((reset.at, 0, reset.id, reset) for reset in account.resets),
-        *((credit.at, 1, credit.id, credit) for credit in account.credits),
-        *((usage.last_at, 2, "", usage) for usage in usages),
-    ]
+    told, at = list[tuple[datetime, bool, int, Move | Usage]](), datetime.min.replace(tzinfo=UTC)
+    for place, move in enumerate(moves(account)):
+        at = max(at, move.movement.at)  # what takes a credit back is not before the credit
+        told.append((at, False, place, move))
+    told += [(usage.last_at, True, place, usage) for place, usage in enumerate(usages)]
     running = _Running(aggregation)
-    return [running.moved(move) for *_, move in sorted(moves, key=lambda move: move[:3])]
+    return [running.moved(move) for *_, move in sorted(told, key=lambda move: move[:3])]
 
 
 class _Running:
@@ -88,18 +89,18 @@ class _Running:
     def _balance(self) -> Decimal:
         return EXACT.subtract(self._credited, self._consumed)
 
-    def moved(self, move: Reset | Credit | Usage) -> Entry:
+    def moved(self, move: Move | Usage) -> Entry:
         """The entry of a movement that is next."""
         before = self._balance
         what: dict[str, Any]
         match move:
-            case Reset():
+            case Move(Reset() as reset):
                 self._begin()
-                what = {"id": move.id, "at": move.at, "cause": "reset", "reference": move.reference}
-            case Credit():
-                self._credited = floored((self._credited, move.units))
-                what = {"id": move.id, "at": move.at, "cause": move.cause, "stated": move.units,
-                        "rollover": move.rollover, "reference": move.reference}  # fmt: skip
+                what = {"id": reset.id, "at": reset.at, "cause": "reset", "reference": reset.reference}
+            case Move(Credit() as credit, credited):
+                self._credited = credited
+                what = {"id": credit.id, "at": credit.at, "cause": credit.cause, "stated": credit.units,
+                        "rollover": credit.rollover, "reference": credit.reference}  # fmt: skip
             case Usage():
                 self._use(move)
                 what = {"id": usage_id(move), "at": move.last_at, "cause": "usage", "usage": move}

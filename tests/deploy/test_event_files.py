@@ -243,8 +243,29 @@ def test_what_is_set_makes_other_events_and_how_metadata_is_read_does_not(tmp_pa
     assert not set(before) & set(made(who, "name=b"))
     assert not set(before) & set(made("external_customer_id=total", "name=a"))
     header, *rows = CSV.splitlines()
-    path.write_text("\n".join([f"{header},region", *(f"{row}," for row in rows)]))
+    path.write_text("\n".join([f"{header},region", *(f"{row}," for row in rows), ""]))
     assert made(who, "name=a") == before
+
+
+def test_a_last_line_that_may_be_half_written_is_held_back(tmp_path: Path) -> None:
+    """It counts once it is whole, with what it says then; --complete sends it as it is."""
+    path = tmp_path / "usage.csv"
+    columns, constants = {"external_customer_id": "user", "metadata.n": "n"}, {"name": "call"}
+
+    def found(text: str, *, is_complete: bool = False) -> list[Line | Problem]:
+        path.write_text(text)
+        file = CsvFile(path, columns, constants, is_complete=is_complete)
+        file.check()
+        return list(file.lines())
+
+    first, half = found("user,n\nfa,1\nfa,12")
+    assert isinstance(first, Line)
+    assert isinstance(half, Problem)
+    assert (half.line, "may be writing it still" in half.message) == (3, True)
+    assert found("user,n\nfa,1\nfa,1234\n")[0] == first
+    assert found("user,n\nfa,1\nfa,1234\n") == found("user,n\nfa,1\nfa,1234", is_complete=True)
+    assert found("user,n\r\nfa,1\r\n")[0] == first
+    assert found("user,n") == []
 
 
 @pytest.mark.parametrize("cell", ["1,234.50", "050", "+5", ".5", "5.", "1 000", "12%", "1,5"])

@@ -4,7 +4,8 @@
     1    grant plan 100                  100         0      100
     2    use 30                          100        30       70
 
-Everything goes over HTTP. After each line the movements of the ledger have to add up to the balance.
+``polar grants 100`` and ``polar renews 100 from 31`` are Polar's webhooks; the meter is Polar's then. Everything goes
+over HTTP. After each line the movements of the ledger have to add up to the balance.
 """
 
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ from typing import Any
 
 from meters.aggregation import exact_sum
 from meters.ledger.ledger import customer_meter_id
+from tests.support.polar.organization import Polar
 from tests.support.records import line
 from tests.support.servers.query_api import Server
 
@@ -31,7 +33,8 @@ class Book:
         self.id = customer_meter_id(self.customer, self.meter)
         self._grants: dict[str, str] = {}
         self._benefits: dict[str, str] = {}
-        self._credits: list[str] = []
+        self._credits: dict[str, str] = {}  # by units, the last one at the end
+        self._polar: Polar | None = None
         self._sent, self._second = count(), count()
 
     def check(self, table: str) -> None:
@@ -67,23 +70,38 @@ class Book:
                 self._use(units, *when)
             case ("give", units, *rollover):
                 given = {"meter_id": self.meter, "units": int(units), "rollover": rollover == ["rollover"]}
-                self._credits.append(self.tenant.post(f"/v1/customers/{self.customer}/credits", given)["id"])
-            case ("take", "back"):
-                path = f"/v1/customers/{self.customer}/credits/{self._credits[-1]}"
-                assert self.tenant.ask("DELETE", path).is_success
+                made = self.tenant.post(f"/v1/customers/{self.customer}/credits", given)["id"]
+                self._credits = {key: id for key, id in self._credits.items() if key != units} | {units: made}
+            case ("take", "back", *of):
+                credit = self._credits[of[0] if of else [*self._credits][-1]]
+                assert self.tenant.ask("DELETE", f"/v1/customers/{self.customer}/credits/{credit}").is_success
             case ("reset", *when):
                 at = {"at": self._day(when[1]).isoformat()} if when else {}
                 self.tenant.post(f"/v1/customers/{self.customer}/resets", at)
             case ("grant", name, units, *rollover):
                 self._grant(name, int(units), rollover == ["rollover"])
-            case ("cycle" | "revoke", name):
-                self.tenant.post(f"/v1/benefit-grants/{self._grants[name]}/{what}", {})
+            case ("cycle" | "revoke", name, *when):
+                at = {"at": self._day(when[1]).isoformat()} if when else {}
+                self.tenant.post(f"/v1/benefit-grants/{self._grants[name]}/{what}", at)
+            case ("polar", "grants", units, *rollover):
+                self._hear(int(units), rollover == ["rollover"], self.server.now)
+            case ("polar", "renews", units, *words):
+                self._hear(int(units), words[0] == "rollover", self._day(words[-1]), renews=True)
             case _:
                 raise ValueError(f"nobody knows what {what} means")
 
     def _use(self, units: str, *when: str) -> None:
         stated = {"timestamp": self._day(when[1]).isoformat()} if when else {}
         self.tenant.send(line(f"use {next(self._sent)}", metadata=f'{{"units":{units}}}', **stated))
+
+    def _hear(self, units: int, rollover: bool, at: datetime, *, renews: bool = False) -> None:
+        if self._polar is None:
+            self._polar = Polar(self.tenant)
+            self.tenant.patch(f"/v1/meters/{self.meter}", {"metadata": {"polar_meter_id": self._polar.meter_id}})
+        news = [("benefit_grant.updated", self._polar.grant(at, units=units, rollover=rollover))]
+        news += [("subscription.cycled", self._polar.subscription(at))] if renews else []
+        for kind, told in news:
+            assert self._polar.deliver(kind, told, f"{kind} {at}").is_success
 
     def _day(self, day: str) -> datetime:
         return self._beginning + timedelta(days=int(day))

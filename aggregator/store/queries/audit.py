@@ -43,7 +43,7 @@ SEQ_BLOCK = 65_536
 
 _PRINT = """hash(
     e.id_hi, e.id_lo, e.content, o.id, s.kind, s.text, e.name, e.timestamp, e.ingested_at, e.external_id, e.parent,
-    e.member_id, e.external_member_id, CAST(json(e.metadata) AS VARCHAR), e.awkward)"""
+    e.member_id, e.external_member_id, CAST(json(e.metadata) AS VARCHAR), e.awkward, e.source)"""
 """Of a row ``e``, its organization ``o`` and its subject ``s``. Metadata is written as DuckDB's JSON writes it."""
 
 QUESTIONS: Mapping[str, str] = {
@@ -117,6 +117,27 @@ QUESTIONS: Mapping[str, str] = {
             count(*) FILTER (WHERE s.number IS NULL OR s.organization <> e.organization) AS subjects
         FROM events e LEFT JOIN organizations o ON o.number = e.organization
         LEFT JOIN subjects s ON s.number = e.subject""",
+    "kin": """
+        WITH named AS (
+            SELECT e.id_hi, e.id_lo, e.parent, h.parent_hi, h.parent_lo, h.root_hi, h.root_lo, h.depth,
+                p.id_hi IS NOT NULL AS waits
+            FROM events e LEFT JOIN hierarchy h ON h.id_hi = e.id_hi AND h.id_lo = e.id_lo
+            LEFT JOIN (SELECT DISTINCT id_hi, id_lo FROM pending) p ON p.id_hi = e.id_hi AND p.id_lo = e.id_lo
+            WHERE e.parent IS NOT NULL
+        ), placed AS (
+            SELECT n.*, above.id_hi IS NOT NULL AND (above.external_id = n.parent
+                    OR format('{:016x}{:016x}', above.id_hi, above.id_lo) = replace(lower(n.parent), '-', ''))
+                AND n.root_hi = coalesce(up.root_hi, above.id_hi) AND n.root_lo = coalesce(up.root_lo, above.id_lo)
+                AND n.depth = coalesce(up.depth, 0) + 1 AS is_right
+            FROM named n LEFT JOIN events above ON above.id_hi = n.parent_hi AND above.id_lo = n.parent_lo
+            LEFT JOIN hierarchy up ON up.id_hi = n.parent_hi AND up.id_lo = n.parent_lo
+        )
+        SELECT id_hi, id_lo, CASE WHEN depth IS NULL THEN 'lost' ELSE 'wrong' END AS what FROM placed
+        WHERE CASE WHEN depth IS NULL THEN NOT waits ELSE waits OR NOT is_right END
+        UNION ALL
+        SELECT h.id_hi, h.id_lo, 'strange' FROM hierarchy h
+        ANTI JOIN (SELECT * FROM events WHERE parent IS NOT NULL) e ON e.id_hi = h.id_hi AND e.id_lo = h.id_lo
+        ORDER BY ALL LIMIT $most""",
     "numbers": """
         SELECT 'organizations' AS name, count(*) AS rows, count(DISTINCT number) AS numbers, count(DISTINCT id) AS texts
         FROM organizations

@@ -20,7 +20,7 @@ from meters.errors import Reason
 from meters.event import _RESERVED, Event, check_event
 from meters.ledger.price import Price, parse_price
 from meters.meter import _PARSERS, Meter, new_meter, updated_meter
-from tests.support.api_story import EVERYTHING, Told, every_answer
+from tests.aggregator.api.every_route import EVERYTHING, Told, every_answer
 from tests.support.records import NOW
 from tests.support.servers.query_api import Server
 

@@ -182,7 +182,7 @@ def test_a_grant_that_nobody_here_heard_of_is_made_once(tenant: Tenant) -> None:
 
 
 def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
-    """A retry, and a cycle before the last one, change nothing; what has not begun is not credited."""
+    """A retry changes nothing; one before the last credit would credit nothing and says so, as does one to come."""
     id, customer = benefit(tenant, tenant.meter()), tenant.customer()
     grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
     at = tenant.server.now + DAY
@@ -190,7 +190,9 @@ def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
     path = f"/v1/benefit-grants/{grant}/cycle"
     once = tenant.post(path, {"at": at.isoformat()})
     assert tenant.post(path, {"at": at.isoformat()}) == once
-    assert tenant.post(path, {"at": (at - DAY).isoformat()}) == once
+    for earlier in (at - DAY, at - 2 * DAY):
+        refused = tenant.ask("POST", path, json={"at": earlier.isoformat()})
+        assert (refused.status_code, "Nothing was credited" in refused.json()["detail"]) == (409, True)
     assert once["properties"]["last_credited_at"] == at.isoformat().replace("+00:00", "Z")
     assert credits(tenant, customer) == [("grant", 100), ("cycle", 100)]
     assert tenant.refusal("POST", path, json={"at": (at + 9 * DAY).isoformat()})[0] == 422

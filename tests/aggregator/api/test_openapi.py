@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from aggregator.api import create_app, openapi
 from aggregator.api.openapi import _page, _prose
-from tests.support.api_story import deliver
+from tests.aggregator.api.every_route import deliver
 from tests.support.servers.query_api import Server, Tenant
 
 DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them

@@ -97,7 +97,7 @@ def test_a_changed_quantity_is_changed(left: Left) -> None:
         ("name", "'other'"), ("timestamp", "timestamp + INTERVAL 1 MICROSECOND"), ("subject", "1 - subject"),
         ("external_id", "'elsewhere'"), ("content", "content + 1"), ("parent", "'b'"),
         ("awkward", "'{\"/tokens\":\"1\"}'"), ("id_lo", "id_lo - 1"),
-        ("ingested_at", "ingested_at + INTERVAL 1 MICROSECOND"),
+        ("ingested_at", "ingested_at + INTERVAL 1 MICROSECOND"), ("source", "'system'"), ("external_member_id", "'m'"),
     ],
 )  # fmt: skip
 def test_every_column_is_compared(left: Left, column: str, value: str) -> None:

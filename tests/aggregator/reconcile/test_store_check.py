@@ -1,12 +1,14 @@
 """The store against itself."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from aggregator.reconcile.report import Cause
-from meters.log import USAGE_EVENTS
-from tests.support.records import entry, line
+from meters.event import event_id, identity
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
+from tests.support.records import ORGANIZATION, decisions, entry, line, organization
 from tests.support.servers.stopped_installation import Left
 
 
@@ -57,3 +59,34 @@ def test_bookkeeping_that_does_not_add_up_is_named(left: Left, statement: str, c
     found = {(difference.cause, difference.where) for difference in left.check("store").differences}
 
     assert (cause, named) in found
+
+
+@pytest.mark.parametrize(
+    ("statement", "cause"),
+    [
+        ("DELETE FROM hierarchy", Cause.LOST),
+        ("DELETE FROM pending", Cause.LOST),
+        ("UPDATE hierarchy SET depth = depth + 1", Cause.CHANGED),
+        ("UPDATE hierarchy SET root_lo = root_lo - 1", Cause.CHANGED),
+        ("UPDATE hierarchy SET parent_hi = id_hi, parent_lo = id_lo", Cause.CHANGED),
+        ("UPDATE hierarchy SET id_lo = id_lo - 1", Cause.UNFOUNDED),
+    ],
+)
+def test_events_that_are_not_below_their_parents_are_named(tmp_path: Path, statement: str, cause: Cause) -> None:
+    """Children of a root by either name of it, a grandchild, and one whose parent never came."""
+    root = event_id(*identity(ORGANIZATION, "root"))
+    lines = [
+        line("root"), line("child", parent_id="root"), line("other", parent_id=root), line("leaf", parent_id="child"),
+        line("orphan", parent_id="never"),
+    ]  # fmt: skip
+    left = Left(tmp_path)
+    with left.log() as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
+    left.count()
+    assert left.check("store").differences == []
+
+    left.spoil(statement)
+
+    found = [one for one in left.check("store").differences if one.where.startswith("hierarchy, event ")]
+    assert cause in {one.cause for one in found}

@@ -146,6 +146,126 @@ day  what happens               credited  consumed  balance
 34   reset from 33                     0         1       -1
 """
 
+ONE_PLAN_ENDS_WITH_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    grant A 100                     100         0      100
+1    grant B 200                     300         0      300
+31   cycle B                         200         0      200
+31   revoke A                        200         0      200
+32   use 150                         200       150       50
+"""
+
+ONE_PLAN_ENDS_BEFORE_NEWS_OF_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    grant A 100                     100         0      100
+1    grant B 200                     300         0      300
+32   revoke A                        200         0      200
+32   cycle B from 31                 200         0      200
+"""
+
+A_PLAN_ENDS_AFTER_A_RESET = """
+day  what happens               credited  consumed  balance
+1    grant plan 100                  100         0      100
+1    give 50 rollover                150         0      150
+31   reset                            50         0       50
+32   revoke plan                      50         0       50
+33   reset                            50         0       50
+"""
+
+A_PLAN_ENDS_BEFORE_NEWS_OF_A_RESET = """
+day  what happens               credited  consumed  balance
+1    grant plan 100                  100         0      100
+1    give 50 rollover                150         0      150
+32   revoke plan                      50         0       50
+33   reset from 31                    50         0       50
+33   reset from 32                    50         0       50
+"""
+
+WHAT_A_LATE_RESET_CARRIES = """
+day  what happens               credited  consumed  balance
+1    grant plan 100                  100         0      100
+1    give 50 rollover                150         0      150
+20   use 80                          150        80       70
+32   revoke plan                      50        80      -30
+33   reset from 31                    50         0       50
+"""
+
+TAKEN_BACK_BEFORE_NEWS_OF_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    polar grants 100                100         0      100
+1    give 70                         170         0      170
+32   take back 70                    100         0      100
+33   polar renews 100 from 31        100         0      100
+"""
+
+TAKEN_BACK_AFTER_NEWS_OF_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    polar grants 100                100         0      100
+1    give 70 rollover                170         0      170
+20   use 150                         170       150       20
+31   polar renews 100 from 31        120         0      120
+32   take back 70                    100         0      100
+"""
+
+OF_CARRIED_UNITS_THE_OLDEST_ARE_USED_FIRST = """
+day  what happens               credited  consumed  balance
+1    give 50 rollover                 50         0       50
+2    give 70 rollover                120         0      120
+3    use 60                          120        60       60
+31   reset                            60         0       60
+32   give 5                           65         0       65
+33   take back 70                      5         0        5
+"""
+
+ONLY_WHAT_WAS_CARRIED_IS_TAKEN_BACK = """
+day  what happens               credited  consumed  balance
+1    give 50 rollover                 50         0       50
+2    give 70 rollover                120         0      120
+3    use 20                          120        20      100
+31   reset                           100         0      100
+32   use 10                          100        10       90
+33   take back 50                     70        10       60
+61   reset                            60         0       60
+62   take back 70                      0         0        0
+"""
+
+A_RESET_BEFORE_NEWS_OF_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    polar grants 100 rollover       100         0      100
+10   use 30                          100        30       70
+32   use 10                          100        40       60
+40   reset                            60         0       60
+41   polar renews 100 rollover from 31   160     0      160
+"""
+
+A_RESET_AFTER_NEWS_OF_THE_PERIOD = """
+day  what happens               credited  consumed  balance
+1    polar grants 100 rollover       100         0      100
+10   use 30                          100        30       70
+32   use 10                          100        40       60
+33   polar renews 100 rollover from 31   170    10      160
+40   reset                           160         0      160
+"""
+
+A_CYCLE_AND_A_RESET_OF_AN_EARLIER_TIME = """
+day  what happens               credited  consumed  balance
+1    grant plan 100 rollover         100         0      100
+10   use 30                          100        30       70
+32   use 90                          100       120      -20
+61   cycle plan                      100         0      100
+62   reset from 31                   100         0      100
+63   use 7                           100         7       93
+"""
+
+GIVEN_HERE_AND_AT_POLAR = """
+day  what happens               credited  consumed  balance
+1    polar grants 100                100         0      100
+1    grant local 40 rollover         140         0      140
+10   use 120                         140       120       20
+31   polar renews 100 from 31        120         0      120
+32   revoke local                    100         0      100
+"""
+
 TABLES = {
     "grant and use": (GRANT_AND_USE, {}),
     "cycle": (CYCLE, {}),
@@ -159,6 +279,19 @@ TABLES = {
     "late events": (LATE_EVENTS, {}),
     "negative usage": (NEGATIVE_USAGE, {}),
     "every digit": (CENTS_OF_UNITS, {}),
+    "one plan ends with the period": (ONE_PLAN_ENDS_WITH_THE_PERIOD, {}),
+    "one plan ends before news of the period": (ONE_PLAN_ENDS_BEFORE_NEWS_OF_THE_PERIOD, {}),
+    "a plan ends after a reset": (A_PLAN_ENDS_AFTER_A_RESET, {}),
+    "a plan ends before news of a reset": (A_PLAN_ENDS_BEFORE_NEWS_OF_A_RESET, {}),
+    "what a late reset carries": (WHAT_A_LATE_RESET_CARRIES, {}),
+    "taken back before news of the period": (TAKEN_BACK_BEFORE_NEWS_OF_THE_PERIOD, {}),
+    "taken back after news of the period": (TAKEN_BACK_AFTER_NEWS_OF_THE_PERIOD, {}),
+    "of carried units the oldest are used first": (OF_CARRIED_UNITS_THE_OLDEST_ARE_USED_FIRST, {}),
+    "only what was carried is taken back": (ONLY_WHAT_WAS_CARRIED_IS_TAKEN_BACK, {}),
+    "a reset before news of the period": (A_RESET_BEFORE_NEWS_OF_THE_PERIOD, {}),
+    "a reset after news of the period": (A_RESET_AFTER_NEWS_OF_THE_PERIOD, {}),
+    "a cycle and a reset of an earlier time": (A_CYCLE_AND_A_RESET_OF_AN_EARLIER_TIME, {}),
+    "given here and at Polar": (GIVEN_HERE_AND_AT_POLAR, {}),
     "maximum": (MAXIMUM, {"func": "max", "property": "units"}),
     "average": (AVERAGE, {"func": "avg", "property": "units"}),
     "distinct values": (DISTINCT, {"func": "unique", "property": "units"}),

@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from aggregator.engine.change_events import review_of
 from aggregator.engine.supervisor import Aggregator
 from aggregator.store import webhook_outbox
 from meters.log import USAGE_EVENTS
@@ -93,7 +94,7 @@ def caused_anew(server: Server, tenant: Tenant, folder: Path) -> set[tuple[str |
     try:
         assert server.run(anew.wait_for(server.aggregator.as_of, PATIENCE_S))
         with anew.outbox() as connection:
-            causes = webhook_outbox.take_causes(connection)
-        return {(cause.customer_id, cause.text) for cause in causes if cause.organization_id == tenant.id}
+            causes = [one for one in webhook_outbox.take_causes(connection) if one.organization_id == tenant.id]
+        return {(cause.customer_id, cause.text) for cause in causes if review_of(cause) is None}
     finally:
         anew.stop()
