@@ -84,6 +84,7 @@ def _make(story: Story) -> None:
     benefit = story.ask("POST", "/v1/benefits/", json=body)["id"]
     story.ask("PATCH", "/v1/benefits/{id}", id=benefit, json={"description": "More units"})
     grant = story.ask("POST", "/v1/benefits/{id}/grants", id=benefit, json={"customer_id": ann})["id"]
+    story.server.now += timedelta(seconds=1)  # a cycle that begins with the grant would credit nothing
     story.ask("POST", "/v1/benefit-grants/{id}/cycle", id=grant)
     endpoint = story.ask("POST", "/v1/webhooks/endpoints", json={"url": "https://example.com/", "name": "ours"})["id"]
     deliver(story.tenant, endpoint, ann)

@@ -145,7 +145,7 @@ def test_the_gateways_body_and_answers_are_as_described() -> None:
     (example,) = COMPONENTS["EventsIngest"]["examples"]
     assert isinstance(check_event(json.dumps(example["events"][0]).encode(), now=NOW), Event)
     refusal = Reason.MISSING.at(1, "name")
-    admitted = Admitted(lines=[b"{}"], external_ids=["one"], indexes=[0], named=True, refusals=[refusal])
+    admitted = Admitted(lines=[b"{}"], given_ids=["one"], indexes=[0], named=True, refusals=[refusal])
     for preferences in (NO_PREFERENCES, Preferences(lenient=True, representation=True)):
         answer = accepted(admitted, [Verdict.ACCEPTED], preferences, {0: 1})
         check({"$ref": "#/components/schemas/EventsIngested"}, json.loads(answer.body))
