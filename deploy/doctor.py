@@ -14,7 +14,7 @@ import msgspec
 from deploy.errors import GiveUp
 from deploy.server.control import READ_BYTES, Control, NotYet
 from deploy.server.data import AS_OWNER, PUT_BACK, DataDirectory
-from deploy.server.runtime import private_files
+from deploy.server.private_files import private_files
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from deploy.client import Api
 from deploy.console import as_json
 from deploy.errors import GiveUp
 from deploy.server.data import DataDirectory
-from deploy.server.runtime import private_files
+from deploy.server.private_files import private_files
 from meters import exact
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
 

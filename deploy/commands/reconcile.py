@@ -15,7 +15,7 @@ import typer
 from deploy.client import flowing, session
 from deploy.console import Output, harmless, note, parse_instant, show, show_json, show_table
 from deploy.errors import DONE, FAILED, MISMATCH, USAGE, GiveUp
-from deploy.server.runtime import private_files
+from deploy.server.private_files import private_files
 
 if TYPE_CHECKING:
     from aggregator.reconcile.report import Difference, Report

@@ -32,7 +32,7 @@ from deploy.errors import USAGE, GiveUp
 from deploy.forwarding import open_state
 from deploy.server.control import Control, new_secret, new_token, open_control
 from deploy.server.data import DataDirectory
-from deploy.server.runtime import private_files
+from deploy.server.private_files import private_files
 from deploy.settings import fits_header
 from meters.catalogue.access import AUDIT
 from meters.catalogue.catalogue import Catalogue, TokenCreated

@@ -1,6 +1,6 @@
-"""What every server process needs: file permissions, signals and lifeline, sockets, and JSON logs.
+"""What every server process needs: signals and lifeline, sockets, and JSON logs.
 
-``private_files`` makes new files readable by their owner only. ``leave_when_asked`` ends the process on a signal and
+``leave_when_asked`` ends the process on a signal and
 ``live_no_longer_than_supervisor`` with its supervisor. ``listen`` and ``bind`` open sockets. ``configure_logs`` sets
 up structlog.
 """
@@ -19,23 +19,6 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from deploy.errors import BUG, DONE, FAILED, USAGE, GiveUp
-
-# File permissions. The log contains the secrets of webhooks, and the store everyone's usage. The data directory is
-# often created by others, such as a volume open to all, so each file is created private. Existing files keep their
-# mode.
-
-UMASK = 0o077
-
-
-@contextmanager
-def private_files() -> Iterator[None]:
-    """Whatever file is made meanwhile, by this process or its children, nobody else may read."""
-    before = os.umask(UMASK)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
 
 # The end of a process. The lifeline is a pipe whose other end closes with the supervisor; this works everywhere. On
 # Linux the kernel's own signal is faster, and reaches a child that hangs. Leaving at once is safe, because every part

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deploy.server.runtime import private_files
+from deploy.server.private_files import private_files
 from deploy.settings import Settings
 
 

@@ -275,9 +275,14 @@ def revoked(grant: Grant, benefit: Benefit, at: datetime, account: Account | Non
 
 
 def _last_credit(grant: Grant, account: Account | None) -> Credit | None:
-    """What the grant credited last."""
-    credits = reversed(account.credits) if account else ()
-    return next((one for one in credits if one.reference == grant.id and one.cause in ("grant", "cycle")), None)
+    """Return the credit that the grant made last.
+
+    After the clock went back that need not be its newest one, so the time that the grant names decides. If the credit
+    was decided twice, the earlier time stands and the grant may name the later one: then it is the newest.
+    """
+    known = account.credits if account else []
+    credits = [one for one in known if one.reference == grant.id and one.cause in ("grant", "cycle")]
+    return next((one for one in credits if one.at == grant.last_credited_at), credits[-1] if credits else None)
 
 
 def is_credited(grant: Grant, at: datetime, account: Account | None) -> bool:

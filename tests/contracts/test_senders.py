@@ -18,9 +18,9 @@ from ingest.client.event import Limits as ClientLimits
 from ingest.client.outbox import Pace
 from ingest.client.transport import Refused, Unavailable, read_answer
 from meters.backoff import RETRY_AFTER_S_MAX, Backoff, retry_after_s
-from tests.ingest.client import fault_server
-from tests.ingest.client.fault_server import Events, FaultServer, refusal
-from tests.waiting import PATIENCE_S
+from tests.support.servers import faulty_gateway
+from tests.support.servers.faulty_gateway import Events, FaultServer, refusal
+from tests.support.waiting import PATIENCE_S
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, 250_000, UTC)
 NOW_US = int(NOW.timestamp() * 1e6)
@@ -82,7 +82,7 @@ def by_client(count: int, poison: Set[int], is_named: bool) -> Sent:
     """What the client library sends and refuses of one batch of events."""
     sent, rejected = Sent([], set()), list[Rejection]()
 
-    def script(events: Events, number: int) -> fault_server.Bad | None:
+    def script(events: Events, number: int) -> faulty_gateway.Bad | None:
         ids = [int(event["external_id"]) for event in events]
         sent.requests.append(frozenset(ids))
         bad = [(index, "name") for index, id in enumerate(ids) if id in poison]

@@ -90,7 +90,7 @@ def test_a_stopped_child_stays_stopped() -> None:
     assert asyncio.run(scenario()) is None
 
 
-@pytest.mark.parametrize("process", ["gateway", "serve"])
+@pytest.mark.parametrize("process", ["gateway", "supervisor"])
 def test_what_has_to_be_back_soon_loads_nothing_heavy(process: str) -> None:
     """What is loaded before a gateway listens has no store, no framework, no HTTP client and no command line in it."""
     heavy = {"duckdb", "pyarrow", "numpy", "sqlglot", "fastapi", "starlette", "pydantic", "httpx", "aggregator"}

@@ -336,7 +336,7 @@ _HELD = """
 import sys, threading, time
 from pathlib import Path
 from aggregator import process
-from aggregator.owner import Aggregator
+from aggregator.engine.supervisor import Aggregator
 from aggregator.store import store
 from ingest.log import open_log
 from tests.aggregator.engine.test_supervisor import append
