@@ -158,7 +158,7 @@ def test_balances_of_another_moment_than_the_decisions_are_no_differences(
     left: Left, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While decisions come in it is given up; a store that lacks one for good is what is looked for."""
-    monkeypatch.setattr(deploy.proof.local, "AGAIN_S", 0)
+    monkeypatch.setattr(deploy.reconcile.local, "AGAIN_S", 0)
     with left.log() as log:
         with pytest.raises(GiveUp, match="decisions are taken too fast"):
             _books(log, Follower(left.data.store, is_moving=True), None)
@@ -172,7 +172,7 @@ def test_what_else_was_compared_is_told_where_the_ledger_could_not_be(
     left: Left, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lost event is a difference also on a night on which decisions are taken too fast."""
-    monkeypatch.setattr(deploy.proof.local, "AGAIN_S", 0)
+    monkeypatch.setattr(deploy.reconcile.local, "AGAIN_S", 0)
     with left.log() as log:
         asyncio.run(log.append(USAGE_EVENTS, [entry(usage("a"))]))
     left.count()
