@@ -1,6 +1,7 @@
 """What every test may ask for, and what a run says at its end."""
 
 import functools
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -105,3 +106,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish() -> None:
     """Each process of a run that is spread over several stops the brokers that it started."""
     stop_brokers()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the hook that Hypothesis leaves in the garbage collector, in every process of a run.
+
+    The hook keeps all modules of the tests alive until after Python has ended. DuckDB's binding then takes its types
+    for leaked ones and prints a hundred lines about them, behind the run's closing line.
+    """
+    homes = [str(getattr(hook, "__module__", "")) for hook in gc.callbacks]
+    gc.callbacks[:] = [
+        hook for hook, home in zip(gc.callbacks, homes, strict=True) if not home.startswith("hypothesis")
+    ]
