@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.engine.change_events import review_of
 from aggregator.store import webhook_outbox
 from aggregator.webhooks.messages import messages_of
 from aggregator.webhooks.sender import signed_headers
@@ -33,7 +34,7 @@ def delivery(tenant: Tenant) -> dict[str, object]:
     """What is told of the customer who moved last: body, headers, secret."""
     server: Server = tenant.server
     with server.aggregator.outbox() as connection:
-        causes = webhook_outbox.take_causes(connection)
+        causes = [cause for cause in webhook_outbox.take_causes(connection) if review_of(cause) is None]
     telling = server.run(messages_of(server.app.state.desk, causes, server.now.replace(tzinfo=None)))
     message = telling.messages[-1]
     endpoint = server.aggregator.catalogue.webhooks.endpoints[message.endpoint_id]
