@@ -48,14 +48,14 @@ INDISPENSABLE = {
         "connect", "execute BEGIN", "execute COMMIT", "execute CHECKPOINT", "execute EXECUTE with_moves",
         "execute EXECUTE with_arriving", "execute INSERT INTO hierarchy", "execute EXECUTE with_numbered",
         "execute EXECUTE with_buried", "execute EXECUTE with_decided",
-        "engine.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "opening._make",
-        "opening._check",
+        "pipeline.decode", "Seen.find", "Seen.add", "Store.commit", "RunningTotals.add", "Store.seen", "database._make",
+        "database._check",
     )
 }
 OPENING = {
     f"{side} {name}"
     for side in ("before", "after")
-    for name in ("connect", "opening._make", "opening._check", "Store.directory", "Store.seen")
+    for name in ("connect", "database._make", "database._check", "Store.directory", "Store.seen")
 }
 Strike = Callable[[Point], bool]
 
