@@ -7,6 +7,7 @@ four, and they add up to what was captured and adopted.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import math
@@ -27,7 +28,7 @@ from ingest.client.event import DEFAULT_SPOOL, Event, EventRefused, Limits, Reje
 from ingest.client.lifecycle import abandon
 from ingest.client.outbox import Outbox, WhenFull
 from ingest.client.sender import Sender
-from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools
+from ingest.client.spool import Spool, SpoolBroken, fingerprint, spools, strangers
 from ingest.client.strategy import S
 from ingest.client.transport import HttpTransport, Transport
 
@@ -68,7 +69,8 @@ class Ingestion:
 
     ``token``, ``base_url``: as the server gave them; ``https://api.polar.sh`` is Polar's.
     ``spool``: a directory for what is not yet acknowledged, shared by as many processes as you like; None keeps events
-    in memory alone, and a killed process loses them. ``previous_tokens`` are those whose events may still lie there.
+    in memory alone, and a killed process loses them. ``previous_tokens`` and ``previous_base_urls`` are those whose
+    events may still lie there: they are sent to this server, as this token's.
     ``when_full``: what happens once ``limits.held_bytes_max`` wait: ``block`` for at most ``limits.block_s_max`` and
     then reject, at once until some of them are settled; ``drop_oldest``, or ``raise`` SpoolFull.
     ``on_rejected`` gets every event that will not count, from any thread. ``strict`` raises at capture instead.
@@ -79,7 +81,7 @@ class Ingestion:
         self, token: str, *, base_url: str, spool: str | Path | None = DEFAULT_SPOOL, when_full: WhenFull = "block",
         on_rejected: Callable[[Rejection], object] | None = None, strict: bool = False, gzip: bool = True,
         previous_tokens: Sequence[str] = (), handle_sigterm: bool = True, transport: Transport | None = None,
-        limits: Limits | None = None,
+        limits: Limits | None = None, previous_base_urls: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._limits = limits or Limits()
         self._directory = _usable(spool)
@@ -88,7 +90,11 @@ class Ingestion:
             token, base_url, gzip=gzip, timeout_s=self._limits.request_s_max, connections=self._limits.in_flight_max
         )
         destination = getattr(self._transport, "destination", "")
-        self._owners = [fingerprint(base_url, one, destination) for one in (token, *previous_tokens)]
+        self._owners = [
+            fingerprint(url, one, destination)
+            for url in (base_url, *previous_base_urls)
+            for one in (token, *previous_tokens)
+        ]
         self._is_closed = False
         self._begin()
         lifecycle.look_after(self, handle_sigterm=handle_sigterm)
@@ -260,6 +266,7 @@ class Ingestion:
     def _keep(self, spool: Spool) -> None:
         """Take over what processes that are gone have left, now and then."""
         wait_s = 0.0
+        self._look_for_strangers(spool)
         while not self._stop.wait(wait_s):
             try:
                 for other in spools(spool.directory, self._owners):
@@ -284,6 +291,20 @@ class Ingestion:
                     other.close()
         except SpoolBroken as error:
             logger.warning("an abandoned spool could not be taken over", extra={"cause": str(error)})
+
+    def _look_for_strangers(self, spool: Spool) -> None:
+        """Say once that events lie here that nobody sends: those of another server or token, whose process is gone."""
+        found = 0
+        for other in strangers(spool.directory, self._owners):
+            with self._adopting, contextlib.suppress(SpoolBroken):
+                if other.claim():
+                    found += not other.is_empty()
+                    other.close()
+        if found:
+            logger.warning(
+                "spool files of another server or token are not sent; previous_base_urls and previous_tokens send them",
+                extra={"files": found, "directory": str(spool.directory)},
+            )
 
     def _count_refused(self) -> None:
         with self._outbox.turn():

@@ -315,8 +315,25 @@ def spools(directory: Path, owners: Sequence[str]) -> list[Spool]:
         for log in directory.glob(f"{owner}-*{SPOOL_SUFFIX}{_WAL}"):  # of a file that was removed a moment too early
             if not Path(str(log).removesuffix(_WAL)).exists():
                 log.unlink(missing_ok=True)
+        for journal in directory.glob(f"{owner}-*{SPOOL_SUFFIX}{JOURNAL_SUFFIX}"):
+            _bring_back(Path(str(journal).removesuffix(JOURNAL_SUFFIX)), journal)
     return [
         Spool(directory, owner, path)
         for owner in owners
         for path in sorted(directory.glob(f"{owner}-*{SPOOL_SUFFIX}"))
     ]
+
+
+def strangers(directory: Path, owners: Sequence[str]) -> list[Spool]:
+    """The files of other servers and tokens, not opened. Nobody sends them who does not know their owner."""
+    found = sorted(directory.glob(f"*-*{SPOOL_SUFFIX}"))
+    return [Spool(directory, "", path) for path in found if path.name.partition("-")[0] not in owners]
+
+
+def _bring_back(path: Path, journal: Path) -> None:
+    """Make the SQLite file anew of which only the journal is there: somebody removed it, and the events are needed."""
+    with contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+        os.utime(path, (0, 0))  # nobody is making it
+        if journal.exists():
+            logger.warning("a spool's file was missing: its journal is taken over", extra={"path": str(path)})

@@ -19,7 +19,8 @@ from unittest.mock import patch
 
 import msgspec
 
-from ingest.client import Ingestion, Limits, outbox, spool
+from ingest.client import Ingestion, Limits, outbox
+from ingest.client import spool as spool_module
 from ingest.client.instrument import WatchedStream, Watcher
 from tests.support.waiting import eventually
 
@@ -78,7 +79,7 @@ def runs(ingestion: Ingestion) -> None:
 
 def runs_short_of_memory(ingestion: Ingestion) -> None:
     """Captures until it is killed; memory and the spool's journal hold so few events that every part is at work."""
-    with patch.object(spool, "_EVENTS_MAX", 50), patch.object(outbox, "MEMORY_EVENTS_MAX", 120):
+    with patch.object(spool_module, "_EVENTS_MAX", 50), patch.object(outbox, "MEMORY_EVENTS_MAX", 120):
         runs(ingestion)
 
 

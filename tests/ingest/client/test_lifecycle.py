@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ingest.client import Ingestion
+from ingest.client.spool import Spool, fingerprint
 from tests.support.client_applications import CHILDREN, EVENTS, LIMITS, PATIENCE_S
 from tests.support.servers.faulty_gateway import Bad, FaultServer
 from tests.support.waiting import eventually
@@ -165,6 +166,37 @@ def test_what_a_token_left_is_sent_under_the_next_without_a_capture(tmp_path: Pa
 
     assert set(server.taken) == {"e1"}
     assert server.requests[-1][1]["authorization"] == "Bearer new"
+
+
+def left_behind(directory: Path, base_url: str) -> None:
+    """A process captured an event for a server that was away, and is gone."""
+    spool = Spool(directory, fingerprint(base_url, "token"))
+    spool.append(1, b'{"name":"call","external_customer_id":"u","external_id":"e1"}')
+    spool.close()
+
+
+def test_what_another_address_left_is_said_and_sent_where_it_is_asked_for(
+    server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    """A server that moved has another address: until that is said, its events stay and are spoken of."""
+    left_behind(tmp_path, "http://before.example")
+    with Ingestion("token", base_url=server.url, spool=tmp_path, limits=LIMITS) as ingestion:
+        ingestion.ingest({"name": "call", "external_customer_id": "u", "external_id": "e2"})
+        eventually(lambda: "e2" in server.taken and "previous_base_urls" in caplog.text)
+    assert set(server.taken) == {"e2"}
+    previous = ["http://before.example/"]
+    with Ingestion("token", base_url=server.url, spool=tmp_path, previous_base_urls=previous, limits=LIMITS):
+        eventually(lambda: "e1" in server.taken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_without_its_file_is_taken_over(server: FaultServer, tmp_path: Path) -> None:
+    """Somebody removed the SQLite file; the newest events are in the journal."""
+    journal = tmp_path / f"{fingerprint(server.url, 'token')}-0123456789abcdef.spool.journal"
+    journal.write_bytes(b'+1 {"name":"call","external_customer_id":"u","external_id":"e1"}\n')
+    with Ingestion("token", base_url=server.url, spool=tmp_path, limits=LIMITS):
+        eventually(lambda: "e1" in server.taken)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_client_that_cannot_close_does_not_keep_others_from_it() -> None:
