@@ -196,7 +196,7 @@ def find_conflicts(api: Api, delivery: Delivery) -> Conflicts | None:
     if not records:
         return None
     found: set[str] = set()  # letters that come meanwhile move others to the next page
-    for page in range(1, PAGES_MAX + 1):
+    for page in range(1, PAGES_MAX + 1):  # not Api.pages: each page waits for the records, and the search ends early
         try:
             answer = exact.decode(_page(api, page, records).content)
             letters: list[dict[str, Any]] = answer["items"]

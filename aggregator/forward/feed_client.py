@@ -176,7 +176,12 @@ class Page(NamedTuple):
 
 
 class Source:
-    """A connection to the server whose events are forwarded. One thread at a time."""
+    """A connection to the server whose events are forwarded. One thread at a time.
+
+    It stays apart from the command line's client (``deploy/client.py``): what a failure means differs (each one here is
+    ``Away``, since all of them pass, and the forwarder has a pause of its own), and the forwarder's process need not
+    load the command line. What both do alike, reading a list page by page, is ``polar_client.pages``.
+    """
 
     def __init__(self, url: str, token: str, socket: Path | None = None) -> None:
         transport = httpx.HTTPTransport(uds=str(socket)) if socket else None
