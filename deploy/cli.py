@@ -1,9 +1,9 @@
 """The console script ``meterstream``: every failure becomes one line and an exit code.
 
 ``main`` maps exceptions to messages and exit codes. It hands most commands to ``deploy.app``, which imports all
-commands to know their options. ``serve``, ``gateway`` and ``aggregate`` with plain options (``plain_options``) start
-here without that, because they should be back soon after a crash. Help, unknown options and invalid values go to
-``deploy.app``; options mean the same on both ways.
+commands to know their options. ``serve``, ``gateway`` and ``aggregate`` with plain options
+(``deploy.server.options``) start here without that, because they should be back soon after a crash. Help, unknown
+options and invalid values go to ``deploy.app``; options mean the same on both ways.
 """
 
 import os
@@ -16,13 +16,6 @@ from deploy.errors import BUG, DONE, FAILED, INTERRUPTED, USAGE, GiveUp, unwrita
 TYPE_CHECKING = False  # not taken from typing: to load that takes most of the time before main can hear of Ctrl-C
 if TYPE_CHECKING:
     from deploy.settings import Settings
-
-NUMBERS = ("--port", "--lifeline", "--socket")
-OPTIONS = {
-    "serve": {"--data", "--log", "--token", "--host", "--port", "--lifeline"},
-    "gateway": {"--data", "--log", "--token", "--host", "--port", "--upstream", "--lifeline", "--socket"},
-    "aggregate": {"--data", "--log", "--token", "--host", "--port", "--lifeline"},
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,6 +94,8 @@ def _nobodys_fault(error: Exception) -> GiveUp | None:
 
 
 def _run(line: list[str], settings: "Settings") -> int | None:
+    from deploy.server.options import plain_options
+
     plain = plain_options(line)
     if plain is None:
         from deploy.app import run
@@ -108,12 +103,11 @@ def _run(line: list[str], settings: "Settings") -> int | None:
         _hear_interruptions(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         return run(line, settings)
     process, options = plain
-    told = {name[2:]: value for name, value in options.items() if name not in ("--lifeline", "--socket")}
-    lifeline, listener = (int(options[name]) if name in options else None for name in ("--lifeline", "--socket"))
+    lifeline, listener = (int(options.pop(name)) if name in options else None for name in ("lifeline", "socket"))
     from deploy.server.start import begin
 
     _hear_interruptions(signal.SIGINT)
-    begin(process, settings.but(**told), lifeline, listener)
+    begin(process, settings.but(**options), lifeline, listener)
     return DONE
 
 
@@ -122,23 +116,6 @@ def _hear_interruptions(*numbers: signal.Signals) -> None:
     for number in numbers:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-
-
-def plain_options(line: Sequence[str]) -> tuple[str, dict[str, str]] | None:
-    """The process and its options, each ``--name value`` or ``--name=value``; None where it is not as plain as that."""
-    names = [word for word in line if word in OPTIONS]
-    if len(names) != 1:
-        return None
-    found: dict[str, str] = {}
-    pending = iter([word for word in line if word != names[0]])
-    for word in pending:
-        name, equals, value = word.partition("=")
-        value = value if equals else next(pending, "")
-        is_fit = value.isascii() and value.isdigit() if name in NUMBERS else value and not value.startswith("-")
-        if name not in OPTIONS[names[0]] or name in found or not is_fit:
-            return None
-        found[name] = value
-    return names[0], found
 
 
 if __name__ == "__main__":

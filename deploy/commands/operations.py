@@ -5,46 +5,49 @@ Each command sets the options over the settings and calls ``deploy.server``, ``d
 ``deploy.doctor``.
 """
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deploy.client import session
 from deploy.console import Output, note, progress_bar, show, show_one
 from deploy.errors import FAILED, GiveUp
+from deploy.server.options import PROCESSES
 from deploy.server.start import begin
 
 # Processes and the demonstration.
 
-Host = Annotated[str | None, typer.Option(help="The address to listen on.")]
-Port = Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")]
-Upstream = Annotated[str | None, typer.Option(help="The aggregator, http:// or https://HOST:PORT; else a socket.")]
-Lifeline = Annotated[int | None, typer.Option(hidden=True, help="A pipe that closes when the supervisor is gone.")]
-Socket = Annotated[int | None, typer.Option(hidden=True, help="A listening socket that the supervisor opened.")]
+
+def _command(process: str, help: str) -> Callable[..., None]:
+    """Make the command that runs a process. Typer reads the command's options from the signature."""
+    def command(context: typer.Context, **given: Any) -> None:
+        lifeline, listener = given.pop("lifeline"), given.pop("socket", None)
+        begin(process, session(context).settings.but(**given), lifeline, listener)
+
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for option in PROCESSES[process]:
+        shown = typer.Option(help=option.help, hidden=option.is_hidden)
+        annotation: object = Annotated[int | None, shown] if option.is_number else Annotated[str | None, shown]
+        parameters.append(
+            inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which inspect looks for
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__name__, command.__doc__ = process, help
+    return command
 
 
-def serve(context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None) -> None:
-    """Run Meterstream: gateway and aggregator together. The first start makes an organization and a token."""
-    begin("serve", session(context).settings.but(host=host, port=port), lifeline)
-
-
-def gateway(
-    context: typer.Context, host: Host = None, port: Port = None, upstream: Upstream = None,
-    lifeline: Lifeline = None, socket: Socket = None,
-) -> None:  # fmt: skip
-    """Run the gateway alone: takes events into the log, passes reads on to the aggregator."""
-    begin("gateway", session(context).settings.but(host=host, port=port, upstream=upstream), lifeline, socket)
-
-
-def aggregate(
-    context: typer.Context, host: Host = None, port: Port = None, lifeline: Lifeline = None
-) -> None:
-    """Run the aggregator alone: follows the log into the store and answers queries.
+serve = _command(
+    "serve", "Run Meterstream: gateway and aggregator together. The first start makes an organization and a token."
+)
+gateway = _command("gateway", "Run the gateway alone: takes events into the log, passes reads on to the aggregator.")
+aggregate = _command("aggregate", """Run the aggregator alone: follows the log into the store and answers queries.
 
     With its log on Kafka it answers on --host and --port, for gateways elsewhere; else on a socket in the data.
-    """
-    begin("aggregate", session(context).settings.but(host=host, port=port), lifeline)
+    """)
 
 
 def demo(

@@ -41,9 +41,10 @@ def _run(process: str, settings: Settings, lifeline: int | None, listener: int |
 
 @contextmanager
 def without_rich() -> Iterator[None]:
-    """Load libraries as if there were no rich, which structlog and httpx take for terminals: 0.1 s each time.
+    """Load libraries as if there were no rich, which structlog and httpx load where it is installed.
 
-    None of these processes draws anything. Whoever imports rich afterwards gets it.
+    None of these processes draws anything, and rich takes a third of a gateway's start (benchmarks/profiles/README.md).
+    Code that imports rich afterwards gets it.
     """
     if "rich" in sys.modules:
         yield

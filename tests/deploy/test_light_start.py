@@ -8,6 +8,7 @@ import pytest
 from deploy import app, cli
 from deploy.commands import operations as commands
 from deploy.server import start
+from deploy.server.options import plain_options
 from deploy.settings import Settings
 from tests.support.servers.installation import meterstream
 
@@ -51,14 +52,14 @@ def begun(run: Any, line: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("line", PLAIN)
 def test_plain_options_mean_what_the_command_line_means(line: str) -> None:
     """The same process with the same settings, whichever way it begins."""
-    assert cli.plain_options(line.split()) is not None
+    assert plain_options(line.split()) is not None
     assert begun(cli._run, line) == begun(app.run, line)
 
 
 @pytest.mark.parametrize("line", NOT_PLAIN)
 def test_what_is_not_plain_is_the_command_lines(line: str) -> None:
     """Help, mistakes and other commands are not guessed at."""
-    assert cli.plain_options(line.split()) is None
+    assert plain_options(line.split()) is None
 
 
 @pytest.mark.parametrize("line", ["serve --data", "serve --port x", "gateway --nonsense"])
