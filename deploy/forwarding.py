@@ -34,6 +34,7 @@ from deploy.settings import Settings
 from meters.aggregation import SUMMABLE
 from meters.catalogue.access import digest
 from meters.catalogue.catalogue import TokenCreated
+from meters.timestamps import instant_of, utc_text
 
 # Opening the state: an error becomes one line.
 
@@ -127,9 +128,7 @@ def _requests(data: DataDirectory) -> int:
 
 
 def _instant(at_us: int | None) -> str | None:
-    if at_us is None:
-        return None
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us)).isoformat().replace("+00:00", "Z")
+    return None if at_us is None else utc_text(instant_of(at_us))
 
 
 def ask_replay(data: DataDirectory, since: str, until: str) -> int:

@@ -351,7 +351,7 @@ def _scalar(value: object, loc: Loc, complaints: list[Detail]) -> Scalar | None:
     if isinstance(value, int | Decimal):
         return _number(Decimal(value), loc, complaints)
     if isinstance(value, float):
-        raise TypeError("a double has lost its digits: decode with meters.exact_json")
+        raise TypeError("a double has lost its digits: decode with meters.exact")
     message = "Input should be a valid string, number or boolean"
     complaints.append(detail("filter_value_type", loc, message, value))
     return None

@@ -27,6 +27,7 @@ from meters.catalogue.catalogue import (
 from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.meter import Meter
+from meters.timestamps import sortable_text
 
 # Mapping of meters. What Polar stated is stored under Polar's id of the meter, because the mapping to a meter here
 # may be set later, and may change. So every reader applies the mapping when it reads.
@@ -407,7 +408,7 @@ def _read(value: object, kind: type[T]) -> T:
 
 
 def _version(thing: _Customer | _Benefit | _Grant | _Subscription) -> str:
-    return _at(thing.modified_at or thing.created_at).isoformat(timespec="microseconds")
+    return sortable_text(_at(thing.modified_at or thing.created_at))
 
 
 def _at(instant: datetime) -> datetime:

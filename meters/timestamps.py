@@ -45,6 +45,16 @@ def instant_of(microseconds: int) -> datetime:
     return EPOCH + timedelta(microseconds=microseconds)
 
 
+def utc_text(instant: datetime) -> str:
+    """Write an instant in UTC as our answers and requests have it: a ``Z``, and a fraction only where there is one."""
+    return instant.isoformat().replace("+00:00", "Z")
+
+
+def sortable_text(instant: datetime) -> str:
+    """Write an instant in UTC so that texts sort as the instants do: always with six digits of a fraction."""
+    return instant.isoformat(timespec="microseconds")
+
+
 def parse_timestamp(value: object) -> datetime | Reason:
     """The instant in UTC, or the reason why there is none."""
     if isinstance(value, Token):

@@ -37,6 +37,7 @@ from meters.ledger.ledger import (
     revocation_id,
 )
 from meters.meter import Meter
+from meters.timestamps import sortable_text
 
 # Credits.
 #
@@ -193,7 +194,7 @@ async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> Mete
     customer = customer_by_id(desk, token, id)
     at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
     change = MeterReset(
-        id=f"{customer.id}:{at.isoformat(timespec='microseconds')}", organization_id=token.organization_id,
+        id=f"{customer.id}:{sortable_text(at)}", organization_id=token.organization_id,
         customer_id=customer.id, meter_ids=[], at=at,
     )  # fmt: skip
     used = await used_until(desk, customer, _meters(desk, token, asked), change)

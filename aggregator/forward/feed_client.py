@@ -17,7 +17,7 @@ from aggregator.forward.polar_client import pages
 from meters.event_values import RESERVED, number_token
 from meters.exact import amount_text, parse_amount
 from meters.log import FeedPlace, format_places, parse_places, parse_position
-from meters.timestamps import microseconds_of
+from meters.timestamps import microseconds_of, utc_text
 
 # Conversion, without I/O: bytes in, bytes out.
 #
@@ -84,7 +84,7 @@ def rollup_item(group: Group, aggregation: str, window_s: int, piece: str, now_u
     """
     by_id, by_name = {"customer_id": group.customer_id}, {"external_customer_id": group.external_customer_id}
     customer = by_name if group.customer_id is None else by_id
-    stamp = group.window.isoformat().replace("+00:00", "Z")
+    stamp = utc_text(group.window)
     external_id = f"rollup/{group.meter_id}/{window_s}/{stamp}/{piece}/{_who(group)}"
     value = msgspec.Raw(str(group.count).encode()) if aggregation == "count" else group.sum
     metadata = {"meter": group.meter_id, "value": value, "events": group.count, "seconds": window_s}

@@ -33,7 +33,6 @@ from aggregator.reconcile.polar_reader import (
     hours_of,
     midnight,
     near,
-    text,
 )
 from aggregator.reconcile.report import SHOWN_EVENTS_MAX, Cause, Counted, Difference, Quantities, Repair, Worth, add
 from meters import exact
@@ -43,6 +42,7 @@ from meters.event_values import Facts
 from meters.exact import EXACT, amount_text
 from meters.filters import matches
 from meters.meter import Meter
+from meters.timestamps import utc_text
 
 # Our side, as far as it is forwarded.
 #
@@ -84,7 +84,7 @@ class OwnUsage:
 
     def came_in(self, part: Part, since: datetime) -> bool:
         """Whether any of them came in at this instant or later."""
-        given = {**self._forwarded.selection, **_range(part), "since": text(since)}
+        given = {**self._forwarded.selection, **_range(part), "since": utc_text(since)}
         return bool(self._here.get("/v1/feed/traffic", **given)["events"])
 
     def customers(self, part: Part, limit: int) -> tuple[list[str], int]:
@@ -138,7 +138,7 @@ class OwnUsage:
 
 
 def _range(part: Part) -> dict[str, str]:
-    return {"start_timestamp": text(part.since), "end_timestamp": text(part.until)}
+    return {"start_timestamp": utc_text(part.since), "end_timestamp": utc_text(part.until)}
 
 
 # Balances: what was credited, and what was used since the last reset, on both sides.
@@ -449,7 +449,8 @@ class Events:
         if repair in (Repair.SEND, Repair.CORRECT) and self._scope.doubt:
             repair, payload = Repair.DECIDE, {"doubt": self._scope.doubt}
         if repair in (Repair.SEND, Repair.CORRECT):
-            sent = [(found.ours.external_id, text(found.ours.timestamp)) for found in pairs if found.ours is not None]
+            ours = [found.ours for found in pairs if found.ours is not None]
+            sent = [(event.external_id, utc_text(event.timestamp)) for event in ours]
             payload = {"events": sent, "corrections": [correction for _, correction in group if correction]}
         return Difference(
             check="upstream", cause=cause, repair=repair, count=len(pairs), window=(at, at + HOUR),
@@ -496,7 +497,8 @@ def _sentence(found: Pair, cause: Cause) -> str:
         case Cause.LATE if found.theirs is None:
             return "it is counted here and waits for the forwarder"
         case Cause.LATE if found.ours and found.theirs:
-            return f"happened {text(found.ours.timestamp)}, and counts over there in {text(found.theirs.timestamp)}"
+            here, there = utc_text(found.ours.timestamp), utc_text(found.theirs.timestamp)
+            return f"happened {here}, and counts over there in {there}"
         case Cause.CHANGED | Cause.CONFLICT if found.ours and found.theirs:
             return _contents(found.ours, found.theirs)
         case Cause.LOST:

@@ -17,7 +17,7 @@ from aggregator.forward.polar_client import NoAnswer, pages
 from aggregator.reconcile.polar_pairing import Seen
 from meters import exact
 from meters.meter import Meter
-from meters.timestamps import EPOCH, MICROSECOND
+from meters.timestamps import EPOCH, MICROSECOND, utc_text
 
 # Sides, ranges and quantities.
 
@@ -115,7 +115,7 @@ def asked(
     total, start, step = Decimal(0), part.since, STEP[interval]
     while start < part.until:
         end = min(start + (POINTS_AT_ONCE - 1) * step, part.until - step)
-        given = {"start_timestamp": text(start), "end_timestamp": text(end), "interval": interval}
+        given = {"start_timestamp": utc_text(start), "end_timestamp": utc_text(end), "interval": interval}
         answer = side.get(f"/v1/meters/{meter_id}/quantities", **given, external_customer_id=who)
         for point in answer["quantities"]:
             found[datetime.fromisoformat(point["timestamp"])] = Decimal(str(point["quantity"]))
@@ -172,12 +172,7 @@ def hour(instant: datetime) -> datetime:
 
 def exclusive(part: Part) -> dict[str, str]:
     """The part as a list of events takes it: exclusive on both sides."""
-    return {"start_timestamp": text(part.since - MICROSECOND), "end_timestamp": text(part.until)}
-
-
-def text(instant: datetime) -> str:
-    """As a query parameter."""
-    return instant.isoformat().replace("+00:00", "Z")
+    return {"start_timestamp": utc_text(part.since - MICROSECOND), "end_timestamp": utc_text(part.until)}
 
 
 # The cache: a run that was interrupted continues without repeating its requests.

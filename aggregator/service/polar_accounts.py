@@ -20,6 +20,7 @@ from meters.catalogue.polar_facts import Given, Wanted
 from meters.ledger.ledger import POLARS, Account, Cause, Credit, CreditGranted, MeterReset, MovementWithdrawn, Reset
 from meters.meter import Meter
 from meters.polar_webhooks import METER_KEY, meter_of
+from meters.timestamps import sortable_text
 
 CUSTOMERS_AT_ONCE = 50
 """Customers that are settled together: their other movements wait meanwhile."""
@@ -120,7 +121,7 @@ async def _movements(
 
 def _cut(customer: Customer, meter: Meter, at: datetime) -> MeterReset:
     return MeterReset(
-        id=f"{POLARS}{customer.id}:{meter.id}:{_text(at)}", organization_id=customer.organization_id,
+        id=f"{POLARS}{customer.id}:{meter.id}:{sortable_text(at)}", organization_id=customer.organization_id,
         customer_id=customer.id, meter_ids=[meter.id], at=at,
     )  # fmt: skip
 
@@ -128,14 +129,15 @@ def _cut(customer: Customer, meter: Meter, at: datetime) -> MeterReset:
 def _credits(customer: Customer, meter: Meter, given: Given) -> list[CreditGranted]:
     fact = given.fact
     cause: Cause = "revoke" if fact.units < 0 else "cycle" if given.is_cycle else "grant"
-    name = f"{POLARS}{fact.grant_id}:{_text(fact.at)}:{fact.units}{'r' if fact.rollover else ''}"
+    name = f"{POLARS}{fact.grant_id}:{sortable_text(fact.at)}:{fact.units}{'r' if fact.rollover else ''}"
     credit = CreditGranted(
         id=name, organization_id=customer.organization_id, customer_id=customer.id, meter_id=meter.id, at=fact.at,
         units=Decimal(fact.units), rollover=fact.rollover, cause=cause, reference=fact.grant_id,
     )  # fmt: skip
     if given.revoked is None:
         return [credit]
-    taken = replace(credit, id=f"{name}:{_text(given.revoked)}", units=-credit.units, at=given.revoked, cause="revoke")
+    back = f"{name}:{sortable_text(given.revoked)}"
+    taken = replace(credit, id=back, units=-credit.units, at=given.revoked, cause="revoke")
     return [credit, taken]
 
 
@@ -145,7 +147,3 @@ def _has_ours(account: Account) -> bool:
 
 def _is_ours(one: Credit | Reset) -> bool:
     return one.id.startswith(POLARS)
-
-
-def _text(instant: datetime) -> str:
-    return instant.isoformat(timespec="microseconds")

@@ -28,7 +28,7 @@ from deploy.console import (
 )
 from deploy.errors import MISMATCH, USAGE, GiveUp
 from meters import exact
-from meters.timestamps import END_MAX, START_MIN, Interval, bucket, zone
+from meters.timestamps import END_MAX, START_MIN, Interval, bucket, utc_text, zone
 
 # Meters.
 
@@ -243,7 +243,7 @@ def usage(
     answer = exact.decode(response.content)
     for point in answer["quantities"]:
         beginning, _ = bucket(datetime.fromisoformat(point["timestamp"]), Interval(interval), timezone)
-        point["timestamp"] = beginning.isoformat().replace("+00:00", "Z")
+        point["timestamp"] = utc_text(beginning)
     _show(answer, response.headers.get("As-Of", ""), here.output, chart)
 
 

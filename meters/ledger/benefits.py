@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from meters.ledger.ledger import Account, Cause, Credit, CreditGranted, MeterReset, in_window
+from meters.timestamps import sortable_text
 
 # State. A grant keeps its last credit, because that is the amount that a revocation takes back. Decisions from Polar
 # use Polar's ids of meters (``meters.polar_webhooks``).
@@ -211,7 +212,7 @@ def grant_id(benefit_id: str, customer_id: str) -> str:
 
 def movement_id(grant_id: str, at: datetime | None, what: str) -> str:
     """The id of a movement: one of a kind for a grant and an instant, or for the beginning, before every instant."""
-    return f"{grant_id}:{at.isoformat(timespec='microseconds') if at else '0'}:{what}"
+    return f"{grant_id}:{sortable_text(at) if at else '0'}:{what}"
 
 
 def granted(grant: Grant, benefit: Benefit, at: datetime, account: Account | None) -> Step:
