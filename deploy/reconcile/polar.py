@@ -20,7 +20,7 @@ from aggregator.forward.polar_client import Denied, NoAnswer, RequestWindow, Ups
 from aggregator.forward.state import State
 from aggregator.reconcile.polar_check import UpstreamCheck
 from aggregator.reconcile.polar_pairing import Seen
-from aggregator.reconcile.polar_reader import DAY, Forwarded, Remembering, Scope, interrupted, midnight, text
+from aggregator.reconcile.polar_reader import DAY, Forwarded, Remembering, Scope, interrupted, midnight
 from aggregator.reconcile.report import Check, Worth
 from deploy.client import Api
 from deploy.console import harmless, note
@@ -31,7 +31,7 @@ from deploy.server.data import DataDirectory
 from deploy.settings import Settings
 from meters.catalogue.access import digest
 from meters.log import Log, format_places, parse_places
-from meters.timestamps import START_MIN
+from meters.timestamps import START_MIN, utc_text
 
 DAYS_BACK = 35  # when nobody says: the month that is billed, and a few days
 NO_BEGIN = (
@@ -92,7 +92,7 @@ def compare(settings: Settings, data: DataDirectory, log: Log, here: Api, range_
     since, until = range_.days(now)
     path = _progress(data)
     destination = digest(f"{settings.polar_server} {settings.polar_token}")  # the token says whose answers they are
-    key = f"{destination} {organization.id} {text(since)} {text(until)}"
+    key = f"{destination} {organization.id} {utc_text(since)} {utc_text(until)}"
     forwarded = selection_of(settings, list(here.pages("/v1/meters/")) if settings.polar_meter else [])
     with _alone(path.parent), open_state(data) as state, connected(settings, data) as upstream:
         before = interrupted(path, key, now)

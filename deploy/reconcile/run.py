@@ -19,7 +19,6 @@ from aggregator.forward.feed_client import FeedPage, item_of
 from aggregator.forward.planner import ENVELOPE_BYTES, Accepted, counts_of
 from aggregator.forward.polar_client import BODY_BYTES_MAX, INGEST_PATH, Denied, NoAnswer, Upstream
 from aggregator.reconcile.polar_pairing import instead
-from aggregator.reconcile.polar_reader import text
 from aggregator.reconcile.report import Cause, Check, Difference, Done, Repair, Report
 from deploy.client import Api, Session
 from deploy.errors import USAGE, GiveUp
@@ -27,6 +26,7 @@ from deploy.reconcile.local import Task, own_server, reconcile, timed
 from deploy.reconcile.polar import connected
 from deploy.server.data import DataDirectory
 from deploy.settings import Settings
+from meters.timestamps import utc_text
 
 # Repairs at Polar. Missing events are sent again, and events counted wrongly are corrected. Every request has ids
 # that are always the same, so a repeated repair changes nothing. Requests share the forwarder's rate limit and size.
@@ -116,7 +116,8 @@ def _bodies(here: Api, difference: Difference) -> Iterator[bytes]:
     assert difference.window is not None
     position, (since, until) = "", difference.window
     while wanted:
-        given = {"start_timestamp": text(since), "end_timestamp": text(until), "position": position, "limit": 10_000}
+        window = {"start_timestamp": utc_text(since), "end_timestamp": utc_text(until)}
+        given = {**window, "position": position, "limit": 10_000}
         page = msgspec.json.decode(here.answer("GET", "/v1/feed/", params=given).content, type=FeedPage)
         for entry in page.items:
             item = item_of(entry, "repair")
