@@ -315,6 +315,35 @@ async def _granted(
     return grant, benefit, customer
 
 
+@router.get("/v1/benefit-grants/", responses=gives(page_of(answers.BenefitGrant)))
+async def list_all_grants(
+    desk: AtDesk, token: Reader, page: WhichPage, organization_id: Ids = None, customer_id: Ids = None,
+    external_customer_id: Texts = None, is_granted: bool | None = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The grants of all benefits, newest first."""
+    chosen = order(sorting, ("created_at", "granted_at", "revoked_at"), "-created_at")
+    catalogue = desk.catalogue
+    found = [
+        (here(catalogue, grant), here(catalogue, benefit), customer)
+        for benefit in catalogue.benefits.benefits_of(token.organization_id)
+        if includes(organization_id, token) and benefit.deleted_at is None
+        for grant in catalogue.benefits.grants_by(benefit.id, held=False)
+        if is_granted in (None, grant.is_held)
+        and _is_among(grant.customer_id, customer_id)
+        and (customer := catalogue.customer(token.organization_id, grant.customer_id))
+        and (external_customer_id is None or customer.external_id in external_customer_id)
+    ]
+    found.sort(key=lambda one: in_time(one[0], chosen.by), reverse=not chosen.ascending)
+    shapes = [grant_shape(*one) for one in on_page(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+def in_time(grant: Grant, field: str) -> tuple[bool, datetime, str]:
+    """Return the sort key of a grant by one of its times. A grant without it counts as the latest, as in PostgreSQL."""
+    at: datetime | None = getattr(grant, field)
+    return at is None, at or grant.created_at, grant.id
+
+
 @router.get("/v1/benefit-grants/{id}", responses=gives(answers.BenefitGrant))
 async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
     """One grant."""

@@ -1,10 +1,11 @@
 """Routes of the customer portal: what one customer may see with a session token of its own.
 
-Polar's routes are ``customer-portal/meters``, ``customers/me`` and ``customer-session/introspect``. ``usage`` is
-Meterstream's own: usage, limit, period, percentage and credit history in one answer. A customer sees a meter if an
-active subscription, an active grant or a direct credit gives it to them.
+Polar's routes are ``customer-portal/meters``, ``benefit-grants``, ``customers/me`` and
+``customer-session/introspect``. ``usage`` is Meterstream's own: usage, limit, period, percentage and credit history in
+one answer. A customer sees a meter if an active subscription, an active grant or a direct credit gives it to them.
 """
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
@@ -32,15 +33,17 @@ from aggregator.api.schemas import gives, page_of
 from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meter
 from aggregator.service.customer_meter_sort import sort_key
-from aggregator.service.customer_state import meter_numbers
+from aggregator.service.customer_state import grant_properties, meter_numbers
 from aggregator.service.errors import NotFound
 from aggregator.service.serializers import number, portal_customer_shape
 from aggregator.service.service import Desk
 from meters.catalogue.access import Denied, authorize_customer
 from meters.catalogue.catalogue import Customer, CustomerSession
+from meters.ledger.benefits import METER_CREDIT, Grant
 from meters.ledger.ledger import Account
 from meters.ledger.price import charge
 from meters.meter import Meter
+from meters.polar_webhooks import here as local_ids
 from meters.polar_webhooks import meters_here
 
 router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"])
@@ -124,6 +127,66 @@ async def get_portal_meter(here: AtDesk, session: Viewer, id: UUID) -> Response:
         one = await customer_meter(here, customer, meter)
         if one.id == str(id):
             return answer(_shape(one), here.view.as_of)
+    raise NotFound
+
+
+def _grant_shape(here: Desk, customer: Customer, grant: Grant) -> route_answers.PortalBenefitGrant:
+    benefit = local_ids(here.catalogue, here.catalogue.benefits.benefits[grant.benefit_id])
+    owner = here.catalogue.organizations[customer.organization_id]
+    return route_answers.PortalBenefitGrant(
+        id=grant.id, created_at=grant.created_at, modified_at=grant.modified_at, granted_at=grant.granted_at,
+        revoked_at=grant.revoked_at, customer_id=customer.id, benefit_id=benefit.id,
+        subscription_id=grant.subscription_id, is_granted=grant.is_held, is_revoked=grant.revoked_at is not None,
+        customer=portal_customer_shape(customer),
+        benefit=route_answers.PortalBenefit(
+            id=benefit.id, created_at=benefit.created_at, modified_at=benefit.modified_at,
+            description=benefit.description, is_deleted=benefit.deleted_at is not None, organization_id=owner.id,
+            organization=route_answers.PortalOrganization(
+                id=owner.id, created_at=owner.created_at, modified_at=None, name=owner.name, slug=slug(owner.name),
+            ),
+            properties=answers.BenefitProperties(benefit.meter_id, benefit.units, benefit.rollover),
+        ),
+        properties=grant_properties(grant),
+    )  # fmt: skip
+
+
+def slug(name: str) -> str:
+    """Return a name as it would stand in an address: small letters, digits and hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+@router.get("/benefit-grants/", responses=gives(page_of(route_answers.PortalBenefitGrant)))
+async def list_portal_grants(
+    here: AtDesk, session: Viewer, page: WhichPage,
+    query: Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)] = None, type: Texts = None,
+    benefit_id: Ids = None, checkout_id: Ids = None, order_id: Ids = None, subscription_id: Ids = None,
+    member_id: Ids = None, sorting: Texts = None,
+) -> Response:  # fmt: skip
+    """The customer's grants. Nobody has checkouts, orders or members here, so nothing is of one of them."""
+    chosen = order(sorting, ("product_benefit", "granted_at", "type", "organization"), "product_benefit")
+    customer, benefits = _customer(here, session), here.catalogue.benefits
+    found = [
+        local_ids(here.catalogue, grant)
+        for grant in benefits.grants_of(customer.id)
+        if (query or "").lower() in benefits.benefits[grant.benefit_id].description.lower()
+        and (type is None or METER_CREDIT in type)
+        and (benefit_id is None or grant.benefit_id in map(str, benefit_id))
+        and (subscription_id is None or grant.subscription_id in {str(id) for id in subscription_id})
+        and checkout_id is order_id is member_id is None
+    ]
+    # one type and one organization: the time of the grant is the only order there is
+    found.sort(key=lambda grant: (grant.granted_at, grant.id), reverse=not chosen.ascending)
+    shapes = [_grant_shape(here, customer, grant) for grant in on_page(found, page)]
+    return answer(listed(shapes, len(found), page), here.view.as_of)
+
+
+@router.get("/benefit-grants/{id}", responses=gives(route_answers.PortalBenefitGrant))
+async def get_portal_grant(here: AtDesk, session: Viewer, id: UUID) -> Response:
+    """One of the customer's grants."""
+    customer = _customer(here, session)
+    for grant in here.catalogue.benefits.grants_of(customer.id):
+        if grant.id == str(id):
+            return answer(_grant_shape(here, customer, local_ids(here.catalogue, grant)), here.view.as_of)
     raise NotFound
 
 

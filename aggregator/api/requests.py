@@ -8,6 +8,7 @@ ASGI middleware for paths. A route raises an exception, and ``install_error_answ
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from uuid import UUID
@@ -17,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, AwareDatetime
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregator.service.answers import ListResource, Pagination
@@ -48,6 +50,9 @@ BODY_BYTES_MAX = 2 * 1024 * 1024
 ECHO_LENGTH_MAX = 4 * 1024
 """Characters of the ``input`` in a complaint, some kilobytes: a longer one is null, because whoever sent it has it. A
 filter that lacks something at each of twenty levels would be sent back twenty times."""
+
+PATH_SHOWN_MAX = 200
+"""Characters of a path that an answer about an unknown route repeats: enough to see the mistake."""
 
 POLAR_BODY_BYTES_MAX = 512 * 1024
 """Of a webhook of Polar's, which anybody may send and every secret is held against. Its longest ones are subscriptions
@@ -373,6 +378,17 @@ async def _not_found(_: Request, __: Exception) -> Response:
     return json_response(404, {"error": "ResourceNotFound", "detail": "Not found"})
 
 
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    """Answer what the framework refuses by itself.
+
+    Polar's clients know routes that are not here, and can read a 404 only with the fields of its other 404s.
+    """
+    if error.status_code != HTTPStatus.NOT_FOUND:
+        return json_response(error.status_code, {"detail": error.detail}, dict(error.headers or {}))
+    message = f"There is no {request.url.path[:PATH_SHOWN_MAX]} here. GET /docs lists every route."
+    return json_response(404, {"error": "ResourceNotFound", "detail": message})
+
+
 async def _malformed(_: Request, error: Malformed) -> Response:
     return _unprocessable("RequestValidationError", error.details)
 
@@ -453,6 +469,7 @@ async def _too_much(_: Request, __: Exception) -> Response:
 _ANSWERS: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
     Forbidden: _forbidden,
     NotFound: _not_found,
+    HTTPException: _no_route,
     Malformed: _malformed,
     RequestValidationError: _invalid,
     Refused: _refused,

@@ -12,22 +12,27 @@ from aggregator.service.answers import (
     EXAMPLE_ID,
     Answer,
     Balance,
+    BenefitProperties,
     Cents,
     Consumed,
     Count,
     Credited,
     Customer,
+    Description,
     EndTime,
     ExternalId,
+    GrantProperties,
     Id,
     MeterNumbers,
     Number,
+    PortalCustomer,
     Position,
     Price,
     Stamped,
     Time,
 )
 from aggregator.store.webhook_outbox import Status
+from meters.ledger.benefits import METER_CREDIT
 from meters.ledger.ledger import Cause
 from meters.meter import Unit
 from meters.webhooks import API_VERSION, EventType
@@ -253,6 +258,47 @@ class PortalSession(Answer):
 
     expires_at: Time
     return_url: str | None
+
+
+class PortalOrganization(Stamped, kw_only=True):
+    """The organization, as its customers see it. It has no picture, and nothing is sold here."""
+
+    name: str
+    slug: str
+    avatar_url: str | None = None
+    proration_behavior: Literal["prorate"] = "prorate"
+    allow_customer_updates: bool = False
+
+
+class PortalBenefit(Stamped, kw_only=True):
+    """A benefit, without what the organization keeps about it."""
+
+    type: Literal["meter_credit"] = METER_CREDIT
+    description: Description
+    selectable: bool = True
+    deletable: bool = True
+    is_deleted: Annotated[bool, Meta(examples=[False])]
+    organization_id: Id
+    organization: PortalOrganization
+    properties: BenefitProperties
+
+
+class PortalBenefitGrant(Stamped, kw_only=True):
+    """A grant of the viewer's. Here nobody has orders or members."""
+
+    granted_at: Time
+    revoked_at: EndTime
+    customer_id: Id
+    member_id: str | None = None
+    benefit_id: Id
+    subscription_id: str | None
+    order_id: str | None = None
+    is_granted: bool
+    is_revoked: Annotated[bool, Meta(examples=[False])]
+    error: str | None = None
+    customer: PortalCustomer
+    benefit: PortalBenefit
+    properties: GrantProperties
 
 
 class PortalUsageMeter(Answer):

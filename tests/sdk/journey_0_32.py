@@ -13,6 +13,7 @@ import story
 from polar_sdk import Polar
 from polar_sdk.ingestion import Ingestion
 from polar_sdk.models import (
+    CustomerPortalBenefitGrantsListSecurity,
     CustomerPortalCustomerMetersListSecurity,
     CustomerPortalCustomersGetSecurity,
     HTTPValidationError,
@@ -140,6 +141,9 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     portal = polar.customer_portal.customer_meters.list(security=security).result.items
     visitor = CustomerPortalCustomersGetSecurity(customer_session=session.token)
     myself = plain(polar.customer_portal.customers.get(security=visitor))
+    listed = polar.benefit_grants.list(external_customer_id="acme", sorting=["-granted_at"]).result.items
+    viewer = CustomerPortalBenefitGrantsListSecurity(customer_session=session.token)
+    own = polar.customer_portal.benefit_grants.list(security=viewer).result.items
     return {
         "benefit": plain(polar.benefits.get(id=benefit.id)) == plain(benefit),
         "states": plain(state) == plain(by_name),
@@ -149,6 +153,9 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
         "names": [meters[0].customer.email, meters[0].meter.name],
         "session": [session.token[:10], session.customer_id == customer_id],
         "myself": [myself["id"] == customer_id, *story.myself(myself)],
+        "listed": [[grant.customer.email, grant.benefit.description] for grant in listed],
+        "own": [[grant.benefit.description, grant.benefit.organization.slug] for grant in own],
+        "export": story.exported(polar.customers.export()),
         "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
     }
 

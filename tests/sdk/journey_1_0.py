@@ -120,6 +120,8 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
     with Polar(session.token, base_url=url, timeout=PATIENCE_S) as visitor:
         portal = visitor.customer_portal.customer_meters.list().items
         myself = plain(visitor.customer_portal.customers.get())
+        own = visitor.customer_portal.benefit_grants.list().items
+    listed = polar.benefit_grants.list(external_customer_id="acme", sorting=["-granted_at"]).items
     return {
         "benefit": polar.benefits.get(benefit.id) == benefit,
         "states": state == by_name,
@@ -129,6 +131,9 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
         "names": [meters[0].customer.email, meters[0].meter.name],
         "session": [session.token[:10], session.customer_id == customer_id],
         "myself": [myself["id"] == customer_id, *story.myself(myself)],
+        "listed": [[grant.customer.email, grant.benefit.description] for grant in listed],
+        "own": [[grant.benefit.description, grant.benefit.organization.slug] for grant in own],
+        "export": story.exported(polar.customers.export()),
         "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
     }
 

@@ -206,6 +206,8 @@ def _read_lists(story: Story) -> None:
         story.get("/v1/benefits/{id}", id=benefit["id"])
         for grant in story.get("/v1/benefits/{id}/grants", id=benefit["id"])["items"]:
             story.get("/v1/benefit-grants/{id}", id=grant["id"])
+    story.get("/v1/benefit-grants/")
+    story.get("/v1/customers/export")
     for endpoint in story.get("/v1/webhooks/endpoints")["items"]:
         story.get("/v1/webhooks/endpoints/{id}", id=endpoint["id"])
     for told in story.get("/v1/webhooks/deliveries")["items"][:1]:
@@ -220,6 +222,8 @@ def _read_portal(story: Story) -> None:
         secret = story.ask("POST", "/v1/customer-sessions/", json=body)["token"]
         for one in story.get("/v1/customer-portal/meters/", secret=secret)["items"]:
             story.get("/v1/customer-portal/meters/{id}", id=one["id"], secret=secret)
+        for one in story.get("/v1/customer-portal/benefit-grants/", secret=secret)["items"]:
+            story.get("/v1/customer-portal/benefit-grants/{id}", id=one["id"], secret=secret)
         for path in ("customer-session/introspect", "customers/me", "usage"):
             story.get(f"/v1/customer-portal/{path}", secret=secret)
 

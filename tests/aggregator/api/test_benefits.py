@@ -283,3 +283,29 @@ def test_a_benefit_that_cannot_be_is_refused_where_it_is_wrong(tenant: Tenant, b
         body = whole | body | {"properties": properties | body.get("properties", {})}
     status, _, complaints = tenant.refusal("POST", "/v1/benefits/", json=body)
     assert (status, [loc for _, loc in complaints]) == (422, [where])
+
+
+def test_all_grants_are_listed_together(tenant: Tenant) -> None:
+    """Newest first, by customer and by whether they are held; grants of a deleted benefit are gone."""
+    meter, ann, bob = tenant.meter(), tenant.customer(external_id="ann"), tenant.customer()
+    first, second, gone = (benefit(tenant, meter, description=text) for text in ("first", "second", "gone"))
+    made = {}
+    for id, customer in ((first, ann), (first, bob), (second, ann), (gone, ann)):
+        tenant.server.now += timedelta(minutes=1)
+        made[id, customer] = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    assert tenant.ask("DELETE", f"/v1/benefits/{gone}").status_code == 204
+    tenant.post(f"/v1/benefit-grants/{made[first, bob]}/revoke", {})
+
+    def found(**asked: Any) -> list[str]:
+        items = tenant.get("/v1/benefit-grants/", **asked)["items"]
+        assert all(one == tenant.get(f"/v1/benefit-grants/{one['id']}") for one in items)
+        return [one["id"] for one in items]
+
+    assert found() == [made[second, ann], made[first, bob], made[first, ann]]
+    assert found(sorting="granted_at") == found()[::-1]
+    assert found(sorting="revoked_at")[0] == made[first, bob]
+    assert found(customer_id=ann) == found(external_customer_id="ann") == [made[second, ann], made[first, ann]]
+    assert found(external_customer_id="nobody") == []
+    assert found(is_granted=False) == [made[first, bob]]
+    assert found(limit=1, page=2) == [made[first, bob]]
+    assert found(organization_id=NOBODY) == []

@@ -1,5 +1,7 @@
 """Customers and dead letters over HTTP."""
 
+import csv
+import io
 import threading
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -298,3 +300,20 @@ def test_an_event_sent_with_the_mark_is_not_taken_for_sent(tenant: Tenant) -> No
 def test_a_dead_letter_that_is_not_there(tenant: Tenant, id: str) -> None:
     """A place where nothing lies, and what is no place, are 404."""
     assert tenant.ask("GET", f"/v1/dead-letters/{id}").status_code == 404
+
+
+def test_customers_are_exported_as_a_file(tenant: Tenant) -> None:
+    """Every living customer of the organization, oldest first, with quotes where a text needs them."""
+    ann = tenant.customer(email="ann@example.com", external_id='a,"b"', name="Ann\nLee", metadata={"seats": 3})
+    tenant.server.now += timedelta(minutes=1)
+    bob, gone = tenant.customer(email="bob@example.com"), tenant.customer()
+    tenant.ask("DELETE", f"/v1/customers/{gone}")
+    file = tenant.ask("GET", "/v1/customers/export")
+    assert file.headers["content-type"].startswith("text/csv")
+    assert list(csv.reader(io.StringIO(file.text, newline=""))) == [
+        ["ID", "External ID", "Created At", "Email", "Name", "Metadata"],
+        [ann, 'a,"b"', "2026-03-01T12:00:00Z", "ann@example.com", "Ann\nLee", '{"seats":3}'],
+        [bob, "", "2026-03-01T12:01:00Z", "bob@example.com", "", ""],
+    ]
+    other = tenant.ask("GET", "/v1/customers/export", params={"organization_id": NOWHERE})
+    assert other.text.splitlines() == ["ID,External ID,Created At,Email,Name,Metadata"]

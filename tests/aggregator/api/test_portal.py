@@ -3,7 +3,7 @@
 from datetime import timedelta
 from decimal import Decimal
 
-from aggregator.api.portal import percentage
+from aggregator.api.portal import percentage, slug
 from tests.conformance.cases import Case, named
 from tests.support.servers.query_api import Tenant
 
@@ -130,3 +130,30 @@ def test_the_usage_display_says_what_a_portal_shows(tenant: Tenant) -> None:
         "meter": "Calls", "usage": 0, "limit": 8, "balance": 8, "percentage": 0, "amount": 0,
         "period": {"start": since, "end": None}, "credits": [(8, "credit"), (3, "credit")],
     }  # fmt: skip
+
+
+def test_customers_see_their_own_grants(tenant: Tenant) -> None:
+    """With the benefit and the organization, and without what the organization keeps about them."""
+    customer, other = tenant.customer(email="ann@example.com"), tenant.customer()
+    properties = {"meter_id": meter(tenant, "Calls"), "units": 5, "rollover": True}
+    body = {"type": "meter_credit", "description": "Five calls", "properties": properties, "metadata": {"margin": "9"}}
+    benefit = tenant.post("/v1/benefits/", body)["id"]
+    ids = [tenant.post(f"/v1/benefits/{benefit}/grants", {"customer_id": one})["id"] for one in (customer, other)]
+    path, secret = "/v1/customer-portal/benefit-grants/", session(tenant, customer)
+    (one,) = tenant.ask("GET", path, secret=secret).json()["items"]
+    assert (one["id"], one["customer"]["email"], one["is_granted"]) == (ids[0], "ann@example.com", True)
+    assert (one["benefit"]["description"], one["benefit"]["properties"]) == ("Five calls", properties)
+    assert "metadata" not in one["benefit"]
+    assert one["benefit"]["organization"]["id"] == tenant.id
+    assert one["properties"]["last_credited_units"] == 5
+    assert tenant.ask("GET", path + ids[0], secret=secret).json() == one
+    assert tenant.ask("GET", path + ids[1], secret=secret).status_code == 404
+    for asked in ({"query": "six"}, {"type": "custom"}, {"benefit_id": ids[0]}, {"member_id": ids[0]}):
+        assert tenant.ask("GET", path, secret=secret, params=asked).json()["items"] == []
+    for asked in ({"query": "FIVE"}, {"type": "meter_credit"}, {"benefit_id": benefit}, {"sorting": "-granted_at"}):
+        assert tenant.ask("GET", path, secret=secret, params=asked).json()["items"] == [one]
+
+
+def test_a_name_becomes_a_slug() -> None:
+    """Small letters and digits, with one hyphen for whatever is between them."""
+    assert [slug(name) for name in ("Acme, Inc.", "a  b", "é")] == ["acme-inc", "a-b", ""]

@@ -37,6 +37,7 @@ NEEDS = [
     ("GET", "/v1/metrics/limits", {"metrics:read"}),
     ("GET", "/v1/customers/", {"customers:read", "customers:write"}),
     ("POST", "/v1/customers/", {"customers:write"}),
+    ("GET", "/v1/customers/export", {"customers:read", "customers:write"}),
     ("GET", f"/v1/customers/{NOWHERE}", {"customers:read", "customers:write"}),
     ("PATCH", f"/v1/customers/{NOWHERE}", {"customers:write"}),
     ("DELETE", f"/v1/customers/{NOWHERE}", {"customers:write"}),
@@ -64,6 +65,7 @@ NEEDS = [
     ("DELETE", f"/v1/benefits/{NOWHERE}", {"benefits:write"}),
     ("GET", f"/v1/benefits/{NOWHERE}/grants", {"benefits:read", "benefits:write"}),
     ("POST", f"/v1/benefits/{NOWHERE}/grants", {"benefits:write"}),
+    ("GET", "/v1/benefit-grants/", {"benefits:read", "benefits:write"}),
     ("GET", f"/v1/benefit-grants/{NOWHERE}", {"benefits:read", "benefits:write"}),
     ("POST", f"/v1/benefit-grants/{NOWHERE}/cycle", {"benefits:write"}),
     ("POST", f"/v1/benefit-grants/{NOWHERE}/revoke", {"benefits:write"}),
@@ -165,11 +167,10 @@ def test_paths_without_their_slash_are_redirected(server: Server) -> None:
 
 
 def test_unknown_paths_and_methods(server: Server) -> None:
-    """A path or method that does not exist is answered without an ``error`` key, as by Polar."""
-    assert (server.ask("GET", "/v1/nothing").status_code, server.ask("GET", "/v1/nothing").json()) == (
-        404,
-        {"detail": "Not Found"},
-    )
+    """A 404 has the fields that Polar's clients read from every 404; a wrong method is answered as by Polar."""
+    unknown, message = server.ask("GET", "/v1/orders/"), "There is no /v1/orders/ here. GET /docs lists every route."
+    assert (unknown.status_code, unknown.json()) == (404, {"error": "ResourceNotFound", "detail": message})
+    assert len(server.ask("GET", "/" + "x" * 4_000).text) < 400
     assert server.ask("DELETE", "/v1/meters/").json() == {"detail": "Method Not Allowed"}
 
 

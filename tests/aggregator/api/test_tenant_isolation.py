@@ -56,7 +56,8 @@ class Owned(NamedTuple):
     def readable(self) -> Iterator[str]:
         """Paths that a token may ask for with the same parameters."""
         for method, path in OPERATIONS:
-            if method == "GET" and "customer-portal" not in path and not path.endswith(("quantities", "usage")):
+            is_special = "customer-portal" in path or path.endswith(("quantities", "usage", "export"))
+            if method == "GET" and not is_special:
                 yield self.path(path)
 
 
