@@ -57,7 +57,7 @@ broker-faults: setup  ## gateways, aggregators, forwarders and real brokers toge
 explorers: setup  ## errors and deaths at every point of a write, killed servers, power losses, torn and damaged files; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m crash $(ARGS)
 
-clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; two minutes
+clients: setup  ## Polar's clients, the vendors' libraries and the examples, and our own client killed and cut off; some minutes
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m vendors $(ARGS)
 
 upstream: setup  ## forwarding to a second server that plays Polar, and reconciling with it and with the log; some minutes

@@ -15,6 +15,8 @@ from functools import cache
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from ingest.client.strategy import read
+
 # Watched streams. A stream ends by running out, by an error, by ``close``, by leaving its ``with`` block, or by being
 # garbage-collected. The first end counts.
 
@@ -298,84 +300,127 @@ def _metered_class(base: Any) -> type:
     return type(base.__name__, (base,), members | {"__module__": base.__module__})
 
 
+class _Call:
+    """A call under way, and whether its reader has seen the answer: the first who has it shows it."""
+
+    def __init__(self, reader: Reader, options: dict[str, Any]) -> None:
+        self.reader = reader
+        self.is_streamed = bool(options.get("stream"))
+        self._is_seen = False
+
+    def see(self, answer: Any) -> None:
+        """Read a whole answer."""
+        if not self._is_seen:
+            self._is_seen = True
+            harmless(self.reader.whole, answer, None)
+
+    def before(self, parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The library's own parser, which may refuse an answer that was billed; it is read before."""
+
+        def read_and_parse(answer: Any) -> Any:
+            if not self.is_streamed:
+                self.see(answer)
+            return parse(answer)
+
+        return read_and_parse
+
+    def fail(self, error: Exception) -> None:
+        """Read the answer that an error came after, if it holds one."""
+        answer = read(error, "completion")
+        if answer is None and read(error, "status_code") == 200 and not self.is_streamed:
+            answer = harmless(lambda error: error.response.json(), error, None)
+        if answer is not None:
+            self.see(answer)
+
+
 def _request(request: Any) -> Any:
     def read_request(self: Any, path: str, **options: Any) -> Any:
-        reader = _reader(self._opened_by_meter, path, options)
+        call = _begun(self._opened_by_meter, path, options)
         try:
             answer = request(self, path, **options)
         except Exception as error:
-            if not _is_refused(error, reader, options):
+            if not _is_refused(error, call, options):
                 raise
             answer = request(self, path, **options)
-        return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
+        return answer if call is None else harmless(lambda answer: _read(answer, call, options), answer, answer)
 
     return read_request
 
 
 def _async_request(request: Any) -> Any:
     async def read_request(self: Any, path: str, **options: Any) -> Any:
-        reader = _reader(self._opened_by_meter, path, options)
+        call = _begun(self._opened_by_meter, path, options)
         try:
             answer = await request(self, path, **options)
         except Exception as error:
-            if not _is_refused(error, reader, options):
+            if not _is_refused(error, call, options):
                 raise
             answer = await request(self, path, **options)
-        return answer if reader is None else harmless(lambda answer: _read(answer, reader, options), answer, answer)
+        return answer if call is None else harmless(lambda answer: _read(answer, call, options), answer, answer)
 
     return read_request
 
 
-def _reader(opened: Open, path: str, options: dict[str, Any]) -> Reader | None:
-    """The call's reader. What it adds to the request goes into ``options``."""
+def _begun(opened: Open, path: str, options: dict[str, Any]) -> _Call | None:
+    """The call, if it is metered. What its reader adds to the request goes into ``options``."""
     request = options.get("options") or {}
     body = options.get("body")
     if isinstance(body, Mapping) and isinstance(request.get("extra_json"), Mapping):
         body = {**body, **request["extra_json"]}
         request = {name: value for name, value in request.items() if name != "extra_json"}
-    reader: Reader | None = harmless(lambda opened: opened(path, body, bool(options.get("stream"))), opened, None)
-    if reader is not None and body is not None:
-        options |= {"body": reader.body, "options": request}
-    return reader
+    is_streamed = bool(options.get("stream"))
+    plain_path = path.partition("?")[0]  # a beta of a resource asks at the same path
+    reader: Reader | None = harmless(lambda opened: opened(plain_path, body, is_streamed), opened, None)
+    if reader is None:
+        return None
+    call = _Call(reader, options)
+    if callable(parse := request.get("post_parser")):
+        request = {**request, "post_parser": call.before(parse)}
+    if body is not None:
+        options["body"] = reader.body
+    options["options"] = request
+    return call
 
 
-def _is_refused(error: Exception, reader: Reader | None, options: dict[str, Any]) -> bool:
+def _is_refused(error: Exception, call: _Call | None, options: dict[str, Any]) -> bool:
     """Whether it was metering that the call failed by. ``options`` then have what the caller asked for, and no more."""
-    if reader is None or not harmless(reader.withdraw, error, False):
+    if call is None:
         return False
-    options["body"] = reader.body
+    if not harmless(call.reader.withdraw, error, False):
+        call.fail(error)
+        return False
+    options["body"] = call.reader.body
     return True
 
 
-def _read(answer: Any, reader: Reader, options: dict[str, Any]) -> Any:
-    is_streamed = bool(options.get("stream"))
+def _read(answer: Any, call: _Call, options: dict[str, Any]) -> Any:
     headers = (options.get("options") or {}).get("headers") or {}
     if any(name.lower() == RAW_RESPONSE_HEADER for name in headers) and hasattr(answer, "parse"):
-        return _raw(answer, reader, is_streamed)
-    return _watched(answer, reader, is_streamed)
+        return _raw(answer, call)
+    return _watched(answer, call)
 
 
-def _watched(answer: Any, reader: Reader, is_streamed: bool) -> Any:
-    if not is_streamed:
-        harmless(reader.whole, answer, None)
+def _watched(answer: Any, call: _Call) -> Any:
+    if not call.is_streamed:
+        call.see(answer)
         return answer
-    return (WatchedAsyncStream if hasattr(answer, "__aiter__") else WatchedStream)(answer, reader)
+    return (WatchedAsyncStream if hasattr(answer, "__aiter__") else WatchedStream)(answer, call.reader)
 
 
-def _raw(answer: Any, reader: Reader, is_streamed: bool) -> Any:
+def _raw(answer: Any, call: _Call) -> Any:
     """A raw response is read as soon as its body is here; else when the caller parses it, the first time."""
-    if not is_streamed and answer.http_response.is_closed:
-        harmless(lambda answer: reader.whole(answer.http_response.json()), answer, None)
+    if not call.is_streamed and answer.http_response.is_closed:
+        harmless(lambda answer: call.see(answer.http_response.json()), answer, None)
         return answer
     parse = answer.parse
     seen: list[tuple[Any, Any]] = []  # what was parsed first, and what the caller gets for it
 
     def watched(parsed: Any) -> Any:
         if not seen:
-            read = parsed if is_streamed else harmless(lambda raw: raw.http_response.json(), answer, parsed)
-            seen.append((parsed, _watched(read, reader, is_streamed) if is_streamed else parsed))
-            if not is_streamed:
-                harmless(reader.whole, read, None)
+            told = parsed if call.is_streamed else harmless(lambda raw: raw.http_response.json(), answer, parsed)
+            seen.append((parsed, _watched(told, call) if call.is_streamed else parsed))
+            if not call.is_streamed:
+                call.see(told)
         return seen[0][1] if parsed is seen[0][0] else parsed
 
     async def later(parsed: Any) -> Any:

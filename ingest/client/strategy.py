@@ -245,6 +245,9 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     ``terms`` are what else decides the price, as the vendor says it: ``service_tier``, ``speed``,
     ``inference_geo``.
     ``unpriced`` names what the vendor bills beside the call and tells no number of, if there is such a thing.
+    ``is_split`` says that tokens of pictures, sound and video in the output would have been told apart from those of
+    text. ``called`` is when the call was made, where that is known and was not just now: prices change.
+    ``parts`` are the calls that this one is the sum of, if it is one: each is billed for itself, by its own terms.
     ``reported_cost`` is in cents, where a library between here and the vendor has an opinion.
     """
 
@@ -255,6 +258,9 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True):
     is_estimated: bool = False
     terms: dict[str, str] = {}
     unpriced: str = ""
+    is_split: bool = True
+    called: datetime | None = None
+    parts: tuple["ModelCall", ...] = ()
     reported_cost: Decimal | None = None
     prompt: str | None = None
     response: str | None = None

@@ -47,7 +47,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 
 def python() -> Path:
     """An interpreter with the vendors' libraries."""
-    return environment("strategies", REPOSITORY / "tests" / "vendors" / "requirements.txt")
+    return environment("strategies-newest", REPOSITORY / "tests" / "vendors" / "requirements.txt")
 
 
 def events(installation: Installation, name: str, expected: int) -> list[dict[str, Any]]:

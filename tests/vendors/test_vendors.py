@@ -1,7 +1,8 @@
 """The strategies against the real libraries of their vendors, and the meters of a running server.
 
-Those libraries live in an environment of their own (see tests/support/environments.py). Each file ``vendor_*.py`` runs
-there once; each of its tests is a test here, and what its events say must be what the meters of a server read.
+Those libraries live in environments of their own (see tests/support/environments.py): one has the newest versions, and
+two the lowest that are supported. Each file ``vendor_*.py`` runs once with the newest versions and once with the
+lowest; each of its tests is a test here, and what its events say must be what the meters of a server read.
 """
 
 import ast
@@ -21,12 +22,16 @@ import pytest
 
 from tests.support.environments import environment
 from tests.support.servers.installation import Installation, started
-from tests.vendors.vendor_fixtures import SERVER, TALLY, TOKEN
+from tests.vendors.vendor_fixtures import SERVER, TALLY, TOKEN, VERSIONS
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 FILES = sorted(HERE.glob("vendor_*.py"))
 VENDORS = [path for path in FILES if path.stem != "vendor_fixtures"]
+SETS = {"newest": "requirements.txt", "lowest": "requirements-lowest.txt"}
+PYDANTIC_AI = "vendor_pydantic_ai"
+LOWEST_PYDANTIC_AI = "requirements-lowest-pydantic-ai.txt"  # needs newer clients than the lowest of the others
+RUNS = [(path, versions) for versions in SETS for path in VENDORS]
 FILE_S_MAX = 300  # importing them all takes ten on a machine that does nothing else
 TIME_LIMIT = pytest.mark.timeout(1200)  # the first test may have to install everything
 PERIOD = {"start_timestamp": "2023-01-01T00:00:00Z", "end_timestamp": "2030-12-31T00:00:00Z", "interval": "year"}
@@ -45,49 +50,60 @@ class Runs:
     def __init__(self, installation: Installation, folder: Path) -> None:
         self.installation = installation
         self._folder = folder
-        self._python = environment("strategies", HERE / "requirements.txt")
         self._pool = ThreadPoolExecutor(2)
-        self._runs: dict[str, Future[str]] = {path.stem: self._pool.submit(self._run, path) for path in VENDORS}
+        self._runs: dict[tuple[str, str], Future[str]] = {
+            (path.stem, versions): self._pool.submit(self._run, path, versions, interpreter(path, versions))
+            for path, versions in RUNS
+        }
 
-    def _run(self, path: Path) -> str:
-        tally = str(self.tally_of(path.stem))
+    def _run(self, path: Path, versions: str, python: Path) -> str:
+        tally = str(self.tally_of(path.stem, versions))
         environment = {
             "HOME": str(self._folder), "PYTHONPATH": str(REPOSITORY),
-            SERVER: self.installation.url, TOKEN: self.installation.token, TALLY: tally,
+            SERVER: self.installation.url, TOKEN: self.installation.token, TALLY: tally, VERSIONS: versions,
         }  # fmt: skip
-        options = ("-q", "-c", HERE / "vendors.ini", "--junitxml", self._report(path.stem))
+        options = ("-q", "-c", HERE / "vendors.ini", "--junitxml", self._report(path.stem, versions))
         done = subprocess.run(
-            [self._python, "-m", "pytest", *options, path], cwd=REPOSITORY, env=environment,
+            [python, "-m", "pytest", *options, path], cwd=REPOSITORY, env=environment,
             capture_output=True, text=True, timeout=FILE_S_MAX, check=False,
         )  # fmt: skip
         return done.stdout + done.stderr
 
-    def _report(self, stem: str) -> Path:
-        return self._folder / f"{stem}.xml"
+    def _report(self, stem: str, versions: str) -> Path:
+        return self._folder / f"{stem}-{versions}.xml"
 
-    def tally_of(self, stem: str) -> Path:
+    def tally_of(self, stem: str, versions: str) -> Path:
         """Where a run's tally is."""
-        return self._folder / f"{stem}.json"
+        return self._folder / f"{stem}-{versions}.json"
 
-    def failures(self, stem: str, test: str) -> list[str]:
-        """What is wrong with a test; it must have run."""
-        printed = self._runs[stem].result()
-        assert self._report(stem).exists(), printed
-        cases = [case for case in ElementTree.parse(self._report(stem)).iter("testcase")  # noqa: S314 (our own file)
+    def failures(self, stem: str, versions: str, test: str) -> list[str]:
+        """What is wrong with a test; it must have run, but for what the lowest versions do not have yet."""
+        printed = self._runs[stem, versions].result()
+        report = self._report(stem, versions)
+        assert report.exists(), printed
+        cases = [case for case in ElementTree.parse(report).iter("testcase")  # noqa: S314 (our own file)
                  if case.get("name", "").partition("[")[0] == test]  # fmt: skip
         assert cases, printed
-        return [told.text or "" for case in cases for told in case if told.tag in ("failure", "error", "skipped")]
+        wrong = ("failure", "error") if versions == "lowest" else ("failure", "error", "skipped")
+        return [told.text or "" for case in cases for told in case if told.tag in wrong]
 
-    def tally(self, stem: str) -> dict[str, str]:
+    def tally(self, stem: str, versions: str) -> dict[str, str]:
         """What the meters must read: a total for each ``name key``."""
-        printed = self._runs[stem].result()
-        assert self.tally_of(stem).exists(), printed
-        told: dict[str, str] = msgspec.json.decode(self.tally_of(stem).read_bytes())
+        printed = self._runs[stem, versions].result()
+        assert self.tally_of(stem, versions).exists(), printed
+        told: dict[str, str] = msgspec.json.decode(self.tally_of(stem, versions).read_bytes())
         return told
 
     def close(self) -> None:
         """Wait for what still runs."""
         self._pool.shutdown()
+
+
+def interpreter(path: Path, versions: str) -> Path:
+    """The Python that has the libraries for a file's tests in these versions."""
+    if versions == "lowest" and path.stem == PYDANTIC_AI:
+        return environment("strategies-lowest-pydantic-ai", HERE / LOWEST_PYDANTIC_AI)
+    return environment(f"strategies-{versions}", HERE / SETS[versions])
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +115,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 @TIME_LIMIT
-@pytest.mark.parametrize(("stem", "test"), [(path.stem, test) for path in VENDORS for test in names_in(path)])
-def test_with_the_real_library(runs: Runs, stem: str, test: str) -> None:
+@pytest.mark.parametrize(
+    ("stem", "versions", "test"),
+    [(path.stem, versions, test) for path, versions in RUNS for test in names_in(path)],
+)
+def test_with_the_real_library(runs: Runs, stem: str, versions: str, test: str) -> None:
     """What a test with a vendor's own library states is true."""
-    assert runs.failures(stem, test) == []
+    assert runs.failures(stem, versions, test) == []
 
 
 def meter_reading(http: httpx.Client, name: str, key: str) -> Decimal:
@@ -122,10 +141,10 @@ class _Quantities(msgspec.Struct):
 
 
 @TIME_LIMIT
-@pytest.mark.parametrize("stem", [path.stem for path in VENDORS])
-def test_the_meters_read_what_the_strategies_told(runs: Runs, stem: str) -> None:
+@pytest.mark.parametrize(("stem", "versions"), [(path.stem, versions) for path, versions in RUNS])
+def test_the_meters_read_what_the_strategies_told(runs: Runs, stem: str, versions: str) -> None:
     """Every event arrived, once, and every sum is the one of what was captured, to the last decimal."""
-    told = {name: Decimal(total) for name, total in runs.tally(stem).items()}
+    told = {name: Decimal(total) for name, total in runs.tally(stem, versions).items()}
     assert told
     head = {"Authorization": f"Bearer {runs.installation.token}"}
     with httpx.Client(base_url=runs.installation.url, headers=head, timeout=60) as http:

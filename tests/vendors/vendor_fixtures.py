@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import datetime, tzinfo
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ingest.client.testing import RecordingIngestion
 from tests.support.servers.vendor_endpoint import Replay
 
 SERVER, TOKEN, TALLY = "STRATEGY_TESTS_SERVER", "STRATEGY_TESTS_TOKEN", "STRATEGY_TESTS_TALLY"
+VERSIONS = "STRATEGY_TESTS_VERSIONS"
 COUNTED = ("_llm.input_tokens", "_llm.output_tokens", "_llm.total_tokens", "cachedInputTokens", "_cost.amount", "bytes")
 PATIENCE_S = 20.0
 
@@ -46,7 +48,7 @@ class Forwarding(RecordingIngestion):
                 if value is not None:
                     self._tally[f"{name} {key}"] += Decimal(str(value))  # type: ignore[assignment]
             if self._server is not None:
-                self._server.ingest({**sent, "name": name})
+                self._server.ingest({**sent, "name": name, "external_id": f"{self._prefix}.{sent['external_id']}"})
         return external_id
 
     capture = ingest
@@ -77,6 +79,21 @@ def vendor() -> Iterator[Replay]:
 
 
 @pytest.fixture
+def day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noon in November 2026, for prices that go by the day or the hour."""
+    from genai_prices import data_snapshot, types  # not installed where the outer tests run
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Then":
+            return cls(2026, 11, 25, 12, tzinfo=tz)
+
+    for module in (data_snapshot, types):  # each asks for the time
+        monkeypatch.setattr(module, "datetime", Then)
+
+
+@pytest.fixture
 def ingestion(request: pytest.FixtureRequest, server: tuple[Ingestion | None, Counter[str]]) -> RecordingIngestion:
     """Where events go."""
-    return Forwarding(Path(request.node.path).stem.removeprefix("vendor_"), *server)
+    versions = os.environ.get(VERSIONS, "newest")
+    return Forwarding(f"{versions}.{Path(request.node.path).stem.removeprefix('vendor_')}", *server)

@@ -98,6 +98,7 @@ def test_a_grounded_answer_of_gemini_has_no_cost(ingestion: RecordingIngestion) 
             "usage_metadata": {"prompt_token_count": 100, "candidates_token_count": 100},
             "candidates": [Candidate(finish_reason="STOP", content=content, grounding_metadata=grounding)],
         })  # fmt: skip
-        reader = google_genai._Reader("gemini-2.5-flash", "hi", "google", None, False, lambda c: llm.record("ada", c))
+        asked = {"model": "gemini-2.5-flash", "contents": "hi"}
+        reader = google_genai._Reader(asked, "google", None, False, lambda call: llm.record("ada", call))
         reader.whole(answer, is_embedding=False)
     assert ["_cost" in event["metadata"] for event in ingestion.events] == [True, True, False]

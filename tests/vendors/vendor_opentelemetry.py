@@ -10,6 +10,7 @@ from opentelemetry.trace import SpanKind, Tracer
 from ingest.client.prices import list_price
 from ingest.client.strategies.opentelemetry import OpenTelemetryStrategy
 from ingest.client.testing import RecordingIngestion
+from tests.vendors.truths import check
 
 CHAT = {
     "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai", "gen_ai.request.model": "gpt-5-mini",
@@ -79,3 +80,45 @@ def test_a_span_counts_once_however_many_processors_see_it(
     first, second = ingestion.events
     assert first == second
     assert provider.force_flush()
+
+
+FLEX = {
+    "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai", "gen_ai.response.model": "gpt-5.6-sol",
+    "gen_ai.usage.input_tokens": 10_000, "gen_ai.usage.output_tokens": 320,
+    "gen_ai.usage.cache_write.input_tokens": 8000, "openai.response.service_tier": "flex",
+}  # fmt: skip
+WRITTEN = {
+    "gen_ai.operation.name": "chat", "gen_ai.provider.name": "anthropic", "gen_ai.response.model": "claude-sonnet-4-5",
+    "gen_ai.usage.input_tokens": 1000, "gen_ai.usage.output_tokens": 500,
+    "gen_ai.usage.cache_creation.input_tokens": 800,
+}  # fmt: skip
+OPENINFERENCE = {
+    "openinference.span.kind": "LLM", "llm.provider": "openai", "llm.model_name": "gpt-5-mini-2025-08-07",
+    "llm.token_count.prompt": 1250, "llm.token_count.completion": 340, "llm.token_count.total": 1590,
+    "llm.token_count.prompt_details.cache_read": 1024, "llm.token_count.completion_details.reasoning": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attributes", "truth"),
+    [(FLEX, "otel-flex"), (WRITTEN, "otel-anthropic-write"), (OPENINFERENCE, "openinference")],
+)
+def test_what_spans_tell(
+    provider: TracerProvider, ingestion: RecordingIngestion, attributes: dict[str, Any], truth: str
+) -> None:
+    """Names of today, names of OpenInference, and what no name says."""
+    llm = ingestion.strategy(OpenTelemetryStrategy, "llm").cost(list_price)
+    provider.add_span_processor(llm.span_processor("ada"))
+    span(provider.get_tracer("test"), attributes)
+    check(truth, ingestion.events)
+
+
+def test_only_a_models_own_spans_of_openinference_count(
+    provider: TracerProvider, ingestion: RecordingIngestion
+) -> None:
+    """Chains and agents tell the sums of what is below them. What an instrumentation says of the cost is there."""
+    llm = ingestion.strategy(OpenTelemetryStrategy, "llm").cost(lambda call: call.reported_cost)
+    provider.add_span_processor(llm.span_processor("ada"))
+    for kind in ("CHAIN", "AGENT", "TOOL", "LLM"):
+        span(provider.get_tracer("test"), OPENINFERENCE | {"openinference.span.kind": kind, "llm.cost.total": 0.0007})
+    assert ingestion.one()["metadata"]["_cost"]["amount"] == 0.07

@@ -1,24 +1,37 @@
 """The real pydantic-ai around the real openai package: per request, or per run; never both."""
 
 import asyncio
+from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic_ai import Agent, ModelRetry, UnexpectedModelBehavior
-from pydantic_ai.capabilities import AbstractCapability, ModelFallback
-from pydantic_ai.exceptions import FallbackExceptionGroup, RetryModelRequest
-from pydantic_ai.messages import ModelResponse, TextPart
+from msgspec.structs import replace
+from pydantic_ai import Agent, ModelRetry, UnexpectedModelBehavior, exceptions
+from pydantic_ai import capabilities as offered
+from pydantic_ai.capabilities import AbstractCapability
+from pydantic_ai.exceptions import FallbackExceptionGroup
+from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import FunctionModel
 from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.usage import RequestUsage
 
+from ingest.client.prices import list_price
 from ingest.client.strategies.pydantic_ai import PydanticAIStrategy
+from ingest.client.strategy import ModelCall
 from ingest.client.testing import RecordingIngestion
 from tests.support.servers.vendor_endpoint import PATIENCE_S, Replay, whole
+from tests.vendors.truths import check
+from tests.vendors.vendor_anthropic import MESSAGE, MESSAGES
 from tests.vendors.vendor_openai import CHAT, COMPLETION, EXACT, WORDS, chat_stream
 
+has_fallbacks = pytest.mark.skipif(
+    not hasattr(offered, "ModelFallback") or not hasattr(exceptions, "RetryModelRequest"),
+    reason="needs a newer pydantic-ai: this one tells nothing of rejected answers",
+)
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 CALLS_TOOL = COMPLETION | {"choices": [{"index": 0, "finish_reason": "tool_calls", "logprobs": None, "message": {
     "role": "assistant", "content": None, "refusal": None, "tool_calls": [TOOL_CALL]}}]}  # fmt: skip
@@ -155,7 +168,7 @@ class Impatient(AbstractCapability[Any]):
     async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:
         """Ask once more."""
         if request_context.attempt == 1:
-            raise RetryModelRequest
+            raise exceptions.RetryModelRequest
         return response
 
 
@@ -167,6 +180,7 @@ class Strict(AbstractCapability[Any]):
         raise ValueError("not allowed")
 
 
+@has_fallbacks
 def test_answers_that_end_a_run_count_once(ingestion: RecordingIngestion) -> None:
     """Whether the capability that ended it saw the answer before us or after, with those that were rejected before."""
     dear, cheap = fixed("dear", "bad", 1000, 500), fixed("cheap", "good", 100, 10)
@@ -178,11 +192,12 @@ def test_answers_that_end_a_run_count_once(ingestion: RecordingIngestion) -> Non
         ingestion.clear()
 
 
+@has_fallbacks
 def test_answers_that_a_fallback_rejected_count_once(ingestion: RecordingIngestion) -> None:
     """By the model or by a capability, before our hook or after it, to a good end or to none: as the run's own sum."""
     dear, cheap = fixed("dear", "bad", 1000, 500), fixed("cheap", "good", 100, 10)
     llm = ingestion.strategy(PydanticAIStrategy, "llm")
-    ours, instead = llm.capability("ada"), ModelFallback(cheap, fallback_on=is_bad)
+    ours, instead = llm.capability("ada"), offered.ModelFallback(cheap, fallback_on=is_bad)
     agents: list[Agent[Any, str]] = [
         Agent(FallbackModel(dear, cheap, fallback_on=is_bad), capabilities=[ours]),
         Agent(dear, capabilities=[ours, instead]),
@@ -205,3 +220,40 @@ def test_answers_that_a_fallback_rejected_count_once(ingestion: RecordingIngesti
     ingestion.clear()
     llm.ingest("ada", Agent(FallbackModel(dear, cheap, fallback_on=is_bad)).run_sync("hi"))
     assert [event["metadata"]["total_tokens"] for event in ingestion.events] == [1500, 110]
+
+
+def test_anthropics_fast_mode_and_searches(vendor: Replay, ingestion: RecordingIngestion) -> None:
+    """The speed is in the details of the response, or in the settings of the request; the searches are in the usage."""
+    usage = {"input_tokens": 1050, "output_tokens": 4000, "cache_read_input_tokens": 0, "speed": "fast",
+             "cache_creation_input_tokens": 0,
+             "server_tool_use": {"web_search_requests": 3, "web_fetch_requests": 0}}  # fmt: skip
+    vendor.will(MESSAGES, whole(MESSAGE | {"model": "claude-opus-4-8", "usage": usage}))
+    provider = AnthropicProvider(api_key="key", base_url=vendor.url)
+    costs: list[Any] = []
+
+    def cost(call: ModelCall) -> Any:
+        costs.append(call.reported_cost)
+        return list_price(replace(call, api_url=None))
+
+    capability = ingestion.strategy(PydanticAIStrategy, "llm").cost(cost).capability("ada")
+    model = AnthropicModel("claude-opus-4-8", provider=provider)
+    settings: Any = {"max_tokens": 100, "anthropic_speed": "fast"}
+    Agent(model, capabilities=[capability]).run_sync("hi", model_settings=settings)
+    check("pydantic-ai-fast", ingestion.events)
+    assert costs in ([Decimal("24.05")], [Decimal("13.525")])  # before it knew of fast mode it was wrong
+
+
+def test_each_request_of_a_run_is_priced_by_its_own_size(ingestion: RecordingIngestion) -> None:
+    """Two requests of 150,000 tokens are not one of 300,000, which would cost more for each token."""
+    def answer(messages: Any, info: Any) -> ModelResponse:
+        usage = RequestUsage(input_tokens=150_000, output_tokens=100)
+        told = {"usage": usage, "model_name": "gemini-2.5-pro", "provider_name": "google"}
+        if len(messages) == 1:
+            return ModelResponse(parts=[ToolCallPart("weather", {})], **told)
+        return ModelResponse(parts=[TextPart("Fine.")], **told)
+
+    made: Agent[Any, str] = Agent(FunctionModel(answer, model_name="gemini-2.5-pro"))
+    made.tool_plain(lambda: "sunny", name="weather")
+    llm = ingestion.strategy(PydanticAIStrategy, "llm").cost(list_price)
+    llm.ingest("ada", made.run_sync("hi"))
+    check("pydantic-ai-tiers", ingestion.events)

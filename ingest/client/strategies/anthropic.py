@@ -8,7 +8,8 @@ Anthropic counts what was read from a cache and written to one beside ``input_to
 first event has the input, and each ``message_delta`` what was used until then: numbers that replace each other.
 
 What a call made the service do beside the answer is told in ``usage.iterations`` alone. A compaction of the context is
-part of the call; an advisor is another model with prices of its own, so each of its turns is an event of its own.
+part of the call; an advisor is another model with prices of its own, so each of its turns is an event of its own. Where
+a model declines and another one answers instead, each of the two is an event with its own tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,17 +19,16 @@ from ingest.client.instrument import Reader, metered
 from ingest.client.strategy import (
     LanguageModelStrategy,
     ModelCall,
-    Tokens,
     Who,
     as_text,
     characters_in,
     count,
-    details,
     estimated_tokens,
     items,
     read,
     text,
 )
+from ingest.client.usage import kept_as_asked, parts_by_model, read_terms
 
 C = TypeVar("C")
 
@@ -37,32 +37,8 @@ _MESSAGES = "/v1/messages"
 _COUNTS = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
     "server_tool_use", "output_tokens_details", "iterations", "service_tier", "speed", "inference_geo",
+    "fallback_credit",
 )  # fmt: skip
-
-
-def message_tokens(usage: Any) -> Tokens:
-    """From a message's ``usage``, with the compactions that it does not have in its own numbers."""
-    return sum((_tokens(each) for each in _iterations(usage, "compaction")), _tokens(usage))
-
-
-def _iterations(usage: Any, kind: str) -> list[Any]:
-    return [each for each in items(usage, "iterations") if text(each, "type") == kind]
-
-
-def _tokens(usage: Any) -> Tokens:
-    cached, written = count(usage, "cache_read_input_tokens"), count(usage, "cache_creation_input_tokens")
-    return Tokens(
-        input=count(usage, "input_tokens") + cached + written,
-        cached=cached,
-        cache_write=written,
-        output=count(usage, "output_tokens"),
-        reasoning=count(usage, "output_tokens_details", "thinking_tokens"),
-        details=details(
-            cache_write_5m_tokens=count(usage, "cache_creation", "ephemeral_5m_input_tokens"),
-            cache_write_1h_tokens=count(usage, "cache_creation", "ephemeral_1h_input_tokens"),
-            web_searches=count(usage, "server_tool_use", "web_search_requests"),
-        ),
-    )
 
 
 class AnthropicStrategy(LanguageModelStrategy):
@@ -79,7 +55,7 @@ class AnthropicStrategy(LanguageModelStrategy):
         url = None if vendor else str(read(client, "base_url") or "")
 
         def opened(path: str, body: Any, is_streamed: bool) -> _Reader | None:
-            if path.partition("?")[0] != _MESSAGES or not isinstance(body, Mapping):
+            if path != _MESSAGES or not isinstance(body, Mapping):
                 return None
             who = self.resolve(customer)
             if who is None:
@@ -106,11 +82,13 @@ class _Reader(Reader):
         self._usage: dict[str, Any] = {}
         self._is_final = self._has_begun = False
         self._words: list[str] = []
+        self._blocks: list[Any] = []
 
     def whole(self, answer: Any) -> None:
         """Read a message that came at once."""
         self._begin(answer)
-        self._words = [text(block, "text") for block in items(answer, "content")]
+        self._blocks = list(items(answer, "content"))
+        self._words = [text(block, "text") for block in self._blocks]
         self._is_final = True
         self._finish()
 
@@ -119,6 +97,9 @@ class _Reader(Reader):
         match text(item, "type"):
             case "message_start":
                 self._begin(read(item, "message"))
+            case "content_block_start":
+                self._blocks.append(read(item, "content_block"))
+                self._model = text(self._blocks[-1], "to", "model") or self._model
             case "content_block_delta":
                 names = ("text", "thinking", "partial_json")
                 self._words.extend(text(item, "delta", name) for name in names)
@@ -148,33 +129,36 @@ class _Reader(Reader):
 
     def _finish(self) -> None:
         words = "".join(self._words)
-        for advice in _iterations(self._usage, "advisor_message"):
-            self._report(self._advice(advice))
-        self._report(
-            ModelCall(
-                vendor=self._vendor,
-                model=self._model,
-                tokens=message_tokens(self._usage if self._is_final else self._estimate(len(words))),
-                api_url=self._url,
-                is_estimated=not self._is_final,
-                terms=self._terms("service_tier", "speed", "inference_geo"),
-                prompt=as_text(read(self.body, "messages") or "") if self._keep_text else None,
-                response=words if self._keep_text else None,
+        usage = self._usage if self._is_final else self._estimate(len(words))
+        parts = parts_by_model(usage, self._model, text(self.body, "model"))
+        unpriced = self._unpriced(is_told_by_model=any(part.kind == "declined" for part in parts))
+        for part in parts:
+            is_answer = part.kind == "answer"
+            terms = read_terms(self._usage)
+            self._report(
+                ModelCall(
+                    vendor=self._vendor,
+                    model=part.model,
+                    tokens=kept_as_asked(part.tokens, self.body),
+                    api_url=self._url,
+                    is_estimated=not self._is_final and is_answer,
+                    terms={name: term for name, term in terms.items() if name != "speed"} if part.is_advice else terms,
+                    unpriced="" if part.is_advice else unpriced,
+                    prompt=as_text(read(self.body, "messages") or "") if self._keep_text and is_answer else None,
+                    response=words if self._keep_text and is_answer else None,
+                )
             )
-        )
 
-    def _advice(self, advice: Any) -> ModelCall:
-        """The advisor's turn; the speed is the answer's alone."""
-        return ModelCall(
-            vendor=self._vendor,
-            model=text(advice, "model"),
-            tokens=message_tokens(advice),
-            api_url=self._url,
-            terms=self._terms("service_tier", "inference_geo"),
-        )
-
-    def _terms(self, *names: str) -> dict[str, str]:
-        return {name: found for name in names if (found := text(self._usage, name))}
+    def _unpriced(self, is_told_by_model: bool) -> str:
+        """What is billed beside the tokens, or for tokens of which nobody says which model's they are."""
+        if text(self._usage, "fallback_credit", "status", "type") == "redeemed":
+            return "a call with a fallback credit"
+        if any(text(block, "type") == "fallback" for block in self._blocks) and not is_told_by_model:
+            return "a call that two models answered"
+        ran = any("code_execution" in text(block, "name") for block in self._blocks)
+        names = ("web_search_requests", "web_fetch_requests")
+        is_free = any(count(self._usage, "server_tool_use", name) for name in names)  # it then serves these
+        return "code execution" if ran and not is_free else ""
 
     def _estimate(self, characters: int) -> dict[str, Any]:
         """The input is known once the stream has begun; of the output, what arrived is a lower bound."""

@@ -11,7 +11,7 @@ stream has the counts until then; the last one has the totals.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -24,51 +24,31 @@ from ingest.client.strategy import (
     as_text,
     characters_in,
     count,
-    details,
     estimated_tokens,
     items,
     read,
     text,
 )
+from ingest.client.tools import is_grounded
+from ingest.client.usage import read_terms, read_tokens
 
 C = TypeVar("C")
 
 VENDOR = "google"
-_REQUESTS = ("_generate_content", "_generate_content_stream", "_embed_content")
-"""Where every request of ``models`` passes; held to the library by the tests."""
+_REQUESTS = ("_generate_content", "_generate_content_stream")
+_EMBEDDINGS = ("_embed_content", "embed_content")
+"""Where every request of ``models`` passes; held to the library by the tests. Older libraries have no inner way for
+embeddings, whose outer way then is a request."""
 
-
-_GROUNDS = ("web_search_queries", "image_search_queries", "retrieval_queries", "grounding_chunks")
-
-
-def content_tokens(usage: Any) -> Tokens:
-    """From ``usage_metadata``. The prompt has the cached tokens inside; thoughts stand beside the candidates."""
-    thoughts = count(usage, "thoughts_token_count")
-    cache_told = read(usage, "cache_tokens_details") is not None
-    cached_audio = {"cache_audio_read_tokens": _of_audio(usage, "cache_tokens_details")} if cache_told else {}
-    return Tokens(
-        input=count(usage, "prompt_token_count") + count(usage, "tool_use_prompt_token_count"),
-        cached=count(usage, "cached_content_token_count"),
-        output=count(usage, "candidates_token_count") + thoughts,
-        reasoning=thoughts,
-        details=details(
-            input_audio_tokens=_of_audio(usage, "prompt_tokens_details"),
-            output_audio_tokens=_of_audio(usage, "candidates_tokens_details"),
-        )
-        | cached_audio,
-    )
+_TIER_HEADER = "x-gemini-service-tier"
 
 
 def embedding_tokens(answer: Any) -> Tokens | None:
     """From an embedding's answer; None where the service does not tell (the Gemini API's older models)."""
     if (usage := read(answer, "usage_metadata")) is not None:
-        return Tokens(input=count(usage, "prompt_token_count"))
+        return read_tokens(usage)
     told = [count(entry, "statistics", "token_count") for entry in items(answer, "embeddings")]
     return Tokens(input=sum(told)) if any(told) else None
-
-
-def _of_audio(usage: Any, name: str) -> int:
-    return sum(count(part, "token_count") for part in items(usage, name) if text(part, "modality") == "AUDIO")
 
 
 class GoogleGenAIStrategy(LanguageModelStrategy):
@@ -83,18 +63,16 @@ class GoogleGenAIStrategy(LanguageModelStrategy):
         """
         url = None if vendor else text(client, "_api_client", "_http_options", "base_url") or None
 
-        def opened(model: str, contents: Any) -> _Reader | None:
+        def opened(asked: Mapping[str, Any]) -> _Reader | None:
             who = self.resolve(customer)
             if who is None:
                 return None
-            return _Reader(
-                model, contents, vendor or VENDOR, url, keep_text, lambda call: self.record(who, call, metadata)
-            )
+            return _Reader(asked, vendor or VENDOR, url, keep_text, lambda call: self.record(who, call, metadata))
 
         return _metered(client, opened)
 
 
-def _metered(client: C, opened: Callable[[str, Any], "_Reader | None"]) -> C:
+def _metered(client: C, opened: Callable[[Mapping[str, Any]], "_Reader | None"]) -> C:
     made: Any = copy.copy(client)
     made.__class__ = _guest_class(made.__class__)
     made._host = client  # whoever owns the connections closes them
@@ -105,7 +83,7 @@ def _metered(client: C, opened: Callable[[str, Any], "_Reader | None"]) -> C:
     return made  # type: ignore[no-any-return]
 
 
-def _metered_models(models: Any, opened: Callable[[str, Any], "_Reader | None"]) -> Any:
+def _metered_models(models: Any, opened: Callable[[Mapping[str, Any]], "_Reader | None"]) -> Any:
     made = copy.copy(models)
     made.__class__ = _models_class(models.__class__)
     made._opened_by_meter = opened
@@ -123,16 +101,17 @@ def _models_class(base: Any) -> type:
     """A subclass of ``Models`` or ``AsyncModels`` whose requests are read."""
     if hasattr(base, "_opened_by_meter"):
         return base  # type: ignore[no-any-return]
-    if missing := [name for name in _REQUESTS if not callable(getattr(base, name, None))]:
+    embeddings = [name for name in _EMBEDDINGS if callable(getattr(base, name, None))][:1]
+    requests = (*_REQUESTS, *(embeddings or _EMBEDDINGS))
+    if missing := [name for name in requests if not callable(getattr(base, name, None))]:
         raise TypeError(f"{base.__module__}.{base.__name__} has no {', '.join(missing)}: an unknown google-genai")
     wrap = _async_request if inspect.iscoroutinefunction(base._generate_content) else _request
-    members: dict[str, Any] = {name: wrap(getattr(base, name), name) for name in _REQUESTS}
+    members: dict[str, Any] = {name: wrap(getattr(base, name), name) for name in requests}
     return type(base.__name__, (base,), members | {"__module__": base.__module__, "_opened_by_meter": None})
 
 
 def _reader(self: Any, options: dict[str, Any]) -> "_Reader | None":
-    contents = next((options[name] for name in ("contents", "content", "batch_contents") if options.get(name)), None)
-    reader: _Reader | None = harmless(lambda self: self._opened_by_meter(options["model"], contents), self, None)
+    reader: _Reader | None = harmless(lambda self: self._opened_by_meter(options), self, None)
     return reader
 
 
@@ -144,7 +123,7 @@ def _request(request: Any, name: str) -> Any:
         if name == "_generate_content_stream":
             return iter(WatchedStream(request(self, **options), reader))
         answer = request(self, **options)
-        harmless(partial(reader.whole, is_embedding=name == "_embed_content"), answer, None)
+        harmless(partial(reader.whole, is_embedding=name in _EMBEDDINGS), answer, None)
         return answer
 
     return call
@@ -158,7 +137,7 @@ def _async_request(request: Any, name: str) -> Any:
             return answer
         if name == "_generate_content_stream":
             return WatchedAsyncStream(answer, reader)
-        harmless(partial(reader.whole, is_embedding=name == "_embed_content"), answer, None)
+        harmless(partial(reader.whole, is_embedding=name in _EMBEDDINGS), answer, None)
         return answer
 
     return call
@@ -169,14 +148,17 @@ class _Reader(Watcher):
 
     def __init__(
         self,
-        model: str,
-        contents: Any,
+        asked: Mapping[str, Any],
         vendor: str,
         url: str | None,
         keep_text: bool,
         report: Callable[[ModelCall], object],
     ) -> None:
-        self._model, self._contents = model.rpartition("/")[2], contents
+        self._model = text(asked, "model").rpartition("/")[2]
+        self._contents = next(
+            (asked[name] for name in ("contents", "content", "batch_contents") if asked.get(name)), None
+        )
+        self._terms = {"service_tier": tier.lower()} if (tier := text(asked, "config", "service_tier")) else {}
         self._vendor, self._url, self._keep_text, self._report = vendor, url, keep_text, report
         self._tokens: Tokens | None = None
         self._is_final = self._has_begun = False
@@ -196,13 +178,15 @@ class _Reader(Watcher):
         """Read a chunk; its counts are those until now."""
         self._has_begun = True
         self._model = text(item, "model_version") or self._model
+        headers = read(item, "sdk_http_response", "headers")
         if (usage := read(item, "usage_metadata")) is not None:
-            self._tokens = content_tokens(usage)
+            self._tokens = read_tokens(usage)
+        self._terms |= read_terms(usage, {"service_tier": text(headers, _TIER_HEADER).lower()})
         for candidate in items(item, "candidates"):
             self._is_final = self._is_final or (usage is not None and read(candidate, "finish_reason") is not None)
             self._words.extend(text(part, "text") for part in items(candidate, "content", "parts"))
-            if any(items(candidate, "grounding_metadata", name) for name in _GROUNDS):
-                self._unpriced = "grounding"  # by the prompt or the query, beyond a daily allowance of the account's
+            if is_grounded(read(candidate, "grounding_metadata")):
+                self._unpriced = "grounding"
         return True
 
     def end(self, is_complete: bool) -> None:
@@ -221,6 +205,7 @@ class _Reader(Watcher):
                 tokens=self._tokens if self._is_final and self._tokens else self._estimate(len(words)),
                 api_url=self._url,
                 is_estimated=not self._is_final,
+                terms=self._terms,
                 unpriced=self._unpriced,
                 prompt=as_text(self._contents or "") if self._keep_text else None,
                 response=words if self._keep_text else None,

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import msgspec
+from msgspec.structs import replace
 
 from ingest.client.instrument import harmless
 from ingest.client.strategy import (
@@ -27,53 +27,26 @@ from ingest.client.strategy import (
     as_text,
     count,
     customer_in,
-    details,
     estimated_tokens,
-    inclusive,
     items,
     read,
     text,
+)
+from ingest.client.tools import billed_tools, has_sound, is_grounded, searches_unseen
+from ingest.client.usage import (
+    kept_as_asked,
+    parts_by_model,
+    read_details,
+    read_terms,
+    read_tokens,
+    read_unpriced,
+    tier_in_names,
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _RUNS_MAX = 10_000
 """Runs that were begun and whose end was not heard of; LangChain tells every end, so these are calls under way."""
-
-
-def message_tokens(usage: Any) -> Tokens:
-    """From an ``AIMessage.usage_metadata``.
-
-    Who tells how long what was written to a cache stays there (langchain-anthropic) may give its sum as zero.
-    """
-    cached = count(usage, "input_token_details", "cache_read")
-    five_minutes = count(usage, "input_token_details", "ephemeral_5m_input_tokens")
-    hour = count(usage, "input_token_details", "ephemeral_1h_input_tokens")
-    written = max(count(usage, "input_token_details", "cache_creation"), five_minutes + hour)
-    return Tokens(
-        input=inclusive(count(usage, "input_tokens"), cached, written),
-        cached=cached,
-        cache_write=written,
-        output=count(usage, "output_tokens"),
-        reasoning=count(usage, "output_token_details", "reasoning"),
-        details=details(
-            cache_write_5m_tokens=five_minutes,
-            cache_write_1h_tokens=hour,
-            input_audio_tokens=count(usage, "input_token_details", "audio"),
-            output_audio_tokens=count(usage, "output_token_details", "audio"),
-        ),
-    )
-
-
-def completion_tokens(usage: Any) -> Tokens:
-    """From the ``token_usage`` of an ``LLMResult.llm_output``, which has OpenAI's names whoever the vendor is."""
-    prompt = count(usage, "prompt_tokens")
-    return Tokens(
-        input=prompt,
-        cached=count(usage, "prompt_tokens_details", "cached_tokens"),
-        output=max(count(usage, "completion_tokens"), count(usage, "total_tokens") - prompt),
-        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
-    )
 
 
 class LangChainStrategy(LanguageModelStrategy):
@@ -109,6 +82,8 @@ class _Run(NamedTuple):
     vendor: str
     model: str
     prompts: Any
+    asked: Any
+    """The parameters of the call, where LangChain tells them."""
     siblings: int
     """Other prompts in the same call of a model of texts."""
 
@@ -135,7 +110,8 @@ class _Runs:
         told = more.get("metadata") or {}
         who = self._strategy.resolve(customer_in(told) if self._customer is None else self._customer)
         siblings = max(0, count(more, "batch_size") - 1) if all(isinstance(each, str) for each in prompts or ()) else 0
-        self._under_way[run_id] = _Run(who, text(told, "ls_provider"), text(told, "ls_model_name"), prompts, siblings)
+        vendor, model = text(told, "ls_provider"), text(told, "ls_model_name")
+        self._under_way[run_id] = _Run(who, vendor, model, prompts, more.get("invocation_params"), siblings)
         while len(self._under_way) > _RUNS_MAX:
             self._under_way.popitem(last=False)
 
@@ -144,39 +120,41 @@ class _Runs:
         run = self._under_way.pop(run_id, None)
         if run is None:
             return
-        beside = self._told_beside(run, response)
+        beside = self._told_beside(run, response, error)
         if run.customer is None:
             return
-        generations = [generation for prompt in items(response, "generations") for generation in prompt]
-        told = [usage for prompt in items(response, "generations") if (usage := _usage(prompt)) is not None]
-        if any(read(usage, "total_cost") == 0 for usage in told):
+        answer = _Answer(response, error)
+        if any(read(usage, "total_cost") == 0 for usage in answer.told):
             return  # from the cache
-        words = "".join(text(generation, "text") for generation in generations)
-        is_told = bool(told) or beside is not None
-        if isinstance(error, Exception) and not is_told and not words:
+        is_told = bool(answer.told) or beside is not None
+        if isinstance(error, Exception) and not is_told and not answer.words:
             return  # the call failed
-        about = [read(generation, "message", "response_metadata") for generation in generations]
-        about.append(read(response, "llm_output"))
         prompt_text = "".join(text(message, "text") or as_text(message) for message in _flat(run.prompts))
-        guess = Tokens(input=estimated_tokens(len(prompt_text)), output=estimated_tokens(len(words)))
-        tokens = sum((message_tokens(usage) for usage in told), Tokens()) if told else beside or guess
-        if error is not None:  # told at the beginning of a stream, the output was not known yet
-            tokens = msgspec.structs.replace(tokens, output=max(tokens.output, guess.output))
+        guess = Tokens(input=estimated_tokens(len(prompt_text)), output=estimated_tokens(len(answer.words)))
+        tokens = sum(map(read_tokens, answer.told), Tokens()) if answer.told else beside or guess
+        is_cut = error is not None and not answer.is_billed_whole
+        if is_cut:  # told at the beginning of a stream, the output was not known yet
+            tokens = replace(tokens, output=max(tokens.output, guess.output))
         call = ModelCall(
-            vendor=run.vendor or _first(about, "model_provider"),
-            model=_first(about, "model_name", "model") or run.model,
-            tokens=tokens,
-            is_estimated=error is not None or not is_told,
-            terms={"service_tier": tier} if (tier := _first(about, "service_tier")) else {},
+            vendor=run.vendor or answer.first("model_provider"),
+            model=answer.first("model_name", "model") or run.model,
+            tokens=kept_as_asked(answer.with_searches(tokens), run.prompts, run.asked),
+            is_estimated=is_cut or not is_told,
+            terms=answer.terms(run.asked),
+            unpriced=answer.unpriced(run),
+            is_split=False,
+            called=_begun(run_id),
             prompt=prompt_text if self._keep_text else None,
-            response=words if self._keep_text else None,
+            response=answer.words if self._keep_text else None,
         )
-        self._strategy.record(run.customer, call, self._metadata, external_id=str(run_id), timestamp=_begun(run_id))
+        for number, part in enumerate(reversed(answer.parts(call, run))):
+            identity = f"{run_id}:{number}" if number else str(run_id)
+            self._strategy.record(run.customer, part, self._metadata, external_id=identity, timestamp=_begun(run_id))
 
-    def _told_beside(self, run: _Run, response: Any) -> Tokens | None:
+    def _told_beside(self, run: _Run, response: Any, error: BaseException | None) -> Tokens | None:
         """What was used as it is told beside the answers, None when it is not."""
-        usage = read(response, "llm_output", "token_usage")
-        tokens = completion_tokens(usage)
+        usage = read(error, "completion", "usage") if error else read(response, "llm_output", "token_usage")
+        tokens = read_tokens(usage)
         if tokens.total:
             self._sums.runs_left = run.siblings
             return tokens
@@ -184,6 +162,77 @@ class _Runs:
             self._sums.runs_left -= 1
             return tokens
         return None
+
+
+class _Answer:
+    """What LangChain tells of the end of a run.
+
+    An error may hold the completion that openai's own parser refused: it was billed as any other.
+    """
+
+    def __init__(self, response: Any, error: BaseException | None) -> None:
+        prompts = items(response, "generations")
+        generations = [generation for prompt in prompts for generation in prompt]
+        messages = [read(generation, "message") for generation in generations]
+        completion = read(error, "completion")
+        self.told = [usage for prompt in prompts if (usage := _usage(prompt)) is not None]
+        self.words = "".join(text(generation, "text") for generation in generations)
+        self.is_billed_whole = completion is not None
+        self._about = [read(message, "response_metadata") for message in messages]
+        self._about += [read(response, "llm_output"), completion]
+        self._about += [read(generation, "generation_info") for generation in generations]
+        self._usage = read(response, "llm_output", "usage")  # Anthropic's own, of what was not streamed
+        self._blocks = [block for message in messages for block in items(message, "content")]
+        self._blocks += [block for message in messages for block in items(message, "additional_kwargs", "tool_outputs")]
+
+    def first(self, *names: str) -> str:
+        """The first text by one of these names in what LangChain tells about the answer."""
+        return next((found for source in self._about for name in names if (found := text(source, name))), "")
+
+    def with_searches(self, tokens: Tokens) -> Tokens:
+        """The tokens and the searches beside them, which LangChain leaves out of its own usage."""
+        searches = {name: number for name, number in read_details(self._usage).items() if name == "web_searches"}
+        return tokens + Tokens(details=searches or billed_tools(self._blocks).searches)
+
+    def terms(self, asked: Any) -> dict[str, str]:
+        """What decides the price beside the tokens, as the answer says it; else as it was asked for."""
+        tiers = ({"service_tier": tier} for usage in self.told if (tier := tier_in_names(usage)))
+        asked_for = {name: term for name, term in read_terms(asked).items() if name != "service_tier"}
+        return asked_for | read_terms(self._usage, *self._about, *tiers)
+
+    def unpriced(self, run: _Run) -> str:
+        """What is billed beside the tokens, and LangChain or the vendor does not say how much of it."""
+        is_named = any(text(each, "type") not in ("", "message") for each in items(self._usage, "iterations"))
+        if words := billed_tools(self._blocks).unpriced if not is_named else "":
+            return words
+        if any(is_grounded(read(about, "grounding_metadata")) for about in self._about):
+            return "grounding"
+        if isinstance(run.asked, Mapping) and searches_unseen(run.asked, run.model):
+            return "a search"
+        if self._usage is None and read(run.asked, "fallbacks"):
+            return "a call that two models may have answered"
+        edits = items(run.asked, "context_management", "edits")
+        if self._usage is None and any(text(edit, "type").startswith("compact") for edit in edits):
+            return "a compaction"
+        if has_sound(run.prompts) and not any("input_audio_tokens" in read_details(usage) for usage in self.told):
+            return "sound"
+        return next((words for usage in self.told if (words := read_unpriced(usage))), "")
+
+    def parts(self, call: ModelCall, run: _Run) -> list[ModelCall]:
+        """The call, and before it those of other models in it, which Anthropic's own usage tells apart."""
+        if not items(self._usage, "iterations"):
+            return [call]
+        advice = {name: term for name, term in call.terms.items() if name != "speed"}
+        parts = [
+            replace(
+                call,
+                model=part.model,
+                tokens=kept_as_asked(part.tokens, run.prompts, run.asked),
+                terms=advice if part.is_advice else call.terms,
+            )
+            for part in parts_by_model(self._usage, call.model, run.model)
+        ]
+        return [*(replace(part, prompt=None, response=None) for part in parts[:-1]), parts[-1]]
 
 
 def _begun(run_id: Any) -> datetime | None:
@@ -195,10 +244,6 @@ def _begun(run_id: Any) -> datetime | None:
 def _usage(generations: Any) -> Any:
     """What was used for one prompt: several answers to it all tell the same sum."""
     return next((found for each in generations if (found := read(each, "message", "usage_metadata")) is not None), None)
-
-
-def _first(sources: list[Any], *names: str) -> str:
-    return next((found for source in sources for name in names if (found := text(source, name))), "")
 
 
 def _flat(prompts: Any) -> list[Any]:

@@ -13,42 +13,10 @@ import sys
 from typing import Any
 
 from ingest.client.instrument import harmless
-from ingest.client.strategy import (
-    LanguageModelStrategy,
-    ModelCall,
-    Tokens,
-    Who,
-    as_text,
-    cents,
-    count,
-    customer_in,
-    details,
-    inclusive,
-    items,
-    read,
-    text,
-)
+from ingest.client.strategy import LanguageModelStrategy, ModelCall, Who, as_text, cents, customer_in, items, read, text
+from ingest.client.usage import kept_as_asked, read_terms, read_tokens, read_unpriced
 
 _LOGGER = "litellm.integrations.custom_logger"
-
-
-def usage_tokens(usage: Any) -> Tokens:
-    """From ``response_obj.usage``: OpenAI's shape, with Anthropic's cache counts beside it."""
-    cached = count(usage, "prompt_tokens_details", "cached_tokens") or count(usage, "cache_read_input_tokens")
-    written = count(usage, "cache_creation_input_tokens")
-    written = written or count(usage, "prompt_tokens_details", "cache_creation_tokens")
-    prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
-    return Tokens(
-        input=inclusive(prompt, cached, written),
-        cached=cached,
-        cache_write=written,
-        output=max(completion, count(usage, "total_tokens") - inclusive(prompt, cached, written)),
-        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
-        details=details(
-            input_audio_tokens=count(usage, "prompt_tokens_details", "audio_tokens"),
-            output_audio_tokens=count(usage, "completion_tokens_details", "audio_tokens"),
-        ),
-    )
 
 
 class LiteLLMStrategy(LanguageModelStrategy):
@@ -74,9 +42,10 @@ class LiteLLMStrategy(LanguageModelStrategy):
             call = ModelCall(
                 vendor=text(told, "custom_llm_provider") or text(parameters, "custom_llm_provider"),
                 model=text(response, "model") or text(told, "model"),
-                tokens=usage_tokens(usage),
+                tokens=kept_as_asked(read_tokens(usage), told.get("messages"), told.get("optional_params")),
                 api_url=text(parameters, "api_base") or None,
-                terms={"service_tier": tier} if (tier := text(response, "service_tier")) else {},
+                terms=read_terms(response, usage),
+                unpriced=read_unpriced(usage),
                 reported_cost=cents(told.get("response_cost")),
                 prompt=as_text(told.get("messages") or told.get("input") or "") if keep_text else None,
                 response=_words(response) if keep_text else None,

@@ -25,12 +25,13 @@ from ingest.client.strategy import (
     as_text,
     characters_in,
     count,
-    details,
     estimated_tokens,
     items,
     read,
     text,
 )
+from ingest.client.tools import billed_tools, searches_unseen
+from ingest.client.usage import kept_as_asked, read_terms, read_tokens, read_unpriced
 
 logger = logging.getLogger(__name__)
 
@@ -38,43 +39,12 @@ C = TypeVar("C")
 
 VENDOR = "openai"
 
-_TOOLS_OF_OTHER_PRICES = frozenset({"code_interpreter_call", "image_generation_call"})
 _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
-
-
-def chat_tokens(usage: Any) -> Tokens:
-    """From the ``usage`` of chat completions and completions. Cached tokens are inside the prompt's.
-
-    Some who speak OpenAI's language leave the reasoning out of ``completion_tokens``, but not out of the total.
-    """
-    prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
-    return Tokens(
-        input=prompt,
-        cached=count(usage, "prompt_tokens_details", "cached_tokens"),
-        cache_write=count(usage, "prompt_tokens_details", "cache_write_tokens"),
-        output=max(completion, count(usage, "total_tokens") - prompt),
-        reasoning=count(usage, "completion_tokens_details", "reasoning_tokens"),
-        details=details(
-            input_audio_tokens=count(usage, "prompt_tokens_details", "audio_tokens"),
-            output_audio_tokens=count(usage, "completion_tokens_details", "audio_tokens"),
-        ),
-    )
 
 
 def embedding_tokens(usage: Any) -> Tokens:
     """From the ``usage`` of embeddings, of which some tell the total alone: nothing comes out."""
     return Tokens(input=max(count(usage, "prompt_tokens"), count(usage, "total_tokens")))
-
-
-def response_tokens(usage: Any) -> Tokens:
-    """From the ``usage`` of the Responses API: the same numbers under other names."""
-    return Tokens(
-        input=count(usage, "input_tokens"),
-        cached=count(usage, "input_tokens_details", "cached_tokens"),
-        cache_write=count(usage, "input_tokens_details", "cache_write_tokens"),
-        output=count(usage, "output_tokens"),
-        reasoning=count(usage, "output_tokens_details", "reasoning_tokens"),
-    )
 
 
 class OpenAIStrategy(LanguageModelStrategy):
@@ -120,7 +90,7 @@ class OpenAIStrategy(LanguageModelStrategy):
 class _Reader(Reader):
     """Reads one call. What is known of it so far is known to ``_call``."""
 
-    tokens = staticmethod(chat_tokens)
+    tokens: Callable[[Any], Tokens] = staticmethod(read_tokens)
 
     def __init__(
         self,
@@ -136,7 +106,7 @@ class _Reader(Reader):
         self._vendor, self._url, self._report, self._keep_text = vendor, url, report, keep_text
         self._request = {name: body[name] for name in ("messages", "input", "prompt", "instructions") if name in body}
         self._model = text(body, "model")
-        self._tier = ""
+        self._terms: dict[str, str] = {}
         self._usage: Any = None
         self._arguments = 0  # characters of what the model asks its tools
         self._words: list[str] = []
@@ -144,7 +114,7 @@ class _Reader(Reader):
         self._has_begun = False
         self._is_cut = False  # what the usage tells may be of a part only
         self._searches = Tokens()
-        self._unpriced = "a search" if "web_search_options" in body or "-search-" in self._model else ""
+        self._unpriced = "a search" if searches_unseen(body, self._model) else ""
 
     def ask(self, refusing: set[str]) -> None:
         """Ask for the usage where it is told to who asks, but for the models that refuse to be asked."""
@@ -183,8 +153,8 @@ class _Reader(Reader):
 
     def _see(self, answer: Any) -> None:
         self._model = text(answer, "model") or self._model
-        self._tier = text(answer, "service_tier") or self._tier
-        self._usage = read(answer, "usage") or self._usage
+        self._usage = _usage(answer) or self._usage
+        self._terms |= read_terms(answer, self._usage)
         self._arguments += sum(
             len(text(call, "function", "arguments"))
             for choice in items(answer, "choices")
@@ -201,8 +171,8 @@ class _Reader(Reader):
                 tokens=self._tokens(words),
                 api_url=self._url,
                 is_estimated=self._usage is None or self._is_cut,
-                unpriced=self._unpriced,
-                terms={"service_tier": self._tier} if self._tier else {},
+                unpriced=self._unpriced or read_unpriced(self._usage),
+                terms=self._terms,
                 prompt=as_text(next(iter(self._request.values()), "")) if self._keep_text else None,
                 response=words if self._keep_text else None,
             ),
@@ -212,13 +182,19 @@ class _Reader(Reader):
     def _tokens(self, words: str) -> Tokens:
         if self._usage is None:
             return self._estimate(words)
-        told = self.tokens(self._usage) + self._searches
+        told = kept_as_asked(self.tokens(self._usage) + self._searches, self.body)
         least = self._estimate(words) if self._is_cut else Tokens()
         return replace(told, input=max(told.input, least.input), output=max(told.output, least.output))
 
     def _estimate(self, words: str) -> Tokens:
         prompt = estimated_tokens(characters_in(self._request))
         return Tokens(input=prompt, output=estimated_tokens(len(words) + self._arguments))
+
+
+def _usage(answer: Any) -> Any:
+    """Return the usage that an answer or a chunk tells: at its top, or where Groq and Moonshot put it in a stream."""
+    places = [answer, read(answer, "x_groq"), *items(answer, "choices")]
+    return next((found for place in places if (found := read(place, "usage")) is not None), None)
 
 
 class _ChatReader(_Reader):
@@ -271,7 +247,6 @@ class _ResponseReader(_Reader):
     event has its id and its time.
     """
 
-    tokens = staticmethod(response_tokens)
     _has_failed = False
 
     def whole(self, answer: Any) -> None:
@@ -288,16 +263,11 @@ class _ResponseReader(_Reader):
 
     def _see(self, answer: Any) -> None:
         super()._see(answer)
-        self._see_tools([text(entry, "type") for entry in items(answer, "output") if _is_billed(entry)])
+        searches, self._unpriced = billed_tools(items(answer, "output"))
+        self._searches = Tokens(details=searches)
         if read(answer, "background") is True:
             created = datetime.fromtimestamp(count(answer, "created_at"), UTC)
             self._identity = {"external_id": text(answer, "id"), "timestamp": created}
-
-    def _see_tools(self, used: list[str]) -> None:
-        """What OpenAI's own tools did is billed beside the tokens: searches by their number, others in other ways."""
-        searches = {"web_searches": used.count("web_search_call"), "storage_searches": used.count("file_search_call")}
-        self._searches = Tokens(details=details(**searches))
-        self._unpriced = next((kind for kind in used if kind in _TOOLS_OF_OTHER_PRICES), "")
 
     def item(self, item: Any) -> bool:
         """Read an event."""
@@ -315,11 +285,6 @@ class _ResponseReader(_Reader):
         return "".join(
             text(part, "text") for entry in items(answer, "output") for part in items(entry, "content")
         )
-
-
-def _is_billed(entry: Any) -> bool:
-    """Of what a search in the web does, looking at a page that was found is free."""
-    return text(entry, "action", "type") in ("", "search")
 
 
 class _StoredReader(_ResponseReader):

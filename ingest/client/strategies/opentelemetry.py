@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span processor that meters spans with GenAI attributes, whoever makes them.
+"""OpenTelemetry: a span processor that meters spans with GenAI or OpenInference attributes, whoever makes them.
 
     llm = ingestion.strategy(OpenTelemetryStrategy, "llm").cost(list_price)
     tracer_provider.add_span_processor(llm.span_processor("user-1"))
@@ -13,42 +13,33 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ingest.client.instrument import harmless
-from ingest.client.strategy import (
-    LanguageModelStrategy,
-    ModelCall,
-    Tokens,
-    Who,
-    count,
-    customer_in,
-    inclusive,
-    read,
-    text,
-)
+from ingest.client.strategy import LanguageModelStrategy, ModelCall, Tokens, Who, cents, customer_in, read, text
+from ingest.client.usage import read_terms, read_tokens
 
 _OPERATIONS = frozenset({"chat", "text_completion", "generate_content", "embeddings", ""})
 """What a model does itself. Older instrumentations name no operation."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_USAGE = "gen_ai.usage."
+_USAGES = ("gen_ai.usage.", "llm.token_count.")
+_KINDS = frozenset({"LLM", "EMBEDDING", ""})
+"""What a model does itself, where OpenInference says it."""
+
+_VENDORS = ("gen_ai.provider.name", "gen_ai.system", "llm.provider", "llm.system")
+_MODELS = (
+    "gen_ai.response.model", "gen_ai.request.model", "llm.model_name", "llm.request.model_name", "embedding.model_name",
+)  # fmt: skip
+_COSTS = ("gen_ai.usage.cost", "operation.cost", "llm.cost.total")
+"""What an instrumentation thinks a call cost, in dollars."""
+
+_OUTPUTS = {"image": "an image", "speech": "speech"}
+"""Kinds of output whose tokens are not told apart from those of text."""
+
 
 
 def span_tokens(attributes: Any) -> Tokens | None:
-    """From a span's attributes, by today's names or the older ones; None when they tell no usage."""
-    if not any(isinstance(name, str) and name.startswith(_USAGE) for name in attributes):
-        return None
-    cached = _count(attributes, "cache_read.input_tokens", "cache_read_input_tokens", "cached_tokens")
-    written = _count(attributes, "cache_creation.input_tokens", "cache_creation_input_tokens")
-    return Tokens(
-        input=inclusive(_count(attributes, "input_tokens", "prompt_tokens"), cached, written),
-        cached=cached,
-        cache_write=written,
-        output=_count(attributes, "output_tokens", "completion_tokens"),
-        reasoning=_count(attributes, "reasoning.output_tokens", "reasoning_tokens", "details.reasoning_tokens"),
-    )
-
-
-def _count(attributes: Any, *names: str) -> int:
-    return next((found for name in names if (found := count(attributes, _USAGE + name))), 0)
+    """From a span's attributes; None when they tell no usage."""
+    told = {name: attributes[name] for name in attributes if isinstance(name, str) and name.startswith(_USAGES)}
+    return read_tokens(told) if told else None
 
 
 class OpenTelemetryStrategy(LanguageModelStrategy):
@@ -62,19 +53,34 @@ class OpenTelemetryStrategy(LanguageModelStrategy):
         """Report a span that has ended, if it is one of a model's own operations."""
         attributes = read(span, "attributes") or {}
         tokens = span_tokens(attributes)
-        if tokens is None or text(attributes, "gen_ai.operation.name") not in _OPERATIONS:
+        if tokens is None or not _is_own_operation(attributes):
             return
         whose = self.resolve(customer_in(attributes) if customer is None else customer)
         if whose is None:
             return
+        ended = _EPOCH + timedelta(microseconds=span.end_time // 1000) if read(span, "end_time") else None
         call = ModelCall(
-            vendor=text(attributes, "gen_ai.provider.name") or text(attributes, "gen_ai.system"),
-            model=text(attributes, "gen_ai.response.model") or text(attributes, "gen_ai.request.model"),
+            vendor=_first(attributes, _VENDORS),
+            model=_first(attributes, _MODELS),
             tokens=tokens,
+            terms=read_terms({name: attributes[name] for name in attributes if "." in name}),
+            unpriced=_OUTPUTS.get(text(attributes, "gen_ai.output.type"), ""),
+            is_split=False,
+            called=ended,
+            reported_cost=next((cost for name in _COSTS if (cost := cents(read(attributes, name))) is not None), None),
         )
         identity = f"{read(span, 'context', 'trace_id'):032x}:{read(span, 'context', 'span_id'):016x}"
-        ended = _EPOCH + timedelta(microseconds=span.end_time // 1000) if read(span, "end_time") else None
         self.record(whose, call, metadata, external_id=identity, timestamp=ended)
+
+
+def _is_own_operation(attributes: Any) -> bool:
+    """Whether a model did it itself. Spans of agents and chains sum up what such spans below them tell."""
+    kind = text(attributes, "openinference.span.kind")
+    return text(attributes, "gen_ai.operation.name") in _OPERATIONS and kind in _KINDS
+
+
+def _first(attributes: Any, names: tuple[str, ...]) -> str:
+    return next((found for name in names if (found := text(attributes, name))), "")
 
 
 class MeteringSpanProcessor:

@@ -12,6 +12,7 @@ it counts what the run itself asked for, not what was used by other agents that 
 from collections import defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -25,36 +26,25 @@ from ingest.client.strategy import (
     as_text,
     cents,
     characters_in,
-    count,
-    details,
     estimated_tokens,
-    inclusive,
     items,
     read,
     text,
 )
+from ingest.client.usage import kept_as_asked, read_terms, read_tokens, read_unpriced
 
 
 def request_tokens(usage: Any) -> Tokens:
-    """From a ``RequestUsage`` or ``RunUsage``, whose input has the cache inside, whoever the vendor is."""
-    cached, written = count(usage, "cache_read_tokens"), count(usage, "cache_write_tokens")
-    reasoning = count(usage, "output_reasoning_tokens") or count(usage, "details", "reasoning_tokens")
-    return Tokens(
-        input=inclusive(count(usage, "input_tokens"), cached, written),
-        cached=cached,
-        cache_write=written,
-        output=count(usage, "output_tokens"),
-        reasoning=reasoning,
-        details=details(
-            input_audio_tokens=count(usage, "input_audio_tokens"),
-            output_audio_tokens=count(usage, "output_audio_tokens"),
-            cache_write_1h_tokens=count(usage, "cache_write_1h_tokens"),
-        ),
-    )
+    """From a ``RequestUsage`` or ``RunUsage``; they say how much of what was written to a cache is kept for an hour."""
+    tokens = read_tokens(usage)
+    return kept_as_asked(tokens) if read(usage, "cache_write_1h_tokens") is not None else tokens
 
 
-def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> ModelCall:
-    """From a ``ModelResponse``; ``asked`` are the messages it answers. Incomplete ones are estimated."""
+def model_call(response: Any, asked: Any = None, *, settings: Any = None, keep_text: bool = False) -> ModelCall:
+    """From a ``ModelResponse``; ``asked`` are the messages it answers. Incomplete ones are estimated.
+
+    Before it told the speed of an answer, PydanticAI had it in the ``settings`` of the request alone.
+    """
     words = "".join(text(part, "content") for part in items(response, "parts"))
     tokens = request_tokens(read(response, "usage"))
     is_estimated = tokens.total == 0 or read(response, "state") not in (None, "complete")
@@ -63,18 +53,26 @@ def model_call(response: Any, asked: Any = None, *, keep_text: bool = False) -> 
             input=0 if tokens.input else estimated_tokens(characters_in(_contents(asked))),
             output=max(0, estimated_tokens(len(words)) - tokens.output),
         )
-    tier = text(response, "provider_details", "service_tier")
     return ModelCall(
         vendor=text(response, "provider_name"),
         model=text(response, "model_name"),
         tokens=tokens,
         api_url=text(response, "provider_url") or None,
         is_estimated=is_estimated,
-        terms={"service_tier": tier} if tier else {},
+        terms=read_terms(read(response, "provider_details"), {"speed": text(settings, "anthropic_speed")}),
+        unpriced=_unpriced(response),
+        called=called if isinstance(called := read(response, "timestamp"), datetime) else None,
         reported_cost=cents(read(response, "usage", "cost")),
         prompt="\n".join(map(as_text, _contents(asked))) if keep_text else None,
         response=words if keep_text else None,
     )
+
+
+def _unpriced(response: Any) -> str:
+    """What is billed beside the tokens at a price that depends on the account, or that nobody lists."""
+    searches = "web_searches" in read_tokens(read(response, "usage")).details
+    is_google = text(response, "provider_name").startswith("google")
+    return "grounding" if searches and is_google else read_unpriced(read(response, "usage"))
 
 
 def attempt_calls(response: Any) -> list[tuple[Any, ModelCall]]:
@@ -152,7 +150,7 @@ class PydanticAIStrategy(LanguageModelStrategy):
 
             async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:
                 request = under_way.get() or begun()
-                harmless(lambda request: request.answer(response, request_context.messages), request, None)
+                harmless(lambda request: request.answer(response, request_context), request, None)
                 return response
 
         return Metering()
@@ -165,11 +163,13 @@ class _Request:
         self._whose, self._keep_text, self._report = whose, keep_text, report
         self._usages: list[Any] = []  # a response is known by its usage, which it keeps when a hook changes it
 
-    def answer(self, response: Any, asked: Any) -> None:
+    def answer(self, response: Any, request: Any) -> None:
         """Report an answer, or what arrived of one."""
         self._usages.append(read(response, "usage"))
         if self._whose is not None:
-            self._report(self._whose, model_call(response, asked, keep_text=self._keep_text))
+            settings = read(request, "model_settings")
+            call = model_call(response, request.messages, settings=settings, keep_text=self._keep_text)
+            self._report(self._whose, call)
 
     def fail(self, error: BaseException, context: Any, request_context: Any) -> None:
         """Report what nobody saw until an error came, or until whoever waited gave up.
@@ -179,12 +179,12 @@ class _Request:
         """
         for response in items(request_context, "_usage_response_ledger", "responses"):
             if not self._is_known(read(response, "usage")):
-                self.answer(response, request_context.messages)
+                self.answer(response, request_context)
             self.attempts(response)
         self.attempts(error)
         if not self._usages and not isinstance(error, Exception):
             unknown = {"model_name": text(context, "model", "model_name"), "provider_name": _vendor(context)}
-            self.answer(unknown, request_context.messages)
+            self.answer(unknown, request_context)
 
     def attempts(self, source: Any) -> None:
         """Report the answers that were rejected before this one, or before this error, but for those that were seen."""
@@ -212,6 +212,6 @@ def _together(calls: list[ModelCall]) -> ModelCall:
         tokens=sum((call.tokens for call in calls), Tokens()),
         api_url=first.api_url,
         is_estimated=any(call.is_estimated for call in calls),
-        terms=first.terms,
+        parts=tuple(calls),
         reported_cost=sum(costs, Decimal(0)) if len(costs) == len(calls) else None,
     )

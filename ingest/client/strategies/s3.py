@@ -144,9 +144,8 @@ class _Meter:
         body = parsed.get("Body")
         length = count(parsed, "ContentLength")
         tally = _Tally(length, lambda size_bytes: self._emit("GetObject", begun, size_bytes))
-        if hasattr(body, "__aiter__") and hasattr(body, "_raw_stream"):
-            body.__class__ = _counting_class(body.__class__)
-            body._tally = tally
+        if hasattr(body, "__aiter__") and hasattr(body, "__aenter__"):
+            parsed["Body"] = _counting_body(body, tally)
         elif hasattr(body, "_raw_stream"):
             body._raw_stream = _CountedStream(body._raw_stream, tally)
         else:
@@ -318,30 +317,54 @@ def _is_end(asked: int | None, got: int) -> bool:
     return asked is None or asked < 0 or (got == 0 and asked > 0)
 
 
+def _counting_body(body: Any, tally: _Tally) -> Any:
+    """The body of an object as aiobotocore makes it, counted. Before version 3.1 it is a proxy of the response."""
+    base: Any = type(body)  # of a proxy its own, not that of what it stands for
+    counting = _counting_class(base)
+    if hasattr(body, "_self_content_length"):
+        body = counting(body.__wrapped__, body._self_content_length)
+    else:
+        body.__class__ = counting
+    body._self_tally = tally
+    return body
+
+
 @cache
 def _counting_class(base: Any) -> type:
-    """A subclass of a body of aiobotocore's that counts in ``_tally``."""
+    """A subclass of a body of aiobotocore's that counts in ``_self_tally``."""
 
     async def read(self: Any, amt: int | None = None) -> Any:
         chunk = await base.read(self, amt)
-        self._tally.add(len(chunk), is_end=_is_end(amt, len(chunk)))
+        self._self_tally.add(len(chunk), is_end=_is_end(amt, len(chunk)))
         return chunk
 
     async def readinto(self: Any, buffer: Any) -> Any:
         size_bytes = await base.readinto(self, buffer)
-        self._tally.add(size_bytes, is_end=_is_end(len(buffer), size_bytes))
+        self._self_tally.add(size_bytes, is_end=_is_end(len(buffer), size_bytes))
         return size_bytes
 
     def close(self: Any) -> Any:  # a coroutine or none, as the base has it
-        self._tally.end()
-        return base.close(self)
+        self._self_tally.end()
+        return base.close(self) if hasattr(base, "close") else self.__wrapped__.close()
 
     def aclose(self: Any) -> Any:
-        self._tally.end()
-        return base.aclose(self)
+        self._self_tally.end()
+        return base.aclose(self) if hasattr(base, "aclose") else self.close()
+
+    async def enter(self: Any) -> Any:
+        await base.__aenter__(self)
+        return self  # before aiobotocore 3.1 the response below, which nobody counts
+
+    async def leave(self: Any, *error: Any) -> Any:
+        self._self_tally.end()
+        return await base.__aexit__(self, *error)
 
     def forgotten(self: Any) -> None:
-        self._tally.end()
+        if tally := getattr(self, "_self_tally", None):
+            tally.end()
 
-    members = {"read": read, "readinto": readinto, "close": close, "aclose": aclose, "__del__": forgotten}
+    members = {
+        "read": read, "readinto": readinto, "close": close, "aclose": aclose, "__aenter__": enter, "__aexit__": leave,
+        "__del__": forgotten,
+    }  # fmt: skip
     return type(base.__name__, (base,), members | {"__module__": base.__module__})
