@@ -278,6 +278,9 @@ def test_batches_are_bounded_by_events_and_bytes() -> None:
 
     assert len(server.taken) == 301
     assert max(events for events, _ in server.requests) <= 30
+    *bounded, alone = sorted(server.body_bytes)
+    assert bounded[-1] <= limits.batch_bytes_max + len('{"events":[]}')
+    assert alone > 50_000
     assert {headers.get("content-encoding") for events, headers in server.requests if events > 20} == {"gzip"}
 
 

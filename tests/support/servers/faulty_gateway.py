@@ -37,6 +37,8 @@ class FaultServer:
         self.events: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[int, dict[str, str]]] = []
         """Number of events and headers of each request."""
+        self.body_bytes: list[int] = []
+        """Length of each request's body, unpacked."""
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fault": self})
         self._server = _Server(("127.0.0.1", port), handler)
@@ -85,6 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         if headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
+        self.fault.body_bytes.append(len(body))
         answer = self.fault.answer(json.loads(body)["events"], headers)
         if isinstance(answer, Bad) and answer.status < 1:
             self.close_connection = True
