@@ -154,7 +154,7 @@ def balances(polar: Polar, url: str, token: str, meter_id: str, customer_id: str
         "session": [session.token[:10], session.customer_id == customer_id],
         "myself": [myself["id"] == customer_id, *story.myself(myself)],
         "listed": [[grant.customer.email, grant.benefit.description] for grant in listed],
-        "own": [[grant.benefit.description, grant.benefit.organization.slug] for grant in own],
+        "own": [[grant.benefit.description, grant.benefit.organization.allow_customer_updates] for grant in own],
         "export": story.exported(polar.customers.export()),
         "portal": [[*story.balance(plain(meter)), meter.meter.name] for meter in portal],
     }

@@ -118,7 +118,7 @@ EXPECTED: dict[str, Any] = {
         "session": ["polar_cst_", True],
         "myself": [True, "ann@example.com", "Ann", "individual", {}, None],
         "listed": [["ann@example.com", "2,000 tokens"]],
-        "own": [["2,000 tokens", "polar-clients"]],
+        "own": [["2,000 tokens", False]],
         "export": [["Email", "Name", "Metadata"], ["ann@example.com", "Ann", '{"plan":"pro","seats":3}']],
         "portal": [[1010, 2000, 990, "All tokens"]],
     },
