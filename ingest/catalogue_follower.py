@@ -12,6 +12,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Mapping
 
 from meters.catalogue.catalogue import Catalogue, decode_changes
 from meters.log import USAGE_CONTROL, Log, OpenAgain, PositionLost, TryAgain, format_position
@@ -40,7 +41,7 @@ class CatalogueTail:
 
     def __init__(self, log: Log) -> None:
         self.catalogue = Catalogue()
-        self.position: dict[int, int] = {}
+        self.position: Mapping[int, int] = {}  # replaced, never changed: a reader keeps the one that it has seen
         self.trouble = ""  # why the last read failed, if it did
         self._log = log
         self._has_places = False  # whether the position names every partition
@@ -106,7 +107,7 @@ class CatalogueTail:
         wait_s = WAIT_S if self._loaded.is_set() else 0.0
         for record in self._log.read(USAGE_CONTROL, self.position, bytes_max=READ_BYTES_MAX, wait_s=wait_s):
             self._apply(record.value)
-            self.position[record.partition] = record.offset + 1
+            self.position = {**self.position, record.partition: record.offset + 1}
         self._read_at_s = time.monotonic()
         self.trouble = ""
         with self._moved:

@@ -203,7 +203,7 @@ class Intake:
     def _take_plain(self, opened: Opened, body: bytes, tell: Respond) -> None:
         metrics.TALLY.body_bytes += len(body)
         if len(body) > INLINE_BODY_BYTES_MAX:
-            self._do_in_task(self._take_with_care(opened, body, None, dict(self._tail.position)), tell)
+            self._do_in_task(self._take_with_care(opened, body, None, self._tail.position), tell)
             return
         asked = Asked(opened, tell)
         if self._quick.ready and opened.preferences == NO_PREFERENCES:
@@ -216,6 +216,7 @@ class Intake:
     def take_alone(self, asked: Asked, body: bytes) -> None:
         """Do everything at once, except for what has to wait for others, or takes long."""
         opened, tell = asked
+        position_before = self._tail.position  # read first: a customer made while the body is judged changes it
         try:
             now = datetime.now(UTC)
             admitted = admit_quickly(body, self.tenant(opened.token), now, lenient=opened.preferences.lenient)
@@ -227,7 +228,7 @@ class Intake:
             logger.exception("an ingest request failed")
             tell(responses.failed())
             return
-        self._do_in_task(self._take_with_care(opened, body, admitted, dict(self._tail.position)), tell)
+        self._do_in_task(self._take_with_care(opened, body, admitted, position_before), tell)
 
     def _is_ready_for(self, admitted: Admitted) -> bool:
         return bool(admitted.lines and self.position) and not _names_unknown(admitted)
@@ -249,7 +250,11 @@ class Intake:
     async def _take_with_care(
         self, opened: Opened, body: bytes, admitted: Admitted | RefusedBody | None, position_before: Written
     ) -> Answer:
-        """The same for a body that was judged already, or (None) is for the thread, with all that is done to it."""
+        """The same for a body that was judged already, or (None) is for the thread, with all that is done to it.
+
+        ``position_before`` is where the decisions stood before the body was judged. A body that names a customer who
+        is not known is judged again where they stand elsewhere, so it is refused only by decisions that are complete.
+        """
         in_thread = admitted is None
         judge = functools.partial(self._do, in_thread, _admit, body, opened)
         if admitted is None:
@@ -257,7 +262,7 @@ class Intake:
         if _names_unknown(admitted):  # or made a moment ago, and not yet known here
             if not await self._tail.catch_up():
                 return responses.unavailable("CatalogueUnavailable", "The newest customers are not known yet.", 1)
-            if self._tail.position != position_before:
+            if self._tail.position != position_before:  # a look at the log that found nothing changes nothing
                 admitted = await judge(self.tenant(opened.token))
         if isinstance(admitted, RefusedBody):
             return await self._do(in_thread, unprocessable, admitted)

@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from ingest.admission import intake
 from ingest.catalogue_follower import CatalogueTail
+from ingest.limits import INLINE_BODY_BYTES_MAX
 from ingest.log import open_log
 from ingest.log.memory import Disk, MemoryLog, Partition
 from ingest.log.partitions import Limits, Places
@@ -255,6 +257,35 @@ def test_a_customer_is_known_as_soon_as_it_is_decided(tmp_path: Path, monkeypatc
             gateway.decide(CustomerCreated(customer))
             body = {"events": [{"name": "call", "customer_id": customer.id}]}
             assert gateway.ingest(body, prefer=preference).json()["inserted"] == 1
+
+
+@pytest.mark.parametrize(("reader", "blanks"), [("admit_quickly", 0), ("admit", INLINE_BODY_BYTES_MAX)])
+@pytest.mark.parametrize("preference", ["handling=strict", "handling=lenient"])
+def test_a_customer_made_while_a_body_is_judged_is_known(
+    reader: str, blanks: int, preference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The creation is applied between the first judgement and what follows it, in the event loop and in the thread."""
+    judge = getattr(intake, reader)
+    judged = list[str]()
+    with RunningGateway() as gateway:
+        customer = Customer(id=str(uuid.uuid4()), organization_id=gateway.organization_id, created_at=CREATED)
+
+        def judge_then_create(*arguments: Any, **options: Any) -> Any:
+            found = judge(*arguments, **options)
+            if not judged:
+                creating = threading.Thread(target=gateway.decide, args=[CustomerCreated(customer)])
+                creating.start()
+                creating.join()
+                ends = gateway.log.ends(USAGE_CONTROL)
+                eventually(lambda: gateway.gateway.tail.position == ends)
+            judged.append(type(found).__name__)
+            return found
+
+        monkeypatch.setattr(intake, reader, judge_then_create)
+        content = json.dumps({"events": [{"name": "call", "customer_id": customer.id}] * 3}).encode() + b" " * blanks
+        answer = gateway.ingest(content=content, prefer=preference)
+        assert (answer.status_code, len(gateway.lines())) == (200, 3), answer.text
+        assert answer.json()["inserted"] == 3
 
 
 class WaitedForLog(MemoryLog):
