@@ -150,6 +150,14 @@ class View(Protocol):
         ...
 
     def outbox(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    @property
+    def newest_stamp_us(self) -> int:
+        """The newest time (microseconds since 1970) that one of our own processes put on a record that was read.
+
+        The clock of this machine may be behind it. Times that another Kafka producer chose are not part of it.
+        """
+        ...
+
         """Open a short transaction on the webhook tables. Its calls block: use it in a thread. Raises Unavailable."""
         ...
 

@@ -15,7 +15,16 @@ from deploy.errors import GiveUp
 from deploy.server.control import READ_BYTES, Control, NotYet
 from deploy.server.data import AS_OWNER, PUT_BACK, DataDirectory
 from deploy.server.private_files import private_files
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, PositionLost, Refused, TryAgain
+from meters.log import (
+    USAGE_CONTROL,
+    USAGE_EVENTS,
+    Log,
+    PositionLost,
+    Refused,
+    TryAgain,
+    newest_stamp_us,
+    seconds_ahead,
+)
 
 if TYPE_CHECKING:
     from aggregator.store.database import Unopenable
@@ -32,6 +41,11 @@ GO_BACK = f"start the version that made it; {NO_REBUILD}"
 BRING_BACK = f"restore the whole directory from a backup; {NO_REBUILD}"
 REMOVE_UNFINISHED = "remove it: a part of a store is of no use, and the next rebuild begins anew"
 NO_STORE = "give the right --data; the first start of `meterstream serve` or `meterstream aggregate` makes one there"
+CLOCK_AHEAD_S_MAX = 5.0  # what the clocks of several machines may differ by
+SET_CLOCK = (
+    "check the clocks of this machine and of every gateway; until this machine's clock reaches that time, new events "
+    "and decisions get it, too, in their right order"
+)
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
@@ -135,6 +149,7 @@ def _examine_log(
             yield Finding(stream, f"{extent}; every one can be read")
         else:  # a topic may hold more than a visit has time for
             yield Finding(stream, f"{extent}; not read, which `meterstream reconcile --check log` does")
+    yield from _clock(log)
     try:
         catalogue = Control(log).catalogue
     except NotYet as error:
@@ -151,6 +166,20 @@ def _examine_log(
     heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
     yield Finding("decisions", counts, heal)
     return catalogue.organizations.keys()
+
+
+def _clock(log: Log) -> Iterator[Finding]:
+    """Nothing is said of a clock that is right."""
+    from ingest.log import clock_us
+
+    try:
+        ahead_s = seconds_ahead(newest_stamp_us(log), clock_us())
+    except TryAgain as error:
+        yield Finding("clock", str(error), "look again when the log answers")
+        return
+    if ahead_s >= CLOCK_AHEAD_S_MAX:
+        found = f"the newest record's time is {ahead_s:,.0f} s ahead of this machine's clock"
+        yield Finding("clock", found, SET_CLOCK)
 
 
 def _read_through(log: Log, stream: str, progress: Callable[[int], None]) -> None:

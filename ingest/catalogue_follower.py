@@ -42,6 +42,7 @@ class CatalogueTail:
     def __init__(self, log: Log) -> None:
         self.catalogue = Catalogue()
         self.position: Mapping[int, int] = {}  # replaced, never changed: a reader keeps the one that it has seen
+        self.newest_us = 0  # the newest time that one of our own processes put on a decision
         self.trouble = ""  # why the last read failed, if it did
         self._log = log
         self._has_places = False  # whether the position names every partition
@@ -107,6 +108,7 @@ class CatalogueTail:
         wait_s = WAIT_S if self._loaded.is_set() else 0.0
         for record in self._log.read(USAGE_CONTROL, self.position, bytes_max=READ_BYTES_MAX, wait_s=wait_s):
             self._apply(record.value)
+            self.newest_us = max(self.newest_us, record.timestamp_us if record.is_ours else 0)
             self.position = {**self.position, record.partition: record.offset + 1}
         self._read_at_s = time.monotonic()
         self.trouble = ""

@@ -5,7 +5,7 @@ value from a request, so clients cannot make the number of series grow.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
@@ -84,7 +84,7 @@ class Held(Protocol):
 class Following(Protocol):
     """Something that follows the control stream."""
 
-    position: dict[int, int]
+    position: Mapping[int, int]
 
     @property
     def current(self) -> bool:

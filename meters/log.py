@@ -151,6 +151,11 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     admitted: bool = False
     distinct_keys: bool = False
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether one of our own processes wrote it, so that its time is that of a clock that the operator sets."""
+        return self.admitted and self.timestamp_us < LATEST_US
+
 
 LATEST_US = (int(datetime(9000, 1, 1, tzinfo=UTC).timestamp()) * 1000 - 1) * 1000
 """The last millisecond that ranges of quantities reach. A record's time is its producer's word: one that sends
@@ -287,6 +292,41 @@ class Log(Protocol):
     def close(self) -> None:
         """Finish what was begun, then let go of every file, thread and socket. Later calls raise TryAgain."""
         ...
+
+
+# The log's clock. Our own processes never let the log's time go back: a decision that is made after an event has a
+# later time, also while the clock of this machine is behind one that stamped records before. Another Kafka producer
+# sets the times of its records itself, so they are not part of this clock.
+
+LAST_RECORDS_BYTES_MAX = 1 << 20
+"""Bytes of one read of the last records. At least one record is returned, whatever its size."""
+
+
+def newest_stamp_us(log: Log) -> int:
+    """Return the newest time of our own processes among the last records of all partitions; 0 where there is none.
+
+    Raises TryAgain.
+    """
+    newest_us = 0
+    for stream in (USAGE_EVENTS, USAGE_CONTROL):
+        starts = log.starts(stream)
+        left = {partition: end - 1 for partition, end in log.ends(stream).items() if end > starts.get(partition, 0)}
+        while left:
+            try:
+                records = log.read(stream, left, bytes_max=LAST_RECORDS_BYTES_MAX)
+            except PositionLost:  # retention was here first, or the end is none of our records
+                break
+            newest_us = max([newest_us, *(record.timestamp_us for record in records if record.is_ours)])
+            read = {record.partition for record in records}
+            if not read & left.keys():
+                break
+            left = {partition: offset for partition, offset in left.items() if partition not in read}
+    return newest_us
+
+
+def seconds_ahead(stamp_us: int, now_us: int) -> float:
+    """Return how far a time in the log is ahead of a clock, in seconds; 0 where it is not."""
+    return max(0.0, (stamp_us - now_us) / 1_000_000)
 
 
 # Positions of the feed: for each partition, the record and the line before which everything has been read. Written as

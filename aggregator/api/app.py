@@ -78,10 +78,12 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
         """200 with the position of the view, or 503 while the store is being opened. A gateway answers for itself.
 
         What a gateway says is `{"ready": true, "checks": {"catalogue": true, "log": true}}`: it takes events while the
-        aggregator is away. Whether these are counted is told by `meterstream_lag_records`, its alert, and reads.
+        aggregator is away. Whether these are counted is told by `meterstream_lag_records`, its alert, and reads. A
+        gateway adds `log_clock_ahead_s` only where the newest decision has a time that is still to come.
         """
         as_of = desk.view.as_of
-        return answer(route_answers.Readiness("ready", {str(part): at for part, at in as_of.items()}), as_of)
+        positions = {str(part): at for part, at in as_of.items()}
+        return answer(route_answers.Readiness("ready", positions, desk.clock_ahead_us / 1_000_000), as_of)
 
     @router.get("/metrics")
     async def prometheus_metrics() -> Response:

@@ -160,7 +160,7 @@ async def create_benefit(request: Request, desk: AtDesk, token: Writer) -> Respo
         benefit = Benefit(
             id=desk.new_id(), organization_id=token.organization_id, description=body.description,
             meter_id=str(body.properties.meter_id), units=body.properties.units, rollover=body.properties.rollover,
-            metadata=body.metadata, created_at=desk.now(),
+            metadata=body.metadata, created_at=desk.decided_at(),
         )  # fmt: skip
         await desk.decide(BenefitSet(benefit))
     return answer(benefit_shape(benefit), desk.view.as_of, 201)
@@ -209,7 +209,7 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
         benefit = benefit_of(desk, token, id)
         _must_be_ours(desk, token, "benefit", benefit.id)
         _checked(desk, token, body)
-        changes: dict[str, Any] = {"modified_at": desk.now()}
+        changes: dict[str, Any] = {"modified_at": desk.decided_at()}
         changes |= {} if body.description is None else {"description": body.description}
         changes |= {} if body.metadata is None else {"metadata": body.metadata}
         if body.properties is not None:
@@ -234,7 +234,7 @@ async def _deleted(desk: Desk, token: Token, id: UUID) -> bool:
     """Revoke some of the benefit's grants; where there are none, delete it and return true."""
     some = desk.catalogue.benefits.grants_by(benefit_of(desk, token, id).id)[:GRANTS_AT_ONCE]
     async with desk.turn(token.organization_id, *(grant.customer_id for grant in some)), desk.deciding:
-        benefit, now = benefit_of(desk, token, id), desk.now()
+        benefit, now = benefit_of(desk, token, id), desk.decided_at()
         _must_be_ours(desk, token, "benefit", benefit.id)
         held = desk.catalogue.benefits.grants_by(benefit.id)
         turned = {grant.customer_id for grant in some}
@@ -297,7 +297,7 @@ async def _granted(
     benefit_of(desk, token, id)
     turned = named_customer(desk, token, body)
     async with desk.turn(token.organization_id, turned.id), desk.deciding:
-        benefit, now = benefit_of(desk, token, id), desk.now()
+        benefit, now = benefit_of(desk, token, id), desk.decided_at()
         _must_be_ours(desk, token, "benefit", benefit.id)
         customer = named_customer(desk, token, body)
         if customer.id != turned.id:
@@ -372,7 +372,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
 async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep) -> tuple[Grant, Benefit, Customer] | None:
     """The grant after its cycle; None where the cycle has to be worked out again."""
     grant, benefit, customer = _to_cycle(desk, token, id)
-    at = moment(body.at, desk.now(), too_late="A cycle that has not begun cannot be credited.")
+    at = moment(body.at, desk.decided_at(), too_late="A cycle that has not begun cannot be credited.")
     meter = desk.catalogue.meter(grant.organization_id, benefit.meter_id)
     begins = meter and _is_due(grant, at) and needs_reset(grant, desk.view.ledger.account(customer.id, meter.id))
     used = await used_until(desk, customer, [meter] if meter and begins else [], _begun(grant, customer, at))
@@ -440,7 +440,7 @@ async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
         grant, benefit, customer = _grant_of(desk, token, id)
         _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:
-            step = revoked(grant, benefit, desk.now(), _credited(desk, grant))
+            step = revoked(grant, benefit, desk.decided_at(), _credited(desk, grant))
             await desk.decide(*_all(step))
             grant = step.grant
     return answer(grant_shape(grant, benefit, customer), desk.view.as_of)

@@ -73,7 +73,7 @@ async def give_credits(
             account = desk.view.ledger.account(customer.id, meter_id)
             credit = known or CreditGranted(
                 id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, meter_id=meter_id,
-                units=Decimal(units), rollover=rollover, at=in_window(account, desk.now()), key=idempotency_key,
+                units=Decimal(units), rollover=rollover, at=in_window(account, desk.decided_at()), key=idempotency_key,
                 content=content,
             )  # fmt: skip
             if known is None:
@@ -146,10 +146,11 @@ async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: st
         credit, meter_id = _credit(desk, token, customer, credit_id)
         account = desk.view.ledger.account(customer.id, meter_id)
         taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
+        now = desk.decided_at()
         change = taken or CreditGranted(
             id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
             meter_id=meter_id, units=-credit.units, rollover=credit.rollover,
-            at=max(in_window(account, desk.now()), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
+            at=max(in_window(account, now), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
         )  # fmt: skip
         if isinstance(change, CreditGranted):
             by_hand = credit.cause == "credit"  # a benefit's credits go with its grant
@@ -192,7 +193,7 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
 async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> MeterReset | None:
     """The reset that is made, or was; None where it has to be worked out again."""
     customer = customer_by_id(desk, token, id)
-    at = moment(asked.at, desk.now(), too_late="A meter cannot begin anew in the future.")
+    at = moment(asked.at, desk.decided_at(), too_late="A meter cannot begin anew in the future.")
     change = MeterReset(
         id=f"{customer.id}:{sortable_text(at)}", organization_id=token.organization_id,
         customer_id=customer.id, meter_ids=[], at=at,

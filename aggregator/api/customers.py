@@ -111,7 +111,7 @@ async def create_customer(request: Request, desk: AtDesk, token: Writer) -> Resp
     async with desk.deciding:
         _refuse_taken(desk.catalogue, token.organization_id, fields)
         customer = Customer(
-            id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now(), **fields
+            id=desk.new_id(), organization_id=token.organization_id, created_at=desk.decided_at(), **fields
         )  # fmt: skip
         await desk.decide(CustomerCreated(customer))
     return answer(customer_shape(customer), desk.view.as_of, 201)
@@ -290,14 +290,14 @@ async def _update(request: Request, desk: Desk, find: Callable[[], Customer]) ->
             message = f"Customer type cannot be downgraded from '{TEAM}' to '{INDIVIDUAL}'."
             raise Refused("value_error", ("body", "type"), message, INDIVIDUAL)
         _refuse_taken(desk.catalogue, customer.organization_id, fields, but=customer)
-        changed = msgspec.structs.replace(customer, modified_at=desk.now(), **fields)
+        changed = msgspec.structs.replace(customer, modified_at=desk.decided_at(), **fields)
         await desk.decide(CustomerUpdated(changed))
     return answer(customer_shape(changed), desk.view.as_of)
 
 
 async def _delete(desk: Desk, find: Callable[[], Customer]) -> Response:
     async with desk.deciding:
-        await desk.decide(CustomerDeleted(find().id, desk.now()))
+        await desk.decide(CustomerDeleted(find().id, desk.decided_at()))
     return Response(status_code=204)
 
 

@@ -279,7 +279,7 @@ async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: 
     if letter.replayed_at is None:
         place = letter.log_partition, letter.log_offset, letter.line
         async with desk.deciding:
-            await desk.decide(DeadLetterReplayed(*place, desk.now()))
+            await desk.decide(DeadLetterReplayed(*place, desk.decided_at()))
         letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     return answer(letter_shape(letter, token.organization_id), as_of)
 

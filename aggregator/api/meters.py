@@ -93,7 +93,8 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
         refuse_organization(body)
     async with desk.settling(token.organization_id, METERS):
         async with desk.deciding:
-            meter = new_meter(body, id=desk.new_id(), organization_id=token.organization_id, created_at=desk.now())
+            now = desk.decided_at()
+            meter = new_meter(body, id=desk.new_id(), organization_id=token.organization_id, created_at=now)
             if isinstance(meter, list):
                 raise Malformed(meter)
             await desk.decide(MeterCreated(meter))
@@ -138,7 +139,7 @@ async def update_meter(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     async with desk.settling(token.organization_id, METERS):
         async with desk.deciding:
             meter = meter_of(desk, token, id)
-            changed = updated_meter(meter, body, modified_at=desk.now())
+            changed = updated_meter(meter, body, modified_at=desk.decided_at())
             if isinstance(changed, list):
                 raise _complaint(changed)
             if changed.archived_at and not meter.archived_at and _is_attached(desk, meter):
@@ -193,7 +194,7 @@ async def set_price(request: Request, desk: AtDesk, token: MeterWriter, id: UUID
         raise Malformed(price)
     async with desk.deciding:
         meter = meter_of(desk, token, id)
-        await desk.decide(MeterPriced(meter_id=meter.id, price=price, at=desk.now()))
+        await desk.decide(MeterPriced(meter_id=meter.id, price=price, at=desk.decided_at()))
     return answer(price_shape(meter.id, price), desk.view.as_of)
 
 
@@ -214,7 +215,7 @@ async def remove_price(desk: AtDesk, token: MeterWriter, id: UUID) -> Response:
         meter = meter_of(desk, token, id)
         if desk.catalogue.prices.of(meter.id) is None:
             raise NotFound
-        await desk.decide(MeterPriced(meter_id=meter.id, price=None, at=desk.now()))
+        await desk.decide(MeterPriced(meter_id=meter.id, price=None, at=desk.decided_at()))
     return Response(status_code=204)
 
 

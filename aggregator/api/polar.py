@@ -120,7 +120,7 @@ def _news(desk: Desk, organization_id: str, delivery_id: str, payload: dict[str,
     try:
         return read(
             desk.catalogue, organization_id, delivery_id=delivery_id, kind=payload["type"], data=payload.get("data"),
-            now=desk.now(),
+            now=desk.decided_at(),
         )  # fmt: skip
     except Unreadable as error:
         raise Malformed([detail("value_error", ("body", "data"), str(error))]) from error

@@ -43,6 +43,14 @@ class Readiness(Answer):
 
     status: Literal["ready"]
     as_of: Annotated[dict[str, int], Meta(description="The offset of each partition.", examples=[{"0": 18}])]
+    log_clock_ahead_s: Annotated[
+        float,
+        Meta(
+            description="Seconds by which the newest time in the log is ahead of this machine's clock, 0 where it is "
+            "not. Until then new events and decisions have that time, too.",
+            examples=[0.0],
+        ),
+    ]
 
 
 class Quantity(Answer):

@@ -67,6 +67,11 @@ class Telemetry:
         self.position = Gauge(
             "meterstream_position", "Next offset of usage.events, by partition", ["partition"], registry=self.registry
         )
+        self.clock_ahead_s = Gauge(
+            "meterstream_log_clock_ahead_seconds",
+            "Seconds by which the newest time in the log is ahead of this machine's clock",
+            registry=self.registry,
+        )
         self._freshness = Freshness()
         self.registry.register(self._freshness)
 

@@ -43,7 +43,7 @@ from meters.catalogue.catalogue import (
     decode_changes,
 )
 from meters.ledger.ledger import Account, Ledger, MeterReset, MovementWithdrawn
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain, newest_stamp_us
 from meters.meter import Meter
 
 # ``Readable`` logs once that the log cannot be read, and once that it can be read again. Alerts are built on these
@@ -278,6 +278,7 @@ class Engine:
         self.totals = RunningTotals(store, self.directory, self.catalogue, self._boundaries.begins)
         self.control_position = store.positions(USAGE_CONTROL).get(0, 0)
         self._control_goal = log.ends(USAGE_CONTROL).get(0, 0)
+        self.newest_stamp_us = newest_stamp_us(log)  # of our own processes
         self.as_of: Mapping[int, int] = store.positions(USAGE_EVENTS)
         self._rounds: queue.Queue[Reading] = queue.Queue(ROUNDS_AHEAD)
         self._checkpointer = Checkpointer(store)
@@ -342,6 +343,8 @@ class Engine:
             records = self._read(USAGE_EVENTS, events, 0 if decisions else IDLE_WAIT_S)
             if not records and not decisions:
                 continue
+            ours = (record.timestamp_us for part in (records, decisions) for record in part if record.is_ours)
+            self.newest_stamp_us = max(self.newest_stamp_us, max(ours, default=0))
             reading = Reading(decode(records, self.directory, self._quick), decisions, dict(events), control)
             events.update(reading.batch.positions)
             control = _after(decisions, control)

@@ -31,7 +31,7 @@ from aggregator.totals.running import RunningTotals
 from aggregator.view import Snapshot, Unavailable
 from meters.catalogue.catalogue import Catalogue, Change, encode_changes
 from meters.ledger.ledger import Ledger
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost, seconds_ahead
 
 # Continuity of the log.
 #
@@ -96,6 +96,7 @@ class Aggregator:
         self._lock = threading.Lock()
         self._asking = ThreadPoolExecutor(QUESTIONS_AT_ONCE, "ends")  # of their own, so that nothing waits for them
         self.telemetry = Telemetry()
+        self.telemetry.clock_ahead_s.set_function(self._clock_ahead_s)
         self.ended = threading.Event()
         self.failure: Exception | None = None
         self._said: set[str] = set()  # why engines ended since the last commit: each reason is told once
@@ -240,6 +241,15 @@ class Aggregator:
     def control_position(self) -> int:
         """Return the running engine's position in ``usage.control``."""
         return self._now.control_position
+
+    def _clock_ahead_s(self) -> float:
+        engine = self._engine
+        return seconds_ahead(engine.newest_stamp_us, time.time_ns() // 1000) if engine is not None else 0.0
+
+    @property
+    def newest_stamp_us(self) -> int:
+        """Return the newest time of our own processes that the running engine read in the log, in us since 1970."""
+        return self._now.newest_stamp_us
 
     @contextlib.contextmanager
     def outbox(self) -> Iterator[duckdb.DuckDBPyConnection]:

@@ -157,10 +157,10 @@ async def consumed_between(
 
 async def _settled(desk: Desk, until: datetime) -> None:
     """Wait until what was stamped before a time is in the log; once, since a clock may stand. Raises Unavailable."""
-    wait_s = (until - desk.now()).total_seconds() + desk.settled_s
+    wait_s = (until - desk.decided_at()).total_seconds() + desk.settled_s
     if 0 < wait_s <= PRESENT_S_MAX:
         await sleep(wait_s)
-    if desk.now() < until:
+    if desk.decided_at() < until:
         raise Unavailable("the clock here is still to come to this time: send it again then", PRESENT_S_MAX)
 
 

@@ -71,7 +71,7 @@ async def forget(desk: Desk, organization_id: str, polar_id: str) -> None:
     async with desk.deciding:
         left = desk.catalogue.customer(organization_id, polar_id)
         if left is not None and not desk.catalogue.mirror.living(left.id) and not _has_own(desk, left):
-            await desk.decide(CustomerDeleted(left.id, desk.now()))
+            await desk.decide(CustomerDeleted(left.id, desk.decided_at()))
 
 
 def _has_own(desk: Desk, customer: Customer) -> bool:

@@ -49,6 +49,7 @@ from aggregator.store.queries.usage import Question
 from aggregator.view import Snapshot, Unavailable, View
 from meters.catalogue.catalogue import Catalogue, Change, Token
 from meters.log import TryAgain
+from meters.timestamps import instant_of, microseconds_of
 
 T = TypeVar("T")
 Found = TypeVar("Found", covariant=True)
@@ -286,6 +287,19 @@ class Desk:
         return self.view.catalogue
 
     def settling(self, organization_id: str, customer: str) -> asyncio.Lock:
+    @property
+    def clock_ahead_us(self) -> int:
+        """Microseconds by which the log's clock is ahead of this machine's; 0 where it is not. Raises Unavailable."""
+        return max(0, self.view.newest_stamp_us - microseconds_of(self.now()))
+
+    def decided_at(self) -> datetime:
+        """Return the time of a decision that is made now. Raises Unavailable.
+
+        It is later than every time that one of our own processes put on a record, also where the clock was ahead and
+        has gone back since. Otherwise a reset would leave usage in its window that was there before it.
+        """
+        return instant_of(self.view.newest_stamp_us + 1) if self.clock_ahead_us else self.now()
+
         """Return the lock for decisions about one customer alone, so that those about others run at the same time."""
         return self._settling.setdefault((organization_id, customer), asyncio.Lock())
 

@@ -28,7 +28,7 @@ from ingest.limits import BODY_BYTES_MAX, BODY_DEADLINE_S, IN_FLIGHT_BYTES_MAX, 
 from ingest.responses import ENCODINGS, JSON, WITH_BODY, Answer, Gone, Message, Receive, Send, read, send_answer
 from meters.catalogue.access import API_VERSION_DEFAULT, Denied, authorize, good_credential, is_good, writing
 from meters.catalogue.catalogue import Token
-from meters.log import USAGE_EVENTS, Log, TryAgain
+from meters.log import USAGE_EVENTS, Log, TryAgain, seconds_ahead
 
 SCOPES = writing("events")
 
@@ -229,7 +229,9 @@ class Gateway:
         ready = all(checks.values())
         trouble = self._trouble or self.tail.trouble or self.endpoint.intake.trouble
         waiting = {"waiting_for": trouble} if trouble and not ready else {}
-        return Answer(200 if ready else 503, msgspec.json.encode({"ready": ready, "checks": checks} | waiting))
+        ahead_s = seconds_ahead(self.tail.newest_us, time.time_ns() // 1000)
+        ahead = {"log_clock_ahead_s": ahead_s} if ahead_s else {}
+        return Answer(200 if ready else 503, msgspec.json.encode({"ready": ready, "checks": checks} | waiting | ahead))
 
     async def metrics(self) -> Answer:
         """``/metrics``: this process's, then the aggregator's when it answers."""

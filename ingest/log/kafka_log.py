@@ -23,7 +23,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from ingest.log.kafka_admin import OPENING_S_MAX, Address, Topics, end_apart, quiet
-from ingest.log.partitions import MEBIBYTE, Limits, Places, take_in_order
+from ingest.log.partitions import MEBIBYTE, Limits, Places, next_stamp, take_in_order
 from ingest.log.sqlite_writer import Outcome, answer
 from meters.log import LATEST_US, USAGE_EVENTS, Entry, OpenAgain, PositionLost, Record, Refused, TryAgain
 
@@ -451,6 +451,7 @@ class KafkaLog:
         self._writer: Writer | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._newest_ms = 0  # of the records of our own processes that this one wrote or read
         with contextlib.suppress(TryAgain):
             places = self._topics.learn(OPENING_S_MAX)
             if partitions and places.partitions != dict(partitions):
@@ -467,14 +468,18 @@ class KafkaLog:
         if self._topics.places is None:
             raise TryAgain("the brokers have not said yet which partitions there are", self._limits.retry_after_s)
         self._topics.places.check_entries(stream, entries, self._limits)
-        return self._writing().submit(self._address.topic(stream), entries, self._clock_us() // 1000)
+        return self._writing().submit(self._address.topic(stream), entries, self._stamp_ms(stream))
 
     def read(
         self, stream: str, positions: Mapping[int, int], *, bytes_max: int, wait_s: float = 0.0
     ) -> list[Record]:
         """The next records from the positions. Raises PositionLost, OpenAgain, TryAgain."""
         self._places().check_all(stream, positions)
-        return self._reading(stream).read(positions, bytes_max, wait_s)
+        records = self._reading(stream).read(positions, bytes_max, wait_s)
+        newest_us = max((record.timestamp_us for record in records if record.is_ours), default=0)
+        with self._lock:
+            self._newest_ms = max(self._newest_ms, newest_us // 1000)
+        return records
 
     def starts(self, stream: str) -> dict[int, int]:
         """The offset of the oldest record, by partition."""
@@ -512,6 +517,12 @@ class KafkaLog:
     def _fresh_places(self) -> Places:
         self._check_open()
         return self._topics.learn()
+
+    def _stamp_ms(self, stream: str) -> int:
+        """The time of a new record: other gateways hear of a later one with the next decision that they read."""
+        with self._lock:
+            self._newest_ms = next_stamp(stream, self._clock_us() // 1000, self._newest_ms)
+            return self._newest_ms
 
     def _writing(self) -> Writer:
         with self._lock:

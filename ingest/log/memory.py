@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from ingest.log.partitions import PARTITIONS, Limits, Places, take_in_order
+from ingest.log.partitions import PARTITIONS, Limits, Places, next_stamp, take_in_order
 from meters.log import Entry, PositionLost, Record, TryAgain
 
 
@@ -28,10 +28,14 @@ class Partition:
         """The offset the next record will get."""
         return self.start + len(self.records)
 
-    def append(self, entry: Entry, number: int, now_us: int) -> int:
-        """Put the entry at the end, at a time never before its predecessor's; its offset."""
+    @property
+    def newest_us(self) -> int:
+        """The time of the newest record; 0 where there is none."""
+        return self.records[-1].timestamp_us if self.records else 0
+
+    def append(self, entry: Entry, number: int, time_us: int) -> int:
+        """Put the entry at the end; its offset."""
         offset = self.end
-        time_us = max([now_us, *(record.timestamp_us for record in self.records[-1:])])
         said = entry.organization_id, entry.admitted, entry.distinct_keys
         self.records.append(Record(number, offset, time_us, entry.value, *said))
         return offset
@@ -68,6 +72,11 @@ class Disk:
         self.changed = threading.Condition()
         self.full = False
 
+    @property
+    def newest_us(self) -> int:
+        """The time of the newest record of all; 0 where there is none."""
+        return max(partition.newest_us for partitions in self.streams.values() for partition in partitions)
+
 
 class MemoryLog:
     """A log on the disk. See ``meters.log.Log`` for what the methods promise."""
@@ -94,9 +103,9 @@ class MemoryLog:
             self._check_open()
             if self._disk.full:
                 raise TryAgain("the disk is full", self._limits.retry_after_s)
-            now_us = self._clock_us()
             partitions = self._disk.streams[stream]
-            offsets = [partitions[entry.partition].append(entry, entry.partition, now_us) for entry in entries]
+            time_us = next_stamp(stream, self._clock_us(), self._disk.newest_us)
+            offsets = [partitions[entry.partition].append(entry, entry.partition, time_us) for entry in entries]
             self._disk.changed.notify_all()
             return offsets
 

@@ -74,6 +74,19 @@ class Places:
             raise Refused(f"the entries are over {limits.queue_bytes_max} bytes together")
 
 
+def next_stamp(stream: str, now: int, newest: int) -> int:
+    """Return the time of new records: the clock's, and never before the newest time that is known in the log.
+
+    Both are whole numbers of one unit, microseconds or milliseconds, and so is the result.
+
+    While the clock is behind that time, every decision gets a later one than all records before it, and the events
+    after it get the decision's. So a reset divides the events before it from those after it, whatever the clock says.
+    """
+    if now >= newest:
+        return now
+    return newest + (stream == USAGE_CONTROL)
+
+
 def take_in_order(
     waiting: Mapping[int, deque[Record]], has_more: Callable[[int], bool], bytes_max: int
 ) -> list[Record]:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import msgspec
 
-from ingest.log.partitions import Limits
+from ingest.log.partitions import Limits, next_stamp
 from ingest.log.sqlite_file import PAGE_BYTES, connect, pack, same_file, table_name
 from meters.log import Entry, Refused, TryAgain
 
@@ -198,7 +198,8 @@ def _resolve(answers: list[tuple[asyncio.Future[list[int]], Outcome]]) -> None:
 
 
 # The appender. Offsets are dense and have no counter of their own: the next offset is that of the newest record plus
-# one. The lowest time for the next record comes from it, too. So retention never removes the newest record.
+# one. The lowest time for the next record comes from the newest record of each partition (``next_stamp``). So
+# retention never removes the newest record.
 #
 # After any error the connections are dropped and the next group opens new ones, because the state of a transaction
 # whose sync failed is not reliable. Opening first copies the WAL into the file: a failed sync may have left pages
@@ -216,12 +217,16 @@ SAME_FILE_CHECK_S = 1.0
 
 # The SELECT reads the table it inserts into, so SQLite completes it first; `key` counts the heads from 0. A piece of
 # an empty blob is NULL.
-_INSERT = """INSERT INTO {table}
-SELECT (SELECT coalesce(max("offset") + 1, 0) FROM {table}) + head.key,
-    max(:now_us, coalesce((SELECT timestamp_us FROM {table} ORDER BY "offset" DESC LIMIT 1), :now_us)),
+_INSERT = """WITH newest AS MATERIALIZED (
+    SELECT next_stamp(:stream, :now_us, coalesce(max(timestamp_us), 0)) AS stamp_us FROM ({newest})
+)
+INSERT INTO {table}
+SELECT (SELECT coalesce(max("offset") + 1, 0) FROM {table}) + head.key, (SELECT stamp_us FROM newest),
     json_extract(head.value, '$[0]'), json_extract(head.value, '$[1]'), json_extract(head.value, '$[4]'),
     coalesce(substr(:joined, json_extract(head.value, '$[2]'), json_extract(head.value, '$[3]')), x'')
 FROM json_each(:heads) AS head"""
+
+_NEWEST = 'SELECT * FROM (SELECT timestamp_us FROM {table} ORDER BY "offset" DESC LIMIT 1)'
 
 _encode = msgspec.json.Encoder().encode
 
@@ -238,6 +243,7 @@ class FileAppender:
         self._wal_bytes = 0
         self._checked_s = 0.0
         self._status: os.stat_result | None = None
+        self._newest = ""  # SQL for the newest times of all partitions
 
     def commit(self, batches: Mapping[PartitionName, Batch]) -> dict[PartitionName, int]:
         """Write every batch in one transaction and return the first offset of each. Raises sqlite3.Error, OSError."""
@@ -245,7 +251,9 @@ class FileAppender:
             connection = self._open()
             now_us = self._clock_us()
             with _transaction(connection, needed=len(batches) > 1):
-                firsts = {place: _insert(connection, place, batch, now_us) for place, batch in batches.items()}
+                firsts = {
+                    place: _insert(connection, place, batch, now_us, self._newest) for place, batch in batches.items()
+                }
         except BaseException:
             self.close()
             raise
@@ -272,9 +280,11 @@ class FileAppender:
         now_s = time.monotonic()
         if self._connection is None:
             self._connection = connect(self._path, self._limits.lock_wait_s_max)
+            self._connection.create_function("next_stamp", 3, next_stamp, deterministic=True)
             self._copier = connect(self._path, self._limits.lock_wait_s_max)
             self._status, self._checked_s = os.stat(self._path), now_s
             self._checkpoint()
+            self._newest = _newest_of(self._connection)
         if now_s - self._checked_s > SAME_FILE_CHECK_S:
             self._checked_s = now_s
             if self._status is None or not same_file(self._path, self._status):
@@ -287,10 +297,18 @@ class FileAppender:
             checkpoint(self._connection, self._copier)
 
 
-def _insert(connection: sqlite3.Connection, place: PartitionName, batch: Batch, now_us: int) -> int:
+def _newest_of(connection: sqlite3.Connection) -> str:
+    """Return the SELECT of the newest time of each partition. A log never gets more partitions."""
+    streams = connection.execute("SELECT name, partitions FROM streams").fetchall()
+    tables = [table_name(stream, partition) for stream, count in streams for partition in range(count)]
+    return " UNION ALL ".join([_NEWEST.format(table=table) for table in tables])
+
+
+def _insert(connection: sqlite3.Connection, place: PartitionName, batch: Batch, now_us: int, newest: str) -> int:
     """Append one batch; the offset of its first record."""
-    statement = _INSERT.format(table=table_name(*place))
-    values = {"now_us": now_us, "heads": _encode(batch.heads).decode(), "joined": b"".join(batch.values)}
+    statement = _INSERT.format(table=table_name(*place), newest=newest)
+    heads, joined = _encode(batch.heads).decode(), b"".join(batch.values)
+    values = {"stream": place[0], "now_us": now_us, "heads": heads, "joined": joined}
     last = connection.execute(statement, values).lastrowid
     assert last is not None
     return last + 1 - len(batch.heads)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain
+from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, Log, PositionLost, Record, Refused, TryAgain, newest_stamp_us
 from tests.contracts.log_implementations import LIMITS, PARTITIONS, WORLDS, World
 from tests.support.waiting import eventually
 
@@ -215,6 +215,28 @@ def test_time_is_ingestion_and_never_goes_back(world: World) -> None:
     set_back = 5 if world.one_clock else -3_600_000
     found = [record.timestamp_us - start_us for record in read(world.open())]
     assert found == [steps * step_us for steps in (0, 5, set_back, 7)]
+
+
+def test_decisions_and_what_follows_them_are_later_than_what_was_read(world: World) -> None:
+    """Our own processes hear of the newest time by reading, whatever their clocks say after one of them was ahead."""
+    clock, right_us = world.clock, world.clock.now_us
+
+    def stamped(log: Log, stream: str, partition: int = 0) -> int:
+        """The time of another record; one that this log has read."""
+        [offset] = asyncio.run(log.append(stream, [Entry(b"v", partition, admitted=True)]))
+        [record] = log.read(stream, {partition: offset}, bytes_max=PLENTY)
+        return record.timestamp_us
+
+    clock.now_us += 50 * 60_000_000  # brokers refuse times more than an hour ahead
+    ahead_us = stamped(world.open(), USAGE_EVENTS, 1)
+    clock.now_us = right_us
+    aggregator, gateway = world.open(), world.open()
+    assert newest_stamp_us(aggregator) == ahead_us
+    decided_us = stamped(aggregator, USAGE_CONTROL)
+    assert ahead_us < decided_us < ahead_us + 3_600_000_000
+    assert len(gateway.read(USAGE_CONTROL, {0: 0}, bytes_max=PLENTY)) == 1
+    assert stamped(gateway, USAGE_EVENTS, 2) >= decided_us
+    assert stamped(aggregator, USAGE_CONTROL) > decided_us
 
 
 def test_reading_at_the_end_is_empty(world: World) -> None:

@@ -14,6 +14,7 @@ from deploy.doctor import Finding, examine
 from deploy.errors import GiveUp
 from deploy.rebuild import rebuild
 from deploy.server.data import DataDirectory
+from ingest.log import clock_us, open_log
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
 from tests.support.servers.installation import meterstream
@@ -54,6 +55,19 @@ def test_organizations_that_nobody_made_are_named(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["id"] == id.lower()
     assert found(data) == Finding("organizations", "every event belongs to one that was made")
+
+
+def test_a_clock_that_was_ahead_is_named(tmp_path: Path) -> None:
+    """Until then records get the newest time. A producer of Kafka's has a clock of its own, and is not named here."""
+    data = DataDirectory(tmp_path)
+    for ahead_us, admitted, said in ((0, True, 0), (7_200_000_000, True, 1)):
+        with contextlib.closing(open_log(f"embedded:{tmp_path}", clock_us=lambda: clock_us() + ahead_us)) as log:  # noqa: B023
+            asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+            asyncio.run(log.append(USAGE_EVENTS, [entry(line("a"), admitted=admitted)]))
+        clocks = [finding for finding in examine(data) if finding.part == "clock"]
+        assert len(clocks) == said
+    assert clocks[0].found.startswith("the newest record's time is 7,")
+    assert "check the clocks of this machine" in clocks[0].heal
 
 
 def test_an_organization_is_made_once_and_of_an_id_that_is_one(tmp_path: Path) -> None:

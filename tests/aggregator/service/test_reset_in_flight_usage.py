@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from aggregator.service.errors import PRESENT_S_MAX, SETTLED_S
+from ingest.log import memory
 from meters.log import USAGE_EVENTS
 from tests.support.polar.organization import Polar, numbers
 from tests.support.records import entry, line
@@ -21,8 +22,9 @@ INSTANT, SECOND = timedelta(milliseconds=1), timedelta(seconds=1)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """An API that waits for usage on its way, as in production."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An API that waits for usage on its way, as in production. Each writer has its own clock, as over Kafka."""
+    monkeypatch.setattr(memory, "next_stamp", lambda stream, now, newest: now)
     with serving(tmp_path, SETTLED_S) as server:
         yield server
 

@@ -15,7 +15,7 @@ import pytest
 from ingest.admission import intake
 from ingest.catalogue_follower import CatalogueTail
 from ingest.limits import INLINE_BODY_BYTES_MAX
-from ingest.log import open_log
+from ingest.log import clock_us, open_log
 from ingest.log.memory import Disk, MemoryLog, Partition
 from ingest.log.partitions import Limits, Places
 from meters.catalogue.access import TOKEN_PREFIX
@@ -315,6 +315,18 @@ def test_a_decision_acts_with_the_next_look_which_is_within_a_second() -> None:
 
     assert tail.current
     assert 0 < max(log.waits_s) <= 1
+
+
+def test_readiness_says_how_far_the_log_is_ahead() -> None:
+    """Only where the time of a decision is still to come."""
+    ahead_us = 0
+    log = open_log("memory:", clock_us=lambda: clock_us() + ahead_us)
+    with RunningGateway(log) as gateway:
+        assert "log_clock_ahead_s" not in gateway.client.get("/readyz").json()
+        ahead_us = 7_200_000_000
+        asyncio.run(log.append(USAGE_CONTROL, [Entry(encode_change(TokenCreated(gateway.token)), admitted=True)]))
+        said = eventually(lambda: gateway.client.get("/readyz").json().get("log_clock_ahead_s"))
+        assert 0 < said <= 7200
 
 
 class ControlLostLog(MemoryLog):
