@@ -22,9 +22,9 @@ import pyarrow as pa
 import structlog
 
 from aggregator.decode.directory import Directory
-from aggregator.store.store import Slot, Store
+from aggregator.store.store import Store
 from aggregator.totals.accumulators import Calendar, Integers, MeterQuarters, MeterWindows, window_begin_us
-from aggregator.totals.plan import ARRIVING, KEPT, Evaluated, Plan, PreparedPlans, plan
+from aggregator.totals.plan import KEPT, Evaluated, Plan, PreparedPlans, means_the_same, plan
 from aggregator.view import EVER, Consumption, Total
 from meters.catalogue.catalogue import Catalogue, Change, MeterCreated, MeterUpdated
 from meters.meter import Meter
@@ -140,11 +140,10 @@ class RunningTotals:
         """``begins`` says where the windows of a meter begin, by customer number, in us; the others begin at EVER."""
         self._store, self._directory, self._catalogue, self._begins = store, directory, catalogue, begins
         self._connection = store.cursor()
-        self._arriving: Slot | None = None
         self._meters: dict[str, Counting] = {}
         self._calendars: dict[str, Calendar] = {}  # by organization: times long ago cost nobody else memory
         self._histories = Histories(self._history)
-        self._plans = PreparedPlans(self._connection)
+        self._plans = PreparedPlans(store.cursor)
         self._waiting: dict[str, dict[int, int]] = {}  # by meter: windows that begin in history under way
         self._failed: deque[tuple[float, dict[str, Counting]]] = deque()  # when to count again
         self._stopping = threading.Event()
@@ -162,6 +161,7 @@ class RunningTotals:
         """Give up counting history and let go of the store."""
         self._stopping.set()
         self.wait()
+        self._plans.close()
         self._connection.close()
         del self._histories  # it holds this in turn, and in what is frozen the collector finds no cycle
 
@@ -170,7 +170,7 @@ class RunningTotals:
         if not isinstance(change, MeterCreated | MeterUpdated):
             return
         meter, counting = change.meter, self._meters.get(change.meter.id)
-        if counting is not None and _means_the_same(counting.meter, meter):
+        if counting is not None and means_the_same(counting.meter, meter):
             return
         if meter.organization_id in self._directory.organizations:
             self._plans.forget(self._directory.organizations[meter.organization_id].number)
@@ -182,15 +182,13 @@ class RunningTotals:
         if rows.num_rows == 0:
             return []
         organizations, arriving = rows.column("organization").to_numpy(), rows.select(_READ)
-        slot = self._arriving = self._arriving or Slot(self._connection, ARRIVING, arriving)
         found = list[Found]()
         for number in np.unique(organizations).tolist():
-            prepared = self._plans.of(number, self._counted_meters)
-            if prepared is not None:
+            plans = self._plans.of(number, self._counted_meters, arriving.schema)
+            if plans:
                 here = organizations == number
-                slot.table = arriving if here.all() else arriving.filter(pa.array(here))
-                result = self._connection.execute(prepared.text).to_arrow_table()
-                found.append(Found(number, prepared.plan, result))
+                ours = arriving if here.all() else arriving.filter(pa.array(here))
+                found += [Found(number, prepared.plan, prepared.run(ours)) for prepared in plans]
         return found
 
     def add(self, found: list[Found]) -> None:
@@ -332,11 +330,6 @@ class RunningTotals:
         except Exception as error:  # without its total a meter is answered by a query: slower, never wrong
             logger.error("history_not_counted", reason=str(error), again_s=HISTORY_AGAIN_S)
             self._failed.append((time.monotonic() + HISTORY_AGAIN_S, counted))
-
-
-def _means_the_same(before: Meter, after: Meter) -> bool:
-    """Whether a change leaves what is counted: another name, say, or a label, or that the meter is archived."""
-    return (before.filter, before.aggregation) == (after.filter, after.aggregation)
 
 
 def _scatter(counted: Mapping[str, Counting], compiled: Plan, table: pa.Table, calendar: Calendar) -> None:

@@ -196,8 +196,9 @@ def test_meters_count_alike_whether_their_statement_is_planned_once_or_each_time
     with used() as log, Running(log, tmp_path / "store.duckdb") as running:
         running.catch_up()
         totals = running.engine.totals
-        found = totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
-        prepared = totals._plans._plans.values()
-        assert [one.text.startswith("EXECUTE ") for one in prepared if one is not None] == [room > 0]
+        meter = running.engine.catalogue.meters["m"]
+        found = totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
+        [plans] = totals._plans._plans.values()
+        assert [one.text.startswith("EXECUTE ") for one in plans.found] == [room > 0]
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
