@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from meters.catalogue.catalogue import Catalogue, Change
 from meters.ledger.ledger import Ledger
+from meters.meter import Meter
 
 EVER = int(np.iinfo(np.int64).min)
 """Before every time, in microseconds since 1970: where a window begins that has no reset, when nothing arrived yet."""
@@ -84,25 +85,29 @@ class DirectoryView(Protocol):
 
 
 class TotalsView(Protocol):
-    """The running totals. A method returns None where memory does not have the answer: query the store instead."""
+    """The running totals. A method returns None where memory does not have the answer: query the store instead.
 
-    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
+    Memory has the totals of one definition of a meter. While a meter is being changed, a caller may still hold the
+    definition before, or hold the new one already, and gets None: so no answer is of two definitions.
+    """
+
+    def total(self, meter: Meter, subjects: list[int]) -> Total | None:
         """Return the meter's total over these customer numbers, since the first event."""
         ...
 
-    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
+    def by_quarters(self, meter: Meter, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
         """Return the total of all customers in each span. A span begins and ends on a quarter hour."""
         ...
 
-    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
+    def consumed(self, meter: Meter, subjects: list[int], since: datetime | None) -> Consumption | None:
         """Return what one customer used since its newest reset, which was at ``since``."""
         ...
 
-    def arrivals(self, meter_id: str) -> npt.NDArray[np.int64] | None:
+    def arrivals(self, meter: Meter) -> npt.NDArray[np.int64] | None:
         """Return the newest arrival for each customer number, in microseconds since 1970 (EVER: no event)."""
         ...
 
-    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+    def amounts(self, meter: Meter) -> npt.NDArray[np.float64] | None:
         """Return the nearest double of what each customer number used in its window, for sorting."""
         ...
 
@@ -145,11 +150,6 @@ class View(Protocol):
         """The ``usage.control`` offset behind the last decision that is applied."""
         ...
 
-    def read(self) -> AbstractContextManager[Snapshot]:
-        """Open a snapshot of the store. Its calls block: use it in a thread, and never across an await."""
-        ...
-
-    def outbox(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
     @property
     def newest_stamp_us(self) -> int:
         """The newest time (microseconds since 1970) that one of our own processes put on a record that was read.
@@ -158,6 +158,11 @@ class View(Protocol):
         """
         ...
 
+    def read(self) -> AbstractContextManager[Snapshot]:
+        """Open a snapshot of the store. Its calls block: use it in a thread, and never across an await."""
+        ...
+
+    def outbox(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """Open a short transaction on the webhook tables. Its calls block: use it in a thread. Raises Unavailable."""
         ...
 

@@ -112,7 +112,7 @@ def wrong(engine: Engine, made: Sequence[Meter], definitions: Sequence[dict[str,
     """Meters that do not show what was written, in words."""
     everyone, differences = list(range(engine.directory.subjects_count)), []
     for meter, definition in zip(made, definitions, strict=True):
-        total, wanted = engine.totals.total(meter.id, everyone), expected(definition, ledger)
+        total, wanted = engine.totals.total(meter, everyone), expected(definition, ledger)
         found = None if total is None else shown(total, meter.aggregation.func)
         if found != wanted:
             differences.append(f"{meter.name} is {found}, not {wanted}")

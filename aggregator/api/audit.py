@@ -87,7 +87,7 @@ async def ask(request: Request, desk: AtDesk, token: Auditor, question: str) -> 
 async def total(request: Request, desk: AtDesk, token: Auditor) -> Response:
     """The running total of some customers together, or null."""
     asked, meter = await _asked(request, desk)
-    return _json(desk.view.totals.total(meter.id, asked.subjects))
+    return _json(desk.view.totals.total(meter, asked.subjects))
 
 
 @router.post("/blocks")
@@ -101,7 +101,7 @@ async def blocks(request: Request, desk: AtDesk, token: Auditor) -> Response:
     spans = [(hour, hour + HOUR) for hour in asked.hours]
 
     def totals() -> tuple[list[Total | None], list[Total] | None]:
-        return [desk.view.totals.total(meter.id, one) for one in ranges], desk.view.totals.by_quarters(meter.id, spans)
+        return [desk.view.totals.total(meter, one) for one in ranges], desk.view.totals.by_quarters(meter, spans)
 
     def parts(here: Snapshot) -> list[Part]:
         return list(audit.everything(here.connection, [meter], _number(here, meter), here.as_of))
@@ -165,7 +165,7 @@ def _windows(desk: Desk, meter: Meter) -> Iterator[_Window]:
         customer = desk.catalogue.customer(meter.organization_id, customer_id)
         if customer is not None and account.since is not None:
             subjects = numbers_of(desk, customer)
-            consumption = desk.view.totals.consumed(meter.id, subjects, account.since)
+            consumption = desk.view.totals.consumed(meter, subjects, account.since)
             if consumption is not None:
                 yield _Window(customer_id, subjects, account.since, consumption.value)
 
@@ -181,8 +181,8 @@ def _recounted(meter: Meter, windows: Iterable[_Window], here: Snapshot) -> Iter
 
 def _running(desk: Desk, meter: Meter, which: Which) -> Total | None:
     if which.hour is None:
-        return desk.view.totals.total(meter.id, [which.subject or 0])
-    found = desk.view.totals.by_quarters(meter.id, [(which.hour, which.hour + HOUR)])
+        return desk.view.totals.total(meter, [which.subject or 0])
+    found = desk.view.totals.by_quarters(meter, [(which.hour, which.hour + HOUR)])
     return found[0] if found else None
 
 

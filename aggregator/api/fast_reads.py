@@ -80,7 +80,7 @@ def _total(desk: Desk, token: Token, id: str, parameters: Parameters) -> Answer 
     if meter is None or parameters or not is_plain:
         return None
     ids, externals = [[name] if name else None for name in (customer_id, external_id)]
-    total = desk.view.totals.total(meter.id, desk.subjects(token, ids, externals) or [])
+    total = desk.view.totals.total(meter, desk.subjects(token, ids, externals) or [])
     return None if total is None else running_total(meter, customer_id, external_id, measured(total))
 
 

@@ -303,7 +303,7 @@ def _charted(
     """A thread: everybody's series, from memory; None where memory does not have it."""
     points, bounds = usage.spans(*between, interval, timezone)
     as_of = desk.view.as_of  # before it is read: what is read may be newer than it says, never older
-    totals = desk.view.totals.by_quarters(meter.id, bounds)
+    totals = desk.view.totals.by_quarters(meter, bounds)
     if totals is None:
         return None
     parts = [measured(total) for total in totals]

@@ -316,7 +316,7 @@ class StoppedTotals:
     def total(self, meter: Meter, subjects: list[int]) -> Total | None:
         """The total that the next start would show; None when it cannot be counted."""
         self._totals.wait()
-        return self._totals.total(meter.id, subjects)
+        return self._totals.total(meter, subjects)
 
     def both(self, meters: Sequence[Meter]) -> Iterator[Both]:
         """What the next start would keep, and the raw events: counted for all meters in one pass."""
@@ -331,7 +331,7 @@ class StoppedTotals:
             yield both_of(parts, place, known, dict(zip(hours, kept, strict=False)))
 
     def _hours(self, meter: Meter, hours: Sequence[datetime]) -> list[Total] | None:
-        return self._totals.by_quarters(meter.id, [(hour, hour + HOUR) for hour in hours])
+        return self._totals.by_quarters(meter, [(hour, hour + HOUR) for hour in hours])
 
     def by_customer(self, meter: Meter, block: int) -> list[tuple[int, Measured]]:
         """The customers of a block."""

@@ -114,7 +114,7 @@ async def customer_meter(desk: Desk, customer: Customer, meter: Meter) -> Custom
 def _read(desk: Desk, customer: Customer, meter: Meter) -> CustomerMeter:
     """What memory has: the account once, so that credits and usage are of the same window."""
     account = desk.view.ledger.account(customer.id, meter.id)
-    consumption = desk.view.totals.consumed(meter.id, numbers_of(desk, customer), account.since if account else None)
+    consumption = desk.view.totals.consumed(meter, numbers_of(desk, customer), account.since if account else None)
     return CustomerMeter(customer, meter, account, consumption or UNKNOWN)
 
 
@@ -180,7 +180,7 @@ async def _recount(desk: Desk, missing: Sequence[CustomerMeter]) -> dict[str, Co
 
 def _last_at(desk: Desk, one: CustomerMeter) -> datetime | None:
     """When the newest event arrived that the meter counts of the customer; None where memory does not know that."""
-    arrived = desk.view.totals.arrivals(one.meter.id)
+    arrived = desk.view.totals.arrivals(one.meter)
     if arrived is None:
         return None
     numbers = [number for number in numbers_of(desk, one.customer) if number < len(arrived)]

@@ -98,7 +98,7 @@ def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter],
     places = {customer.id: place for place, customer in enumerate(customers)}
     parts = []
     for place, meter in enumerate(each(meters)):
-        arrived = view.totals.arrivals(meter.id)
+        arrived = view.totals.arrivals(meter)
         if arrived is None:
             raise Unavailable("meters are still being counted")
         newest, known = np.append(arrived, EVER), [np.where(n < len(arrived), n, NOBODY) for n in (first, second)]
@@ -124,7 +124,7 @@ def _consumed(
     where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
 ) -> Doubles:
     """What each customer used, where ``found`` says that there is a row."""
-    amounts = where.desk.view.totals.amounts(meter.id)
+    amounts = where.desk.view.totals.amounts(meter)
     consumed, apart = np.zeros(len(customers)), found
     if amounts is not None:
         amounts = np.append(amounts, 0.0)

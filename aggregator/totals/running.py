@@ -196,47 +196,49 @@ class RunningTotals:
         for number, compiled, table in found:
             _scatter(self._meters, compiled, table, self._calendar(self._directory.organization_ids[number]))
 
-    def total(self, meter_id: str, subjects: list[int]) -> Total | None:
+    def total(self, meter: Meter, subjects: list[int]) -> Total | None:
         """The meter's total over the customer numbers; None while its history is being counted."""
-        counting = self._complete(meter_id)
+        counting = self._complete(meter)
         return counting.totals.total(subjects) if counting is not None else None
 
-    def by_quarters(self, meter_id: str, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
+    def by_quarters(self, meter: Meter, bounds: Sequence[tuple[datetime, datetime]]) -> list[Total] | None:
         """Everyone's total in each span of quarter hours.
 
         None while it is counted, for distinct values, and where a span begins before KEPT_FROM.
         """
-        counting = self._complete(meter_id)
+        counting = self._complete(meter)
         if counting is None or counting.quarters is None or any(begins < KEPT_FROM for begins, _ in bounds):
             return None
         return [counting.quarters.total(begins, ends) for begins, ends in bounds]
 
-    def consumed(self, meter_id: str, subjects: list[int], since: datetime | None) -> Consumption | None:
+    def consumed(self, meter: Meter, subjects: list[int], since: datetime | None) -> Consumption | None:
         """What arrived from these numbers since a time.
 
         None while it is counted, for another time than the customer's newest reset, and for more distinct values than
         are kept.
         """
-        counting = self._complete(meter_id)
+        counting = self._complete(meter)
         return counting.totals.consumed(subjects, window_begin_us(since)) if counting is not None else None
 
-    def arrivals(self, meter_id: str) -> Integers | None:
+    def arrivals(self, meter: Meter) -> Integers | None:
         """When the newest counted event of each number arrived, in us (EVER: none did); None while it is counted."""
-        counting = self._complete(meter_id)
+        counting = self._complete(meter)
         return counting.totals.arrivals() if counting is not None else None
 
-    def amounts(self, meter_id: str) -> npt.NDArray[np.float64] | None:
+    def amounts(self, meter: Meter) -> npt.NDArray[np.float64] | None:
         """What each customer number used in its window, as the nearest double, to put long lists in order by.
 
         None while it is counted, and for distinct values.
         """
-        counting = self._complete(meter_id)
+        counting = self._complete(meter)
         return counting.totals.amounts() if counting is not None else None
 
-    def _complete(self, meter_id: str) -> Counting | None:
-        """The meter's, once its history is in it."""
-        counting = self._meters.get(meter_id)
-        return counting if counting is not None and counting.complete.is_set() else None
+    def _complete(self, meter: Meter) -> Counting | None:
+        """What is counted by this definition of the meter, once its history is in it."""
+        counting = self._meters.get(meter.id)
+        if counting is None or not counting.complete.is_set() or not means_the_same(counting.meter, meter):
+            return None
+        return counting
 
     def is_windowed(self, meter_id: str) -> bool:
         """Whether any customer's window of the meter begins elsewhere than at EVER, or did."""
@@ -264,8 +266,9 @@ class RunningTotals:
 
     def catch_up(self) -> None:
         """Do what had to wait: windows of meters whose history is counted by now, histories that could not be read."""
-        for meter_id in [id for id in self._waiting if self._complete(id) is not None]:
-            self.begin_windows(self._meters[meter_id].meter, {})
+        for meter in [self._meters[id].meter for id in self._waiting if id in self._meters]:
+            if self._complete(meter) is not None:
+                self.begin_windows(meter, {})
         self._histories.go_on()
         while self._failed and self._failed[0][0] <= time.monotonic():
             _, counted = self._failed.popleft()

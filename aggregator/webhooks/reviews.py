@@ -54,7 +54,7 @@ async def whom(
 
 def _is_counting(desk: Desk, meter_id: str) -> bool:
     meter = desk.catalogue.meters.get(meter_id)
-    return meter is not None and meter.archived_at is None and desk.view.totals.arrivals(meter_id) is None
+    return meter is not None and meter.archived_at is None and desk.view.totals.arrivals(meter) is None
 
 
 def _is_concerned(desk: Desk, customer: Customer, review: Review) -> bool:

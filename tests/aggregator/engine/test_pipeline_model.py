@@ -108,7 +108,7 @@ class Model:
 def total_of(engine: Engine, meter: Meter, customer: str) -> Decimal:
     """What the running totals say of one customer."""
     subjects = engine.directory.find(ORGANIZATION, customer, None)
-    total = engine.totals.total(meter.id, subjects)
+    total = engine.totals.total(meter, subjects)
     assert total is not None
     measured = Measured(total.count, total.sum, None, total.min, total.max)
     return measured.value(meter.aggregation)
@@ -150,7 +150,7 @@ def assert_charts_agree(engine: Engine, model: Model, metered: list[Meter]) -> N
     for made in metered:
         for interval, timezone in ((Interval.DAY, "Asia/Kathmandu"), (Interval.MONTH, "America/St_Johns")):
             points, bounds = usage.spans(FEBRUARY, MARCH, interval, timezone)
-            totals = engine.totals.by_quarters(made.id, bounds)
+            totals = engine.totals.by_quarters(made, bounds)
             if totals is None:
                 assert made.aggregation.func == "unique"
                 continue
@@ -242,7 +242,8 @@ def test_many_meters_that_look_for_texts_each_take_their_own(tmp_path: Path) -> 
         engine = running.catch_up()
         assert_agrees(engine, model, metered)
         assert_charts_agree(engine, model, metered)
-        unique = engine.totals.consumed("m9", engine.directory.find(ORGANIZATION, "ann", None), None)
+        distinct = engine.catalogue.meters["m9"]
+        unique = engine.totals.consumed(distinct, engine.directory.find(ORGANIZATION, "ann", None), None)
     log.close()
 
     assert metered[9].aggregation.func == "unique"

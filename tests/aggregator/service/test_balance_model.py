@@ -272,7 +272,7 @@ class LedgerMachine(RuleBasedStateMachine):
             subjects = engine.directory.find(ORGANIZATION, known.external_id, known.id)
             for function, measured in METERS.items():
                 account = engine.ledger.account(customer, function) or Account()
-                used = engine.totals.consumed(function, subjects, account.since)
+                used = engine.totals.consumed(engine.catalogue.meters[function], subjects, account.since)
                 assert used is not None, "memory does not know"
                 assert used.value == self.auditor.consumed(customer, function), (customer, function)
                 assert account.credited == self.auditor.credited(customer, function), (customer, function)

@@ -59,7 +59,7 @@ def consumed(running: Running, minute: int) -> Consumption | None:
     """What was used since that minute, as memory has it."""
     engine = running.engine
     subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
-    return engine.totals.consumed("m", subjects, NOW + timedelta(minutes=minute))
+    return engine.totals.consumed(engine.catalogue.meters["m"], subjects, NOW + timedelta(minutes=minute))
 
 
 def used_since(minute: int) -> tuple[int, Decimal]:
@@ -137,7 +137,8 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
             running.catch_up()
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
-            found = running.engine.totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
+            meter = running.engine.catalogue.meters["m"]
+            found = running.engine.totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
     assert failures == []
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
@@ -159,7 +160,7 @@ def test_meters_that_wait_are_counted_in_one_pass(tmp_path: Path) -> None:
         passes.free.set()
         running.catch_up()
         subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
-        found = [engine.totals.total(one.id, subjects) for one in made]
+        found = [engine.totals.total(one, subjects) for one in made]
     assert passes.begun == [["late-0"], ["late-1"], ["late-2", "late-3", "late-4"]]
     count = MINUTES * LINES + len(made)
     assert [(total.count, total.sum) for total in found if total] == [(count, count * Decimal("0.9"))] * len(made)
@@ -181,7 +182,8 @@ def test_histories_wait_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(threading.Thread, "start", refusing)
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
-            found = running.engine.totals.total("m", running.engine.directory.find(ORGANIZATION, "ann", ANN))
+            meter = running.engine.catalogue.meters["m"]
+            found = running.engine.totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
     assert len(refused) == 2
     assert found is not None
     assert (found.count, found.sum) == used_since(0)

@@ -228,7 +228,7 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
         aggregator.start()
         aggregator._now.totals.wait()
         ann = aggregator.directory.find(ORGANIZATION, "ann", None)
-        unknown = [aggregator.totals.total(made.id, ann) for made in metered()]
+        unknown = [aggregator.totals.total(made, ann) for made in metered()]
         points.silent = True
         aggregator.stop()
 

@@ -234,7 +234,7 @@ def assert_totals_agree(aggregator: Aggregator, counted: Counted) -> None:
     events = [event for (tenant, _), event in counted.stored.items() if tenant == ORGANIZATION]
     for made in metered():
         for customer in CUSTOMERS:
-            total = aggregator.totals.total(made.id, aggregator.directory.find(ORGANIZATION, customer, None))
+            total = aggregator.totals.total(made, aggregator.directory.find(ORGANIZATION, customer, None))
             assert total is not None
             measured = Measured(total.count, total.sum, None, total.min, total.max)
             taken = [event for event in events if event.external_customer_id == customer]
