@@ -121,7 +121,7 @@ async def list_ledger(desk: AtDesk, token: Reader, id: UUID, page: WhichPage) ->
     """Every movement of the balance, newest first, with what was left after it. They add up to the balance."""
     one = await _found(desk, token, id)
     account = one.account or Account()
-    scope = Scope(organization=NOBODY, subjects=numbers_of(desk, one.customer))
+    scope = Scope(organization=NOBODY, subjects=partial(numbers_of, desk, one.customer))
     cuts = sorted({reset.at for reset in account.resets})
 
     def question(here: Here) -> list[Entry]:  # a year of usage is half a second of work, which nobody else waits for
@@ -141,8 +141,8 @@ async def list_events_behind(desk: AtDesk, token: Reader, id: UUID, entry_id: st
         raise NotFound
     listing = Listing(
         scope=Scope(
-            organization=NOBODY, subjects=numbers_of(desk, one.customer), arrived_since=stretch[0],
-            arrived_until=stretch[1],
+            organization=NOBODY, subjects=partial(numbers_of, desk, one.customer),
+            arrived_since=stretch[0], arrived_until=stretch[1],
         ),
         filter=one.meter.filter, aggregation=one.meter.aggregation, limit=page.limit, offset=page.offset,
         shows_pending=True,

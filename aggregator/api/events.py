@@ -77,10 +77,8 @@ async def _scope(
     for given in source or ():
         if given not in (SYSTEM, USER):
             raise Malformed([detail("enum", ("query", "source"), f"Input should be '{SYSTEM}' or '{USER}'", given)])
-    subjects = desk.subjects(token, texts(customer_id), external_customer_id)
-    if not includes(organization_id, token):
-        subjects = []
-    return Scope(organization=NOBODY, subjects=subjects, sources=source)
+    whose = desk.whose(token, texts(customer_id), external_customer_id)
+    return Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [], sources=source)
 
 
 InScope = Annotated[Scope, Depends(_scope)]

@@ -277,9 +277,9 @@ async def get_meter_quantities(
     meter = meter_of(desk, token, id)
     known_zone(timezone)
     check_range(start_timestamp, end_timestamp, interval)
-    subjects = desk.subjects(token, texts(customer_id), external_customer_id)
-    scope = Scope(organization=NOBODY, subjects=subjects, metadata=metadata)
-    if subjects is None and not metadata and customer_aggregation_function is None:
+    whose = desk.whose(token, texts(customer_id), external_customer_id)
+    scope = Scope(organization=NOBODY, subjects=whose, metadata=metadata)
+    if whose is None and not metadata and customer_aggregation_function is None:
         charted = await asyncio.to_thread(_charted, desk, meter, (start_timestamp, end_timestamp), interval, timezone)
         if charted is not None:
             return _quantities(*charted)
@@ -326,13 +326,11 @@ async def get_customer_usage(
         raise Refused("value_error", ("query",), message)
     ids = None if customer_id is None else [str(customer_id)]
     externals = None if external_customer_id is None else [external_customer_id]
-    subjects = desk.subjects(token, ids, externals) or []
     as_of = desk.view.as_of  # before the total is read: the total may be newer than it says, never older
-    total = desk.view.totals.total(meter.id, subjects)
+    total = desk.view.totals.total(meter, desk.subjects(token, ids, externals) or [])
     if total is None:
-        question = Question(
-            filter=meter.filter, aggregation=meter.aggregation, scope=Scope(organization=NOBODY, subjects=subjects)
-        )
+        scope = Scope(organization=NOBODY, subjects=desk.whose(token, ids, externals))
+        question = Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)
         found, as_of = await desk.ask(token, lambda here: usage.value_of(here.connection, here.about(question)))
     else:
         found = measured(total)
@@ -506,10 +504,8 @@ async def get_metrics(
     check_range(start, end, interval, "date")
     wanted = _wanted(metrics)
     units = periods(start_date, end_date, interval, timezone)
-    subjects = desk.subjects(token, texts(customer_id), None)
-    if not includes(organization_id, token):
-        subjects = []
-    scope = Scope(organization=NOBODY, subjects=subjects)
+    whose = desk.whose(token, texts(customer_id), None)
+    scope = Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [])
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(

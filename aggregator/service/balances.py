@@ -12,6 +12,7 @@ from asyncio import sleep
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple
 
 from aggregator.service.errors import PRESENT_S_MAX
@@ -192,6 +193,6 @@ def _question(
     desk: Desk, customer: Customer, meter: Meter, since: datetime | None, until: datetime | None = None
 ) -> Question:
     scope = Scope(
-        organization=NOBODY, subjects=numbers_of(desk, customer), arrived_since=since, arrived_until=until
+        organization=NOBODY, subjects=partial(numbers_of, desk, customer), arrived_since=since, arrived_until=until
     )  # fmt: skip
     return Question(filter=meter.filter, aggregation=meter.aggregation, scope=scope)

@@ -78,8 +78,9 @@ class Here(NamedTuple):
     patience: Patience
 
     def within(self, scope: Scope) -> Scope:
-        """Return the scope for the organization that asks. Its number is known here and not before."""
-        return replace(scope, organization=self.organization)
+        """Return the scope for the organization that asks. All numbers in it are those of the snapshot."""
+        subjects = scope.subjects() if callable(scope.subjects) else scope.subjects
+        return replace(scope, organization=self.organization, subjects=subjects)
 
     def about(self, asked: Asked) -> Asked:
         """Return the question for the organization that asks."""
@@ -286,7 +287,6 @@ class Desk:
         """Organizations, customers and meters."""
         return self.view.catalogue
 
-    def settling(self, organization_id: str, customer: str) -> asyncio.Lock:
     @property
     def clock_ahead_us(self) -> int:
         """Microseconds by which the log's clock is ahead of this machine's; 0 where it is not. Raises Unavailable."""
@@ -300,6 +300,7 @@ class Desk:
         """
         return instant_of(self.view.newest_stamp_us + 1) if self.clock_ahead_us else self.now()
 
+    def settling(self, organization_id: str, customer: str) -> asyncio.Lock:
         """Return the lock for decisions about one customer alone, so that those about others run at the same time."""
         return self._settling.setdefault((organization_id, customer), asyncio.Lock())
 
@@ -359,6 +360,14 @@ class Desk:
             together += changes
         if together:
             await self.decide(*together)
+
+    def whose(
+        self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None
+    ) -> Callable[[], list[int]] | None:
+        """Return what looks up the numbers of the given customers, for a scope; None where no customer is given."""
+        if customer_ids is None and external_ids is None:
+            return None
+        return lambda: self.subjects(token, customer_ids, external_ids) or []
 
     def subjects(
         self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None

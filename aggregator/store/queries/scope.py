@@ -5,7 +5,7 @@ a meter: the scope's events that pass the meter's filter, with their contributio
 calendar units such as days or months of a time zone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
 import duckdb
@@ -30,13 +30,15 @@ CONTRIBUTION = exp.column("contribution")
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """The events of one organization, narrowed down. None means no restriction; an empty list, nothing.
 
-    ``subjects`` are customer numbers (``aggregator.decode.directory``). ``since`` is inclusive, ``until`` and ``after``
+    ``subjects`` are customer numbers (``aggregator.decode.directory``), or what looks them up: a question may wait in
+    line while a customer's first event is counted, so the numbers are those of the snapshot that it is asked of.
+    ``since`` is inclusive, ``until`` and ``after``
     are not; nor is ``arrived_until``, while ``arrived_since`` is. ``metadata`` keeps events whose value at each
     top-level key has one of the texts.
     """
 
     organization: int
-    subjects: list[int] | None = None
+    subjects: list[int] | Callable[[], list[int]] | None = None
     names: list[str] | None = None
     sources: list[str] | None = None
     since: datetime | None = None
