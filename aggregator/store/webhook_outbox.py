@@ -223,7 +223,7 @@ def _as_table(connection: Connection, rows: Sequence[Message | Attempt], schema:
 
 def pending(connection: Connection, endpoint_id: str, parked_before: tuple[datetime, datetime] | None = None,
             ) -> list[Message]:
-    """The next messages for an endpoint, oldest first, due or not.
+    """The next messages of each type for an endpoint, oldest first, due or not.
 
     Except, with ``parked_before`` (an age and the present), those lacked since before the one and not due at the other:
     nobody waits for them any more.
@@ -232,7 +232,8 @@ def pending(connection: Connection, endpoint_id: str, parked_before: tuple[datet
     rows = connection.execute(
         f"""SELECT {_MESSAGE} FROM webhook_messages WHERE status = 'pending' AND endpoint_id = $endpoint
             AND ($lacked IS NULL OR caused_at >= $lacked OR due_at <= $due)
-            ORDER BY created_at, rowid LIMIT {MESSAGES_AT_ONCE}""",  # noqa: S608 (our columns)
+            QUALIFY row_number() OVER (PARTITION BY type ORDER BY created_at, rowid) <= {MESSAGES_AT_ONCE}
+            ORDER BY created_at, rowid""",  # noqa: S608 (our columns)
         {"endpoint": endpoint_id, "lacked": lacked, "due": due},
     ).fetchall()
     return [Message(*row) for row in rows]

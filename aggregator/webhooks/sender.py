@@ -3,7 +3,8 @@
 ``Sender.run`` executes two independent loops over the outbox. Every two seconds the first one builds messages from
 all causes: many changes of one customer become one message, and thresholds are checked on the way. Customers whose
 state cannot be computed yet are deferred (``Aside``). The second loop sends due messages, one at a time to each
-endpoint, in order as long as the endpoint answers. A message is marked after it was sent, so a crash in between sends
+endpoint, those of one type in order as long as the endpoint answers. A type that the receiver's code cannot handle
+holds back no other type. A message is marked after it was sent, so a crash in between sends
 it again under the same ``webhook-id`` (at least once).
 
 Endpoints take turns, and the one whose last turn is longest ago comes next. A turn ends when the endpoint does not
@@ -40,7 +41,16 @@ from aggregator.webhooks.targets import Crowded, Names, Unresolved
 from meters.backoff import Backoff
 from meters.catalogue.catalogue import Customer
 from meters.log import TryAgain, format_position, parse_position
-from meters.webhooks import THRESHOLD_REACHED, Endpoint, EndpointSet, EndpointSettled, Heard, keys, signature
+from meters.webhooks import (
+    API_VERSION,
+    THRESHOLD_REACHED,
+    Endpoint,
+    EndpointSet,
+    EndpointSettled,
+    Heard,
+    keys,
+    signature,
+)
 
 # Deferred customers: those whose state cannot be computed yet, because a meter is being backfilled.
 #
@@ -100,7 +110,7 @@ class Aside:
 ENDPOINTS_AT_ONCE = 16  # requests under way; each waits for one answer
 ORGANIZATION_AT_ONCE = 4  # of them: three others find room, whoever hangs
 DISABLE_AFTER = 10  # failed messages in a row, each after all its attempts: nobody is there (Polar's rule)
-ORDER_GUARD = timedelta(seconds=60)  # so long a failing message holds back the ones after it (Polar's rule)
+ORDER_GUARD = timedelta(seconds=60)  # so long a failing message holds back those of its type after it (Polar's rule)
 FORGET_EVERY_S = 3600.0  # what is older than a month is let go of; an hour more or less does not matter
 ANSWER_BYTES_MAX = 65_536  # of an answer that nobody reads; a longer one costs the connection
 CAUGHT_UP_S = 5.0  # memory moves milliseconds after a commit, or never
@@ -322,7 +332,7 @@ class Sender:
         try:
             with _later():
                 ends_s = time.monotonic() + self._pace.timeout_s
-                while await self._deliver_in_order(http, endpoint_id, ends_s) == webhook_outbox.MESSAGES_AT_ONCE:
+                while await self._deliver_in_order(http, endpoint_id, ends_s) >= webhook_outbox.MESSAGES_AT_ONCE:
                     continue  # there may be more
         finally:
             del self._busy[endpoint_id]
@@ -334,7 +344,10 @@ class Sender:
         pending = await self._write(lambda connection: webhook_outbox.pending(connection, endpoint_id, parked_before))
         done: list[Message] = []
         attempts: list[Attempt] = []
+        held = set[str]()  # types of which a message failed that the later ones wait for
         for message in pending:
+            if message.type in held:
+                continue
             endpoint = self._desk.catalogue.webhooks.endpoints[endpoint_id]
             now = self._now()
             if endpoint.deleted_at is not None:
@@ -352,7 +365,7 @@ class Sender:
                 if attempt.status_code is None:
                     break
             if message.status == "pending" and now - message.caused_at < ORDER_GUARD:
-                break
+                held.add(message.type)
         await self._write(lambda connection: webhook_outbox.mark(connection, done, attempts))
         await self._disable_if_gone(endpoint_id, attempts, [one for one in done if one.status == "failed"])
         return sum(one.status != "pending" for one in done)
@@ -450,6 +463,7 @@ def signed_headers(endpoint: Endpoint, message: Message, now: datetime) -> dict[
     return {
         "content-type": "application/json",
         "user-agent": USER_AGENT,
+        "webhook-api-version": API_VERSION,
         "webhook-id": message.id,
         "webhook-timestamp": stamp,
         "webhook-signature": " ".join(signatures),

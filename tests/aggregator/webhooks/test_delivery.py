@@ -39,7 +39,7 @@ def test_a_change_is_told_as_the_customers_state(tenant: Tenant) -> None:
         await told.settled()
         last = told.receiver.deliveries[-1]
         assert last.event["type"] == "customer.state_changed"
-        assert last.event["api_version"] == "2026-10"
+        assert last.event["api_version"] == last.headers["webhook-api-version"] == "2026-10"
         assert last.event["data"] == await told.ask("GET", f"/v1/customers/{customer}/state")
         assert [one["balance"] for one in last.event["data"]["active_meters"]] == [3]
         now_s = int(tenant.server.now.timestamp())
@@ -213,6 +213,41 @@ def test_a_customer_whose_state_is_refused_holds_others_back_for_a_minute_only(t
         await until(heard)
 
     live(tenant, story, pace=HURRY._replace(attempts_max=10, backoff_s=2))
+
+
+@pytest.mark.parametrize("refused", ["meter.threshold_reached", "customer.state_changed"])
+def test_a_type_that_is_refused_holds_back_no_other(
+    tenant: Tenant, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the receiver's code knows only some of them; also where more of them wait than are sent in one turn."""
+    monkeypatch.setattr(webhook_outbox, "MESSAGES_AT_ONCE", 2)
+
+    async def story(told: Told) -> None:
+        await told.listen("customer.state_changed", "meter.threshold_reached")
+        meter, names = await told.meter(), ["ann", "bob", "cid"]
+        for name in names:
+            await told.customer(name)
+        for value in (1, 2):
+            threshold = {"meter_id": meter, "measure": "usage", "value": value}
+            await told.ask("POST", "/v1/webhooks/thresholds", threshold)
+        await told.settled()
+        told.receiver.deliveries.clear()
+        told.receiver.refused = f'"type":"{refused}"'.encode()
+        for number in range(3):
+            for name in names:
+                await told.use(f"{name}-{number}", name=name)
+
+        def heard() -> bool:
+            found = [one.event for one in told.receiver.deliveries if one.event["type"] != refused]
+            if refused == "customer.state_changed":
+                return len({one["data"]["customer"]["external_id"] for one in found}) == 3 and len(found) == 6
+            return {one["data"]["external_id"] for one in found
+                    if [m["consumed_units"] for m in one["data"]["active_meters"]] == [3]} == set(names)  # fmt: skip
+
+        await until(heard)
+        assert refused in told.receiver.types()
+
+    live(tenant, story, pace=HURRY._replace(attempts_max=10, backoff_s=3600))
 
 
 def no_causes(tenant: Tenant) -> bool:
