@@ -51,9 +51,13 @@ class CustomerMeter(NamedTuple):
 
     @property
     def modified_at(self) -> datetime | None:
-        """When the newest usage arrived or the newest movement of credits took place."""
+        """When the newest usage arrived or the newest movement of credits took place, and not before ``created_at``.
+
+        Usage may arrive before the meter is made that counts it, or the customer whom it names.
+        """
         times = [self.consumption.last_at, self.account.moved_at if self.account else None]
-        return max((time for time in times if time is not None), default=None)
+        newest = max((time for time in times if time is not None), default=None)
+        return newest and max(newest, self.created_at)
 
     @property
     def since(self) -> datetime | None:

@@ -185,16 +185,20 @@ def _keys(customers: Sequence[Customer], meters: Sequence[Meter], rows: _Rows, b
     """Return a number for each row whose order is that of ``sort_key``, with amounts as doubles."""
     match by:
         case "created_at":
-            times = [np.array([microseconds_of(one.created_at) for one in kind], np.int64)
-                     for kind in (customers, meters)]  # fmt: skip
-            return np.maximum(times[0][rows.customer], times[1][rows.meter])
+            return _created(customers, meters, rows)
         case "modified_at":
-            return rows.modified
+            return np.maximum(rows.modified, _created(customers, meters, rows))
     if by in _CUSTOMER_TEXTS:
         return _ranks(map(_CUSTOMER_TEXTS[by], customers))[rows.customer]
     if by in _METER_TEXTS:
         return _ranks(map(_METER_TEXTS[by], meters))[rows.meter]
     return _amount(rows, by)
+
+
+def _created(customers: Sequence[Customer], meters: Sequence[Meter], rows: _Rows) -> Integers:
+    kinds: tuple[Sequence[Customer | Meter], ...] = customers, meters
+    times = [np.array([microseconds_of(one.created_at) for one in kind], np.int64) for kind in kinds]
+    return np.maximum(times[0][rows.customer], times[1][rows.meter])
 
 
 _CUSTOMER_TEXTS: dict[str, Callable[[Customer], str]] = {

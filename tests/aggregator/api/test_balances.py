@@ -59,6 +59,28 @@ def listed(tenant: Tenant, **asked: Any) -> list[str]:
     return [f"{item['customer']['external_id']}/{item['meter']['name']}" for item in items]
 
 
+@pytest.mark.parametrize("pairs_at_once", [0, 100])
+def test_a_row_is_not_modified_before_it_is_made(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch, pairs_at_once: int
+) -> None:
+    """Usage that came before the meter and the customer were made counts, and its time is theirs at the least."""
+    monkeypatch.setattr("aggregator.api.customer_meters.PAIRS_AT_ONCE", pairs_at_once)
+    for name in ("ann", "bob"):
+        tenant.event(external_customer_id=name)
+        tenant.server.now += timedelta(hours=1)
+    tenant.customer(external_id="bob")
+    tenant.server.now += timedelta(hours=1)
+    tenant.meter()
+    tenant.server.now += timedelta(hours=1)
+    tenant.customer(external_id="ann")
+    rows = tenant.get("/v1/customer-meters/", sorting="modified_at")["items"]
+    assert [row["customer"]["external_id"] for row in rows] == ["bob", "ann"]
+    assert [row["modified_at"] for row in rows] == [row["created_at"] for row in rows]
+    tenant.event(external_customer_id="bob")
+    [newest, _] = tenant.get("/v1/customer-meters/", sorting="-modified_at")["items"]
+    assert newest["created_at"] <= newest["modified_at"]
+
+
 def test_a_row_is_there_for_usage_or_credits_and_for_nothing_else(known: Tenant) -> None:
     """Latest change first; an archived meter hides unless it is asked for."""
     assert listed(known) == ["ann/Tokens", "bob/Calls", "ann/Calls"]
