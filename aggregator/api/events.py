@@ -65,6 +65,7 @@ NameSearch = Annotated[str | None, Query(max_length=SEARCH_LENGTH_MAX)]
 Depth = Annotated[int | None, Query(ge=0, le=DEPTH_MAX)]
 Field = Annotated[str, Query(pattern="^[a-zA-Z0-9_.]+$", max_length=AGGREGATE_FIELD_LENGTH_MAX)]
 Fields = Annotated[list[Field] | None, Query(max_length=AGGREGATE_FIELDS_MAX)]
+Pending = Annotated[bool, Query(description="Also events without a complete chain of parents, which Polar hides")]
 Sums = dict[Identity, dict[str, Decimal]]
 EVERY_EVENT = Aggregation("count")
 
@@ -101,7 +102,7 @@ async def _listing(
     filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
     start_timestamp: Instant | None = None, end_timestamp: Instant | None = None, name: Texts = None,
     meter_id: UUID | None = None, query: Search = None, parent_id: UUID | None = None, depth: Depth = None,
-    sorting: Sorting = None, cursor_pagination: bool = False,
+    sorting: Sorting = None, cursor_pagination: bool = False, pending: Pending = False,
 ) -> Listing:  # fmt: skip
     """What the parameters ask for. Both timestamps are exclusive."""
     filters = [] if filter is None else [parsed_filter(filter)]
@@ -119,6 +120,7 @@ async def _listing(
         limit=page.limit,
         offset=page.offset,
         is_counted=not cursor_pagination,
+        shows_pending=pending,
     )
 
 
@@ -159,7 +161,7 @@ async def list_events(
     desk: AtDesk, token: Reader, listing: Annotated[Listing, Depends(_listing)],
     aggregate_fields: Fields = None,
 ) -> Response:  # fmt: skip
-    """Events, newest first. One that waits for its parent is not shown; it counts all the same."""
+    """Events, newest first. One that waits for its parent is shown only with `pending`; it counts all the same."""
 
     def question(here: Here) -> _Found:
         mentioned = _mentioned(desk, token, listing.search, here.patience)

@@ -135,6 +135,21 @@ def test_a_text_is_found_however_its_sender_wrote_it(tenant: Tenant) -> None:
         assert names(tenant.get("/v1/events/names", query=asked)) == ["ΟΔΟΣ"], asked
 
 
+def test_events_whose_parents_never_complete_can_be_listed(tenant: Tenant) -> None:
+    """A parent that never comes, an event that is its own, and a circle: they count, and ``pending`` shows them."""
+    meter = tenant.meter()
+    parents = {"orphan": "nowhere", "below": "orphan", "own": "own", "a": "b", "b": "c", "c": "a"}
+    for place, (name, parent) in enumerate(parents.items()):
+        tenant.event(name, name=name, timestamp=at(-place), parent_id=parent)
+    tenant.event("root", name="root", timestamp=at(-9))
+    assert [row["name"] for row in tenant.get("/v1/events/")["items"]] == ["root"]
+    found = tenant.get("/v1/events/", pending=True)
+    assert [row["name"] for row in found["items"]] == [*parents, "root"]
+    assert found["pagination"]["total_count"] == 7
+    assert {row["parent_id"] for row in found["items"]} == {None}
+    assert tenant.get(f"/v1/meters/{meter}/usage", external_customer_id="ann")["count"] == 7
+
+
 def test_an_event_that_waits_for_its_parent_is_not_shown(tenant: Tenant) -> None:
     """Until the chain of parents is complete an event is in no list, has no name and cannot be fetched."""
     id = tenant.event("early", name="early", parent_id="late")
