@@ -46,6 +46,24 @@ def tried(message: Message) -> Attempt:
     return Attempt(f"try {message.id}", message.id, "hook", "ours", 1, message.created_at, 1, 500, "answered 500")
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "in_a_row"),
+    [("f" * 10 + "df", 1), ("f" * 10, 10), ("d" + "f" * 3, 3), ("f" * 3 + "d", 0), ("", 0), ("f" * 12, 10)],
+)
+def test_failures_in_a_row_are_the_newest(
+    connection: duckdb.DuckDBPyConnection, outcomes: str, in_a_row: int
+) -> None:
+    """Since an endpoint last worked, which it did if a message was delivered after them; no more than asked for."""
+    messages = [state(str(place), place, customer=str(place)) for place in range(len(outcomes))]
+    webhook_outbox.put_messages(connection, messages, [])
+    for place, (message, outcome) in enumerate(zip(messages, outcomes, strict=True)):
+        status: Status = "failed" if outcome == "f" else "delivered"
+        settled_at = NOON + timedelta(seconds=place)
+        webhook_outbox.mark(connection, [message._replace(status=status, settled_at=settled_at)], [])
+    assert webhook_outbox.failures_in_a_row(connection, "hook", NOON, 10) == in_a_row
+    assert webhook_outbox.failures_in_a_row(connection, "hook", NOON + timedelta(hours=1), 10) == 0
+
+
 def test_a_newer_state_waits_as_the_one_whose_place_it_takes(connection: duckdb.DuckDBPyConnection) -> None:
     """Its attempts are counted on, whoever else is told in between; another customer's begin at none."""
     later = NOON + timedelta(seconds=1)

@@ -183,6 +183,18 @@ def test_nothing_but_bytes_is_read() -> None:
     assert BodyReader().read([memoryview(body)], -(2**62), 2**62, 1) is None
 
 
+@pytest.mark.parametrize("rest", ["x", "}", ',"a":1}', '{"events":[]}', "]", ",", "\\x00", '"'])
+def test_what_stands_behind_a_body_is_not_passed_over(rest: str) -> None:
+    """The reader takes nothing behind the last bracket, of a body alone and of one in front of another."""
+    body = f'{{"events":[{written()}]}}'.encode()
+    times, reader = (-(2**62), 2**62, 1), BodyReader()
+    assert reader.read([body], *times) is not None
+    assert reader.read([body + rest.encode()], *times) is None
+    together = reader.read([body, body + rest.encode(), body], *times)
+    assert together is not None
+    assert together.rows == [1]
+
+
 def test_pieces_can_be_asked_for_one_by_one() -> None:
     """As a list of lines and ids can."""
     found, _ = both(f'{{"events":[{written()},{written(external_id="€").replace(chr(92) + "u20ac", "é")}]}}'.encode())

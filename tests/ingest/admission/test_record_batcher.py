@@ -227,6 +227,27 @@ def test_a_partition_that_stands_still_holds_up_nobody_else() -> None:
     asyncio.run(run())
 
 
+def test_the_failure_of_a_partition_is_told_to_those_with_lines_for_it() -> None:
+    """Of requests that were read as one, the first hears its own position and nothing of the other partition."""
+    away = TryAgain("its broker is away")
+
+    class Failing(Slow):
+        async def _append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
+            if entries[0].partition == 1:
+                raise away
+            return await MemoryLog.append(self, stream, entries)
+
+    async def run() -> None:
+        told = list[tuple[list[int], object]]()
+        entries = [Entry(b"{}", partition, "a", True) for partition in range(2)]
+        gather = Gather(Failing(disk()))
+        gather.put_together(entries, [0b01, 0b10, 0b11], lambda numbers, outcome: told.append(([*numbers], outcome)))
+        await turns()
+        assert sorted(told, key=lambda one: one[0]) == [([0], {0: 1}), ([1, 2], away)]
+
+    asyncio.run(run())
+
+
 def test_one_that_cannot_be_told_keeps_nobody_from_it() -> None:
     """Those of its group are told, and what waits behind it is written."""
 

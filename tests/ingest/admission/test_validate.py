@@ -1,12 +1,15 @@
 """Which bodies are taken, what is written of them, and why the others are refused."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
-from ingest.admission.validate import Admitted, RefusedBody, admit, admit_quickly
+from ingest.admission.validate import ECHO_BYTES_MAX, Admitted, RefusedBody, admit, admit_quickly
 from ingest.limits import (
+    BODY_VALUES_MAX,
     CAREFUL_EVENTS_MAX,
     CAREFUL_VALUES_MAX,
     DETAILS_MAX,
@@ -283,6 +286,36 @@ def test_what_go_escapes_is_not_unusual() -> None:
     found = admitted(*[event] * (CAREFUL_EVENTS_MAX + 1))
     assert found.plains is not None
     assert bytes(found.lines[0]) == event.encode()
+
+
+def test_unusual_events_have_a_limit() -> None:
+    """One more than are read one by one is refused as a whole, and so many are not."""
+    event = written(timestamp="x")
+    assert "Too many unusual events" not in str(refused(_events([event] * CAREFUL_EVENTS_MAX)))
+    [detail] = refused(_events([event] * (CAREFUL_EVENTS_MAX + 1))).detail
+    assert (detail["type"], detail["loc"]) == ("too_long", ("body", "events"))
+    assert detail["msg"] == "Too many unusual events to look at one by one; send fewer events"
+
+
+def test_values_of_a_body_that_is_not_plain_have_a_limit() -> None:
+    """One more comma, and the body is refused before it is cut into values; else it is cut, and they are counted."""
+    bodies = [_events(["0"] * (commas + 1)) for commas in (BODY_VALUES_MAX, BODY_VALUES_MAX + 1)]
+    whats = [refused(body).detail[0]["msg"] for body in bodies]
+    assert [what.partition(" to look at")[0] for what in whats] == ["Too many unusual events", "Too many values"]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_long_body_is_not_repeated_in_the_answer(over: int) -> None:
+    """What was sent instead of events stands in a refusal up to a length, as a body and as a field of it."""
+    body = b"[%s]" % (b" " * (ECHO_BYTES_MAX + over - 2))
+    assert [entry["input"] for entry in refused(body).detail] == [None if over else msgspec.Raw(body)]
+    events = b"{%s}" % (b" " * (ECHO_BYTES_MAX + over - 2))
+    [detail] = refused(b'{"events":%s}' % events).detail
+    assert (detail["type"], detail["input"]) == ("list_type", None if over else msgspec.Raw(events))
+
+
+def _events(events: Sequence[str]) -> bytes:
+    return ('{"events":[' + ",".join(events) + "]}").encode()
 
 
 def test_an_empty_list_of_events_is_taken() -> None:
