@@ -7,7 +7,7 @@ within limits; ``send_answer`` sends an answer through ASGI and ``written`` make
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +16,7 @@ import zstandard
 
 from ingest.limits import InFlight
 from meters.catalogue.access import API_VERSION_DEFAULT
+from meters.errors import COMPLAINTS_MAX, detail
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -79,6 +80,13 @@ def timed_out() -> Answer:
 def failed() -> Answer:
     """What should not happen. Nothing was acknowledged, so the sender may repeat it."""
     return problem(500, "InternalServerError", "The request failed; it may be repeated.", CLOSE)
+
+
+def unknown_parameters(names: Sequence[str]) -> Answer:
+    """Query parameters of a route that has none, each in Polar's shape of a complaint."""
+    message = "Extra inputs are not permitted: this takes no query parameters"
+    complaints = [detail("extra_forbidden", ("query", name), message) for name in names[:COMPLAINTS_MAX]]
+    return problem(422, "RequestValidationError", complaints)
 
 
 def length_required() -> Answer:

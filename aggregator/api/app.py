@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from datetime import datetime
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Response
 
 from aggregator.api import (
     audit,
@@ -23,8 +23,9 @@ from aggregator.api import (
     webhooks,
 )
 from aggregator.api.openapi import describe, install_pages
-from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer, install_error_answers
+from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer, install_error_answers, known_only
 from aggregator.api.schemas import gives
+from aggregator.api.strictness import passed_over_text
 from aggregator.service.errors import SETTLED_S
 from aggregator.service.service import Desk
 from aggregator.view import View
@@ -66,7 +67,7 @@ def create_app(
 
 def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
     """Alive, able to answer, measured: what operators ask. None needs a token, none tells anything about a tenant."""
-    router = APIRouter(tags=["operations"])
+    router = APIRouter(tags=["operations"], dependencies=[Depends(known_only)])
 
     @router.get("/livez")
     async def is_alive() -> Response:
@@ -88,6 +89,6 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
     @router.get("/metrics")
     async def prometheus_metrics() -> Response:
         """Counters and gauges of this process."""
-        return Response(metrics_text(), headers={"Content-Type": METRICS_TYPE})
+        return Response(metrics_text() + passed_over_text(), headers={"Content-Type": METRICS_TYPE})
 
     return router

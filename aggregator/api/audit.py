@@ -7,6 +7,7 @@ at a time, so an audit does not slow down customers' queries.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
@@ -44,6 +45,12 @@ RECOUNTING_S_MAX = 20.0  # no account is begun after it: whoever asks waits a mi
 HOUR = timedelta(hours=1)
 
 router = APIRouter(prefix="/v1/audit", include_in_schema=False)
+NUMBERS = {
+    "parameters": [
+        {"name": name, "in": "query"} for name in sorted(set(re.findall(r"\$(\w+)", " ".join(QUESTIONS.values()))))
+    ]
+}
+"""The parameters of questions, which are numbers."""
 Auditor = Annotated[Token, Depends(allow(frozenset({AUDIT})))]
 _one_at_a_time = asyncio.Semaphore(1)
 
@@ -68,7 +75,7 @@ class _Window(NamedTuple):
     consumed: Decimal
 
 
-@router.post("/ask/{question}")
+@router.post("/ask/{question}", openapi_extra=NUMBERS)
 async def ask(request: Request, desk: AtDesk, token: Auditor, question: str) -> Response:
     """The answer to one of ``QUESTIONS``, as Arrow. Numbers come as parameters, a table as the body."""
     if question not in QUESTIONS:

@@ -16,6 +16,7 @@ from fastapi import Request
 from msgspec import inspect
 
 from aggregator.api.requests import body_of
+from aggregator.api.strictness import unknown_fields
 from aggregator.service.errors import Malformed, Refused
 from meters.errors import Detail, detail
 
@@ -65,7 +66,7 @@ def fields_of(kind: type[T], body: object, complaints: Sequence[Detail] = ()) ->
 def known_fields(kind: type[T], body: object) -> object:
     """The decoded body, whose fields are checked elsewhere.
 
-    Raises Malformed where its definition refuses unknown fields and there are some.
+    Unknown fields are refused or counted, as its definition says. Raises Malformed.
     """
     if isinstance(body, dict) and (wrong := _unknown(kind, body)):
         raise Malformed(wrong)
@@ -94,12 +95,29 @@ def _defined(kind: type[msgspec.Struct]) -> tuple[inspect.Field, ...]:
     return definition.fields
 
 
-def _unknown(kind: type[msgspec.Struct], body: dict[str, Any]) -> list[Detail]:
-    """A complaint for each field that a definition which refuses them does not have."""
-    if not kind.__struct_config__.forbid_unknown_fields:
-        return []
-    unknown = [name for name in body if name not in kind.__struct_fields__]
-    return [detail("extra_forbidden", ("body", name), "Extra inputs are not permitted", body[name]) for name in unknown]
+def _unknown(kind: type[msgspec.Struct], body: dict[str, Any], loc: Loc = ("body",)) -> list[Detail]:
+    """A complaint for each field that a definition which refuses them, or a part of it, does not have."""
+    is_refused = bool(kind.__struct_config__.forbid_unknown_fields)
+    wrong = unknown_fields(kind.__name__, body, kind.__struct_fields__, is_refused=is_refused, loc=loc)
+    for field in _defined(kind):
+        part, given = _struct(field.type), body.get(field.name)
+        if part is not None and isinstance(given, dict):
+            wrong += _unknown(part, given, (*loc, field.name))
+    return wrong
+
+
+def _struct(kind: inspect.Type) -> type[msgspec.Struct] | None:
+    """The definition of a field that is an object, or null; None for fields of other types.
+
+    Filters and aggregations are read by ``meters``, and whoever made them for Polar may say more.
+    """
+    match kind:
+        case inspect.UnionType(types=(first, *_)):
+            return _struct(first)
+        case inspect.StructType(cls=struct):
+            return struct
+        case _:
+            return None
 
 
 def _checked(kind: inspect.Type, value: Any, loc: Loc) -> tuple[Any, list[Detail]]:

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 from uuid import UUID
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from aggregator.api.customers import customers_mentioned
 from aggregator.api.requests import (
@@ -27,7 +27,6 @@ from aggregator.api.requests import (
     WhichPage,
     allow,
     answer,
-    body_of,
     includes,
     listed,
     order,
@@ -269,12 +268,11 @@ async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
 
 
 @dead_letters_router.post("/v1/dead-letters/{id}/replay", responses=gives(answers.DeadLetter))
-async def replay_dead_letter(request: Request, desk: AtDesk, token: Writer, id: str) -> Response:
-    """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless."""
-    body = await body_of(request, otherwise={})
-    if body != {}:
-        message = "Send the mended event to /v1/events/ingest first, then this without a body."
-        raise Refused("value_error", ("body",), message, body)
+async def replay_dead_letter(desk: AtDesk, token: Writer, id: str) -> Response:
+    """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless.
+
+    The mended event is sent to `/v1/events/ingest` before, and this without a body.
+    """
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     if letter.replayed_at is None:
         place = letter.log_partition, letter.log_offset, letter.line

@@ -22,6 +22,7 @@ from aggregator.api.bodies import fields_of, known_fields, refuse_organization
 from aggregator.api.customers import customer_by_id, has_texts
 from aggregator.api.requests import (
     BY_METADATA,
+    IDENTIFIERS_MAX,
     PREVIEW_CUSTOMERS,
     SEARCH_LENGTH_MAX,
     AtDesk,
@@ -272,12 +273,16 @@ async def get_meter_quantities(
     desk: AtDesk, token: Reader, id: UUID, metadata: MetadataTexts, start_timestamp: Bound, end_timestamp: Bound,
     interval: Interval, timezone: str = "UTC", customer_id: Ids = None, external_customer_id: Texts = None,
     customer_aggregation_function: Function | None = None,
+    misspelt: Annotated[list[str] | None, Query(
+        alias="exernal_customer_id", max_length=IDENTIFIERS_MAX, include_in_schema=False
+    )] = None,
 ) -> Response:  # fmt: skip
     """What the meter counted, interval by interval. Each quantity is that of the whole calendar unit."""
     meter = meter_of(desk, token, id)
     known_zone(timezone)
     check_range(start_timestamp, end_timestamp, interval)
-    whose = desk.whose(token, texts(customer_id), external_customer_id)
+    external_ids = [*(external_customer_id or ()), *(misspelt or ())] or None  # as an old client of Polar's spells it
+    whose = desk.whose(token, texts(customer_id), external_ids)
     scope = Scope(organization=NOBODY, subjects=whose, metadata=metadata)
     if whose is None and not metadata and customer_aggregation_function is None:
         charted = await asyncio.to_thread(_charted, desk, meter, (start_timestamp, end_timestamp), interval, timezone)

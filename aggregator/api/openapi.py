@@ -14,9 +14,10 @@ from inspect import cleandoc
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Response
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from aggregator.api.requests import known_only
 from aggregator.api.schemas import DEFINITIONS, Key, Moment, PolarBody, Schema, ref, response
 from aggregator.service.answers import REF_TEMPLATE, Answer, Count, Error, ExternalId, Invalid, Scalar
 from meters.errors import NAME_LENGTH_MAX
@@ -179,7 +180,7 @@ def install_pages(app: FastAPI) -> None:
     def page() -> bytes:
         return _page(app.openapi()).encode()
 
-    @app.get("/docs", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False, dependencies=[Depends(known_only)])
     async def docs() -> Response:
         """The API as a page to read."""
         return Response(page(), media_type="text/html", headers=headers)

@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from aggregator.api import route_answers
-from aggregator.api.requests import POLAR_BODY_BYTES_MAX, AtDesk, bytes_of, decoded, json_response
+from aggregator.api.requests import POLAR_BODY_BYTES_MAX, AtDesk, bytes_of, decoded, json_response, known_only
 from aggregator.api.schemas import gives
 from aggregator.service.errors import Malformed
 from aggregator.service.polar_accounts import forget, settle
@@ -27,7 +27,7 @@ from meters.ledger.benefits import BenefitSet
 from meters.polar_webhooks import News, Unreadable, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
 
-router = APIRouter(tags=["webhooks"])
+router = APIRouter(tags=["webhooks"], dependencies=[Depends(known_only)])
 
 
 @router.post("/webhooks/polar", status_code=202, responses=gives(route_answers.WebhookAccepted, status=202))

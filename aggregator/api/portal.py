@@ -25,6 +25,7 @@ from aggregator.api.requests import (
     answer,
     caught_up,
     desk,
+    known_only,
     listed,
     on_page,
     order,
@@ -64,6 +65,7 @@ async def customer_session(request: Request) -> CustomerSession:
     outcome = authorize_customer(request.headers.get("authorization"), here.catalogue, here.now())
     if isinstance(outcome, Denied):
         raise Forbidden(outcome)
+    await known_only(request)
     await caught_up(request, outcome.organization_id)
     return outcome
 

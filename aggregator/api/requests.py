@@ -21,6 +21,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aggregator.api.strictness import check_parameters, takes_no_body
 from aggregator.service.answers import ListResource, Pagination
 from aggregator.service.errors import (
     QUERY_S_MAX,
@@ -148,10 +149,21 @@ def allow(scopes: frozenset[str]) -> Callable[[Request], Awaitable[Token]]:
         outcome = authorize(request.headers.get("authorization"), scopes, here.catalogue, here.now())
         if isinstance(outcome, Denied):
             raise Forbidden(outcome)
+        await known_only(request)
         await caught_up(request, outcome.organization_id)
         return outcome
 
     return who
+
+
+async def known_only(request: Request) -> None:
+    """Refuse parameters that nobody knows, and a body where none is taken. Raises Malformed, BodyTooLarge.
+
+    A route with a token does this once the token is known to be good; any other depends on it.
+    """
+    check_parameters(request)
+    if takes_no_body(request) and (body := await body_of(request, otherwise={})) != {}:
+        raise Malformed([detail("extra_forbidden", ("body",), "This takes no body: leave it out", body)])
 
 
 async def caught_up(request: Request, organization_id: str) -> None:

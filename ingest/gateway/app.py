@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -54,11 +55,16 @@ class IngestEndpoint:
         self._settings = settings
         self._quota = RequestQuota(settings.requests_per_minute)
 
-    async def __call__(self, headers: Headers, length: int, receive: Receive) -> Answer:
-        """The answer to one request. ``headers`` are lower case, ``length`` is the Content-Length. Raises Gone."""
+    async def __call__(self, headers: Headers, length: int, receive: Receive, query: bytes = b"") -> Answer:
+        """The answer to one request. ``headers`` are lower case, ``length`` is the Content-Length. Raises Gone.
+
+        ``query`` is what stands behind the path: there are no parameters, so any is refused.
+        """
         opened = self.open(headers, length)
         if isinstance(opened, Answer):
             return opened
+        if refused := _without_parameters(query):
+            return refused
         settings = self._settings
         body = await read(receive, settings.body_deadline_s, self.in_flight, settings.body_bytes_max)
         if isinstance(body, Answer):
@@ -111,6 +117,12 @@ class IngestEndpoint:
         key = shown.id if isinstance(shown, Token) else shown.customer_id  # of whom there are fewer than of sessions
         wait_s = self._quota.wait_s(key, time.monotonic())
         return responses.too_many_requests(wait_s) if wait_s else None
+
+
+def _without_parameters(query: bytes) -> Answer | None:
+    """The refusal of parameters, which the gateway's own routes do not have; None where there are none."""
+    names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
+    return responses.unknown_parameters(names) if names else None
 
 
 def _authorization(headers: Headers) -> str:
@@ -177,7 +189,8 @@ class Gateway:
         headers = dict(scope["headers"])
         found = _misframed(scope, headers)
         if found is None and path in _OWN:
-            own = await _OWN[path](self) if method in ("GET", "HEAD") else responses.method_not_allowed("GET, HEAD")
+            own = None if method in ("GET", "HEAD") else responses.method_not_allowed("GET, HEAD")
+            own = own or _without_parameters(scope["query_string"]) or await _OWN[path](self)
             await send_answer(send, own)
             return
         version = headers.get(b"polar-version", API_VERSION_DEFAULT)
@@ -200,7 +213,7 @@ class Gateway:
             return responses.method_not_allowed("POST")
         if b"prefer" in headers:  # may stand in several lines
             headers[b"prefer"] = b",".join([value for name, value in scope["headers"] if name == b"prefer"])
-        return await self.endpoint(headers, int(headers[b"content-length"]), receive)
+        return await self.endpoint(headers, int(headers[b"content-length"]), receive, scope["query_string"])
 
     async def _pass_on(self, scope: Message, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         path, length = _current(scope["raw_path"]), int(headers.get(b"content-length", b"0"))

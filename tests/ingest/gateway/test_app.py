@@ -50,6 +50,28 @@ def test_the_endpoint_has_aliases(gateway: RunningGateway, path: str) -> None:
     assert ("x-polar-deprecation-notice" in answer.headers) == path.startswith("/api")
 
 
+@pytest.mark.parametrize("path", ["/v1/events/ingest", "/v1/events/ingest/", "/api/v1/events/ingest"])
+def test_a_parameter_that_nobody_knows_is_refused(gateway: RunningGateway, path: str) -> None:
+    """Sending events has no parameters: whoever gives one means something that would not be done. Nothing is kept."""
+    before, body = len(gateway.records()), {"events": [event()]}
+    refused = gateway.client.post(f"{path}?dry_run=true&x", json=body, headers=gateway.authorization)
+    assert (refused.status_code, refused.json()["error"]) == (422, "RequestValidationError")
+    assert [(entry["type"], entry["loc"]) for entry in refused.json()["detail"]] == [
+        ("extra_forbidden", ["query", "dry_run"]), ("extra_forbidden", ["query", "x"]),
+    ]  # fmt: skip
+    assert len(gateway.records()) == before
+    unknown = gateway.client.post(f"{path}?dry_run=true", headers={"authorization": "Bearer nobodys"}, json={})
+    assert unknown.status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+def test_what_the_gateway_answers_itself_has_no_parameters(gateway: RunningGateway, path: str) -> None:
+    """Without one it answers."""
+    assert gateway.client.get(path).status_code == 200
+    refused = gateway.client.get(f"{path}?verbose=1")
+    assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, ["query", "verbose"])
+
+
 def test_other_methods_are_not_allowed(gateway: RunningGateway) -> None:
     """Only POST ingests."""
     answer = gateway.client.get("/v1/events/ingest", headers=gateway.authorization)

@@ -1,0 +1,157 @@
+"""What a request says and nobody reads is refused or counted: query parameters and fields, on every operation."""
+
+from typing import Any, NamedTuple
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from aggregator.api import create_app, openapi
+from aggregator.api.fast_reads import AtOnce
+from aggregator.api.strictness import POLARS
+from meters.fast_paths import FastRead
+from tests.support.servers.query_api import Server, Tenant
+
+DOCUMENT: Any = create_app(None, None, None).openapi()  # type: ignore[arg-type]  # nothing is asked of them
+NOBODYS = "nobody_reads_this"
+OPERATIONS = {
+    f"{method.upper()} {path}": operation
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+    if path != openapi.PATH  # which the gateway answers
+}
+each_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+class World(NamedTuple):
+    """A tenant with something of everything."""
+
+    tenant: Tenant
+    ids: dict[str, str]
+    session: str
+
+    def ask(self, name: str, **more: Any) -> Any:
+        """What an operation answers about something that there is; what it would delete is not there."""
+        method, path = name.split(" ")
+        ids = {} if method == "DELETE" else self.ids
+        begins = [resource for resource in ids if path.startswith(f"/v1/{resource}/{{id}}")]
+        path = path.replace("{id}", ids[begins[0]] if begins else "00000000-0000-4000-8000-00000000ffff")
+        path = path.format(external_id="ann" if ids else "nobody", credit_id="x", entry_id="x")
+        secret = self.session if "customer-portal" in path else self.tenant.secret
+        return self.tenant.ask(method, path, secret=secret, **more)
+
+    def complaints(self, name: str, **more: Any) -> list[tuple[str, ...]]:
+        """What is refused because nobody knows it: where it stood, and its name."""
+        response = self.ask(name, **more)
+        details = response.json()["detail"] if response.status_code == 422 else []
+        return [tuple(entry["loc"]) for entry in details if entry["type"] == "extra_forbidden"]
+
+
+@pytest.fixture(scope="module")
+def world(server: Server) -> World:
+    """What the bodies of the document's examples need."""
+    tenant = server.tenant()
+    ids = {"customers": tenant.customer(external_id="ann"), "meters": tenant.meter(func="sum", property="tokens")}
+    properties = {"meter_id": ids["meters"], "units": 5, "rollover": False}
+    body = {"type": "meter_credit", "description": "Units", "properties": properties}
+    ids["benefits"] = tenant.post("/v1/benefits/", body)["id"]
+    body = {"customer_id": ids["customers"]}
+    ids["benefit-grants"] = tenant.post(f"/v1/benefits/{ids['benefits']}/grants", body)["id"]
+    ids["webhooks/endpoints"] = tenant.post("/v1/webhooks/endpoints", {"url": "https://example.com/"})["id"]
+    return World(tenant, ids, tenant.post("/v1/customer-sessions/", body)["token"])
+
+
+def passed_over(server: Server) -> dict[str, float]:
+    """What ``/metrics`` says was passed over, by where it was."""
+    families = text_string_to_metric_families(server.ask("GET", "/metrics").text)
+    return {
+        sample.labels["where"]: sample.value
+        for family in families
+        if family.name == "meterstream_passed_over"
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
+
+
+# Query parameters.
+
+
+@each_operation
+def test_a_parameter_that_nobody_knows_is_refused(world: World, name: str) -> None:
+    """On every operation, by its name; also an object's without its key, which nothing reads."""
+    assert world.complaints(name, params={NOBODYS: "1"}) == [("query", NOBODYS)]
+    assert world.complaints(name, params={"metadata": "x", "": "y"}) == [("query", "metadata"), ("query", "")]
+
+
+@each_operation
+def test_a_parameter_that_the_document_describes_is_known(world: World, name: str) -> None:
+    """Each by itself: right or wrong in its value, it is never called unknown."""
+    for parameter in OPERATIONS[name].get("parameters", ()):
+        if parameter["in"] == "query":
+            key = f"{parameter['name']}[key]" if parameter.get("style") == "deepObject" else parameter["name"]
+            assert world.complaints(name, params={key: "1"}) == []
+
+
+@pytest.mark.parametrize("name", [name for name in POLARS if name != f"POST {openapi.PATH}"])
+def test_a_parameter_that_polars_clients_send_is_known(world: World, name: str) -> None:
+    """Of any generation; what is not read here is counted."""
+    names = [one for names in POLARS[name].values() for one in names.split()]
+    own = {one["name"].removesuffix("[key]") for one in OPERATIONS[name].get("parameters", ()) if one["in"] == "query"}
+    unread = [one for one in names if one.removesuffix("[key]") not in own and one != "exernal_customer_id"]
+    before = passed_over(world.tenant.server).get(name, 0)
+    assert world.complaints(name, params=dict.fromkeys(names, "1")) == []
+    assert passed_over(world.tenant.server).get(name, 0) - before == len(unread)
+
+
+def test_a_slip_of_the_pen_is_told_what_was_meant(world: World) -> None:
+    """What is near to a name that the operation knows is answered with that name."""
+    asked = {"start_timestmap": "2026-01-01T00:00:00Z", "colour": "red"}
+    (near, far) = world.ask("GET /v1/events/", params=asked).json()["detail"]
+    assert near["msg"] == "Extra inputs are not permitted: did you mean 'start_timestamp'?"
+    assert far["msg"] == "Extra inputs are not permitted"
+
+
+def test_a_customers_name_as_an_old_client_spells_it_is_read(world: World) -> None:
+    """Polar's Python client 0.16 says ``exernal_customer_id``: passed over, everybody's usage would be ann's."""
+    tenant = world.tenant
+    tenant.event(external_customer_id="ann", metadata='{"tokens":3}')
+    tenant.event(external_customer_id="bob", metadata='{"tokens":40}')
+    day = {"start_timestamp": "2026-03-01T00:00:00Z", "end_timestamp": "2026-03-01T23:00:00Z", "interval": "day"}
+    path = f"/v1/meters/{world.ids['meters']}/quantities"
+    assert tenant.get(path, **day)["total"] == 43
+    assert tenant.get(path, **day, exernal_customer_id="ann")["total"] == 3
+
+
+def test_whoever_has_no_token_hears_only_that(world: World) -> None:
+    """The token is looked at before the parameters."""
+    assert world.tenant.ask("GET", f"/v1/meters/?{NOBODYS}=1", secret="nobodys").status_code == 401
+
+
+@pytest.mark.parametrize("read", FastRead)
+def test_a_fast_read_leaves_unknown_parameters_to_its_endpoint(world: World, read: FastRead) -> None:
+    """Which refuses them: without them the same read is answered at once."""
+    ids = {"id": world.ids["meters" if read is FastRead.USAGE else "customers"], "external_id": "ann"}
+    asked = {FastRead.CUSTOMER_METERS: "external_customer_id=ann&", FastRead.USAGE: "external_customer_id=ann&"}
+    if read is FastRead.CUSTOMER_METER:
+        ids["id"] = world.tenant.get("/v1/customer-meters/", external_customer_id="ann")["items"][0]["id"]
+    path = f"{read.value.format(**ids)}?{asked.get(read, '')}"
+    headers = [(b"authorization", b"Bearer " + world.tenant.secret.encode())]
+    at_once = AtOnce(world.tenant.server.app.state.desk)
+    assert at_once.answer(path.encode(), headers) is not None
+    assert at_once.answer(f"{path}{NOBODYS}=1".encode(), headers) is None
+    assert world.tenant.ask("GET", f"{path}{NOBODYS}=1").status_code == 422
+
+
+# Bodies.
+
+BODILESS = [
+    name for name, operation in OPERATIONS.items()
+    if not name.startswith("GET") and "requestBody" not in operation and name not in POLARS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODILESS)
+def test_a_body_where_none_is_taken_is_refused(world: World, name: str) -> None:
+    """``revoke`` with a time would revoke now. An empty object says nothing, and is none."""
+    assert world.complaints(name, json={"at": "2026-01-01T00:00:00Z"}) == [("body",)]
+    if name.startswith("DELETE"):  # which finds nothing, as nothing is there
+        assert world.ask(name, json={}).status_code == 404
