@@ -183,7 +183,7 @@ def _credit(desk: Desk, token: Token, customer: Customer, credit_id: str) -> tup
 async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""
     customer_by_id(desk, token, id)
-    asked = await body_as(ResetCreate, request, otherwise={})
+    asked = await body_as(ResetCreate, request)
     async with desk.turn(token.organization_id, str(id)):
         while (change := await _reset(desk, token, id, asked)) is None:
             pass
@@ -218,7 +218,7 @@ async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> Mete
 
 def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:
     meters = {meter.id: meter for meter in desk.catalogue.meters_of(token.organization_id)}
-    if asked.meter_ids is None:
+    if asked.meter_ids == "all":
         return [meter for meter in meters.values() if meter.archived_at is None]
     ids = list(dict.fromkeys(map(str, asked.meter_ids)))
     for id in ids:

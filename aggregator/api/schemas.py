@@ -1,6 +1,6 @@
 """Definitions of request bodies, and the helpers that describe a route in the OpenAPI document.
 
-A body is a struct based on ``PolarBody``, which ignores unknown fields as Polar does, or on ``OwnBody``.
+A body is a struct based on ``PolarBody``, which passes over unknown fields as Polar does, or on ``OwnBody``.
 ``bodies.py`` checks requests by these structs. Meters and prices are checked in ``meters``, which knows Polar's words
 for each place in a filter; their structs here only describe them. A route states its body with ``takes``, its answers
 with ``gives`` and ``page_of``, its errors with ``refuses``. ``openapi.py`` generates the schemas with examples.
@@ -55,14 +55,11 @@ SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
 
 
 class PolarBody(Struct):
-    """Base of the bodies of Polar's routes. Unknown fields are ignored, as in Polar's API."""
+    """Base of the bodies of Polar's routes. Unknown fields are passed over, as in Polar's API, and counted."""
 
 
-class OwnBody(Struct, forbid_unknown_fields=False):
-    """Base of the bodies of routes that Polar does not have.
-
-    ``forbid_unknown_fields`` says for all of them whether unknown fields are refused.
-    """
+class OwnBody(Struct, forbid_unknown_fields=True):
+    """Base of the bodies of routes that Polar does not have. Unknown fields are refused: they would be another wish."""
 
 
 def _email(value: str, loc: tuple[str | int, ...]) -> str | list[Detail]:
@@ -189,7 +186,9 @@ class CreditCreate(OwnBody):
 class ResetCreate(OwnBody):
     """Which meters begin anew, and when."""
 
-    meter_ids: Annotated[list[Key] | None, Meta(description="All of them where this is left out.")] = None
+    meter_ids: Annotated[
+        list[Key] | Literal["all"], Meta(description="``all``: every meter that is not archived.", examples=["all"])
+    ]
     at: Begun = None
 
 

@@ -77,7 +77,7 @@ class Book:
                 assert self.tenant.ask("DELETE", f"/v1/customers/{self.customer}/credits/{credit}").is_success
             case ("reset", *when):
                 at = {"at": self._day(when[1]).isoformat()} if when else {}
-                self.tenant.post(f"/v1/customers/{self.customer}/resets", at)
+                self.tenant.post(f"/v1/customers/{self.customer}/resets", at | {"meter_ids": "all"})
             case ("grant", name, units, *rollover):
                 self._grant(name, int(units), rollover == ["rollover"])
             case ("cycle" | "revoke", name, *when):

@@ -232,7 +232,7 @@ def _take_back(story: Story) -> None:
     """What ends: resets, grants, prices, webhooks, customers."""
     ann = story.get("/v1/customers/external/{external_id}", external_id="ann")["id"]
     story.server.now += timedelta(minutes=1)
-    story.ask("POST", "/v1/customers/{id}/resets", id=ann)
+    story.ask("POST", "/v1/customers/{id}/resets", id=ann, json={"meter_ids": "all"})
     story.ask("PATCH", "/v1/customers/{id}", id=ann, json={"name": None, "metadata": {}})
     story.ask("PATCH", "/v1/customers/external/{external_id}", external_id="ann", json={"name": "Anna"})
     for benefit in story.get("/v1/benefits/", params={"query": "More"})["items"]:

@@ -144,7 +144,7 @@ def test_long_lists_know_windows_and_both_names(
         tenant.send(line(f"{name} 1", external_customer_id=name, metadata={"tokens": first}))
         tenant.server.now += timedelta(minutes=1)
         if name != "bob":
-            tenant.post(f"/v1/customers/{customer}/resets", {})
+            tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
         named = f'"customer_id": "{customer}"'.encode()
         sent = line(f"{name} 2", metadata={"tokens": second}).replace(b'"external_customer_id": "ann"', named)
         tenant.send(sent, line(f"{name} 3", external_customer_id=name, metadata={"tokens": 1}))
@@ -242,7 +242,7 @@ def test_a_reset_holds_for_usage_that_is_claimed_later(tenant: Tenant) -> None:
     customer = tenant.customer()
     tenant.send(line("before", external_customer_id="claimed", metadata={"tokens": 100}))
     tenant.server.now += timedelta(minutes=1)
-    tenant.post(f"/v1/customers/{customer}/resets", {})
+    tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     tenant.send(line("after", external_customer_id="claimed", metadata={"tokens": 7}))
     tenant.patch(f"/v1/customers/{customer}", {"external_id": "claimed"})
     assert tenant.get(f"/v1/customer-meters/{customer_meter_id(customer, meter)}")["consumed_units"] == 7
@@ -345,7 +345,7 @@ def test_a_reset_that_is_repeated_is_answered_as_the_first_time(tenant: Tenant) 
     assert first["rollover"] == {tokens: 30}
     assert tenant.post(path, body) == first
     assert tenant.post(path, body | {"meter_ids": [tokens, calls]})["rollover"] == {tokens: 30, calls: 20}
-    tenant.post(path, {})
+    tenant.post(path, {"meter_ids": "all"})
     assert tenant.post(path, body) == first
     units = [one["units"] for one in tenant.get(f"/v1/customers/{customer}/credits", limit=100)["items"]]
     assert sorted(units) == [20, 20, 20, 30, 30, 30]
@@ -355,8 +355,9 @@ def test_a_reset_in_the_future_is_refused(tenant: Tenant) -> None:
     """And so is one without a time zone, and one of somebody else's meter."""
     path = f"/v1/customers/{tenant.customer()}/resets"
     later = (tenant.server.now + timedelta(seconds=1)).isoformat()
-    assert tenant.refusal("POST", path, json={"at": later})[2] == [("value_error", ["body", "at"])]
-    assert tenant.refusal("POST", path, json={"at": later[:-6]})[2] == [("timezone_aware", ["body", "at"])]
+    for at, complaint in ((later, "value_error"), (later[:-6], "timezone_aware")):
+        body = {"meter_ids": "all", "at": at}
+        assert tenant.refusal("POST", path, json=body)[2] == [(complaint, ["body", "at"])]
     assert tenant.refusal("POST", path, json={"meter_ids": [NOWHERE]})[2] == [("meter_id", ["body", "meter_ids"])]
 
 
@@ -397,7 +398,7 @@ def test_a_deleted_customers_usage_begins_anew_with_the_next_of_that_name(tenant
     tenant.send(line("a"), line("b"))
     tenant.post(f"/v1/customers/{gone}/credits", {"meter_id": meter, "units": 9})
     tenant.server.now += timedelta(minutes=1)
-    tenant.post(f"/v1/customers/{gone}/resets", {})
+    tenant.post(f"/v1/customers/{gone}/resets", {"meter_ids": "all"})
     assert tenant.ask("DELETE", f"/v1/customers/{gone}").status_code == 204
     assert listed(tenant) == []
     tenant.customer(external_id="ann")

@@ -124,7 +124,7 @@ def test_the_usage_display_says_what_a_portal_shows(tenant: Tenant) -> None:
     }  # fmt: skip
     tenant.server.now += timedelta(minutes=1)
     since = tenant.server.now.isoformat().replace("+00:00", "Z")
-    tenant.post(f"/v1/customers/{customer}/resets", {})
+    tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": calls, "units": 8})
     assert display() == {
         "meter": "Calls", "usage": 0, "limit": 8, "balance": 8, "percentage": 0, "amount": 0,

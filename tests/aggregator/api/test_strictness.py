@@ -155,3 +155,79 @@ def test_a_body_where_none_is_taken_is_refused(world: World, name: str) -> None:
     assert world.complaints(name, json={"at": "2026-01-01T00:00:00Z"}) == [("body",)]
     if name.startswith("DELETE"):  # which finds nothing, as nothing is there
         assert world.ask(name, json={}).status_code == 404
+
+
+def example(name: str) -> Any:
+    """The document's example of an operation's body."""
+    (content,) = OPERATIONS[name]["requestBody"]["content"].values()
+    return DOCUMENT["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]["examples"][0]
+
+
+WITH_BODY = [name for name, operation in OPERATIONS.items() if "requestBody" in operation]
+OWN, SHARED = [[name for name in WITH_BODY if (name in POLARS) is is_polars] for is_polars in (False, True)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_field_that_nobody_knows_is_refused_where_polar_has_no_such_route(world: World, name: str) -> None:
+    """By its name, with the name that was meant; a good body beside it changes nothing."""
+    body = example(name)
+    assert world.complaints(name, json=body | {NOBODYS: 1}) == [("body", NOBODYS)]
+    for known in body:
+        (complaint,) = world.ask(name, json=body | {f"{known}_": 1}).json()["detail"]
+        assert complaint["msg"] == f"Extra inputs are not permitted: did you mean '{known}'?"
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_field_that_polar_passes_over_is_counted(world: World, name: str) -> None:
+    """Nobody complains of it, and ``/metrics`` says in which definition it was."""
+    (content,) = OPERATIONS[name]["requestBody"]["content"].values()
+    where = content["schema"]["$ref"].rpartition("/")[2]
+    before = passed_over(world.tenant.server).get(where, 0)
+    assert world.complaints(name, json=example(name) | {NOBODYS: 1}) == []
+    assert passed_over(world.tenant.server)[where] == before + 1
+
+
+def test_a_field_that_polar_passes_over_further_in_is_counted(world: World) -> None:
+    """By the definition of the part that it is in."""
+    before = passed_over(world.tenant.server).get("BenefitPropertiesCreate", 0)
+    properties = {"meter_id": world.ids["meters"], "units": 5, "rollover": False, "expires": "never"}
+    body = {"type": "meter_credit", "description": "Units", "properties": properties}
+    assert world.ask("POST /v1/benefits/", json=body).status_code == 201
+    assert passed_over(world.tenant.server)["BenefitPropertiesCreate"] == before + 1
+
+
+HALF_UNDERSTOOD: list[tuple[str, Any]] = [
+    ("POST /v1/customers/{id}/resets", {"meter_id": "M"}),
+    ("POST /v1/customers/{id}/resets", {}),
+    ("POST /v1/customers/{id}/resets", None),
+    ("POST /v1/customers/{id}/resets", {"meter_ids": None}),
+    ("PUT /v1/meters/{id}/price", {"unit_amount": "1", "cap": 5}),
+    ("POST /v1/webhooks/thresholds", {"meter_id": "M", "measure": "usage", "value": 5, "customer": "C"}),
+    ("POST /v1/benefit-grants/{id}/cycle", {"started_at": "2026-02-01T00:00:00Z"}),
+    ("POST /v1/benefit-grants/{id}/revoke", {"at": "2026-02-01T00:00:00Z"}),
+    ("POST /v1/customers/{id}/credits", {"meter_id": "M", "units": 5, "rolover": True}),
+]
+"""Requests that were taken for others: every meter, no cap, everybody, now, no rollover."""
+
+
+@pytest.mark.parametrize(("name", "body"), HALF_UNDERSTOOD)
+def test_what_is_half_understood_changes_nothing(world: World, name: str, body: Any) -> None:
+    """It is refused, and balances, prices, thresholds and grants are what they were."""
+    names = {"M": world.ids["meters"], "C": world.ids["customers"]}
+    filled = body and {field: names.get(value, value) for field, value in body.items()}
+    read = ("/v1/customer-meters/", "/v1/webhooks/thresholds", f"/v1/benefit-grants/{world.ids['benefit-grants']}")
+    before = [world.tenant.get(path) for path in read]
+    assert world.ask(name, json=filled).status_code == 422
+    assert [world.tenant.get(path) for path in read] == before
+    assert world.tenant.ask("GET", f"/v1/meters/{world.ids['meters']}/price").status_code == 404
+
+
+def test_all_meters_begin_anew_by_a_word(server: Server) -> None:
+    """``all`` is every meter that is not archived; a list is those meters alone."""
+    tenant = server.tenant()
+    customer, first, second, old = tenant.customer(), tenant.meter(), tenant.meter(), tenant.meter()
+    tenant.patch(f"/v1/meters/{old}", {"is_archived": True})
+    path = f"/v1/customers/{customer}/resets"
+    assert tenant.post(path, {"meter_ids": [first]})["meter_ids"] == [first]
+    assert sorted(tenant.post(path, {"meter_ids": "all"})["meter_ids"]) == sorted([first, second])
+    assert tenant.refusal("POST", path, json={"meter_ids": "every"})[0] == 422

@@ -124,7 +124,7 @@ def test_balances_of_a_running_server_follow_from_their_entries(
     tokens = next(one["id"] for one in side.api.pages("/v1/meters/") if one["name"] == "tokens")
     side.send(*numbered(10))
     side.post(f"/v1/customers/{customer}/credits", {"meter_id": tokens, "units": 100})
-    side.post(f"/v1/customers/{customer}/resets", {"meter_id": tokens})
+    side.post(f"/v1/customers/{customer}/resets", {"meter_ids": [tokens]})
     side.send(*({**event, "external_id": f"after-{event['external_id']}"} for event in numbered(6)))
 
     report = ledger(servers[0])

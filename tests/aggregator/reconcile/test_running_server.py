@@ -116,7 +116,7 @@ def test_nothing_differs_while_events_come_in(servers: tuple[Installation, Insta
     for number in range(RESETS):
         names = {"external_id": f"c{number}", "email": f"c{number}@example.com"}
         customer = sides.here.post("/v1/customers/", names)["id"]
-        sides.here.post(f"/v1/customers/{customer}/resets", {})
+        sides.here.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     stop = threading.Event()
 
     def send() -> None:
@@ -234,7 +234,7 @@ def test_a_round_that_has_moved_memory_is_compared_once_it_is_published(
         meter_id, customer = tenant.meter(func="sum", property="tokens"), tenant.customer(external_id="ann")
         tenant.send(line("before", metadata={"tokens": 1}))
         server.now += timedelta(seconds=1)
-        tenant.post(f"/v1/customers/{customer}/resets", {})
+        tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
         server.now += timedelta(seconds=1)
         engine, store = server.aggregator._now, RunningStore(_Asking(tenant))
         begin_windows, wait_for = engine._boundaries.begin_windows, server.aggregator.wait_for

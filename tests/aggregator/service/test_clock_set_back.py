@@ -25,7 +25,7 @@ def granted(tenant: Tenant, meter: str, customer: str, *, rollover: bool = False
 def test_credits_are_of_the_newest_window(tenant: Tenant) -> None:
     """By hand, and of a benefit: before the beginning of the window they would count nowhere."""
     meter, customer = tenant.meter(), tenant.customer()
-    tenant.post(f"/v1/customers/{customer}/resets", {})
+    tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     tenant.server.now -= STEP
     made = tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 30})
     assert credited(tenant) == [30]
@@ -68,7 +68,7 @@ def test_a_grant_that_rolled_over_ends_after_that(tenant: Tenant) -> None:
     customer = tenant.customer()
     grant = granted(tenant, tenant.meter(), customer, rollover=True)
     tenant.server.now += timedelta(days=1)
-    tenant.post(f"/v1/customers/{customer}/resets", {})
+    tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     assert credited(tenant) == [100]
     tenant.server.now -= STEP
     tenant.post(f"{grant}/revoke", {})

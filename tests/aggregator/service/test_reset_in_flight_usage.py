@@ -77,15 +77,15 @@ def test_what_was_stamped_before_a_meter_begins_anew_counts_before_it(tenant: Te
     server, meter, customer = tenant.server, tenant.meter(), tenant.customer(external_id="ann")
     if by == "reset":
         tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 100, "rollover": True})
-        path = f"/v1/customers/{customer}/resets"
+        path, body = f"/v1/customers/{customer}/resets", {"meter_ids": "all"}
     else:
         properties = {"meter_id": meter, "units": 100, "rollover": True}
         made = tenant.post("/v1/benefits/", {"type": "meter_credit", "description": "abc", "properties": properties})
         granted = tenant.post(f"/v1/benefits/{made['id']}/grants", {"customer_id": customer})
-        path = f"/v1/benefit-grants/{granted['id']}/cycle"
+        path, body = f"/v1/benefit-grants/{granted['id']}/cycle", {}
     server.now += timedelta(days=1)
     with meanwhile(server, arriving(tenant, 30, stamped=-INSTANT), deciding(server.tenant())) as waits:
-        tenant.post(path, {})
+        tenant.post(path, body)
     (row,) = tenant.get("/v1/customer-meters/")["items"]
     assert (row["consumed_units"], row["credited_units"]) == (0, 70 if by == "reset" else 170)
     assert waits == [server.app.state.desk.settled_s]
@@ -146,6 +146,6 @@ def test_a_credit_is_not_taken_back_while_its_window_ends(tenant: Tenant) -> Non
         return (await taking[0]).status_code
 
     with meanwhile(server, take_back):
-        tenant.post(f"/v1/customers/{customer}/resets", {})
+        tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     assert server.run(answer()) == 422
     assert tenant.get("/v1/customer-meters/")["items"][0]["credited_units"] == 100

@@ -111,7 +111,7 @@ def story(tenant: Tenant) -> tuple[Tenant, dict[str, str]]:
     other = f'"customer_id": "{names["ann"]}"'.encode()
     tenant.send(line("id", metadata={"model": "own"}).replace(b'"external_customer_id": "ann"', other))
     server.now += timedelta(minutes=1)
-    tenant.post(f"/v1/customers/{names['bob']}/resets", {})
+    tenant.post(f"/v1/customers/{names['bob']}/resets", {"meter_ids": "all"})
     server.now += timedelta(minutes=1)
     tenant.post(f"/v1/customers/{names['ann']}/credits", {"meter_id": names["unique"], "units": 20})
     tenant.send(line("again", external_customer_id="bob", metadata={"model": "m3", "n": 0.5}))

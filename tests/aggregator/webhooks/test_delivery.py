@@ -314,7 +314,7 @@ def test_a_threshold_is_told_once_for_a_crossing_and_a_cycle(tenant: Tenant) -> 
         await told.use(*(f"c{number}" for number in range(69)))
         await told.arrived(3)
         tenant.server.now += timedelta(seconds=1)
-        await told.ask("POST", f"/v1/customers/{customer}/resets")
+        await told.ask("POST", f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
         await told.settled()
         measures = [delivery.event["data"]["measure"] for delivery in told.receiver.deliveries]
         assert measures == ["usage", "balance", "usage", "balance"]  # the new cycle begins with nothing left

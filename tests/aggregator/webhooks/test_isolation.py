@@ -214,7 +214,7 @@ def test_a_deleted_customer_is_told_without_meters(tenant: Tenant) -> None:
         customer, _ = await told.customer(), await told.meter()
         await told.use("a")
         tenant.server.now += timedelta(seconds=1)
-        await told.ask("POST", f"/v1/customers/{customer}/resets")
+        await told.ask("POST", f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
         await told.settled()
         assert len(told.receiver.deliveries[-1].event["data"]["active_meters"]) == 1
         await told.ask("DELETE", f"/v1/customers/{customer}")
