@@ -2,7 +2,8 @@
 
 Benefits have Polar's paths and shapes. Granting, renewing (``cycle``) and revoking are Meterstream's own routes, for
 organizations that do not sell through Polar; they have the effects of Polar's own steps. Every step is idempotent: a
-second grant or revocation changes nothing, and a cycle that names its ``at`` happens once.
+second grant or revocation changes nothing, and a cycle that names its ``at`` happens once, as does every request with
+an ``Idempotency-Key`` (``idempotency.py``).
 
 Benefits and grants that came from Polar's webhooks can only be changed at Polar while a Polar source exists.
 Otherwise a step made here, and Polar's webhook about the same step, would both count.
@@ -20,6 +21,7 @@ from msgspec.structs import replace
 from aggregator.api.bodies import body_as, moment
 from aggregator.api.credits import Overtaken, used_until, with_usage
 from aggregator.api.customers import has_texts, named_customer
+from aggregator.api.idempotency import IN_PROGRESS, Key, Once, only_once
 from aggregator.api.requests import (
     BY_METADATA,
     SEARCH_LENGTH_MAX,
@@ -219,19 +221,22 @@ async def update_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID
     return answer(benefit_shape(benefit), desk.view.as_of)
 
 
-@router.delete("/v1/benefits/{id}", status_code=204, responses=gives(status=204))
-async def delete_benefit(desk: AtDesk, token: Writer, id: UUID) -> Response:
+@router.delete("/v1/benefits/{id}", status_code=204, responses=gives(status=204) | IN_PROGRESS)
+async def delete_benefit(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Give it to nobody any more, and take back what those who have it were credited last.
 
     A benefit of Polar's is deleted there. The benefit itself goes last: where this ends half way, a retry goes on.
     """
-    while not await _deleted(desk, token, id):
-        pass
-    return Response(status_code=204)
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        while (deleted := await _deleted(desk, token, id, once)) is None:
+            pass
+        return deleted
 
 
-async def _deleted(desk: Desk, token: Token, id: UUID) -> bool:
-    """Revoke some of the benefit's grants; where there are none, delete it and return true."""
+async def _deleted(desk: Desk, token: Token, id: UUID, once: Once) -> Response | None:
+    """Revoke some of the benefit's grants; where there are none, delete it and return the answer."""
     some = desk.catalogue.benefits.grants_by(benefit_of(desk, token, id).id)[:GRANTS_AT_ONCE]
     async with desk.turn(token.organization_id, *(grant.customer_id for grant in some)), desk.deciding:
         benefit, now = benefit_of(desk, token, id), desk.decided_at()
@@ -240,9 +245,7 @@ async def _deleted(desk: Desk, token: Token, id: UUID) -> bool:
         turned = {grant.customer_id for grant in some}
         grants = [here(desk.catalogue, grant) for grant in held if grant.customer_id in turned]
         await desk.decide_each(_all(revoked(grant, benefit, now, _credited(desk, grant))) for grant in grants)
-        if not held:
-            await desk.decide(BenefitSet(replace(benefit, deleted_at=now)))
-    return not held
+        return None if held else await once.decide(None, 204, BenefitSet(replace(benefit, deleted_at=now)))
 
 
 def _credited(desk: Desk, grant: Grant) -> Account | None:
@@ -277,23 +280,24 @@ async def list_grants(
     "/v1/benefits/{id}/grants",
     status_code=201,
     openapi_extra=takes(BenefitGrantCreate),
-    responses=gives(answers.BenefitGrant, status=201),
+    responses=gives(answers.BenefitGrant, status=201) | IN_PROGRESS,
 )
-async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+async def create_grant(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Grant the benefit to a customer and credit its units. A customer who has it keeps it as it is.
 
     A benefit of Polar's is granted there.
     """
-    body = await body_as(BenefitGrantCreate, request)
-    while (found := await _granted(desk, token, id, body)) is None:
-        pass
-    return answer(grant_shape(*found), desk.view.as_of, 201)
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        body = await body_as(BenefitGrantCreate, request)
+        while (made := await _granted(desk, token, id, body, once)) is None:
+            pass
+        return made
 
 
-async def _granted(
-    desk: Desk, token: Token, id: UUID, body: BenefitGrantCreate
-) -> tuple[Grant, Benefit, Customer] | None:
-    """The grant that is made, or was; None where another customer has come to have the name."""
+async def _granted(desk: Desk, token: Token, id: UUID, body: BenefitGrantCreate, once: Once) -> Response | None:
+    """The answer to the grant that is made, or was; None where another customer has come to have the name."""
     benefit_of(desk, token, id)
     turned = named_customer(desk, token, body)
     async with desk.turn(token.organization_id, turned.id), desk.deciding:
@@ -308,11 +312,10 @@ async def _granted(
             id=grant_id(benefit.id, customer.id), organization_id=token.organization_id, benefit_id=benefit.id,
             customer_id=customer.id, created_at=now, granted_at=now,
         )  # fmt: skip
-        if known is None or not known.is_held:
-            step = granted(grant, benefit, now, desk.view.ledger.account(customer.id, benefit.meter_id))
-            await desk.decide(*_all(step))
-            grant = step.grant
-    return grant, benefit, customer
+        if known is not None and known.is_held:
+            return await once.decide(grant_shape(grant, benefit, customer), 201)
+        step = granted(grant, benefit, now, desk.view.ledger.account(customer.id, benefit.meter_id))
+        return await once.decide(grant_shape(step.grant, benefit, customer), 201, *_all(step))
 
 
 @router.get("/v1/benefit-grants/", responses=gives(page_of(answers.BenefitGrant)))
@@ -353,24 +356,27 @@ async def get_grant(desk: AtDesk, token: Reader, id: UUID) -> Response:
 @router.post(
     "/v1/benefit-grants/{id}/cycle",
     openapi_extra=takes(BenefitGrantStep),
-    responses=gives(answers.BenefitGrant) | {409: gives(answers.Error)[404]},
+    responses=gives(answers.BenefitGrant) | IN_PROGRESS,
 )
-async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Begin a cycle: reset the meter, carry over what rolls over, credit again.
 
-    Say ``at``, when it began, so that a retry is harmless. A cycle that would credit nothing, because one that began
-    later was credited before, is refused. A grant of Polar's is renewed there.
+    Say ``at``, when it began, or send an ``Idempotency-Key``, so that a retry is harmless. A cycle that would credit
+    nothing, because one that began later was credited before, is refused. A grant of Polar's is renewed there.
     """
-    body = await body_as(BenefitGrantStep, request, otherwise={})
-    _, _, customer = _grant_of(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id):
-        while (found := await _cycled(desk, token, id, body)) is None:
-            pass
-    return answer(grant_shape(*found), desk.view.as_of)
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        body = await body_as(BenefitGrantStep, request, otherwise={})
+        _, _, customer = _grant_of(desk, token, id)
+        async with desk.turn(token.organization_id, customer.id):
+            while (made := await _cycled(desk, token, id, body, once)) is None:
+                pass
+        return made
 
 
-async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep) -> tuple[Grant, Benefit, Customer] | None:
-    """The grant after its cycle; None where the cycle has to be worked out again."""
+async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep, once: Once) -> Response | None:
+    """The answer, the grant after its cycle; None where the cycle has to be worked out again."""
     grant, benefit, customer = _to_cycle(desk, token, id)
     at = moment(body.at, desk.decided_at(), too_late="A cycle that has not begun cannot be credited.")
     meter = desk.catalogue.meter(grant.organization_id, benefit.meter_id)
@@ -383,12 +389,11 @@ async def _cycled(desk: Desk, token: Token, id: UUID, body: BenefitGrantStep) ->
                 step, others = _cycle(desk, grant, benefit, customer, at, used)
             except Overtaken:
                 return None
-            await desk.decide(*_all(step), *others)
-            grant = step.grant
-        elif not _was_cycled(desk, grant, benefit, at):
+            return await once.decide(grant_shape(step.grant, benefit, customer), 200, *_all(step), also=others)
+        if not _was_cycled(desk, grant, benefit, at):
             message = f"Nothing was credited: the grant's credit of {grant.last_credited_at} is not before this cycle."
             raise Conflict(message, is_passing=False)
-    return grant, benefit, customer
+        return await once.decide(grant_shape(grant, benefit, customer), 200)
 
 
 def _was_cycled(desk: Desk, grant: Grant, benefit: Benefit, at: datetime) -> bool:
@@ -432,15 +437,17 @@ def _cycle(
     return cycled(grant, benefit, at, begun, account), others
 
 
-@router.post("/v1/benefit-grants/{id}/revoke", responses=gives(answers.BenefitGrant))
-async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
+@router.post("/v1/benefit-grants/{id}/revoke", responses=gives(answers.BenefitGrant) | IN_PROGRESS)
+async def revoke_grant(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Take the benefit back, with the units that it credited last. A grant of Polar's is revoked there."""
-    _, _, customer = _grant_of(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id), desk.deciding:
-        grant, benefit, customer = _grant_of(desk, token, id)
-        _must_be_ours(desk, token, "grant", grant.id)
-        if grant.revoked_at is None:
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        _, _, customer = _grant_of(desk, token, id)
+        async with desk.turn(token.organization_id, customer.id), desk.deciding:
+            grant, benefit, customer = _grant_of(desk, token, id)
+            _must_be_ours(desk, token, "grant", grant.id)
+            if grant.revoked_at is not None:
+                return await once.decide(grant_shape(grant, benefit, customer), 200)
             step = revoked(grant, benefit, desk.decided_at(), _credited(desk, grant))
-            await desk.decide(*_all(step))
-            grant = step.grant
-    return answer(grant_shape(grant, benefit, customer), desk.view.as_of)
+            return await once.decide(grant_shape(step.grant, benefit, customer), 200, *_all(step))

@@ -5,23 +5,23 @@
 benefit routes use them as well.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from hashlib import sha256
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from msgspec.structs import replace
 
 from aggregator.api.bodies import body_as, fields_of, mapping_of, moment, refuse_organization
 from aggregator.api.customers import customer_by_id
+from aggregator.api.idempotency import IN_PROGRESS, Key, Once, only_once, used_for_another
 from aggregator.api.requests import AtDesk, WhichPage, allow, answer, body_of, listed, on_page
 from aggregator.api.schemas import CreditCreate, ResetCreate, gives, page_of, takes
 from aggregator.service import answers
 from aggregator.service.cuts import Counted, counted
-from aggregator.service.errors import Conflict, NotFound, Refused
+from aggregator.service.errors import NotFound, Refused
 from aggregator.service.serializers import credit_shape, reset_shape
 from aggregator.service.service import Desk
 from meters import exact
@@ -39,67 +39,42 @@ from meters.ledger.ledger import (
 from meters.meter import Meter
 from meters.timestamps import sortable_text
 
-# Credits.
-#
-# A request with an ``Idempotency-Key`` is decided once. A repetition gets the same answer, without a time limit,
-# since the key is part of the decision. The same key with another body is refused, and so is a repetition while the
-# first request is in progress.
-
 router = APIRouter(tags=["credits"])
 Reader = Annotated[Token, Depends(allow(reading("customers") | {"customer_meters:read"}))]
 Writer = Annotated[Token, Depends(allow(writing("customers")))]
-KEY_LENGTH_MAX = 255  # what other payment APIs take
-Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=KEY_LENGTH_MAX)]
 
 
 @router.post(
     "/v1/customers/{id}/credits",
     status_code=201,
     openapi_extra=takes(CreditCreate),
-    responses=gives(answers.Credit, status=201) | {409: gives(answers.Error)[404]},
+    responses=gives(answers.Credit, status=201) | IN_PROGRESS,
 )
-async def give_credits(
-    request: Request, desk: AtDesk, token: Writer, id: UUID, idempotency_key: Key = None
-) -> Response:  # fmt: skip
+async def give_credits(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Credit ``units`` of a meter; with ``rollover`` what is left of them at a reset goes into the next window."""
-    customer = customer_by_id(desk, token, id)
-    body = await body_of(request)
-    meter_id, units, rollover = _fields(desk, token, body)
-    content = sha256(exact.encode([customer.id, meter_id, units, rollover])).hexdigest()
-    with _only(desk, token, idempotency_key):
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        customer = customer_by_id(desk, token, id)
+        meter_id, units, rollover = _fields(desk, token, await body_of(request))
         async with desk.turn(token.organization_id, customer.id), desk.deciding:
             customer = customer_by_id(desk, token, id)
-            known = _decided(desk, token, idempotency_key, content)
+            known = _given_before(desk, token, key, [customer.id, meter_id, units, rollover])
+            if known is not None:
+                return answer(credit_shape(known, customer.id, meter_id), desk.view.as_of, 201)
             account = desk.view.ledger.account(customer.id, meter_id)
-            credit = known or CreditGranted(
+            credit = CreditGranted(
                 id=desk.new_id(), organization_id=token.organization_id, customer_id=customer.id, meter_id=meter_id,
-                units=Decimal(units), rollover=rollover, at=in_window(account, desk.decided_at()), key=idempotency_key,
-                content=content,
+                units=Decimal(units), rollover=rollover, at=in_window(account, desk.decided_at()),
             )  # fmt: skip
-            if known is None:
-                await desk.decide(credit)
-                credit = _decided(desk, token, idempotency_key, content) or credit  # one not heard of before may count
-    return answer(credit_shape(credit, customer.id, meter_id), desk.view.as_of, 201)
+            return await once.decide(credit_shape(credit, customer.id, meter_id), 201, credit)
 
 
-@contextmanager
-def _only(desk: Desk, token: Token, key: str | None) -> Iterator[None]:
-    """Nobody else is at work under this key. Raises Conflict."""
-    name = token.organization_id, key
-    if key is not None and name in desk.keys_at_work:
-        raise Conflict("A request with this Idempotency-Key is being worked on.")
-    desk.keys_at_work.add(name)
-    try:
-        yield
-    finally:
-        desk.keys_at_work.discard(name)
-
-
-def _decided(desk: Desk, token: Token, key: str | None, content: str) -> CreditGranted | None:
+def _given_before(desk: Desk, token: Token, key: str | None, said: list[object]) -> CreditGranted | None:
+    """What an older version gave under a key, which it kept with the credit, whichever customer's. Raises Refused."""
     known = desk.view.ledger.by_key(token.organization_id, key) if key is not None else None
-    if known is not None and known.content != content:
-        message = "This Idempotency-Key was used for another request."
-        raise Refused("idempotency_key", ("header", "Idempotency-Key"), message, key)
+    if known is not None and known.content != sha256(exact.encode(said)).hexdigest():
+        raise used_for_another(key or "")
     return known
 
 
@@ -135,30 +110,34 @@ def _credits(desk: Desk, customer: Customer, meter_id: str) -> list[Credit]:
     return account.credits if account is not None else []
 
 
-@router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(answers.Credit))
-async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: str) -> Response:
+@router.delete("/v1/customers/{id}/credits/{credit_id}", responses=gives(answers.Credit) | IN_PROGRESS)
+async def take_back_credits(
+    request: Request, desk: AtDesk, token: Writer, id: UUID, credit_id: str, key: Key = None
+) -> Response:
     """Take a credit back: all of it in the window in which it was given, afterwards what of it was carried over.
 
     Repeating this takes nothing more.
     """
-    customer = customer_by_id(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
-        credit, meter_id = _credit(desk, token, customer, credit_id)
-        account = desk.view.ledger.account(customer.id, meter_id)
-        taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
-        now = desk.decided_at()
-        change = taken or CreditGranted(
-            id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
-            meter_id=meter_id, units=-credit.units, rollover=credit.rollover,
-            at=max(in_window(account, now), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
-        )  # fmt: skip
-        if isinstance(change, CreditGranted):
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        customer = customer_by_id(desk, token, id)
+        async with desk.turn(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
+            credit, meter_id = _credit(desk, token, customer, credit_id)
+            account = desk.view.ledger.account(customer.id, meter_id)
+            taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
+            if taken is not None:
+                return await once.decide(credit_shape(taken, customer.id, meter_id), 200)
             by_hand = credit.cause == "credit"  # a benefit's credits go with its grant
             if not by_hand or not newest_window(account).of(credit.id):
                 message = "Only units that were given by hand, and that no reset has ended, can be taken back."
                 raise Refused("value_error", ("path", "credit_id"), message, credit_id)
-            await desk.decide(change)
-    return answer(credit_shape(change, customer.id, meter_id), desk.view.as_of)
+            back = CreditGranted(
+                id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
+                meter_id=meter_id, units=-credit.units, rollover=credit.rollover,
+                at=max(in_window(account, desk.now()), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
+            )  # fmt: skip
+            return await once.decide(credit_shape(back, customer.id, meter_id), 200, back)
 
 
 def _credit(desk: Desk, token: Token, customer: Customer, credit_id: str) -> tuple[Credit, str]:
@@ -178,20 +157,23 @@ def _credit(desk: Desk, token: Token, customer: Customer, credit_id: str) -> tup
     "/v1/customers/{id}/resets",
     status_code=201,
     openapi_extra=takes(ResetCreate),
-    responses=gives(answers.Reset, status=201),
+    responses=gives(answers.Reset, status=201) | IN_PROGRESS,
 )
-async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) -> Response:
+async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID, key: Key = None) -> Response:
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""
-    customer_by_id(desk, token, id)
-    asked = await body_as(ResetCreate, request)
-    async with desk.turn(token.organization_id, str(id)):
-        while (change := await _reset(desk, token, id, asked)) is None:
-            pass
-    return answer(reset_shape(change), desk.view.as_of, 201)
+    async with only_once(request, desk, token, key) as once:
+        if once.answered is not None:
+            return once.answered
+        customer_by_id(desk, token, id)
+        asked = await body_as(ResetCreate, request)
+        async with desk.turn(token.organization_id, str(id)):
+            while (made := await _reset(desk, token, id, asked, once)) is None:
+                pass
+        return made
 
 
-async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> MeterReset | None:
-    """The reset that is made, or was; None where it has to be worked out again."""
+async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate, once: Once) -> Response | None:
+    """The answer to the reset that is made, or was; None where it has to be worked out again."""
     customer = customer_by_id(desk, token, id)
     at = moment(asked.at, desk.decided_at(), too_late="A meter cannot begin anew in the future.")
     change = MeterReset(
@@ -211,9 +193,8 @@ async def _reset(desk: Desk, token: Token, id: UUID, asked: ResetCreate) -> Mete
         except Overtaken:
             return None
         change = replace(change, meter_ids=[meter.id for meter in meters])
-        if len(made) < len(meters):
-            await desk.decide(change, *others)
-    return change
+        begun = [change] if len(made) < len(meters) else []
+        return await once.decide(reset_shape(change), 201, *begun, also=others)
 
 
 def _meters(desk: Desk, token: Token, asked: ResetCreate) -> list[Meter]:

@@ -209,12 +209,15 @@ async def body_of(request: Request, *, otherwise: object = None) -> Any:
 
 
 async def bytes_of(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
-    """The request's body as it was sent. Raises BodyTooLarge."""
+    """The request's body as it was sent, however often it is asked for. Raises BodyTooLarge."""
+    if (known := getattr(request.state, "received", None)) is not None:
+        return bytes(known)
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
         if len(received) > bytes_max:
             raise BodyTooLarge
+    request.state.received = bytes(received)
     return bytes(received)
 
 

@@ -280,7 +280,7 @@ class Desk:
         crowd = Waits(VERIFICATIONS_WAITING_MAX, VERIFICATIONS_WAITING_MAX)
         self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_AT_ONCE, crowd)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self.keys_at_work: set[tuple[str, str | None]] = set()  # organizations' Idempotency-Keys
+        self.requests_at_work: set[bytes] = set()  # names of requests with an Idempotency-Key
 
     @property
     def catalogue(self) -> Catalogue:

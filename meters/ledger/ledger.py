@@ -25,6 +25,7 @@ from msgspec.structs import replace
 
 from meters.event import event_id
 from meters.exact import EXACT
+from meters.ledger.requests import AnsweredRequests, RequestAnswered
 
 # Decisions. Each has an id, so applying a decision twice changes nothing, and a time ``at`` from which it holds.
 # ``at`` may be before the time of the decision: a period ends when it was due, also if the news arrives later.
@@ -46,10 +47,10 @@ class CreditGranted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type",
     """A customer has ``units`` more of a meter, or fewer where they are negative.
 
     ``rollover``: what is left of them at a reset goes into the next window. ``reference`` names what this came from: a
-    grant of a benefit, or the credit that is taken back; ``id`` is made of it then. ``key`` is the request's
-    Idempotency-Key and ``content`` the digest of its body. ``takes`` is the id of the credit that this one takes back:
-    it takes what the customer holds of that credit, and ``units`` states all of it. Records of older versions do not
-    name that credit, and Polar's take-backs do not: their units go from the running sum of all credits.
+    grant of a benefit, or the credit that is taken back; ``id`` is made of it then. ``takes`` is the id of the credit
+    that this one takes back: it takes what the customer holds of that credit, and ``units`` states all of it. Records
+    of older versions do not name that credit, and Polar's take-backs do not: their units go from the running sum of all
+    credits. Only such records have ``key``, the Idempotency-Key of the request, and ``content``, a digest of its body.
     """
 
     id: str
@@ -105,7 +106,7 @@ class MovementWithdrawn(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
     meter_id: str
 
 
-CreditChange = CreditGranted | MeterReset | MovementWithdrawn
+CreditChange = CreditGranted | MeterReset | MovementWithdrawn | RequestAnswered
 
 
 def revocation_id(credit_id: str) -> str:
@@ -414,7 +415,8 @@ class Ledger:
     def __init__(self) -> None:
         self._accounts: dict[str, dict[str, Account]] = {}  # by meter and customer
         self._meters_reset: set[str] = set()  # meters that were ever reset for anybody
-        self._keys: dict[tuple[str, str], CreditGranted] = {}
+        self.answered = AnsweredRequests()
+        self._keys: dict[tuple[str, str], CreditGranted] = {}  # of older versions
         self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most are of a few sizes
         self._derived_ids: set[str] = set()  # made of a cause: only such credits can be decided twice, at two times
         self._taken: set[str] = set()  # credits that are taken back by name
@@ -445,6 +447,10 @@ class Ledger:
     def apply(self, change: object) -> None:
         """Take in one change; others than credits and resets are somebody else's."""
         match change:
+            case RequestAnswered():
+                self.answered.apply(change)
+            case CreditGranted() | MeterReset() if self.answered.is_repeated(change.id):
+                pass
             case CreditGranted():
                 self._credit(change)
             case MeterReset():
@@ -536,7 +542,7 @@ class Ledger:
         return meter_id in self._meters_reset
 
     def by_key(self, organization_id: str, key: str) -> CreditGranted | None:
-        """What was decided for a request with this Idempotency-Key."""
+        """What an older version decided for a request with this Idempotency-Key, of whichever customer."""
         return self._keys.get((organization_id, key))
 
 
