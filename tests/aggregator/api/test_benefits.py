@@ -181,6 +181,18 @@ def test_a_grant_that_nobody_here_heard_of_is_made_once(tenant: Tenant) -> None:
         tenant.server.now += DAY
 
 
+def test_a_benefits_credit_goes_with_its_grant_alone(tenant: Tenant) -> None:
+    """Deleted as a credit by hand is, it would be taken back twice: with the grant again."""
+    id, customer = benefit(tenant, tenant.meter()), tenant.customer()
+    grant = tenant.post(f"/v1/benefits/{id}/grants", {"customer_id": customer})["id"]
+    (made,) = tenant.get(f"/v1/customers/{customer}/credits")["items"]
+    refusal = tenant.refusal("DELETE", f"/v1/customers/{customer}/credits/{made['id']}")
+    assert refusal[2] == [("value_error", ["path", "credit_id"])]
+    assert credits(tenant, customer) == [("grant", 100)]
+    tenant.post(f"/v1/benefit-grants/{grant}/revoke", {})
+    assert credits(tenant, customer) == [("grant", 100), ("revoke", -100)]
+
+
 def test_a_cycle_that_names_its_time_happens_once(tenant: Tenant) -> None:
     """A retry changes nothing; one before the last credit would credit nothing and says so, as does one to come."""
     id, customer = benefit(tenant, tenant.meter()), tenant.customer()

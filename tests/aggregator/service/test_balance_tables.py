@@ -266,6 +266,33 @@ day  what happens               credited  consumed  balance
 32   revoke local                    100         0      100
 """
 
+MONTH_AFTER_MONTH = """
+day  what happens               credited  consumed  balance
+1    grant plan 100                  100         0      100
+2    cycle plan                      100         0      100
+31   use 30                          100        30       70
+32   cycle plan                      100         0      100
+62   cycle plan                      100         0      100
+63   use 7                           100         7       93
+"""
+
+GIVEN_AFTER_A_RESET_THAT_IS_TOLD_LATE = """
+day  what happens               credited  consumed  balance
+1    give 30 rollover                 30         0       30
+40   give 70 rollover                100         0      100
+41   reset from 31                   100         0      100
+42   reset                           100         0      100
+"""
+
+TAKEN_BACK_ROLLS_OVER_NO_MORE = """
+day  what happens               credited  consumed  balance
+1    give 50 rollover                 50         0       50
+1    give 20                          70         0       70
+2    take back 50                     20         0       20
+31   reset                             0         0        0
+32   reset                             0         0        0
+"""
+
 TABLES = {
     "grant and use": (GRANT_AND_USE, {}),
     "cycle": (CYCLE, {}),
@@ -292,6 +319,9 @@ TABLES = {
     "a reset after news of the period": (A_RESET_AFTER_NEWS_OF_THE_PERIOD, {}),
     "a cycle and a reset of an earlier time": (A_CYCLE_AND_A_RESET_OF_AN_EARLIER_TIME, {}),
     "given here and at Polar": (GIVEN_HERE_AND_AT_POLAR, {}),
+    "month after month": (MONTH_AFTER_MONTH, {}),
+    "given after a reset that is told late": (GIVEN_AFTER_A_RESET_THAT_IS_TOLD_LATE, {}),
+    "taken back rolls over no more": (TAKEN_BACK_ROLLS_OVER_NO_MORE, {}),
     "maximum": (MAXIMUM, {"func": "max", "property": "units"}),
     "average": (AVERAGE, {"func": "avg", "property": "units"}),
     "distinct values": (DISTINCT, {"func": "unique", "property": "units"}),
