@@ -145,6 +145,25 @@ def ask_replay(data: DataDirectory, since: str, until: str) -> int:
         return state.ask_replay(start.isoformat(), end.isoformat(), now_us())
 
 
+def ask_to_adopt(data: DataDirectory, begin: str) -> None:
+    """Have the forwarder read the log that is here from ``begin`` on: beginning, now, or a time of ingestion.
+
+    Raises GiveUp unless forwarding stopped because the log is another one.
+    """
+    if begin not in ("beginning", "now"):
+        begin = parse_instant(begin, "--from").isoformat()
+    with opened(data) as state:
+        if not state.flags().get("is_elsewhere"):
+            raise GiveUp("forwarding did not stop because of another log, so there is nothing to adopt")
+        if begin == "beginning" and state.knows("rollup"):
+            raise GiveUp(
+                "sums are forwarded from here, and from the beginning they would count twice at Polar; give the time "
+                "of the backup that was restored, or now",
+                USAGE,
+            )
+        state.set(adopt=begin)
+
+
 def dead_letters(data: DataDirectory, limit: int) -> list[dict[str, Any]]:
     """What Polar refuses. Raises GiveUp."""
     with opened(data) as state:
@@ -177,8 +196,8 @@ def run(settings: Settings, lifeline: int | None) -> None:
     data = data_directory(settings)
     data.require()
     data.require_directory()
-    with _alone(data, patient=lifeline is not None), open_state(data) as state:
-        state.set(stopped=None, last_failure=None, last_failure_us=None)
+    with alone(data, patient=lifeline is not None), open_state(data) as state:
+        state.set(stopped=None, is_elsewhere=None, last_failure=None, last_failure_us=None)
         know_destination(state, settings)
         window = RequestWindow(data.forwarding, settings.polar_requests_per_minute)
         timeout_s = settings.polar_timeout_seconds
@@ -230,7 +249,7 @@ def _forget_old_token(state: State) -> None:
 
 
 @contextlib.contextmanager
-def _alone(data: DataDirectory, patient: bool) -> Iterator[None]:
+def alone(data: DataDirectory, patient: bool) -> Iterator[None]:
     """One forwarder for a data directory. Raises GiveUp if there is another, unless it is waited for."""
     lock = os.open(data.path / "forward.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,14 +1,17 @@
 """Routes of the feed: counted events in the order of the log, for programs that forward or check them.
 
 A reader keeps the ``position`` of an answer and sends it with the next request. A position is half-open and names
-places in the log, so no event is missed or read twice, even after a restart or a rebuild of the store. Events have
+places in the log, so no event is missed or read twice, even after a restart or a rebuild of the store. The
+``witness`` that comes with a position says of which log it is: a reader that sends it, too, gets 409 instead of a page
+where another log has other events before the position. Events have
 the form in which another system could ingest them: a customer or parent that is known by an internal id is shown with
 its external id. ``rollup`` adds events up; ``backlog``, ``customers`` and ``traffic`` describe what is waiting. Polar
 has no such routes.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -31,25 +34,37 @@ from aggregator.api.requests import (
     json_response,
 )
 from aggregator.api.schemas import gives
-from aggregator.service.errors import Malformed
+from aggregator.service.answers import Error
+from aggregator.service.errors import Conflict, Malformed
 from aggregator.service.serializers import number
 from aggregator.service.service import Desk, Here
 from aggregator.store.queries import feed
 from aggregator.store.queries.feed import FeedEvent, FeedPage, Group, Traffic, Wanted
 from aggregator.store.queries.scope import NOBODY, Scope
+from aggregator.view import Unavailable
 from meters.aggregation import exact_sum
 from meters.catalogue.access import reading
 from meters.catalogue.catalogue import Token
 from meters.errors import detail
 from meters.filters import Filter
-from meters.log import FeedPlace, format_places, format_position, parse_places
+from meters.log import (
+    FeedPlace,
+    format_places,
+    format_position,
+    format_witnesses,
+    parse_places,
+    parse_witnesses,
+)
 from meters.meter import Meter
 
 router = APIRouter(tags=["feed"])
 Reader = Annotated[Token, Depends(allow(reading("events")))]
 Meters = Annotated[list[UUID], Query(max_length=FEED_METERS_MAX)]
 WindowSeconds = Annotated[int, Query(ge=1, le=FEED_WINDOW_S_MAX, description="Seconds of a window")]
+CONFLICTS: dict[int | str, dict[str, Any]] = {409: gives(Error)[404]}
 EXTERNAL = "external"
+END_S_MAX = 1.0  # to ask the log where it ends, and to read up to it
+OTHER = "it is a position of another log, or of this one before it was restored"
 _Key = tuple[int, tuple[tuple[str, str], ...], datetime]  # meter, customer, start of the window
 
 
@@ -75,24 +90,99 @@ async def _wanted(
     return Wanted(scope=scope, filter=Filter("and", list(filters)))
 
 
+async def _witness(
+    witness: Annotated[
+        str | None,
+        Query(description="The witness of that answer. 409 if the log has other events before the position"),
+    ] = None,
+) -> dict[int, str] | None:
+    found = None if witness is None else parse_witnesses(witness)
+    if found is None and witness is not None:
+        message = "Input should be witnesses such as 0:5f1d20c7a6b94e83"
+        raise Malformed([detail("value_error", ("query", "witness"), message, witness)])
+    return found
+
+
+class Known(NamedTuple):
+    """A position as its reader sent it, and its witnesses, if the reader sent them."""
+
+    places: dict[int, FeedPlace]
+    witnesses: dict[int, str] | None
+
+    def check(self, here: Here) -> None:
+        """Raises Conflict if the position is one of another log; Unavailable while the store reads up to it."""
+        if self._ahead(feed.ends_of(here.connection)):
+            raise Unavailable("the store has yet to read up to the position")
+        if self.witnesses is None:
+            return
+        found = feed.witnesses(here.connection, self.places)
+        for partition, place in sorted(self.places.items()):
+            if found.get(partition) != self.witnesses.get(partition):
+                where = format_places({partition: place})
+                raise Conflict(f"Another event stands before {where} than when it was read: {OTHER}", is_passing=False)
+
+    async def check_end(self, desk: Desk) -> None:
+        """Raises Conflict if the log ends before the position."""
+        if self._ahead(desk.view.as_of) and await desk.view.present(END_S_MAX):
+            ends = desk.view.as_of
+            if ahead := self._ahead(ends):
+                where = f"The log ends at {format_position(ends) or '0'}, before {format_places(ahead)}"
+                raise Conflict(f"{where}: {OTHER}", is_passing=False)
+
+    def _ahead(self, ends: Mapping[int, int]) -> dict[int, FeedPlace]:
+        return {partition: place for partition, place in self.places.items() if place > (ends.get(partition, 0), 0)}
+
+
+async def _known(
+    desk: AtDesk,
+    _: Reader,
+    places: Annotated[dict[int, FeedPlace], Depends(_position)],
+    witnesses: Annotated[dict[int, str] | None, Depends(_witness)],
+) -> Known:
+    known = Known(places, witnesses)
+    await known.check_end(desk)
+    return known
+
+
 Position = Annotated[dict[int, FeedPlace], Depends(_position)]
+KnownPosition = Annotated[Known, Depends(_known)]
 Selected = Annotated[Wanted, Depends(_wanted)]
 
 
-@router.get("/v1/feed/", responses=gives(route_answers.FeedPage))
+@router.get("/v1/feed/", responses=gives(route_answers.FeedPage) | CONFLICTS)
 async def read_feed(
-    desk: AtDesk, token: Reader, position: Position, wanted: Selected,
+    desk: AtDesk, token: Reader, known: KnownPosition, wanted: Selected,
     limit: Annotated[int, Query(ge=1)] = FEED_ROWS_DEFAULT,
 ) -> Response:  # fmt: skip
-    """The next events from ``position`` on. An empty page may still move the position: keep it."""
+    """The next events from ``position`` on. An empty page may still move the position: keep it, and its witness."""
 
-    def question(here: Here) -> tuple[FeedPage, dict[str, str]]:
-        page = feed.page(here.connection, here.about(wanted), position, min(limit, FEED_ROWS_MAX))
-        return page, _parents(here, page.events)
+    def question(here: Here) -> tuple[FeedPage, dict[str, str], dict[int, str]]:
+        known.check(here)
+        page = feed.page(here.connection, here.about(wanted), known.places, min(limit, FEED_ROWS_MAX))
+        return page, _parents(here, page.events), feed.witnesses(here.connection, page.position)
 
-    (page, parents), as_of = await desk.ask(token, question)
+    (page, parents, witnesses), as_of = await desk.ask(token, question)
     items = [_item(desk, token, event, parents) for event in page.events]
-    return answer(route_answers.FeedPage(items, format_places(page.position)), as_of)
+    found = route_answers.FeedPage(items, format_places(page.position), format_witnesses(witnesses))
+    return answer(found, as_of)
+
+
+@router.get("/v1/feed/position", responses=gives(route_answers.FeedPosition) | CONFLICTS)
+async def read_feed_position(
+    desk: AtDesk, token: Reader, known: KnownPosition,
+    since: Annotated[Instant | None, Query(description="Instead: where events begin that came in since then")] = None,
+) -> Response:  # fmt: skip
+    """A position and its witness, and when the newest of the organization's events before it came in."""
+
+    def question(here: Here) -> route_answers.FeedPosition:
+        known.check(here)
+        places = known.places if since is None else feed.places_since(here.connection, since)
+        newest = feed.newest_before(here.connection, Wanted(scope=Scope(organization=here.organization)), places)
+        witnesses = feed.witnesses(here.connection, places)
+        return route_answers.FeedPosition(format_places(places), format_witnesses(witnesses), newest)
+
+    found, as_of = await desk.ask(token, question)
+    return answer(found, as_of)
 
 
 def _parents(here: Here, events: list[FeedEvent]) -> dict[str, str]:
@@ -160,9 +250,9 @@ async def read_feed_customers(
     return answer(route_answers.FeedCustomers(items, found.total), as_of)
 
 
-@router.get("/v1/feed/rollup", responses=gives(route_answers.FeedRollup))
+@router.get("/v1/feed/rollup", responses=gives(route_answers.FeedRollup) | CONFLICTS)
 async def read_rollup(
-    desk: AtDesk, token: Reader, position: Position, meter_id: Meters, before: Instant,
+    desk: AtDesk, token: Reader, known: KnownPosition, meter_id: Meters, before: Instant,
     window_seconds: WindowSeconds = 60,
 ) -> Response:  # fmt: skip
     """What the events from ``position`` on, ingested ``before``, add up to: by meter, customer and window of time.
@@ -172,11 +262,13 @@ async def read_rollup(
     meters = [wanted_meter(desk, token, str(id)) for id in meter_id]
 
     def question(here: Here) -> Response:
+        known.check(here)
         scope = Scope(organization=here.organization)
         wanted = [Wanted(scope=scope, filter=meter.filter, aggregation=meter.aggregation) for meter in meters]
-        groups, reached = feed.rollup(here.connection, wanted, position, before, window_seconds)
+        groups, reached = feed.rollup(here.connection, wanted, known.places, before, window_seconds)
         items = _rolled_up(desk, token, meters, groups)
-        return json_response(200, route_answers.FeedRollup(items, format_places(reached)))
+        witnesses = format_witnesses(feed.witnesses(here.connection, reached))
+        return json_response(200, route_answers.FeedRollup(items, format_places(reached), witnesses))
 
     response, as_of = await desk.ask(token, question)
     response.headers["As-Of"] = format_position(as_of)

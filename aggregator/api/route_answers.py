@@ -30,6 +30,7 @@ from aggregator.service.answers import (
     Price,
     Stamped,
     Time,
+    Witness,
 )
 from aggregator.store.webhook_outbox import Status
 from meters.ledger.benefits import METER_CREDIT
@@ -178,6 +179,15 @@ class FeedPage(Answer):
 
     items: list[FeedItem]
     position: Position
+    witness: Witness
+
+
+class FeedPosition(Answer):
+    """A position of the feed, and of which log it is."""
+
+    position: Position
+    witness: Witness
+    ingested_at: Annotated[Time | None, Meta(description="When the newest of your events before it came in.")]
 
 
 class FeedBacklog(Answer):
@@ -218,6 +228,7 @@ class FeedRollup(Answer):
 
     items: list[FeedGroup]
     position: Position
+    witness: Witness
 
 
 class FeedTrafficRollup(Answer):

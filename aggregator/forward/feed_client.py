@@ -12,11 +12,18 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from aggregator.forward.planner import Item
+from aggregator.forward.planner import Item, Reached
 from aggregator.forward.polar_client import pages
 from meters.event_values import RESERVED, number_token
 from meters.exact import amount_text, parse_amount
-from meters.log import FeedPlace, format_places, parse_places, parse_position
+from meters.log import (
+    FeedPlace,
+    format_places,
+    format_witnesses,
+    parse_places,
+    parse_position,
+    parse_witnesses,
+)
 from meters.timestamps import microseconds_of, utc_text
 
 # Conversion, without I/O: bytes in, bytes out.
@@ -137,6 +144,10 @@ class Away(Exception):
         self.is_denied = is_denied
 
 
+class Elsewhere(Exception):
+    """The log that is read now is another one than that of the position, so going on would skip events."""
+
+
 class Selection(msgspec.Struct, frozen=True):
     """What of the feed is wanted; all that is given must hold. ``filter`` is JSON; the times are ISO 8601."""
 
@@ -160,19 +171,36 @@ class FeedPage(msgspec.Struct):
 
     items: list[Entry]
     position: str
+    witness: str
 
 
 class _Rollup(msgspec.Struct):
     items: list[Group]
     position: str
+    witness: str
+
+
+class _Position(msgspec.Struct):
+    position: str
+    witness: str
+    ingested_at: datetime | None
 
 
 class Page(NamedTuple):
-    """Entries, the position behind them, and whether the feed has no more just now."""
+    """Entries, where the reader stands behind them, and whether the feed has no more just now."""
 
     entries: list[Entry]
-    position: dict[int, FeedPlace]
+    reached: Reached
     is_last: bool
+
+
+def _reached(found: FeedPage | _Rollup | _Position) -> Reached:
+    return Reached(parse_places(found.position) or {}, parse_witnesses(found.witness) or {})
+
+
+def _asked(reached: Reached) -> dict[str, str]:
+    witness = {} if reached.witnesses is None else {"witness": format_witnesses(reached.witnesses)}
+    return {"position": format_places(reached.position), **witness}
 
 
 class Source:
@@ -195,30 +223,47 @@ class Source:
         self._http.close()
 
     def _get(self, path: str, params: Mapping[str, Any]) -> httpx.Response:
-        """Raises Away."""
+        """Raises Away, Elsewhere."""
         try:
             response = self._http.get(path, params=params)
         except httpx.HTTPError as error:
             raise Away(f"the server's feed does not answer ({type(error).__name__})") from error
+        if response.status_code == 409:
+            raise Elsewhere(str(response.json()["detail"]))
         if not response.is_success:
             denied = response.status_code in (401, 403)
             raise Away(f"the server's feed answers {response.status_code}: {response.text[:200]}", denied)
         return response
 
-    def page(self, position: Mapping[int, FeedPlace], selection: Selection, limit: int) -> Page:
-        """The next entries. Raises Away."""
-        asked = {"position": format_places(position), "limit": limit, **selection.params()}
+    def page(self, reached: Reached, selection: Selection, limit: int) -> Page:
+        """The next entries. Raises Away, and Elsewhere where the log is not the one of the position any more."""
+        asked = {**_asked(reached), "limit": limit, **selection.params()}
         response = self._get("/v1/feed/", asked)
         found = msgspec.json.decode(response.content, type=FeedPage)
-        reached = parse_places(found.position) or {}
+        behind = _reached(found)
         ends = parse_position(response.headers.get("as-of", "")) or {}
-        is_last = all(reached.get(partition, (0, 0)) >= (end, 0) for partition, end in ends.items())
-        return Page(found.items, reached, is_last)
+        is_last = all(behind.position.get(partition, (0, 0)) >= (end, 0) for partition, end in ends.items())
+        return Page(found.items, behind, is_last)
 
-    def end(self) -> dict[int, FeedPlace]:
+    def end(self) -> Reached:
         """Behind everything that is counted now. Raises Away."""
         ends = parse_position(self._get("/v1/feed/", {"limit": 1}).headers.get("as-of", "")) or {}
-        return {partition: (end, 0) for partition, end in ends.items()}
+        return self.at({partition: (end, 0) for partition, end in ends.items()})[0]
+
+    def at(self, position: Mapping[int, FeedPlace]) -> tuple[Reached, int | None]:
+        """The position with its witnesses, and when the newest event before it came in (UTC, microseconds).
+
+        Raises Away, and Elsewhere where the log ends before the position.
+        """
+        found = self._position({"position": format_places(position)})
+        return _reached(found), None if found.ingested_at is None else microseconds_of(found.ingested_at)
+
+    def since(self, instant: str) -> Reached:
+        """Where the events begin that came in since the instant (ISO 8601). Raises Away."""
+        return _reached(self._position({"since": instant}))
+
+    def _position(self, asked: Mapping[str, str]) -> _Position:
+        return msgspec.json.decode(self._get("/v1/feed/position", asked).content, type=_Position)
 
     def backlog(self, position: Mapping[int, FeedPlace], selection: Selection) -> tuple[int, int | None]:
         """How many entries there are from the position on, and when the oldest came in (UTC, microseconds)."""
@@ -227,15 +272,15 @@ class Source:
         return found["events"], oldest and int(datetime.fromisoformat(oldest).timestamp() * 1e6)
 
     def rollup(
-        self, position: Mapping[int, FeedPlace], meter_ids: Sequence[str], before: datetime, window_s: int
-    ) -> tuple[list[Group], dict[int, FeedPlace]]:
-        """What the meters add up to from the position on, and the position behind it. Raises Away."""
+        self, reached: Reached, meter_ids: Sequence[str], before: datetime, window_s: int
+    ) -> tuple[list[Group], Reached]:
+        """What the meters add up to from the position on, and the place behind it. Raises Away, Elsewhere."""
         asked = {
-            "position": format_places(position), "meter_id": list(meter_ids), "before": before.isoformat(),
+            **_asked(reached), "meter_id": list(meter_ids), "before": before.isoformat(),
             "window_seconds": window_s,
         }  # fmt: skip
         found = msgspec.json.decode(self._get("/v1/feed/rollup", asked).content, type=_Rollup)
-        return found.items, parse_places(found.position) or {}
+        return found.items, _reached(found)
 
     def traffic(self, since: datetime, selection: Selection, meter_ids: Sequence[str], window_s: int) -> dict[str, Any]:
         """What came in since the instant, and what a rollup of each meter would make of it. Raises Away."""

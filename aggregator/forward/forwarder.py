@@ -14,17 +14,18 @@ not delay counting, and a crash here must not interrupt it.
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Set
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
 
-from aggregator.forward.feed_client import Away, Selection, Source, item_of, piece_at, rollup_item
+from aggregator.forward.feed_client import Away, Elsewhere, Selection, Source, item_of, piece_at, rollup_item
 from aggregator.forward.planner import (
     Accepted,
     Bad,
     Item,
     Later,
+    Reached,
     Slice,
     Stop,
     Verdict,
@@ -39,7 +40,7 @@ from aggregator.forward.planner import (
 from aggregator.forward.polar_client import BODY_BYTES_MAX, Circuit, NoAnswer, Upstream, jitter
 from aggregator.forward.state import WAITING, WAITING_MAX, Replay, State
 from meters.backoff import RETRY_AFTER_S_MAX, retry_after_s
-from meters.log import FeedPlace
+from meters.log import FeedPlace, format_places
 
 # Clock skew. Pure: no clock, no files, no network.
 #
@@ -138,7 +139,13 @@ NOTE_US = 2_000_000  # how often the backlog is counted, at most
 NOTE_SHARE = 20  # and so many times as long as it took last: a filter over a large backlog is work for the store
 RATE_US = 60_000_000  # the time over which the rate is taken
 ROLLUP_GRACE_US = 5_000_000  # so long after its end a window is added up: by then its events are in the store
+NOTE_LATE_US = 60_000_000  # what was sent after the last note of a forwarder that was killed came in before then
 RAW, ROLLUP = "raw", "rollup"
+ADOPT = (
+    "Nothing is sent until you choose where to begin in the log that is here: `meterstream forward adopt --from TIME` "
+    "sends what came in since then (the time of the restored backup), `--from beginning` all of it, `--from now` "
+    "nothing older; or bring the right log back and `meterstream forward resume`"
+)
 
 logger = structlog.get_logger("aggregator.forward")
 
@@ -182,6 +189,7 @@ class Forwarder:
         self._note_due_us = 0
         self._turn_of = 0
         self._is_caught_up = False
+        self._is_recognized = False
         self._sent: deque[tuple[int, int]] = deque()
 
     def run(self) -> None:
@@ -194,6 +202,12 @@ class Forwarder:
         now_us = self._clock.now_us()
         flags = self._state.flags()
         try:
+            if flags.get("adopt"):
+                self._begin_anew(flags["adopt"])
+            if not self._is_recognized:
+                if self._is_stopped(flags):
+                    return LOOK_S
+                self._recognize(flags)
             self._note(now_us)
             wait_s = self._blocked(flags, now_us)
             if wait_s:
@@ -203,6 +217,10 @@ class Forwarder:
             self._state.set(waits_for=str(away))
             if away.is_denied:
                 raise
+            return LOOK_S
+        except Elsewhere as found:
+            self._state.set(is_elsewhere=True)
+            self._stop(f"{found}. {ADOPT}")
             return LOOK_S
         if work is None:
             self._vouch()
@@ -221,14 +239,18 @@ class Forwarder:
         """How long nothing may be sent; 0 when it may."""
         if flags.get("paused"):
             return LOOK_S
-        if self._stopped_us and int(str(flags.get("resumed_us", 0))) <= self._stopped_us:
+        if self._is_stopped(flags):
             return LOOK_S
         if flags.get("stopped"):  # resumed; or a forwarder before this one stopped, and this one asks anew
             self._stopped_us = 0
-            self._state.set(stopped=None)
+            self._state.set(stopped=None, is_elsewhere=None)
         if 0 < self._circuit.open_until_us - now_us <= CIRCUIT_US_MAX:  # it is longer when the clock was set back
             return min((self._circuit.open_until_us - now_us) / 1e6, LOOK_S)
         return min(self._upstream.window.wait_s(), LOOK_S)
+
+    def _is_stopped(self, flags: Mapping[str, object]) -> bool:
+        """Whether this forwarder stopped and nobody resumed it."""
+        return bool(self._stopped_us) and int(str(flags.get("resumed_us", 0))) <= self._stopped_us
 
     def _next(self, now_us: int) -> Slice | None:
         """The next slice: what was begun, what has waited, rollups that are due, then the feed. Raises Away."""
@@ -276,25 +298,57 @@ class Forwarder:
         selection, lane = self._wishes.selection, RAW
         if replay:
             selection, lane = msgspec.structs.replace(selection, since=replay.since, until=replay.until), replay.lane
-        position = self._position(lane)
-        page = self._source.page(position, selection, PAGE_EVENTS)
+        reached = self._reached(lane)
+        page = self._source.page(reached, selection, PAGE_EVENTS)
         self._state.set(waits_for=None)
         self._is_caught_up = page.is_last
         items = [item_of(entry, lane) for entry in page.entries]
         if items:
             park(items, now_us, self._skew.at(now_us), self._state.waiting_customers())
-            return Slice(lane, items, page.position)
-        if page.position != position:
-            self._state.mark(lane, [], page.position, now_us)
-        if replay and page.is_last and self._is_past_sent(page.position):
+            return Slice(lane, items, page.reached)
+        if page.reached != reached:
+            self._state.mark(lane, [], page.reached, now_us)
+        if replay and page.is_last and self._is_past_sent(page.reached.position):
             self._state.end_replay(replay.number, now_us)
         return None
 
-    def _position(self, lane: str) -> dict[int, tuple[int, int]]:
+    def _reached(self, lane: str) -> Reached:
         if lane in (RAW, ROLLUP) and not self._state.knows(lane):
-            begin = self._source.end() if self._wishes.begin == "now" else {}
+            begin = self._source.end() if self._wishes.begin == "now" else Reached({}, {})
             self._state.begin(lane, begin, self._clock.now_us())
-        return self._state.position(lane)
+        return self._state.reached(lane)
+
+    def _recognize(self, flags: Mapping[str, Any]) -> None:
+        """Take positions that an earlier version wrote without witnesses for places of this log, if they can be.
+
+        Nothing before such a position came in after that version was last at work. Raises Away, Elsewhere.
+        """
+        seen_us = flags.get("seen_us")
+        for lane in (RAW, ROLLUP, *(replay.lane for replay in self._state.replays())):
+            position, witnesses = self._state.reached(lane)
+            if witnesses is not None:
+                continue
+            reached, newest_us = self._source.at(position)
+            if seen_us is not None and newest_us is not None and newest_us > seen_us + NOTE_LATE_US:
+                newest = datetime.fromtimestamp(newest_us / 1e6, UTC).isoformat(timespec="seconds")
+                raise Elsewhere(
+                    f"An event before the position {format_places(position)} came in at {newest}, after forwarding "
+                    "was last at work, and was never sent: it is a position of another log"
+                )
+            self._state.recognize(lane, reached.witnesses or {})
+        self._is_recognized = True
+
+    def _begin_anew(self, begin: str) -> None:
+        """Read the log that is here from where an operator wants it: beginning, now, or a time of ingestion."""
+        if begin == "now":
+            reached = self._source.end()
+        else:
+            reached = Reached({}, {}) if begin == "beginning" else self._source.since(begin)
+        self._slices, self._page = [], None
+        begins = {lane: reached for lane in (RAW, ROLLUP) if self._state.knows(lane)}
+        self._state.begin_anew(begins, self._clock.now_us())
+        self._stopped_us = 0
+        logger.warning("forwarding_adopted_log", begin=begin, position=format_places(reached.position))
 
     def _roll(self, now_us: int) -> bool:
         """Add up the windows that are over; whether there were any."""
@@ -302,14 +356,14 @@ class Forwarder:
         before_us = (now_us - ROLLUP_GRACE_US) // window_us * window_us
         if before_us <= self._rolled_us or self._state.waiting()[0] >= WAITING_MAX:
             return False
-        position = self._position(ROLLUP)
+        begin = self._reached(ROLLUP)
         functions = dict(self._wishes.meters)
         before = datetime.fromtimestamp(before_us // 1_000_000, UTC)
-        groups, reached = self._source.rollup(position, list(functions), before, self._wishes.window_s)
-        if reached == position:
+        groups, reached = self._source.rollup(begin, list(functions), before, self._wishes.window_s)
+        if reached == begin:
             self._rolled_us = before_us
             return False
-        piece = piece_at(position)
+        piece = piece_at(begin.position)
         self._state.roll(
             [rollup_item(group, functions[group.meter_id], self._wishes.window_s, piece, now_us) for group in groups],
             reached,
@@ -329,7 +383,7 @@ class Forwarder:
             work = self._first_of(probing(work))
         sent = work.sent
         if not sent:
-            self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
+            self._state.mark(work.lane, work.items, work.behind, self._clock.now_us())
             return
         match verdict := self._ask(work):
             case Accepted():
@@ -375,7 +429,7 @@ class Forwarder:
         now_us = self._clock.now_us()
         self._circuit.succeeded()
         answer = verdict._asdict()
-        self._state.mark(work.lane, work.items, work.position, now_us, **answer)
+        self._state.mark(work.lane, work.items, work.behind, now_us, **answer)
         self._suspects.accepted([item.external_id for item in work.sent])
         self._last = work.sent[-1]
         self._sent.append((now_us, len(work.sent)))
@@ -444,7 +498,7 @@ class Forwarder:
         item.due_us = until_us
         if self._last is not None:  # a restart must not leave the event without anything that speaks for Polar
             self._state.set(taken_last={"external_id": self._last.external_id, "body": self._last.body.decode()})
-        self._state.mark(work.lane, work.items, work.position, self._clock.now_us())
+        self._state.mark(work.lane, work.items, work.behind, self._clock.now_us())
         if item.lane == ROLLUP:
             return
         self._state.hold(item.who, until_us)
@@ -472,6 +526,6 @@ class Forwarder:
             server=self._upstream.url, is_raw=self._wishes.is_raw, window_s=self._wishes.window_s,
         )  # fmt: skip
         lane, selection = (RAW, self._wishes.selection) if self._wishes.is_raw else (ROLLUP, Selection())
-        pending, oldest_us = self._source.backlog(self._position(lane), selection)
+        pending, oldest_us = self._source.backlog(self._reached(lane).position, selection)
         self._state.set(pending=pending, oldest_us=oldest_us)
         self._note_due_us = max(self._note_due_us, now_us + NOTE_SHARE * (self._clock.now_us() - now_us))

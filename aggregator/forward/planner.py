@@ -24,6 +24,13 @@ ENVELOPE_BYTES = len(b'{"events":[]}')
 WORDS_MAX = 2_000  # characters kept of what Polar said
 
 
+class Reached(NamedTuple):
+    """Where a reader stands, and the witnesses of that place; None in a file of a version that wrote none."""
+
+    position: dict[int, FeedPlace]
+    witnesses: dict[int, str] | None
+
+
 class Item(msgspec.Struct):
     """An event on its way. Times are UTC, microseconds. ``number`` is its row when it comes from the waiting ones."""
 
@@ -47,11 +54,11 @@ class Item(msgspec.Struct):
 
 
 class Slice(msgspec.Struct):
-    """Items in order. ``position`` is where the reader stands behind them, when that is further than the last item."""
+    """Items in order. ``behind`` is where the reader stands behind them, when that is further than the last item."""
 
     lane: str
     items: list[Item]
-    position: dict[int, FeedPlace] | None = None
+    behind: Reached | None = None
 
     @property
     def sent(self) -> list[Item]:
@@ -66,7 +73,7 @@ class Slice(msgspec.Struct):
         """The same in several slices: ``bounds`` are indices of items, ascending."""
         edges = [0, *bounds, len(self.items)]
         parts = [Slice(self.lane, self.items[a:b]) for a, b in pairwise(edges) if a < b]
-        parts[-1].position = self.position
+        parts[-1].behind = self.behind
         return parts
 
 

@@ -23,14 +23,22 @@ from typing import Any, NamedTuple
 import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from aggregator.forward.planner import Item
+from aggregator.forward.planner import Item, Reached
 from aggregator.forward.polar_client import BUSY_WAIT_S
 from aggregator.forward.sqlite_errors import Unusable, explaining, transaction
-from meters.log import FeedPlace, format_places, parse_places
+from meters.log import (
+    FeedPlace,
+    format_places,
+    format_witnesses,
+    parse_places,
+    parse_witnesses,
+    witness_of,
+)
 
 # The tables.
 #
 #     lanes      the position of each reader of the feed (raw events, rollups, replays), and the range it has to cover
+#     witnesses  of each reader's position: by them it is known that the log is still the one that was read
 #     begins     where and when each lane began; earlier events are neither forwarded nor reconciled
 #     waiting    events and rollups that were taken from the feed and are not sent yet
 #     dead       events that Polar refuses for good, with Polar's message
@@ -47,6 +55,7 @@ WAITING = "waiting"  # the lane of slices that are made of waiting rows
 REPLAY = "replay "
 TABLES = """
 CREATE TABLE IF NOT EXISTS lanes (name TEXT PRIMARY KEY, position TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS witnesses (lane TEXT PRIMARY KEY, witness TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS begins (name TEXT PRIMARY KEY, position TEXT NOT NULL, began_us INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS waiting (
     number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT, external_id TEXT, who TEXT, timestamp_us INTEGER,
@@ -124,6 +133,12 @@ class State:
         if found != "ok":
             raise Unusable(self._path, " ".join(str(found).split()), is_damaged=True)
 
+    def copy(self, target: Path) -> None:
+        """Copy the file as it is at one moment into one that is not there. Raises Unusable, sqlite3.Error."""
+        self.read_through()
+        with self._lock:
+            self._file.execute("VACUUM INTO ?", [str(target)])
+
     @contextlib.contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
         with self._lock, transaction(self._file, begin):
@@ -169,12 +184,50 @@ class State:
         rows = self._rows("SELECT position FROM lanes WHERE name = ?", lane)
         return (parse_places(rows[0][0]) or {}) if rows else {}
 
-    def begin(self, lane: str, position: Mapping[int, FeedPlace], now_us: int) -> None:
+    def reached(self, lane: str) -> Reached:
+        """Where the lane's reader stands, and how to know that place again."""
+        with self.at_once():
+            return self._reached(lane)
+
+    def _reached(self, lane: str) -> Reached:
+        rows = self._rows("SELECT witness FROM witnesses WHERE lane = ?", lane)
+        is_new = not self.knows(lane)
+        witnesses = parse_witnesses(rows[0][0]) if rows else {} if is_new else None
+        return Reached(self.position(lane), witnesses)
+
+    def begin(self, lane: str, reached: Reached, now_us: int) -> None:
         """Where a lane that never read begins; kept, because nothing else tells it once the lane has moved on."""
         with self._transaction():
-            place = format_places(position)
+            place = format_places(reached.position)
             if self._file.execute("INSERT OR IGNORE INTO lanes VALUES (?, ?)", [lane, place]).rowcount:
                 self._file.execute("INSERT OR REPLACE INTO begins VALUES (?, ?, ?)", [lane, place, now_us])
+                self._recognize(lane, reached.witnesses)
+
+    def recognize(self, lane: str, witnesses: Mapping[int, str]) -> None:
+        """Keep the witnesses of the place where the lane's reader stands."""
+        with self._transaction():
+            self._recognize(lane, witnesses)
+
+    def _recognize(self, lane: str, witnesses: Mapping[int, str] | None) -> None:
+        if witnesses is None:
+            self._file.execute("DELETE FROM witnesses WHERE lane = ?", [lane])
+        else:
+            self._file.execute("INSERT OR REPLACE INTO witnesses VALUES (?, ?)", [lane, format_witnesses(witnesses)])
+
+    def begin_anew(self, begins: Mapping[str, Reached], now_us: int) -> None:
+        """Forget where every reader stood, because that was in another log, and have these begin there.
+
+        What waits to be sent and what was refused stays. A replay under way starts over.
+        """
+        with self._transaction():
+            for table in ("lanes", "witnesses", "begins"):
+                self._file.execute(f"DELETE FROM {table}")  # noqa: S608 (our tables)
+            for lane, reached in begins.items():
+                place = format_places(reached.position)
+                self._file.execute("INSERT INTO lanes VALUES (?, ?)", [lane, place])
+                self._file.execute("INSERT INTO begins VALUES (?, ?, ?)", [lane, place, now_us])
+                self._recognize(lane, reached.witnesses)
+            self._file.execute("DELETE FROM flags WHERE name IN ('adopt', 'stopped', 'is_elsewhere', 'waits_for')")
 
     def begin_of(self, lane: str) -> Begin | None:
         """Where the lane began; None for one that never did."""
@@ -186,9 +239,9 @@ class State:
         return bool(self._rows("SELECT 1 FROM lanes WHERE name = ?", lane))
 
     def mark(
-        self, lane: str, items: Sequence[Item], position: Mapping[int, FeedPlace] | None, now_us: int, **answer: int
+        self, lane: str, items: Sequence[Item], behind: Reached | None, now_us: int, **answer: int
     ) -> None:
-        """These items are done: accepted, or to be parked, or condemned. The lane moves behind them, or further.
+        """These items are done: accepted, or to be parked, or condemned. The lane moves behind them, or to ``behind``.
 
         Items that come from the waiting ones leave them, unless they are parked again. ``answer`` is Polar's own count.
         """
@@ -203,11 +256,19 @@ class State:
             for name, number in answer.items():
                 self._count("", name, number)
             if lane != WAITING:
-                reached = self.position(lane)
-                for item in items:
-                    reached[item.partition] = (item.offset, item.line + 1)
-                reached |= position or {}
-                self._file.execute("INSERT OR REPLACE INTO lanes VALUES (?, ?)", [lane, format_places(reached)])
+                self._move(lane, items, behind)
+
+    def _move(self, lane: str, items: Sequence[Item], behind: Reached | None) -> None:
+        position, witnesses = self._reached(lane)
+        for item in items:
+            position[item.partition] = (item.offset, item.line + 1)
+            if witnesses is not None:
+                place = item.offset, item.line
+                witnesses[item.partition] = witness_of(place, item.ingested_us, item.external_id)
+        if behind is not None:
+            position, witnesses = position | behind.position, behind.witnesses
+        self._file.execute("INSERT OR REPLACE INTO lanes VALUES (?, ?)", [lane, format_places(position)])
+        self._recognize(lane, witnesses)
 
     def _take_out(self, items: Sequence[Item]) -> None:
         self._file.executemany("DELETE FROM waiting WHERE number = ?", [(item.number,) for item in items])
@@ -265,13 +326,13 @@ class State:
             [lane, name, value],
         )
 
-    def roll(self, items: Sequence[Item], position: Mapping[int, FeedPlace]) -> None:
-        """Rollups are made up to the position: they wait to be sent, as they are."""
+    def roll(self, items: Sequence[Item], reached: Reached) -> None:
+        """Rollups are made up to there: they wait to be sent, as they are."""
         with self._transaction():
             self._add("taken", (item.lane for item in items))
             for item in items:
                 self._wait(item, item.timestamp_us)
-            self._file.execute("INSERT OR REPLACE INTO lanes VALUES ('rollup', ?)", [format_places(position)])
+            self._move("rollup", [], reached)
 
     def due(self, now_us: int, limit: int) -> list[Item]:
         """Waiting items whose time has come, in the order in which they came; a customer's only up to one not due."""

@@ -56,6 +56,13 @@ Description = Annotated[
     Meta(min_length=DESCRIPTION_LENGTH_MIN, max_length=DESCRIPTION_LENGTH_MAX, examples=["1000 tokens a month"]),
 ]  # fmt: skip
 Position = Annotated[str, Meta(description="A place in the log, to go on from.", examples=["0:18:0,1:7:2"])]
+Witness = Annotated[
+    str,
+    Meta(
+        description="Tells the log of the position from another one with the same places; send it with the position.",
+        examples=["0:5f1d20c7a6b94e83,1:90ab34c1d27f5e60"],
+    ),
+]
 
 
 class Answer(Struct):

@@ -64,6 +64,20 @@ def resume(context: typer.Context) -> None:
 
 
 @app.command(epilog=EPILOG)
+def adopt(
+    context: typer.Context,
+    begin: Annotated[
+        str, typer.Option("--from", help="beginning, now, or a time such as 2026-03-01T00:00:00Z: what came in since.")
+    ],
+) -> None:
+    """Begin in the log that is here, after a restored or new log stopped forwarding. Polar counts no event twice."""
+    from deploy.forwarding import ask_to_adopt
+
+    ask_to_adopt(session(context).data, begin)
+    note(f"Forwarding begins anew from {begin}; `meterstream forward status` shows how far it got.")
+
+
+@app.command(epilog=EPILOG)
 def replay(
     context: typer.Context,
     since: Annotated[str, typer.Option(help="From this time of the events on, such as 2026-03-01T00:00:00Z.")],

@@ -23,7 +23,8 @@ from aggregator.store.queries.scope import CONTRIBUTION, Scope, aware, counted, 
 from meters.aggregation import Aggregation
 from meters.event import halves
 from meters.filters import EVERYTHING, Filter
-from meters.log import USAGE_EVENTS, FeedPlace
+from meters.log import USAGE_EVENTS, FeedPlace, witness_of
+from meters.timestamps import microseconds_of
 
 # Events of the feed.
 
@@ -177,6 +178,53 @@ def ends_of(connection: duckdb.DuckDBPyConnection) -> dict[int, int]:
     """{partition: offset before which everything is counted}."""
     sql = "SELECT log_partition, next_offset FROM positions WHERE stream = ? ORDER BY log_partition"
     return dict(connection.execute(sql, [USAGE_EVENTS]).fetchall())
+
+
+_LAST_BEFORE = """
+    SELECT log_offset, line, ingested_at, external_id FROM events
+    WHERE log_partition = $partition AND log_offset >= $low
+    AND (log_offset < $offset OR (log_offset = $offset AND line < $line))
+    ORDER BY log_offset DESC, line DESC LIMIT 1
+"""
+
+
+def witnesses(connection: duckdb.DuckDBPyConnection, position: Mapping[int, FeedPlace]) -> dict[int, str]:
+    """{partition: witness} of the last event before each place, whoever's it is; a partition without one is missing."""
+    found: dict[int, str] = {}
+    for partition, (offset, line) in position.items():
+        span = SPAN_MIN
+        while partition not in found:
+            asked = {"partition": partition, "low": max(0, offset - span), "offset": offset, "line": line}
+            row = connection.execute(_LAST_BEFORE, asked).fetchone()
+            if row is not None:
+                found[partition] = witness_of((row[0], row[1]), microseconds_of(aware(row[2])), row[3])
+            span *= SPAN_MIN
+            if asked["low"] == 0:
+                break
+    return found
+
+
+def places_since(connection: duckdb.DuckDBPyConnection, since: datetime) -> dict[int, FeedPlace]:
+    """Where the events begin that came in since the instant; the end of a partition that has none."""
+    sql = "SELECT log_partition, MIN(log_offset) FROM events WHERE ingested_at >= $since GROUP BY log_partition"
+    begins = dict(connection.execute(sql, {"since": naive(since)}).fetchall())
+    return {partition: (begins.get(partition, end), 0) for partition, end in ends_of(connection).items()}
+
+
+def newest_before(
+    connection: duckdb.DuckDBPyConnection, wanted: Wanted, position: Mapping[int, FeedPlace]
+) -> datetime | None:
+    """When the newest of the wanted events before the places came in."""
+    newest = None
+    for partition, (offset, line) in position.items():
+        parameters = Parameters()
+        query = events_in(wanted.scope, parameters, "MAX(ingested_at)")
+        parameters.named("partition", partition)
+        conditions = "log_partition = $partition", _before(parameters, (offset, line))
+        query = query.where(*map(fixed, conditions), copy=False)
+        ((found,),) = connection.execute(*statement(query, parameters)).fetchall()
+        newest = max(filter(None, (newest, found)), default=None)
+    return newest and aware(newest)
 
 
 def parents(connection: duckdb.DuckDBPyConnection, organization: int, ids: Sequence[int]) -> dict[int, str]:

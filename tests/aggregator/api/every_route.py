@@ -196,6 +196,7 @@ def _read_events(story: Story) -> None:
     meter, since = story.get("/v1/meters/")["items"][0]["id"], "2026-01-01T00:00:00Z"
     story.get("/v1/feed/")
     story.get("/v1/feed/backlog")
+    story.get("/v1/feed/position", params={"since": since})
     story.get("/v1/feed/customers")
     story.get("/v1/feed/rollup", params={"meter_id": meter, "before": "2027-01-01T00:00:00Z"})
     story.get("/v1/feed/traffic", params={"since": since, "rollup_meter_id": meter})

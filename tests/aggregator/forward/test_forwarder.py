@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from aggregator.forward.feed_client import Selection
+from aggregator.forward.feed_client import Away, Page, Selection, Source
 from aggregator.forward.forwarder import EASE_US, SKEW_FIRST_US
+from aggregator.forward.planner import Reached
+from meters.log import FeedPlace
 from tests.support.polar.forwarder import Clocks, Running
 from tests.support.polar.proxy import BREAKING, FAULTS, POISON, Polar, send, stored
 from tests.support.servers.installation import Installation
@@ -336,13 +338,32 @@ def test_a_range_of_time_is_sent_again(room: Room, clocks: Clocks) -> None:
     assert sorted(ids(room.there())) == sorted(ids(sent))
 
 
-def test_a_replay_does_not_end_while_the_store_catches_up(room: Room, clocks: Clocks) -> None:
+def read_up_to(source: Source, ahead: dict[int, FeedPlace]) -> Callable[[Reached, Selection, int], Page]:
+    """Pages of a feed whose store reads up to these places still, as the server says so: until then it has none."""
+
+    def page(reached: Reached, selection: Selection, limit: int) -> Page:
+        if reached.position == ahead:
+            if source.end().position < ahead:
+                raise Away("the store has yet to read up to the position")
+            reached = Reached(ahead, None)
+        return whole(reached, selection, limit)
+
+    whole = source.page
+    return page
+
+
+def test_a_replay_does_not_end_while_the_store_catches_up(
+    room: Room, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A store that is made again does not have yet all that was sent: the replay waits for the rest of its range."""
     sent = events(room.name, 20, timestamp="2026-03-02T12:00:00Z")
     room.send(sent[:10])
     with room.forwarder(clocks) as running:
-        ends = {partition: (offset + 1, 0) for partition, (offset, _) in running.source.end().items()}
-        running.state.mark("raw", [], ends, clocks.now_us())  # sent before the store was deleted
+        end = running.source.end()
+        ahead = {partition: (offset + 1, 0) for partition, (offset, _) in end.position.items()}
+        stood = Reached(ahead, end.witnesses)  # sent before the store was deleted
+        running.state.mark("raw", [], stood, clocks.now_us())
+        monkeypatch.setattr(running.source, "page", read_up_to(running.source, ahead))
         running.state.ask_replay("2026-03-02T00:00:00Z", "2026-03-03T00:00:00Z", clocks.now_us())
         running.until(lambda: running.taken("replay 1") == 10)
         for _ in range(10):

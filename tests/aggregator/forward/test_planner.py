@@ -16,6 +16,7 @@ from aggregator.forward.planner import (
     Bad,
     Item,
     Later,
+    Reached,
     Slice,
     Stop,
     isolate,
@@ -71,8 +72,9 @@ def test_poison_is_isolated_in_order(size: int, poison: set[int], is_named: bool
 
 def test_what_the_parts_of_a_slice_leave_behind_is_where_it_stood() -> None:
     """Only the last part moves the reader past what was not wanted."""
-    whole = Slice("raw", [item(number) for number in range(5)], {0: (9, 0)})
-    assert [(len(part.items), part.position) for part in whole.cut(1, 3)] == [(1, None), (2, None), (2, {0: (9, 0)})]
+    behind = Reached({0: (9, 0)}, {})
+    whole = Slice("raw", [item(number) for number in range(5)], behind)
+    assert [(len(part.items), part.behind) for part in whole.cut(1, 3)] == [(1, None), (2, None), (2, behind)]
     assert [len(part.items) for part in probing(whole, 2)] == [2, 3]
     assert probing(whole, 5) == [whole]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.forward.planner import Item
+from aggregator.forward.planner import Item, Reached
 from aggregator.forward.sqlite_errors import Unusable, explaining
 from aggregator.forward.state import WAITING, ForwardingMetrics, State
 from tests.support.faults.small_disk import SmallDisk
@@ -64,11 +64,11 @@ def test_the_books_balance(tmp_path_factory: pytest.TempPathFactory, slices: lis
 def test_where_a_lane_began_is_kept(tmp_path: Path) -> None:
     """However far it goes, and whoever says later that it begins; of one that was never told to, nobody knows it."""
     state = State(tmp_path / "forward.sqlite")
-    state.begin("raw", {0: (7, 0)}, NOW_US)
+    state.begin("raw", Reached({0: (7, 0)}, {}), NOW_US)
     state.mark("raw", [item(9)], None, NOW_US)
-    state.begin("raw", {0: (1, 0)}, NOW_US + 1)
-    state.mark("rollup", [], {0: (3, 0)}, NOW_US)
-    state.begin("rollup", {}, NOW_US)
+    state.begin("raw", Reached({0: (1, 0)}, {}), NOW_US + 1)
+    state.mark("rollup", [], Reached({0: (3, 0)}, {}), NOW_US)
+    state.begin("rollup", Reached({}, {}), NOW_US)
 
     assert (state.begin_of("raw"), state.position("raw")) == (({0: (7, 0)}, NOW_US), {0: (9, 1)})
     assert (state.begin_of("rollup"), state.position("rollup")) == (None, {0: (3, 0)})
@@ -129,7 +129,8 @@ def test_a_customer_who_is_held_is_alone_and_without_rollups(tmp_path: Path) -> 
 def test_each_server_has_books_of_its_own(tmp_path: Path) -> None:
     """The first one that is named has what there is; another begins with nothing, and those that were left stay."""
     state = State(tmp_path / "forward.sqlite")
-    state.mark("raw", [item(0), decide(item(1), "parked"), decide(item(2), "condemned")], {0: (7, 0)}, NOW_US)
+    behind = Reached({0: (7, 0)}, {})
+    state.mark("raw", [item(0), decide(item(1), "parked"), decide(item(2), "condemned")], behind, NOW_US)
     state.ask_replay("2026-03-01T00:00:00Z", "2026-03-02T00:00:00Z", NOW_US)
 
     def books() -> list[object]:
