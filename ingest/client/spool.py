@@ -21,14 +21,16 @@ from hashlib import sha256
 from io import FileIO
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
 from ingest.client.lifecycle import abandon
 
 # The journal. Writing a line is several times cheaper than a SQLite transaction. A line is ``+NUMBER EVENT``, or
-# ``-NUMBER LAST``: the events from NUMBER to LAST are not needed any more. A line that its process did not finish has
-# no newline; a part lost in a power cut reads as zeros, which no event contains. Neither counts as an event. The file
-# is emptied when nothing in it is needed. It has no lock of its own: the lock of the spool's SQLite file protects it,
-# too.
+# ``-NUMBER LAST``: the events from NUMBER to LAST are not needed any more. Before the line of an event stands
+# ``#NUMBER CHECKSUM``, the CRC-32 of that line. Earlier versions wrote no such lines and pass over them, so an event
+# without one counts as it is. A line that its process did not finish has no newline; a part lost in a power cut reads
+# as zeros, which no event contains. Neither counts as an event. The file is emptied when nothing in it is needed. It
+# has no lock of its own: the lock of the spool's SQLite file protects it, too.
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class Journal:
 
     def append(self, number: int, line: bytes) -> None:
         """Write one event; its number is larger than any before."""
-        self._write(b"+%d %b\n" % (number, line))
+        event = b"+%d %b" % (number, line)
+        self._write(b"#%d %d\n%b\n" % (number, crc32(event), event))
         self.needed[number] = line
 
     def is_full(self) -> bool:
@@ -108,15 +111,19 @@ def ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
 def _needed(lines: Iterable[bytes]) -> dict[int, bytes]:
     """What the lines of a journal leave to be done."""
     needed: dict[int, bytes] = {}
+    checksum = b""  # of the next line
     for line in lines:
         number, _, rest = line.partition(b" ")
         if 0 in line or not number[1:].isdigit():
             logger.warning("a line of a spool's journal is damaged")
+        elif number[:1] == b"+" and checksum.isdigit() and int(checksum) != crc32(line):
+            logger.error("an event in a spool's journal is damaged and is not sent", extra={"number": int(number[1:])})
         elif number[:1] == b"+":
             needed[int(number)] = rest
         elif number[:1] == b"-" and rest.isdigit():
             for settled in range(-int(number), int(rest) + 1):
                 needed.pop(settled, None)
+        checksum = rest if number[:1] == b"#" else b""
     return needed
 
 

@@ -209,3 +209,27 @@ def test_what_a_full_disk_left_of_a_line_settles_nothing(tmp_path: Path) -> None
     journal.drop()
 
     assert sorted(reopened(spool)) == list(range(1, 203))
+
+
+def test_an_event_that_changed_on_the_disk_is_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its checksum tells; the events before and behind it are there."""
+    journal = Journal(tmp_path / "a")
+    for number in (1, 2, 3):
+        journal.append(number, b'{"tokens":%d}' % number)
+    journal.drop()
+    path = Path(f"{tmp_path / 'a'}{JOURNAL_SUFFIX}")
+    path.write_bytes(path.read_bytes().replace(b'{"tokens":2}', b'{"tokens":9}'))
+
+    assert reopened(tmp_path / "a") == {1: b'{"tokens":1}', 3: b'{"tokens":3}'}
+    assert "an event in a spool's journal is damaged and is not sent" in caplog.text
+
+
+def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It has no checksums; what is appended to it has one."""
+    path = Path(f"{tmp_path / 'a'}{JOURNAL_SUFFIX}")
+    path.write_bytes(b"+1 one\n+2 two\n-1 1\n")
+    journal = Journal(tmp_path / "a")
+    journal.append(3, b"three")
+    journal.drop()
+
+    assert reopened(tmp_path / "a") == {2: b"two", 3: b"three"}
