@@ -124,7 +124,7 @@ class Api:
 
     def __init__(self, url: str, token: str | None, socket: Path | None = None) -> None:
         """``socket`` is the aggregator's own, for whoever has its data directory; the URL then only names a host."""
-        self._url = url.rstrip("/")
+        self._url, self._socket = url.rstrip("/"), socket
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._http = http_client(self._url, socket, headers=headers, timeout=timeout, follow_redirects=True)
@@ -195,7 +195,13 @@ class Api:
     def unreachable(self, error: httpx.TransportError) -> GiveUp:
         """What to say when nobody answered."""
         if isinstance(error, httpx.TimeoutException):
-            return GiveUp(f"{self._url} did not answer in time; is it overloaded, or the wrong address?")
+            where = self._socket or self._url
+            return GiveUp(f"{where} did not answer in time; is it overloaded, or the wrong address?")
+        if self._socket is not None:
+            return GiveUp(
+                f"no server answers at {self._socket}; start one with `meterstream serve --data "
+                f"{self._socket.parent}`, or give another --data"
+            )
         return GiveUp(
             f"no server answers at {self._url}; start one with `meterstream serve`, or name it with --url "
             "(or METERSTREAM_URL)"

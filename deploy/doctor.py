@@ -6,7 +6,11 @@ that makes the next checks pointless ends the examination.
 """
 
 import contextlib
+import os
+import stat
+import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -46,6 +50,7 @@ SET_CLOCK = (
     "check the clocks of this machine and of every gateway; until this machine's clock reaches that time, new events "
     "and decisions get it, too, in their right order"
 )
+ROOM_BYTES_MIN = 4 << 20  # what a checkpoint of the log writes at once (``ingest.log.sqlite_writer``)
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
@@ -88,6 +93,7 @@ def examine(data: DataDirectory, progress: Callable[[int], None] = lambda _: Non
     Writes nothing but the store's own bookkeeping of who opened it.
     """
     try:
+        yield from _examine_owner(data)  # first: as root SQLite makes files beside the log that are like it
         log = data.open_log() if _is_there(data) else None
     except OSError as error:
         yield Finding("data", f"{data.path} cannot be looked into: {error.strerror}", ROOM_OR_OWNER)
@@ -102,6 +108,7 @@ def examine(data: DataDirectory, progress: Callable[[int], None] = lambda _: Non
     if log is None:
         yield Finding("data", f"there is no log in {data.path}", "give the right --data, or start `meterstream serve`")
         return
+    yield from _examine_room(data)
     try:
         known = yield from _examine_log(data, log, progress)
         yield from _examine_store(data, log, known)
@@ -110,6 +117,25 @@ def examine(data: DataDirectory, progress: Callable[[int], None] = lambda _: Non
         yield Finding("log", str(error), _remedies(data).damaged)
     finally:
         log.close()
+
+
+def _examine_owner(data: DataDirectory) -> Iterator[Finding]:
+    """For root, who may write everything: whether the user that owns the directory may write the files in it, too."""
+    owner = data.path.stat().st_uid if data.path.is_dir() else 0
+    if os.geteuid() != 0 or owner == 0:
+        return
+    log = [data.log.with_name(f"{data.log.name}{ending}") for ending in ("", "-wal", "-shm")]
+    parts = [part for part in (*log, data.store, data.forwarding) if part.exists()]
+    strange = [part.name for part in parts if not _may_write(part, owner)]
+    if strange:
+        found = f"user {owner}, who owns {data.path}, cannot write {' and '.join(strange)}"
+        heal = f"chown {owner} {' '.join(strange)} and chmod 600, if the server runs as that user"
+        yield Finding("owner", found, heal)
+
+
+def _may_write(path: Path, user: int) -> bool:
+    status = path.stat()
+    return bool(status.st_mode & (stat.S_IWUSR if status.st_uid == user else stat.S_IWOTH))
 
 
 def _is_there(data: DataDirectory) -> bool:
@@ -163,6 +189,8 @@ def _examine_log(
         "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
     }
     counts = ", ".join(f"{len(things)} {name}" for name, things in named.items())
+    for given_up in catalogue.given_up.values():
+        yield Finding("given up", given_up.words)
     heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
     yield Finding("decisions", counts, heal)
     return catalogue.organizations.keys()
@@ -208,7 +236,12 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
             return
         with data.hold("look into the store"), private_files():
             yield from _unfinished(data)
-            yield from _open_store(data, log, known)
+            is_sound = True
+            for finding in _open_store(data, log, known):
+                is_sound &= finding.part == "organizations" or not finding.heal
+                yield finding
+            if is_sound and data.store.exists():
+                yield _examine_rows(data, log)
     except GiveUp as error:
         if isinstance(error.__context__, OSError):  # the lock's file could not be had, whoever runs
             yield Finding("store", str(error), ROOM_OR_OWNER)
@@ -216,6 +249,36 @@ def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None)
         yield Finding("store", "a server runs here and has the store open; stop it to look inside", is_blind=True)
     except OSError as error:
         yield Finding("store", f"{data.path} cannot be written: {error.strerror}", ROOM_OR_OWNER)
+
+
+def _examine_rows(data: DataDirectory, log: Log) -> Finding:
+    """Whether the store has as many rows as it says. The caller holds the directory, and the store is closed."""
+    from aggregator.reconcile.lines import StoppedStore
+    from aggregator.reconcile.report import Check
+    from aggregator.reconcile.store_check import check_rows
+    from aggregator.store.database import REBUILD
+
+    check = Check(name="store", sides="")
+    with contextlib.closing(StoppedStore(data.store)) as store:
+        check_rows(check, store)
+    if not check.differences_count:
+        return Finding("rows", "as many as the store says that it has")
+    first = check.differences[0]
+    found = f"{check.differences_count} things do not fit, such as {first.where}: {first.what}"
+    heal = BRING_BACK if any(log.starts(USAGE_EVENTS).values()) else data.healing(REBUILD)
+    return Finding("rows", found, f"{heal}; `meterstream reconcile` shows all of them")
+
+
+def _examine_room(data: DataDirectory) -> Iterator[Finding]:
+    """Whether the disk takes as much as a checkpoint of the log writes, where anything is written at all."""
+    if not data.path.is_dir():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=data.path) as probe:
+            os.posix_fallocate(probe.fileno(), 0, ROOM_BYTES_MIN)
+    except OSError as error:
+        found = f"{data.path} has no room for {ROOM_BYTES_MIN >> 20} MiB: {error.strerror}; events are answered 503"
+        yield Finding("disk", found, ROOM_OR_OWNER)
 
 
 def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
@@ -231,10 +294,16 @@ def _examine_forwarding(data: DataDirectory) -> Iterator[Finding]:
     try:
         with contextlib.closing(State(data.forwarding)) as state:
             state.read_through()
+            stopped = state.flags().get("stopped")
     except Unusable as reason:
         yield Finding("forwarding", reason.found, reason.heal)
         return
-    yield Finding("forwarding", f"{data.forwarding.name} can be read, with what was sent to Polar")
+    found = f"{data.forwarding.name} can be read, with what was sent to Polar"
+    if stopped:
+        found, heal = f"forwarding stopped: {stopped}", "do what the line says; `meterstream forward status` shows it"
+        yield Finding("forwarding", found, heal)
+        return
+    yield Finding("forwarding", found)
 
 
 def _unfinished(data: DataDirectory) -> Iterator[Finding]:

@@ -8,7 +8,10 @@
 import contextlib
 import itertools
 import os
+import pwd
+import socket
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from aggregator.view import Unavailable
 from deploy.client import Api
 from deploy.console import as_json
 from deploy.errors import GiveUp
+from deploy.server.control import Control
 from deploy.server.data import DataDirectory
 from deploy.server.private_files import private_files
 from meters import exact
+from meters.catalogue.catalogue import RecordsGivenUp
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, TryAgain
 
 # Checking totals. Running totals live in the aggregator's memory; a preview of the same definition counts the stored
@@ -87,10 +92,24 @@ def skip_lost(data: DataDirectory, *, sure: bool) -> list[Lost]:
                     )
                 lost = find_lost(store, USAGE_EVENTS, log.starts(USAGE_EVENTS))
                 if sure and lost:
+                    Control(log).decide(_given_up(lost))  # first, so that nothing is ever skipped without a word
                     skip(store, lost)
                 return lost
         except (Unopenable, NotNow, TryAgain) as error:
             raise GiveUp(f"{error}") from error
+
+
+def _given_up(lost: list[Lost]) -> list[RecordsGivenUp]:
+    """The decision, which the log keeps for reconcile and doctor to show."""
+    now, by = datetime.now(UTC), f"{_user()} on {socket.gethostname()}"
+    return [RecordsGivenUp(each.partition, each.position, each.start, now, by) for each in lost]
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user has no name
+        return f"user {os.getuid()}"
 
 
 # Rebuilding. The new file grows beside the old one and replaces it in one rename when it has caught up. A failure
@@ -120,6 +139,7 @@ def rebuild(
     with data.hold("rebuild the store"), private_files(), _nothing_left(fresh):
         log = data.open_log()
         try:
+            _require_beginning(log)
             _follow(log, fresh, progress)
             tallies = _finish(log, fresh)
             aside = _aside(data.store, _identities(log))
@@ -130,6 +150,17 @@ def rebuild(
         finally:
             log.close()
     return tallies
+
+
+def _require_beginning(log: Log) -> None:
+    """Raises GiveUp for a log whose first records are gone: what they counted is in the old store alone."""
+    missing = sum(sum(log.starts(stream).values()) for stream in (USAGE_EVENTS, USAGE_CONTROL))
+    if missing:
+        raise GiveUp(
+            f"the store cannot be rebuilt: the first {missing} records left the log (retention), and only the store "
+            "has what they counted. The old store is untouched: keep it, or restore the whole directory from a backup; "
+            "a new version that needs another layout cannot use it"
+        )
 
 
 def fresh_store(data: DataDirectory) -> Path:
@@ -162,7 +193,7 @@ def _follow(log: Log, fresh: Path, progress: Callable[[int], None]) -> None:
             if aggregator.failure:
                 raise GiveUp(
                     f"the log cannot be followed to its end: {aggregator.failure}; the old store is untouched; "
-                    "`meterstream doctor` says what heals it"
+                    "`meterstream doctor` looks closer"
                 )
     finally:
         aggregator.stop()

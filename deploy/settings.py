@@ -12,7 +12,7 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -96,13 +96,37 @@ _IN_WORDS = {
 
 def _checked(fields: dict[str, Any], name: Callable[[str], str]) -> Settings:
     try:
-        return msgspec.convert(fields, Settings, strict=False, dec_hook=_own)
+        settings = msgspec.convert(fields, Settings, strict=False, dec_hook=_own)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         if "matching regex" in reason:
             reason = f"Expected {_IN_WORDS[field]}"
+        elif "enum value" in reason:
+            reason += f"; expected {', '.join(get_args(get_type_hints(Settings)[field]))}"
         raise GiveUp(f"{name(field)}: {reason}", USAGE) from None
+    if settings.polar_filter:
+        _check_filter(settings.polar_filter, name("polar_filter"))
+    return settings
+
+
+def _check_filter(text: str, name: str) -> None:
+    """Raises GiveUp for what the feed would refuse later, when nobody looks."""
+    from meters import exact  # a start without a filter does without these
+    from meters.filters import Filter, parse_filter
+
+    try:
+        found = parse_filter(exact.decode(text), ("filter",))
+    except ValueError as error:
+        raise GiveUp(f"{name}: Expected a filter as JSON, such as {FILTER}: {error}", USAGE) from None
+    if not isinstance(found, Filter):
+        where = ".".join(map(str, found[0]["loc"]))
+        raise GiveUp(f"{name}: {where}: {found[0]['msg']}; expected a filter such as {FILTER}", USAGE)
+
+
+FILTER = '{"conjunction":"and","clauses":[{"property":"name","operator":"eq","value":"llm.call"}]}'
+OF_OTHERS = frozenset({f"{PREFIX}VERSION"})
+"""Variables that belong to the shipped files: ``deploy/compose.yaml`` takes the image's version from this one."""
 
 
 def _variable(field: str) -> str:
@@ -111,7 +135,7 @@ def _variable(field: str) -> str:
 
 def read_environment() -> Settings:
     """The settings of this process. Raises GiveUp for an unknown or malformed variable, naming it."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in OF_OTHERS}
     known = {_variable(field): field for field in Settings.__struct_fields__}
     for name in found:
         if name not in known:

@@ -267,7 +267,9 @@ def _compare(
             return check_store(store, totals, catalogue, worth)
 
     if "log" in task.checks:
-        report.checks.append(timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run()))
+        compared = timed(lambda: LogCheck(log, store, worth, Range(task.since, task.until)).run())
+        compared.notes = [*compared.notes, *(given_up.words for given_up in catalogue.given_up.values())]
+        report.checks.append(compared)
     if "store" in task.checks:
         report.checks.append(timed(check_totals))
     if "ledger" in task.checks:

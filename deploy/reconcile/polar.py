@@ -40,6 +40,10 @@ NO_BEGIN = (
     "here, set METERSTREAM_POLAR_FROM=beginning for this command"
 )
 
+ELSEWHERE = (
+    "forwarding stopped because the log is another one than the one whose events were sent, so numbers that agree may "
+    "hide lost events, and nothing is repaired: `meterstream forward status` says what to do"
+)
 OTHER_SERVER = (
     "the forwarder's books are those of {books} and say nothing of {asked}, so what seems to be missing there may "
     "never have been meant for it: nothing is repaired. Set METERSTREAM_POLAR_SERVER as the forwarder has it, or start "
@@ -138,6 +142,8 @@ def _doubt(state: State, settings: Settings) -> str:
     books, asked = state.flags().get("server"), base_url(settings.polar_server)
     if books not in (None, asked):
         return OTHER_SERVER.format(books=books, asked=asked)
+    if state.flags().get("is_elsewhere"):
+        return ELSEWHERE
     lane = ROLLUP if settings.polar_rollup else RAW
     return NO_BEGIN if settings.polar_from == "now" and state.begin_of(lane) is None else ""
 

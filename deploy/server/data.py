@@ -36,7 +36,7 @@ LOCK_PATIENCE_S = 3.0
 REBUILD = "meterstream rebuild"
 AS_OWNER = "run this as the user that the server runs as"
 # After a crash, SQLite would copy the write-ahead log into a log file put beside it, and ruin that file.
-PUT_BACK = "stop everything, move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place"
+PUT_BACK = "stop everything, move log.sqlite* away (mv log.sqlite* elsewhere/), then put the copy in place"
 
 
 class LostLog(msgspec.Struct, frozen=True):

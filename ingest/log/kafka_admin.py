@@ -10,6 +10,7 @@ import itertools
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -116,8 +117,12 @@ def parse_address(url: str, secrets: Mapping[str, str]) -> Address:
     prefix = parts.path.strip("/")
     if not _PREFIX.fullmatch(prefix):
         raise ValueError(f"{prefix!r} cannot stand in a topic's name")
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    twice = sorted(name for name, times in Counter(name for name, _ in given).items() if times > 1)
+    if twice:
+        raise ValueError(f"a kafka URL gives each option once, and this one gives {', '.join(twice)} more often")
     try:
-        options = msgspec.convert(dict(parse_qsl(parts.query, keep_blank_values=True)), Options, strict=False)
+        options = msgspec.convert(dict(given), Options, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"a kafka URL's options: {error}; known are {', '.join(Options.__struct_fields__)}") from None
     _check(options, secrets)
@@ -152,6 +157,11 @@ def _check_protocol(options: Options, secrets: Mapping[str, str]) -> None:
     sasl, tls = protocol.startswith("SASL"), protocol.endswith("SSL")
     if sasl and not (options.sasl_username and secrets.get(PASSWORD)):
         raise ValueError(f"{protocol} needs sasl_username, and the password from the environment")
+    if secrets.get(PASSWORD) and not sasl:
+        raise ValueError(
+            "there is a password and nobody whose it is: the URL needs security_protocol=SASL_SSL and sasl_username "
+            "(or unset METERSTREAM_KAFKA_PASSWORD)"
+        )
     for name in ("sasl_username", "sasl_mechanism"):
         if getattr(options, name) and not sasl:
             raise ValueError(f"{name} needs security_protocol=SASL_SSL (or SASL_PLAINTEXT, which encrypts nothing)")

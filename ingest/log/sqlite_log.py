@@ -6,7 +6,9 @@ processes may open the file and append; SQLite's locks admit one commit at a tim
 """
 
 import asyncio
+import os
 import sqlite3
+import stat
 import time
 from bisect import bisect_left
 from collections import deque
@@ -66,6 +68,18 @@ POLL_S_MIN = 0.001
 POLL_S_MAX = 0.020
 
 
+def _require_writable(path: Path, limits: Limits) -> None:
+    """Raises TryAgain for a file that this user may only read: SQLite would open it and refuse the first event."""
+    for part in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        if part.exists() and not os.access(part, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            status = part.stat()
+            raise TryAgain(
+                f"{part} cannot be written by user {os.geteuid()}: it is user {status.st_uid}'s with mode "
+                f"{stat.S_IMODE(status.st_mode):04o}; give it to the user that the server runs as (chown, chmod 600)",
+                limits.retry_after_s,
+            )
+
+
 class EmbeddedLog:
     """The log in ``directory``/log.sqlite. See ``meters.log.Log`` for what the methods promise."""
 
@@ -78,6 +92,7 @@ class EmbeddedLog:
         """
         self._path = directory / FILE_NAME
         self._limits = limits
+        _require_writable(self._path, limits)
         try:
             create(self._path, partitions or PARTITIONS, limits.lock_wait_s_max)
         except (sqlite3.Error, OSError) as error:

@@ -189,6 +189,29 @@ class DeadLetterReplayed(msgspec.Struct, frozen=True, tag_field="type", tag="dea
     replayed_at: datetime
 
 
+class RecordsGivenUp(msgspec.Struct, frozen=True, tag_field="type", tag="records.given_up"):
+    """An operator decided that these records, which left the log before they were counted, are never counted.
+
+    They are those of a partition of ``usage.events`` from offset ``position`` up to ``start``. ``by`` names the user of
+    the operating system and the machine.
+    """
+
+    log_partition: int
+    position: int
+    start: int
+    given_up_at: datetime
+    by: str
+
+    @property
+    def words(self) -> str:
+        """What was given up, when and by whom."""
+        records = self.start - self.position
+        return (
+            f"{records} records of usage.events, {self.log_partition}:{self.position} up to {self.start}, were given "
+            f"up on {self.given_up_at:%Y-%m-%d %H:%M} UTC by {self.by}: they are not in any total"
+        )
+
+
 _MeterChange = MeterCreated | MeterUpdated
 _PlainChange = (
     OrganizationCreated
@@ -198,6 +221,7 @@ _PlainChange = (
     | CustomerUpdated
     | CustomerDeleted
     | DeadLetterReplayed
+    | RecordsGivenUp
     | CreditChange
     | MeterPriced
     | BenefitChange
@@ -292,6 +316,7 @@ class Catalogue:
         self.customers: dict[str, Customer] = {}
         self.meters: dict[str, Meter] = {}
         self.prices = Prices()
+        self.given_up: dict[tuple[int, int, int], RecordsGivenUp] = {}
         self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
         self._external: dict[tuple[str, str], Customer] = {}
         self._emails: dict[tuple[str, str], dict[str, None]] = {}  # whose an address is, in lower case
@@ -319,6 +344,8 @@ class Catalogue:
                 self._meters.setdefault(meter.organization_id, {})[meter.id] = meter
             case DeadLetterReplayed():
                 pass  # concerns the store alone
+            case RecordsGivenUp():
+                self.given_up.setdefault((change.log_partition, change.position, change.start), change)
             case _:
                 for part in (self.prices, self.benefits, self.sessions, self.webhooks, self.mirror):
                     part.apply(change)

@@ -100,9 +100,18 @@ def test_a_full_disk_needs_room_and_no_backup(disk: SmallDisk) -> None:
     found = [*ill(data), *ill(on_brokers)]
     disk.empty()
 
-    assert [finding.part for finding in found] == ["log", "store"]
+    assert [finding.part for finding in found] == ["log", "disk", "store"]
     assert all("make room on its disk" in finding.heal and "backup" not in finding.heal for finding in found)
     assert ill(data) == []
+
+
+def test_a_disk_that_is_nearly_full_is_said(disk: SmallDisk) -> None:
+    """Everything can still be read, beside a server that answers 503 to what comes in."""
+    data = made(disk.path)
+    disk.fill(leave_kib=1024)
+    (finding,) = (finding for finding in examine(data) if finding.part == "disk")
+    assert finding.found.endswith("has no room for 4 MiB: No space left on device; events are answered 503")
+    assert "make room on its disk" in finding.heal
 
 
 @pytest.mark.parametrize("content", [b"no database" * 1000, b""])
@@ -112,7 +121,7 @@ def test_a_damaged_log_is_replaced_without_what_a_crash_left(tmp_path: Path, con
     data.log.write_bytes(content)
     (finding,) = ill(data)
 
-    assert "move log.sqlite, log.sqlite-wal and log.sqlite-shm away, then put the copy in place" in finding.heal
+    assert "move log.sqlite* away (mv log.sqlite* elsewhere/), then put the copy in place" in finding.heal
     assert "restore log.sqlite from a backup" in finding.heal
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from deploy.errors import USAGE, GiveUp
 from deploy.settings import read_environment
+from ingest.log.kafka_admin import parse_address
 
 
 def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +34,10 @@ def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
         ("METERSTREAM_LOG", "embedded:d", "METERSTREAM_LOG: Expected an empty value for a file in the data, or kafka://H"),
         ("METERSTREAM_UPSTREAM", "host:1", "METERSTREAM_UPSTREAM: Expected an empty value, http://HOST:PORT or https"),
         ("METERSTREAM_POLAR_SERVER", "test", "METERSTREAM_POLAR_SERVER: Expected production, sandbox, or an address"),
-        ("METERSTREAM_LOG_LEVEL", "loud", "METERSTREAM_LOG_LEVEL: Invalid enum value"),
+        ("METERSTREAM_LOG_LEVEL", "loud", "METERSTREAM_LOG_LEVEL: Invalid enum value 'loud'; expected debug, info, "),
+        ("METERSTREAM_POLAR_FILTER", "name=a", "METERSTREAM_POLAR_FILTER: Expected a filter as JSON, such as {"),
+        ("METERSTREAM_POLAR_FILTER", '{"clauses":[]}', "METERSTREAM_POLAR_FILTER: filter.conjunction: "),
+        ("METERSTREAM_POLAR_FROM", "end", "METERSTREAM_POLAR_FROM: Invalid enum value 'end'; expected beginning, now"),
     ],
 )
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str) -> None:
@@ -66,3 +70,22 @@ def test_a_token_does_not_show_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert settings.token == "polar_oat_hush"
     assert "hush" not in repr(settings)
+
+
+def test_the_version_of_the_image_is_the_compose_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is exported for ``deploy/compose.yaml``, and no command is refused for it."""
+    monkeypatch.setenv("METERSTREAM_VERSION", "1.2.3")
+    assert read_environment().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("url", "secrets", "complaint"),
+    [
+        ("kafka://h:1?linger_ms=1&linger_ms=2", {}, "gives linger_ms more often"),
+        ("kafka://h:1", {"password": "p"}, "there is a password and nobody whose it is"),
+    ],
+)
+def test_a_kafka_url_says_one_thing(url: str, secrets: dict[str, str], complaint: str) -> None:
+    """An option with two values, and a password that is never used, are refused rather than guessed."""
+    with pytest.raises(ValueError, match=complaint):
+        parse_address(url, secrets)

@@ -1,8 +1,11 @@
 """Reconciliation beside a running server: over its socket, over its address, and after it was killed."""
 
+import asyncio
+import contextlib
 import itertools
 import json
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -22,17 +25,19 @@ from aggregator.store.queries.audit import Which
 from aggregator.totals.running import RunningTotals
 from deploy.client import Api, Session
 from deploy.console import Output
+from deploy.errors import GiveUp
 from deploy.reconcile import local as its_module
 from deploy.reconcile.local import RunningStore, Task, own_server, reconcile
 from deploy.reconcile.run import prove
 from deploy.server.control import new_secret, new_token, open_control
+from deploy.server.data import DataDirectory
 from deploy.settings import Secret, Settings
 from meters.catalogue.access import AUDIT
 from meters.catalogue.catalogue import TokenCreated
-from meters.log import USAGE_EVENTS
+from meters.log import USAGE_CONTROL, USAGE_EVENTS
 from meters.meter import Meter
 from tests.support.polar.two_servers import TwoSides, call, numbered
-from tests.support.records import entry, line
+from tests.support.records import decisions, entry, line, organization
 from tests.support.servers.installation import Installation, meterstream
 from tests.support.servers.query_api import Tenant, serving
 from tests.support.waiting import PATIENCE_S, eventually
@@ -299,6 +304,21 @@ def test_hours_so_old_that_no_chart_shows_them_are_no_difference(tmp_path: Path)
     assert check.differences == []
     compared = {one.what: one.compared for one in check.counted}
     assert (compared["customers, Tokens"], compared["hours, Tokens"]) == (1, 2)
+
+
+def test_a_socket_that_nobody_listens_on_is_named(tmp_path: Path) -> None:
+    """A killed server leaves it behind: the line names the directory's socket, and no address that nobody gave."""
+    data = DataDirectory(tmp_path)
+    with contextlib.closing(data.open_log()) as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization()])))
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as left_over:
+        left_over.bind(str(data.socket))
+
+    with (
+        pytest.raises(GiveUp, match=f"no server answers at {data.socket}; start one with `meterstream serve --data "),
+        own_server(Session(Settings(data=tmp_path), Output.json)),
+    ):
+        pytest.fail("nobody answers")
 
 
 @pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
