@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.client import EPILOG, Session
+from deploy.client import EPILOG, Session, flowing
 from deploy.commands import access, customers, events, forward, meters, operations, reconcile, webhooks
 from deploy.commands import customers as credit_commands
 from deploy.commands import kafka as kafka_commands
@@ -70,6 +70,8 @@ app.add_typer(kafka_commands.app, name="kafka")
 app.command(epilog=EPILOG)(kafka_commands.lag)
 app.command(epilog=EPILOG)(operations.rebuild)
 app.command(epilog=EPILOG, name="skip-lost")(operations.skip_lost)
+app.command(epilog=EPILOG)(flowing(operations.backup))
+app.command(epilog=EPILOG)(flowing(operations.restore))
 app.command(epilog=EPILOG)(operations.doctor)
 app.command(epilog=EPILOG)(reconcile.reconcile)
 app.command(epilog=EPILOG)(operations.version)

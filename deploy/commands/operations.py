@@ -1,8 +1,8 @@
 """Commands for processes and the store: ``serve``, ``gateway``, ``aggregate``, ``demo``, ``rebuild``, ``skip-lost``,
-``doctor``.
+``backup``, ``restore``, ``doctor``.
 
-Each command sets the options over the settings and calls ``deploy.server``, ``deploy.demo``, ``deploy.rebuild`` or
-``deploy.doctor``.
+Each command sets the options over the settings and calls ``deploy.server``, ``deploy.demo``, ``deploy.rebuild``,
+``deploy.backup`` or ``deploy.doctor``.
 """
 
 import inspect
@@ -112,6 +112,43 @@ def skip_lost(
     if records and not yes:
         raise GiveUp(f"{records} records would never be counted; --yes accepts that", FAILED)
     note(f"{records} records are skipped; the aggregator can go on." if records else "Nothing is lost.")
+
+
+def backup(
+    context: typer.Context, directory: Annotated[Path, typer.Argument(help="A new or empty directory.")]
+) -> None:
+    """Copy the log and the forwarder's file, and the store if no server runs. Works while a server runs.
+
+    Example: meterstream backup /backups/2026-03-01. The copies hold webhook secrets; only their owner may read them.
+    """
+    from deploy.backup import back_up
+
+    here = session(context)
+    made = back_up(here.data, directory)
+    show([{"file": each.name, "bytes": each.size} for each in made.files], ("file", "bytes"), here.output)
+    note(f"The backup in {directory} is whole, up to position {made.ends['usage.events'] or '0:0'} of usage.events.")
+    if here.data.store.name not in [each.name for each in made.files]:
+        note("The store is not in it: the first start after a restore rebuilds it from the log.")
+
+
+def restore(
+    context: typer.Context, directory: Annotated[Path, typer.Argument(help="What `meterstream backup` made.")]
+) -> None:
+    """Put a backup in place of what is here, after checking all of it. No server may run meanwhile.
+
+    Example: meterstream restore /backups/2026-03-01. The files that were here are kept beside the restored ones.
+    """
+    from deploy.backup import restore as run
+
+    here = session(context)
+    made, aside = run(here.data, directory)
+    show_one({"made_at": made.made_at.isoformat(), "usage.events": made.ends["usage.events"]}, here.output)
+    if aside is not None:
+        note(f"What was here before is in {aside}.")
+    if not here.data.store.exists():
+        note("The store is not in the backup: the next start rebuilds it from the log.")
+    if not here.data.forwarding.exists():
+        note("The backup has no state of a forwarder: forwarding begins as METERSTREAM_POLAR_FROM says.")
 
 
 def doctor(context: typer.Context) -> None:

@@ -172,6 +172,27 @@ def _create_beside(path: Path, partitions: Mapping[str, int], busy_wait_s: float
     unfinished.rename(path)
 
 
+COPY_BUSY_WAIT_S = 30.0
+
+
+def copy_log(path: Path, target: Path) -> None:
+    """Copy the log of one moment into a file that is not there, while others write. Its pages are checked.
+
+    A reader does not stop appends; the WAL grows until the copy is made. Raises sqlite3.Error, OSError, Refused.
+    """
+    with contextlib.closing(connect(path, COPY_BUSY_WAIT_S)) as connection:
+        connection.execute("VACUUM INTO ?", [str(target)])
+    with contextlib.closing(sqlite3.connect(target)) as copied:
+        ((found,),) = copied.execute("PRAGMA quick_check(1)").fetchall()
+    if found != "ok":
+        raise OSError(f"the copy of {path.name} is damaged: {found}")
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def same_file(path: Path, status: os.stat_result) -> bool:
     """Whether the path still leads to the file that ``status`` was taken of: an open file can be deleted."""
     try:

@@ -95,6 +95,24 @@ def test_a_store_rebuilt_from_the_same_log_goes_on(site: Site, upstream: Install
     assert site.polar.committed == ids(events(name, 8))
 
 
+def test_a_restored_backup_goes_on_where_its_own_file_was(site: Site, upstream: Installation, name: str) -> None:
+    """Log and forwarder's file are of one backup, made while both were at work: new events are sent by themselves."""
+    every, copy = events(name, 12), site.place.data.with_name("copy")
+    send(site.place, every[:4])
+    eventually(lambda: site.status()["sent"] == 4)
+    assert site.place.run("backup", str(copy)).returncode == 0
+    send(site.place, every[4:6])
+    eventually(lambda: site.status()["sent"] == 6)
+    assert site.place.stop() == 0
+    assert site.place.run("restore", str(copy)).returncode == 0
+    site.place.start()
+    send(site.place, every[6:])
+
+    eventually(lambda: len(stored(upstream, name)) == 12)
+    assert site.status()["state"] == "forwarding"
+    assert sorted(ids(stored(upstream, name))) == sorted(ids(every))
+
+
 @pytest.mark.parametrize("witness", ["another event", "behind the end"])
 def test_a_position_of_another_log_is_refused(room: Room, clocks: Clocks, witness: str) -> None:
     """Also where a filter passed over what stands before it; the position does not move, and nothing is sent."""

@@ -343,7 +343,8 @@ def read_up_to(source: Source, ahead: dict[int, FeedPlace]) -> Callable[[Reached
 
     def page(reached: Reached, selection: Selection, limit: int) -> Page:
         if reached.position == ahead:
-            if source.end().position < ahead:
+            ends = source.end().position
+            if any(ends[partition] < place for partition, place in ahead.items()):
                 raise Away("the store has yet to read up to the position")
             reached = Reached(ahead, None)
         return whole(reached, selection, limit)
