@@ -26,6 +26,7 @@ from meters.catalogue.catalogue import (
 )
 from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
+from meters.ledger.price import ProductPrice, SubscriptionPriced, parse_price
 from meters.meter import Meter
 from meters.timestamps import sortable_text
 
@@ -117,6 +118,9 @@ class _Grant(msgspec.Struct):
 class _Priced(msgspec.Struct):
     id: str | None = None
     meter_id: str | None = None
+    unit_amount: Any = None
+    cap_amount: Any = None
+    price_currency: str | None = None
 
 
 class _Subscription(msgspec.Struct):
@@ -132,6 +136,7 @@ class _Subscription(msgspec.Struct):
     modified_at: datetime | None = None
     current_period_end: datetime | None = None
     current_meter_period_start: datetime | None = None
+    current_meter_period_end: datetime | None = None
     trial_start: datetime | None = None
     trial_end: datetime | None = None
     cancel_at_period_end: bool = False
@@ -157,12 +162,13 @@ class News(NamedTuple):
     """What a delivery makes: decisions, the last of which remembers the delivery, and whom it concerns.
 
     There are no decisions where all of it was known before. It concerns Polar's customer, and the customers here that
-    it is and was.
+    it is and was. ``notes`` says what of it is not taken, and why.
     """
 
     changes: list[Change]
     polar_customer_id: str
     customer_ids: list[str]
+    notes: list[str]
 
 
 def _must_be_uuid(id: str) -> None:
@@ -182,6 +188,7 @@ class _Reading:
         self.facts: list[Fact] = []
         self.periods: list[Period] = []
         self.changes: list[Change] = []
+        self.notes: list[str] = []
         self.polar_id = self.customer_id = ""
 
     def _is_news(self, thing: str, version: str) -> bool:
@@ -341,6 +348,7 @@ class _Reading:
         starts = sorted({_at(time) for time in told_times if time is not None})
         changed = _at(told.modified_at or told.created_at)
         self.periods += [Period(told.id, told.customer_id, at, sorted(priced), changed) for at in starts]
+        self._prices(told, changed)
         if self._is_news(f"subscription:{told.id}", _version(told)):
             shared = set(_Subscription.__struct_fields__) & set(Subscription.__struct_fields__)
             fields = {name: _plain(getattr(told, name)) for name in shared}
@@ -351,6 +359,33 @@ class _Reading:
                 "price_id": next((one.id for one in told.prices), None),
             }
             self.changes.append(SubscriptionSet(Subscription(**fields)))
+
+    def _prices(self, told: _Subscription, changed: datetime) -> None:
+        """The prices that the subscription pays from this state on. One that cannot be taken is kept as not known."""
+        currency, prices = self.catalogue.currency(self.organization_id, but=told.id), list[ProductPrice]()
+        metered = {one.meter_id: one for one in (*told.meters, *told.prices) if one.meter_id is not None}
+        for meter_id, one in metered.items():
+            stated = {"unit_amount": one.unit_amount, "cap_amount": one.cap_amount,
+                      "currency": one.price_currency or told.currency}  # fmt: skip
+            price = parse_price(stated)
+            if isinstance(price, list):
+                self.notes.append(f"the price of Polar's meter {meter_id} is not taken: {price[0]['msg']}")
+            elif currency is not None and price.currency != currency:
+                self.notes.append(
+                    f"the price of Polar's meter {meter_id} is not taken: it is in {price.currency}, and this "
+                    f"organization's prices are in {currency}; an organization has one currency"
+                )
+            else:
+                currency = price.currency
+                prices.append(ProductPrice(meter_id=meter_id, price=price))
+                continue
+            prices.append(ProductPrice(meter_id=meter_id, price=None))
+        priced = SubscriptionPriced(
+            organization_id=self.organization_id, subscription_id=told.id, product_id=told.product_id, at=changed,
+            prices=prices,
+        )  # fmt: skip
+        if self.catalogue.prices.is_news(priced):
+            self.changes.append(priced)
 
     def decisions(self, delivery_id: str, kind: str) -> list[Change]:
         """What there is to decide. Polar tells the same again and again; what is known already is not kept again."""
@@ -391,7 +426,7 @@ def read(
     handlers[resource]()
     once = catalogue.mirror.once(organization_id, reading.polar_id)
     concerned = sorted({reading.polar_id, reading.customer_id, *once})
-    return News(reading.decisions(delivery_id, kind), reading.polar_id, concerned)
+    return News(reading.decisions(delivery_id, kind), reading.polar_id, concerned, reading.notes)
 
 
 def _own(thing: Any, organization_id: str) -> None:
@@ -400,9 +435,29 @@ def _own(thing: Any, organization_id: str) -> None:
         raise Unreadable("this id is another's")
 
 
+_FREE_KEYS = ("metadata", "custom_field_data")  # whose inner fields are the application's
+_DEPTH_MAX = 6
+"""Levels of a payload that are read: a grant's benefit's properties are on the third."""
+
+
+def _without_nulls(value: object, depth: int = _DEPTH_MAX) -> object:
+    """Return the value without fields that are null: Polar writes null for what it leaves out."""
+    if depth == 0:
+        return value
+    if isinstance(value, list):
+        return [_without_nulls(item, depth - 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inner if key in _FREE_KEYS else _without_nulls(inner, depth - 1)
+        for key, inner in value.items()
+        if inner is not None
+    }
+
+
 def _read(value: object, kind: type[T]) -> T:
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(_without_nulls(value), kind)
     except msgspec.ValidationError as error:
         raise Unreadable(str(error)) from error
 

@@ -13,7 +13,6 @@ from typing import Annotated, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-import msgspec
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 
@@ -44,6 +43,7 @@ from aggregator.api.schemas import MeterCreate, MeterDefinition, MeterUpdate, Pr
 from aggregator.decode.directory import EXTERNAL
 from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.charges import Charge, charges_of
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.service.polar_accounts import settle_meter
 from aggregator.service.serializers import meter_shape, number, price_shape
@@ -59,9 +59,10 @@ from meters.catalogue.catalogue import MeterCreated, MeterUpdated, Token
 from meters.errors import Detail, detail
 from meters.exact import EXACT, amount_text
 from meters.ledger.ledger import ZERO
-from meters.ledger.price import MeterPriced, Price, charge, parse_price
+from meters.ledger.price import MeterPriced, parse_price
 from meters.meter import Meter, Quantities, new_meter, updated_meter
 from meters.polar_webhooks import meters_here
+from meters.tariff import tariff_of
 from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, bucket, day_start, range_refusal, zone
 
 # Meter definitions (section 3.1 of Polar's contract). In ``query``, wildcards are plain characters.
@@ -195,6 +196,13 @@ async def set_price(request: Request, desk: AtDesk, token: MeterWriter, id: UUID
         raise Malformed(price)
     async with desk.deciding:
         meter = meter_of(desk, token, id)
+        currency = desk.catalogue.currency(token.organization_id, but=meter.id)
+        if currency not in (None, price.currency):
+            message = (
+                f"This organization's prices are in {currency}, and an organization has one currency. Remove its other "
+                "prices first, or state this one in the same currency."
+            )
+            raise Refused("currency", ("body", "currency"), message, price.currency)
         await desk.decide(MeterPriced(meter_id=meter.id, price=price, at=desk.decided_at()))
     return answer(price_shape(meter.id, price), desk.view.as_of)
 
@@ -225,22 +233,36 @@ async def list_charges(desk: AtDesk, token: ChargesReader, id: UUID) -> Response
     """What each meter with a price comes to in the running period, in cents, and all of them together."""
     customer = customer_by_id(desk, token, id)
     as_of = desk.view.as_of
-    prices = {m.id: price for m in desk.catalogue.meters_of(token.organization_id)
-              if (price := desk.catalogue.prices.of(m.id)) is not None}  # fmt: skip
-    pairs = [(customer, desk.catalogue.meters[meter_id]) for meter_id in prices]
-    items = [_item(one, prices[one.meter.id]) for one in await customer_meters(desk, pairs)]
-    return answer(route_answers.Charges(customer.id, items, sum(item.amount for item in items)), as_of)
+    meters = desk.catalogue.meters_of(token.organization_id)
+    pairs = [(customer, meter) for meter in meters if tariff_of(desk.catalogue, customer, meter) is not None]
+    found = await customer_meters(desk, pairs)
+    charges = await charges_of(desk, found)
+    items = [_item(one, charges[one.id]) for one in found if one.id in charges]
+    currency = next((item.currency for item in items if item.currency is not None), None)
+    return answer(route_answers.Charges(customer.id, items, _total(items), currency), as_of)
 
 
-def _item(one: CustomerMeter, price: Price) -> route_answers.Charge:
+def _total(items: list[route_answers.Charge]) -> int | None:
+    """All amounts together; None where one is not known, or where nothing that was used has a price."""
+    amounts = [item.amount for item in items if item.amount is not None]
+    return sum(amounts) if items and len(amounts) == len(items) else None
+
+
+def _item(one: CustomerMeter, charge: Charge) -> route_answers.Charge:
+    tariff = charge.tariff
+    price = tariff.price
     return route_answers.Charge(
-        **msgspec.structs.asdict(price_shape(one.meter.id, price)),
+        meter_id=one.meter.id,
+        unit_amount=None if price is None else amount_text(price.unit_amount),
+        cap_amount=None if price is None else price.cap_amount,
+        currency=None if price is None else price.currency,
+        product_id=tariff.subscription.product_id if tariff.subscription else None,
         meter_name=one.meter.name,
         period_start=one.since,
         consumed_units=number(one.consumed),
         credited_units=number(one.credited),
         billed_units=number(max(ZERO, EXACT.subtract(one.consumed, one.credited))),
-        amount=charge(price, one.consumed, one.credited),
+        amount=charge.amount,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
+from msgspec import UNSET
 
 from aggregator.api import route_answers
 from aggregator.api.requests import POLAR_BODY_BYTES_MAX, AtDesk, bytes_of, decoded, json_response, known_only
@@ -24,6 +25,7 @@ from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted,
 from meters.catalogue.polar_facts import DeliveryApplied, Linked
 from meters.errors import detail
 from meters.ledger.benefits import BenefitSet
+from meters.ledger.price import SubscriptionPriced
 from meters.polar_webhooks import News, Unreadable, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
 
@@ -58,7 +60,8 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
             is_done = True
     status: Literal["ignored", "repeated", "accepted"]
     status = "ignored" if news is None else "repeated" if heard else "accepted"
-    return json_response(202, route_answers.WebhookAccepted(status))
+    notes = news.notes if news and news.notes else UNSET
+    return json_response(202, route_answers.WebhookAccepted(status, notes))
 
 
 def _not_believed(reason: Rejection) -> Response:
@@ -82,7 +85,7 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
     """Decide, and alone where others may decide the same, by what is true then.
 
     No two customers may have one name, and none may go while it becomes somebody else's. A benefit comes with the news
-    of each of its customers, and its newest state has to be the last.
+    of each of its customers, and its newest state has to be the last. All prices of an organization have one currency.
     """
     if not any(map(_is_of_several, news.changes)):
         await desk.decide(*news.changes)
@@ -95,7 +98,8 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
 
 def _is_of_several(change: Change) -> bool:
     is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
-    return is_link or isinstance(change, BenefitSet | CustomerCreated | CustomerDeleted | CustomerUpdated)
+    shared = BenefitSet | CustomerCreated | CustomerDeleted | CustomerUpdated | SubscriptionPriced
+    return is_link or isinstance(change, shared)
 
 
 async def _source(desk: Desk, headers: Mapping[str, str], body: bytes) -> Source | None:

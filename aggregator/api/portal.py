@@ -2,7 +2,8 @@
 
 Polar's routes are ``customer-portal/meters``, ``benefit-grants``, ``customers/me`` and
 ``customer-session/introspect``. ``usage`` is Meterstream's own: usage, limit, period, percentage and credit history in
-one answer. A customer sees a meter if an active subscription, an active grant or a direct credit gives it to them.
+one answer. A customer sees a meter if an active subscription, an active grant or a direct credit gives it to them, if
+they used it and it has a price, and if they have units left because their usage is negative (prepaid).
 """
 
 import re
@@ -32,7 +33,8 @@ from aggregator.api.requests import (
 )
 from aggregator.api.schemas import gives, page_of
 from aggregator.service import answers
-from aggregator.service.balances import CustomerMeter, customer_meter
+from aggregator.service.balances import CustomerMeter, customer_meter, from_memory
+from aggregator.service.charges import Charge, charges_of
 from aggregator.service.customer_meter_sort import sort_key
 from aggregator.service.customer_state import grant_properties, meter_numbers
 from aggregator.service.errors import NotFound
@@ -42,10 +44,10 @@ from meters.catalogue.access import Denied, authorize_customer
 from meters.catalogue.catalogue import Customer, CustomerSession
 from meters.ledger.benefits import METER_CREDIT, Grant
 from meters.ledger.ledger import Account
-from meters.ledger.price import charge
 from meters.meter import Meter
 from meters.polar_webhooks import here as local_ids
 from meters.polar_webhooks import meters_here
+from meters.tariff import tariff_of
 
 router = APIRouter(prefix="/v1/customer-portal", tags=["customer portal"])
 
@@ -85,8 +87,17 @@ def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
     paid = meters_here(here.catalogue, customer.organization_id, here.catalogue.benefits.paid_meters(customer.id))
     for meter in here.catalogue.meters_of(customer.organization_id):
         account = here.view.ledger.account(customer.id, meter.id)
-        if meter.archived_at is None and (meter.id in paid or _is_credited(account)):
+        is_given = meter.id in paid or _is_credited(account)
+        if meter.archived_at is None and (is_given or _is_charged(here, customer, meter)):
             yield meter
+
+
+def _is_charged(here: Desk, customer: Customer, meter: Meter) -> bool:
+    """Whether the customer's usage has a price, or is prepaid. Usage that is still being counted is taken for some."""
+    used = from_memory(here, customer, meter)
+    if tariff_of(here.catalogue, customer, meter) is not None:
+        return used is None or used.count > 0
+    return used is not None and used.value < 0
 
 
 def _is_credited(account: Account | None) -> bool:
@@ -210,12 +221,14 @@ async def get_portal_usage(here: AtDesk, session: Viewer) -> Response:
     as_of = here.view.as_of
     customer = _customer(here, session)
     found = [await customer_meter(here, customer, meter) for meter in _visible(here, customer)]
-    return answer(route_answers.PortalUsage(customer.id, [_display(here, one) for one in found]), as_of)
+    charges = await charges_of(here, found)
+    shown = [_display(here, one, charges.get(one.id)) for one in found]
+    return answer(route_answers.PortalUsage(customer.id, shown), as_of)
 
 
-def _display(here: Desk, one: CustomerMeter) -> route_answers.PortalUsageItem:
+def _display(here: Desk, one: CustomerMeter, charge: Charge | None) -> route_answers.PortalUsageItem:
     starts, ends = _period(here, one)
-    price = here.catalogue.prices.of(one.meter.id)
+    price = charge.tariff.price if charge else None
     limit = one.credited if one.credited > 0 else None
     credits = sorted(one.account.credits, key=lambda credit: credit.sort_key, reverse=True) if one.account else []
     meter = one.meter
@@ -228,7 +241,8 @@ def _display(here: Desk, one: CustomerMeter) -> route_answers.PortalUsageItem:
         balance=number(one.balance),
         percentage=None if limit is None else number(percentage(one.consumed, limit)),
         period=route_answers.PortalPeriod(starts, ends),
-        amount=charge(price, one.consumed, one.credited) if price else None,
+        amount=charge.amount if charge else None,
+        currency=price.currency if price else None,
         credits=[
             route_answers.PortalCredit(credit.at, number(credit.units), credit.cause, credit.rollover)
             for credit in credits[:CREDITS_SHOWN_MAX]
@@ -246,5 +260,6 @@ def _period(here: Desk, one: CustomerMeter) -> tuple[datetime | None, datetime |
     for subscription in here.catalogue.benefits.subscriptions_of(one.customer.id):
         priced = meters_here(here.catalogue, one.customer.organization_id, subscription.meter_ids)
         if subscription.is_active and one.meter.id in priced:
-            return one.since or subscription.current_period_start, subscription.current_period_end
+            starts = subscription.current_meter_period_start or subscription.current_period_start
+            return one.since or starts, subscription.current_meter_period_end or subscription.current_period_end
     return one.since, None

@@ -17,6 +17,7 @@ from aggregator.service.answers import (
     Consumed,
     Count,
     Credited,
+    Currency,
     Customer,
     Description,
     EndTime,
@@ -27,7 +28,6 @@ from aggregator.service.answers import (
     Number,
     PortalCustomer,
     Position,
-    Price,
     Stamped,
     Time,
     Witness,
@@ -97,23 +97,35 @@ class Preview(Answer):
     top_customers: list[TopCustomer]
 
 
-class Charge(Price):
-    """What one meter comes to in the running period. Credits are used first."""
+class Charge(Answer):
+    """What one meter comes to in the running period. Credits are used first.
 
+    The price is the newest one; ``unit_amount`` and ``amount`` are null where a price of the period is not known.
+    """
+
+    meter_id: Id
+    unit_amount: Annotated[str | None, Meta(description="Cents, with all digits.", examples=["0.002"])]
+    cap_amount: Annotated[Cents, Meta(description="The most that a period costs, in cents.")] | None
+    currency: Currency | None
+    product_id: Annotated[str | None, Meta(description="The product whose price it is; null for the meter's own.")]
     meter_name: Annotated[str, Meta(examples=["Tokens"])]
     period_start: Time | None
     consumed_units: Consumed
     credited_units: Credited
     billed_units: Annotated[Number, Meta(examples=[0])]
-    amount: Annotated[Cents, Meta(examples=[0])]
+    amount: Annotated[Cents, Meta(examples=[0])] | None
 
 
 class Charges(Answer):
-    """What a customer's running period comes to. An estimate: it bills nobody."""
+    """What a customer's running period comes to. An estimate: it bills nobody.
+
+    ``amount`` is null where it is not known: a price is missing, or nothing that was used has one.
+    """
 
     customer_id: Id
     items: list[Charge]
-    amount: Annotated[Cents, Meta(examples=[0])]
+    amount: Annotated[Cents, Meta(examples=[0])] | None
+    currency: Currency | None
 
 
 class MetricInfo(Answer):
@@ -358,6 +370,7 @@ class PortalUsageItem(Answer):
     ]
     period: PortalPeriod
     amount: Annotated[Cents, Meta(description="What the period costs so far, in cents; null without a price.")] | None
+    currency: Currency | None
     credits: list[PortalCredit]
 
 
@@ -441,9 +454,10 @@ class WebhookRedelivery(Answer):
 
 
 class WebhookAccepted(Answer):
-    """What became of a webhook of Polar's."""
+    """What became of a webhook of Polar's. ``notes`` says what of an accepted one is not taken, and why."""
 
     status: Literal["accepted", "repeated", "ignored"]
+    notes: list[str] | UnsetType = UNSET
 
 
 class WebhookSource(Answer):

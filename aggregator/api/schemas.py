@@ -147,6 +147,10 @@ class PriceSet(OwnBody):
         Annotated[int, Meta(ge=0, le=CAP_AMOUNT_MAX)] | None,
         Meta(description="The most that a period costs, in cents.", examples=[10_000]),
     ] = None
+    currency: Annotated[
+        str | None,
+        Meta(description="An ISO code. An organization has one currency, usd without a word.", examples=["usd"]),
+    ] = None
 
 
 class CustomerUpdate(PolarBody):

@@ -48,6 +48,7 @@ Metadata = Annotated[dict[str, Scalar], Meta(examples=[{"plan": "free"}])]
 Object = Annotated[dict[str, Any], Meta(examples=[{}])]
 ExternalId = Annotated[str, Meta(description="The organization's own id of the customer.", examples=["ada"])]
 Cents = Annotated[int, Meta(ge=0, description="In cents.", examples=[250])]
+Currency = Annotated[str, Meta(description="An ISO code in lower case.", examples=["usd"])]
 MeterName = Annotated[str, Meta(min_length=NAME_LENGTH_MIN, examples=["Tokens"])]
 Multiplier = Annotated[int, Meta(gt=0, examples=[1000])]
 Units = Annotated[int, Meta(gt=0, le=UNITS_MAX, examples=[1000])]
@@ -276,6 +277,7 @@ class Price(Answer):
     meter_id: Id
     unit_amount: Annotated[str, Meta(description="Cents, with all digits.", examples=["0.002"])]
     cap_amount: Annotated[Cents, Meta(description="The most that a period costs, in cents.")] | None
+    currency: Currency
 
 
 class Event(Answer):
@@ -390,7 +392,7 @@ class CustomerStateMeter(MeterNumbers):
 
 
 class CustomerStateSubscriptionMeter(MeterNumbers):
-    """A meter of a subscription; ``amount`` is 0 where its price is not known."""
+    """A meter of a subscription, with cents for the period so far. One whose price is not known is left out."""
 
     amount: Cents
 

@@ -160,6 +160,12 @@ async def consumed_between(
     return measured.value(meter.aggregation)
 
 
+def usage_until(desk: Desk, here: Here, one: CustomerMeter, until: datetime) -> Decimal:
+    """Return the meter's value over what arrived in its window before a time, counted from the store."""
+    asked = _question(desk, one.customer, one.meter, one.since, until)
+    return usage.value_of(here.connection, here.about(asked)).value(one.meter.aggregation)
+
+
 async def _settled(desk: Desk, until: datetime) -> None:
     """Wait until what was stamped before a time is in the log; once, since a clock may stand. Raises Unavailable."""
     wait_s = (until - desk.decided_at()).total_seconds() + desk.settled_s

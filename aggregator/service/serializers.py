@@ -123,7 +123,7 @@ def reset_shape(reset: MeterReset) -> answers.Reset:
 
 def price_shape(meter_id: str, price: Price) -> answers.Price:
     """A price; the unit amount is a string, so that no client bends its digits."""
-    return answers.Price(meter_id, amount_text(price.unit_amount), price.cap_amount)
+    return answers.Price(meter_id, amount_text(price.unit_amount), price.cap_amount, price.currency)
 
 
 _texts: dict[str, tuple[Meter, msgspec.Raw]] = {}  # by the meter's id

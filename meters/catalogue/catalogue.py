@@ -24,7 +24,7 @@ from meters.event_values import PREFIX, written
 from meters.filters import Filter, filter_json, parse_filter
 from meters.ledger.benefits import BenefitChange, Benefits
 from meters.ledger.ledger import CreditChange
-from meters.ledger.price import MeterPriced, Prices
+from meters.ledger.price import MeterPriced, Prices, SubscriptionPriced
 from meters.meter import Meter
 from meters.webhooks import WebhookChange, Webhooks
 
@@ -224,6 +224,7 @@ _PlainChange = (
     | RecordsGivenUp
     | CreditChange
     | MeterPriced
+    | SubscriptionPriced
     | BenefitChange
     | DeliveryApplied
     | SessionChange
@@ -407,6 +408,18 @@ class Catalogue:
     def meters_of(self, organization_id: str) -> list[Meter]:
         """The organization's meters, archived ones too, in the order of their creation."""
         return list(self._meters.get(organization_id, {}).values())
+
+    def currency(self, organization_id: str, *, but: str = "") -> str | None:
+        """Return the currency of the organization's prices; None while nothing has a price.
+
+        Prices of meters count, and those of active subscriptions. ``but`` is the id of a meter or subscription whose
+        prices do not count, because they are about to change.
+        """
+        meters = [self.prices.of(meter.id) for meter in self.meters_of(organization_id) if meter.id != but]
+        held = [one.id for one in self.benefits.active_subscriptions(organization_id) if one.id != but]
+        newest = [told[-1] for id in held if (told := self.prices.of_subscription(id))]
+        prices = [*meters, *(one.price for told in newest for one in told.prices)]
+        return next((price.currency for price in prices if price is not None), None)
 
     def identifiers(
         self, organization_id: str, customer_ids: Iterable[str], external_ids: Iterable[str]

@@ -73,7 +73,10 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A customer pays for a product, period by period. ``meter_ids`` are those with a price in it."""
+    """A customer pays for a product, period by period. ``meter_ids`` are those with a price in it.
+
+    ``current_meter_period_*`` is the period of usage, where it is another one than that of the payments.
+    """
 
     id: str
     organization_id: str
@@ -86,6 +89,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     current_period_start: datetime
     product_id: str
     current_period_end: datetime | None = None
+    current_meter_period_start: datetime | None = None
+    current_meter_period_end: datetime | None = None
     modified_at: datetime | None = None
     metadata: dict[str, Any] = {}
     trial_start: datetime | None = None
@@ -168,10 +173,14 @@ class Benefits:
         """Every subscription of a customer, ended ones too, oldest first."""
         return [self.subscriptions[id] for id in list(self._subscriptions_of.get(customer_id, ()))]
 
+    def active_subscriptions(self, organization_id: str) -> list[Subscription]:
+        """Return the active subscriptions of the organization's customers, oldest first."""
+        every = list(self.subscriptions.values())
+        return [one for one in every if one.organization_id == organization_id and one.is_active]
+
     def priced_meters(self, organization_id: str) -> set[str]:
         """The meters that an active subscription of one of the organization's customers has a price for."""
-        every = [one for one in list(self.subscriptions.values()) if one.organization_id == organization_id]
-        return {id for one in every if one.is_active for id in one.meter_ids}
+        return {id for one in self.active_subscriptions(organization_id) for id in one.meter_ids}
 
     def paid_meters(self, customer_id: str) -> set[str]:
         """The meters that a customer has by an active subscription or a grant that holds."""

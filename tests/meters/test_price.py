@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meters.ledger.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, parse_price
+from meters.ledger.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, charge_parts, parse_price
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,29 @@ def test_a_price_keeps_its_digits(given: Any, kept: str) -> None:
     assert price == Price(unit_amount=Decimal(kept), cap_amount=10)
     assert isinstance(price, Price)
     assert len(price.unit_amount.as_tuple().digits) <= UNIT_AMOUNT_DIGITS_MAX
+
+
+@pytest.mark.parametrize("given", ["EURO", "e1r", "", 5, "\u00e9\u00e9\u00e9"])
+def test_a_currency_has_three_letters(given: Any) -> None:
+    """It is kept in lower case; a price without one is in dollars."""
+    assert isinstance(parse_price({"unit_amount": 1, "currency": given}), list)
+    assert parse_price({"unit_amount": 1, "currency": "EUR"}) == Price(unit_amount=Decimal(1), currency="eur")
+    assert parse_price({"unit_amount": 1}) == Price(unit_amount=Decimal(1), currency="usd")
+
+
+@pytest.mark.parametrize(
+    ("parts", "credited", "cents"),
+    [
+        ([("10", None, 100), ("5", None, 110)], 0, 1050),
+        ([("10", None, 100), ("5", None, 110)], 100, 50),
+        ([("10", None, 100), ("5", None, 110)], 104, 30),
+        ([("10", 500, 100), ("5", None, 110)], 0, 550),  # each price caps its own part
+        ([("10", None, 100), ("5", None, 80), ("1", None, 120)], 0, 1020),  # 20 came back, and 20 of 40 more are new
+        ([("0.5", None, 1), ("0.5", None, 2)], 0, 2),  # each part rounds half away from zero
+        ([("0", None, 100), ("5", None, 110)], 0, 50),
+    ],
+)
+def test_usage_at_several_prices(parts: list[tuple[str, int | None, int]], credited: int, cents: int) -> None:
+    """Each price has the usage up to its end; credits pay for the earliest usage."""
+    priced = [(Price(unit_amount=Decimal(unit), cap_amount=cap), Decimal(used)) for unit, cap, used in parts]
+    assert charge_parts(priced, Decimal(credited)) == cents

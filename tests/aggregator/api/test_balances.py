@@ -371,7 +371,8 @@ def test_charges_take_credits_first_and_add_up(known: Tenant) -> None:
     amounts = {item["meter_name"]: (item["billed_units"], item["amount"]) for item in charges["items"]}
     assert amounts == {"Calls": (2, 25), "Tokens": (0, 0)}
     assert charges["amount"] == 25
-    assert known.get(f"/v1/meters/{calls}/price") == {"meter_id": calls, "unit_amount": "12.5", "cap_amount": None}
+    price = {"meter_id": calls, "unit_amount": "12.5", "cap_amount": None, "currency": "usd"}
+    assert known.get(f"/v1/meters/{calls}/price") == price
 
 
 def test_customers_change_and_go(tenant: Tenant) -> None:

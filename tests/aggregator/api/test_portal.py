@@ -119,7 +119,7 @@ def test_the_usage_display_says_what_a_portal_shows(tenant: Tenant) -> None:
         return shown | {"meter": shown["meter"]["name"], "credits": history}
 
     assert display() == {
-        "meter": "Calls", "usage": 4, "limit": 3, "balance": -1, "percentage": 133.33, "amount": 50,
+        "meter": "Calls", "usage": 4, "limit": 3, "balance": -1, "percentage": 133.33, "amount": 50, "currency": "usd",
         "period": {"start": None, "end": None}, "credits": [(3, "credit")],
     }  # fmt: skip
     tenant.server.now += timedelta(minutes=1)
@@ -127,7 +127,7 @@ def test_the_usage_display_says_what_a_portal_shows(tenant: Tenant) -> None:
     tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": calls, "units": 8})
     assert display() == {
-        "meter": "Calls", "usage": 0, "limit": 8, "balance": 8, "percentage": 0, "amount": 0,
+        "meter": "Calls", "usage": 0, "limit": 8, "balance": 8, "percentage": 0, "amount": 0, "currency": "usd",
         "period": {"start": since, "end": None}, "credits": [(8, "credit"), (3, "credit")],
     }  # fmt: skip
 

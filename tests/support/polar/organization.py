@@ -84,9 +84,15 @@ class Polar:
         benefit = grant["benefit"] | ({} if of is None else {"id": of})
         return grant | {"id": f"5555{grant['id'][4:]}", "benefit_id": benefit["id"], "benefit": benefit}
 
+    def price(self, unit_amount: str | None, **fields: Any) -> Json:
+        """A product's price for a unit of the meter, in cents."""
+        known = {"id": f"price-{unit_amount}", "amount_type": "metered_unit", "meter_id": self.meter_id,
+                 "unit_amount": unit_amount, "cap_amount": None, "price_currency": "usd"}  # fmt: skip
+        return known | fields
+
     def subscription(self, start: datetime, **fields: Any) -> Json:
         """The subscription, with a price for the meter, in the month that begins at a time."""
-        price = {"id": "price", "amount_type": "metered_unit", "meter_id": self.meter_id}
+        price = self.price("10.0")
         known = {"id": self.subscription_id, "created_at": text(BEGINNING), "modified_at": text(start), "meters": [],
                  "status": "active", "amount": 1000, "currency": "usd", "recurring_interval": "month",
                  "current_period_start": text(start), "current_period_end": text(start + timedelta(days=30)),
