@@ -7,6 +7,7 @@ active subscriptions have a price for the meter, the newer one pays: usage is bi
 """
 
 from datetime import datetime
+from decimal import Decimal
 from typing import NamedTuple
 
 from meters.catalogue.catalogue import Catalogue, Customer
@@ -49,6 +50,17 @@ def tariff_of(catalogue: Catalogue, customer: Customer, meter: Meter) -> Tariff 
         steps = [Step(one.at, _stated(catalogue, one, meter, general)) for one in told] or [Step(None, general)]
         return Tariff(_merged(steps), paying)
     return None if general is None else Tariff([Step(None, general)], None)
+
+
+def unit_amounts(catalogue: Catalogue, meter: Meter) -> set[Decimal]:
+    """Return the prices of a unit that anybody pays for a meter now."""
+    general = catalogue.prices.of(meter.id)
+    found = {general} if general else set()
+    for held in catalogue.benefits.active_subscriptions(meter.organization_id):
+        if meter.id in meters_here(catalogue, meter.organization_id, held.meter_ids):
+            told = catalogue.prices.of_subscription(held.id)
+            found |= {price for one in told[-1:] if (price := _stated(catalogue, one, meter, general)) is not None}
+    return {price.unit_amount for price in found}
 
 
 def _paying(catalogue: Catalogue, customer: Customer, meter: Meter) -> Subscription | None:

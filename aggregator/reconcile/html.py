@@ -101,8 +101,9 @@ def _verdict(report: Report) -> str:
 
 def _stakes(report: Report) -> str:
     if report.cents:
-        return f"Money at stake by the meters' prices: {money(report.cents)}."
-    if any(difference.cents is not None for difference in report.differences):
+        more = f" For {_count(report.unpriced)} more, no price is known." if report.unpriced else ""
+        return f"Money at stake by the meters' prices: {money(report.cents)}.{more}"
+    if not report.unpriced:
         return "By the meters' prices no money is at stake."
     return "No price is known for the meters concerned; quantities are given instead."
 
@@ -114,9 +115,15 @@ def _facts(report: Report) -> str:
         if check.unexplained_count:
             said = f"{_count(check.unexplained_count)} different"
         boxes.append(f"<div><b>{said}</b>{escape(check.sides)}<br><span class=soft>{check.seconds:.1f} s</span></div>")
-    boxes.append(f"<div><b>{money(report.cents)}</b>money at stake<br><span class=soft>unit prices, before credits and "
+    boxes.append(f"<div><b>{_at_stake(report)}</b>money at stake<br><span class=soft>unit prices, before credits and "
                  "caps</span></div>")
     return f"<div class=facts>{''.join(boxes)}</div>"
+
+
+def _at_stake(report: Report) -> str:
+    if report.cents is None:
+        return "unknown"
+    return f"{money(report.cents)} or more" if report.unpriced else money(report.cents)
 
 
 def _actions(title: str, actions: Sequence[Done]) -> str:
@@ -166,7 +173,7 @@ def _difference(found: Difference) -> str:
     return (
         f"<tr><td><span class='tag{kind}'>{escape(found.cause)}</span></td><td class=wide>{escape(found.where)}{window}"
         f"</td><td class=wide>{escape(found.what)}{events}</td><td class=number>{_count(found.count)}</td>"
-        f"<td class=number>{quantities}</td><td class=number>{money(found.cents) if found.cents else ''}</td></tr>"
+        f"<td class=number>{quantities}</td><td class=number>{stake(found)}</td></tr>"
     )
 
 
@@ -215,6 +222,11 @@ def _row(tag: str, cells: Sequence[str], numbers: Iterable[int] = ()) -> str:
     right = set(numbers)
     kinds = [" class=number" if place in right else "" for place in range(len(cells))]
     return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
+
+
+def stake(found: Difference) -> str:
+    """The money that a difference is about; nothing where it moves none, "unknown" where no price is known."""
+    return "unknown" if found.is_unpriced else money(found.cents) if found.cents else ""
 
 
 def money(cents: Decimal) -> str:

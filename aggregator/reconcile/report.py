@@ -26,6 +26,7 @@ from meters.exact import EXACT, amount_text, decode_tokens
 from meters.filters import matches
 from meters.log import LATEST_US
 from meters.meter import Meter
+from meters.tariff import unit_amounts
 from meters.timestamps import instant_of
 
 # One event: what its log line says, what its stored row says, and how the two differ.
@@ -256,6 +257,11 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
         return self.cause in EXPLAINED
 
     @property
+    def is_unpriced(self) -> bool:
+        """Whether quantities are at stake and no price of them is known."""
+        return bool(self.quantities) and self.cents is None
+
+    @property
     def moved(self) -> str:
         """The quantities in one line, for a person."""
         return ", ".join(f"{name} {signed(amount)}" for name, amount in self.quantities.items())
@@ -355,9 +361,15 @@ class Report(msgspec.Struct, kw_only=True):
         return f"Everything that was compared agrees; {names} was not compared"
 
     @property
-    def cents(self) -> Decimal:
-        """Money at stake, without signs, as far as prices are known."""
-        return exact_sum(difference.cents.copy_abs() for difference in self.differences if difference.cents)
+    def cents(self) -> Decimal | None:
+        """Money at stake, without signs, as far as prices are known; None where none of them is."""
+        known = [difference.cents.copy_abs() for difference in self.differences if difference.cents is not None]
+        return None if self.unpriced and not known else exact_sum(known)
+
+    @property
+    def unpriced(self) -> int:
+        """The number of differences whose quantities have a price that is not known."""
+        return sum(difference.is_unpriced for difference in self.differences)
 
 
 def signed(amount: Decimal) -> str:
@@ -384,7 +396,9 @@ class Worth:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._cents = {
-            id: price.unit_amount for id in catalogue.meters if (price := catalogue.prices.of(id)) is not None
+            meter.id: amounts.pop()
+            for meter in catalogue.meters.values()
+            if len(amounts := unit_amounts(catalogue, meter)) == 1
         }
         meters = catalogue.meters.values()
         self._in_use = Counter((meter.organization_id, meter.name) for meter in meters if meter.archived_at is None)
@@ -409,7 +423,11 @@ class Worth:
         return f"{meter.name} ({meter_id})" if others else meter.name
 
     def cents(self, quantities: Mapping[str, Decimal]) -> Decimal | None:
-        """What quantities cost by their meters' unit prices, credits and caps aside; None where no price is known."""
+        """What quantities cost by their meters' unit prices, credits and caps aside; None where no price is known.
+
+        A meter for which products have several prices has no price that is known: a difference of many customers does
+        not say which of them pay what.
+        """
         parts = [EXACT.multiply(self._cents[id], amount) for id, amount in quantities.items() if id in self._cents]
         if not parts:
             return None

@@ -130,9 +130,10 @@ def _print_csv(found: "Report") -> None:
 
 
 def _money(one: "Difference") -> str:
-    from aggregator.reconcile.html import money
+    from aggregator.reconcile.html import stake
 
-    return money(one.cents) if one.cents else ""
+    found = stake(one)
+    return "money at stake: unknown" if found == "unknown" else found
 
 
 def _write(path: Path, text: str) -> None:

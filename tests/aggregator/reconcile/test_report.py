@@ -1,12 +1,14 @@
 """What a report lists, and when it says that both sides are equal."""
 
+import json
 from datetime import UTC, datetime
 from decimal import Decimal
 
 import msgspec
+import pytest
 
 from aggregator.reconcile.html import page
-from aggregator.reconcile.report import DIFFERENCES_MAX, Cause, Check, Difference, Repair, Report
+from aggregator.reconcile.report import DIFFERENCES_MAX, Cause, Check, Difference, Repair, Report, report_json
 
 
 def report_of(*causes: Cause) -> Report:
@@ -41,6 +43,35 @@ def test_differences_beyond_those_listed_are_counted() -> None:
 
     assert len(report.differences) == DIFFERENCES_MAX
     assert "5 more are not listed" in page(report)
+
+
+def lost(cents: Decimal | None, **quantities: int) -> Difference:
+    """A difference of these quantities."""
+    return Difference(
+        check="log", cause=Cause.LOST, where="", what="", repair=Repair.REBUILD, cents=cents,
+        quantities={name: Decimal(amount) for name, amount in quantities.items()},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("differences", "cents", "shown"),
+    [
+        ([lost(None, tokens=5)], None, "<b>unknown</b>money at stake"),  # no price is known
+        ([lost(Decimal(5), tokens=5)], 5, "<b>$0.05</b>money at stake"),
+        ([lost(Decimal(0), tokens=0)], 0, "<b>$0.00</b>money at stake"),
+        ([lost(Decimal(5), tokens=5), lost(None, calls=1)], 5, "<b>$0.05 or more</b>money at stake"),
+        ([lost(None)], 0, "<b>$0.00</b>money at stake"),  # no quantity of any meter is at stake
+        ([], 0, "<b>$0.00</b>money at stake"),
+    ],
+)
+def test_money_that_nobody_knows_is_unknown(
+    differences: list[Difference], cents: int | None, shown: str
+) -> None:
+    """And never $0.00, on the page and for a program."""
+    report = msgspec.structs.replace(report_of(), checks=[Check(name="log", sides="", differences=differences)])
+    assert report.cents == cents
+    assert json.loads(report_json(report))["cents"] == (None if cents is None else str(cents))
+    assert shown in page(report)
 
 
 def test_money_at_stake_is_told_to_the_last_cent() -> None:

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from aggregator.reconcile.report import Worth, add, between
-from meters.catalogue.catalogue import Catalogue
+from meters.catalogue.catalogue import Catalogue, Change
 from meters.event_values import Facts, Number
-from meters.ledger.price import MeterPriced, Price
+from meters.ledger.benefits import Subscription, SubscriptionSet
+from meters.ledger.price import MeterPriced, Price, ProductPrice, SubscriptionPriced
 from meters.meter import Meter
 from tests.support.records import NOW, ORGANIZATION, created, meter
 
@@ -49,6 +50,31 @@ def test_a_meter_does_not_inherit_the_price_of_an_archived_one() -> None:
 
     assert successor.named(found) == {"tokens": 10}
     assert successor.cents(found) is None
+
+
+@pytest.mark.parametrize(
+    ("general", "products", "cents"),
+    [(None, ["5"], 50), (None, ["5", "5.0"], 50), ("5", ["5"], 50), (None, ["5", "2"], None), (None, [None], None)],
+)
+def test_products_have_prices(general: str | None, products: list[str | None], cents: int | None) -> None:
+    """Where all subscriptions pay the same, that is the price; of several, a difference does not say which."""
+    told: list[Change] = []
+    for number, unit in enumerate(products):
+        price = Price(unit_amount=Decimal(unit)) if unit else None
+        told += [
+            SubscriptionSet(Subscription(
+                id=f"s{number}", organization_id=ORGANIZATION, customer_id=f"c{number}", status="active",
+                created_at=NOW, amount=0, currency="usd", recurring_interval="month", current_period_start=NOW,
+                product_id=f"p{number}", meter_ids=["sum"],
+            )),
+            SubscriptionPriced(
+                organization_id=ORGANIZATION, subscription_id=f"s{number}", product_id=f"p{number}", at=NOW,
+                prices=[ProductPrice(meter_id="sum", price=price)],
+            ),
+        ]  # fmt: skip
+    if general:
+        told.append(MeterPriced(meter_id="sum", price=Price(unit_amount=Decimal(general)), at=NOW))
+    assert Worth(Catalogue([*created(tokens("sum")), *told])).cents({"sum": Decimal(10)}) == cents
 
 
 @pytest.mark.parametrize(
