@@ -53,6 +53,63 @@ def test_a_signature_reaches_its_own_organization_alone(server: Server, polar: P
     assert state(polar)["name"] == "Ann"
 
 
+def own(polar: Polar) -> list[Delivery]:
+    """A benefit, its grant and a subscription."""
+    grant = polar.grant(JANUARY)
+    return [("benefit.created", grant["benefit"]), ("benefit_grant.created", grant),
+            ("subscription.created", polar.subscription(JANUARY))]  # fmt: skip
+
+
+def shown(polar: Polar) -> list[object]:
+    """What an organization sees of its benefits, grants, subscriptions and credits."""
+    tenant = polar.tenant
+    benefits, ann = tenant.get("/v1/benefits/"), tenant.get("/v1/customers/external/ann/state")
+    credits = tenant.get(f"/v1/customers/{ann['id']}/credits")
+    return [benefits, tenant.get(f"/v1/benefits/{polar.benefit_id}/grants"), ann, credits]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("benefit.updated", {"is_deleted": True}),
+        ("benefit.updated", {"description": "Eve's"}),
+        ("benefit_grant.revoked", {"is_revoked": True, "is_granted": False, "revoked_at": text(MARCH)}),
+        ("benefit_grant.updated", {}),
+        ("subscription.revoked", {"status": "canceled", "ended_at": text(MARCH)}),
+        ("subscription.updated", {"prices": []}),
+    ],
+)
+def test_a_tenants_news_change_nothing_of_anothers(
+    server: Server, polar: Polar, kind: str, change: dict[str, object]
+) -> None:
+    """Neither with all ids of the other one's, nor with its own customer: refused, and the other's lists stay."""
+    polar.mirrored_meter()
+    for id, (type_, data) in enumerate(own(polar)):
+        assert polar.deliver(type_, data, str(id)).status_code == 202
+    before = shown(polar)
+    eve = Polar(server.tenant())
+    eve.deliver("customer.created", eve.customer(), "1")
+    stolen = next(data for type_, data in own(polar) if type_.partition(".")[0] == kind.partition(".")[0])
+    stolen = stolen | {"modified_at": text(MARCH)} | change
+    disguised = stolen | {"customer_id": eve.customer_id, "customer": eve.customer()}
+    answers = [eve.deliver(kind, data, f"s{place}") for place, data in enumerate((stolen, disguised))]
+    assert [answer.status_code for answer in answers] == [422, 422]
+    assert shown(polar) == before
+
+
+def test_a_grant_may_not_bring_anothers_benefit(server: Server, polar: Polar) -> None:
+    """A grant of one's own carries its benefit along: with another's id it is refused, and the benefit is as before."""
+    polar.mirrored_meter()
+    for id, (kind, data) in enumerate(own(polar)):
+        polar.deliver(kind, data, str(id))
+    before = shown(polar)
+    eve = Polar(server.tenant())
+    benefit = polar.grant(JANUARY)["benefit"] | {"modified_at": text(MARCH), "is_deleted": True}
+    granted = eve.grant(MARCH) | {"benefit": benefit, "benefit_id": polar.benefit_id}
+    assert eve.deliver("benefit_grant.created", granted, "1").status_code == 422
+    assert shown(polar) == before
+
+
 def test_types_without_a_meaning_here_are_passed_over(polar: Polar) -> None:
     """They are accepted, so that the sender is content; a payload of another shape than its type's is refused."""
     assert polar.deliver("checkout.created", {"id": "x"}, "1").json() == {"status": "ignored"}
