@@ -134,8 +134,8 @@ async def take_back_credits(
                 raise Refused("value_error", ("path", "credit_id"), message, credit_id)
             back = CreditGranted(
                 id=revocation_id(credit.id), organization_id=token.organization_id, customer_id=customer.id,
-                meter_id=meter_id, units=-credit.units, rollover=credit.rollover,
-                at=max(in_window(account, desk.now()), credit.at), cause="revoke", reference=credit.id, takes=credit.id,
+                meter_id=meter_id, units=-credit.units, rollover=credit.rollover, cause="revoke", reference=credit.id,
+                at=max(in_window(account, desk.decided_at()), credit.at), takes=credit.id,
             )  # fmt: skip
             return await once.decide(credit_shape(back, customer.id, meter_id), 200, back)
 
