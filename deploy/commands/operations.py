@@ -139,10 +139,11 @@ def restore(
     Example: meterstream restore /backups/2026-03-01. The files that were here are kept beside the restored ones.
     """
     from deploy.backup import restore as run
+    from meters.timestamps import utc_text
 
     here = session(context)
     made, aside = run(here.data, directory)
-    show_one({"made_at": made.made_at.isoformat(), "usage.events": made.ends["usage.events"]}, here.output)
+    show_one({"made_at": utc_text(made.made_at), "usage.events": made.ends["usage.events"]}, here.output)
     if aside is not None:
         note(f"What was here before is in {aside}.")
     if not here.data.store.exists():
