@@ -1,27 +1,24 @@
-"""Files of events: NDJSON and CSV, with stable ids for their lines.
+"""Files of events: their encoding, NDJSON, and stable ids for their lines.
 
-``read_ndjson`` passes lines on byte by byte; ``CsvFile`` maps columns to an event's fields. Every event leaves with
-an ``external_id``: if a line has none, ``StableIds`` makes one from the line's content and the number of its
-occurrence in the file. So a file that is sent again, or that has grown, counts nothing twice.
+``read_ndjson`` passes lines on byte by byte. Every event leaves with an ``external_id``: if a line has none,
+``StableIds`` makes one from the line's content and the number of its occurrence in the file. So a file that is sent
+again, or that has grown, counts nothing twice. ``recognized_encoding`` names the encoding of a file by its first
+bytes; ``deploy.csv_files`` reads tables with it.
 """
 
 import codecs
-import csv
 import hashlib
+import io
 import os
-import re
 import select
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import islice
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
@@ -79,47 +76,129 @@ def never_again() -> str:
     return uuid.uuid4().hex
 
 
-# Reading. Input from a pipe is not held back for long: its lines are batched only with lines of the same second.
+# Encodings. A mark at the beginning, or zeros beside the first characters, leave no doubt; anything else is UTF-8
+# unless a person says otherwise, because a text in a legacy encoding does not say which one it has.
 
-FIELDS = (
-    "name", "timestamp", "external_customer_id", "customer_id", "external_id", "parent_id", "member_id",
-    "external_member_id", "organization_id",
+HEAD_BYTES = 4
+UTF_8 = "utf-8-sig"  # with or without a mark
+MARKS = (  # the longer ones first
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, UTF_8),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )
-METADATA = "metadata."
-RESERVED = ("_cost", "_llm")  # the two metadata keys that hold an object
-IDENTITY = ("name", "external_customer_id", "customer_id")  # what of a mapping makes the same row another event
-TEXTS_SHOWN_MAX = 5  # cells of one column tend to be alike
-TIME_DECIMALS_MAX = 40  # decimals of a time that is written with an exponent; programs write 18 digits at most
-SECONDS_MIN = 100_000_000  # in 1973; a smaller number is a year, or a day such as 20260301
-MEANT_AS_A_NUMBER = re.compile(
-    r"[+-]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?%?"
-)
-"""What a person may have meant as a number: thousands set apart, a decimal comma, a plus, zeros in front."""
 OTHER_FILES = {
     b"\x1f\x8b": "compressed with gzip; unpack it",
-    codecs.BOM_UTF16_LE + b"{\0": "UTF-16; save it as UTF-8",
-    codecs.BOM_UTF16_BE + b"\0{": "UTF-16; save it as UTF-8",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"PK\x03\x04": "a workbook or another zip archive; save the table as CSV",
+    b"PAR1": "a Parquet file; write it as CSV",
 }
-HALF_WRITTEN = (
-    "the last line does not end with a newline, so somebody may be writing it still: it was not sent. Import the file "
-    "again when it is whole, or give --complete if it is"
-)
+LEGACY = "windows-1252"  # the most likely of those that do not say what they are
+AROUND_BYTES = 12  # shown on both sides of a byte that is not UTF-8
+
+
+def recognized_encoding(head: bytes, asked: str = "", name: str = "the file") -> str:
+    """Return the encoding of a text that begins with these bytes: the one that is ``asked`` for, unless they deny it.
+
+    Raises GiveUp for a file that is no text, and for an encoding that is unknown or not the file's.
+    """
+    for mark, way in OTHER_FILES.items():
+        if head.startswith(mark):
+            raise GiveUp(f"{name} is {way} first", USAGE)
+    marked = next((encoding for mark, encoding in MARKS if head.startswith(mark)), "")
+    if not asked:
+        return marked or _by_zeros(head) or UTF_8
+    try:
+        encoding = codecs.lookup(asked).name
+        "".encode(encoding)  # refuses what codes bytes, such as base64
+    except LookupError:
+        raise GiveUp(f"--encoding: {asked!r} is no encoding of text; try utf-8, utf-16 or {LEGACY}", USAGE) from None
+    if marked and not encoding.startswith(marked.removesuffix("-sig")):
+        seen = f"begins as {shown_encoding(marked)} does"
+        raise GiveUp(f"{name} {seen} and is not {encoding}; leave --encoding out", USAGE)
+    return UTF_8 if encoding == "utf-8" else encoding
+
+
+def _by_zeros(head: bytes) -> str:
+    """UTF-16 without a mark: its first character is one of ASCII."""
+    match [byte > 0 for byte in head[:2]]:
+        case [True, False]:
+            return "utf-16-le"
+        case [False, True]:
+            return "utf-16-be"
+    return ""
+
+
+def shown_encoding(encoding: str) -> str:
+    """The encoding as people write it."""
+    return encoding.removesuffix("-sig").upper()
+
+
+def undecodable(source: IO[bytes], encoding: str, name: str, error: UnicodeDecodeError) -> str:
+    """Describe the first bytes of a file that its encoding does not have; in UTF-8 with their line."""
+    if encoding == UTF_8:
+        source.seek(0)
+        for number, line in enumerate(source, 1):
+            if found := _foreign_byte(line):
+                return f"{name}, line {number}: {found}"
+    return f"{name} is not {shown_encoding(encoding)}: {error.reason}; name its encoding with --encoding"
+
+
+def _foreign_byte(line: bytes) -> str:
+    """What is not UTF-8 in a line; empty where all of it is."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        around = line[max(error.start - AROUND_BYTES, 0) : error.start + AROUND_BYTES].decode(LEGACY, "replace").strip()
+        return (
+            f"byte {error.start + 1} of the line is not UTF-8; save the file as such, or give its encoding "
+            f"(with --encoding {LEGACY} it would read {around!r})"
+        )
+    return ""
+
+
+# Reading. Input from a pipe is not held back for long: its lines are batched only with lines of the same second.
+
 WAIT_S = 1.0  # that a line waits for others to go with it: what is piped happens now
 CHUNK_BYTES = 1024 * 1024
+SECONDS_MIN = 100_000_000  # in 1973; a smaller number is a year, a day such as 20260301, or a spreadsheet's
+
+
+def early_time(number: str) -> str:
+    """What to write instead of a number that would be a time before 1973, which nobody means; empty for others.
+
+    The number has no exponent.
+    """
+    return "write a day as 2026-03-01, or the seconds since 1970" if 0 <= Decimal(number) < SECONDS_MIN else ""
+
+
+def lines_of(file: io.BufferedReader, encoding: str = "") -> Iterator[bytes]:
+    """The lines of a file in UTF-8, whatever its encoding; those of UTF-8 byte by byte. Raises GiveUp."""
+    encoding = recognized_encoding(file.peek(HEAD_BYTES)[:HEAD_BYTES], encoding)
+    if encoding == UTF_8:
+        yield from file
+        return
+    try:
+        yield from (line.encode() for line in io.TextIOWrapper(file, encoding, newline="\n"))
+    except UnicodeDecodeError as error:
+        raise GiveUp(undecodable(file, encoding, "the file", error), USAGE) from None
 
 
 def read_ndjson(file: Iterable[bytes | None], apart: str = "") -> Iterator[Line | Problem | None]:
     """An event a line, empty lines skipped; ``apart`` is that of StableIds. A None of ``as_they_come`` stays one.
 
-    Raises GiveUp for a file whose first bytes say that it is no text in UTF-8.
+    The lines are UTF-8, as ``lines_of`` and ``as_they_come`` give them.
     """
     with StableIds(apart) as ids:
         yield from _read_ndjson(file, ids)
 
 
-def as_they_come(descriptor: int, wait_s: float = WAIT_S) -> Iterator[bytes | None]:
-    """The lines of a pipe, and None where one has waited for so long: whoever collects them sends what there is."""
+def as_they_come(descriptor: int, wait_s: float = WAIT_S, encoding: str = "") -> Iterator[bytes | None]:
+    """The lines of a pipe, and None where one has waited for so long: whoever collects them sends what there is.
+
+    Nothing is held back to look at all of it first, as a pipe may never end. Raises GiveUp as ``lines_of`` does.
+    """
     unfinished = bytearray()
+    decoder: codecs.IncrementalDecoder | None = None
+    is_first = True
     due_s: float | None = None
     while True:
         left_s = None if due_s is None else max(due_s - time.monotonic(), 0.0)
@@ -128,17 +207,30 @@ def as_they_come(descriptor: int, wait_s: float = WAIT_S) -> Iterator[bytes | No
             yield None
             continue
         chunk = os.read(descriptor, CHUNK_BYTES)
+        is_end = not chunk
+        if is_first:
+            is_first, known = False, recognized_encoding(chunk[:HEAD_BYTES], encoding, "what was piped")
+            decoder = None if known == UTF_8 else codecs.getincrementaldecoder(known)()
+        if decoder:
+            chunk = _decoded(decoder, chunk, is_end=is_end)
         *lines, rest = chunk.split(b"\n")
         for line in lines:
             yield bytes(unfinished + line)
             unfinished.clear()
         unfinished += rest
-        if not chunk:
+        if is_end:
             break
         if lines and due_s is None:
             due_s = time.monotonic() + wait_s
     if unfinished:
         yield bytes(unfinished)
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, *, is_end: bool) -> bytes:
+    try:
+        return decoder.decode(chunk, final=is_end).encode()
+    except UnicodeDecodeError as error:
+        raise GiveUp(f"what was piped is not {error.encoding}: {error.reason}; name its encoding", USAGE) from None
 
 
 def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line | Problem | None]:
@@ -149,7 +241,7 @@ def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line 
             yield None
             continue
         number += 1
-        line = (raw if number > 1 else _first(raw)).strip()
+        line = (raw if number > 1 else raw.removeprefix(codecs.BOM_UTF8)).strip()
         if not line:
             continue
         try:
@@ -160,18 +252,22 @@ def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line 
         if "events" in event and "name" not in event:
             yield Problem(number, "a whole request, not an event: give each of its events a line of its own")
             continue
+        if complaint := _early(bytes(event.get("timestamp", b""))):
+            yield Problem(number, f"timestamp: {complaint}")
+            continue
         if bytes(event.get("external_id", b"null")) == b"null":
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)
 
 
-def _first(raw: bytes) -> bytes:
-    """The first line without a mark of UTF-8. Raises GiveUp where every line would be complained of."""
-    for mark, way in OTHER_FILES.items():
-        if raw.startswith(mark):
-            raise GiveUp(f"the file is {way} first", USAGE)
-    return raw.removeprefix(codecs.BOM_UTF8)
+def _early(raw: bytes) -> str:
+    """What is wrong with a timestamp that is a number, or the text of one, of a time before 1973."""
+    token = raw.strip(b'"').decode(errors="replace")
+    if not JSON_NUMBER.fullmatch(token) or "e" in token.lower():
+        return ""
+    way_on = early_time(token)
+    return f"{token} would be a time before 1973; {way_on}" if way_on else ""
 
 
 def _fields(decoder: "msgspec.json.Decoder[dict[str, msgspec.Raw]]", line: bytes) -> dict[str, msgspec.Raw]:
@@ -181,223 +277,9 @@ def _fields(decoder: "msgspec.json.Decoder[dict[str, msgspec.Raw]]", line: bytes
     """
     if len(line) > EVENT_BYTES_MAX:
         raise ValueError(f"it has {len(line):,} bytes, and a whole request may have {BODY_BYTES_MAX:,}")
+    if found := _foreign_byte(line):  # the decoder skips over the bytes of texts
+        raise ValueError(found)
     try:
-        line.decode()  # the decoder skips over the bytes of texts
         return decoder.decode(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} of the line is not UTF-8; save the file as such") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def parse_mapping(options: list[str], flag: str) -> dict[str, str]:
-    """``name=model,metadata.tokens=Tokens`` as {"name": "model", ...}. Raises GiveUp for what no event has."""
-    mapping: dict[str, str] = {}
-    for part in (part for option in options for part in _parts(option, flag)):
-        field, equals, value = part.partition("=")
-        field = field.strip()
-        if not equals:
-            raise GiveUp(f"{flag} takes FIELD=VALUE, separated by commas, and not {part!r}", USAGE)
-        key = field.removeprefix(METADATA) if field.startswith(METADATA) else ""
-        if field not in FIELDS and key in ("", *RESERVED):
-            raise GiveUp(f"{flag}: events have no {field!r}; only {', '.join(FIELDS)} and metadata.NAME", USAGE)
-        mapping[field] = value.strip()
-    return mapping
-
-
-def _parts(option: str, flag: str) -> list[str]:
-    """What stands between the commas; one with a comma in itself is quoted as in the file. Raises GiveUp."""
-    try:
-        return next(csv.reader([option], strict=True, skipinitialspace=True), []) or [""]
-    except csv.Error as error:
-        raise GiveUp(f"{flag} is read as a line of CSV, and {option!r} is none: {error}", USAGE) from None
-
-
-class CsvFile(msgspec.Struct, frozen=True):
-    """A CSV file with a header line, and how its columns become events."""
-
-    path: Path
-    columns: dict[str, str]  # event field -> column
-    constants: dict[str, str]  # event field -> the same value for every line
-    apart: str = ""  # that of StableIds
-    is_complete: bool = False  # also where the last line has no newline
-
-    def check(self, *, texts_meant: bool = False) -> None:
-        """Raises GiveUp when the mapping cannot work, or the file cannot be read, before anything is sent.
-
-        Unless they are meant, that goes for cells that look like numbers and are none for JSON, too: no meter adds them
-        up, and once they are sent, a mended row is another event. The file is read to its end, since a quote that
-        nobody closes makes one row of many.
-        """
-        fields = self.columns.keys() | self.constants.keys()
-        if "name" not in fields or not fields & {"external_customer_id", "customer_id"}:
-            raise GiveUp(
-                "an event needs a name and a customer: give them with --map name=COLUMN,external_customer_id=COLUMN "
-                "or, the same for all, --set name=TEXT,external_customer_id=TEXT", USAGE,
-            )
-        with self._open() as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                header = next(reader, None)
-                self._check_header(header)
-                texts = self._texts(header or [], reader)
-                shown, hidden = list(islice(texts, TEXTS_SHOWN_MAX)), sum(1 for _ in texts)
-            except UnicodeDecodeError:
-                raise GiveUp(f"{self.path} is not UTF-8; save it as such; nothing was sent", USAGE) from None
-            except csv.Error as error:
-                place = f"{self.path}, line {reader.line_num}"
-                raise GiveUp(f"{place} cannot be read: {error}; nothing was sent", USAGE) from None
-        if shown and not texts_meant:
-            raise GiveUp(_complaint(shown, hidden), USAGE)
-
-    def _check_header(self, header: list[str] | None) -> None:
-        if header is None:
-            raise GiveUp(f"{self.path} is empty; it should begin with a line that names its columns", USAGE)
-        mapped = sorted(set(self.columns.values()))
-        if missing := [column for column in mapped if column not in header]:
-            raise GiveUp(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(header)}", USAGE)
-        if twice := [column for column in mapped if header.count(column) > 1]:
-            raise GiveUp(f"{self.path} has several columns {', '.join(twice)}; give each a name of its own", USAGE)
-
-    def lines(self) -> Iterator[Line | Problem]:
-        """An event for every row, with the number of the file's line on which the row ends."""
-        with self._open() as file, StableIds(self.apart) as ids:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            for number, cells in self._rows(reader):
-                if cells is None:
-                    yield Problem(number, HALF_WRITTEN)
-                    continue
-                if len(cells) != len(header):
-                    yield Problem(number, f"the row has {len(cells)} cells, and the header has {len(header)}")
-                    continue
-                row = dict(zip(header, cells, strict=True))
-                external_id = ids.next(self._identity(row))
-                try:
-                    yield Line(number, msgspec.json.encode(self._event(row, external_id)))
-                except ValueError as error:
-                    yield Problem(number, str(error))
-
-    def _rows(self, reader: Any) -> Iterator[tuple[int, list[str] | None]]:
-        """Every row with the line on which it ends; None for a last one that somebody may be writing still."""
-        held: tuple[int, list[str] | None] | None = None
-        for cells in reader:
-            if held is not None:
-                yield held
-            held = (reader.line_num, cells) if cells else None
-        if held is not None:
-            yield held if self.is_complete or self._ends_a_line() else (held[0], None)
-
-    def _ends_a_line(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-            return file.read(1) in (b"\n", b"\r")
-
-    def _identity(self, row: Mapping[str, str]) -> bytes:
-        """What makes a row the same event: its cells in any order of columns, what is set, whom and what it names.
-
-        Not how metadata is mapped: another reading of a row that was counted already is a conflict, and not more usage.
-        """
-        cells = sorted((column, cell) for column, cell in row.items() if cell)
-        roles = [(field, self.columns[field]) for field in IDENTITY if field in self.columns]
-        return msgspec.json.encode([cells, sorted(self.constants.items()), roles])
-
-    def rows(self) -> int:
-        """About how many rows there are, for a progress bar (a quoted newline counts as one more)."""
-        with self.path.open("rb") as file:
-            return max(sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")) - 1, 0)
-
-    def _open(self) -> IO[str]:
-        try:
-            return self.path.open(encoding="utf-8-sig", newline="")
-        except OSError as error:
-            raise GiveUp(f"cannot read {self.path}: {error.strerror}", USAGE) from None
-
-    def _texts(self, header: list[str], reader: Any) -> Iterator[str]:
-        """Where what looks like a number would be sent as text."""
-        for field, value in self.constants.items():
-            if field.startswith(METADATA) and _is_almost_number(value):
-                yield f"--set {field}: {value!r}"
-        mapped = {column for field, column in self.columns.items() if field.startswith(METADATA)}
-        places = [(header.index(column), column) for column in sorted(mapped)]
-        for cells in reader:
-            for place, column in places if len(cells) == len(header) else ():
-                if _is_almost_number(cells[place]):
-                    yield f"line {reader.line_num}, {column}: {cells[place]!r}"
-
-    def _event(self, row: Mapping[str, str], external_id: str) -> dict[str, object]:
-        event: dict[str, object] = {"external_id": external_id}
-        metadata: dict[str, object] = {}
-        texts = {field: row.get(column, "") for field, column in self.columns.items()} | self.constants
-        for field, value in texts.items():
-            if value == "":
-                continue
-            if field.startswith(METADATA):
-                _place(metadata, field.removeprefix(METADATA), _value(value))
-            else:
-                event[field] = _instant(value) if field == "timestamp" else value
-        return event | {"metadata": metadata} if metadata else event
-
-
-def _complaint(texts: list[str], hidden: int) -> str:
-    shown = "; ".join(texts) + (f"; and {hidden:,} more" if hidden else "")
-    return (
-        f"cells look like numbers and would be sent as text, which no meter adds up: {shown}. Write them as 1234.5 "
-        "(no comma, + or 0 in front), or give --texts if they are meant; nothing was sent"
-    )
-
-
-def _is_almost_number(text: str) -> bool:
-    number = text.strip()
-    return MEANT_AS_A_NUMBER.fullmatch(number) is not None and not JSON_NUMBER.fullmatch(number)
-
-
-def _place(metadata: dict[str, object], key: str, value: object) -> None:
-    """Set a key; a reserved one holds an object (``_cost.amount``)."""
-    outer, dot, inner = key.partition(".")
-    if dot and outer in RESERVED:
-        inside = metadata.setdefault(outer, {})
-        assert isinstance(inside, dict)
-        inside[inner] = value
-    else:
-        metadata[key] = value
-
-
-def _value(text: str) -> object:
-    """A cell as JSON would write it: a number keeps its digits, true and false are booleans, the rest is text."""
-    if text in ("true", "false"):
-        return text == "true"
-    number = text.strip()
-    return msgspec.Raw(number.encode()) if JSON_NUMBER.fullmatch(number) else text
-
-
-def _instant(text: str) -> str:
-    """A time with its offset; without one it is UTC. A number is seconds or milliseconds, as the server reads it."""
-    if JSON_NUMBER.fullmatch(text):
-        number = _written_out(text)
-        if 0 <= Decimal(number) < SECONDS_MIN and Decimal(number) % 1 == 0:
-            raise ValueError(f"timestamp: {text!r} is no time; write a day as 2026-03-01, or the seconds since 1970")
-        return number
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"timestamp: {text!r} is no ISO 8601 time") from None
-    return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).isoformat()
-
-
-def _written_out(number: str) -> str:
-    """The number without an exponent, which a time has nowhere in text.
-
-    Raises ValueError where the exponent stands for digits that are not there: a spreadsheet writes 1.76723E+09, which
-    may be more than an hour from what its cell held.
-    """
-    if "e" not in number.lower():
-        return number
-    try:
-        value = Decimal(number)
-    except ArithmeticError:  # an exponent beyond all
-        value = Decimal("NaN")
-    decimals = -value.as_tuple().exponent if value.is_finite() else -1  # type: ignore[operator]  # a number's is one
-    if not 0 <= decimals <= TIME_DECIMALS_MAX:
-        raise ValueError(f"timestamp: {number!r} does not say every digit of its seconds; write it without an exponent")
-    return f"{value:f}"

@@ -1,8 +1,8 @@
 """``meterstream events``: send and import usage, list events and dead letters, replay a dead letter.
 
-``send`` and ``import_csv`` read a file (``deploy.event_files``) and deliver its events (``deploy.sending``). They
-report refused lines by number, and finally the events that do not count because their ``external_id`` exists with
-other content.
+``send`` and ``import_csv`` read a file (``deploy.event_files``, ``deploy.csv_files``) and deliver its events
+(``deploy.sending``). They report refused lines by number, and finally the events that do not count because their
+``external_id`` exists with other content.
 """
 
 import io
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -32,6 +32,11 @@ PROBLEMS_SHOWN_MAX = 20  # whoever has more of them has one cause
 
 Anew = Annotated[bool, typer.Option("--anew", help="Count what was sent before once more, unless it names its id.")]
 
+Encoding = Annotated[
+    str,
+    typer.Option(help="The file's encoding, such as windows-1252; UTF-8 and marked UTF-16 are recognized."),
+]
+
 Map = Annotated[
     list[str],
     typer.Option(
@@ -47,6 +52,7 @@ def send(
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
+    encoding: Encoding = "",
 ) -> None:
     """Send events, one JSON object a line, as they are. Sending a file again, or one that has grown, is harmless.
 
@@ -55,11 +61,11 @@ def send(
     event. What is meant as another one needs an external_id, a timestamp, or --anew. What comes from standard input
     happens now, so there every line without external_id is an event of its own.
     """
-    from deploy.event_files import as_they_come, read_ndjson
+    from deploy.event_files import as_they_come, lines_of, read_ndjson
 
     is_new = anew or file == STDIN
     with _opened(file) as source:
-        lines = as_they_come(source.fileno()) if file == STDIN else source
+        lines = as_they_come(source.fileno(), encoding=encoding) if file == STDIN else lines_of(source, encoding)
         _deliver(session(context), read_ndjson(lines, _apart(is_new)), batch, total=None, is_new=is_new)
 
 
@@ -67,15 +73,26 @@ def send(
 @flowing
 def import_csv(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A CSV file with a header line.")],
+    file: Annotated[Path, typer.Argument(help="A CSV file with a header line; - reads standard input.")],
     map: Map = [],  # noqa: B006 (typer copies it)
     set: Annotated[list[str], typer.Option(help="FIELD=VALUE,... the same for every line, such as name=call.")] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events in one request.")] = 500,
     anew: Anew = False,
-    texts: Annotated[bool, typer.Option("--texts", help="Cells such as 00123 or 1,234 are meant as text.")] = False,
+    delimiter: Annotated[str, typer.Option(help="What separates cells, or tab; , ; | and tabs are recognized.")] = "",
+    decimal: Annotated[str, typer.Option(help="The decimal sign of numbers, . or ,")] = ".",
+    time_format: Annotated[
+        str, typer.Option(help="iso, excel, day-first, month-first, or a pattern such as '%d.%m.%Y %H:%M'.")
+    ] = "iso",
+    encoding: Encoding = "",
+    allow_text: Annotated[
+        list[str], typer.Option(metavar="COLUMN", help="Cells that are no numbers are meant as text; repeatable.")
+    ] = [],  # noqa: B006
     complete: Annotated[bool, typer.Option("--complete", help="Send the last line also if it has no newline.")] = False,
 ) -> None:
     """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
+
+    The file is read to its end first, and what each column holds is shown. Nothing is sent if a column mixes numbers
+    with other cells (unless --allow-text names it), or if its times cannot be read.
 
     A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
     customer, and from how often the same row stood before it in this file. So equal rows of one file are different
@@ -83,11 +100,17 @@ def import_csv(
     (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC. A last line without a
     newline may be half written, so it is not sent unless the file is --complete.
     """
-    from deploy.event_files import CsvFile, parse_mapping
+    from deploy.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
 
-    source = CsvFile(file, parse_mapping(map, "--map"), parse_mapping(set, "--set"), _apart(anew), complete)
-    source.check(texts_meant=texts)
-    _deliver(session(context), source.lines(), batch, total=source.rows(), is_new=anew)
+    columns, constants = parse_mapping(map, "--map"), parse_mapping(set, "--set")
+    form, allowed = CsvForm(delimiter, decimal, time_format, encoding).check(), frozenset(allow_text)
+    with rereadable(file, sys.stdin.buffer if file == STDIN else None) as source:
+        table = CsvFile(source, str(file), columns, constants, form, _apart(anew), complete)
+        survey = table.survey(allowed)
+        for line in survey.report():
+            note(line)
+        survey.check(allowed)
+        _deliver(session(context), table.lines(survey), batch, total=survey.rows, is_new=anew)
 
 
 @app.command(epilog=EPILOG, name="list")
@@ -191,18 +214,19 @@ def _event(content: bytes, source: str, letter_id: str) -> "Line":
 
     Raises GiveUp.
     """
-    from deploy.event_files import read_ndjson
+    from deploy.event_files import lines_of, read_ndjson
     from deploy.sending import Line
 
-    found = list(read_ndjson(io.BytesIO(content), apart=letter_id))
+    found = list(read_ndjson(lines_of(io.BufferedReader(io.BytesIO(content))), apart=letter_id))
     if len(found) != 1 or not isinstance(found[0], Line):
         raise GiveUp(f"{source} should hold one event, a JSON object on one line", USAGE)
     return found[0]
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
+def _opened(file: Path) -> Iterator[io.BufferedReader]:
     if file == STDIN:
+        assert isinstance(sys.stdin.buffer, io.BufferedReader)
         yield sys.stdin.buffer
         return
     try:

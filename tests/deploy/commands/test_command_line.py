@@ -331,12 +331,32 @@ def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path
     with path.open("a") as file:
         file.write('one more,"1,5"\n')
     refused = counted.run(*command)
-    second = counted.answer(*command, "--texts")
+    second = counted.answer(*command, "--allow-text", "total")
 
     assert (first["inserted"], first["duplicates"]) == (1000, 0)
     assert refused.returncode == 2
-    assert "line 1002, total: '1,5'" in refused.stderr
+    assert "total -> metadata.n: 1 of 1,001 cells are no number (line 1002 '1,5')" in refused.stderr
     assert (second["inserted"], second["duplicates"]) == (1, 1000)
+
+
+def test_a_spreadsheets_export_is_imported_from_a_pipe(counted: Installation) -> None:
+    """Semicolons and UTF-16 are recognized, decimals and times are named; each column is reported before it is sent."""
+    text = "user;at;total\nada;46351,34375;1,5\nada;46351,5;2\n"
+    columns = "external_customer_id=user,timestamp=at,metadata.n=total"
+    command = ("events", "import", "-", "--map", columns, "--set", "name=sheet", "--output", "json")
+    options = ("--decimal", ",", "--time-format", "excel")
+
+    refused = counted.run(*command, text=text)
+    done = counted.run(*command, *options, text=text)
+
+    assert refused.returncode == 2
+    assert "if so, give --time-format excel and --decimal ,; nothing was sent" in refused.stderr
+    assert "total -> metadata.n: 2 numbers" in done.stderr
+    assert json.loads(done.stdout)["inserted"] == 2
+    found = counted.answer("events", "list", "--name", "sheet")
+    assert [(event["timestamp"], event["metadata"]) for event in found] == [
+        ("2026-11-25T12:00:00Z", {"n": 2}), ("2026-11-25T08:15:00Z", {"n": 1.5}),
+    ]
 
 
 def test_a_file_sent_twice_is_counted_once(counted: Installation, tmp_path: Path) -> None:
