@@ -2,7 +2,8 @@
 
 ``run`` starts an ``Aggregator`` (``engine/supervisor.py``), creates the API over it and serves both until SIGTERM,
 SIGINT or a final failure of the aggregator. The webhook sender runs as a task on the API's event loop. ``LagWatch``
-compares the store's positions with the ends of the log for ``/metrics``.
+compares the store's positions with the ends of the log for ``/metrics``; ``UnmatchedWatch`` looks for new events that
+add nothing to their meters.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from aggregator.engine.pipeline import Readable
 from aggregator.engine.supervisor import FINAL, Aggregator
 from aggregator.forward.state import ForwardingMetrics
 from aggregator.store.database import MODEST, Settings
+from aggregator.store.queries.unmatched import in_newest
 from aggregator.store.store import StillRead
 from aggregator.view import Unavailable
 from aggregator.webhooks.sender import Sender
@@ -83,6 +85,48 @@ class LagWatch:
         self._looked.set(time.time())
 
 
+# UnmatchedWatch: events that a meter's filter lets through and that add nothing, because their value is no number.
+#
+# The engine counts no such events: that would cost every event. Each minute a thread looks at the newest thousand, so a
+# sender that writes numbers as text is seen while it sends. What it costs is bounded by events and meters.
+
+UNMATCHED_LOOK_S = 60.0
+UNMATCHED_METERS_MAX = 100  # of organizations with new events: half a second of one core in each look
+
+
+class UnmatchedWatch:
+    """A gauge by meter, kept by a thread until ``stop``."""
+
+    def __init__(self, aggregator: Aggregator, look_s: float = UNMATCHED_LOOK_S) -> None:
+        self._aggregator, self._look_s = aggregator, look_s
+        self._gauge = Gauge(
+            "meterstream_unmatched_events",
+            "Matching events whose value is no number, among the newest thousand events; meters without any are absent",
+            ["meter"], registry=aggregator.telemetry.registry,
+        )  # fmt: skip
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="unmatched", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._look_s):
+            with contextlib.suppress(Unavailable):  # between two engines: the next time will do
+                self.look()
+
+    def look(self) -> None:
+        """Look at the newest events. Raises Unavailable."""
+        with self._aggregator.read() as snapshot:
+            found = in_newest(snapshot.connection, self._aggregator.catalogue, UNMATCHED_METERS_MAX)
+        self._gauge.clear()
+        for meter_id, events in found.items():
+            self._gauge.labels(meter_id).set(events)
+
+
 # The process itself.
 #
 # The API's event loop, the reader and the writer share the interpreter's lock. A short switch interval keeps answers
@@ -132,11 +176,12 @@ def run(log: Log, process: Process) -> None:
     if process.housekeeping is not None:
         keeper = threading.Thread(target=_keep_house, args=(aggregator, process.housekeeping), daemon=True)
         keeper.start()
-    lag = LagWatch(log, aggregator)
+    lag, unmatched = LagWatch(log, aggregator), UnmatchedWatch(aggregator)
     try:
         uvloop.run(_serve(aggregator, process))
     finally:
         lag.stop()
+        unmatched.stop()
         aggregator.stop()
         gc.unfreeze()  # or the bindings of DuckDB complain of what is left at the end
     if isinstance(aggregator.failure, FINAL):

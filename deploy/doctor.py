@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from deploy.errors import GiveUp
 from deploy.server.control import READ_BYTES, Control, NotYet
 from deploy.server.data import AS_OWNER, PUT_BACK, DataDirectory
 from deploy.server.private_files import private_files
+from meters.catalogue.catalogue import Catalogue
 from meters.log import (
     USAGE_CONTROL,
     USAGE_EVENTS,
@@ -51,6 +52,11 @@ SET_CLOCK = (
     "and decisions get it, too, in their right order"
 )
 ROOM_BYTES_MIN = 4 << 20  # what a checkpoint of the log writes at once (``ingest.log.sqlite_writer``)
+SEND_NUMBERS = (
+    "send the value as a number of JSON, or have the meter read another property; `GET /v1/meters/ID` shows an "
+    "example. This is said until no such event is recent"
+)
+METERS_LOOKED_MAX = 500  # a query each, of tens of milliseconds
 STRANGERS_SHOWN_MAX = 10  # whoever has more of them has one cause
 
 
@@ -165,8 +171,8 @@ def _heal_log(data: DataDirectory, error: GiveUp) -> str:
 
 def _examine_log(
     data: DataDirectory, log: Log, progress: Callable[[int], None]
-) -> Generator[Finding, None, Collection[str] | None]:
-    """Returns the ids of the organizations; None where the decisions cannot be read. Raises PositionLost, Refused."""
+) -> Generator[Finding, None, Catalogue | None]:
+    """Returns the catalogue; None where the decisions cannot be read. Raises PositionLost, Refused."""
     for stream in (USAGE_EVENTS, USAGE_CONTROL):
         records = sum(log.ends(stream).values()) - sum(log.starts(stream).values())
         extent = f"{records} records, up to position {_text(log.ends(stream))}"
@@ -193,7 +199,7 @@ def _examine_log(
         yield Finding("given up", given_up.words)
     heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
     yield Finding("decisions", counts, heal)
-    return catalogue.organizations.keys()
+    return catalogue
 
 
 def _clock(log: Log) -> Iterator[Finding]:
@@ -227,7 +233,7 @@ def _read_through(log: Log, stream: str, progress: Callable[[int], None]) -> Non
         progress(len(records))
 
 
-def _examine_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
+def _examine_store(data: DataDirectory, log: Log, known: Catalogue | None) -> Iterator[Finding]:
     from deploy.rebuild import fresh_store
 
     try:
@@ -325,7 +331,7 @@ def _heal_store(error: "Unopenable", log: Log) -> str:
     return GO_BACK if isinstance(error, OlderLayout) else BRING_BACK
 
 
-def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) -> Iterator[Finding]:
+def _open_store(data: DataDirectory, log: Log, known: Catalogue | None) -> Iterator[Finding]:
     from aggregator.engine.supervisor import break_in
     from aggregator.store.database import NotNow, Unopenable, explaining
     from aggregator.store.store import Store
@@ -354,6 +360,7 @@ def _open_store(data: DataDirectory, log: Log, known: Collection[str] | None) ->
             yield Finding("store and log", broken, newest)
         if known is not None:
             yield _strangers(store, known)
+            yield _passed_over(store, known)
 
 
 def _no_store(data: DataDirectory) -> Finding:
@@ -363,17 +370,38 @@ def _no_store(data: DataDirectory) -> Finding:
     return Finding("store", f"there is none in {data.path}", NO_STORE)
 
 
-def _strangers(store: "Store", known: Collection[str]) -> Finding:
+def _strangers(store: "Store", known: Catalogue) -> Finding:
     from aggregator.store.maintenance import stored_under
 
     with contextlib.closing(store.cursor()) as connection:
-        found = stored_under(connection, known)
+        found = stored_under(connection, known.organizations.keys())
     if not found:
         return Finding("organizations", "every event belongs to one that was made")
     named = ", ".join(f"{id} ({events})" for id, events in list(found.items())[:STRANGERS_SHOWN_MAX])
     more = f" and {len(found) - STRANGERS_SHOWN_MAX} more" if len(found) > STRANGERS_SHOWN_MAX else ""
     what = f"{sum(found.values())} events are stored under organizations that nobody made, so that nobody can see them"
     return Finding("organizations", f"{what}: {named}{more}", NAME_IT)
+
+
+def _passed_over(store: "Store", known: Catalogue) -> Finding:
+    """Meters whose matching events of the newest days add nothing, because their value is no number."""
+    from aggregator.store.queries.unmatched import RECENT, of_meters
+
+    meters = [meter for meter in known.meters.values() if meter.archived_at is None]
+    looked = meters[-METERS_LOOKED_MAX:]
+    newest = f" (the newest {len(looked)} of {len(meters)})" if len(looked) < len(meters) else ""
+    with contextlib.closing(store.cursor()) as connection:
+        found = [(meter, one) for meter, one in of_meters(connection, looked) if one.example]
+    if not found:
+        return Finding("meters", f"no recent event lacks the number that a meter looks for{newest}")
+    shown = "; ".join(
+        f"{meter.name!r} ({one.no_number} events, such as {meter.aggregation.property} = {one.example.value})"
+        for meter, one in found[:STRANGERS_SHOWN_MAX]
+        if one.example
+    )
+    more = f" and {len(found) - STRANGERS_SHOWN_MAX} more" if len(found) > STRANGERS_SHOWN_MAX else ""
+    what = f"{len(found)} meters pass over events of the last {RECENT.days} days that match"
+    return Finding("meters", f"{what}{newest}: {shown}{more}", SEND_NUMBERS)
 
 
 def _fit(stream: str, positions: dict[int, int], log: Log, newest: str) -> Finding:

@@ -6,9 +6,11 @@ checks a property name of a meter and ``written`` returns the form that is shown
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -20,14 +22,20 @@ from meters.timestamps import microseconds_of
 
 # Property names. A property is a dotted path into the metadata, except for three built-in names. ``parse_property``
 # removes one leading ``metadata.``. ``written`` adds the prefix only if the path itself begins with a key
-# ``metadata``: without it, reading the shown name again would select another value. Metadata keys that equal a
-# built-in name, or contain a dot, cannot be selected.
+# ``metadata``: without it, reading the shown name again would select another value.
+#
+# A key in double quotes is taken literally, so that a key with a dot in it, or one that equals a built-in name, can be
+# selected: ``"gen_ai.usage.input_tokens"`` is one key, ``_llm."a.b"`` two; a quote in such a key is doubled. Quotes
+# that do not enclose a whole key are part of it. Every reader of paths uses ``steps``.
 
 PREFIX = "metadata."
 NAME = "name"
 SOURCE = "source"
 TIMESTAMP = "timestamp"
 BUILT_INS = frozenset({NAME, SOURCE, TIMESTAMP})
+
+_QUOTED_KEY = re.compile(r'"((?:[^"]|"")*+)"(?=\.|\Z)')
+_PATHS_REMEMBERED = 4096  # of a thousand organizations, a few each; a path that is read again costs no parsing
 
 PROPERTY_LENGTH_MAX = 1000
 """Characters of a property: as long as a filter's text value may be; no key that anyone sends comes near."""
@@ -46,6 +54,28 @@ def parse_property(name: object, loc: tuple[str | int, ...]) -> str | Detail:
 def written(property: str) -> str:
     """The inverse of ``parse_property``."""
     return PREFIX + property if property.startswith(PREFIX) else property
+
+
+@lru_cache(_PATHS_REMEMBERED)
+def steps(path: str) -> tuple[str, ...]:
+    """The keys of a path, from the outermost on. Every text is a path of at least one key."""
+    found: list[str] = []
+    at = 0
+    while at <= len(path):
+        quoted = _QUOTED_KEY.match(path, at)
+        end = quoted.end() if quoted else path.find(".", at)
+        end = len(path) if end < 0 else end
+        found.append(quoted[1].replace('""', '"') if quoted else path[at:end])
+        at = end + 1
+    return tuple(found)
+
+
+def path_of(keys: Sequence[str]) -> str:
+    """A path that ``steps`` reads as these keys, with quotes where they are needed."""
+    quoted = ['"' + key.replace('"', '""') + '"' for key in keys]
+    plain = ".".join(keys)
+    has_other_meaning = is_built_in(plain) or plain.startswith(PREFIX) or steps(plain) != tuple(keys)
+    return ".".join(quoted) if has_other_meaning else plain
 
 
 def is_built_in(name: str) -> bool:
@@ -138,9 +168,9 @@ def _reserved(is_number: bool, value: Any) -> Any:
 
 
 def lookup(metadata: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where there is nothing, or JSON null, or an array on the way."""
+    """The value at a path of keys; None where there is nothing, or JSON null, or an array on the way."""
     value: Any = metadata
-    for step in path.split("."):
+    for step in steps(path):
         if not isinstance(value, Mapping):
             return None
         value = value.get(step)

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
+from msgspec import UNSET
 
 from aggregator.api import route_answers
 from aggregator.api.bodies import fields_of, known_fields, refuse_organization
@@ -45,17 +46,19 @@ from aggregator.service import answers
 from aggregator.service.balances import CustomerMeter, customer_meters
 from aggregator.service.charges import Charge, charges_of
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
+from aggregator.service.meter_check import Look, look, uncounted, warnings
 from aggregator.service.polar_accounts import settle_meter
 from aggregator.service.serializers import meter_shape, number, price_shape
 from aggregator.service.service import Desk, Here, Reading
 from aggregator.store.meter_sql import Measured
 from aggregator.store.queries import usage
 from aggregator.store.queries.scope import NOBODY, Bounds, Scope
+from aggregator.store.queries.unmatched import Unmatched, unmatched
 from aggregator.store.queries.usage import Costs, Question
 from aggregator.view import Total
 from meters.aggregation import Function, exact_sum, mean
 from meters.catalogue.access import reading, writing
-from meters.catalogue.catalogue import MeterCreated, MeterUpdated, Token
+from meters.catalogue.catalogue import MeterCreated, MeterUpdated, Token, meter_json
 from meters.errors import Detail, detail
 from meters.exact import EXACT, amount_text
 from meters.ledger.ledger import ZERO
@@ -71,6 +74,7 @@ logger = structlog.get_logger("aggregator.api.meters")
 router = APIRouter(tags=["meters"])
 Reader = Annotated[Token, Depends(allow(reading("meters")))]
 Writer = Annotated[Token, Depends(allow(writing("meters")))]
+LOOK_S_MAX = 1.0  # for what a meter passes over: the meter itself is known at once
 METERS = "meters"  # their changes wait for each other: nobody else may wait while what Polar told is counted
 
 
@@ -86,10 +90,13 @@ def meter_of(desk: Desk, token: Token, id: UUID) -> Meter:
     "/v1/meters/",
     status_code=201,
     openapi_extra=takes(MeterCreate),
-    responses=gives(answers.Meter, status=201),
+    responses=gives(answers.CheckedMeter, status=201),
 )
 async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Response:
-    """Make a meter. It counts every stored event that its filter lets through, from the first one on."""
+    """Make a meter. It counts every stored event that its filter lets through, from the first one on.
+
+    ``warnings`` names what may be a mistake, such as a metadata key that no recent event has.
+    """
     body = known_fields(MeterCreate, await body_of(request))
     if isinstance(body, dict):
         refuse_organization(body)
@@ -104,7 +111,23 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
             await settle_meter(desk, meter)
         except PASSING:  # the meter is made; whoever were told otherwise would make another one
             logger.warning("meter_not_settled", meter_id=meter.id, help="PATCH its metadata to credit what Polar told")
-    return answer(meter_shape(meter), desk.view.as_of, 201)
+    as_of = desk.view.as_of
+    return answer(await _checked(desk, token, meter), as_of, 201)
+
+
+async def _checked(desk: Desk, token: Token, meter: Meter) -> answers.CheckedMeter:
+    """The meter with what it passes over, if that is known soon."""
+    shape = answers.CheckedMeter(**meter_json(meter))
+    try:
+        found, _ = await asyncio.wait_for(
+            desk.ask(token, lambda here: look(here, meter.filter, meter.aggregation)), LOOK_S_MAX
+        )
+    except (TimeoutError, *PASSING):  # the meter is what was asked for
+        return shape
+    if found.unmatched.no_number or found.unmatched.absent:
+        shape.unmatched = uncounted(found.unmatched)
+    shape.warnings = warnings(meter.filter, meter.aggregation, found) or UNSET
+    return shape
 
 
 @router.get("/v1/meters/", openapi_extra=BY_METADATA, responses=gives(page_of(answers.Meter)))
@@ -127,10 +150,11 @@ async def list_meters(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
-@router.get("/v1/meters/{id}", responses=gives(answers.Meter))
+@router.get("/v1/meters/{id}", responses=gives(answers.CheckedMeter))
 async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
-    """One meter."""
-    return answer(meter_shape(meter_of(desk, token, id)), desk.view.as_of)
+    """One meter, with what it passes over in recent events."""
+    as_of = desk.view.as_of
+    return answer(await _checked(desk, token, meter_of(desk, token, id)), as_of)
 
 
 @router.patch("/v1/meters/{id}", openapi_extra=takes(MeterUpdate), responses=gives(answers.Meter))
@@ -388,16 +412,21 @@ def measured(total: Total) -> Measured:
     responses=gives(route_answers.Preview),
 )
 async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Response:
-    """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far."""
+    """What a meter with this ``filter`` and ``aggregation`` would count of the events stored so far.
+
+    ``unmatched`` counts the stored events that match and add nothing; ``warnings`` are about the newest seven days.
+    """
     fields = fields_of(MeterDefinition, await body_of(request))
     filter, aggregation = fields["filter"], fields["aggregation"]
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
 
-    def previewed(here: Here) -> usage.Preview:
+    def previewed(here: Here) -> tuple[usage.Preview, Unmatched, Look]:
         same = _under_two_names(desk, token.organization_id)
-        return usage.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
+        counted = usage.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
+        passed_over = unmatched(here.connection, here.about(question))
+        return counted, passed_over, look(here, filter, aggregation)
 
-    found, as_of = await desk.ask(token, previewed)
+    (found, passed_over, looked), as_of = await desk.ask(token, previewed)
     whole = found.whole
     body = route_answers.Preview(
         total=number(whole.value(aggregation)),
@@ -409,6 +438,8 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
             route_answers.TopCustomer(*_named(desk, token, row), number(row.measured.value(aggregation)))
             for row in found.customers
         ],
+        unmatched=uncounted(passed_over),
+        warnings=warnings(filter, aggregation, looked),
     )
     return answer(body, as_of)
 

@@ -30,6 +30,8 @@ from aggregator.service.answers import (
     Position,
     Stamped,
     Time,
+    Uncounted,
+    Warnings,
     Witness,
 )
 from aggregator.store.webhook_outbox import Status
@@ -95,6 +97,8 @@ class Preview(Answer):
     first_seen: Time | None
     last_seen: Time | None
     top_customers: list[TopCustomer]
+    unmatched: Uncounted
+    warnings: Warnings
 
 
 class Charge(Answer):

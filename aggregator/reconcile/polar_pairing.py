@@ -18,7 +18,7 @@ import xxhash
 from aggregator.reconcile.report import Cause
 from meters.aggregation import amount_of, considers, evaluate, exact_sum
 from meters.event import USER
-from meters.event_values import RESERVED, TIMESTAMP, Facts, Number, is_built_in, lookup
+from meters.event_values import RESERVED, TIMESTAMP, Facts, Number, is_built_in, lookup, steps
 from meters.exact import parse_amount
 from meters.filters import Clause, Filter, Operator, Scalar, holds, matches
 from meters.meter import Meter
@@ -305,7 +305,7 @@ def takes_back(event: Seen, meters: Iterable[Meter], number: int) -> bytes | Non
         return None
     metadata = event.facts.metadata
     for path in {meter.aggregation.property or "" for meter in counting}:
-        metadata = _negated(metadata, path.split("."))
+        metadata = _negated(metadata, steps(path))
     mark = mark_of(event)
     metadata = {**metadata, MARK: mark}
     opposite = msgspec.structs.replace(event.facts, metadata=metadata)

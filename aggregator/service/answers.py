@@ -136,7 +136,12 @@ class Clause(Answer):
     """One question to an event. ``value`` is a list for ``in`` alone, and true or false for ``exists``."""
 
     property: Annotated[
-        str, Meta(description="``name``, ``source``, ``timestamp`` or a key of the metadata.", examples=["name"])
+        str,
+        Meta(
+            description="``name``, ``source``, ``timestamp`` or a key of the metadata; dots lead into objects. A key "
+            'in double quotes is taken literally, such as ``"gen_ai.usage.input_tokens"``.',
+            examples=["name"],
+        ),
     ]
     operator: Annotated[str, Meta(extra_json_schema={"enum": list(Operator)})]
     value: Annotated[Any, Meta(
@@ -180,6 +185,42 @@ class Meter(Answer, kw_only=True):
     metadata: Metadata
     modified_at: Time | None
     archived_at: EndTime
+
+
+class UncountedExample(Answer):
+    """An event that adds nothing to a meter's value."""
+
+    event_id: Id
+    timestamp: Time
+    name: Annotated[str, Meta(examples=["llm.call"])]
+    value: Annotated[str, Meta(description="The value as JSON, perhaps cut.", examples=['"812"'])]
+
+
+class Uncounted(Answer):
+    """Events that a meter's filter lets through and that add nothing to its value."""
+
+    no_number: Annotated[Count, Meta(
+        description="Their property holds no number; for ``unique``, an object or an array.", examples=[2],
+    )]  # fmt: skip
+    absent: Annotated[Count, Meta(description="They have no such property, or null.", examples=[0])]
+    example: Annotated[UncountedExample | None, Meta(description="The newest of ``no_number``.")]
+
+
+Warnings = Annotated[list[str], Meta(
+    description="What may be meant otherwise: names and keys that no recent event has, and values that add nothing.",
+    examples=[["No event of the last 7 days with events is named 'llm_call'; did you mean 'llm.call'?"]],
+)]  # fmt: skip
+
+
+class CheckedMeter(Meter, kw_only=True):
+    """A meter with what it passes over in the newest seven days of events.
+
+    ``unmatched`` and ``warnings`` are left out where there is nothing to say, and both are left out where looking would
+    take longer than a second.
+    """
+
+    unmatched: Uncounted | UnsetType = UNSET
+    warnings: Warnings | UnsetType = UNSET
 
 
 class Customer(Stamped, kw_only=True):

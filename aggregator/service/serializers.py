@@ -17,7 +17,7 @@ from aggregator.store.queries.events import DeadLetter, EventName, StoredEvent
 from meters import exact
 from meters.catalogue.catalogue import TEAM, Catalogue, Customer, meter_json
 from meters.event import event_id
-from meters.event_values import RESERVED, number_token
+from meters.event_values import RESERVED, number_token, steps
 from meters.exact import amount_text, decimal_text, parse_amount
 from meters.ledger.ledger import Credit, CreditGranted, MeterReset
 from meters.ledger.price import Price
@@ -179,7 +179,7 @@ def metadata_shape(text: str, sums: Mapping[str, Decimal]) -> msgspec.Raw:
     for key in RESERVED.keys() & fields.keys():
         fields[key] = _reserved(key, bytes(stored[key]))
     for path, amount in sums.items():
-        _write(fields, path.split("."), amount)
+        _write(fields, list(steps(path)), amount)
     return msgspec.Raw(exact.encode(fields))
 
 

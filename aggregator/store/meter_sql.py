@@ -17,7 +17,7 @@ from sqlglot import exp, parse_one
 
 from aggregator.decode.columns import pointer
 from meters.aggregation import Aggregation, exact_sum, mean
-from meters.event_values import NAME, RESERVED, SOURCE, TIMESTAMP, is_built_in
+from meters.event_values import NAME, RESERVED, SOURCE, TIMESTAMP, is_built_in, steps
 from meters.exact import DECIMALS, INTEGER_DIGITS_MAX
 from meters.filters import COMPARE, Clause, Filter, Operator, Scalar, value_text
 
@@ -28,7 +28,7 @@ from meters.filters import COMPARE, Clause, Filter, Operator, Scalar, value_text
 # filter does not let an undecided event through, so the SQL needs no type checks. Meters that use the same facet
 # share its column.
 #
-# A path is a JSON pointer passed as a parameter: any key is possible, and a dot in a property name means nesting.
+# A path is a JSON pointer passed as a parameter, so any key is possible; ``steps`` reads the keys of a property.
 # Tokens come back as JSON text (``5``, ``"5"``, ``true``, ``{...}``). Numbers that DuckDB's JSON would round are read
 # from the column ``awkward``, by their pointer (see ``aggregator.decode.columns``).
 
@@ -43,6 +43,7 @@ _IS_NUMBER = "{t} >= '-' AND {t} < ':'"  # the characters a JSON number begins w
 _DECIMALS = f"REGEXP_REPLACE(CAST({_NUMBER} AS VARCHAR), '(\\.\\d+?)0+$', '\\1')"
 _DIGITS = f"COALESCE({{x}}, CASE WHEN CONTAINS({{t}}, '.') OR CONTAINS({{t}}, 'e') THEN {_DECIMALS} ELSE {{t}} END)"
 _FACETS = {
+    "token": "{t}",
     "string": _STRING,
     "number": _NUMBER,
     "boolean": "CASE WHEN {t} IN ('true', 'false') THEN {t} = 'true' END",
@@ -54,6 +55,7 @@ _FACETS = {
     ),
 }
 _NOTHING = {
+    "token": "CAST(NULL AS VARCHAR)",
     "string": "CAST(NULL AS VARCHAR)",
     "number": f"CAST(NULL AS {AMOUNT})",
     "boolean": "CAST(NULL AS BOOLEAN)",
@@ -109,23 +111,27 @@ class Stage:
 
     def string(self, property: str) -> exp.Expr:
         """VARCHAR: the value, where it is a string."""
-        return self._facet(property.split("."), "string")
+        return self._facet(steps(property), "string")
 
     def number(self, property: str) -> exp.Expr:
         """DECIMAL(38, 12): the value, where it is a number."""
-        return self._facet(property.split("."), "number")
+        return self._facet(steps(property), "number")
 
     def boolean(self, property: str) -> exp.Expr:
         """BOOLEAN: the value, where it is one."""
-        return self._facet(property.split("."), "boolean")
+        return self._facet(steps(property), "boolean")
 
     def present(self, property: str) -> exp.Expr:
         """BOOLEAN, never NULL: whether there is a value other than null."""
-        return self._facet(property.split("."), "present")
+        return self._facet(steps(property), "present")
 
     def text(self, property: str) -> exp.Expr:
         """VARCHAR: the text of a string, number (``meters.exact.number_text``) or boolean."""
-        return self._facet(property.split("."), "text")
+        return self._facet(steps(property), "text")
+
+    def token(self, property: str) -> exp.Expr:
+        """VARCHAR: the value as JSON; NULL where there is none."""
+        return self._facet(steps(property), "token")
 
     def text_at(self, key: str) -> exp.Expr:
         """As ``text``, for a top-level key, whatever dots it has."""
@@ -133,7 +139,7 @@ class Stage:
 
     def identity(self, property: str) -> exp.Expr:
         """VARCHAR: equal for two values exactly if ``unique`` takes them for one; NULL where there is none."""
-        return self._facet(property.split("."), "identity")
+        return self._facet(steps(property), "identity")
 
     def built_in(self, property: str) -> exp.Expr:
         """``name`` and ``source`` VARCHAR; ``timestamp`` BIGINT, whole seconds since 1970."""
@@ -170,12 +176,12 @@ class Stage:
         sources = (f"t{place}", token.format(t=f"t[{place}]")), (f"x{place}", f"x[{place}]")
         return [exp.alias_(fixed(source), name, copy=False) for name, source in sources]
 
-    def _facet(self, steps: Sequence[str], facet: str) -> exp.Expr:
-        first, *rest = steps
+    def _facet(self, keys: Sequence[str], facet: str) -> exp.Expr:
+        first, *rest = keys
         known, numbers = RESERVED.get(first, (frozenset(), frozenset())) if rest else (frozenset(), frozenset())
         if known and rest[0] not in known:
             return fixed(_NOTHING[facet])
-        place = self._pointers.setdefault(pointer(steps), len(self._pointers) + 1)
+        place = self._pointers.setdefault(pointer(keys), len(self._pointers) + 1)
         if len(rest) == 1 and rest[0] in numbers:
             self._unquoted.add(place)
         source = _FACETS[facet].format(t=f"t{place}", x=f"x{place}")
@@ -388,6 +394,21 @@ def value(aggregation: Aggregation, stage: Stage) -> exp.Expr:
     if aggregation.func == "unique":
         return stage.identity(aggregation.property or "")
     return _amount(aggregation, stage)
+
+
+def passed_over(aggregation: Aggregation, stage: Stage) -> exp.Expr:
+    """Whether an event that the filter let through adds nothing to the aggregation's value; never NULL."""
+    if aggregation.func == "unique":
+        return stage.identity(aggregation.property or "").is_(exp.null())
+    return exp.not_(considered(aggregation, stage), copy=False)
+
+
+def stated(aggregation: Aggregation, stage: Stage) -> exp.Expr:
+    """VARCHAR: what the event states for the aggregation's property, as JSON; NULL for nothing or null."""
+    property = aggregation.property or ""
+    if aggregation.func != "unique" and is_built_in(property):
+        return _call("to_json", exp.cast(stage.built_in(property), "VARCHAR"))
+    return exp.Nullif(this=stage.token(property), expression=exp.convert("null"))
 
 
 MEASURES = ("count", "sum", "enormous", "min", "max")

@@ -14,6 +14,7 @@ from deploy.client import EPILOG, session
 from deploy.console import (
     Output,
     as_json,
+    harmless,
     ids,
     meters_called,
     note,
@@ -51,7 +52,12 @@ Where = Annotated[
     ),
 ]
 Count = Annotated[bool, typer.Option("--count", help="Count events.")]
-Sum = Annotated[str | None, typer.Option(metavar="PROPERTY", help="Add up a number of the metadata.")]
+Sum = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROPERTY", help="Add up a number of the metadata; a key with dots in quotes: '\"gen_ai.tokens\"'."
+    ),
+]
 Avg = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The mean of a number of the metadata.")]
 Min = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The smallest.")]
 Max = Annotated[str | None, typer.Option(metavar="PROPERTY", help="The largest.")]
@@ -125,7 +131,9 @@ def create(
                 "commands need their ids from then on", USAGE,
             )
         with blaming(OPTIONS):
-            show_one(api.post(PATH, definition), here.output)
+            made = api.post(PATH, definition)
+    show_one(made, here.output)
+    _warn(made)
 
 
 @app.command(epilog=EPILOG)
@@ -146,7 +154,15 @@ def preview(
     here = session(context)
     functions = {"sum": sum, "avg": avg, "min": min, "max": max, "unique": unique}
     with here.api() as api, blaming(OPTIONS):
-        show_one(api.post(f"{PATH}preview", _definition(filter, where, count, functions)), here.output)
+        found = api.post(f"{PATH}preview", _definition(filter, where, count, functions))
+    show_one(found, here.output)
+    _warn(found)
+
+
+def _warn(answer: dict[str, Any]) -> None:
+    """Show what the server finds doubtful about a meter; servers of Polar's say nothing."""
+    for warning in answer.get("warnings") or ():
+        note(f"warning: {harmless(warning)}")
 
 
 @app.command(epilog=EPILOG)

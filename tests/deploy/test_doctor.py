@@ -15,8 +15,9 @@ from deploy.errors import GiveUp
 from deploy.rebuild import rebuild
 from deploy.server.data import DataDirectory
 from ingest.log import clock_us, open_log
+from meters.catalogue.catalogue import MeterCreated
 from meters.log import USAGE_CONTROL, USAGE_EVENTS
-from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, organization
+from tests.support.records import ORGANIZATION, OTHER_ORGANIZATION, decisions, entry, line, meter, organization
 from tests.support.servers.installation import meterstream
 
 NOBODY = "9f0e8f6a-5f0a-4f52-9d1b-4f1d7a6c3e33"
@@ -68,6 +69,24 @@ def test_a_clock_that_was_ahead_is_named(tmp_path: Path) -> None:
         assert len(clocks) == said
     assert clocks[0].found.startswith("the newest record's time is 7,")
     assert "check the clocks of this machine" in clocks[0].heal
+
+
+def test_a_meter_that_passes_over_texts_is_named(tmp_path: Path) -> None:
+    """With an example; numbers, archived meters and meters that count are in order."""
+    data = DataDirectory(tmp_path)
+    meters = [MeterCreated(meter("m0", func="sum", property="tokens")), MeterCreated(meter("m1"))]
+    with contextlib.closing(data.open_log()) as log:
+        asyncio.run(log.append(USAGE_CONTROL, decisions([organization(), *meters])))
+        lines = [line(id, metadata={"tokens": tokens}) for id, tokens in (("a", 812), ("b", "812"), ("c", "812.5"))]
+        asyncio.run(log.append(USAGE_EVENTS, [entry(*lines)]))
+    assert rebuild(data)["stored"] == 3
+
+    (finding,) = (finding for finding in examine(data) if finding.part == "meters")
+
+    assert finding.found == (
+        "1 meters pass over events of the last 7 days that match: 'meter m0' (2 events, such as tokens = \"812.5\")"
+    )
+    assert "send the value as a number of JSON" in finding.heal
 
 
 def test_an_organization_is_made_once_and_of_an_id_that_is_one(tmp_path: Path) -> None:

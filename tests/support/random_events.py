@@ -12,6 +12,7 @@ from meters.filters import ORDERING, Clause, Filter, Operator
 
 KEYS = ["tokens", "plan", "", "a.b", "a/b", "a~1b", "~0", 'it\'s "quoted"', "\\", "é😀", "$", "0", "name", "timestamp"]
 PATHS = [*KEYS, "_cost", "_cost.amount", "_cost.currency", "_cost.other", "_llm.input_tokens", "_llm.total_tokens"]
+PATHS += ['"a.b"', '"name"', '"timestamp"', '"_cost".amount', '_llm."model"', '"', '""', '"a.b', '"it\'s ""quoted"""']
 PATHS += ["_llm.model", "_llm.prompt", "_llm.prompt.x", "_llm.input_tokens.x", "tokens.x", "source", "absent"]
 TEXTS = ["5", "5.0", "10", "free", "t", "f", "true", "50%", "é", "\uff5a", "😀", "a\nb", '"', "\\", "null", "-1", "0.1"]
 NUMBERS = ["0", "-0", "-0.0", "1", "1.0", "5", "5.0", "5.10", "0.1", "-2.5", "1e0", "1E-12", "1.5e-7", "100000.0"]

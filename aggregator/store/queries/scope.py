@@ -12,7 +12,17 @@ import duckdb
 import msgspec
 from sqlglot import exp
 
-from aggregator.store.meter_sql import Parameters, Stage, before_reading, condition, considered, fixed, value
+from aggregator.store.meter_sql import (
+    Parameters,
+    Stage,
+    before_reading,
+    condition,
+    considered,
+    fixed,
+    passed_over,
+    stated,
+    value,
+)
 from meters.aggregation import Aggregation
 from meters.filters import Filter
 
@@ -106,8 +116,39 @@ def counted(
     contribution = exp.alias_(value(aggregation, stage), CONTRIBUTION.name, copy=False)
     source = events_in(scope, parameters, "*", *computed).where(*before_reading(filter, parameters), copy=False)
     source = source.where(*map(fixed, where), copy=False)
+    return _selected(stage, source, holds, contribution, keep, parameters)
+
+
+def uncounted(
+    scope: Scope,
+    filter: Filter,
+    aggregation: Aggregation,
+    parameters: Parameters,
+    *,
+    keep: Sequence[str],
+    after: int | None = None,
+) -> exp.Select:
+    """SELECT ``keep``, stated of every event that the filter lets through and that adds nothing to the value.
+
+    ``stated`` is the JSON text of the property, NULL where the event has none. With ``after``, only events with a
+    higher sequence number are read.
+    """
+    stage = Stage()
+    holds = [condition(filter, stage, parameters), passed_over(aggregation, stage)]
+    column = exp.alias_(stated(aggregation, stage), "stated", copy=False)
+    source = events_in(scope, parameters, "*").where(*before_reading(filter, parameters), copy=False)
+    if after is not None:
+        parameters.named("after_seq", after)
+        source = source.where(fixed("seq > $after_seq"), copy=False)
+    return _selected(stage, source, holds, column, keep, parameters)
+
+
+def _selected(
+    stage: Stage, source: exp.Select, holds: Sequence[exp.Expr], column: exp.Expr, keep: Sequence[str],
+    parameters: Parameters,
+) -> exp.Select:
     staged = stage.select(source.subquery("source", copy=False), keep, parameters)
-    found = exp.select(*map(exp.column, keep), contribution, copy=False).where(*holds, copy=False)
+    found = exp.select(*map(exp.column, keep), column, copy=False).where(*holds, copy=False)
     if stage.parses:
         found = found.with_("stage", as_=staged, materialized=True, copy=False)
         return found.from_(exp.to_table("stage"), copy=False)

@@ -180,7 +180,7 @@ def test_a_preview_says_what_a_meter_would_say(tenant: Tenant) -> None:
     """Totals, customers and times of what would be counted, without a meter being made."""
     for hour, (who, tokens) in enumerate((("ann", 5), ("bob", 7.5), ("ann", 1))):
         tenant.event(external_customer_id=who, metadata={"tokens": tokens}, timestamp=f"2026-02-01T0{hour}:00:00Z")
-    tenant.event(metadata={"tokens": "x"})
+    text = tenant.event(name="call", metadata={"tokens": "x"}, timestamp="2026-02-01T03:00:00Z")
     definition = {
         "filter": {"conjunction": "and", "clauses": []},
         "aggregation": {"func": "sum", "property": "tokens"},
@@ -194,6 +194,14 @@ def test_a_preview_says_what_a_meter_would_say(tenant: Tenant) -> None:
         "top_customers": [
             {"customer_id": None, "external_customer_id": "bob", "quantity": Decimal("7.5")},
             {"customer_id": None, "external_customer_id": "ann", "quantity": 6},
+        ],
+        "unmatched": {
+            "no_number": 1, "absent": 0,
+            "example": {"event_id": text, "timestamp": "2026-02-01T03:00:00Z", "name": "call", "value": '"x"'},
+        },
+        "warnings": [
+            "1 matching events of the last 7 days with events add nothing, because 'tokens' is not a number, such as "
+            f'"x" in event {text}. Send the value as a number of JSON.'
         ],
     }
     assert tenant.get("/v1/meters/")["items"] == []
