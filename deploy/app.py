@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from deploy.client import EPILOG, Session, flowing
-from deploy.commands import access, customers, events, forward, meters, operations, reconcile, webhooks
+from deploy.commands import access, customers, events, forward, meters, operations, polar, reconcile, webhooks
 from deploy.commands import customers as credit_commands
 from deploy.commands import kafka as kafka_commands
 from deploy.console import Output
@@ -62,6 +62,7 @@ app.add_typer(meters.app, name="meters")
 app.add_typer(customers.app, name="customers")
 app.add_typer(credit_commands.credit_app, name="credits")
 app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(polar.app, name="polar")
 app.command(epilog=EPILOG)(meters.usage)
 app.add_typer(access.organization_app, name="orgs")
 app.add_typer(access.token_app, name="tokens")

@@ -87,8 +87,9 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
         return answer(route_answers.Readiness("ready", positions, desk.clock_ahead_us / 1_000_000), as_of)
 
     @router.get("/metrics")
-    async def prometheus_metrics() -> Response:
+    async def prometheus_metrics(desk: AtDesk) -> Response:
         """Counters and gauges of this process."""
-        return Response(metrics_text() + passed_over_text(), headers={"Content-Type": METRICS_TYPE})
+        text = metrics_text() + passed_over_text() + desk.inbox.metrics(desk.catalogue)
+        return Response(text, headers={"Content-Type": METRICS_TYPE})
 
     return router

@@ -1,4 +1,4 @@
-"""The route ``POST /webhooks/polar``: accepts Polar's signed webhooks about customers, benefits and subscriptions.
+"""Polar's webhooks: the route ``POST /webhooks/polar`` accepts them when signed, two lists show what became of them.
 
 The signature determines the organization, because each organization's sources have their own secrets. First the facts
 of a delivery become durable; then ``aggregator.service.polar_accounts`` settles the accounts. Both steps are
@@ -10,40 +10,88 @@ thread, one delivery at a time: requests without a valid secret delay only this 
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from msgspec import UNSET
 
 from aggregator.api import route_answers
-from aggregator.api.requests import POLAR_BODY_BYTES_MAX, AtDesk, bytes_of, decoded, json_response, known_only
-from aggregator.api.schemas import gives
-from aggregator.service.errors import Malformed
+from aggregator.api.requests import (
+    POLAR_BODY_BYTES_MAX,
+    AtDesk,
+    WhichPage,
+    allow,
+    answer,
+    bytes_of,
+    decoded,
+    json_response,
+    listed,
+    on_page,
+)
+from aggregator.api.schemas import gives, page_of
+from aggregator.service.errors import PASSING, Malformed
 from aggregator.service.polar_accounts import forget, settle
+from aggregator.service.polar_inbox import REASONS_MAX, TEXT_LENGTH_MAX, Outcome, Received, waiting
 from aggregator.service.service import Desk
-from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
-from meters.catalogue.polar_facts import DeliveryApplied, Linked
+from meters.catalogue.access import reading
+from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated, Token
+from meters.catalogue.polar_facts import Credited, DeliveryApplied, Linked
 from meters.errors import detail
 from meters.ledger.benefits import BenefitSet
 from meters.ledger.price import SubscriptionPriced
-from meters.polar_webhooks import News, Unreadable, read
+from meters.polar_webhooks import METER_KEY, News, Unreadable, meter_of, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
 
-router = APIRouter(tags=["webhooks"], dependencies=[Depends(known_only)])
+logger = structlog.get_logger("aggregator.api.polar")
+router = APIRouter(tags=["webhooks"])
+Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
 
 
-@router.post("/webhooks/polar", status_code=202, responses=gives(route_answers.WebhookAccepted, status=202))
+@router.post(
+    "/webhooks/polar",
+    status_code=202,
+    dependencies=[Depends(known_only)],
+    responses=gives(route_answers.WebhookAccepted, status=202),
+)
 async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
     """For Polar: take in a signed webhook. Types that say nothing of usage or credits are accepted and passed over."""
     rejected = rejection(request.headers, int(desk.now().timestamp()))
     if rejected is not None:
-        return _not_believed(rejected)
+        return _not_believed(desk, rejected)
     body = await bytes_of(request, POLAR_BODY_BYTES_MAX)  # as they were sent: the signature is over them
     source = await _source(desk, request.headers, body)
     if source is None:
-        return _not_believed(Rejection.SIGNATURE)
-    payload = _payload(body)
-    organization_id, delivery_id = source.organization_id, request.headers["webhook-id"]
+        return _not_believed(desk, Rejection.SIGNATURE)
+    delivery_id, kind = request.headers["webhook-id"], ""
+    try:
+        payload = _payload(body)
+        kind = payload["type"]
+        taken = await _take(desk, source.organization_id, delivery_id, payload)
+    except (Malformed, *PASSING) as error:
+        is_refused = isinstance(error, Malformed)
+        words = [entry["msg"] for entry in error.details] if isinstance(error, Malformed) else [str(error)]
+        _note(desk, source.organization_id, delivery_id, kind, Taken("refused" if is_refused else "failed", words))
+        raise
+    _note(desk, source.organization_id, delivery_id, kind, taken)
+    notes = taken.reasons if taken.outcome == "applied" and taken.reasons else UNSET
+    return json_response(202, route_answers.WebhookAccepted(_STATUS[taken.outcome], notes))
+
+
+class Taken(NamedTuple):
+    """What became of a delivery, and why."""
+
+    outcome: Outcome
+    reasons: list[str]
+
+
+_STATUS: Mapping[Outcome, Literal["accepted", "repeated", "ignored"]] = {
+    "applied": "accepted", "known": "repeated", "ignored": "ignored"
+}  # fmt: skip
+
+
+async def _take(desk: Desk, organization_id: str, delivery_id: str, payload: dict[str, Any]) -> Taken:
+    """Make the delivery's facts durable and settle the accounts. Raises Malformed, and errors that pass."""
     is_done = False
     while not is_done:
         whom = _whom(desk, organization_id, payload.get("data"))
@@ -58,13 +106,56 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
                 await settle(desk, organization_id, news.customer_ids)
                 await forget(desk, organization_id, news.polar_customer_id)
             is_done = True
-    status: Literal["ignored", "repeated", "accepted"]
-    status = "ignored" if news is None else "repeated" if heard else "accepted"
-    notes = news.notes if news and news.notes else UNSET
-    return json_response(202, route_answers.WebhookAccepted(status, notes))
+    if news is None:
+        return Taken("ignored", ["this type says nothing about usage, credits or subscriptions"])
+    if heard:
+        return Taken("known", ["this delivery was applied before"])
+    return Taken("applied", [*news.notes, *_waiting(desk, organization_id, news)])
 
 
-def _not_believed(reason: Rejection) -> Response:
+def _waiting(desk: Desk, organization_id: str, news: News) -> list[str]:
+    """What of the news is kept and has no effect yet."""
+    facts = [fact for change in news.changes if isinstance(change, DeliveryApplied) for fact in change.facts]
+    named = dict.fromkeys(fact.meter_id for fact in facts if isinstance(fact, Credited))
+    return [
+        f"credits wait: no meter here is linked to Polar's meter {id}; set {METER_KEY} in a meter's metadata"
+        for id in named
+        if meter_of(desk.catalogue, organization_id, id) is None
+    ]
+
+
+def _note(desk: Desk, organization_id: str, delivery_id: str, kind: str, taken: Taken) -> None:
+    desk.inbox.note(organization_id, Received(delivery_id, kind, desk.now(), *taken))
+    logger.info(
+        "polar_webhook", organization_id=organization_id, delivery_id=delivery_id[:TEXT_LENGTH_MAX],
+        type=kind[:TEXT_LENGTH_MAX], outcome=taken.outcome, reasons=taken.reasons[:REASONS_MAX],
+    )  # fmt: skip
+
+
+@router.get("/v1/webhooks/polar/deliveries", responses=gives(page_of(route_answers.PolarDelivery)))
+async def list_polar_deliveries(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
+    """List the newest incoming webhooks of Polar's, newest first, and what became of each.
+
+    At most 200 are kept. After a restart those that were applied remain.
+    """
+    found = desk.inbox.received(desk.catalogue, token.organization_id)
+    shapes = [route_answers.PolarDelivery(*one) for one in on_page(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.get("/v1/webhooks/polar/waiting", responses=gives(page_of(route_answers.PolarWaiting)))
+async def list_polar_waiting(desk: AtDesk, token: Reader, page: WhichPage) -> Response:
+    """List Polar's meters whose credits wait, because no meter here is linked to them.
+
+    Set `polar_meter_id` in a meter's metadata, and the credits count.
+    """
+    found = waiting(desk.catalogue, token.organization_id)
+    shapes = [route_answers.PolarWaiting(*one) for one in on_page(found, page)]
+    return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+def _not_believed(desk: Desk, reason: Rejection) -> Response:
+    desk.inbox.counts["unsigned"] += 1
     return json_response(401, {"error": "InvalidSignature", "detail": f"Not accepted: {reason}."})
 
 

@@ -34,6 +34,7 @@ from aggregator.service.answers import (
     Warnings,
     Witness,
 )
+from aggregator.service.polar_inbox import Outcome
 from aggregator.store.webhook_outbox import Status
 from meters.ledger.benefits import METER_CREDIT
 from meters.ledger.ledger import Cause
@@ -462,6 +463,30 @@ class WebhookAccepted(Answer):
 
     status: Literal["accepted", "repeated", "ignored"]
     notes: list[str] | UnsetType = UNSET
+
+
+class PolarDelivery(Answer):
+    """An incoming webhook of Polar's, and what became of it."""
+
+    delivery_id: Annotated[str, Meta(description="Polar's ``webhook-id``.", examples=[EXAMPLE_ID])]
+    type: Annotated[str, Meta(examples=["benefit_grant.created"])]
+    received_at: Time
+    outcome: Annotated[
+        Outcome,
+        Meta(description="known: applied before. refused: not readable. failed: Polar sends it again."),
+    ]
+    reasons: Annotated[list[str], Meta(description="Why, and what of it is not taken or waits.")]
+
+
+class PolarWaiting(Answer):
+    """A meter of Polar's that no meter here is linked to, and the credits that wait for the link."""
+
+    polar_meter_id: Annotated[str, Meta(examples=[EXAMPLE_ID])]
+    customers: Count
+    credits: Count
+    units: Annotated[int, Meta(description="Units credited less units taken back.", examples=[100])]
+    first_at: Time
+    last_at: Time
 
 
 class WebhookSource(Answer):

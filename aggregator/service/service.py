@@ -42,6 +42,7 @@ from aggregator.service.errors import (
     TooLarge,
     TooLong,
 )
+from aggregator.service.polar_inbox import Inbox
 from aggregator.store.queries.events import Listing
 from aggregator.store.queries.feed import Wanted
 from aggregator.store.queries.scope import Scope, organization_number
@@ -280,6 +281,7 @@ class Desk:
         crowd = Waits(VERIFICATIONS_WAITING_MAX, VERIFICATIONS_WAITING_MAX)
         self.verifying = Line(VERIFICATIONS_AT_ONCE, VERIFICATIONS_AT_ONCE, crowd)
         self._settling: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self.inbox = Inbox()
         self.requests_at_work: set[bytes] = set()  # names of requests with an Idempotency-Key
 
     @property

@@ -8,11 +8,15 @@ Polar may deliver webhooks late, twice and in any order. So a fact names the ver
 the result depends on the set of facts alone.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
+
+RECENT_MAX = 200
+"""Deliveries of an organization that are shown: a day's worth of news for some hundred customers."""
 
 GONE = "deleted"
 """The last state of a thing: later than every time."""
@@ -143,12 +147,16 @@ class Mirror:
         self._names: dict[str, tuple[PolarKey, ...]] = {}  # Polar's ids that were ever linked to one here
         self._stories: dict[PolarKey, dict[str, Story]] = {}  # by customer and Polar's meter
         self._periods: dict[PolarKey, dict[tuple[str, datetime], Period]] = {}  # by customer, as told first
+        self._credited: dict[str, dict[str, dict[PolarKey, None]]] = {}  # customers by organization and Polar's meter
+        self._recent: dict[str, deque[DeliveryApplied]] = {}  # by organization, the newest last, without facts
         self._revoked: dict[str, dict[datetime, bool]] = {}  # by grant: when it ended, and whether that takes
 
     def apply(self, change: object) -> None:
         """Take in one change; others than the above are somebody else's."""
         if isinstance(change, DeliveryApplied):
             self._deliveries.add((change.organization_id, change.delivery_id))
+            recent = self._recent.setdefault(change.organization_id, deque(maxlen=RECENT_MAX))
+            recent.append(msgspec.structs.replace(change, facts=[], periods=[]))
             for told in (*change.facts, *change.periods):
                 if self.is_news(change.organization_id, told):
                     self._learn(change.organization_id, told)
@@ -179,6 +187,8 @@ class Mirror:
             case Credited(polar_customer_id, meter_id):
                 stories = self._stories.setdefault((organization_id, polar_customer_id), {})
                 stories.setdefault(meter_id, Story()).credit(told)
+                credited = self._credited.setdefault(organization_id, {}).setdefault(meter_id, {})
+                credited[organization_id, polar_customer_id] = None
             case Revoked(grant_id, at, takes):
                 self._revoked.setdefault(grant_id, {})[at] = takes
             case Period(subscription_id, polar_customer_id, at):
@@ -192,6 +202,19 @@ class Mirror:
     def heard(self, organization_id: str, delivery_id: str) -> bool:
         """Whether the delivery was taken in before."""
         return (organization_id, delivery_id) in self._deliveries
+
+    def recent(self, organization_id: str) -> list[DeliveryApplied]:
+        """Return the newest deliveries that were applied, oldest first, without their facts."""
+        return list(self._recent.get(organization_id, ()))
+
+    def credited_meters(self, organization_id: str) -> list[str]:
+        """Return Polar's meters of which anybody was credited."""
+        return list(self._credited.get(organization_id, ()))
+
+    def credits(self, organization_id: str, meter_id: str) -> list[Credited]:
+        """Return all credits of one of Polar's meters, of all customers."""
+        keys = list(self._credited.get(organization_id, {}).get(meter_id, ()))
+        return [fact for key in keys for fact in list(self._stories[key][meter_id].credited.values())]
 
     def is_mirrored(self, organization_id: str, thing: str) -> bool:
         """Whether the thing (such as ``grant:ID``) is Polar's: it is changed there, and the news of it come here."""

@@ -215,6 +215,8 @@ def _read_lists(story: Story) -> None:
         story.ask("POST", "/v1/webhooks/events/{id}/redeliver", id=told["webhook_event"]["id"])
     story.get("/v1/webhooks/thresholds")
     story.get("/v1/webhooks/sources")
+    story.get("/v1/webhooks/polar/deliveries")
+    story.get("/v1/webhooks/polar/waiting")
 
 
 def _read_portal(story: Story) -> None:

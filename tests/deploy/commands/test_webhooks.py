@@ -105,3 +105,26 @@ def test_a_private_target_is_refused_and_polar_is_heard_through_the_gateway(runn
     told = httpx.post(f"{running.url}/webhooks/polar", content=body, headers=headers, timeout=PATIENCE_S)
     assert (told.status_code, told.json()) == (202, {"status": "accepted"})
     assert running.answer("customers", "state", "of-polar")["email"] == "p@example.com"
+
+
+def test_what_came_from_polar_is_listed(installation: Installation) -> None:
+    """Each delivery with what became of it, and the credits that wait for a meter."""
+    installation.start()
+    secret = "whsec_secret_of_a_polar_organization"
+    installation.answer("webhooks", "listen", text=f"{secret}\n")
+    moment = "2026-01-01T00:00:00Z"
+    benefit = {"id": "b", "type": "meter_credit", "created_at": moment,
+               "properties": {"meter_id": "m", "units": 100}}  # fmt: skip
+    customer = {"id": "11111111-1111-4111-8111-111111111111", "created_at": moment}
+    grant = {"id": "g", "created_at": moment, "customer_id": customer["id"], "customer": customer, "benefit": benefit,
+             "properties": {"last_credited_meter_id": "m", "last_credited_units": 100,
+                            "last_credited_at": moment}}  # fmt: skip
+    for id, (kind, data) in enumerate([("benefit_grant.created", grant), ("checkout.created", {})]):
+        body = json.dumps({"type": kind, "data": data}).encode()
+        headers = signed(body, str(id), int(time.time()), keys(secret)[0])
+        assert httpx.post(f"{installation.url}/webhooks/polar", content=body, headers=headers).status_code == 202
+    shown = installation.answer("polar", "deliveries")
+    assert [(one["delivery_id"], one["outcome"]) for one in shown] == [("1", "ignored"), ("0", "applied")]
+    assert "no meter here is linked to Polar's meter m" in shown[1]["reasons"]
+    (waiting,) = installation.answer("polar", "waiting")
+    assert (waiting["polar_meter_id"], waiting["credits"], waiting["units"]) == ("m", 1, 100)
