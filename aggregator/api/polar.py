@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from msgspec import UNSET
 
 from aggregator.api import route_answers
+from aggregator.api.bodies import body_as
 from aggregator.api.requests import (
     POLAR_BODY_BYTES_MAX,
     AtDesk,
@@ -26,15 +27,16 @@ from aggregator.api.requests import (
     bytes_of,
     decoded,
     json_response,
+    known_only,
     listed,
     on_page,
 )
-from aggregator.api.schemas import gives, page_of
+from aggregator.api.schemas import PolarObject, PolarObjects, gives, page_of, takes
 from aggregator.service.errors import PASSING, Malformed
 from aggregator.service.polar_accounts import forget, settle
 from aggregator.service.polar_inbox import REASONS_MAX, TEXT_LENGTH_MAX, Outcome, Received, waiting
 from aggregator.service.service import Desk
-from meters.catalogue.access import reading
+from meters.catalogue.access import reading, writing
 from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated, Token
 from meters.catalogue.polar_facts import Credited, DeliveryApplied, Linked
 from meters.errors import detail
@@ -46,6 +48,7 @@ from meters.webhooks import Rejection, Source, is_signed, rejection
 logger = structlog.get_logger("aggregator.api.polar")
 router = APIRouter(tags=["webhooks"])
 Reader = Annotated[Token, Depends(allow(reading("webhooks")))]
+Writer = Annotated[Token, Depends(allow(writing("webhooks")))]
 
 
 @router.post(
@@ -141,6 +144,38 @@ async def list_polar_deliveries(desk: AtDesk, token: Reader, page: WhichPage) ->
     found = desk.inbox.received(desk.catalogue, token.organization_id)
     shapes = [route_answers.PolarDelivery(*one) for one in on_page(found, page)]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
+
+
+@router.post(
+    "/v1/webhooks/polar/objects", openapi_extra=takes(PolarObjects), responses=gives(route_answers.PolarObjectsTaken)
+)
+async def apply_polar_objects(request: Request, desk: AtDesk, token: Writer) -> Response:
+    """Apply customers and benefits as Polar's API shows them, as if webhooks had brought them.
+
+    Whoever may add a source may do this. An object that is known already changes nothing.
+    """
+    body = await body_as(PolarObjects, request)
+    items = [await _apply(desk, token.organization_id, one, dry_run=body.dry_run) for one in body.objects]
+    return answer(route_answers.PolarObjectsTaken(items), desk.view.as_of)
+
+
+async def _apply(
+    desk: Desk, organization_id: str, one: PolarObject, *, dry_run: bool
+) -> route_answers.PolarObjectTaken:
+    id, version = str(one.data.get("id")), one.data.get("modified_at") or one.data.get("created_at")
+    payload = {"type": f"{one.type}.updated", "data": one.data}
+    delivery_id = f"pull:{one.type}:{id}:{version}"[:TEXT_LENGTH_MAX]
+    try:
+        news = _news(desk, organization_id, delivery_id, payload)
+        if news is not None and not news.changes:
+            taken = Taken("known", [])
+        elif dry_run:
+            taken = Taken("applied", [])
+        else:
+            taken = await _take(desk, organization_id, delivery_id, payload)
+    except Malformed as error:
+        taken = Taken("refused", [entry["msg"] for entry in error.details])
+    return route_answers.PolarObjectTaken(id[:TEXT_LENGTH_MAX], *taken)
 
 
 @router.get("/v1/webhooks/polar/waiting", responses=gives(page_of(route_answers.PolarWaiting)))

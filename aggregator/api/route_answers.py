@@ -478,6 +478,20 @@ class PolarDelivery(Answer):
     reasons: Annotated[list[str], Meta(description="Why, and what of it is not taken or waits.")]
 
 
+class PolarObjectTaken(Answer):
+    """What became of one object of Polar's, or would."""
+
+    id: str
+    outcome: Outcome
+    reasons: list[str]
+
+
+class PolarObjectsTaken(Answer):
+    """What became of objects of Polar's, in their order."""
+
+    items: list[PolarObjectTaken]
+
+
 class PolarWaiting(Answer):
     """A meter of Polar's that no meter here is linked to, and the credits that wait for the link."""
 

@@ -50,6 +50,9 @@ TEXT_LENGTH_MAX = 500
 NAME_LENGTH_MAX = 100
 """Characters of the name of an endpoint or a source."""
 
+OBJECTS_MAX = 100
+"""Objects of Polar's in one request: a page of Polar's API. Each is a decision of its own."""
+
 SECRET_LENGTH_MIN, SECRET_LENGTH_MAX = 16, 200
 """Characters of another system's secret: fewer can be guessed, and Polar's have 49."""
 
@@ -275,6 +278,20 @@ class MeterThresholdCreate(OwnBody):
     value: Annotated[Decimal, Meta(examples=[80])]
     unit: Annotated[Literal["units", "percent"], Meta(description="``percent`` is of the credits.")] = "units"
     customer_id: Annotated[UUID | None, Meta(description="Every customer where this is left out.")] = None
+
+
+class PolarObject(OwnBody):
+    """An object as Polar's API shows it."""
+
+    type: Literal["customer", "benefit"]
+    data: dict[str, Any]
+
+
+class PolarObjects(OwnBody):
+    """Objects of Polar's to apply as webhooks are applied. With ``dry_run`` nothing changes."""
+
+    objects: Annotated[list[PolarObject], Meta(max_length=OBJECTS_MAX)]
+    dry_run: bool = False
 
 
 class WebhookSourceCreate(OwnBody):

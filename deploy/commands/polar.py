@@ -1,18 +1,23 @@
 """``meterstream polar``: what came in from Polar.
 
 ``deliveries`` lists Polar's webhooks and what became of them. ``waiting`` lists the credits that wait for a linked
-meter. Both call the API.
+meter. ``pull`` imports what exists at Polar. All of them call the API.
 """
+
+from collections import Counter
+from typing import Annotated
 
 import typer
 
 from deploy.client import EPILOG, session
 from deploy.console import note, show
+from deploy.errors import GiveUp
 
-app = typer.Typer(no_args_is_help=True, help="See what came in from Polar.")
+app = typer.Typer(no_args_is_help=True, help="Import from Polar, and see what came in from there.")
 
 DELIVERIES, WAITING = "/v1/webhooks/polar/deliveries", "/v1/webhooks/polar/waiting"
 DELIVERY_COLUMNS = ("received_at", "type", "outcome", "delivery_id", "reasons")
+PULL_COLUMNS = ("kind", "polar_id", "name", "outcome", "reasons")
 WAITING_COLUMNS = ("polar_meter_id", "customers", "credits", "units", "first_at", "last_at")
 
 
@@ -34,3 +39,27 @@ def waiting(context: typer.Context) -> None:
     show(rows, WAITING_COLUMNS, here.output)
     if rows:
         note("Credits count once a meter here has polar_meter_id in its metadata.")
+
+
+@app.command(epilog=EPILOG)
+def pull(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")] = False,
+) -> None:
+    """Import the meters, customers and benefits that exist at Polar.
+
+    METERSTREAM_POLAR_TOKEN is a token of the Polar organization that may read them. Run the command again at any time,
+    also after it was interrupted: what is known already is left as it is.
+    """
+    from deploy.polar_pull import pull as pulled
+    from deploy.reconcile.polar import connected
+
+    here = session(context)
+    with here.api() as api, connected(here.settings, here.data) as there:
+        rows = list(pulled(api, there, dry_run=dry_run, tell=note))
+    show(rows, PULL_COLUMNS, here.output)
+    counts = Counter((row["kind"], row["outcome"]) for row in rows)
+    would = "would be " if dry_run else ""
+    note("; ".join(f"{kind}s {would}{outcome}: {count}" for (kind, outcome), count in sorted(counts.items())))
+    if any(row["outcome"] == "refused" for row in rows):
+        raise GiveUp("some were refused; the reasons stand beside them")

@@ -217,6 +217,9 @@ def _read_lists(story: Story) -> None:
     story.get("/v1/webhooks/sources")
     story.get("/v1/webhooks/polar/deliveries")
     story.get("/v1/webhooks/polar/waiting")
+    zoe = story.polar.customer(id="99999999" + story.tenant.id[8:], external_id="zoe")
+    objects = [{"type": "customer", "data": zoe}]
+    story.ask("POST", "/v1/webhooks/polar/objects", json={"objects": objects, "dry_run": True})
 
 
 def _read_portal(story: Story) -> None:

@@ -84,6 +84,7 @@ NEEDS = [
     ("GET", "/v1/webhooks/sources", {"webhooks:read", "webhooks:write"}),
     ("GET", "/v1/webhooks/polar/deliveries", {"webhooks:read", "webhooks:write"}),
     ("GET", "/v1/webhooks/polar/waiting", {"webhooks:read", "webhooks:write"}),
+    ("POST", "/v1/webhooks/polar/objects", {"webhooks:write"}),
     ("POST", "/v1/webhooks/sources", {"webhooks:write"}),
     ("DELETE", f"/v1/webhooks/sources/{NOWHERE}", {"webhooks:write"}),
     ("GET", "/v1/feed/", {"events:read", "events:write"}),
