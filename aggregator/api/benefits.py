@@ -261,11 +261,12 @@ async def list_grants(
 ) -> Response:  # fmt: skip
     """Who has or had the benefit, oldest first. Customers have it, so of members nobody does."""
     benefit = benefit_of(desk, token, id)
+    wanted = customer_id and {desk.catalogue.customer_named(token.organization_id, str(one)) for one in customer_id}
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.is_held)
-        and _is_among(grant.customer_id, customer_id)
+        and (wanted is None or grant.customer_id in wanted)
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
@@ -362,8 +363,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID) -
     later was credited before, is refused. A grant of Polar's is renewed there.
     """
     body = await body_as(BenefitGrantStep, request, otherwise={})
-    _, _, customer = _grant_of(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id):
+    async with desk.turn_of(lambda: _grant_of(desk, token, id)[2]):
         while (found := await _cycled(desk, token, id, body)) is None:
             pass
     return answer(grant_shape(*found), desk.view.as_of)
@@ -435,8 +435,7 @@ def _cycle(
 @router.post("/v1/benefit-grants/{id}/revoke", responses=gives(answers.BenefitGrant))
 async def revoke_grant(desk: AtDesk, token: Writer, id: UUID) -> Response:
     """Take the benefit back, with the units that it credited last. A grant of Polar's is revoked there."""
-    _, _, customer = _grant_of(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id), desk.deciding:
+    async with desk.turn_of(lambda: _grant_of(desk, token, id)[2]), desk.deciding:
         grant, benefit, customer = _grant_of(desk, token, id)
         _must_be_ours(desk, token, "grant", grant.id)
         if grant.revoked_at is None:

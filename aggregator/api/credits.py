@@ -67,7 +67,7 @@ async def give_credits(
     meter_id, units, rollover = _fields(desk, token, body)
     content = sha256(exact.encode([customer.id, meter_id, units, rollover])).hexdigest()
     with _only(desk, token, idempotency_key):
-        async with desk.turn(token.organization_id, customer.id), desk.deciding:
+        async with desk.turn_of(lambda: customer_by_id(desk, token, id)), desk.deciding:
             customer = customer_by_id(desk, token, id)
             known = _decided(desk, token, idempotency_key, content)
             account = desk.view.ledger.account(customer.id, meter_id)
@@ -141,8 +141,8 @@ async def take_back_credits(desk: AtDesk, token: Writer, id: UUID, credit_id: st
 
     Repeating this takes nothing more.
     """
-    customer = customer_by_id(desk, token, id)
-    async with desk.turn(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
+    async with desk.turn_of(lambda: customer_by_id(desk, token, id)), desk.deciding:  # after a reset that is under way
+        customer = customer_by_id(desk, token, id)
         credit, meter_id = _credit(desk, token, customer, credit_id)
         account = desk.view.ledger.account(customer.id, meter_id)
         taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
@@ -183,7 +183,7 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID) 
     """Begin a customer's meters anew: usage counts from nothing, and only what rolls over is left of the credits."""
     customer_by_id(desk, token, id)
     asked = await body_as(ResetCreate, request, otherwise={})
-    async with desk.turn(token.organization_id, str(id)):
+    async with desk.turn_of(lambda: customer_by_id(desk, token, id)):
         while (change := await _reset(desk, token, id, asked)) is None:
             pass
     return answer(reset_shape(change), desk.view.as_of, 201)

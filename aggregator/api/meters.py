@@ -42,7 +42,7 @@ from aggregator.api.requests import (
 from aggregator.api.schemas import MeterCreate, MeterDefinition, MeterUpdate, PriceSet, gives, page_of, takes
 from aggregator.decode.directory import EXTERNAL
 from aggregator.service import answers
-from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.balances import CustomerMeter, customer_meters, numbers_of
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.service.polar_accounts import settle_meter
 from aggregator.service.serializers import meter_shape, number, price_shape
@@ -368,7 +368,7 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
 
     def previewed(here: Here) -> usage.Preview:
-        same = _under_two_names(desk, token.organization_id)
+        same = _under_several_names(desk, token.organization_id)
         return usage.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
 
     found, as_of = await desk.ask(token, previewed)
@@ -387,17 +387,16 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     return answer(body, as_of)
 
 
-def _under_two_names(desk: Desk, organization_id: str) -> dict[int, int]:
-    """Of customers whose events name them in both ways: the number of one name to that of the other."""
+def _under_several_names(desk: Desk, organization_id: str) -> dict[int, int]:
+    """Of customers whom events name in several ways: the numbers of further names to that of the first."""
     numbers = desk.view.directory.organizations.get(organization_id)
     if numbers is None:
         return {}
     same = {}
-    for id, named in list(numbers.customer.items()):  # the reader of the log goes on meanwhile
+    for id in list(numbers.customer):  # the reader of the log goes on meanwhile
         customer = desk.catalogue.customer(organization_id, id)
-        other = numbers.external.get(customer.external_id) if customer and customer.external_id is not None else None
-        if other is not None:
-            same[named] = other
+        first, *others = numbers_of(desk, customer) if customer else [0]
+        same.update(dict.fromkeys(others, first))
     return same
 
 
@@ -407,7 +406,7 @@ def _named(desk: Desk, token: Token, row: usage.CustomerUsage) -> tuple[str | No
         customer = desk.catalogue.customer_by_external_id(token.organization_id, row.who)
         return customer.id if customer else None, row.who
     customer = desk.catalogue.customer(token.organization_id, row.who)
-    return row.who, customer.external_id if customer else None
+    return (customer.id, customer.external_id) if customer else (row.who, None)
 
 
 # Metrics that follow from usage (section 8 of Polar's contract): costs, and the number of customers.

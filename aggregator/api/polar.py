@@ -18,12 +18,13 @@ from aggregator.api import route_answers
 from aggregator.api.requests import POLAR_BODY_BYTES_MAX, AtDesk, bytes_of, decoded, json_response
 from aggregator.api.schemas import gives
 from aggregator.service.errors import Malformed
-from aggregator.service.polar_accounts import forget, settle
+from aggregator.service.polar_accounts import settle
 from aggregator.service.service import Desk
 from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted, CustomerUpdated
 from meters.catalogue.polar_facts import DeliveryApplied, Linked
 from meters.errors import detail
 from meters.ledger.benefits import BenefitSet
+from meters.ledger.ledger import CustomersJoined
 from meters.polar_webhooks import News, Unreadable, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
 
@@ -54,7 +55,6 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
                 if not heard:
                     news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
                 await settle(desk, organization_id, news.customer_ids)
-                await forget(desk, organization_id, news.polar_customer_id)
             is_done = True
     status: Literal["ignored", "repeated", "accepted"]
     status = "ignored" if news is None else "repeated" if heard else "accepted"
@@ -95,7 +95,8 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
 
 def _is_of_several(change: Change) -> bool:
     is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
-    return is_link or isinstance(change, BenefitSet | CustomerCreated | CustomerDeleted | CustomerUpdated)
+    kinds = BenefitSet | CustomerCreated | CustomerDeleted | CustomersJoined | CustomerUpdated
+    return is_link or isinstance(change, kinds)
 
 
 async def _source(desk: Desk, headers: Mapping[str, str], body: bytes) -> Source | None:
