@@ -277,7 +277,8 @@ async def get_meter_quantities(
     known_zone(timezone)
     check_range(start_timestamp, end_timestamp, interval)
     subjects = desk.subjects(token, texts(customer_id), external_customer_id)
-    scope = Scope(organization=NOBODY, subjects=subjects, metadata=metadata)
+    same = {} if customer_aggregation_function is None else _under_several_names(desk, token.organization_id)
+    scope = Scope(organization=NOBODY, subjects=subjects, metadata=metadata, same=same)
     if subjects is None and not metadata and customer_aggregation_function is None:
         charted = await asyncio.to_thread(_charted, desk, meter, (start_timestamp, end_timestamp), interval, timezone)
         if charted is not None:
@@ -507,7 +508,7 @@ async def get_metrics(
     subjects = desk.subjects(token, texts(customer_id), None)
     if not includes(organization_id, token):
         subjects = []
-    scope = Scope(organization=NOBODY, subjects=subjects)
+    scope = Scope(organization=NOBODY, subjects=subjects, same=_under_several_names(desk, token.organization_id))
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(
