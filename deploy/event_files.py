@@ -160,7 +160,7 @@ def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line 
         if "events" in event and "name" not in event:
             yield Problem(number, "a whole request, not an event: give each of its events a line of its own")
             continue
-        if bytes(event.get("external_id", b"null")) == b"null":
+        if bytes(event.get("external_id", b"null")) in (b"null", b'""'):
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)

@@ -25,6 +25,7 @@ from meters.catalogue.catalogue import (
     CustomerUpdated,
 )
 from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
+from meters.event import is_storable
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
 from meters.ledger.ledger import CustomersJoined
 from meters.meter import Meter
@@ -196,6 +197,9 @@ class _Reading:
         if is_gone or told.deleted_at is not None:
             self._gone(told)
             return
+        if told.external_id is not None and not is_storable(told.external_id):
+            raise Unreadable("external_id has a character that no event can hold")
+        told.external_id = told.external_id or None  # an empty one names nobody
         self.polar_id = told.id
         known, is_news = self._linked(told.id), self._is_news(f"customer:{told.id}", _version(told))
         if known is None or (is_news and known.id == told.id):
