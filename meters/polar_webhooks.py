@@ -27,7 +27,7 @@ from meters.catalogue.catalogue import (
 from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
 from meters.event import is_storable
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
-from meters.ledger.ledger import CustomersJoined
+from meters.ledger.joined import CustomersJoined
 from meters.meter import Meter
 from meters.timestamps import sortable_text
 

@@ -24,7 +24,7 @@ from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted,
 from meters.catalogue.polar_facts import DeliveryApplied, Linked
 from meters.errors import detail
 from meters.ledger.benefits import BenefitSet
-from meters.ledger.ledger import CustomersJoined
+from meters.ledger.joined import CustomersJoined
 from meters.polar_webhooks import News, Unreadable, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
 

@@ -25,7 +25,8 @@ from meters.catalogue.catalogue import (
     MeterUpdated,
 )
 from meters.ledger.benefits import GrantSet, SubscriptionSet
-from meters.ledger.ledger import CreditGranted, CustomersJoined, MeterReset, MovementWithdrawn
+from meters.ledger.joined import CustomersJoined
+from meters.ledger.ledger import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record, parse_position
 from meters.timestamps import instant_of
 from meters.webhooks import EndpointSet, Heard, ThresholdReached, ThresholdSet

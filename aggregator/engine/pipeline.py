@@ -42,7 +42,8 @@ from meters.catalogue.catalogue import (
     CustomerUpdated,
     decode_changes,
 )
-from meters.ledger.ledger import Account, CustomersJoined, Ledger, MeterReset, MovementWithdrawn
+from meters.ledger.joined import CustomersJoined
+from meters.ledger.ledger import Account, Ledger, MeterReset, MovementWithdrawn
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain
 from meters.meter import Meter
 

@@ -23,7 +23,8 @@ from meters.catalogue.polar_facts import DeliveryApplied, Mirror
 from meters.event_values import PREFIX, written
 from meters.filters import Filter, filter_json, parse_filter
 from meters.ledger.benefits import BenefitChange, Benefits
-from meters.ledger.ledger import CreditChange, CustomersJoined, Joined
+from meters.ledger.joined import CustomersJoined, Joined
+from meters.ledger.ledger import CreditChange
 from meters.ledger.price import MeterPriced, Prices
 from meters.meter import Meter
 from meters.webhooks import WebhookChange, Webhooks

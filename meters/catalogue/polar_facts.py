@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from meters.ledger.ledger import CustomersJoined
+from meters.ledger.joined import CustomersJoined
 
 GONE = "deleted"
 """The last state of a thing: later than every time."""

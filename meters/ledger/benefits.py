@@ -16,7 +16,8 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec.structs import replace
 
-from meters.ledger.ledger import Account, Cause, Credit, CreditGranted, CustomersJoined, Joined, MeterReset, in_window
+from meters.ledger.joined import CustomersJoined, Joined
+from meters.ledger.ledger import Account, Cause, Credit, CreditGranted, MeterReset, in_window
 from meters.timestamps import sortable_text
 
 # State. A grant keeps its last credit, because that is the amount that a revocation takes back. Decisions from Polar
