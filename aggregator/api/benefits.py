@@ -191,6 +191,11 @@ async def list_benefits(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
+def _named_by(desk: Desk, token: Token, ids: Ids) -> set[str] | None:
+    """The ids of the customers that these ids name; None for all."""
+    return None if ids is None else {desk.catalogue.customer_named(token.organization_id, str(id)) for id in ids}
+
+
 def _is_among(id: str, wanted: Ids) -> bool:
     return wanted is None or id in map(str, wanted)
 
@@ -261,7 +266,7 @@ async def list_grants(
 ) -> Response:  # fmt: skip
     """Who has or had the benefit, oldest first. Customers have it, so of members nobody does."""
     benefit = benefit_of(desk, token, id)
-    wanted = customer_id and {desk.catalogue.customer_named(token.organization_id, str(one)) for one in customer_id}
+    wanted = _named_by(desk, token, customer_id)
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
@@ -324,13 +329,14 @@ async def list_all_grants(
     """The grants of all benefits, newest first."""
     chosen = order(sorting, ("created_at", "granted_at", "revoked_at"), "-created_at")
     catalogue = desk.catalogue
+    wanted = _named_by(desk, token, customer_id)
     found = [
         (here(catalogue, grant), here(catalogue, benefit), customer)
         for benefit in catalogue.benefits.benefits_of(token.organization_id)
         if includes(organization_id, token) and benefit.deleted_at is None
         for grant in catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.is_held)
-        and _is_among(grant.customer_id, customer_id)
+        and (wanted is None or grant.customer_id in wanted)
         and (customer := catalogue.customer(token.organization_id, grant.customer_id))
         and (external_customer_id is None or customer.external_id in external_customer_id)
     ]
