@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from meters.catalogue.catalogue import Catalogue, Change
+from meters.catalogue.catalogue import Catalogue, Change, Names
 from meters.ledger.ledger import Ledger
 from meters.meter import Meter
 
@@ -79,8 +79,8 @@ class DirectoryView(Protocol):
         """Customer numbers by organization id."""
         ...
 
-    def find(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
-        """Return the customer's numbers: none, one, or one for each of its two names."""
+    def find(self, organization_id: str, names: Names) -> list[int]:
+        """Return the numbers of a customer's names, as far as events carry them."""
         ...
 
 

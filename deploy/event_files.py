@@ -255,7 +255,7 @@ def _read_ndjson(file: Iterable[bytes | None], ids: StableIds) -> Iterator[Line 
         if complaint := _early(bytes(event.get("timestamp", b""))):
             yield Problem(number, f"timestamp: {complaint}")
             continue
-        if bytes(event.get("external_id", b"null")) == b"null":
+        if bytes(event.get("external_id", b"null")) in (b"null", b'""'):
             comma = b"," if event else b""  # the last key wins, so a null before it does no harm
             line = line[:-1] + comma + b'"external_id":"' + ids.next(line).encode() + b'"}'
         yield Line(number, line)

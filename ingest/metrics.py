@@ -21,7 +21,7 @@ PASSED_ON = Counter(
 )
 EVENTS = Counter(
     "meterstream_gateway_events",
-    "Events by verdict: accepted, duplicate and conflict are in the log; rejected are not", ["verdict"],
+    "Events by verdict: accepted, duplicate and known are in the log; rejected are not", ["verdict"],
     registry=REGISTRY,
 )
 APPEND_SECONDS = Histogram(
@@ -45,7 +45,7 @@ CATALOGUE_CURRENT = Gauge(
 
 EVENTS_ACCEPTED = EVENTS.labels("accepted")
 EVENTS_DUPLICATE = EVENTS.labels("duplicate")
-EVENTS_CONFLICT = EVENTS.labels("conflict")
+EVENTS_KNOWN = EVENTS.labels("known")
 EVENTS_REJECTED = EVENTS.labels("rejected")
 
 STATUSES = frozenset({200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 500, 503})
@@ -102,11 +102,11 @@ def count_passed_on(status: int) -> None:
     PASSED_ON.labels(str(status)).inc()
 
 
-def count_events(accepted: int, conflicts: int, logged: int, rejected: int) -> None:
-    """The events of one request; those logged are accepted, conflicts, or duplicates."""
+def count_events(accepted: int, known: int, logged: int, rejected: int) -> None:
+    """The events of one request; those logged are accepted, known with other bytes, or duplicates."""
     EVENTS_ACCEPTED.inc(accepted)
-    duplicates = logged - accepted - conflicts
-    for counter, count in ((EVENTS_CONFLICT, conflicts), (EVENTS_DUPLICATE, duplicates), (EVENTS_REJECTED, rejected)):
+    duplicates = logged - accepted - known
+    for counter, count in ((EVENTS_KNOWN, known), (EVENTS_DUPLICATE, duplicates), (EVENTS_REJECTED, rejected)):
         if count:
             counter.inc(count)
 

@@ -164,7 +164,8 @@ SYSTEM = "system"
 class Event(msgspec.Struct, frozen=True, gc=False):
     """An event as its sender states it. Times are UTC; a missing timestamp means the time of ingestion.
 
-    An event for an external customer has no ``customer_id`` and no ``member_id``, whatever was sent.
+    An event for an external customer has no ``customer_id`` and no ``member_id``, whatever was sent. An empty
+    ``external_id`` is None.
     """
 
     name: str
@@ -191,6 +192,14 @@ def identity(organization_id: str, external_id: str) -> tuple[int, int]:
     that any two ids meet is 10^-15; the store still compares contents, so a meeting would be seen.
     """
     return halves(xxh3_128_intdigest(_organization_bytes(organization_id) + external_id.encode()))
+
+
+def place_key(place: str) -> str:
+    """What ``identity`` is made of for an event without external id: its place in the log.
+
+    No external id contains the character in front, so a place and an external id never make one identity.
+    """
+    return f"\0{place}"
 
 
 def halves(number: int) -> tuple[int, int]:
@@ -282,7 +291,7 @@ def _structural(value: Any, level: int) -> Iterator[Reason]:
     if isinstance(value, str):
         if "\0" in value:
             yield Reason.NUL_CHARACTER
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if _has_surrogate(value):
             yield Reason.LONE_SURROGATE
     elif isinstance(value, dict | list):
         if level > DEPTH_MAX:
@@ -291,6 +300,15 @@ def _structural(value: Any, level: int) -> Iterator[Reason]:
         parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         for part in parts:
             yield from _structural(part, level + 1)
+
+
+def _has_surrogate(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_storable(text: str) -> bool:
+    """Return true for a text that an event may hold anywhere."""
+    return "\0" not in text and not _has_surrogate(text)
 
 
 def _variants(record: Object) -> list[str]:
@@ -319,7 +337,7 @@ class _Form:
         return Event(
             name=self._name(),
             timestamp=self._timestamp(latest),
-            external_id=self._text("external_id"),
+            external_id=self._text("external_id") or None,  # an empty one names nothing, and is as good as none
             parent_id=self._text("parent_id"),
             organization_id=self._uuid("organization_id"),
             customer_id=None if external else self._uuid("customer_id"),

@@ -25,7 +25,9 @@ from meters.catalogue.catalogue import (
     CustomerUpdated,
 )
 from meters.catalogue.polar_facts import GONE, Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told
+from meters.event import is_storable
 from meters.ledger.benefits import METER_CREDIT, Benefit, BenefitSet, Grant, GrantSet, Subscription, SubscriptionSet
+from meters.ledger.joined import CustomersJoined
 from meters.ledger.price import ProductPrice, SubscriptionPriced, parse_price
 from meters.meter import Meter
 from meters.timestamps import sortable_text
@@ -202,14 +204,17 @@ class _Reading:
         if is_gone or told.deleted_at is not None:
             self._gone(told)
             return
+        if told.external_id is not None and not is_storable(told.external_id):
+            raise Unreadable("external_id has a character that no event can hold")
+        told.external_id = told.external_id or None  # an empty one names nobody
         self.polar_id = told.id
         known, is_news = self._linked(told.id), self._is_news(f"customer:{told.id}", _version(told))
         if known is None or (is_news and known.id == told.id):
             known = self._named(told) or known
         self.customer_id = known.id if known else told.id
-        if self.customer_id != self.catalogue.mirror.linked(self.organization_id, told.id) and (known or is_news):
+        if known or is_news:
             self.facts.append(Linked(told.id, self.customer_id))
-            self._move(told.id, self.customer_id)
+            self._join(told.id, self.customer_id)
         if not is_news:
             return
         if known is not None and self._is_older(told, known):
@@ -236,7 +241,7 @@ class _Reading:
         stays = known.external_id if known else None
         if told.external_id is None:
             return stays
-        holder = self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+        holder = self._called(told.external_id)
         return told.external_id if holder is None or holder.id == self.customer_id else stays
 
     def _is_older(self, told: _Customer, known: Customer) -> bool:
@@ -261,24 +266,24 @@ class _Reading:
         """Who has the external id; nobody's is that of a customer who is deleted."""
         if told.external_id is None or self.catalogue.mirror.is_gone(self.organization_id, f"customer:{told.id}"):
             return None
-        return self.catalogue.customer_by_external_id(self.organization_id, told.external_id)
+        return self._called(told.external_id)
 
-    def _move(self, old: str, new: str) -> None:
-        """Polar's customer turns out to be another one here: what it has of Polar's goes along, and its address."""
-        mirror, benefits = self.catalogue.mirror, self.catalogue.benefits
-        if old == new or any(id != self.polar_id for id in mirror.living(old)):
-            return
-        for grant in benefits.grants_of(old):
-            if mirror.is_mirrored(self.organization_id, f"grant:{grant.id}"):
-                self.changes.append(GrantSet(replace(grant, customer_id=new)))
-        for subscription in benefits.subscriptions_of(old):
-            self.changes.append(SubscriptionSet(replace(subscription, customer_id=new)))
-        if left := self.catalogue.customer(self.organization_id, old):
-            self.changes.append(CustomerUpdated(replace(left, email=None)))
+    def _called(self, external_id: str) -> Customer | None:
+        """Who has the external id now. Who had it before is another customer of Polar's."""
+        found = self.catalogue.customer_by_external_id(self.organization_id, external_id)
+        return found if found is not None and found.external_id == external_id else None
+
+    def _join(self, polar_id: str, customer_id: str) -> None:
+        """Let Polar's id name the customer here, with everything that is known under it."""
+        if self.catalogue.customer_named(self.organization_id, polar_id) != customer_id:
+            self.changes.append(
+                CustomersJoined(organization_id=self.organization_id, id=polar_id, into=customer_id, at=self.now)
+            )
 
     def _linked(self, polar_id: str) -> Customer | None:
         linked = self.catalogue.mirror.linked(self.organization_id, polar_id) or polar_id
-        _own(self.catalogue.customers.get(linked), self.organization_id)
+        for id in (polar_id, linked):
+            _own(self.catalogue.customers.get(id), self.organization_id)
         return self.catalogue.customer(self.organization_id, linked)
 
     def _whose(self, told: _Customer | None, polar_id: str) -> str:

@@ -17,7 +17,9 @@ PRODUCT = ("meters", "ingest", "aggregator", "deploy")
 
 FUNCTION_LINES_MAX = 70  # what still fits on a screen
 FILE_LINES_MAX = 600  # from here on, look again: is this one subject?
-LONG_FILES: dict[str, str] = {}  # the path of a longer file, and the reason why it stays whole
+LONG_FILES: dict[str, str] = {  # the path of a longer file, and the reason why it stays whole
+    "meters/ledger/ledger.py": "movements, windows and the fold of both are one rule of what is credited",
+}
 MODULE_LINES_MIN = 60  # a smaller one that a single module uses is a part of that one
 SMALL_MODULES: dict[str, str] = {}  # the path of one that stands apart all the same, and the reason
 FOLDER_MODULES_MAX = 14  # what a newcomer takes in at a glance

@@ -193,6 +193,11 @@ async def list_benefits(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
+def _named_by(desk: Desk, token: Token, ids: Ids) -> set[str] | None:
+    """The ids of the customers that these ids name; None for all."""
+    return None if ids is None else {desk.catalogue.customer_named(token.organization_id, str(id)) for id in ids}
+
+
 def _is_among(id: str, wanted: Ids) -> bool:
     return wanted is None or id in map(str, wanted)
 
@@ -264,11 +269,12 @@ async def list_grants(
 ) -> Response:  # fmt: skip
     """Who has or had the benefit, oldest first. Customers have it, so of members nobody does."""
     benefit = benefit_of(desk, token, id)
+    wanted = _named_by(desk, token, customer_id)
     found = [
         (grant, customer)
         for grant in desk.catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.is_held)
-        and _is_among(grant.customer_id, customer_id)
+        and (wanted is None or grant.customer_id in wanted)
         and member_id is None
         and (customer := desk.catalogue.customer(token.organization_id, grant.customer_id))
     ]
@@ -326,13 +332,14 @@ async def list_all_grants(
     """The grants of all benefits, newest first."""
     chosen = order(sorting, ("created_at", "granted_at", "revoked_at"), "-created_at")
     catalogue = desk.catalogue
+    wanted = _named_by(desk, token, customer_id)
     found = [
         (here(catalogue, grant), here(catalogue, benefit), customer)
         for benefit in catalogue.benefits.benefits_of(token.organization_id)
         if includes(organization_id, token) and benefit.deleted_at is None
         for grant in catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.is_held)
-        and _is_among(grant.customer_id, customer_id)
+        and (wanted is None or grant.customer_id in wanted)
         and (customer := catalogue.customer(token.organization_id, grant.customer_id))
         and (external_customer_id is None or customer.external_id in external_customer_id)
     ]
@@ -368,8 +375,7 @@ async def cycle_grant(request: Request, desk: AtDesk, token: Writer, id: UUID, k
         if once.answered is not None:
             return once.answered
         body = await body_as(BenefitGrantStep, request, otherwise={})
-        _, _, customer = _grant_of(desk, token, id)
-        async with desk.turn(token.organization_id, customer.id):
+        async with desk.turn_of(lambda: _grant_of(desk, token, id)[2]):
             while (made := await _cycled(desk, token, id, body, once)) is None:
                 pass
         return made
@@ -443,8 +449,7 @@ async def revoke_grant(request: Request, desk: AtDesk, token: Writer, id: UUID, 
     async with only_once(request, desk, token, key) as once:
         if once.answered is not None:
             return once.answered
-        _, _, customer = _grant_of(desk, token, id)
-        async with desk.turn(token.organization_id, customer.id), desk.deciding:
+        async with desk.turn_of(lambda: _grant_of(desk, token, id)[2]), desk.deciding:
             grant, benefit, customer = _grant_of(desk, token, id)
             _must_be_ours(desk, token, "grant", grant.id)
             if grant.revoked_at is not None:

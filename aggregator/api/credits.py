@@ -55,9 +55,8 @@ async def give_credits(request: Request, desk: AtDesk, token: Writer, id: UUID, 
     async with only_once(request, desk, token, key) as once:
         if once.answered is not None:
             return once.answered
-        customer = customer_by_id(desk, token, id)
         meter_id, units, rollover = _fields(desk, token, await body_of(request))
-        async with desk.turn(token.organization_id, customer.id), desk.deciding:
+        async with desk.turn_of(lambda: customer_by_id(desk, token, id)), desk.deciding:
             customer = customer_by_id(desk, token, id)
             known = _given_before(desk, token, key, [customer.id, meter_id, units, rollover])
             if known is not None:
@@ -121,8 +120,8 @@ async def take_back_credits(
     async with only_once(request, desk, token, key) as once:
         if once.answered is not None:
             return once.answered
-        customer = customer_by_id(desk, token, id)
-        async with desk.turn(token.organization_id, customer.id), desk.deciding:  # after a reset that is under way
+        async with desk.turn_of(lambda: customer_by_id(desk, token, id)), desk.deciding:  # after a reset under way
+            customer = customer_by_id(desk, token, id)
             credit, meter_id = _credit(desk, token, customer, credit_id)
             account = desk.view.ledger.account(customer.id, meter_id)
             taken = next((c for c in _credits(desk, customer, meter_id) if c.id == revocation_id(credit.id)), None)
@@ -166,7 +165,7 @@ async def reset_meters(request: Request, desk: AtDesk, token: Writer, id: UUID, 
             return once.answered
         customer_by_id(desk, token, id)
         asked = await body_as(ResetCreate, request)
-        async with desk.turn(token.organization_id, str(id)):
+        async with desk.turn_of(lambda: customer_by_id(desk, token, id)):
             while (made := await _reset(desk, token, id, asked, once)) is None:
                 pass
         return made

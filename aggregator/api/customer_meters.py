@@ -97,8 +97,9 @@ def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[
     named = [known.customer(organization, id) for id in dict.fromkeys(ids or ())]
     if ids is None:
         named = [known.customer_by_external_id(organization, name) for name in dict.fromkeys(externals or ())]
-    wanted = None if externals is None else set(externals)
-    return [found for found in named if found and (wanted is None or found.external_id in wanted)]
+    found = {customer.id: customer for customer in named if customer}  # several ids may name one customer
+    wanted = set(externals or ())
+    return [one for one in found.values() if externals is None or wanted.intersection(known.names_of(one).external_ids)]
 
 
 @router.get("/v1/customer-meters/{id}", responses=gives(answers.CustomerMeter))

@@ -221,7 +221,7 @@ def _customer(desk: Desk, token: Token, kind: str | None, who: str | None) -> di
     """By external id where there is one, also of a customer deleted since: an id of ours means nothing elsewhere."""
     if kind == EXTERNAL:
         return {"external_customer_id": who or ""}
-    known = desk.catalogue.customers.get(who or "")
+    known = desk.catalogue.customers.get(desk.catalogue.customer_named(token.organization_id, who or ""))
     if known is not None and known.organization_id == token.organization_id and known.external_id is not None:
         return {"external_customer_id": known.external_id}
     return {"customer_id": who or ""}

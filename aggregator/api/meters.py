@@ -43,7 +43,7 @@ from aggregator.api.requests import (
 from aggregator.api.schemas import MeterCreate, MeterDefinition, MeterUpdate, PriceSet, gives, page_of, takes
 from aggregator.decode.directory import EXTERNAL
 from aggregator.service import answers
-from aggregator.service.balances import CustomerMeter, customer_meters
+from aggregator.service.balances import CustomerMeter, customer_meters, numbers_of
 from aggregator.service.charges import Charge, charges_of
 from aggregator.service.errors import PASSING, Malformed, NotFound, Refused
 from aggregator.service.meter_check import Look, look, uncounted, warnings
@@ -329,7 +329,8 @@ async def get_meter_quantities(
     check_range(start_timestamp, end_timestamp, interval)
     external_ids = [*(external_customer_id or ()), *(misspelt or ())] or None  # as an old client of Polar's spells it
     whose = desk.whose(token, texts(customer_id), external_ids)
-    scope = Scope(organization=NOBODY, subjects=whose, metadata=metadata)
+    same = {} if customer_aggregation_function is None else _under_several_names(desk, token.organization_id)
+    scope = Scope(organization=NOBODY, subjects=whose, metadata=metadata, same=same)
     if whose is None and not metadata and customer_aggregation_function is None:
         charted = await asyncio.to_thread(_charted, desk, meter, (start_timestamp, end_timestamp), interval, timezone)
         if charted is not None:
@@ -421,7 +422,7 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     question = Question(filter=filter, aggregation=aggregation, scope=Scope(organization=NOBODY))
 
     def previewed(here: Here) -> tuple[usage.Preview, Unmatched, Look]:
-        same = _under_two_names(desk, token.organization_id)
+        same = _under_several_names(desk, token.organization_id)
         counted = usage.preview(here.connection, here.about(question), PREVIEW_CUSTOMERS, same)
         passed_over = unmatched(here.connection, here.about(question))
         return counted, passed_over, look(here, filter, aggregation)
@@ -444,17 +445,16 @@ async def preview_meter(request: Request, desk: AtDesk, token: Reader) -> Respon
     return answer(body, as_of)
 
 
-def _under_two_names(desk: Desk, organization_id: str) -> dict[int, int]:
-    """Of customers whose events name them in both ways: the number of one name to that of the other."""
+def _under_several_names(desk: Desk, organization_id: str) -> dict[int, int]:
+    """Of customers whom events name in several ways: the numbers of further names to that of the first."""
     numbers = desk.view.directory.organizations.get(organization_id)
     if numbers is None:
         return {}
     same = {}
-    for id, named in list(numbers.customer.items()):  # the reader of the log goes on meanwhile
+    for id in list(numbers.customer):  # the reader of the log goes on meanwhile
         customer = desk.catalogue.customer(organization_id, id)
-        other = numbers.external.get(customer.external_id) if customer and customer.external_id is not None else None
-        if other is not None:
-            same[named] = other
+        first, *others = numbers_of(desk, customer) if customer else [0]
+        same.update(dict.fromkeys(others, first))
     return same
 
 
@@ -464,7 +464,7 @@ def _named(desk: Desk, token: Token, row: usage.CustomerUsage) -> tuple[str | No
         customer = desk.catalogue.customer_by_external_id(token.organization_id, row.who)
         return customer.id if customer else None, row.who
     customer = desk.catalogue.customer(token.organization_id, row.who)
-    return row.who, customer.external_id if customer else None
+    return (customer.id, customer.external_id) if customer else (row.who, None)
 
 
 # Metrics that follow from usage (section 8 of Polar's contract): costs, and the number of customers.
@@ -562,8 +562,8 @@ async def get_metrics(
     check_range(start, end, interval, "date")
     wanted = _wanted(metrics)
     units = periods(start_date, end_date, interval, timezone)
-    whose = desk.whose(token, texts(customer_id), None)
-    scope = Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [])
+    whose, same = desk.whose(token, texts(customer_id), None), _under_several_names(desk, token.organization_id)
+    scope = Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [], same=same)
     costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(

@@ -33,7 +33,7 @@ from aggregator.api.requests import (
 )
 from aggregator.api.schemas import PolarObject, PolarObjects, gives, page_of, takes
 from aggregator.service.errors import PASSING, Malformed
-from aggregator.service.polar_accounts import forget, settle
+from aggregator.service.polar_accounts import settle
 from aggregator.service.polar_inbox import REASONS_MAX, TEXT_LENGTH_MAX, Outcome, Received, waiting
 from aggregator.service.service import Desk
 from meters.catalogue.access import reading, writing
@@ -41,6 +41,7 @@ from meters.catalogue.catalogue import Change, CustomerCreated, CustomerDeleted,
 from meters.catalogue.polar_facts import Credited, DeliveryApplied, Linked
 from meters.errors import detail
 from meters.ledger.benefits import BenefitSet
+from meters.ledger.joined import CustomersJoined
 from meters.ledger.price import SubscriptionPriced
 from meters.polar_webhooks import METER_KEY, News, Unreadable, meter_of, read
 from meters.webhooks import Rejection, Source, is_signed, rejection
@@ -107,7 +108,6 @@ async def _take(desk: Desk, organization_id: str, delivery_id: str, payload: dic
                 if not heard:
                     news = await _decide(desk, news, lambda: _news(desk, organization_id, delivery_id, payload))
                 await settle(desk, organization_id, news.customer_ids)
-                await forget(desk, organization_id, news.polar_customer_id)
             is_done = True
     if news is None:
         return Taken("ignored", ["this type says nothing about usage, credits or subscriptions"])
@@ -224,7 +224,7 @@ async def _decide(desk: Desk, news: News, read_again: Callable[[], News | None])
 
 def _is_of_several(change: Change) -> bool:
     is_link = isinstance(change, DeliveryApplied) and any(isinstance(fact, Linked) for fact in change.facts)
-    shared = BenefitSet | CustomerCreated | CustomerDeleted | CustomerUpdated | SubscriptionPriced
+    shared = BenefitSet | CustomerCreated | CustomerDeleted | CustomersJoined | CustomerUpdated | SubscriptionPriced
     return is_link or isinstance(change, shared)
 
 

@@ -35,6 +35,7 @@ from aggregator.service.answers import (
 from aggregator.webhooks.targets import URL_LENGTH_MAX
 from meters.aggregation import parse_aggregation
 from meters.errors import Detail, detail
+from meters.event import is_storable
 from meters.filters import parse_filter
 from meters.ledger.ledger import UNITS_MAX
 from meters.ledger.price import CAP_AMOUNT_MAX
@@ -69,6 +70,17 @@ def _email(value: str, loc: tuple[str | int, ...]) -> str | list[Detail]:
     if "@" in value.strip("@") and not any(mark.isspace() for mark in value):
         return value
     return [detail("value_error", loc, "value is not a valid email address: it has no name or no domain", value)]
+
+
+def _external_id(value: str, loc: tuple[str | int, ...]) -> str | list[Detail]:
+    """A customer's external id, which events have to be able to name."""
+    if not value:
+        message = "String should have at least 1 character: leave it out or say null"
+        return [detail("string_too_short", loc, message, value)]
+    if not is_storable(value):
+        reason = "has the character U+0000 or half of a surrogate pair, so no event could name it: leave them out"
+        return [detail("value_error", loc, f"external_id {reason}", None)]
+    return value
 
 
 def _units(value: object, loc: tuple[str | int, ...]) -> int | list[Detail]:
@@ -168,7 +180,10 @@ class CustomerUpdate(PolarBody):
         Meta(description="Required where ``type`` is not ``team``.", examples=["ada@example.com"]),
     ] = UNSET
     external_id: Annotated[
-        Annotated[ExternalId, Meta(max_length=TEXT_LENGTH_MAX)] | UnsetType | None, Meta(examples=["ada"])
+        Annotated[ExternalId, Meta(min_length=1, max_length=TEXT_LENGTH_MAX, extra={"parse": _external_id})]
+        | UnsetType
+        | None,
+        Meta(examples=["ada"]),
     ] = UNSET
     name: Annotated[
         Annotated[str, Meta(max_length=TEXT_LENGTH_MAX)] | UnsetType | None, Meta(examples=["Ada"])

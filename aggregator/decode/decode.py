@@ -39,7 +39,7 @@ from aggregator.decode.dedup import DeadLetter, Letters
 from aggregator.decode.directory import Directory, Organization
 from aggregator.decode.identities import Keys, Search
 from meters.errors import Reason, Refusal
-from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4
+from meters.event import CUSTOMER_VARIANT, EXTERNAL_VARIANT, Event, check_line, parse_uuid4, place_key
 from meters.loader import Loader
 from meters.log import LATEST_US, Record, has_too_many_lines, lines_of
 from meters.timestamps import UNREADABLE, instant_of
@@ -331,9 +331,9 @@ def _stamps(rows: _Rows) -> Microseconds:
 def _chunk(rows: _Rows, stamps: Microseconds, texts: Texts, directory: Directory) -> Chunk:
     organization = directory.organization(rows.organization_id)
     events, raws = rows.events, rows.raws
-    external_ids = _external_ids(rows)
+    external_ids, identified_by = _external_ids(rows)
     ingested = of_records(rows.spans, lambda record: record.timestamp_us, np.int64)
-    keys = _keys(organization.id_bytes, external_ids, raws)
+    keys = _keys(organization.id_bytes, identified_by, raws)
     columns = {
         **places(rows.spans),
         "id_hi": keys.hi,
@@ -354,23 +354,27 @@ def _chunk(rows: _Rows, stamps: Microseconds, texts: Texts, directory: Directory
     return Chunk(pa.RecordBatch.from_pydict(columns), keys, raws, stamped, rows.organization_id)
 
 
-def _external_ids(rows: _Rows) -> list[str]:
-    """The dedupe keys. A line without one, from a producer that skips the gateway, is known by its place."""
+def _external_ids(rows: _Rows) -> tuple[list[str], list[str]]:
+    """The external ids, and what identities are made of: the same, unless a line has none.
+
+    Such a line, from a producer that skips the gateway, is called by its place and known by it.
+    """
     ids = [event.external_id for event in rows.events]
-    if None in ids:
-        known_by = [
-            f"{span.record.partition}:{span.record.offset}:{span.first_line + line}"
-            for span in rows.spans
-            for line in range(span.lines)
-        ]
-        ids = [key if key is not None else place for key, place in zip(ids, known_by, strict=True)]
-    return ids  # type: ignore[return-value]  # every None was replaced
+    if None not in ids and "" not in ids:
+        return ids, ids  # type: ignore[return-value]  # there is no None
+    places = [
+        f"{span.record.partition}:{span.record.offset}:{span.first_line + line}"
+        for span in rows.spans
+        for line in range(span.lines)
+    ]
+    shown = [id or place for id, place in zip(ids, places, strict=True)]
+    return shown, [id or place_key(place) for id, place in zip(ids, places, strict=True)]
 
 
-def _keys(organization: bytes, external_ids: list[str], raws: list[bytes]) -> Keys:
+def _keys(organization: bytes, identified_by: list[str], raws: list[bytes]) -> Keys:
     """Identities as ``meters.event.identity`` makes them, for a whole chunk at once."""
     digest = xxhash.xxh3_128_digest
-    joined = b"".join([digest(organization + external_id.encode()) for external_id in external_ids])
+    joined = b"".join([digest(organization + text.encode()) for text in identified_by])
     words = np.frombuffer(joined, _WORD).astype(np.uint64)
     content = np.fromiter(map(xxhash.xxh3_64_intdigest, raws), np.uint64, len(raws))
     return Keys(words[0::2].copy(), words[1::2].copy(), content)
@@ -387,7 +391,11 @@ def _subjects(events: Sequence[Event | Line], organization: Organization, direct
 
 
 def _members(events: Sequence[Event | Line]) -> pa.Array:
-    """A member belongs to a ``customer_id``; beside an external customer it says nothing."""
+    """A member belongs to a ``customer_id``; beside an external customer it says nothing.
+
+    ``kernels.Reader`` states this rule as a mask over columns, which these objects are not; a property test holds the
+    two together.
+    """
     members = [event.member_id for event in events]
     if members.count(None) < len(members):
         members = [event.member_id if event.external_customer_id is None else None for event in events]

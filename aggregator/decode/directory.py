@@ -3,11 +3,12 @@
 Events name their customer by ``external_customer_id`` or by ``customer_id``. Both are long texts; the store, the
 running totals and the queries need a small integer instead. The reader thread assigns numbers in order of first
 appearance, and the batch that first uses a number also stores it. A number is never reused. A customer that is known
-by both names has two numbers; queries combine them when they read (contract section 1.6).
+by both names, or joined from several, has several numbers; queries combine them when they read (contract section 1.6).
 """
 
 from typing import NamedTuple
 
+from meters.catalogue.catalogue import Names
 from meters.event import parse_uuid4
 
 EXTERNAL = "external"
@@ -65,15 +66,12 @@ class Directory:
         self._fresh_subjects.append((number, organization, kind, text))
         return number
 
-    def find(self, organization_id: str, external_customer_id: str | None, customer_id: str | None) -> list[int]:
-        """The numbers under which a customer's events are stored: none, one or two."""
+    def find(self, organization_id: str, names: Names) -> list[int]:
+        """The numbers under which events of these names are stored, those of external ids first."""
         organization = self.organizations.get(organization_id)
         if organization is None:
             return []
-        numbers = (
-            organization.external.get(external_customer_id) if external_customer_id is not None else None,
-            organization.customer.get(customer_id) if customer_id is not None else None,
-        )
+        numbers = [*map(organization.external.get, names.external_ids), *map(organization.customer.get, names.ids)]
         return [number for number in numbers if number is not None]
 
     def take_fresh(self) -> tuple[list[tuple[int, str]], list[tuple[int, int, str, str]]]:

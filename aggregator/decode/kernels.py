@@ -67,6 +67,8 @@ def _scan(joined: Any, spans: Any, lines: Any, no_keys: Any) -> Any:
         at = after_event(text, after_blanks(text, at), True, no_keys, spans[row], end)
         if at == ODD or spans[row, NAME, 1] == MISSING or spans[row, EXTERNAL_ID, 1] == MISSING:
             return row
+        if spans[row, EXTERNAL_ID, 1] == spans[row, EXTERNAL_ID, 0]:  # empty, which is as good as none
+            return row
         lines[row, 1] = at
         is_last = row + 1 == len(spans)
         if is_last != (at == end) or not (is_last or text[at] == NEWLINE):
@@ -238,7 +240,11 @@ class _Lines(NamedTuple):
 
 
 class _Numbers:
-    """The numbers of customers by a 128-bit hash of what names them: a table with open addresses, at most half full."""
+    """The numbers of customers by a 128-bit hash of what names them: a table with open addresses, at most half full.
+
+    It remembers what ``Directory.number_of`` gave, which alone numbers customers. The directory's dictionaries would
+    need a text for every line.
+    """
 
     def __init__(self) -> None:
         self._count = 0

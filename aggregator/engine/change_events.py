@@ -25,6 +25,7 @@ from meters.catalogue.catalogue import (
     MeterUpdated,
 )
 from meters.ledger.benefits import GrantSet, SubscriptionSet
+from meters.ledger.joined import CustomersJoined
 from meters.ledger.ledger import CreditGranted, MeterReset, MovementWithdrawn
 from meters.log import Record, parse_position
 from meters.timestamps import instant_of
@@ -118,13 +119,13 @@ def _by_decision(
             if any(record.offset >= one.control for one in listening.get(organization_id, ())):
                 found.append((organization_id, None, None, msgspec.json.encode(what).decode(), at))
             continue
-        customer_id = _customer(change) or ""
-        customer = catalogue.customers.get(customer_id) or made.get(customer_id)
-        heard = listening.get(customer.organization_id, ()) if customer else ()
-        if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
-            continue
-        text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
-        found.append((customer.organization_id, None, customer_id, text, at))
+        for customer_id in _customers(change):
+            customer = catalogue.customers.get(customer_id) or made.get(customer_id)
+            heard = listening.get(customer.organization_id, ()) if customer else ()
+            if customer is None or all(record.offset < one.control for one in heard):  # or nobody listens
+                continue
+            text = msgspec.json.encode(change).decode() if isinstance(change, ThresholdReached) else None
+            found.append((customer.organization_id, None, customer_id, text, at))
     columns = zip(*found, strict=True) if found else [[] for _ in SCHEMA]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     return pa.table(arrays, schema=SCHEMA)
@@ -148,18 +149,20 @@ def _review(change: Change, disabled: dict[str, datetime | None]) -> tuple[str, 
     return None
 
 
-def _customer(change: Change) -> str | None:
+def _customers(change: Change) -> Sequence[str]:
     match change:
         case CustomerCreated(customer) | CustomerUpdated(customer):
-            return customer.id
+            return (customer.id,)
         case CustomerDeleted(id):
-            return id
+            return (id,)
+        case CustomersJoined(id=id, into=into):
+            return (id, into)
         case CreditGranted(customer_id=id) | MeterReset(customer_id=id) | MovementWithdrawn(customer_id=id):
-            return id
+            return (id,)
         case ThresholdReached(customer_id=id):
-            return id
+            return (id,)
         case GrantSet(grant):
-            return grant.customer_id
+            return (grant.customer_id,)
         case SubscriptionSet(subscription):
-            return subscription.customer_id
-    return None
+            return (subscription.customer_id,)
+    return ()

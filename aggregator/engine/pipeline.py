@@ -42,6 +42,7 @@ from meters.catalogue.catalogue import (
     CustomerUpdated,
     decode_changes,
 )
+from meters.ledger.joined import CustomersJoined
 from meters.ledger.ledger import Account, Ledger, MeterReset, MovementWithdrawn
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log, Record, TryAgain, newest_stamp_us
 from meters.meter import Meter
@@ -75,9 +76,9 @@ class Readable:
 
 # ``Boundaries`` tells the running totals where customers' windows begin, as the ledger has it.
 #
-# The ledger speaks of customers, the totals of the numbers that events carry. A customer may have two numbers, one
-# for each of its two names, and may get a number long after that number's events arrived (the customer is created
-# later, or is given another external id). So the windows follow the catalogue as well as the resets.
+# The ledger speaks of customers, the totals of the numbers that events carry. A customer may have several numbers, one
+# for each of its names, and may get a number long after that number's events arrived (the customer is created later, is
+# given another external id, or is joined with another one). So the windows follow the catalogue as well as the resets.
 
 Subject = tuple[int, int, str, str]  # number, organization's number, kind, text
 Named = tuple[str, str]  # kind and text: how events name a customer
@@ -104,6 +105,9 @@ class Boundaries:
         match change:
             case MeterReset(customer_id=id) | MovementWithdrawn(customer_id=id) | CustomerDeleted(id=id):
                 self._touch(self._catalogue.customers.get(id))
+            case CustomersJoined(organization_id=organization_id, id=id, into=into):
+                for one in (id, into):
+                    self._touch(self._catalogue.customer(organization_id, one))
             case CustomerCreated(customer) | CustomerUpdated(customer):
                 self._touch(self._catalogue.customers.get(customer.id))
 
@@ -132,9 +136,9 @@ class Boundaries:
         known = self._directory.organizations.get(customer.organization_id)
         if known is None:
             return {}
-        found = {known.customer.get(customer.id): (CUSTOMER, customer.id)}
-        if customer.external_id is not None:
-            found[known.external.get(customer.external_id)] = (EXTERNAL, customer.external_id)
+        names = self._catalogue.names_of(customer)
+        found = {known.customer.get(id): (CUSTOMER, id) for id in names.ids}
+        found |= {known.external.get(name): (EXTERNAL, name) for name in names.external_ids}
         return {number: name for number, name in found.items() if number is not None}
 
     def _owner(self, organization_id: str, name: Named) -> str | None:

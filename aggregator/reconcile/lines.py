@@ -20,6 +20,7 @@ import xxhash
 from aggregator.decode.columns import awkward_numbers
 from aggregator.store import database
 from aggregator.store.queries.audit import put
+from meters.event import place_key
 from meters.log import Record, lines_of
 
 # Questions to a store.
@@ -170,11 +171,10 @@ class LineReader:
         own = read["organization_id"].to_pylist()
         organizations = [tenant or named for tenant, named in zip(tenants, own, strict=True)]
         partition = records[0].partition
-        externals = [
-            known if known is not None else "{}:{}:{}".format(partition, *place_of(key))
-            for known, key in zip(read["external_id"].to_pylist(), keys.tolist(), strict=True)
-        ]
-        hi, lo = _identities(organizations, externals)
+        named, places = read["external_id"].to_pylist(), ["{}:{}:{}".format(partition, *place_of(key)) for key in keys]
+        externals = [known or place for known, place in zip(named, places, strict=True)]
+        identified_by = [known or place_key(place) for known, place in zip(named, places, strict=True)]
+        hi, lo = _identities(organizations, identified_by)
         content = np.array([xxhash.xxh3_64_intdigest(raw) for raw in raws], np.uint64)
         awkward = _awkward(raws, read["suspicious"])
         read = read.drop(["external_id", "organization_id", "suspicious"])
@@ -226,12 +226,12 @@ def _text(raw: bytes) -> str:
         return ""
 
 
-def _identities(organizations: Sequence[str | None], externals: Sequence[str]) -> tuple[Words, Words]:
+def _identities(organizations: Sequence[str | None], identified_by: Sequence[str]) -> tuple[Words, Words]:
     """As ``meters.event.identity``, for many."""
     known = {name: _organization_bytes(name) for name in set(organizations)}
     digest = xxhash.xxh3_128_digest
     joined = b"".join(
-        [digest(known[name] + external.encode()) for name, external in zip(organizations, externals, strict=True)]
+        [digest(known[name] + text.encode()) for name, text in zip(organizations, identified_by, strict=True)]
     )
     words = np.frombuffer(joined, _WORD).astype(np.uint64)
     return words[0::2].copy(), words[1::2].copy()

@@ -20,7 +20,7 @@ from aggregator.decode.columns import awkward_numbers
 from meters.aggregation import amount_of, exact_sum, is_summable
 from meters.catalogue.catalogue import Catalogue
 from meters.errors import Reason, Refusal
-from meters.event import USER, Event, check_line, event_id, identity, parse_uuid4
+from meters.event import USER, Event, check_line, event_id, identity, parse_uuid4, place_key
 from meters.event_values import Facts, facts
 from meters.exact import EXACT, amount_text, decode_tokens
 from meters.filters import matches
@@ -54,7 +54,18 @@ class Reading(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """What a person calls it."""
-        return f"{self.external_id} ({event_id(*identity(self.organization_id, self.external_id))})"
+        return f"{self.external_id} ({event_id(*self.identity)})"
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What it is counted once by."""
+        has_place = self.event.external_id is None
+        return identity(self.organization_id, place_key(self.external_id) if has_place else self.external_id)
+
+    def identity_in(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """The identity that its stored row should have: earlier versions made a place's as that of an external id."""
+        former = identity(self.organization_id, self.external_id)
+        return former if (row["id_hi"], row["id_lo"]) == former else self.identity
 
 
 def read_line(raw: bytes, tenant: str | None, ingested_us: int, place: str) -> Reading | Refusal:
@@ -102,7 +113,7 @@ def changes(reading: Reading, row: Mapping[str, Any]) -> list[str]:
         "member_id": event.member_id,
         "external_member_id": event.external_member_id,
         "source": USER,
-        "id": identity(reading.organization_id, reading.external_id),
+        "id": reading.identity_in(row),
         "content hash": xxhash.xxh3_64_intdigest(reading.raw),
         "exact numbers": _exact(awkward_numbers(event.metadata)),
     }

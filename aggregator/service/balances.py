@@ -139,8 +139,8 @@ def from_memory(desk: Desk, customer: Customer, meter: Meter) -> Consumption | N
 
 
 def numbers_of(desk: Desk, customer: Customer) -> list[int]:
-    """The numbers under which the customer's events are stored, by either name."""
-    return desk.view.directory.find(customer.organization_id, customer.external_id, customer.id)
+    """The numbers under which the customer's events are stored, by all of its names."""
+    return desk.view.directory.find(customer.organization_id, desk.catalogue.names_of(customer))
 
 
 async def consumed_between(

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.service.balances import CustomerMeter, Pair, from_memory
+from aggregator.service.balances import CustomerMeter, Pair, from_memory, numbers_of
 from aggregator.service.service import Desk, Here, Order, Page, Patience
 from aggregator.store.queries import usage
 from aggregator.store.queries.scope import Scope
@@ -92,17 +92,17 @@ def find_page(
 
 def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter], by: str) -> _Rows:
     view, each = where.desk.view, where.patience.each
-    numbers = [view.directory.find(c.organization_id, c.external_id, c.id) for c in each(customers)]
-    first = np.array([found[0] if found else NOBODY for found in numbers], np.int64)
-    second = np.array([found[1] if len(found) > 1 else NOBODY for found in numbers], np.int64)
+    named = [numbers_of(where.desk, customer) for customer in each(customers)]
+    most = max(map(len, named), default=0) or 1  # one or two, and more where customers were joined
+    numbers = np.array([(*found, *(NOBODY,) * (most - len(found))) for found in named], np.int64).reshape(-1, most).T
     places = {customer.id: place for place, customer in enumerate(customers)}
     parts = []
     for place, meter in enumerate(each(meters)):
         arrived = view.totals.arrivals(meter)
         if arrived is None:
             raise Unavailable("meters are still being counted")
-        newest, known = np.append(arrived, EVER), [np.where(n < len(arrived), n, NOBODY) for n in (first, second)]
-        modified = np.maximum(newest[known[0]], newest[known[1]])
+        newest, known = np.append(arrived, EVER), np.where(numbers < len(arrived), numbers, NOBODY)
+        modified = newest[known].max(axis=0)
         is_there, credited = modified != EVER, np.zeros(len(customers))
         for customer_id, account in each(list(view.ledger.of_meter(meter.id).items())):  # the writer goes on meanwhile
             if (at := places.get(customer_id)) is not None:
@@ -121,7 +121,7 @@ def _rows(where: _Where, customers: Sequence[Customer], meters: Sequence[Meter],
 
 
 def _consumed(
-    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
+    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: Integers
 ) -> Doubles:
     """What each customer used, where ``found`` says that there is a row."""
     amounts = where.desk.view.totals.amounts(meter)
@@ -129,8 +129,8 @@ def _consumed(
     if amounts is not None:
         amounts = np.append(amounts, 0.0)
         consumed = sum((amounts[np.minimum(numbers, len(amounts) - 1)] for numbers in known), start=consumed)
-        has_both = (known[0][found] != NOBODY) & (known[1][found] != NOBODY)
-        apart = found[:0] if is_summable(meter.aggregation) else found[has_both]  # used under two names
+        has_several = (known[:, found] != NOBODY).sum(axis=0) > 1
+        apart = found[:0] if is_summable(meter.aggregation) else found[has_several]  # used under several names
     for place in where.patience.each(apart.tolist()):
         consumption = from_memory(where.desk, customers[place], meter)
         if consumption is None:
@@ -140,7 +140,7 @@ def _consumed(
 
 
 def _recounted(
-    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: list[Integers]
+    where: _Where, meter: Meter, customers: Sequence[Customer], found: Integers, known: Integers
 ) -> Doubles:
     """The same from the store, in one question."""
     desk, patience, here = where

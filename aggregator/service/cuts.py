@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from aggregator.service.balances import consumed_between
 from aggregator.service.service import Desk
 from meters.aggregation import Aggregation
-from meters.catalogue.catalogue import Customer
+from meters.catalogue.catalogue import Customer, Names
 from meters.filters import Filter
 from meters.ledger.ledger import ZERO, Account, CreditChange, MeterReset, WindowUsage, uncounted
 from meters.meter import Meter
@@ -23,7 +23,7 @@ class Basis(NamedTuple):
     """What usage is counted by, and the account that asks for it."""
 
     account: Account | None
-    external_id: str | None
+    names: Names
     filter: Filter
     aggregation: Aggregation
 
@@ -59,7 +59,7 @@ class Counted(NamedTuple):
 def basis(desk: Desk, customer: Customer, meter: Meter) -> Basis:
     """Return what the usage of a customer's meter is counted by now."""
     account = desk.view.ledger.account(customer.id, meter.id)
-    return Basis(account, customer.external_id, meter.filter, meter.aggregation)
+    return Basis(account, desk.catalogue.names_of(customer), meter.filter, meter.aggregation)
 
 
 async def counted(

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from aggregator.service.cuts import counted
 from aggregator.service.errors import CHANGES_AT_ONCE
 from aggregator.service.service import Desk
-from meters.catalogue.catalogue import Customer, CustomerDeleted
+from meters.catalogue.catalogue import Customer
 from meters.catalogue.polar_facts import Given, Wanted
 from meters.ledger.ledger import POLARS, Account, Cause, Credit, CreditGranted, MeterReset, MovementWithdrawn, Reset
 from meters.meter import Meter
@@ -36,8 +36,8 @@ async def settle(desk: Desk, organization_id: str, customer_ids: Iterable[str | 
     changes: list[Movement | MovementWithdrawn] = []
     for customer_id in customer_ids:
         customer = desk.catalogue.customer(organization_id, customer_id or "")
-        if customer is None:
-            continue
+        if customer is None or customer.id != customer_id:
+            continue  # an id that names another customer, who is settled under the customer's own id
         for meter_id, polar_ids in _concerned(desk, customer).items():
             wanted = desk.catalogue.mirror.wanted(customer.id, *polar_ids)
             changes += await _movements(desk, customer, desk.catalogue.meters[meter_id], wanted)
@@ -61,30 +61,14 @@ async def settle_meter(desk: Desk, meter: Meter) -> None:
             await settle(desk, meter.organization_id, some)
 
 
-async def forget(desk: Desk, organization_id: str, polar_id: str) -> None:
-    """Delete the customer that was made of Polar's and turned out to be another one here.
-
-    It stays where something else is known under its id: usage, or credits by hand.
-    """
-    if polar_id not in desk.catalogue.mirror.once(organization_id, polar_id)[:-1]:
-        return
-    async with desk.deciding:
-        left = desk.catalogue.customer(organization_id, polar_id)
-        if left is not None and not desk.catalogue.mirror.living(left.id) and not _has_own(desk, left):
-            await desk.decide(CustomerDeleted(left.id, desk.decided_at()))
-
-
-def _has_own(desk: Desk, customer: Customer) -> bool:
-    meters = desk.catalogue.meters_of(customer.organization_id)
-    has_account = any(desk.view.ledger.account(customer.id, meter.id) for meter in meters)
-    return has_account or bool(desk.view.directory.find(customer.organization_id, customer.external_id, customer.id))
-
-
 def _concerned(desk: Desk, customer: Customer) -> dict[str, list[str]]:
-    """The meters that have something of Polar's or should, each with what Polar calls it, if it still does."""
-    meters = desk.catalogue.meters_of(customer.organization_id)
+    """The meters that have something of Polar's or should, each with what Polar calls it, if it still does.
+
+    Of a customer who was joined with another one these are all that have an account.
+    """
+    meters, joined = desk.catalogue.meters_of(customer.organization_id), _is_joined(desk, customer)
     accounts = ((meter.id, desk.view.ledger.account(customer.id, meter.id)) for meter in meters)
-    found: dict[str, list[str]] = {id: [] for id, account in accounts if account and _has_ours(account)}
+    found: dict[str, list[str]] = {id: [] for id, account in accounts if account and (joined or _has_ours(account))}
     for polar_id in desk.catalogue.mirror.meters(customer.id):
         meter = meter_of(desk.catalogue, customer.organization_id, polar_id)
         if meter is not None:
@@ -111,9 +95,12 @@ async def _movements(
     ]  # fmt: skip
     credits = [credit for id, credit in should.items() if id not in have]
     changes: list[Movement | MovementWithdrawn] = [*gone, *credits, *cuts.values()]
-    if not changes:
+    times = [*(have[one.id] for one in gone), *(one.at for one in credits), *cuts]
+    if _is_joined(desk, customer):  # usage that resets state was counted of one of the two
+        times += [reset.at for reset in account.resets]
+    if not times:
         return []
-    since = min([*(have[one.id] for one in gone), *(one.at for one in credits), *cuts])
+    since = min(times)
     found = await counted(desk, customer, meter, changes, since)
     resets = [found.added_to(reset, meter.id) for reset in cuts.values()]
     return [*gone, *credits, *resets, *found.of_others(*resets)]
@@ -139,6 +126,10 @@ def _credits(customer: Customer, meter: Meter, given: Given) -> list[CreditGrant
     back = f"{name}:{sortable_text(given.revoked)}"
     taken = replace(credit, id=back, units=-credit.units, at=given.revoked, cause="revoke")
     return [credit, taken]
+
+
+def _is_joined(desk: Desk, customer: Customer) -> bool:
+    return len(desk.catalogue.names_of(customer).ids) > 1
 
 
 def _has_ours(account: Account) -> bool:

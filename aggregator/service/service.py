@@ -48,7 +48,7 @@ from aggregator.store.queries.feed import Wanted
 from aggregator.store.queries.scope import Scope, organization_number
 from aggregator.store.queries.usage import Question
 from aggregator.view import Snapshot, Unavailable, View
-from meters.catalogue.catalogue import Catalogue, Change, Token
+from meters.catalogue.catalogue import Catalogue, Change, Customer, Token
 from meters.log import TryAgain
 from meters.timestamps import instant_of, microseconds_of
 
@@ -317,6 +317,16 @@ class Desk:
                 await held.enter_async_context(self.settling(organization_id, id))
             yield
 
+    @asynccontextmanager
+    async def turn_of(self, find: Callable[[], Customer]) -> AsyncIterator[None]:
+        """Hold what moves one customer's balance. ``find`` may find another customer after the wait: two became one."""
+        is_held = False
+        while not is_held:
+            customer = find()
+            async with self.turn(customer.organization_id, customer.id):
+                if is_held := find().id == customer.id:
+                    yield
+
     async def ask(self, token: Token, question: Callable[[Here], T]) -> Reading[T]:
         """Run a store query for the token's organization. Raises Busy, TooLong, TooLarge, Unavailable."""
         return await self.ask_about(token.organization_id, question)
@@ -374,12 +384,8 @@ class Desk:
     def subjects(
         self, token: Token, customer_ids: list[str] | None, external_ids: list[str] | None
     ) -> list[int] | None:
-        """Return the numbers of the given customers, under either name of each; None where no customer is given."""
+        """Return the numbers of the given customers, under every name of each; None where no customer is given."""
         if customer_ids is None and external_ids is None:
             return None
-        organization = token.organization_id
-        ids, externals = self.catalogue.identifiers(organization, customer_ids or (), external_ids or ())
-        find = self.view.directory.find
-        numbers = {number for id in ids for number in find(organization, None, id)}
-        numbers |= {number for name in externals for number in find(organization, name, None)}
-        return sorted(numbers)
+        names = self.catalogue.names(token.organization_id, customer_ids or (), external_ids or ())
+        return sorted(self.view.directory.find(token.organization_id, names))

@@ -187,7 +187,10 @@ async def _thresholds(desk: Desk, customer: Customer) -> list[ThresholdReached |
     of_meters: dict[str, CustomerMeter] = {}
     for threshold in webhooks.thresholds_of(customer.organization_id):
         meter = desk.catalogue.meters[threshold.meter_id]
-        if threshold.customer_id not in (None, customer.id) or meter.archived_at is not None:
+        whose = threshold.customer_id
+        if whose is not None and desk.catalogue.customer_named(threshold.organization_id, whose) != customer.id:
+            continue
+        if meter.archived_at is not None:
             continue
         one = of_meters.get(meter.id) or await customer_meter(desk, customer, meter)
         of_meters[meter.id] = one

@@ -41,7 +41,8 @@ async def whom(
     if review.meter_id is not None and _is_counting(desk, review.meter_id) and now - cause.caused_at < COUNTED_WITHIN:
         return None
     if review.customer_id is not None:
-        one = desk.catalogue.customers.get(review.customer_id)
+        whose = desk.catalogue.customer_named(cause.organization_id, review.customer_id)
+        one = desk.catalogue.customers.get(whose)
         return [one] if one else []
     found: list[Customer] = []
     async for customer in by_turns(list(desk.catalogue.customers.values())):

@@ -140,10 +140,10 @@ def inserted_of(
 ) -> list[int]:
     """How many of so many events in the log are new, by request. The metrics hear of all of them."""
     judged = [some for some in verdicts if some is not None]
-    conflicts = sum([some.count(Verdict.CONFLICT) for some in judged])
+    known = sum([some.count(Verdict.KNOWN) for some in judged])
     pairs = zip(counts, verdicts, strict=True)
     inserted = [count if some is None else some.count(Verdict.ACCEPTED) for count, some in pairs]
-    metrics.count_events(sum(inserted), conflicts, sum(counts), rejected)
+    metrics.count_events(sum(inserted), known, sum(counts), rejected)
     return inserted
 
 

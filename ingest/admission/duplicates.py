@@ -1,9 +1,10 @@
 """Recent identities: recognize events that this process has just acknowledged.
 
 ``RecentIdentities`` returns a ``Verdict`` for each event, so that the answer to a repeated request can say
-"duplicate" or, if the bytes differ, "conflict". The memory belongs to one process, is bounded, and is keyed by 64-bit
-hashes (``Fingerprints``). The verdict is information only: every event goes to the log, and the store, which knows
-every identity, counts each event once.
+"duplicate" or, if the bytes differ, "known". Other bytes may say the same (keys in another order, another spelling of a
+time), and only a hash of the first bytes is kept here: the store decides whether it is a conflict. The memory belongs
+to one process, is bounded, and is keyed by 64-bit hashes (``Fingerprints``). The verdict is information only: every
+event goes to the log, and the store, which knows every identity, counts each event once.
 """
 
 import os
@@ -23,7 +24,7 @@ class Verdict(StrEnum):
 
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"  # its external id came before, with the same bytes
-    CONFLICT = "conflict"  # its external id came before, with other bytes
+    KNOWN = "known"  # its external id came before, with other bytes; the store compares what they say
     REJECTED = "rejected"
 
 
@@ -150,4 +151,4 @@ def _verdict(known: int | None, content: int) -> Verdict:
     """What became of an event that was known with a content, or not known."""
     if known is None:
         return Verdict.ACCEPTED
-    return Verdict.DUPLICATE if known == content else Verdict.CONFLICT
+    return Verdict.DUPLICATE if known == content else Verdict.KNOWN

@@ -143,10 +143,10 @@ def spread(
 
 # Ordinary bodies, read by compiled loops: what is checked, cut into lines and hashed, without an object for an event.
 #
-# ``read`` takes bodies ``{"events": [...]}`` where every event has a name, an external customer and an external id,
-# no key twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything else is odd,
-# and for ``ingest.admission.validate`` to read. A length is counted in bytes here, so a text in another alphabet may
-# look too long and is read there, too. The bodies have to be UTF-8.
+# ``read`` takes bodies ``{"events": [...]}`` where every event has a name, an external customer and an external id that
+# is not empty, no key twice and none that is unknown, values of ordinary types and lengths, and no escape. Anything
+# else is odd, and for ``ingest.admission.validate`` to read. A length is counted in bytes here, so a text in another
+# alphabet may look too long and is read there, too. The bodies have to be UTF-8.
 #
 # ``ingest.admission.intake`` imports this module, in a thread, when that pays: see ``meters.compiled``.
 
@@ -203,6 +203,8 @@ def _is_ordinary(text: Any, spans: Any, earliest_us: Any, latest_us: Any) -> Any
     """Whether an event's fields are there, its name is short, and its time lies between two."""
     name, customer, external_id = spans[NAME, 1], spans[EXTERNAL_CUSTOMER_ID, 1], spans[EXTERNAL_ID, 1]
     if name == MISSING or customer == MISSING or external_id == MISSING or name - spans[NAME, 0] > NAME_LENGTH_MAX:
+        return False
+    if external_id == spans[EXTERNAL_ID, 0]:
         return False
     begin, end = spans[TIMESTAMP]
     return end == MISSING or earliest_us <= read_time(text, begin, end) <= latest_us

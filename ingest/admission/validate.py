@@ -180,7 +180,8 @@ def _find(
     brackets = 1 + len(plains) + len(metadata) + len(costs) + len(llms)
     if body.count(b"{") != brackets or body.find(b"[") != body.rfind(b"["):
         suspects.update(_bracketed(lines, plains))
-    return Finding([event.external_id for event in plains], suspects, distinct_keys and not suspects)
+    external_ids = [event.external_id or None for event in plains]  # an empty one names nothing
+    return Finding(external_ids, suspects, distinct_keys and not suspects)
 
 
 def _unknown_customers(plains: list[Plain], organization_id: str, catalogue: Catalogue) -> Iterable[int]:
@@ -247,7 +248,7 @@ def _has_keys(texts: bytes, keys: int) -> bool:
 #
 # The accepted bytes are passed on as they were sent. Two things change: a raw newline between tokens becomes a space,
 # because a line is an event; and an event without an external id gets one as its last key, because an event is
-# counted by its identity. Of a repeated key the last one counts, so ``"external_id": null`` is overruled.
+# counted by its identity. Of a repeated key the last one counts, so ``"external_id": null`` (or ``""``) is overruled.
 
 if TYPE_CHECKING:
     from ingest.admission.kernels import Found

@@ -354,7 +354,8 @@ def seal(event: Event | Mapping[str, Any], now: datetime | None = None) -> Seale
         if type(metadata) is not dict and not isinstance(metadata, Mapping):
             raise Unacceptable(Reason.DICT_TYPE, "metadata")
         record["metadata"] = clean(metadata)
-    external_id: str = record.setdefault("external_id", urandom(_ID_BYTES).hex())
+    external_id: str = record.get("external_id") or urandom(_ID_BYTES).hex()  # an empty one names nothing
+    record["external_id"] = external_id
     record["timestamp"] = _timestamp(record["timestamp"]) if "timestamp" in record else now or datetime.now(UTC)
     return Sealed(external_id, _encoded(record))
 

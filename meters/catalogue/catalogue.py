@@ -13,7 +13,7 @@ decisions of a newer one.
 import heapq
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -23,6 +23,7 @@ from meters.catalogue.polar_facts import DeliveryApplied, Mirror
 from meters.event_values import PREFIX, written
 from meters.filters import Filter, filter_json, parse_filter
 from meters.ledger.benefits import BenefitChange, Benefits
+from meters.ledger.joined import CustomersJoined, Joined
 from meters.ledger.ledger import CreditChange
 from meters.ledger.price import MeterPriced, Prices, SubscriptionPriced
 from meters.meter import Meter
@@ -308,6 +309,13 @@ def meter_from_json(record: object) -> Meter:
     return Meter(**fields | {"filter": filter, "aggregation": aggregation})
 
 
+class Names(NamedTuple):
+    """How events may name one customer or several: by ids, and by external ids."""
+
+    ids: tuple[str, ...]
+    external_ids: tuple[str, ...]
+
+
 class Catalogue:
     """The decisions so far. Read by everyone, changed by ``apply`` alone, in the order of the control stream."""
 
@@ -319,7 +327,9 @@ class Catalogue:
         self.prices = Prices()
         self.given_up: dict[tuple[int, int, int], RecordsGivenUp] = {}
         self.benefits, self.sessions, self.webhooks, self.mirror = Benefits(), Sessions(), Webhooks(), Mirror()
-        self._external: dict[tuple[str, str], Customer] = {}
+        self._external: dict[tuple[str, str], str] = {}  # ids of customers, by organization and external id
+        self._former: dict[str, tuple[str, ...]] = {}  # further external ids of a customer
+        self._joined = Joined()
         self._emails: dict[tuple[str, str], dict[str, None]] = {}  # whose an address is, in lower case
         self._meters: dict[str, dict[str, Meter]] = {}
         self._living: dict[str, dict[str, Customer]] = {}
@@ -347,6 +357,8 @@ class Catalogue:
                 pass  # concerns the store alone
             case RecordsGivenUp():
                 self.given_up.setdefault((change.log_partition, change.position, change.start), change)
+            case CustomersJoined():
+                self._join(change)
             case _:
                 for part in (self.prices, self.benefits, self.sessions, self.webhooks, self.mirror):
                     part.apply(change)
@@ -357,41 +369,70 @@ class Catalogue:
                 self.tokens[token.sha256] = msgspec.structs.replace(token, revoked_at=revoked_at)
                 return
 
+    def _join(self, change: CustomersJoined) -> None:
+        """Give the names of a customer to another one; the first is not one of its own any more."""
+        into = self._joined.join(change)
+        retired = self.customers.get(change.id)
+        if into is not None and retired is not None:
+            names = self.names_of(retired).external_ids
+            names = tuple(name for name in names if self._external.get((retired.organization_id, name)) == retired.id)
+            self._put(msgspec.structs.replace(retired, deleted_at=retired.deleted_at or change.at))
+            self._former[into] = (*self._former.get(into, ()), *names)
+            self._external.update(((retired.organization_id, name), into) for name in names)
+        for part in (self.benefits, self.mirror):
+            part.apply(change)
+
     def _put(self, customer: Customer) -> None:
-        known = self.customers.get(customer.id)
-        if known and known.external_id is not None:
-            name = (known.organization_id, known.external_id)
-            if self._external.get(name) == known:  # another may have the name by now
-                del self._external[name]
+        organization_id, id, known = customer.organization_id, customer.id, self.customers.get(customer.id)
+        if customer.deleted_at is None and self._joined.customer_of(organization_id, id) != id:
+            return  # decided before the customer became another one
+        if known and known.external_id not in (None, customer.external_id):
+            self._former[id] = (*self._former.get(id, ()), known.external_id)
         if known and known.email is not None:
             address = (known.organization_id, known.email.lower())
             if owners := self._emails.get(address):
                 owners.pop(known.id, None)
                 if not owners:
                     del self._emails[address]
-        self.customers[customer.id] = customer
-        living = self._living.setdefault(customer.organization_id, {})
+        self.customers[id] = customer
+        living = self._living.setdefault(organization_id, {})
         if customer.deleted_at is None:
-            living[customer.id] = customer
+            living[id] = customer
+            if customer.email is not None:
+                self._emails.setdefault((organization_id, customer.email.lower()), {})[id] = None
+            if customer.external_id is not None:
+                self._external[organization_id, customer.external_id] = id
         else:
-            living.pop(customer.id, None)
-        if customer.email is not None and customer.deleted_at is None:
-            self._emails.setdefault((customer.organization_id, customer.email.lower()), {})[customer.id] = None
-        if customer.external_id is not None and customer.deleted_at is None:
-            self._external[customer.organization_id, customer.external_id] = customer
+            living.pop(id, None)
+            for name in self.names_of(customer).external_ids:
+                if self._external.get((organization_id, name)) == id:  # another may have the name by now
+                    del self._external[organization_id, name]
 
     def customer(self, organization_id: str, id: str) -> Customer | None:
-        """The organization's customer of this id, unless deleted."""
+        """The organization's customer that this id names, unless deleted: of this id, or joined with the one of it."""
         found = self.customers.get(id)
+        if found is None or found.deleted_at:
+            found = self.customers.get(self._joined.customer_of(organization_id, id))
         return found if found and found.organization_id == organization_id and not found.deleted_at else None
+
+    def customer_named(self, organization_id: str, id: str) -> str:
+        """The id of the customer that an id names, whether there is such a customer or not."""
+        return self._joined.customer_of(organization_id, id)
+
+    def names_of(self, customer: Customer) -> "Names":
+        """Every name under which usage is the customer's, its present external id and its own id first."""
+        organization_id, id = customer.organization_id, customer.id
+        former = [name for name in self._former.get(id, ()) if self._external.get((organization_id, name)) == id]
+        externals = dict.fromkeys(name for name in (customer.external_id, *former) if name is not None)
+        return Names((id, *self._joined.others(organization_id, id)), tuple(externals))
 
     def customers_of(self, organization_id: str) -> list[Customer]:
         """The organization's customers, oldest first, without those that are deleted."""
         return list(self._living.get(organization_id, {}).values())
 
     def customer_by_external_id(self, organization_id: str, external_id: str) -> Customer | None:
-        """The organization's customer that it calls so itself, unless deleted."""
-        return self._external.get((organization_id, external_id))
+        """The organization's customer that it calls so itself, or called so before, unless deleted."""
+        return self.customers.get(self._external.get((organization_id, external_id), ""))
 
     def customers_by_email(self, organization_id: str, email: str) -> list[str]:
         """The ids of the organization's customers with this address, whatever its case, without the deleted ones.
@@ -421,16 +462,18 @@ class Catalogue:
         prices = [*meters, *(one.price for told in newest for one in told.prices)]
         return next((price.currency for price in prices if price is not None), None)
 
-    def identifiers(
+    def names(
         self, organization_id: str, customer_ids: Iterable[str], external_ids: Iterable[str]
-    ) -> tuple[frozenset[str], frozenset[str]]:
-        """Both kinds of name for the customers asked for: ids and external ids, each drawing in the other.
+    ) -> "Names":  # fmt: skip
+        """Every name of the customers asked for, each once.
 
-        A name that no customer has stays in its set: usage may carry it all the same.
+        A name that no customer has stays: usage may carry it all the same.
         """
-        ids, externals = set(customer_ids), set(external_ids)
-        by_id = [found for id in ids if (found := self.customer(organization_id, id))]
-        by_name = [found for name in externals if (found := self.customer_by_external_id(organization_id, name))]
-        ids.update(customer.id for customer in by_name)
-        externals.update(customer.external_id for customer in by_id if customer.external_id is not None)
-        return frozenset(ids), frozenset(externals)
+        ids, externals = dict.fromkeys(customer_ids), dict.fromkeys(external_ids)
+        found = [self.customer(organization_id, id) for id in ids]
+        found += [self.customer_by_external_id(organization_id, name) for name in externals]
+        for customer in filter(None, found):
+            more = self.names_of(customer)
+            ids.update(dict.fromkeys(more.ids))
+            externals.update(dict.fromkeys(more.external_ids))
+        return Names(tuple(ids), tuple(externals))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from meters.ledger.joined import CustomersJoined
+
 RECENT_MAX = 200
 """Deliveries of an organization that are shown: a day's worth of news for some hundred customers."""
 
@@ -160,6 +162,10 @@ class Mirror:
             for told in (*change.facts, *change.periods):
                 if self.is_news(change.organization_id, told):
                     self._learn(change.organization_id, told)
+        elif isinstance(change, CustomersJoined) and change.id != change.into:
+            for key in self._names.get(change.id, ()):
+                if self._links[key][-1] == change.id:
+                    self._link(key, change.into)
 
     def is_news(self, organization_id: str, told: Told) -> bool:
         """Whether it adds anything to what is known. What does not now never will; of links the last one holds."""

@@ -16,6 +16,7 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec.structs import replace
 
+from meters.ledger.joined import CustomersJoined, Joined
 from meters.ledger.ledger import Account, Cause, Credit, CreditGranted, MeterReset, in_window
 from meters.timestamps import sortable_text
 
@@ -144,6 +145,7 @@ class Benefits:
         self.subscriptions: dict[str, Subscription] = {}
         self._grants_of: dict[str, dict[str, None]] = {}  # ids by customer, in order
         self._subscriptions_of: dict[str, dict[str, None]] = {}
+        self._joined = Joined()
 
     def apply(self, change: object) -> None:
         """Take in one change; others than the above are somebody else's."""
@@ -151,9 +153,20 @@ class Benefits:
             case BenefitSet(benefit):
                 self.benefits[benefit.id] = benefit
             case GrantSet(grant):
-                _put(grant, self.grants, self._grants_of)
+                _put(self._placed(grant), self.grants, self._grants_of)
             case SubscriptionSet(subscription):
-                _put(subscription, self.subscriptions, self._subscriptions_of)
+                _put(self._placed(subscription), self.subscriptions, self._subscriptions_of)
+            case CustomersJoined(id=id):
+                if self._joined.join(change) is not None:
+                    for grant in self.grants_of(id):
+                        _put(self._placed(grant), self.grants, self._grants_of)
+                    for subscription in self.subscriptions_of(id):
+                        _put(self._placed(subscription), self.subscriptions, self._subscriptions_of)
+
+    def _placed(self, thing: T) -> T:
+        """Return the grant or subscription with the customer that its customer's id names by now."""
+        whose = self._joined.customer_of(thing.organization_id, thing.customer_id)
+        return thing if whose == thing.customer_id else replace(thing, customer_id=whose)
 
     def benefits_of(self, organization_id: str) -> list[Benefit]:
         """The organization's benefits, oldest first, without those that were deleted."""

@@ -25,6 +25,7 @@ from msgspec.structs import replace
 
 from meters.event import event_id
 from meters.exact import EXACT
+from meters.ledger.joined import CustomersJoined, Joined
 from meters.ledger.requests import AnsweredRequests, RequestAnswered
 
 # Decisions. Each has an id, so applying a decision twice changes nothing, and a time ``at`` from which it holds.
@@ -106,7 +107,8 @@ class MovementWithdrawn(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
     meter_id: str
 
 
-CreditChange = CreditGranted | MeterReset | MovementWithdrawn | RequestAnswered
+Movement = CreditGranted | MeterReset | MovementWithdrawn
+CreditChange = Movement | CustomersJoined | RequestAnswered
 
 
 def revocation_id(credit_id: str) -> str:
@@ -420,6 +422,8 @@ class Ledger:
         self._interned_units: dict[Decimal, Decimal] = {}  # equal amounts are one object: most are of a few sizes
         self._derived_ids: set[str] = set()  # made of a cause: only such credits can be decided twice, at two times
         self._taken: set[str] = set()  # credits that are taken back by name
+        self._joined = Joined()
+        self._meters: dict[str, list[str]] = {}  # by organization: its meters that have accounts
         self._is_shared = True
         self._unsettled: dict[int, Account] = {}  # while loading: accounts that are added up at its end
 
@@ -457,6 +461,26 @@ class Ledger:
                 self._reset(change)
             case MovementWithdrawn():
                 self._withdraw(change)
+            case CustomersJoined():
+                self._join(change)
+
+    def _join(self, change: CustomersJoined) -> None:
+        """Put two customers' accounts together: all movements of both, and windows whose usage is yet to be counted."""
+        into = self._joined.join(change)
+        if into is None:
+            return
+        for accounts in [self._accounts[id] for id in self._meters.get(change.organization_id, ())]:
+            known = [accounts[id] for id in (into, change.id) if id in accounts]
+            if known:
+                credits = {credit.id: credit for account in known for credit in account.credits}
+                resets = {reset.id: replace(reset, used=()) for account in known for reset in account.resets}
+                account = Account(
+                    sorted(credits.values(), key=lambda one: one.sort_key),
+                    sorted(resets.values(), key=lambda one: one.sort_key),
+                )
+                _added_up(account)
+                accounts[into] = account
+                accounts.pop(change.id, None)
 
     def _credit(self, change: CreditGranted) -> None:
         if change.key is not None:
@@ -468,7 +492,7 @@ class Ledger:
         units = self._interned_units.setdefault(change.units, change.units)
         if change.takes is not None:
             self._taken.add(change.takes)
-        self._put(change.customer_id, change.meter_id, credit=Credit(
+        self._put(change, change.meter_id, credit=Credit(
             change.at, change.id, units, change.rollover, change.cause, change.reference, change.takes
         ))  # fmt: skip
 
@@ -477,7 +501,7 @@ class Ledger:
         if change.id not in self._derived_ids:
             self._derived_ids.add(change.id)
             return False
-        known = self.account(change.customer_id, change.meter_id)
+        known = self.account(self._whose(change), change.meter_id)
         told = next((credit for credit in known.credits if credit.id == change.id), None) if known else None
         if told is None or told.at <= change.at:
             return told is not None
@@ -491,13 +515,14 @@ class Ledger:
         self._meters_reset.update(change.meter_ids)
         for meter_id in change.meter_ids:
             used = change.used.get(meter_id)
-            self._put(change.customer_id, meter_id, reset=Reset(
+            self._put(change, meter_id, reset=Reset(
                 change.at, change.id, change.reference, change.rollover.get(meter_id, ZERO),
                 ((used.since, used.units),) if used else (),
             ))  # fmt: skip
 
     def _withdraw(self, change: MovementWithdrawn) -> None:
-        known = self.account(change.customer_id, change.meter_id)
+        customer_id = self._whose(change)
+        known = self.account(customer_id, change.meter_id)
         if known is None:
             return
         account = Account(
@@ -506,12 +531,22 @@ class Ledger:
         )
         _added_up(account)
         if account.credits or account.resets:
-            self._accounts[change.meter_id][change.customer_id] = account
+            self._accounts[change.meter_id][customer_id] = account
         else:
-            del self._accounts[change.meter_id][change.customer_id]
+            del self._accounts[change.meter_id][customer_id]
 
-    def _put(self, customer_id: str, meter_id: str, credit: Credit | None = None, reset: Reset | None = None) -> None:
-        accounts = self._accounts.setdefault(meter_id, {})
+    def _whose(self, change: Movement) -> str:
+        """The customer of a movement, whose id may name another customer by now."""
+        return self._joined.customer_of(change.organization_id, change.customer_id)
+
+    def _put(
+        self, change: Movement, meter_id: str, credit: Credit | None = None, reset: Reset | None = None
+    ) -> None:  # fmt: skip
+        customer_id = self._whose(change)
+        if meter_id not in self._accounts:
+            self._accounts[meter_id] = {}
+            self._meters.setdefault(change.organization_id, []).append(meter_id)
+        accounts = self._accounts[meter_id]
         known = accounts.get(customer_id) or Account()
         account = Account(list(known.credits), list(known.resets), known.credited) if self._is_shared else known
         if reset is not None:

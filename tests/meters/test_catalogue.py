@@ -19,6 +19,7 @@ from meters.catalogue.catalogue import (
     DeadLetterReplayed,
     MeterCreated,
     MeterUpdated,
+    Names,
     Organization,
     OrganizationCreated,
     Token,
@@ -167,15 +168,21 @@ def test_changes_applied_again_change_nothing() -> None:
 
 
 def test_a_customer_is_found_by_either_name_until_deleted() -> None:
-    """A new external id replaces the old one."""
+    """A new external id comes beside the old one, which stays the customer's until another one has it."""
     catalogue = Catalogue(CHANGES[:3])
     assert catalogue.customer_by_external_id("o1", "u") == CUSTOMER == catalogue.customer("o1", "c1")
     assert catalogue.customer("o2", "c1") is None
     assert catalogue.customer_by_external_id("o2", "u") is None
     catalogue.apply(CHANGES[3])
-    assert catalogue.customer_by_external_id("o1", "u") is None
-    assert catalogue.customer_by_external_id("o1", "v") == catalogue.customer("o1", "c1")
+    changed = catalogue.customer("o1", "c1")
+    assert changed is not None
+    assert catalogue.customer_by_external_id("o1", "u") == catalogue.customer_by_external_id("o1", "v") == changed
+    assert catalogue.names_of(changed) == Names(("c1",), ("v", "u"))
+    catalogue.apply(CustomerCreated(replace(CUSTOMER, id="c2")))
+    assert catalogue.names_of(changed) == Names(("c1",), ("v",))
+    catalogue.apply(CustomerDeleted("c2", LATER))
     catalogue.apply(CustomerDeleted("c1", LATER))
+    assert catalogue.customer_by_external_id("o1", "u") is None
     assert catalogue.customer_by_external_id("o1", "v") is None
     assert catalogue.customer("o1", "c1") is None
     assert catalogue.customers["c1"].deleted_at == LATER
@@ -203,10 +210,10 @@ def test_an_external_id_taken_over_stays_with_its_new_customer() -> None:
 def test_names_draw_in_each_other() -> None:
     """An id brings its external id and the reverse; unknown names stay as they are."""
     catalogue = Catalogue(CHANGES[:3])
-    both = (frozenset({"c1"}), frozenset({"u"}))
-    assert catalogue.identifiers("o1", ["c1"], []) == catalogue.identifiers("o1", [], ["u"]) == both
-    assert catalogue.identifiers("o1", ["x"], ["y"]) == (frozenset({"x"}), frozenset({"y"}))
-    assert catalogue.identifiers("o2", ["c1"], []) == (frozenset({"c1"}), frozenset())
+    both = Names(("c1",), ("u",))
+    assert catalogue.names("o1", ["c1"], []) == catalogue.names("o1", [], ["u"]) == both
+    assert catalogue.names("o1", ["x"], ["y"]) == Names(("x",), ("y",))
+    assert catalogue.names("o2", ["c1"], []) == Names(("c1",), ())
 
 
 def test_meters_are_listed_in_the_order_of_their_creation() -> None:

@@ -84,8 +84,10 @@ def selection_of(case: Case) -> Selection:
     metadata = {key: [str(value) for value in values] for key, values in params.get("metadata", {}).items()}
     if ids is None and externals is None:
         return Selection(metadata=metadata)
-    both = catalogue_of(case).identifiers(ORGANIZATION, ids or (), externals or ())
-    return Selection(customer_ids=both[0], external_customer_ids=both[1], metadata=metadata)
+    both = catalogue_of(case).names(ORGANIZATION, ids or (), externals or ())
+    return Selection(
+        customer_ids=frozenset(both.ids), external_customer_ids=frozenset(both.external_ids), metadata=metadata
+    )
 
 
 @named("quantities")

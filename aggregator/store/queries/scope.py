@@ -44,7 +44,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     line while a customer's first event is counted, so the numbers are those of the snapshot that it is asked of.
     ``since`` is inclusive, ``until`` and ``after``
     are not; nor is ``arrived_until``, while ``arrived_since`` is. ``metadata`` keeps events whose value at each
-    top-level key has one of the texts.
+    top-level key has one of the texts. ``same`` has the further numbers of customers who have several, each with the
+    first one of the customer, for answers that tell customers apart.
     """
 
     organization: int
@@ -57,6 +58,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     arrived_since: datetime | None = None
     arrived_until: datetime | None = None
     metadata: Mapping[str, Collection[str]] = {}
+    same: Mapping[int, int] = {}
 
 
 def organization_number(connection: duckdb.DuckDBPyConnection, organization_id: str) -> int:
@@ -153,6 +155,22 @@ def _selected(
         found = found.with_("stage", as_=staged, materialized=True, copy=False)
         return found.from_(exp.to_table("stage"), copy=False)
     return found.from_(staged.subquery("stage", copy=False), copy=False)
+
+
+_SAME = """
+    SELECT UNNEST(CAST($further AS INTEGER[])) AS subject, UNNEST(CAST($first AS INTEGER[])) AS other
+"""
+
+
+def by_customer(events: exp.Select, scope: Scope, parameters: Parameters, *keep: str) -> exp.Select:
+    """SELECT ``keep``, subject of events, where the subject is the one number that stands for the customer."""
+    if not scope.same:
+        return events
+    parameters.named("further", list(scope.same))
+    parameters.named("first", list(scope.same.values()))
+    found = exp.select(*map(exp.column, keep), fixed("COALESCE(other, subject) AS subject"), copy=False)
+    found = found.from_(events.subquery("named", copy=False), copy=False)
+    return found.join(fixed(_SAME), using="subject", join_type="left", join_alias="same", copy=False)
 
 
 def _has_text(stage: Stage, key: str, texts: Collection[str], parameters: Parameters) -> exp.Expr:

@@ -26,6 +26,7 @@ from aggregator.store.queries.scope import (
     Bounds,
     Scope,
     aware,
+    by_customer,
     counted,
     events_in,
     in_buckets,
@@ -150,6 +151,8 @@ def _measured(question: Question, buckets: Sequence[Bounds], parameters: Paramet
         question.scope, question.filter, question.aggregation, parameters, keep=("quarter", "subject"),
         computed=(QUARTER_COLUMN,),
     )  # fmt: skip
+    if question.per_customer is not None:
+        events = by_customer(events, question.scope, parameters, "quarter", CONTRIBUTION.name)
     return in_buckets(events, buckets, measures(question.aggregation, CONTRIBUTION), parameters)
 
 
@@ -427,10 +430,11 @@ def costs(connection: duckdb.DuckDBPyConnection, scope: Scope, periods: Sequence
 def _customers(
     connection: duckdb.DuckDBPyConnection, scope: Scope, periods: Sequence[Bounds]
 ) -> dict[datetime | None, int]:
-    """Distinct customers by the period's start, and under None of all periods; one under two names counts twice."""
+    """Distinct customers by the period's start, and under None of all periods."""
     parameters = Parameters()
     within = msgspec.structs.replace(scope, since=periods[0][0], until=periods[-1][1])
     events = events_in(within, parameters, "subject", QUARTER_COLUMN)
+    events = by_customer(events, scope, parameters, "quarter")
     query = in_buckets(events, periods, [fixed("COUNT(DISTINCT subject)")], parameters)
     query = query.group_by("GROUPING SETS ((starts), ())", copy=False)
     rows = connection.execute(*statement(query, parameters)).fetchall()

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import threading
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -317,3 +318,14 @@ def test_customers_are_exported_as_a_file(tenant: Tenant) -> None:
     ]
     other = tenant.ask("GET", "/v1/customers/export", params={"organization_id": NOWHERE})
     assert other.text.splitlines() == ["ID,External ID,Created At,Email,Name,Metadata"]
+
+
+@pytest.mark.parametrize("external_id", ["", "a\0b", "\ud800"])
+def test_an_external_id_that_no_event_can_name_is_refused(tenant: Tenant, external_id: str) -> None:
+    """When the customer is created and when it is changed."""
+    customer = tenant.customer()
+    content = json.dumps({"email": "b@example.com", "external_id": external_id}).encode()
+    for method, path in (("POST", "/v1/customers/"), ("PATCH", f"/v1/customers/{customer}")):
+        answer = tenant.ask(method, path, content=content)
+        assert answer.status_code == 422
+    assert [one["external_id"] for one in tenant.get("/v1/customers/")["items"]] == [None]

@@ -183,3 +183,26 @@ def test_a_record_of_as_many_empty_lines_says_nothing() -> None:
     effects = Rounds().run([Record(0, 0, NOW_US, b"\n" * LINES_MAX, ORGANIZATION)])
 
     assert (effects.dead.num_rows, effects.tallies) == (0, {})
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_a_place_and_an_external_id_never_meet(admitted: bool) -> None:
+    """An event may be called as the place of a line without an id; both count, in either order."""
+    for named_first in (True, False):
+        named, nameless = line("0:1:0"), line(None, metadata={"n": 1})
+        sent = [record(named, offset=0), record(nameless, offset=1, admitted=admitted)]
+        if not named_first:
+            sent = [sent[1], record(named, offset=2)]
+        following = Rounds()
+        effects = [following.run([one]) for one in sent]
+        assert [one.rows["external_id"].to_pylist() for one in effects] == [["0:1:0"], ["0:1:0"]]
+        assert all(one.dead.num_rows == 0 for one in effects)
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_an_empty_external_id_is_none(admitted: bool) -> None:
+    """Lines of other producers with an empty id are known by their places."""
+    lines = [line("", metadata={"n": number}) for number in (1, 10, 100)]
+    effects = Rounds().run([record(*lines, offset=7, admitted=admitted)])
+    assert effects.rows["external_id"].to_pylist() == ["0:7:0", "0:7:1", "0:7:2"]
+    assert effects.dead.num_rows == 0

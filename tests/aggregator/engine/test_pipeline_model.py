@@ -26,7 +26,7 @@ from aggregator.store.queries import usage
 from aggregator.totals import plan
 from ingest.log import open_log
 from meters.aggregation import considers, evaluate, exact_sum
-from meters.catalogue.catalogue import MeterUpdated
+from meters.catalogue.catalogue import MeterUpdated, Names
 from meters.event import Event, check_line
 from meters.event_values import Facts, facts
 from meters.filters import Clause, Filter, Operator, matches
@@ -107,7 +107,7 @@ class Model:
 
 def total_of(engine: Engine, meter: Meter, customer: str) -> Decimal:
     """What the running totals say of one customer."""
-    subjects = engine.directory.find(ORGANIZATION, customer, None)
+    subjects = engine.directory.find(ORGANIZATION, Names((), (customer,)))
     total = engine.totals.total(meter, subjects)
     assert total is not None
     measured = Measured(total.count, total.sum, None, total.min, total.max)
@@ -139,7 +139,7 @@ def assert_agrees(engine: Engine, model: Model, metered: list[Meter]) -> None:
         recounted = stored_totals(engine, made)
         for customer in CUSTOMERS:
             expected = evaluate(made.aggregation, model.counted(made, customer))
-            numbers = engine.directory.find(ORGANIZATION, customer, None)
+            numbers = engine.directory.find(ORGANIZATION, Names((), (customer,)))
 
             assert expected == total_of(engine, made, customer)
             assert expected == exact_sum([recounted.get(number, Decimal(0)) for number in numbers])
@@ -242,8 +242,8 @@ def test_many_meters_that_look_for_texts_each_take_their_own(tmp_path: Path) -> 
         engine = running.catch_up()
         assert_agrees(engine, model, metered)
         assert_charts_agree(engine, model, metered)
-        distinct = engine.catalogue.meters["m9"]
-        unique = engine.totals.consumed(distinct, engine.directory.find(ORGANIZATION, "ann", None), None)
+        distinct, ann = engine.catalogue.meters["m9"], engine.directory.find(ORGANIZATION, Names((), ("ann",)))
+        unique = engine.totals.consumed(distinct, ann, None)
     log.close()
 
     assert metered[9].aggregation.func == "unique"

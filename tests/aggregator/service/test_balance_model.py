@@ -269,7 +269,7 @@ class LedgerMachine(RuleBasedStateMachine):
             known = engine.catalogue.customers.get(customer)
             if known is None:
                 continue
-            subjects = engine.directory.find(ORGANIZATION, known.external_id, known.id)
+            subjects = engine.directory.find(ORGANIZATION, engine.catalogue.names_of(known))
             for function, measured in METERS.items():
                 account = engine.ledger.account(customer, function) or Account()
                 used = engine.totals.consumed(engine.catalogue.meters[function], subjects, account.since)

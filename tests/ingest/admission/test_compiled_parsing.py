@@ -79,7 +79,7 @@ def is_read(event: str) -> bool:
 
 @pytest.mark.parametrize("event", [
     written(),
-    written(external_id="", metadata={"u": "u"}).replace('"u"', '"é"'),
+    written(external_id="x", metadata={"u": "u"}).replace('"u"', '"é"'),
     written(metadata={}),
     written(metadata=METADATA, timestamp="2026-01-01T00:00:00.123456Z"),
     written(metadata=METADATA | {"_cost": COST, "_llm": LLM}),
@@ -121,6 +121,7 @@ KNOWN = written(metadata={"a": 1, "b": "x", "_cost": COST, "_llm": LLM}, timesta
     ('"name":"call"', f'"name":"{"n" * 129}"'),
     ('"name":"call"', '"name":null'),
     ('"external_id":"x"', '"external_id":null'),
+    ('"external_id":"x"', '"external_id":""'),
     ('"external_id":"x",', ""),
     ('"external_customer_id":"u"', '"external_customer_id":"u","external_customer_id":"v"'),
     ('"external_customer_id":"u"', '"customer_id":"u"'),

@@ -36,9 +36,9 @@ def test_the_first_content_of_an_identity_stays(memory: Memory) -> None:
     recent, first, second = memory(), *(Fingerprints.of("o", ["id"], [text]) for text in (b"1", b"2"))
     twice = Fingerprints.of("o", ["new", "id", "new"], [b"1", b"1", b"2"])
     assert recent.take(first) is None
-    assert recent.take(second) == [Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
+    assert recent.take(second) == [Verdict.KNOWN]
+    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.KNOWN]
+    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.KNOWN]
     assert recent.take(first) == [Verdict.DUPLICATE]
 
 
@@ -46,8 +46,8 @@ def test_an_event_twice_in_a_request_alone_is_new_once(memory: Memory) -> None:
     """Nothing else of the request has to be known for it."""
     twice = Fingerprints.of("o", ["id", "other", "id"], [b"1", b"1", b"2"])
     recent = memory()
-    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.CONFLICT]
-    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.CONFLICT]
+    assert recent.take(twice) == [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.KNOWN]
+    assert recent.take(twice) == [Verdict.DUPLICATE, Verdict.DUPLICATE, Verdict.KNOWN]
 
 
 def test_it_is_limited_and_keeps_the_younger_ones(memory: Memory) -> None:

@@ -211,11 +211,42 @@ def test_repetitions_are_counted_and_written_all_the_same(gateway: RunningGatewa
     assert answer.headers["preference-applied"] == "return=representation"
     assert answer.json()["inserted"] == 1
     assert answer.json()["duplicates"] == 2
-    assert [row["verdict"] for row in answer.json()["events"]] == ["conflict", "duplicate", "accepted"]
+    assert [row["verdict"] for row in answer.json()["events"]] == ["known", "duplicate", "accepted"]
     assert len(gateway.lines()) == before + 5
 
 
 # ---- what a client may prefer
+
+
+@pytest.mark.parametrize("metadata", [{"n": 1}, {"n": "\n"}, {"_cost": {"amount": "1", "currency": "usd"}}])
+def test_an_empty_external_id_is_none(gateway: RunningGateway, metadata: dict[str, object]) -> None:
+    """By each way of reading: every such event gets an id of its own, and is new."""
+    sent = [event(external_id="", metadata=metadata | {"place": place}) for place in range(3)]
+    assert gateway.ingest({"events": sent}).json() == {"inserted": 3, "duplicates": 0}
+    written = [json.loads(line)["external_id"] for line in gateway.lines()[-3:]]
+    assert all(written)
+    assert len(set(written)) == 3
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        b'{"external_customer_id":"ann","name":"call","external_id":"%s","timestamp":"2026-03-01T10:00:00Z"}',
+        b'{"name": "call", "external_customer_id": "ann", "external_id": "%s", "timestamp": "2026-03-01T10:00:00Z"}',
+        b'{"name":"call","external_customer_id":"ann","external_id":"%s","timestamp":"2026-03-01T10:00:00.000Z"}',
+        b'{"name":"call","external_customer_id":"ann","external_id":"%s","timestamp":"2026-03-01T11:00:00+01:00"}',
+        b'{"name":"c\\u0061ll","external_customer_id":"ann","external_id":"%s","timestamp":"2026-03-01T10:00:00Z"}',
+    ],
+)
+def test_the_same_event_in_other_bytes_is_no_conflict(gateway: RunningGateway, again: bytes) -> None:
+    """The store compares what it says; until then the answer says that the id is known."""
+    name = uuid.uuid4().hex.encode()
+    first = b'{"name":"call","external_customer_id":"ann","external_id":"%s","timestamp":"2026-03-01T10:00:00Z"}' % name
+    headers = gateway.authorization | {"prefer": "return=representation", "content-type": "application/json"}
+    for line, verdict in ((first, "accepted"), (first, "duplicate"), (again % name, "known")):
+        body = b'{"events":[%s]}' % line
+        answer = gateway.client.post("/v1/events/ingest", content=body, headers=headers)
+        assert [row["verdict"] for row in answer.json()["events"]] == [verdict]
 
 
 def test_strictness_is_the_default(gateway: RunningGateway) -> None:
@@ -274,7 +305,7 @@ def test_preferences_may_stand_in_several_lines(gateway: RunningGateway) -> None
 
 
 def test_every_event_is_in_one_metric() -> None:
-    """Accepted, duplicate, conflict and rejected add up to what was sent; requests are counted by status."""
+    """Accepted, duplicate, known and rejected add up to what was sent; requests are counted by status."""
     with RunningGateway() as gateway:  # its own, since the metrics of a process show the newest gateway
         def counted() -> dict[str, float]:
             lines = gateway.client.get("/metrics").text.splitlines()
@@ -287,7 +318,7 @@ def test_every_event_is_in_one_metric() -> None:
         gateway.ingest({"events": [same, same, other, {}]}, prefer="handling=lenient")
         gateway.ingest({"events": [event(), {}, {}]})
         after = counted()
-        for verdict, count in {"accepted": 1, "duplicate": 1, "conflict": 1, "rejected": 3}.items():
+        for verdict, count in {"accepted": 1, "duplicate": 1, "known": 1, "rejected": 3}.items():
             name = f'events_total{{verdict="{verdict}"}}'
             assert after[name] - before[name] == count, verdict
         assert after['requests_total{status="200"}'] - before['requests_total{status="200"}'] == 1

@@ -49,19 +49,30 @@ class Server:
         self._runner = asyncio.Runner()
         self.now = NOW
         self.log = open_log("memory:", clock_us=lambda: microseconds_of(self.now))
-        self.aggregator = Aggregator(self.log, path / "store.duckdb", settings)
-        numbers = count(1)
+        self._settled_s, self._settings, self._numbers = settled_s, settings, count(1)
+        self._open(path / "store.duckdb")
+
+    def _open(self, store: Path) -> None:
+        self.aggregator = Aggregator(self.log, store, self._settings)
         self.app = create_app(
             self.aggregator,
             lambda: self.now,
-            lambda: f"00000000-0000-4000-8000-{next(numbers):012d}",
+            lambda: f"00000000-0000-4000-8000-{next(self._numbers):012d}",
             self.aggregator.telemetry.text,
-            settled_s=settled_s,
+            settled_s=self._settled_s,
             private_targets=True,
         )
         transport = httpx.ASGITransport(app=self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://meterstream.test")
         self.aggregator.start()
+
+    def restart(self, store: Path) -> None:
+        """Stop, and start on a store: the same one, or another one that is rebuilt from the log."""
+        self.run(self.http.aclose())
+        self.aggregator.stop()
+        self._open(store)
+        assert self.run(self.aggregator.informed(PATIENCE_S))
+        assert self.run(self.aggregator.present(PATIENCE_S))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the server's loop."""
