@@ -1,8 +1,8 @@
 """Timestamps as senders write them, and calendar buckets.
 
-``parse_timestamp`` reads the timestamp of an event. ``series`` returns the points of an answer over a range,
-``bucket`` the calendar unit (hour, day, week, month, year) around an instant; both work in a time zone and return
-UTC. ``microseconds_of`` and ``instant_of`` convert.
+``parse_timestamp`` reads the timestamp of an event. ``bucket`` returns the calendar unit (hour, day, week, month,
+year) around an instant, ``units`` those that a range touches, and ``series`` the points of one of Polar's answers; all
+work in a time zone and return UTC. ``microseconds_of`` and ``instant_of`` convert.
 """
 
 import re
@@ -189,6 +189,16 @@ def series(start: datetime, end: datetime, interval: Interval, timezone: str) ->
         points.append(point)
         point = _next_point(point, interval, tz)
     return points
+
+
+def units(start: datetime, end: datetime, interval: Interval, timezone: str) -> list[tuple[datetime, datetime]]:
+    """The buckets, whole and in order, that ``[start, end)`` touches. Raises ValueError for an unknown time zone."""
+    found = []
+    instant = start.astimezone(UTC)
+    while instant < end:
+        starts, instant = bucket(instant, interval, timezone)
+        found.append((starts, instant))
+    return found
 
 
 def bucket(instant: datetime, interval: Interval, timezone: str) -> tuple[datetime, datetime]:

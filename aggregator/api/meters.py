@@ -61,7 +61,7 @@ from meters.ledger.ledger import ZERO
 from meters.ledger.price import MeterPriced, Price, charge, parse_price
 from meters.meter import Meter, Quantities, new_meter, updated_meter
 from meters.polar_webhooks import meters_here
-from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, bucket, day_start, range_refusal, zone
+from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, day_start, range_refusal, units, zone
 
 # Meter definitions (section 3.1 of Polar's contract). In ``query``, wildcards are plain characters.
 
@@ -484,13 +484,8 @@ def periods(first: date, last: date, interval: Interval, timezone: str) -> list[
     """The calendar units from the first day to the end of the last: when each begins, and its part in the range."""
     tz = ZoneInfo(timezone)
     start, end = day_start(first, tz), day_start(last + timedelta(days=1), tz)
-    found = []
-    instant = start
-    while instant < end:
-        begins, ends = bucket(instant, interval, timezone)
-        found.append((begins, (max(begins, start), min(ends, end))))
-        instant = ends
-    return found
+    whole = units(start, end, interval, timezone)
+    return [(begins, (max(begins, start), min(ends, end))) for begins, ends in whole]
 
 
 @metrics_router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
@@ -504,17 +499,17 @@ async def get_metrics(
     start, end = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
     check_range(start, end, interval, "date")
     wanted = _wanted(metrics)
-    units = periods(start_date, end_date, interval, timezone)
+    shown = periods(start_date, end_date, interval, timezone)
     subjects = desk.subjects(token, texts(customer_id), None)
     if not includes(organization_id, token):
         subjects = []
     scope = Scope(organization=NOBODY, subjects=subjects)
-    costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
+    costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in shown]))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(
         periods=[
             {"timestamp": begins, **{slug: number(values[slug][place]) for slug in wanted}}
-            for place, (begins, _) in enumerate(units)
+            for place, (begins, _) in enumerate(shown)
         ],
         totals={slug: number(metric.total(costs)) for slug, metric in wanted.items()},
         metrics={

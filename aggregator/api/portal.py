@@ -218,7 +218,7 @@ def _display(here: Desk, one: CustomerMeter) -> route_answers.PortalUsageItem:
     credits = sorted(one.account.credits, key=lambda credit: credit.sort_key, reverse=True) if one.account else []
     meter = one.meter
     return route_answers.PortalUsageItem(
-        meter=route_answers.PortalUsageMeter(
+        meter=route_answers.ShownMeter(
             meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier
         ),
         usage=number(one.consumed),

@@ -266,11 +266,16 @@ def order(sorting: list[str] | None, known: Collection[str], default: str) -> Or
     return Order(chosen.lstrip("-"), not chosen.startswith("-"))
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a query parameter is ``metadata[key]``."""
+    return name.startswith("metadata[") and name.endswith("]")
+
+
 async def metadata_texts(request: Request) -> dict[str, list[str]]:
     """``metadata[key]=value`` parameters: the texts asked for by key. Raises Malformed for too many."""
     found: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
+        if is_metadata(name):
             found.setdefault(name[len("metadata[") : -1], []).append(value)
     if sum(map(len, found.values())) > IDENTIFIERS_MAX:
         message = f"At most {IDENTIFIERS_MAX} values are taken"
