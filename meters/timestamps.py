@@ -163,17 +163,19 @@ def zone(name: str) -> ZoneInfo | None:
     return ZoneInfo(name) if name in zone_names() else None
 
 
-def range_refusal(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> str | None:
+def range_refusal(
+    start: datetime, end: datetime, interval: Interval, names: tuple[str, str] = ("start_timestamp", "end_timestamp")
+) -> str | None:
     """Why a range cannot be shown, or None. Days are counted between calendar dates, each in its own offset.
 
-    ``kind`` is what was asked for: from ``start_timestamp`` to ``end_timestamp``, or ``date``.
+    ``names`` are those of the parameters that the range was given by.
     """
     if start < START_MIN:
-        return f"start_{kind} should be {START_MIN.date()} or later"
+        return f"{names[0]} should be {START_MIN.date()} or later"
     if end > END_MAX:
-        return f"end_{kind} should be {END_MAX.date()} or earlier"
+        return f"{names[1]} should be {END_MAX.date()} or earlier"
     if start > end:
-        return f"start_{kind} should be before end_{kind}"
+        return f"{names[0]} should be before {names[1]}"
     days_max = RANGE_DAYS_MAX[interval]
     if (end.date() - start.date()).days > days_max:
         return f"The interval is too small for the given range: by the {interval} it may have {days_max} days."

@@ -90,15 +90,13 @@ def _meters(desk: Desk, token: Token, ids: list[str] | None) -> list[Meter]:
 
 
 def _customers(desk: Desk, token: Token, ids: list[str] | None, externals: list[str] | None) -> list[Customer]:
-    """The organization's customers who are asked for; whoever is asked for by both names has both."""
+    """The organization's customers who are asked for, by either name."""
     known, organization = desk.catalogue, token.organization_id
     if ids is None and externals is None:
         return known.customers_of(organization)
-    named = [known.customer(organization, id) for id in dict.fromkeys(ids or ())]
-    if ids is None:
-        named = [known.customer_by_external_id(organization, name) for name in dict.fromkeys(externals or ())]
-    wanted = None if externals is None else set(externals)
-    return [found for found in named if found and (wanted is None or found.external_id in wanted)]
+    named = [known.customer(organization, id) for id in ids or ()]
+    named += [known.customer_by_external_id(organization, name) for name in externals or ()]
+    return list({found.id: found for found in named if found}.values())
 
 
 @router.get("/v1/customer-meters/{id}", responses=gives(answers.CustomerMeter))

@@ -28,7 +28,9 @@ from aggregator.api.requests import (
     Bound,
     Ids,
     MetadataTexts,
+    Since,
     Texts,
+    Until,
     WhichPage,
     allow,
     answer,
@@ -259,9 +261,11 @@ def known_zone(timezone: str) -> str:
     return timezone
 
 
-def check_range(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> None:
-    """Raise Refused for a range that has too many intervals; ``kind`` is what it was asked for by."""
-    reason = range_refusal(start, end, interval, kind)
+def check_range(
+    start: datetime, end: datetime, interval: Interval, names: tuple[str, str] = ("start_timestamp", "end_timestamp")
+) -> None:
+    """Raise Refused for a range that has too many intervals; ``names`` are those of its parameters."""
+    reason = range_refusal(start, end, interval, names)
     if reason is not None:
         raise Refused("value_error", ("query",), reason)
 
@@ -480,31 +484,58 @@ ABSENT = frozenset({
 """Metrics that Polar has and nobody here can know: asking for one is no error, and gives nothing."""
 
 
-def periods(first: date, last: date, interval: Interval, timezone: str) -> list[tuple[datetime, Bounds]]:
-    """The calendar units from the first day to the end of the last: when each begins, and its part in the range."""
+async def metrics_range(
+    interval: Interval,
+    start_date: Annotated[date | None, Query(description="The first day")] = None,
+    end_date: Annotated[date | None, Query(description="The last day, which is included")] = None,
+    since: Since = None,
+    until: Until = None,
+    timezone: str = "UTC",
+) -> Bounds:
+    """The range of a question: Polar's two dates, both included, or a half-open one. Raises Malformed and Refused."""
+    known_zone(timezone)
+    named = {"since": since, "until": until} if since or until else {"start_date": start_date, "end_date": end_date}
+    missing = [detail("missing", ("query", name), "Field required") for name, given in named.items() if given is None]
+    if missing:
+        raise Malformed(missing)
+    if (since or until) and (start_date or end_date):
+        raise Refused("value_error", ("query",), "Give start_date and end_date, or since and until, and not both")
+    if start_date and end_date:
+        noon = datetime.min.time().replace(hour=12)
+        first, last = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
+        check_range(first, last, interval, ("start_date", "end_date"))
+        return days(start_date, end_date, timezone)
+    assert since
+    assert until
+    check_range(since, until, interval, ("since", "until"))
+    if since == until:
+        raise Refused("value_error", ("query",), "until should be later than since: it is not included")
+    return since, until
+
+
+def days(first: date, last: date, timezone: str) -> Bounds:
+    """From the beginning of the first day to the end of the last."""
     tz = ZoneInfo(timezone)
-    start, end = day_start(first, tz), day_start(last + timedelta(days=1), tz)
-    whole = units(start, end, interval, timezone)
-    return [(begins, (max(begins, start), min(ends, end))) for begins, ends in whole]
+    return day_start(first, tz), day_start(last + timedelta(days=1), tz)
 
 
 @metrics_router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
 async def get_metrics(
-    desk: AtDesk, token: MetricsReader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
-    organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
+    desk: AtDesk, token: MetricsReader, within: Annotated[Bounds, Depends(metrics_range)], interval: Interval,
+    timezone: str = "UTC", organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
 ) -> Response:  # fmt: skip
-    """Costs of the organization's events, period by period, in cents."""
-    known_zone(timezone)
-    noon = datetime.min.time().replace(hour=12)
-    start, end = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
-    check_range(start, end, interval, "date")
+    """Costs of the organization's events, period by period, in cents.
+
+    The range is from `start_date` to `end_date`, both included, or from `since` until before `until`. It cuts the first
+    and the last period, whose `timestamp` is the beginning of the calendar unit all the same.
+    """
     wanted = _wanted(metrics)
-    shown = periods(start_date, end_date, interval, timezone)
+    shown = units(*within, interval, timezone)
     subjects = desk.subjects(token, texts(customer_id), None)
     if not includes(organization_id, token):
         subjects = []
-    scope = Scope(organization=NOBODY, subjects=subjects)
-    costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in shown]))
+    scope = Scope(organization=NOBODY, subjects=subjects, since=within[0], until=within[1])
+    costs, as_of = await desk.ask(token, lambda here: usage.costs(here.connection, here.within(scope), shown))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(
         periods=[
@@ -517,10 +548,6 @@ async def get_metrics(
         },
     )
     return answer(body, as_of)
-
-
-def _costs(here: Here, scope: Scope, bounds: list[Bounds]) -> Costs:
-    return usage.costs(here.connection, here.within(scope), bounds)
 
 
 def _wanted(slugs: list[str] | None) -> dict[str, Metric]:

@@ -233,6 +233,16 @@ Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 Bound = Annotated[AwareDatetime, AfterValidator(_as_sent)]
 """Where a range of calendar days begins or ends: a point in time in the offset of whoever asks."""
 
+Since = Annotated[Instant | None, Query(description="What happened at this time or later")]
+Until = Annotated[Instant | None, Query(description="What happened before this time")]
+"""The two ends of a half-open range, which ranges of Polar's are not on every route."""
+
+
+def earlier(one: datetime | None, other: datetime | None) -> datetime | None:
+    """The earlier one of two ends that may be absent."""
+    return min((end for end in (one, other) if end is not None), default=None)
+
+
 Ids = Annotated[list[UUID] | None, Query(max_length=IDENTIFIERS_MAX)]
 Texts = Annotated[list[str] | None, Query(max_length=IDENTIFIERS_MAX)]
 
