@@ -10,7 +10,6 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from aggregator.service.answers import (
     EXAMPLE_ID,
-    Aggregated,
     Answer,
     Balance,
     BenefitProperties,
@@ -83,12 +82,6 @@ class ShownMeter(Answer):
     custom_multiplier: int | None
 
 
-class UsageMeter(ShownMeter):
-    """A meter that was asked about."""
-
-    aggregation: Aggregated
-
-
 class UsageRow(Answer):
     """What one group used in one calendar unit, as far as the range reaches into it."""
 
@@ -126,7 +119,7 @@ class UsageAnswer(Answer):
     """What meters counted in a range, by calendar unit and group."""
 
     as_of: Annotated[str, Meta(description="The log positions that it is true for.", examples=["0:18,1:7"])]
-    meters: list[UsageMeter]
+    meters: list[ShownMeter]
     rows: list[UsageRow]
     remainder: Annotated[list[UsageRemainder], Meta(description="Empty without `top`.")]
     totals: list[UsageTotal]

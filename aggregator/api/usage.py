@@ -1,7 +1,8 @@
 """``GET /v1/usage``: the one route for questions about usage over time.
 
 A range is half-open. It cuts the first and the last calendar unit that it touches, and a total is the meter's aggregate
-over it. Values are text. ``asked`` reads the range and the groups; ``used`` answers for meters and customers.
+over it. Values are text. ``Question`` reads a range, and ``used`` answers for meters and customers; the
+portal shares both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ from meters.exact import amount_text
 from meters.ledger.ledger import ZERO
 from meters.log import format_position
 from meters.meter import Meter
-from meters.timestamps import END_MAX, START_MIN, Interval, units
+from meters.timestamps import END_MAX, START_MIN, Interval, units, zone
 
 METERS_MAX = 100
 """Meters of one question, as many as of one rollup of the feed: each reads the events once."""
@@ -83,9 +84,9 @@ class Asked(NamedTuple):
     end: datetime
     interval: Interval | None
     timezone: str
-    keys: list[str]
-    top: int | None
-    order: str
+    keys: list[str] = []  # noqa: RUF012 (never changed)
+    top: int | None = None
+    order: str = "-value"
 
     def units(self) -> list[Bounds]:
         """The calendar units that the range touches, whole; empty where it is not divided."""
@@ -96,21 +97,25 @@ class Asked(NamedTuple):
         return max(unit[0], self.start), min(unit[1], self.end)
 
 
-async def asked(
+async def _ungrouped(
     start: Annotated[Instant, Query(description="Where the range begins")],
     end: Annotated[Instant, Query(description="Where it ends; not included")],
     interval: Unit = "none",
     timezone: Annotated[str, Query(description="Whose days and months")] = "UTC",
-    group_by: Keys = None,
-    top: Top = None,
-    order: Order = None,
 ) -> Asked:
-    """The range and the groups of a question. Raises Malformed and Refused."""
+    """The range of a question. Raises Malformed and Refused."""
     known_zone(timezone)
     divided = None if interval == "none" else Interval(interval)
-    reason = _range_refusal(start, end, divided)
+    reason = _range_refusal(start, end, divided, timezone)
     if reason is not None:
         raise Refused("value_error", ("query",), reason)
+    return Asked(start, end, divided, timezone)
+
+
+async def _grouped(
+    ungrouped: Annotated[Asked, Depends(_ungrouped)], group_by: Keys = None, top: Top = None, order: Order = None
+) -> Asked:
+    """The range and the groups of a question. Raises Malformed and Refused."""
     keys = group_by or []
     for place, key in enumerate(keys):
         if not _is_key(key) or key in keys[:place]:
@@ -120,7 +125,7 @@ async def asked(
         if given is not None and not keys:
             message = "There are no groups to choose from: give group_by too"
             raise Malformed([detail("value_error", ("query", name), message, given)])
-    return Asked(start, end, divided, timezone, keys, top, order or "-value")
+    return ungrouped._replace(keys=keys, top=top, order=order or "-value")
 
 
 def _is_key(key: str) -> bool:
@@ -128,15 +133,15 @@ def _is_key(key: str) -> bool:
     return key in NAMED_KEYS or (path != key and 0 < len(path) <= PROPERTY_LENGTH_MAX)
 
 
-def _range_refusal(start: datetime, end: datetime, interval: Interval | None) -> str | None:
-    """Why a range cannot be shown, or None."""
+def _range_refusal(start: datetime, end: datetime, interval: Interval | None, timezone: str) -> str | None:
+    """Why a range cannot be shown, or None. Its years may begin with the first one of the time zone."""
     if start >= end:
         return "end should be later than start: the range does not include it"
     if end > END_MAX:
         return f"end should be {END_MAX.date()} or earlier"
     if interval is None:
         return None
-    if start < START_MIN:
+    if start < min(START_MIN, START_MIN.replace(tzinfo=zone(timezone))):
         return f"start should be {START_MIN.date()} or later; for what is older leave out the interval"
     if end - start > timedelta(days=DAYS_MAX[interval]):
         return f"By the {interval} a range may have {DAYS_MAX[interval]} days: take a longer interval, or less time"
@@ -160,7 +165,8 @@ def _parameters(dependant: Dependant) -> Iterator[str]:
 
 
 OnlyKnown = Depends(_only_known)
-Question = Annotated[Asked, Depends(asked)]
+Question = Annotated[Asked, Depends(_ungrouped)]
+GroupedQuestion = Annotated[Asked, Depends(_grouped)]
 
 
 @router.get(
@@ -170,8 +176,8 @@ Question = Annotated[Asked, Depends(asked)]
     dependencies=[OnlyKnown],
 )
 async def get_usage(
-    desk: AtDesk, token: Reader, question: Question, meter_id: Meters, metadata: MetadataTexts, customer_id: Ids = None,
-    external_customer_id: Texts = None,
+    desk: AtDesk, token: Reader, question: GroupedQuestion, meter_id: Meters, metadata: MetadataTexts,
+    customer_id: Ids = None, external_customer_id: Texts = None,
 ) -> Response:  # fmt: skip
     """What meters counted from `start` until before `end`: a row for every calendar unit that the range touches.
 
@@ -229,7 +235,7 @@ async def used(
         raise Refused("value_error", ("query",), message) from None
     body = route_answers.UsageAnswer(
         as_of=format_position(as_of),
-        meters=[_meter_shape(meter) for meter in meters],
+        meters=[shown_meter(meter) for meter in meters],
         rows=[row for one in found for row in _rows(question, one)],
         remainder=[row for one in found for row in _remainder(question, one)],
         totals=[_total(one) for one in found],
@@ -250,10 +256,9 @@ def _known(desk: Desk, organization_id: str) -> Iterator[Known]:
             yield Known(subject, customer.id, customer.external_id)
 
 
-def _meter_shape(meter: Meter) -> route_answers.UsageMeter:
-    return route_answers.UsageMeter(
-        meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier, meter.aggregation
-    )
+def shown_meter(meter: Meter) -> route_answers.ShownMeter:
+    """How a meter is shown beside its numbers."""
+    return route_answers.ShownMeter(meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier)
 
 
 def _spans(question: Asked, one: _OfMeter) -> list[tuple[datetime | None, Bounds]]:

@@ -229,6 +229,8 @@ def _read_portal(story: Story) -> None:
             story.get("/v1/customer-portal/benefit-grants/{id}", id=one["id"], secret=secret)
         for path in ("customer-session/introspect", "customers/me", "usage"):
             story.get(f"/v1/customer-portal/{path}", secret=secret)
+        asked = {"start": RANGE["start_timestamp"], "end": RANGE["end_timestamp"], "interval": "hour"}
+        story.get("/v1/customer-portal/usage/history", params=asked, secret=secret)
 
 
 def _take_back(story: Story) -> None:
