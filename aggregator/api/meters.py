@@ -63,7 +63,7 @@ from meters.ledger.ledger import ZERO
 from meters.ledger.price import MeterPriced, Price, charge, parse_price
 from meters.meter import Meter, Quantities, new_meter, updated_meter
 from meters.polar_webhooks import meters_here
-from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, day_start, range_refusal, units, zone
+from meters.timestamps import END_MAX, RANGE_DAYS_MAX, START_MIN, Interval, day_start, range_refusal, units, zone
 
 # Meter definitions (section 3.1 of Polar's contract). In ``query``, wildcards are plain characters.
 
@@ -492,25 +492,28 @@ async def metrics_range(
     until: Until = None,
     timezone: str = "UTC",
 ) -> Bounds:
-    """The range of a question: Polar's two dates, both included, or a half-open one. Raises Malformed and Refused."""
+    """The range of a question: Polar's two dates, both included, or a half-open one, or both at once.
+
+    Raises Malformed and Refused.
+    """
     known_zone(timezone)
-    named = {"since": since, "until": until} if since or until else {"start_date": start_date, "end_date": end_date}
+    by_days = start_date or end_date or not (since or until)
+    named = {"start_date": start_date, "end_date": end_date} if by_days else {"since": since, "until": until}
     missing = [detail("missing", ("query", name), "Field required") for name, given in named.items() if given is None]
     if missing:
         raise Malformed(missing)
-    if (since or until) and (start_date or end_date):
-        raise Refused("value_error", ("query",), "Give start_date and end_date, or since and until, and not both")
+    starts, ends = since or START_MIN, until or END_MAX
     if start_date and end_date:
         noon = datetime.min.time().replace(hour=12)
         first, last = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
         check_range(first, last, interval, ("start_date", "end_date"))
-        return days(start_date, end_date, timezone)
-    assert since
-    assert until
-    check_range(since, until, interval, ("since", "until"))
-    if since == until:
-        raise Refused("value_error", ("query",), "until should be later than since: it is not included")
-    return since, until
+        midnights = days(start_date, end_date, timezone)
+        starts, ends = max(since or midnights[0], midnights[0]), min(until or midnights[1], midnights[1])
+    else:
+        check_range(starts, ends, interval, ("since", "until"))
+    if starts >= ends:
+        raise Refused("value_error", ("query",), "The range is empty: give a later until, or an earlier since")
+    return starts, ends
 
 
 def days(first: date, last: date, timezone: str) -> Bounds:

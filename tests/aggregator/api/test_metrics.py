@@ -115,6 +115,9 @@ def test_a_half_open_range_of_costs_is_cut_to_the_second(tenant: Tenant) -> None
         {"timestamp": "2024-01-11T00:00:00Z", "costs": 4, "cumulative_costs": 7, "active_user_by_event": 1},
     ]
     assert answer["totals"]["costs"] == 6
+    both = tenant.get("/v1/metrics/", start_date="2024-01-10", end_date="2024-01-11", interval="day",
+                      since="2024-01-10T12:00:00Z", metrics=["costs"])  # fmt: skip
+    assert both["totals"]["costs"] == 14
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,8 @@ def test_a_half_open_range_of_costs_is_cut_to_the_second(tenant: Tenant) -> None
         ({"since": "2024-01-10T00:00:00Z"}, [("missing", ["query", "until"])]),
         ({"since": "2024-01-10T00:00:00Z", "until": "2024-01-10T00:00:00Z"}, [("value_error", ["query"])]),
         ({"since": "2024-01-11T00:00:00Z", "until": "2024-01-10T00:00:00Z"}, [("value_error", ["query"])]),
-        (JANUARY | {"since": "2024-01-10T00:00:00Z", "until": "2024-01-11T00:00:00Z"}, [("value_error", ["query"])]),
+        (JANUARY | {"since": "2024-02-01T00:00:00Z"}, [("value_error", ["query"])]),
+        ({"since": "2024-01-10T00:00:00Z", "end_date": "2024-01-11"}, [("missing", ["query", "start_date"])]),
     ],
 )
 def test_one_whole_range_of_costs_is_needed(tenant: Tenant, asked: dict[str, str], complaints: list[Any]) -> None:
