@@ -16,7 +16,7 @@ BASE ?=
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
 
-.PHONY: help setup lock run demo kafka test broker-faults explorers clients upstream faults soak lint bench clean
+.PHONY: help setup lock run demo kafka test broker-faults explorers clients upstream faults fuzz soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ upstream: setup  ## forwarding to a second server that plays Polar, and reconcil
 
 faults: setup  ## the fault tests with more rounds and longer faults, each printing what was sent, stored and lost
 	@$(BIN)/python -m pytest tests/faults --long $(ARGS)
+
+fuzz: setup  ## random questions about usage, everywhere they can be asked, against a bookkeeper in plain Python; some minutes
+	@$(BIN)/python -m pytest tests/aggregator/api/test_usage_fuzz.py tests/deploy/commands/test_usage_surfaces.py --long $(ARGS)
 
 soak: setup  ## an hour of load and random faults, proven at the end (ARGS="--minutes N --seed S"); some kinds need root
 	@$(BIN)/python -m tests.faults.soak $(ARGS)

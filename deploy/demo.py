@@ -240,16 +240,19 @@ def measure(api: Api, meter_ids: dict[str, str], lines: list[Line]) -> Figures:
     events = [exact.decode(line.event) for line in lines]
     names = sorted({event["external_customer_id"] for event in events})
     moments = [event["timestamp"] for event in events]
-    window = {"start_timestamp": f"{min(moments)[:13]}:00:00Z", "end_timestamp": max(moments), "interval": "hour"}
-    hours = {name: _quantities(api, meter, window) for name, meter in meter_ids.items()}
+    last_hour = datetime.fromisoformat(f"{max(moments)[:13]}:00:00Z")
+    window = {"start": f"{min(moments)[:13]}:00:00Z", "end": (last_hour + timedelta(hours=1)).isoformat()}
+    hours = {
+        name: api.get("/v1/usage", meter_id=meter, interval="hour", **window) for name, meter in meter_ids.items()
+    }
     by_customer = {
         name: {customer: _total(api, meter_ids[name], customer) for customer in names}
         for name in ("tokens", "requests")
     }
     return Figures(
-        requests=Decimal(hours["requests"]["total"]),
-        tokens=Decimal(hours["tokens"]["total"]),
-        active_customers=Decimal(hours["customers"]["total"]),
+        requests=_whole(hours["requests"]),
+        tokens=_whole(hours["tokens"]),
+        active_customers=_whole(hours["customers"]),
         cost_cents=_cost(api, min(moments)[:10], max(moments)[:10]),
         tokens_by_customer=by_customer["tokens"],
         requests_by_customer=by_customer["requests"],
@@ -259,9 +262,8 @@ def measure(api: Api, meter_ids: dict[str, str], lines: list[Line]) -> Figures:
     )
 
 
-def _quantities(api: Api, meter_id: str, window: dict[str, str]) -> dict[str, Any]:
-    answer: dict[str, Any] = api.get(f"/v1/meters/{meter_id}/quantities", **window)
-    return answer
+def _whole(answer: dict[str, Any]) -> Decimal:
+    return Decimal(answer["totals"][0]["value"])
 
 
 def _total(api: Api, meter_id: str, customer: str) -> Decimal:
@@ -270,7 +272,7 @@ def _total(api: Api, meter_id: str, customer: str) -> Decimal:
 
 
 def _by_hour(answer: dict[str, Any]) -> dict[str, Decimal]:
-    return {point["timestamp"][:13]: Decimal(point["quantity"]) for point in answer["quantities"]}
+    return {row["start"][:13]: Decimal(row["value"]) for row in answer["rows"]}
 
 
 def _cost(api: Api, first_day: str, last_day: str) -> Decimal:

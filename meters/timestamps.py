@@ -1,8 +1,8 @@
 """Timestamps as senders write them, and calendar buckets.
 
-``parse_timestamp`` reads the timestamp of an event. ``series`` returns the points of an answer over a range,
-``bucket`` the calendar unit (hour, day, week, month, year) around an instant; both work in a time zone and return
-UTC. ``microseconds_of`` and ``instant_of`` convert.
+``parse_timestamp`` reads the timestamp of an event. ``bucket`` returns the calendar unit (hour, day, week, month,
+year) around an instant, ``units`` those that a range touches, and ``series`` the points of one of Polar's answers; all
+work in a time zone and return UTC. ``microseconds_of`` and ``instant_of`` convert.
 """
 
 import re
@@ -163,17 +163,19 @@ def zone(name: str) -> ZoneInfo | None:
     return ZoneInfo(name) if name in zone_names() else None
 
 
-def range_refusal(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> str | None:
+def range_refusal(
+    start: datetime, end: datetime, interval: Interval, names: tuple[str, str] = ("start_timestamp", "end_timestamp")
+) -> str | None:
     """Why a range cannot be shown, or None. Days are counted between calendar dates, each in its own offset.
 
-    ``kind`` is what was asked for: from ``start_timestamp`` to ``end_timestamp``, or ``date``.
+    ``names`` are those of the parameters that the range was given by.
     """
     if start < START_MIN:
-        return f"start_{kind} should be {START_MIN.date()} or later"
+        return f"{names[0]} should be {START_MIN.date()} or later"
     if end > END_MAX:
-        return f"end_{kind} should be {END_MAX.date()} or earlier"
+        return f"{names[1]} should be {END_MAX.date()} or earlier"
     if start > end:
-        return f"start_{kind} should be before end_{kind}"
+        return f"{names[0]} should be before {names[1]}"
     days_max = RANGE_DAYS_MAX[interval]
     if (end.date() - start.date()).days > days_max:
         return f"The interval is too small for the given range: by the {interval} it may have {days_max} days."
@@ -189,6 +191,16 @@ def series(start: datetime, end: datetime, interval: Interval, timezone: str) ->
         points.append(point)
         point = _next_point(point, interval, tz)
     return points
+
+
+def units(start: datetime, end: datetime, interval: Interval, timezone: str) -> list[tuple[datetime, datetime]]:
+    """The buckets, whole and in order, that ``[start, end)`` touches. Raises ValueError for an unknown time zone."""
+    found = []
+    instant = start.astimezone(UTC)
+    while instant < end:
+        starts, instant = bucket(instant, interval, timezone)
+        found.append((starts, instant))
+    return found
 
 
 def bucket(instant: datetime, interval: Interval, timezone: str) -> tuple[datetime, datetime]:

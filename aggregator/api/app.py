@@ -20,6 +20,7 @@ from aggregator.api import (
     polar,
     portal,
     route_answers,
+    usage,
     webhooks,
 )
 from aggregator.api.openapi import describe, install_pages
@@ -55,7 +56,7 @@ def create_app(
     app.add_middleware(RelativeRedirects)
     install_error_answers(app)
     for router in (
-        events.router, meters.usage_router, meters.router, meters.metrics_router, customers.router,
+        events.router, usage.router, meters.usage_router, meters.router, meters.metrics_router, customers.router,
         events.dead_letters_router, customer_meters.router, credits.router, meters.charges_router, benefits.router,
         customers.sessions_router, portal.router, webhooks.router, polar.router, feed.router, audit.router,
     ):  # fmt: skip

@@ -23,10 +23,13 @@ from aggregator.api.requests import (
     Ids,
     Instant,
     MetadataTexts,
+    Since,
     Texts,
+    Until,
     WhichPage,
     allow,
     answer,
+    earlier,
     includes,
     listed,
     order,
@@ -71,14 +74,17 @@ EVERY_EVENT = Aggregation("count")
 
 async def _scope(
     desk: AtDesk, token: Reader, organization_id: Ids = None, customer_id: Ids = None,
-    external_customer_id: Texts = None, source: Texts = None,
+    external_customer_id: Texts = None, source: Texts = None, since: Since = None, until: Until = None,
 ) -> Scope:  # fmt: skip
-    """What is common to lists of events and of names."""
+    """What is common to lists of events and of names. Both customer parameters together mean either's customers."""
     for given in source or ():
         if given not in (SYSTEM, USER):
             raise Malformed([detail("enum", ("query", "source"), f"Input should be '{SYSTEM}' or '{USER}'", given)])
     whose = desk.whose(token, texts(customer_id), external_customer_id)
-    return Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [], sources=source)
+    is_own = includes(organization_id, token)
+    return Scope(
+        organization=NOBODY, subjects=whose if is_own else [], sources=source, since=since, until=until
+    )  # fmt: skip
 
 
 InScope = Annotated[Scope, Depends(_scope)]
@@ -99,17 +105,19 @@ NoEventTypes = Annotated[None, Depends(_no_event_types)]
 async def _listing(
     desk: AtDesk, token: Reader, _: NoEventTypes, scope: InScope, page: WhichPage, metadata: MetadataTexts,
     filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
-    start_timestamp: Instant | None = None, end_timestamp: Instant | None = None, name: Texts = None,
+    start_timestamp: Annotated[Instant | None, Query(description="Not included")] = None,
+    end_timestamp: Annotated[Instant | None, Query(description="Not included")] = None, name: Texts = None,
     meter_id: UUID | None = None, query: Search = None, parent_id: UUID | None = None, depth: Depth = None,
     sorting: Sorting = None, cursor_pagination: bool = False, pending: Pending = False,
 ) -> Listing:  # fmt: skip
-    """What the parameters ask for. Both timestamps are exclusive."""
+    """What the parameters ask for. Both of Polar's timestamps are exclusive; with both kinds of range, both hold."""
+    until = earlier(scope.until, end_timestamp)
     filters = [] if filter is None else [parsed_filter(filter)]
     meter = None if meter_id is None else wanted_meter(desk, token, str(meter_id))
     if meter:
         filters.append(meter.filter)
     return Listing(
-        scope=msgspec.structs.replace(scope, names=name, after=start_timestamp, until=end_timestamp, metadata=metadata),
+        scope=msgspec.structs.replace(scope, names=name, after=start_timestamp, until=until, metadata=metadata),
         filter=Filter("and", list(filters)),
         aggregation=meter.aggregation if meter else EVERY_EVENT,
         search=query,

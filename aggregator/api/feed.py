@@ -28,9 +28,12 @@ from aggregator.api.requests import (
     AtDesk,
     Ids,
     Instant,
+    Since,
     Texts,
+    Until,
     allow,
     answer,
+    earlier,
     json_response,
 )
 from aggregator.api.schemas import gives
@@ -144,9 +147,22 @@ async def _known(
     return known
 
 
+
+
+async def _wanted_between(
+    wanted: Annotated[Wanted, Depends(_wanted)], since: Since = None, until: Until = None
+) -> Wanted:
+    """The same within a range that is told by ``since`` and ``until``, as in lists of events."""
+    scope = wanted.scope
+    starts = max((start for start in (scope.since, since) if start is not None), default=None)
+    scope = msgspec.structs.replace(scope, since=starts, until=earlier(scope.until, until))
+    return msgspec.structs.replace(wanted, scope=scope)
+
+
 Position = Annotated[dict[int, FeedPlace], Depends(_position)]
+SelectedByMeaning = Annotated[Wanted, Depends(_wanted)]
 KnownPosition = Annotated[Known, Depends(_known)]
-Selected = Annotated[Wanted, Depends(_wanted)]
+Selected = Annotated[Wanted, Depends(_wanted_between)]
 
 
 @router.get("/v1/feed/", responses=gives(route_answers.FeedPage) | CONFLICTS)
@@ -292,7 +308,7 @@ def _rolled_up(desk: Desk, token: Token, meters: list[Meter], groups: list[Group
 
 @router.get("/v1/feed/traffic", responses=gives(route_answers.FeedTraffic))
 async def read_traffic(
-    desk: AtDesk, token: Reader, wanted: Selected, since: Instant, rollup_meter_id: Ids = None,
+    desk: AtDesk, token: Reader, wanted: SelectedByMeaning, since: Instant, rollup_meter_id: Ids = None,
     window_seconds: WindowSeconds = 60,
 ) -> Response:  # fmt: skip
     """What came in since an instant, and how many events a rollup would make of it."""

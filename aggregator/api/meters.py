@@ -29,7 +29,9 @@ from aggregator.api.requests import (
     Bound,
     Ids,
     MetadataTexts,
+    Since,
     Texts,
+    Until,
     WhichPage,
     allow,
     answer,
@@ -66,7 +68,7 @@ from meters.ledger.price import MeterPriced, parse_price
 from meters.meter import Meter, Quantities, new_meter, updated_meter
 from meters.polar_webhooks import meters_here
 from meters.tariff import tariff_of
-from meters.timestamps import RANGE_DAYS_MAX, START_MIN, Interval, bucket, day_start, range_refusal, zone
+from meters.timestamps import END_MAX, RANGE_DAYS_MAX, START_MIN, Interval, day_start, range_refusal, units, zone
 
 # Meter definitions (section 3.1 of Polar's contract). In ``query``, wildcards are plain characters.
 
@@ -307,9 +309,11 @@ def known_zone(timezone: str) -> str:
     return timezone
 
 
-def check_range(start: datetime, end: datetime, interval: Interval, kind: str = "timestamp") -> None:
-    """Raise Refused for a range that has too many intervals; ``kind`` is what it was asked for by."""
-    reason = range_refusal(start, end, interval, kind)
+def check_range(
+    start: datetime, end: datetime, interval: Interval, names: tuple[str, str] = ("start_timestamp", "end_timestamp")
+) -> None:
+    """Raise Refused for a range that has too many intervals; ``names`` are those of its parameters."""
+    reason = range_refusal(start, end, interval, names)
     if reason is not None:
         raise Refused("value_error", ("query",), reason)
 
@@ -537,39 +541,67 @@ ABSENT = frozenset({
 """Metrics that Polar has and nobody here can know: asking for one is no error, and gives nothing."""
 
 
-def periods(first: date, last: date, interval: Interval, timezone: str) -> list[tuple[datetime, Bounds]]:
-    """The calendar units from the first day to the end of the last: when each begins, and its part in the range."""
+async def metrics_range(
+    interval: Interval,
+    start_date: Annotated[date | None, Query(description="The first day")] = None,
+    end_date: Annotated[date | None, Query(description="The last day, which is included")] = None,
+    since: Since = None,
+    until: Until = None,
+    timezone: str = "UTC",
+) -> Bounds:
+    """The range of a question: Polar's two dates, both included, or a half-open one, or both at once.
+
+    Raises Malformed and Refused.
+    """
+    known_zone(timezone)
+    by_days = start_date or end_date or not (since or until)
+    named = {"start_date": start_date, "end_date": end_date} if by_days else {"since": since, "until": until}
+    missing = [detail("missing", ("query", name), "Field required") for name, given in named.items() if given is None]
+    if missing:
+        raise Malformed(missing)
+    starts, ends = since or START_MIN, until or END_MAX
+    if start_date and end_date:
+        noon = datetime.min.time().replace(hour=12)
+        first, last = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
+        check_range(first, last, interval, ("start_date", "end_date"))
+        midnights = days(start_date, end_date, timezone)
+        starts, ends = max(since or midnights[0], midnights[0]), min(until or midnights[1], midnights[1])
+    else:
+        check_range(starts, ends, interval, ("since", "until"))
+    if starts >= ends:
+        raise Refused("value_error", ("query",), "The range is empty: give a later until, or an earlier since")
+    return starts, ends
+
+
+def days(first: date, last: date, timezone: str) -> Bounds:
+    """From the beginning of the first day to the end of the last."""
     tz = ZoneInfo(timezone)
-    start, end = day_start(first, tz), day_start(last + timedelta(days=1), tz)
-    found = []
-    instant = start
-    while instant < end:
-        begins, ends = bucket(instant, interval, timezone)
-        found.append((begins, (max(begins, start), min(ends, end))))
-        instant = ends
-    return found
+    return day_start(first, tz), day_start(last + timedelta(days=1), tz)
 
 
 @metrics_router.get("/v1/metrics/", responses=gives(route_answers.Metrics))
 async def get_metrics(
-    desk: AtDesk, token: MetricsReader, start_date: date, end_date: date, interval: Interval, timezone: str = "UTC",
-    organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
+    desk: AtDesk, token: MetricsReader, within: Annotated[Bounds, Depends(metrics_range)], interval: Interval,
+    timezone: str = "UTC", organization_id: Ids = None, customer_id: Ids = None, metrics: Texts = None,
 ) -> Response:  # fmt: skip
-    """Costs of the organization's events, period by period, in cents."""
-    known_zone(timezone)
-    noon = datetime.min.time().replace(hour=12)
-    start, end = (datetime.combine(day, noon, UTC) for day in (start_date, end_date))
-    check_range(start, end, interval, "date")
+    """Costs of the organization's events, period by period, in cents.
+
+    The range is from `start_date` to `end_date`, both included, or from `since` until before `until`. It cuts the first
+    and the last period, whose `timestamp` is the beginning of the calendar unit all the same.
+    """
     wanted = _wanted(metrics)
-    units = periods(start_date, end_date, interval, timezone)
+    shown = units(*within, interval, timezone)
     whose, same = desk.whose(token, texts(customer_id), None), _under_several_names(desk, token.organization_id)
-    scope = Scope(organization=NOBODY, subjects=whose if includes(organization_id, token) else [], same=same)
-    costs, as_of = await desk.ask(token, lambda here: _costs(here, scope, [bounds for _, bounds in units]))
+    scope = Scope(
+        organization=NOBODY, subjects=whose if includes(organization_id, token) else [], same=same, since=within[0],
+        until=within[1],
+    )  # fmt: skip
+    costs, as_of = await desk.ask(token, lambda here: usage.costs(here.connection, here.within(scope), shown))
     values = {slug: metric.values(costs) for slug, metric in wanted.items()}
     body = route_answers.Metrics(
         periods=[
             {"timestamp": begins, **{slug: number(values[slug][place]) for slug in wanted}}
-            for place, (begins, _) in enumerate(units)
+            for place, (begins, _) in enumerate(shown)
         ],
         totals={slug: number(metric.total(costs)) for slug, metric in wanted.items()},
         metrics={
@@ -577,10 +609,6 @@ async def get_metrics(
         },
     )
     return answer(body, as_of)
-
-
-def _costs(here: Here, scope: Scope, bounds: list[Bounds]) -> Costs:
-    return usage.costs(here.connection, here.within(scope), bounds)
 
 
 def _wanted(slugs: list[str] | None) -> dict[str, Metric]:

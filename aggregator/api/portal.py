@@ -2,14 +2,17 @@
 
 Polar's routes are ``customer-portal/meters``, ``benefit-grants``, ``customers/me`` and
 ``customer-session/introspect``. ``usage`` is Meterstream's own: usage, limit, period, percentage and credit history in
-one answer. A customer sees a meter if an active subscription, an active grant or a direct credit gives it to them, if
-they used it and it has a price, and if they have units left because their usage is negative (prepaid).
+one answer. Its usage is that of the balance: what arrived since the newest reset. ``usage/history`` is what happened
+when, as ``GET /v1/usage`` counts it. A customer sees a meter if an active subscription, an active grant or a direct
+credit gives it to them, if they used it and it has a price, and if they have units left because their usage is
+negative (prepaid).
 """
 
 import re
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
+from functools import partial
 from typing import Annotated
 from uuid import UUID
 
@@ -32,14 +35,16 @@ from aggregator.api.requests import (
     order,
 )
 from aggregator.api.schemas import gives, page_of
+from aggregator.api.usage import METERS_MAX, Question, shown_meter, used
 from aggregator.service import answers
-from aggregator.service.balances import CustomerMeter, customer_meter, from_memory
+from aggregator.service.balances import CustomerMeter, customer_meter, from_memory, numbers_of
 from aggregator.service.charges import Charge, charges_of
 from aggregator.service.customer_meter_sort import sort_key
 from aggregator.service.customer_state import grant_properties, meter_numbers
-from aggregator.service.errors import NotFound
+from aggregator.service.errors import NotFound, Refused
 from aggregator.service.serializers import number, portal_customer_shape
 from aggregator.service.service import Desk
+from aggregator.store.queries.scope import NOBODY, Scope
 from meters.catalogue.access import Denied, authorize_customer
 from meters.catalogue.catalogue import Customer, CustomerSession
 from meters.ledger.benefits import METER_CREDIT, Grant
@@ -226,6 +231,18 @@ async def get_portal_usage(here: AtDesk, session: Viewer) -> Response:
     return answer(route_answers.PortalUsage(customer.id, shown), as_of)
 
 
+@router.get("/usage/history", responses=gives(route_answers.UsageAnswer))
+async def get_portal_history(here: AtDesk, session: Viewer, question: Question, meter_id: Ids = None) -> Response:
+    """What the customer used over time, as `GET /v1/usage` counts it: of all meters, or of those that are named."""
+    customer = _customer(here, session)
+    wanted = None if meter_id is None else set(map(str, meter_id))
+    meters = [meter for meter in _visible(here, customer) if wanted is None or meter.id in wanted]
+    if len(meters) > METERS_MAX:
+        raise Refused("value_error", ("query", "meter_id"), f"Name the meters, {METERS_MAX} at most at a time")
+    scope = Scope(organization=NOBODY, subjects=partial(numbers_of, here, customer))
+    return await used(here, session.organization_id, meters, question, scope)
+
+
 def _display(here: Desk, one: CustomerMeter, charge: Charge | None) -> route_answers.PortalUsageItem:
     starts, ends = _period(here, one)
     price = charge.tariff.price if charge else None
@@ -233,9 +250,7 @@ def _display(here: Desk, one: CustomerMeter, charge: Charge | None) -> route_ans
     credits = sorted(one.account.credits, key=lambda credit: credit.sort_key, reverse=True) if one.account else []
     meter = one.meter
     return route_answers.PortalUsageItem(
-        meter=route_answers.PortalUsageMeter(
-            meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier
-        ),
+        meter=shown_meter(meter),
         usage=number(one.consumed),
         limit=None if limit is None else number(limit),
         balance=number(one.balance),

@@ -248,6 +248,16 @@ Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 Bound = Annotated[AwareDatetime, AfterValidator(_as_sent)]
 """Where a range of calendar days begins or ends: a point in time in the offset of whoever asks."""
 
+Since = Annotated[Instant | None, Query(description="What happened at this time or later")]
+Until = Annotated[Instant | None, Query(description="What happened before this time")]
+"""The two ends of a half-open range, which ranges of Polar's are not on every route."""
+
+
+def earlier(one: datetime | None, other: datetime | None) -> datetime | None:
+    """The earlier one of two ends that may be absent."""
+    return min((end for end in (one, other) if end is not None), default=None)
+
+
 Ids = Annotated[list[UUID] | None, Query(max_length=IDENTIFIERS_MAX)]
 Texts = Annotated[list[str] | None, Query(max_length=IDENTIFIERS_MAX)]
 
@@ -281,11 +291,16 @@ def order(sorting: list[str] | None, known: Collection[str], default: str) -> Or
     return Order(chosen.lstrip("-"), not chosen.startswith("-"))
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a query parameter is ``metadata[key]``."""
+    return name.startswith("metadata[") and name.endswith("]")
+
+
 async def metadata_texts(request: Request) -> dict[str, list[str]]:
     """``metadata[key]=value`` parameters: the texts asked for by key. Raises Malformed for too many."""
     found: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
+        if is_metadata(name):
             found.setdefault(name[len("metadata[") : -1], []).append(value)
     if sum(map(len, found.values())) > IDENTIFIERS_MAX:
         message = f"At most {IDENTIFIERS_MAX} values are taken"

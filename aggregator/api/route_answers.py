@@ -81,6 +81,62 @@ class Usage(Answer):
     count: Annotated[Count, Meta(description="Events that count; for ``unique``, the distinct values.")]
 
 
+Amount = Annotated[str, Meta(description="A decimal as text, with all its digits.", examples=["812"])]
+
+
+class ShownMeter(Answer):
+    """How a meter is shown."""
+
+    id: Id
+    name: Annotated[str, Meta(examples=["Tokens"])]
+    unit: Annotated[Unit, Meta(examples=["token"])]
+    custom_label: str | None
+    custom_multiplier: int | None
+
+
+class UsageRow(Answer):
+    """What one group used in one calendar unit, as far as the range reaches into it."""
+
+    meter_id: Id
+    group: Annotated[dict[str, str | None], Meta(
+        description="The value of each key of `group_by`; null where events have none. Empty without `group_by`.",
+        examples=[{"metadata.model": "gpt-5"}],
+    )]  # fmt: skip
+    start: Time
+    end: Annotated[Time, Meta(description="Not included.")]
+    value: Amount
+
+
+class UsageRemainder(Answer):
+    """What the groups that are not shown used together."""
+
+    meter_id: Id
+    start: Time
+    end: Annotated[Time, Meta(description="Not included.")]
+    value: Amount
+
+
+class UsageTotal(Answer):
+    """What was used in the whole range."""
+
+    meter_id: Id
+    value: Amount
+    adds_up: Annotated[bool, Meta(
+        description="Whether rows and remainder add up to the value: `count` and `sum` do, the others need not.",
+        examples=[True],
+    )]  # fmt: skip
+
+
+class UsageAnswer(Answer):
+    """What meters counted in a range, by calendar unit and group."""
+
+    as_of: Annotated[str, Meta(description="The log positions that it is true for.", examples=["0:18,1:7"])]
+    meters: list[ShownMeter]
+    rows: list[UsageRow]
+    remainder: Annotated[list[UsageRemainder], Meta(description="Empty without `top`.")]
+    totals: list[UsageTotal]
+
+
 class TopCustomer(Answer):
     """What a meter would count of one customer."""
 
@@ -337,16 +393,6 @@ class PortalBenefitGrant(Stamped, kw_only=True):
     properties: GrantProperties
 
 
-class PortalUsageMeter(Answer):
-    """How a meter is shown."""
-
-    id: Id
-    name: Annotated[str, Meta(examples=["Tokens"])]
-    unit: Annotated[Unit, Meta(examples=["token"])]
-    custom_label: str | None
-    custom_multiplier: int | None
-
-
 class PortalPeriod(Answer):
     """The running period; without an end where no subscription has one."""
 
@@ -366,7 +412,7 @@ class PortalCredit(Answer):
 class PortalUsageItem(Answer):
     """What a portal shows of one meter."""
 
-    meter: PortalUsageMeter
+    meter: ShownMeter
     usage: Consumed
     limit: Annotated[Credited, Meta(description="The units credited; null without credits.")] | None
     balance: Balance

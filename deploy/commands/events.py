@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from deploy.client import EPILOG, Session, flowing, session
-from deploy.console import harmless, note, progress_bar, show, show_one
+from deploy.console import harmless, note, parse_instant, progress_bar, show, show_one
 from deploy.errors import INTERRUPTED, USAGE, GiveUp
 
 if TYPE_CHECKING:
@@ -119,15 +119,23 @@ def list_events(
     name: Annotated[list[str] | None, typer.Option(help="Only events of this name; repeatable.")] = None,
     customer: Annotated[list[str] | None, typer.Option(help="Only this external customer id; repeatable.")] = None,
     meter: Annotated[str | None, typer.Option(help="Only what this meter (id or name) counts.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only from this time on (ISO 8601; UTC unless it says).")] = None,
+    until: Annotated[str | None, typer.Option(help="Only before this time.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
 ) -> None:
     """The newest events."""
     from deploy.commands.meters import find_meter
 
     here = session(context)
+    between = {
+        name: given and parse_instant(given, f"--{name}").isoformat()
+        for name, given in (("since", since), ("until", until))
+    }
     with here.api() as api:
         meter_id = find_meter(api, meter)["id"] if meter else None
-        found = api.get("/v1/events/", name=name, external_customer_id=customer, meter_id=meter_id, limit=limit)
+        found = api.get(
+            "/v1/events/", name=name, external_customer_id=customer, meter_id=meter_id, limit=limit, **between
+        )
     show(found["items"], EVENT_COLUMNS, here.output)
 
 

@@ -1,7 +1,7 @@
 """``meterstream meters`` and ``meterstream usage``: meters, and what was used over time.
 
-``meters`` lists, creates, previews and backfills meters. ``usage`` asks for the series of one meter and shows it as a
-table, a chart, JSON or CSV. ``find_meter`` accepts an id or a name.
+``meters`` lists, creates, previews and backfills meters. ``usage`` asks what one meter counted, by interval and group,
+and shows it as a table, a chart, JSON or CSV. ``find_meter`` accepts an id or a name.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -28,8 +28,7 @@ from deploy.console import (
     text,
 )
 from deploy.errors import MISMATCH, USAGE, GiveUp
-from meters import exact
-from meters.timestamps import END_MAX, START_MIN, Interval, bucket, utc_text, zone
+from meters.timestamps import END_MAX, START_MIN, Interval, bucket, zone
 
 # Meters.
 
@@ -213,89 +212,108 @@ def _definition(
     return {"aggregation": chosen[0], "filter": parse_filter(filter, where or [])}
 
 
-# Usage.
+# Usage. The numbers and the rows are those of ``GET /v1/usage``; nothing is counted here.
 
-USAGE_OPTIONS = {"": "--start and --end", "timezone": "--timezone", "external_customer_id": "--customer"}
-MICROSECOND = timedelta(microseconds=1)
+USAGE_OPTIONS = {
+    "": "--start and --end", "timezone": "--timezone", "external_customer_id": "--customer", "group_by": "--by",
+    "top": "--top",
+}  # fmt: skip
 
-# The default range of each interval: a screenful, and within the API's limits.
+# The default range of each interval: a screenful. It begins with a whole interval.
 DEFAULT_RANGE = {
     "hour": timedelta(hours=24),
     "day": timedelta(days=30),
     "week": timedelta(weeks=26),
     "month": timedelta(days=365),
     "year": timedelta(days=5 * 365),
+    "none": timedelta(days=30),
 }
+EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)  # of a range that is not divided
+NO_VALUE, OTHERS = "(none)", "(all others)"
 
 
 def usage(
     context: typer.Context,
     meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
     customer: Annotated[list[str] | None, typer.Option(help="Only this external customer id; repeatable.")] = None,
-    interval: Annotated[str, typer.Option(help="hour, day, week, month or year.")] = "day",
+    interval: Annotated[
+        str | None, typer.Option(help="hour, day, week, month, year or none; day by default, with --by none.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="From this time on (ISO 8601).")] = None,
     end: Annotated[str | None, typer.Option(help="Up to this time, not included; now by default.")] = None,
     timezone: Annotated[
         str, typer.Option(help="Whose days and months, and times that do not say theirs, such as Europe/Berlin.")
     ] = "UTC",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Group by external_customer_id, customer_id, name or metadata.PATH; repeatable."
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Only so many groups, the largest, and all others as one.")
+    ] = None,
     chart: Annotated[bool, typer.Option("--chart", help="Draw bars beside the numbers.")] = False,
 ) -> None:
     """What a meter counted, interval by interval, with its total and the position of the log it is true for.
 
-    Intervals are shown whole, all between --start and --end: the first holds --start, the last the moment before --end.
+    There is a row for every interval that the time from --start to --end touches. The first and the last are cut to it,
+    and the total is that of just this time.
     """
     from deploy.client import blaming
 
     here = session(context)
+    interval = interval or ("none" if by else "day")
     if interval not in DEFAULT_RANGE:
         raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
-    since, until = _range(start, end, Interval(interval), timezone)
+    since, until = _range(start, end, interval, timezone)
     with here.api() as api, blaming(USAGE_OPTIONS):
         found = find_meter(api, meter)
-        response = api.answer("GET", f"/v1/meters/{found['id']}/quantities", params={
-            "start_timestamp": since.isoformat(), "end_timestamp": until.isoformat(), "interval": interval,
-            "timezone": timezone, "external_customer_id": customer,
-        })
-    answer = exact.decode(response.content)
-    for point in answer["quantities"]:
-        beginning, _ = bucket(datetime.fromisoformat(point["timestamp"]), Interval(interval), timezone)
-        point["timestamp"] = utc_text(beginning)
-    _show(answer, response.headers.get("As-Of", ""), here.output, chart)
+        answer = api.get(
+            "/v1/usage", meter_id=found["id"], start=since.isoformat(), end=until.isoformat(), interval=interval,
+            timezone=timezone, external_customer_id=customer, group_by=by, top=top,
+        )
+    _show(answer, here.output, chart)
 
 
-def _show(answer: dict[str, Any], as_of: str, output: Output, chart: bool) -> None:
-    rows = [
-        {"timestamp": point["timestamp"], "quantity": Decimal(point["quantity"])} for point in answer["quantities"]
-    ]
-    total = f"Total {text(Decimal(answer['total']))}, as of log position {as_of}."
+def _show(answer: dict[str, Any], output: Output, chart: bool) -> None:
+    points = [_point(row, row["group"]) for row in answer["rows"]]
+    rest = [_point(row, {}) for row in answer["remainder"]]
+    (total,) = (Decimal(one["value"]) for one in answer["totals"])
+    keys = list(points[0]["group"]) if points else []
+    rows = [one | {key: NO_VALUE if value is None else value for key, value in one["group"].items()} for one in points]
+    rows += [one | dict.fromkeys(keys, OTHERS) for one in rest]
+    told = f"Total {text(total)}, as of log position {answer['as_of']}."
     require_stdout()
     if output is Output.json:
-        show_json(as_json({**answer, "as_of": as_of}))
+        shown = {"quantities": points, "remainder": rest, "total": total, "as_of": answer["as_of"]}
+        show_json(as_json(shown))
     elif output is Output.csv:
-        show(rows, ("timestamp", "quantity"), output)
-        note(total)
+        show(rows, (*keys, "timestamp", "quantity"), output)
+        note(told)
     else:
-        show_table(rows, ("timestamp", "quantity"), chart="quantity" if chart else "")
-        print(total)
+        show_table(rows, (*keys, "timestamp", "quantity"), chart="quantity" if chart else "")
+        print(told)
 
 
-def _range(start: str | None, end: str | None, interval: Interval, timezone: str) -> tuple[datetime, datetime]:
-    """The first and the last moment of all intervals between the options' times. Raises GiveUp.
+def _point(row: dict[str, Any], group: dict[str, str | None]) -> dict[str, Any]:
+    return {"timestamp": row["start"], "end": row["end"], "quantity": Decimal(row["value"]), "group": group}
 
-    The API goes from the first in steps of an interval, and shows the whole interval that each step leads into.
-    """
+
+def _range(start: str | None, end: str | None, interval: str, timezone: str) -> tuple[datetime, datetime]:
+    """The time that the options mean. Raises GiveUp."""
     tz = zone(timezone)
     if tz is None:
         raise GiveUp(f"--timezone takes a name such as Europe/Berlin, and not {timezone!r}", USAGE)
-    earliest = START_MIN.replace(tzinfo=tz)
+    earliest = EARLIEST if interval == "none" else min(START_MIN, START_MIN.replace(tzinfo=tz))
     until = datetime.now(UTC) if end is None else parse_instant(end, "--end", tz)
-    back = DEFAULT_RANGE[interval]
-    since = max(until, earliest + back) - back if start is None else parse_instant(start, "--start", tz)
+    since = earliest if start is None else parse_instant(start, "--start", tz)
     for option, instant in (("--end", until), ("--start", since)):
-        if not min(START_MIN, earliest) <= instant <= END_MAX:
-            raise GiveUp(f"{option} is a time from {START_MIN.date()} to {END_MAX.date()}", USAGE)
+        if not earliest <= instant <= END_MAX:
+            raise GiveUp(f"{option} is a time from {earliest.astimezone(tz).date()} to {END_MAX.date()}", USAGE)
+    if start is None:
+        since = max(until - DEFAULT_RANGE[interval], earliest)
+        since = since if interval == "none" else max(bucket(since, Interval(interval), timezone)[0], earliest)
     if since >= until:
         raise GiveUp("--end must be later than --start", USAGE)
-    first = max(bucket(since, interval, timezone)[0], START_MIN)
-    last = bucket(until - MICROSECOND, interval, timezone)[1] - MICROSECOND
-    return first.astimezone(tz), last.astimezone(tz)
+    return since, until

@@ -107,18 +107,21 @@ def counted(
     keep: Sequence[str],
     computed: Sequence[str] = (),
     where: Sequence[str] = (),
+    texts: Mapping[str, str] = {},
 ) -> exp.Select:
-    """SELECT ``keep``, contribution of every event of the scope that the meter counts.
+    """SELECT ``keep``, ``texts``, contribution of every event of the scope that the meter counts.
 
     ``computed`` are columns made of those of ``events``, for ``keep`` to name; ``where`` are conditions of fixed SQL.
+    ``texts`` are columns with the text that stands at a path of the metadata, by the column's name.
     """
     stage = Stage()
     holds = [condition(filter, stage, parameters), considered(aggregation, stage)]
     holds += [_has_text(stage, key, texts, parameters) for key, texts in scope.metadata.items()]
     contribution = exp.alias_(value(aggregation, stage), CONTRIBUTION.name, copy=False)
+    read = [exp.alias_(stage.text(path), name, copy=False) for name, path in texts.items()]
     source = events_in(scope, parameters, "*", *computed).where(*before_reading(filter, parameters), copy=False)
     source = source.where(*map(fixed, where), copy=False)
-    return _selected(stage, source, holds, contribution, keep, parameters)
+    return _selected(stage, source, holds, [*read, contribution], keep, parameters)
 
 
 def uncounted(
@@ -142,15 +145,15 @@ def uncounted(
     if after is not None:
         parameters.named("after_seq", after)
         source = source.where(fixed("seq > $after_seq"), copy=False)
-    return _selected(stage, source, holds, column, keep, parameters)
+    return _selected(stage, source, holds, [column], keep, parameters)
 
 
 def _selected(
-    stage: Stage, source: exp.Select, holds: Sequence[exp.Expr], column: exp.Expr, keep: Sequence[str],
+    stage: Stage, source: exp.Select, holds: Sequence[exp.Expr], columns: Sequence[exp.Expr], keep: Sequence[str],
     parameters: Parameters,
 ) -> exp.Select:
     staged = stage.select(source.subquery("source", copy=False), keep, parameters)
-    found = exp.select(*map(exp.column, keep), column, copy=False).where(*holds, copy=False)
+    found = exp.select(*map(exp.column, keep), *columns, copy=False).where(*holds, copy=False)
     if stage.parses:
         found = found.with_("stage", as_=staged, materialized=True, copy=False)
         return found.from_(exp.to_table("stage"), copy=False)

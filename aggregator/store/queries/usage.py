@@ -104,13 +104,20 @@ def by_bucket(connection: duckdb.DuckDBPyConnection, question: Question, bounds:
     buckets = sorted(set(bounds))
     if not buckets:
         return Answer({}, Decimal(0))
-    scope = msgspec.structs.replace(question.scope, since=buckets[0][0], until=buckets[-1][1])
-    question = msgspec.structs.replace(question, scope=scope)
+    question = msgspec.structs.replace(question, scope=_within(question.scope, buckets))
     if question.per_customer is not None:
         values = _by_customer(connection, question, buckets, question.per_customer)
         if values is not None:
             return Answer(values, _customers_total(connection, question, buckets, values))
     return _by_row(connection, question, buckets)
+
+
+def _within(scope: Scope, buckets: Sequence[Bounds]) -> Scope:
+    """The scope as far as the buckets reach, which follow one another; its own range cuts the first and the last."""
+    since, until = buckets[0][0], buckets[-1][1]
+    return msgspec.structs.replace(
+        scope, since=max(scope.since or since, since), until=min(scope.until or until, until)
+    )
 
 
 def _by_row(connection: duckdb.DuckDBPyConnection, question: Question, buckets: Sequence[Bounds]) -> Answer:
@@ -416,12 +423,16 @@ class Costs(msgspec.Struct, frozen=True):
 
 
 def costs(connection: duckdb.DuckDBPyConnection, scope: Scope, periods: Sequence[Bounds]) -> Costs:
-    """The costs of each period, which follow one another and begin on quarter hours."""
+    """The costs of each period, which follow one another and begin on quarter hours.
+
+    The scope's own range cuts the first and the last period.
+    """
     if not periods:
         return Costs(Decimal(0), [], 0)
+    begins = _within(scope, periods).since
     spent = by_bucket(connection, Question(filter=EVERYTHING, aggregation=COST, scope=scope), periods)
     active = _customers(connection, scope, periods)
-    history = msgspec.structs.replace(scope, until=periods[0][0])
+    history = msgspec.structs.replace(scope, since=None, until=begins)
     before = value_of(connection, Question(filter=EVERYTHING, aggregation=COST, scope=history))
     shown = [Period(spent.values.get(starts, Decimal(0)), active.get(starts, 0)) for starts, _ in periods]
     return Costs(before.total, shown, active[None])
@@ -432,8 +443,7 @@ def _customers(
 ) -> dict[datetime | None, int]:
     """Distinct customers by the period's start, and under None of all periods."""
     parameters = Parameters()
-    within = msgspec.structs.replace(scope, since=periods[0][0], until=periods[-1][1])
-    events = events_in(within, parameters, "subject", QUARTER_COLUMN)
+    events = events_in(_within(scope, periods), parameters, "subject", QUARTER_COLUMN)
     events = by_customer(events, scope, parameters, "quarter")
     query = in_buckets(events, periods, [fixed("COUNT(DISTINCT subject)")], parameters)
     query = query.group_by("GROUPING SETS ((starts), ())", copy=False)

@@ -157,6 +157,9 @@ def _read_usage(story: Story) -> None:
         story.get("/v1/meters/{id}/quantities", id=meter["id"], params=RANGE)
         story.get("/v1/meters/{id}/quantities", id=meter["id"], params=RANGE | {"external_customer_id": "ann"})
         story.get("/v1/meters/{id}/usage", id=meter["id"], params={"external_customer_id": "ann"})
+        asked = {"meter_id": meter["id"], "start": RANGE["start_timestamp"], "end": RANGE["end_timestamp"]}
+        story.get("/v1/usage", params=asked)
+        story.get("/v1/usage", params=asked | {"interval": "hour", "group_by": "external_customer_id", "top": 1})
     calls = story.get("/v1/meters/", params={"query": "Calls"})["items"][0]["id"]
     story.get("/v1/meters/{id}/price", id=calls)
     body = {"filter": NESTED, "aggregation": {"func": "sum", "property": "tokens"}}
@@ -232,6 +235,8 @@ def _read_portal(story: Story) -> None:
             story.get("/v1/customer-portal/benefit-grants/{id}", id=one["id"], secret=secret)
         for path in ("customer-session/introspect", "customers/me", "usage"):
             story.get(f"/v1/customer-portal/{path}", secret=secret)
+        asked = {"start": RANGE["start_timestamp"], "end": RANGE["end_timestamp"], "interval": "hour"}
+        story.get("/v1/customer-portal/usage/history", params=asked, secret=secret)
 
 
 def _take_back(story: Story) -> None:

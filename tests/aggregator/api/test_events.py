@@ -3,6 +3,7 @@
 import json
 from datetime import timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -302,3 +303,35 @@ def test_one_tenant_never_sees_anothers_events(server: Server, tenant: Tenant) -
     assert tenant.ask("GET", f"/v1/events/{id}").status_code == 404
     tenant.event("mine", parent_id=id)
     assert other.get(f"/v1/events/{id}")["child_count"] == 0
+
+
+def test_a_day_of_events_begins_at_its_midnight(tenant: Tenant) -> None:
+    """``since`` and ``until`` leave no moment out and show none twice; both of Polar's ends leave theirs out."""
+    tenant.event("early", timestamp="2026-02-01T23:59:59.999999Z")
+    tenant.event("midnight", timestamp="2026-02-02T00:00:00Z")
+    tenant.event("next", timestamp="2026-02-03T00:00:00Z")
+    bounds = [f"2026-02-0{day}T00:00:00Z" for day in range(1, 5)]
+
+    def days(start: str, end: str) -> list[list[str]]:
+        pages = [tenant.get("/v1/events/", **{start: first, end: last}) for first, last in pairwise(bounds)]
+        return [[item["id"] for item in page["items"]] for page in pages]
+
+    early, midnight, following = (tenant.id_of(name) for name in ("early", "midnight", "next"))
+    assert days("since", "until") == [[early], [midnight], [following]]
+    assert days("start_timestamp", "end_timestamp") == [[early], [], []]
+    both = tenant.get("/v1/events/", since=bounds[1], start_timestamp=bounds[1], until=bounds[3])
+    assert [item["id"] for item in both["items"]] == [following]
+    both = tenant.get("/v1/events/", since=bounds[0], until=bounds[3], end_timestamp=bounds[1])
+    assert [item["id"] for item in both["items"]] == [early]
+    (name,) = tenant.get("/v1/events/names", since=bounds[1], until=bounds[2])["items"]
+    assert name["occurrences"] == 1
+
+
+def test_names_of_two_customers_mean_both(tenant: Tenant) -> None:
+    """By id, by external id, or one of each: the events of either."""
+    ann, bob = tenant.customer(external_id="ann"), tenant.customer(external_id="bob")
+    for name in ("ann", "bob", "eve"):
+        tenant.event(external_customer_id=name)
+    for asked in ({"customer_id": [ann, bob]}, {"customer_id": ann, "external_customer_id": "bob"},
+                  {"external_customer_id": ["ann", "bob"]}):  # fmt: skip
+        assert tenant.get("/v1/events/", **asked)["pagination"]["total_count"] == 2

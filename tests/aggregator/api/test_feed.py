@@ -192,3 +192,14 @@ def test_a_position_is_checked(tenant: Tenant, text: str) -> None:
     expected = (422, "RequestValidationError", [("value_error", ["query", "position"])])
     assert tenant.refusal("GET", "/v1/feed/", params={"position": text}) == expected
     assert format_places(parse_places("1:7:2,0:18:3") or {}) == "0:18:3,1:7:2"
+
+
+def test_a_half_open_range_of_the_feed(tenant: Tenant) -> None:
+    """``since`` and ``until`` mean the same as in lists of events; with the timestamps, both hold."""
+    for day in range(1, 5):
+        tenant.send(line(f"e{day}", timestamp=f"2026-02-0{day}T00:00:00Z"))
+    between = {"since": "2026-02-02T00:00:00Z", "until": "2026-02-04T00:00:00Z"}
+    assert ids(read(tenant, **between)) == ["e2", "e3"]
+    assert ids(read(tenant, **between, start_timestamp="2026-02-03T00:00:00Z")) == ["e3"]
+    assert ids(read(tenant, **between, end_timestamp="2026-02-03T00:00:00Z")) == ["e2"]
+    assert tenant.get("/v1/feed/backlog", **between)["events"] == 2

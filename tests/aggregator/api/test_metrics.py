@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.meters import periods
-from meters.timestamps import Interval
+from aggregator.api.meters import days
+from meters.timestamps import Interval, units
 from tests.aggregator.api.test_usage import customer_id, nobodys, send_all
 from tests.conformance.cases import cases, same_number
 from tests.support.servers.query_api import Tenant
@@ -93,10 +93,45 @@ def test_limits_of_metrics(tenant: Tenant) -> None:
 @pytest.mark.parametrize("interval", Interval)
 def test_periods_cover_the_days_without_gaps(interval: Interval, timezone: str) -> None:
     """The parts of all periods follow one another from the first midnight to the last, across changing clocks."""
-    found: list[Any] = periods(date(2026, 3, 25), date(2026, 4, 8), interval, timezone)
+    start, end = days(date(2026, 3, 25), date(2026, 4, 8), timezone)
+    found = [(begins, (max(begins, start), min(ends, end))) for begins, ends in units(start, end, interval, timezone)]
     bounds = [part for _, part in found]
     assert all(before[1] == after[0] for before, after in pairwise(bounds))
     assert all(begins <= part[0] for begins, part in found)
     hours = (bounds[-1][1] - bounds[0][0]).total_seconds() / 3600
     assert abs(hours - 15 * 24) <= 1
     assert bounds[0][0] <= datetime(2026, 3, 25, 12, tzinfo=UTC)
+
+
+def test_a_half_open_range_of_costs_is_cut_to_the_second(tenant: Tenant) -> None:
+    """From ``since`` until before ``until``, beside Polar's days; what was before is in the cumulative costs."""
+    for cost, when in ((1, "2024-01-10T11:59:59Z"), (2, "2024-01-10T12:00:00Z"), (4, "2024-01-11T06:29:59Z"),
+                       (8, "2024-01-11T06:30:00Z")):  # fmt: skip
+        spend(tenant, cost, when, external_customer_id="ann")
+    asked = {"since": "2024-01-10T12:00:00Z", "until": "2024-01-11T06:30:00Z", "interval": "day"}
+    answer = tenant.get("/v1/metrics/", **asked, metrics=["costs", "cumulative_costs", "active_user_by_event"])
+    assert answer["periods"] == [
+        {"timestamp": "2024-01-10T00:00:00Z", "costs": 2, "cumulative_costs": 3, "active_user_by_event": 1},
+        {"timestamp": "2024-01-11T00:00:00Z", "costs": 4, "cumulative_costs": 7, "active_user_by_event": 1},
+    ]
+    assert answer["totals"]["costs"] == 6
+    both = tenant.get("/v1/metrics/", start_date="2024-01-10", end_date="2024-01-11", interval="day",
+                      since="2024-01-10T12:00:00Z", metrics=["costs"])  # fmt: skip
+    assert both["totals"]["costs"] == 14
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaints"),
+    [
+        ({}, [("missing", ["query", "start_date"]), ("missing", ["query", "end_date"])]),
+        ({"since": "2024-01-10T00:00:00Z"}, [("missing", ["query", "until"])]),
+        ({"since": "2024-01-10T00:00:00Z", "until": "2024-01-10T00:00:00Z"}, [("value_error", ["query"])]),
+        ({"since": "2024-01-11T00:00:00Z", "until": "2024-01-10T00:00:00Z"}, [("value_error", ["query"])]),
+        (JANUARY | {"since": "2024-02-01T00:00:00Z"}, [("value_error", ["query"])]),
+        ({"since": "2024-01-10T00:00:00Z", "end_date": "2024-01-11"}, [("missing", ["query", "start_date"])]),
+    ],
+)
+def test_one_whole_range_of_costs_is_needed(tenant: Tenant, asked: dict[str, str], complaints: list[Any]) -> None:
+    """Dates or instants, both ends of the same kind."""
+    refusal = tenant.refusal("GET", "/v1/metrics/", params={"interval": "day"} | asked)
+    assert (refusal[0], refusal[2]) == (422, complaints)

@@ -59,7 +59,7 @@ def test_what_takes_metadata_says_so() -> None:
         if any(one["name"] == "metadata" for one in methods.get("get", {}).get("parameters", ()))
     }  # fmt: skip
     lists = {f"/v1/{name}/" for name in ("events", "meters", "customers", "benefits")}
-    assert takes == {*lists, "/v1/meters/{id}/quantities"}
+    assert takes == {*lists, "/v1/meters/{id}/quantities", "/v1/usage"}
 
 
 @pytest.fixture(scope="module")

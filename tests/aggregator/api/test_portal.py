@@ -157,3 +157,22 @@ def test_customers_see_their_own_grants(tenant: Tenant) -> None:
 def test_a_name_becomes_a_slug() -> None:
     """Small letters and digits, with one hyphen for whatever is between them."""
     assert [slug(name) for name in ("Acme, Inc.", "a  b", "é")] == ["acme-inc", "a-b", ""]
+
+
+def test_history_is_the_customers_own_usage(tenant: Tenant) -> None:
+    """The rows of ``GET /v1/usage`` for this customer alone, of meters that are theirs to see, without groups."""
+    customer = tenant.customer(external_id="ann")
+    given = meter(tenant, "Given")
+    meter(tenant, "Used")
+    tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": given, "units": 5})
+    for id, who, when in (("e1", "ann", "01T23:00"), ("e2", "bob", "01T23:00"), ("e3", "ann", "02T00:00")):
+        tenant.event(id, external_customer_id=who, timestamp=f"2026-02-{when}:00Z")
+    path, secret = "/v1/customer-portal/usage/history", session(tenant, customer)
+    asked = {"start": "2026-02-01T12:00:00Z", "end": "2026-02-02T12:00:00Z", "interval": "day"}
+    shown = tenant.ask("GET", path, params=asked, secret=secret).json()
+    assert shown == tenant.get("/v1/usage", **asked, meter_id=given, customer_id=customer)
+    assert [(row["start"], row["value"]) for row in shown["rows"]] == [
+        ("2026-02-01T12:00:00Z", "1"), ("2026-02-02T00:00:00Z", "1"),
+    ]  # fmt: skip
+    for unknown in ({"group_by": "customer_id"}, {"external_customer_id": "bob"}):
+        assert tenant.refusal("GET", path, params=asked | unknown, secret=secret)[2][0][0] == "extra_forbidden"

@@ -32,6 +32,7 @@ NEEDS = [
     ("PATCH", f"/v1/meters/{NOWHERE}", {"meters:write"}),
     ("GET", f"/v1/meters/{NOWHERE}/quantities?{RANGE}", {"meters:read", "meters:write"}),
     ("GET", f"/v1/meters/{NOWHERE}/usage", {"meters:read", "meters:write"}),
+    ("GET", "/v1/usage", {"meters:read", "meters:write"}),
     ("POST", "/v1/meters/preview", {"meters:read", "meters:write"}),
     ("GET", "/v1/metrics/", {"metrics:read"}),
     ("GET", "/v1/metrics/limits", {"metrics:read"}),
@@ -217,6 +218,7 @@ def test_every_answer_says_as_of_when_it_is_true(tenant: Tenant) -> None:
     tenant.event(timestamp="2026-02-01T00:00:00Z")
     position = tenant.send(b'{"name":"last","external_customer_id":"ann","external_id":"last"}')
     paths = ["/v1/events/", "/v1/events/names", "/v1/meters/", f"/v1/meters/{meter}/quantities?{RANGE}"]
+    paths += [f"/v1/usage?meter_id={meter}&start=2026-02-01T00:00:00Z&end=2026-02-02T00:00:00Z"]
     paths += [f"/v1/meters/{meter}/usage?external_customer_id=ann", "/v1/metrics/limits", "/v1/dead-letters/"]
     assert {tenant.ask("GET", path).headers["as-of"] for path in paths} == {position}
 

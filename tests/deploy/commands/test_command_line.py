@@ -204,22 +204,49 @@ def test_usage_is_exact_in_every_form(counted: Installation) -> None:
 @pytest.mark.parametrize(
     ("options", "timestamps"),
     [
-        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:00", ["2026-01-05T13:00:00Z"]),
-        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:01", ["2026-01-05T13:00:00Z", "2026-01-05T14:00:00Z"]),
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:00", ["2026-01-05T13:30:00Z"]),
+        ("hour --start 2026-01-05T13:30 --end 2026-01-05T14:01", ["2026-01-05T13:30:00Z", "2026-01-05T14:00:00Z"]),
         ("day --start 2026-01-05 --end 2026-01-06 --timezone America/New_York", ["2026-01-05T05:00:00Z"]),
         ("day --start 2026-01-05T00:00Z --end 2026-01-05T06:00Z --timezone America/New_York",
-         ["2026-01-04T05:00:00Z", "2026-01-05T05:00:00Z"]),
-        ("week --start 2023-01-01 --end 2023-01-04", ["2022-12-26T00:00:00Z", "2023-01-02T00:00:00Z"]),
-        ("month --start 2026-01-31 --end 2026-03-01", ["2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"]),
+         ["2026-01-05T00:00:00Z", "2026-01-05T05:00:00Z"]),
+        ("week --start 2023-01-01 --end 2023-01-04", ["2023-01-01T00:00:00Z", "2023-01-02T00:00:00Z"]),
+        ("week --start 2023-01-01 --end 2023-01-02 --timezone Europe/Berlin", ["2022-12-31T23:00:00Z"]),
+        ("month --start 2026-01-31 --end 2026-03-01", ["2026-01-31T00:00:00Z", "2026-02-01T00:00:00Z"]),
+        ("none --start 1999-01-31 --end 2026-03-01", ["1999-01-31T00:00:00Z"]),
     ],
 )  # fmt: skip
 def test_usage_shows_the_intervals_that_a_range_touches(
     counted: Installation, options: str, timestamps: list[str]
 ) -> None:
-    """All of them, whole, and none that begins where the range ends; a time that does not say is the time zone's."""
+    """All of them, cut to the range, and none that begins where it ends; a time that does not say is the zone's."""
     answer = counted.answer("usage", "tokens", "--interval", *options.split())
 
     assert [point["timestamp"] for point in answer["quantities"]] == timestamps
+
+
+def test_events_are_listed_within_a_range(counted: Installation) -> None:
+    """From a time on and before a time; what was sent today was not sent before."""
+    assert counted.answer("events", "list", "--since", "2026-01-01", "--customer", "ada")
+    assert counted.answer("events", "list", "--until", "2026-01-01", "--customer", "ada") == []
+    assert "--since takes a time" in counted.run("events", "list", "--since", "yesterday").stderr
+
+
+def test_usage_is_shown_by_group(counted: Installation) -> None:
+    """Over the whole range unless an interval is given; what is not among the first is one row."""
+    (meter,) = counted.answer("meters", "list")
+    by = ("usage", meter["id"], "--by", "external_customer_id", "--by", "metadata.model")
+    answer = counted.answer(*by, "--customer", "ada", "--top", "1")
+    shown = counted.run(*by, "--customer", "ada", "--top", "1", "--output", "csv").stdout
+    rows = list(csv.DictReader(io.StringIO(shown)))
+
+    assert [(point["group"], point["quantity"]) for point in answer["quantities"]] == [
+        ({"external_customer_id": "ada", "metadata.model": None}, 0.3)
+    ]
+    assert answer["remainder"][0]["quantity"] == 0
+    assert [(row["external_customer_id"], row["metadata.model"]) for row in rows] == [
+        ("ada", "(none)"), ("(all others)", "(all others)"),
+    ]  # fmt: skip
+    assert "--by: Input should be" in counted.run("usage", meter["id"], "--by", "model").stderr
 
 
 @pytest.mark.parametrize("options", [["day"], ["week"], ["month"], ["year"]], ids=" ".join)
@@ -249,7 +276,7 @@ def test_lists_have_every_form(counted: Installation) -> None:
         (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
         (("tokens", "revoke", "abc"), "there is no token abc"),
         (("meters", "create", "--name", "abc", "--count", "--where", "a>true"), "--where: 'gt' does not order"),
-        (("usage", "tokens", "--interval", "hour", "--start", "2026-01-01"), "--start and --end: The interval is too"),
+        (("usage", "tokens", "--interval", "hour", "--start", "2024-01-01"), "--start and --end: By the hour"),
     ],
 )
 def test_what_the_server_refuses_of_a_command_is_wrong_usage(
