@@ -28,7 +28,7 @@ import msgspec
 from deploy.client import Api
 from deploy.console import note, show_table
 from deploy.errors import MISMATCH, USAGE, GiveUp
-from deploy.sending import Line, deliver
+from deploy.files.sending import Line, deliver
 from deploy.server.control import new_secret
 from meters import exact
 from meters.log import format_position, parse_position

@@ -32,6 +32,7 @@ COLLECTIONS = {  # folders that may hold more, because each file is one of a kin
     "tests/aggregator/api": "one file per resource",
     "tests/aggregator/reconcile": "one file per check",
     "tests/meters": "one file per concept of metering",
+    "tests/deploy/commands": "one file per group of commands",
     "tests/vendors": "one file per vendor's library, and one for what it bills",
 }
 NAMELESS_MODULES = {"utils", "util", "common", "models", "types", "helpers", "misc"}  # a name that says nothing

@@ -17,6 +17,7 @@ from aggregator.api import (
     events,
     feed,
     meters,
+    metrics,
     polar,
     portal,
     route_answers,
@@ -56,7 +57,7 @@ def create_app(
     app.add_middleware(RelativeRedirects)
     install_error_answers(app)
     for router in (
-        events.router, usage.router, meters.usage_router, meters.router, meters.metrics_router, customers.router,
+        events.router, usage.router, meters.usage_router, meters.router, metrics.router, customers.router,
         events.dead_letters_router, customer_meters.router, credits.router, meters.charges_router, benefits.router,
         customers.sessions_router, portal.router, webhooks.router, polar.router, feed.router, audit.router,
     ):  # fmt: skip

@@ -1,8 +1,7 @@
 """``meterstream events``: send and import usage, list events and dead letters, replay a dead letter.
 
-``send`` and ``import_csv`` read a file (``deploy.event_files``, ``deploy.csv_files``) and deliver its events
-(``deploy.sending``). They report refused lines by number, and finally the events that do not count because their
-``external_id`` exists with other content.
+``send`` and ``import_csv`` read a file and deliver its events (``deploy.files``). They report refused lines by number,
+and finally the events that do not count because their ``external_id`` exists with other content.
 """
 
 import io
@@ -21,7 +20,7 @@ from deploy.errors import INTERRUPTED, USAGE, GiveUp
 
 if TYPE_CHECKING:
     from deploy.client import Api
-    from deploy.sending import Conflicts, Delivery, Line
+    from deploy.files.sending import Conflicts, Delivery, Line
 
 app = typer.Typer(no_args_is_help=True, help="Send usage events, list them, and look after those that do not count.")
 
@@ -61,7 +60,7 @@ def send(
     event. What is meant as another one needs an external_id, a timestamp, or --anew. What comes from standard input
     happens now, so there every line without external_id is an event of its own.
     """
-    from deploy.event_files import as_they_come, lines_of, read_ndjson
+    from deploy.files.event_files import as_they_come, lines_of, read_ndjson
 
     is_new = anew or file == STDIN
     with _opened(file) as source:
@@ -100,7 +99,7 @@ def import_csv(
     (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC. A last line without a
     newline may be half written, so it is not sent unless the file is --complete.
     """
-    from deploy.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
+    from deploy.files.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
 
     columns, constants = parse_mapping(map, "--map"), parse_mapping(set, "--set")
     form, allowed = CsvForm(delimiter, decimal, time_format, encoding).check(), frozenset(allow_text)
@@ -159,7 +158,7 @@ def replay(
     It counts for the organization of the token, so one that names another organization, or none, is not sent.
     """
     from deploy.client import looking_for, segment
-    from deploy.sending import deliver
+    from deploy.files.sending import deliver
 
     here = session(context)
     if file and drop:
@@ -212,7 +211,7 @@ def _content(file: Path) -> bytes:
 
 
 def _apart(anew: bool) -> str:
-    from deploy.event_files import never_again
+    from deploy.files.event_files import never_again
 
     return never_again() if anew else ""
 
@@ -222,8 +221,8 @@ def _event(content: bytes, source: str, letter_id: str) -> "Line":
 
     Raises GiveUp.
     """
-    from deploy.event_files import lines_of, read_ndjson
-    from deploy.sending import Line
+    from deploy.files.event_files import lines_of, read_ndjson
+    from deploy.files.sending import Line
 
     found = list(read_ndjson(lines_of(io.BufferedReader(io.BytesIO(content))), apart=letter_id))
     if len(found) != 1 or not isinstance(found[0], Line):
@@ -247,7 +246,7 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
 
 def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None, *, is_new: bool) -> None:
     """Send what the source yields, show how far it is, and end with exit code 1 when a line does not count."""
-    from deploy.sending import Delivery, deliver
+    from deploy.files.sending import Delivery, deliver
 
     delivery = Delivery()
     try:
@@ -272,7 +271,7 @@ def _deliver(here: Session, source: Iterator[Any], batch: int, total: int | None
 
 def _conflicts(api: "Api", delivery: "Delivery") -> "Conflicts | None":
     """The events whose external_id was taken; None where nobody can say. All is sent, so that alone is no failure."""
-    from deploy.sending import find_conflicts
+    from deploy.files.sending import find_conflicts
 
     try:
         return find_conflicts(api, delivery)
@@ -290,7 +289,7 @@ def _do_not_count(conflicts: "Conflicts") -> str:
 
 
 def _readable(source: Iterator[Any], delivery: "Delivery") -> Iterator["Line | None"]:
-    from deploy.sending import Problem
+    from deploy.files.sending import Problem
 
     for item in source:
         if isinstance(item, Problem):

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from aggregator.forward.planner import Bad, Item, Slice, isolate
-from deploy.sending import refused_events
+from deploy.files.sending import refused_events
 from ingest.client import Ingestion, Limits, Rejection
 from ingest.client.event import Limits as ClientLimits
 from ingest.client.outbox import Pace

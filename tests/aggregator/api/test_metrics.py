@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aggregator.api.meters import days
+from aggregator.api.metrics import days
 from meters.timestamps import Interval, units
 from tests.aggregator.api.test_usage import customer_id, nobodys, send_all
 from tests.conformance.cases import cases, same_number

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
 from deploy.errors import USAGE, GiveUp
-from deploy.sending import Line, Problem
+from deploy.files.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
+from deploy.files.sending import Line, Problem
 from meters.exact import Token
 from meters.timestamps import parse_timestamp
 

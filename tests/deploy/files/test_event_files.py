@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from deploy import event_files
 from deploy.errors import GiveUp
-from deploy.event_files import StableIds, as_they_come, lines_of, read_ndjson, recognized_encoding
-from deploy.sending import EVENT_BYTES_MAX, Line, Problem, batches
+from deploy.files import event_files
+from deploy.files.event_files import StableIds, as_they_come, lines_of, read_ndjson, recognized_encoding
+from deploy.files.sending import EVENT_BYTES_MAX, Line, Problem, batches
 
 
 def test_an_event_line_is_passed_on_byte_by_byte() -> None:

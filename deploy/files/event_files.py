@@ -3,7 +3,7 @@
 ``read_ndjson`` passes lines on byte by byte. Every event leaves with an ``external_id``: if a line has none,
 ``StableIds`` makes one from the line's content and the number of its occurrence in the file. So a file that is sent
 again, or that has grown, counts nothing twice. ``recognized_encoding`` names the encoding of a file by its first
-bytes; ``deploy.csv_files`` reads tables with it.
+bytes; ``deploy.files.csv_files`` reads tables with it.
 """
 
 import codecs
@@ -23,7 +23,7 @@ from typing import IO
 import msgspec
 
 from deploy.errors import USAGE, GiveUp
-from deploy.sending import EVENT_BYTES_MAX, Line, Problem
+from deploy.files.sending import EVENT_BYTES_MAX, Line, Problem
 from ingest.limits import BODY_BYTES_MAX
 from meters.event import JSON_NUMBER
 

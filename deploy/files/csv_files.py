@@ -24,8 +24,8 @@ import msgspec
 
 from deploy.console import harmless
 from deploy.errors import USAGE, GiveUp
-from deploy.event_files import HEAD_BYTES, StableIds, early_time, recognized_encoding, shown_encoding, undecodable
-from deploy.sending import Line, Problem
+from deploy.files.event_files import HEAD_BYTES, StableIds, early_time, recognized_encoding, shown_encoding, undecodable
+from deploy.files.sending import Line, Problem
 from meters.event import JSON_NUMBER
 from meters.timestamps import parse_timestamp
 

@@ -1,0 +1,1 @@
+"""Files with events, as people have them, and sending what is in them."""
