@@ -30,7 +30,7 @@ from aggregator.api.schemas import gives
 from aggregator.api.strictness import passed_over_text
 from aggregator.service.errors import SETTLED_S
 from aggregator.service.service import Desk
-from aggregator.view import View
+from aggregator.view import Unavailable, View
 
 __all__ = ["create_app"]
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -91,7 +91,11 @@ def _operations(metrics_text: Callable[[], bytes]) -> APIRouter:
     @router.get("/metrics")
     async def prometheus_metrics(desk: AtDesk) -> Response:
         """Counters and gauges of this process."""
-        text = metrics_text() + passed_over_text() + desk.inbox.metrics(desk.catalogue)
+        try:
+            catalogue = desk.catalogue
+        except Unavailable:  # metrics are there while the store is being opened, too
+            catalogue = None
+        text = metrics_text() + passed_over_text() + desk.inbox.metrics(catalogue)
         return Response(text, headers={"Content-Type": METRICS_TYPE})
 
     return router

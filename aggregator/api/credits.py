@@ -55,6 +55,7 @@ async def give_credits(request: Request, desk: AtDesk, token: Writer, id: UUID, 
     async with only_once(request, desk, token, key) as once:
         if once.answered is not None:
             return once.answered
+        customer_by_id(desk, token, id)
         meter_id, units, rollover = _fields(desk, token, await body_of(request))
         async with desk.turn_of(lambda: customer_by_id(desk, token, id)), desk.deciding:
             customer = customer_by_id(desk, token, id)

@@ -299,7 +299,7 @@ class PolarObject(OwnBody):
     """An object as Polar's API shows it."""
 
     type: Literal["customer", "benefit"]
-    data: dict[str, Any]
+    data: Annotated[dict[str, Any], Meta(examples=[{"id": EXAMPLE_ID, "email": "ada@example.com"}])]
 
 
 class PolarObjects(OwnBody):

@@ -41,6 +41,7 @@ BODIES: list[tuple[type[msgspec.Struct], Callable[[Any], object], type]] = [
         schemas.ResetCreate, schemas.CustomerSessionCreate, schemas.BenefitCreate, schemas.BenefitUpdate,
         schemas.BenefitGrantCreate, schemas.BenefitGrantStep, schemas.WebhookEndpointCreate,
         schemas.WebhookEndpointUpdate, schemas.MeterThresholdCreate, schemas.WebhookSourceCreate,
+        schemas.PolarObjects,
     )),
     *((kind, lambda body, kind=kind: fields_of(kind, body), dict) for kind in (
         schemas.CustomerCreate, schemas.CustomerUpdate, schemas.CreditCreate, schemas.MeterDefinition,

@@ -89,6 +89,7 @@ NEEDS = [
     ("POST", "/v1/webhooks/sources", {"webhooks:write"}),
     ("DELETE", f"/v1/webhooks/sources/{NOWHERE}", {"webhooks:write"}),
     ("GET", "/v1/feed/", {"events:read", "events:write"}),
+    ("GET", "/v1/feed/position", {"events:read", "events:write"}),
     ("GET", "/v1/feed/backlog", {"events:read", "events:write"}),
     ("GET", "/v1/feed/customers", {"events:read", "events:write"}),
     ("GET", f"/v1/feed/rollup?before=2026-02-01T00:00:00Z&meter_id={NOWHERE}", {"events:read", "events:write"}),

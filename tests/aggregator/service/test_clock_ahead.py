@@ -55,7 +55,7 @@ def test_a_reset_divides_usage_though_the_clock_was_ahead(tenant: Tenant, stampe
     used(tenant, 10)
     for expected in (1, 2, 3):
         tenant.server.now += timedelta(seconds=1)
-        tenant.post(f"/v1/customers/{customer}/resets", {})
+        tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
         assert numbers(tenant) == (0, 0, 0)
         used(tenant, expected)
         assert numbers(tenant) == (expected, 0, -expected)
@@ -69,7 +69,7 @@ def test_credits_grants_and_cycles_keep_their_order_though_the_clock_was_ahead(t
     tenant.server.now -= AHEAD
     tenant.post(f"/v1/customers/{customer}/credits", {"meter_id": meter, "units": 30})
     assert numbers(tenant) == (4, 30, 26)
-    tenant.post(f"/v1/customers/{customer}/resets", {})
+    tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     assert numbers(tenant) == (0, 0, 0)
     properties = {"meter_id": meter, "units": 100, "rollover": False}
     made = tenant.post("/v1/benefits/", {"type": "meter_credit", "description": "abc", "properties": properties})
@@ -93,7 +93,7 @@ def test_the_time_of_another_producer_moves_no_decision(tenant: Tenant, monkeypa
     tenant.server.now += timedelta(minutes=50)
     tenant.send(line("foreign"), admitted=False)
     tenant.server.now -= timedelta(minutes=49)
-    made = tenant.post(f"/v1/customers/{customer}/resets", {})
+    made = tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     assert made["at"] == tenant.server.now.strftime("%Y-%m-%dT%H:%M:%SZ")
     used(tenant, 2)
     assert numbers(tenant) == (3, 0, -3)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from aggregator.totals.running import RunningTotals
 from aggregator.view import Snapshot
 from meters.aggregation import Aggregation
-from meters.catalogue.catalogue import MeterUpdated, encode_change
+from meters.catalogue.catalogue import MeterUpdated, Names, encode_change
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Entry, parse_position
 from tests.support.records import entry, line
 from tests.support.servers.query_api import Tenant
@@ -53,7 +53,7 @@ def test_an_answer_is_of_one_definition_while_a_meter_is_changed(tenant: Tenant)
     meter, customer = tenant.meter(func="sum", property="a"), tenant.customer(external_id="ann")
     tenant.send(*[line(f"{tenant.id} {number}", metadata={"a": 1, "b": 1000}) for number in range(3)])
     view = tenant.server.aggregator
-    before, numbers = view.catalogue.meters[meter], view.directory.find(tenant.id, "ann", customer)
+    before, numbers = view.catalogue.meters[meter], view.directory.find(tenant.id, Names((customer,), ("ann",)))
     assert before.aggregation == SUM
     [first] = tenant.get("/v1/customer-meters/")["items"]
     assert first["consumed_units"] == 3
@@ -103,7 +103,7 @@ def test_a_question_sees_the_first_event_that_is_counted_while_it_waits(
     """The customer's numbers are looked up in the snapshot that the question is answered from."""
     meter, customer = tenant.meter(), tenant.customer(external_id="ann")
     if counted is ledger:  # which is there once there is a movement
-        tenant.post(f"/v1/customers/{customer}/resets", {})
+        tenant.post(f"/v1/customers/{customer}/resets", {"meter_ids": "all"})
     monkeypatch.setattr(RunningTotals, "total", lambda *_: None)  # as while the meter is counted
     view, written = tenant.server.aggregator, list[int]()
     read = view.read

@@ -17,7 +17,7 @@ from aggregator.totals.plan import PREPARED_METERS_MAX
 from aggregator.totals.running import HISTORIES_AT_ONCE
 from aggregator.view import Consumption
 from ingest.log import open_log
-from meters.catalogue.catalogue import Customer, CustomerCreated
+from meters.catalogue.catalogue import Customer, CustomerCreated, Names
 from meters.ledger.ledger import MeterReset
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.timestamps import microseconds_of
@@ -58,7 +58,7 @@ def reset(log: Log, minute: int) -> None:
 def consumed(running: Running, minute: int) -> Consumption | None:
     """What was used since that minute, as memory has it."""
     engine = running.engine
-    subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
+    subjects = engine.directory.find(ORGANIZATION, Names((ANN,), ("ann",)))
     return engine.totals.consumed(engine.catalogue.meters["m"], subjects, NOW + timedelta(minutes=minute))
 
 
@@ -137,8 +137,9 @@ def test_a_history_that_failed_is_counted_again(tmp_path: Path, monkeypatch: pyt
             running.catch_up()
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
-            meter = running.engine.catalogue.meters["m"]
-            found = running.engine.totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
+            engine = running.engine
+            numbers = engine.directory.find(ORGANIZATION, Names((ANN,), ("ann",)))
+            found = engine.totals.total(engine.catalogue.meters["m"], numbers)
     assert failures == []
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
@@ -159,7 +160,7 @@ def test_meters_that_wait_are_counted_in_one_pass(tmp_path: Path) -> None:
                 eventually(lambda expected=number + 1: len(passes.begun) == expected)
         passes.free.set()
         running.catch_up()
-        subjects = engine.directory.find(ORGANIZATION, "ann", ANN)
+        subjects = engine.directory.find(ORGANIZATION, Names((ANN,), ("ann",)))
         found = [engine.totals.total(one, subjects) for one in made]
     assert passes.begun == [["late-0"], ["late-1"], ["late-2", "late-3", "late-4"]]
     count = MINUTES * LINES + len(made)
@@ -182,8 +183,9 @@ def test_histories_wait_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(threading.Thread, "start", refusing)
         with Running(log, tmp_path / "store.duckdb") as running:
             running.catch_up()
-            meter = running.engine.catalogue.meters["m"]
-            found = running.engine.totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
+            engine = running.engine
+            numbers = engine.directory.find(ORGANIZATION, Names((ANN,), ("ann",)))
+            found = engine.totals.total(engine.catalogue.meters["m"], numbers)
     assert len(refused) == 2
     assert found is not None
     assert (found.count, found.sum) == used_since(0)
@@ -199,7 +201,7 @@ def test_meters_count_alike_whether_their_statement_is_planned_once_or_each_time
         running.catch_up()
         totals = running.engine.totals
         meter = running.engine.catalogue.meters["m"]
-        found = totals.total(meter, running.engine.directory.find(ORGANIZATION, "ann", ANN))
+        found = totals.total(meter, running.engine.directory.find(ORGANIZATION, Names((ANN,), ("ann",))))
         [plans] = totals._plans._plans.values()
         assert [one.text.startswith("EXECUTE ") for one in plans.found] == [room > 0]
     assert found is not None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from aggregator.totals import accumulators as module
 from aggregator.totals.accumulators import IDENTITY_LENGTH_MAX, DistinctValues, MeterWindows
 from aggregator.view import EVER
+from meters.catalogue.catalogue import Names
 from meters.ledger.ledger import customer_meter_id
 from tests.support.records import line
 from tests.support.servers.query_api import Tenant
@@ -155,7 +156,7 @@ def test_answers_are_the_same_when_memory_does_not_know(
     view = tenant.server.aggregator
     for name in ("ann", "bob"):
         account = view.ledger.account(names[name], names["unique"])
-        numbers = view.directory.find(tenant.id, name, names[name])
+        numbers = view.directory.find(tenant.id, Names((names[name],), (name,)))
         unique = view.catalogue.meters[names["unique"]]
         assert view.totals.consumed(unique, numbers, account.since if account else None) is None
     assert answers(tenant, names) == before

@@ -13,7 +13,7 @@ import pytest
 from aggregator.totals import plan as module
 from aggregator.totals.plan import APART_METERS_MIN, Prepared
 from ingest.log import open_log
-from meters.catalogue.catalogue import Change, MeterUpdated
+from meters.catalogue.catalogue import Change, MeterUpdated, Names
 from meters.log import USAGE_CONTROL, USAGE_EVENTS, Log
 from meters.meter import Meter
 from tests.support.records import ORGANIZATION, Running, created, decisions, entry, line, meter, organization
@@ -78,7 +78,7 @@ class Story:
         self.values += values
         asyncio.run(self.log.append(USAGE_EVENTS, [entry(*lines)]))
         engine = self.running.catch_up()
-        numbers = engine.directory.find(ORGANIZATION, "ann", None)
+        numbers = engine.directory.find(ORGANIZATION, Names((), ("ann",)))
         for number, made in ((int(id[1:]), made) for id, made in self.meters.items()):
             total = engine.totals.total(made, numbers)
             assert total is not None

@@ -19,6 +19,7 @@ import pytest
 from aggregator.engine.supervisor import Aggregator
 from aggregator.view import Unavailable
 from ingest.log import open_log
+from meters.catalogue.catalogue import Names
 from meters.log import Log
 from tests.support.faults.aggregator_process import FirstNew, start_life
 from tests.support.faults.crash_points import Point, disk_error, watch
@@ -227,7 +228,7 @@ def test_a_history_that_cannot_be_counted_is_no_total_rather_than_a_wrong_one(wo
         aggregator = Aggregator(world.log, path, SMALL)
         aggregator.start()
         aggregator._now.totals.wait()
-        ann = aggregator.directory.find(ORGANIZATION, "ann", None)
+        ann = aggregator.directory.find(ORGANIZATION, Names((), ("ann",)))
         unknown = [aggregator.totals.total(made, ann) for made in metered()]
         points.silent = True
         aggregator.stop()

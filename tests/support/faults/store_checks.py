@@ -21,7 +21,7 @@ from aggregator.engine.supervisor import Aggregator
 from aggregator.store.meter_sql import Measured
 from aggregator.view import Unavailable
 from meters.aggregation import considers, evaluate
-from meters.catalogue.catalogue import Change, DeadLetterReplayed
+from meters.catalogue.catalogue import Change, DeadLetterReplayed, Names
 from meters.event import Event, check_line
 from meters.event_values import Facts, facts
 from meters.filters import matches
@@ -234,7 +234,7 @@ def assert_totals_agree(aggregator: Aggregator, counted: Counted) -> None:
     events = [event for (tenant, _), event in counted.stored.items() if tenant == ORGANIZATION]
     for made in metered():
         for customer in CUSTOMERS:
-            total = aggregator.totals.total(made, aggregator.directory.find(ORGANIZATION, customer, None))
+            total = aggregator.totals.total(made, aggregator.directory.find(ORGANIZATION, Names((), (customer,))))
             assert total is not None
             measured = Measured(total.count, total.sum, None, total.min, total.max)
             taken = [event for event in events if event.external_customer_id == customer]
