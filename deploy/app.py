@@ -6,13 +6,14 @@ stand anywhere on the line: ``meterstream usage tokens --output json`` reads nat
 """
 
 import errno
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from deploy.client import EPILOG, Session, flowing
+from deploy.client import EPILOG, Session
 from deploy.commands import access, customers, events, forward, meters, operations, polar, reconcile, webhooks
 from deploy.commands import customers as credit_commands
 from deploy.commands import kafka as kafka_commands
@@ -71,11 +72,24 @@ app.add_typer(kafka_commands.app, name="kafka")
 app.command(epilog=EPILOG)(kafka_commands.lag)
 app.command(epilog=EPILOG)(operations.rebuild)
 app.command(epilog=EPILOG, name="skip-lost")(operations.skip_lost)
-app.command(epilog=EPILOG)(flowing(operations.backup))
-app.command(epilog=EPILOG)(flowing(operations.restore))
+app.command(epilog=EPILOG)(operations.backup)
+app.command(epilog=EPILOG)(operations.restore)
 app.command(epilog=EPILOG)(operations.doctor)
 app.command(epilog=EPILOG)(reconcile.reconcile)
 app.command(epilog=EPILOG)(operations.version)
+
+
+def _let_help_flow(group: typer.Typer) -> None:
+    """Remove the line breaks within paragraphs of help: Typer keeps those of every paragraph but the first."""
+    for command in group.registered_commands:
+        paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            _let_help_flow(inner.typer_instance)
+
+
+_let_help_flow(app)
 
 
 def global_options_first(arguments: Sequence[str]) -> list[str]:

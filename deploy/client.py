@@ -5,12 +5,11 @@
 Other commands of deploy (forwarding, reconciliation) use ``Api`` as well.
 """
 
-import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import httpx
@@ -283,16 +282,6 @@ EPILOG = (
     "Every command takes --url, --token, --data and --log (or METERSTREAM_URL, _TOKEN, _DATA, _LOG), and --output, "
     "anywhere."
 )
-
-
-Command = TypeVar("Command", bound=Callable[..., object])
-
-
-def flowing(command: Command) -> Command:
-    """Let each paragraph of a command's help flow: Typer keeps the line breaks of all but the first."""
-    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    command.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    return command
 
 
 class Session(msgspec.Struct, frozen=True):

@@ -148,6 +148,11 @@ def text(value: object) -> str:
             return as_json(value)
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun: ``1 line``, ``1,200 lines``."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def as_json(value: object) -> str:
     """JSON with every Decimal as the number it is."""
     return msgspec.json.Encoder(decimal_format="number").encode(value).decode()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from deploy.console import counted
 from deploy.errors import GiveUp
 from deploy.server.control import READ_BYTES, Control, NotYet
 from deploy.server.data import AS_OWNER, PUT_BACK, DataDirectory
@@ -53,7 +54,7 @@ SET_CLOCK = (
 )
 ROOM_BYTES_MIN = 4 << 20  # what a checkpoint of the log writes at once (``ingest.log.sqlite_writer``)
 SEND_NUMBERS = (
-    "send the value as a number of JSON, or have the meter read another property; `GET /v1/meters/ID` shows an "
+    "send the value as a JSON number, or have the meter read another property; `GET /v1/meters/ID` shows an "
     "example. This is said until no such event is recent"
 )
 METERS_LOOKED_MAX = 500  # a query each, of tens of milliseconds
@@ -194,7 +195,7 @@ def _examine_log(
     named: dict[str, dict[str, Any]] = {
         "organizations": catalogue.organizations, "tokens": catalogue.tokens, "meters": catalogue.meters,
     }
-    counts = ", ".join(f"{len(things)} {name}" for name, things in named.items())
+    counts = ", ".join(counted(len(things), name.removesuffix("s"), name) for name, things in named.items())
     for given_up in catalogue.given_up.values():
         yield Finding("given up", given_up.words)
     heal = "" if catalogue.organizations else "start `meterstream serve`, which makes the first one"
@@ -400,7 +401,8 @@ def _passed_over(store: "Store", known: Catalogue) -> Finding:
         if one.example
     )
     more = f" and {len(found) - STRANGERS_SHOWN_MAX} more" if len(found) > STRANGERS_SHOWN_MAX else ""
-    what = f"{len(found)} meters pass over events of the last {RECENT.days} days that match"
+    passing = counted(len(found), "meter passes", "meters pass")
+    what = f"{passing} over events of the last {RECENT.days} days that match"
     return Finding("meters", f"{what}{newest}: {shown}{more}", SEND_NUMBERS)
 
 

@@ -151,7 +151,7 @@ def ask_to_adopt(data: DataDirectory, begin: str) -> None:
     Raises GiveUp unless forwarding stopped because the log is another one.
     """
     if begin not in ("beginning", "now"):
-        begin = parse_instant(begin, "--from").isoformat()
+        begin = parse_instant(begin, "--from (unless it is beginning or now)").isoformat()
     with opened(data) as state:
         if not state.flags().get("is_elsewhere"):
             raise GiveUp("forwarding did not stop because of another log, so there is nothing to adopt")

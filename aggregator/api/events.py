@@ -277,9 +277,9 @@ async def get_dead_letter(desk: AtDesk, token: Reader, id: str) -> Response:
 
 @dead_letters_router.post("/v1/dead-letters/{id}/replay", responses=gives(answers.DeadLetter))
 async def replay_dead_letter(desk: AtDesk, token: Writer, id: str) -> Response:
-    """Take the letter off the list, once its mended event was ingested or is not worth it. Repeating is harmless.
+    """Remove a dead letter from the list, after its fixed event was ingested or given up. Repeating this is harmless.
 
-    The mended event is sent to `/v1/events/ingest` before, and this without a body.
+    Send the fixed event to `/v1/events/ingest` first. This request has no body.
     """
     letter, as_of = await desk.ask(token, lambda here: _find(here, desk, token, id))
     if letter.replayed_at is None:

@@ -83,7 +83,7 @@ async def receive_polar_webhook(request: Request, desk: AtDesk) -> Response:
 
 
 class Taken(NamedTuple):
-    """What became of a delivery, and why."""
+    """The outcome of a delivery, and its reasons."""
 
     outcome: Outcome
     reasons: list[str]
@@ -152,7 +152,7 @@ async def list_polar_deliveries(desk: AtDesk, token: Reader, page: WhichPage) ->
 async def apply_polar_objects(request: Request, desk: AtDesk, token: Writer) -> Response:
     """Apply customers and benefits as Polar's API shows them, as if webhooks had brought them.
 
-    Whoever may add a source may do this. An object that is known already changes nothing.
+    An object that is known already changes nothing.
     """
     body = await body_as(PolarObjects, request)
     items = [await _apply(desk, token.organization_id, one, dry_run=body.dry_run) for one in body.objects]

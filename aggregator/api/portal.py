@@ -98,7 +98,7 @@ def _visible(here: Desk, customer: Customer) -> Iterator[Meter]:
 
 
 def _is_charged(here: Desk, customer: Customer, meter: Meter) -> bool:
-    """Whether the customer's usage has a price, or is prepaid. Usage that is still being counted is taken for some."""
+    """Return True if the customer's usage has a price or is prepaid, also while the usage is still being counted."""
     used = from_memory(here, customer, meter)
     if tariff_of(here.catalogue, customer, meter) is not None:
         return used is None or used.count > 0
@@ -180,7 +180,7 @@ async def list_portal_grants(
     benefit_id: Ids = None, checkout_id: Ids = None, order_id: Ids = None, subscription_id: Ids = None,
     member_id: Ids = None, sorting: Texts = None,
 ) -> Response:  # fmt: skip
-    """The customer's grants. Nobody has checkouts, orders or members here, so nothing is of one of them."""
+    """List the customer's grants. There are no checkouts, orders or members here, so their filters find nothing."""
     chosen = order(sorting, ("product_benefit", "granted_at", "type", "organization"), "product_benefit")
     customer, benefits = _customer(here, session), here.catalogue.benefits
     found = [
@@ -233,7 +233,7 @@ async def get_portal_usage(here: AtDesk, session: Viewer) -> Response:
 
 @router.get("/usage/history", responses=gives(route_answers.UsageAnswer))
 async def get_portal_history(here: AtDesk, session: Viewer, question: Question, meter_id: Ids = None) -> Response:
-    """What the customer used over time, as `GET /v1/usage` counts it: of all meters, or of those that are named."""
+    """Return the customer's usage over time, as `GET /v1/usage` counts it: of all meters, or of those in `meter_id`."""
     customer = _customer(here, session)
     wanted = None if meter_id is None else set(map(str, meter_id))
     meters = [meter for meter in _visible(here, customer) if wanted is None or meter.id in wanted]

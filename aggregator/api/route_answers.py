@@ -85,7 +85,7 @@ Amount = Annotated[str, Meta(description="A decimal as text, with all its digits
 
 
 class ShownMeter(Answer):
-    """How a meter is shown."""
+    """The name and the unit of a meter."""
 
     id: Id
     name: Annotated[str, Meta(examples=["Tokens"])]
@@ -95,7 +95,7 @@ class ShownMeter(Answer):
 
 
 class UsageRow(Answer):
-    """What one group used in one calendar unit, as far as the range reaches into it."""
+    """The usage of one group in one calendar unit, cut to the range."""
 
     meter_id: Id
     group: Annotated[dict[str, str | None], Meta(
@@ -108,7 +108,7 @@ class UsageRow(Answer):
 
 
 class UsageRemainder(Answer):
-    """What the groups that are not shown used together."""
+    """The usage of all groups that `top` left out."""
 
     meter_id: Id
     start: Time
@@ -117,7 +117,7 @@ class UsageRemainder(Answer):
 
 
 class UsageTotal(Answer):
-    """What was used in the whole range."""
+    """The usage of the whole range."""
 
     meter_id: Id
     value: Amount
@@ -128,7 +128,7 @@ class UsageTotal(Answer):
 
 
 class UsageAnswer(Answer):
-    """What meters counted in a range, by calendar unit and group."""
+    """The usage of meters in a range, by calendar unit and group."""
 
     as_of: Annotated[str, Meta(description="The log positions that it is true for.", examples=["0:18,1:7"])]
     meters: list[ShownMeter]
@@ -376,7 +376,7 @@ class PortalBenefit(Stamped, kw_only=True):
 
 
 class PortalBenefitGrant(Stamped, kw_only=True):
-    """A grant of the viewer's. Here nobody has orders or members."""
+    """A grant of the customer who asks. There are no orders and no members here."""
 
     granted_at: Time
     revoked_at: EndTime
@@ -505,7 +505,7 @@ class WebhookRedelivery(Answer):
 
 
 class WebhookAccepted(Answer):
-    """What became of a webhook of Polar's. ``notes`` says what of an accepted one is not taken, and why."""
+    """The outcome of a webhook of Polar's. ``notes`` says which parts of an accepted one have no effect, and why."""
 
     status: Literal["accepted", "repeated", "ignored"]
     notes: list[str] | UnsetType = UNSET
@@ -521,11 +521,11 @@ class PolarDelivery(Answer):
         Outcome,
         Meta(description="known: applied before. refused: not readable. failed: Polar sends it again."),
     ]
-    reasons: Annotated[list[str], Meta(description="Why, and what of it is not taken or waits.")]
+    reasons: Annotated[list[str], Meta(description="The reasons, and the parts that have no effect or wait.")]
 
 
 class PolarObjectTaken(Answer):
-    """What became of one object of Polar's, or would."""
+    """The outcome of one object of Polar's, or of a dry run."""
 
     id: str
     outcome: Outcome
@@ -533,7 +533,7 @@ class PolarObjectTaken(Answer):
 
 
 class PolarObjectsTaken(Answer):
-    """What became of objects of Polar's, in their order."""
+    """The outcomes of objects of Polar's, in the order of the request."""
 
     items: list[PolarObjectTaken]
 

@@ -64,14 +64,17 @@ CUSTOMER_KEYS = {"external_customer_id", "customer_id"}
 
 router = APIRouter(tags=["usage"])
 Reader = Annotated[Token, Depends(allow(reading("meters")))]
-Meters = Annotated[list[UUID], Query(max_length=METERS_MAX, description="Repeatable")]
+Meters = Annotated[list[UUID], Query(max_length=METERS_MAX, description="The id of a meter; repeatable")]
 Unit = Literal["hour", "day", "week", "month", "year", "none"]
 Keys = Annotated[list[str] | None, Query(
     max_length=KEYS_MAX, description="`external_customer_id`, `customer_id`, `name` or `metadata.PATH`; at most three",
 )]  # fmt: skip
-Top = Annotated[int | None, Query(ge=1, le=ROWS_MAX, description="Show so many groups, and the rest together")]
+Top = Annotated[
+    int | None, Query(ge=1, le=ROWS_MAX, description="Show only so many groups, and the usage of all others together")
+]
 Order = Annotated[
-    Literal["-value", "value", "group", "-group"] | None, Query(description="Of the groups; `-value` by default")
+    Literal["-value", "value", "group", "-group"] | None,
+    Query(description="The order of the groups; `-value` by default"),
 ]
 
 
@@ -91,15 +94,15 @@ class Asked(NamedTuple):
         return units(self.start, self.end, self.interval, self.timezone) if self.interval else []
 
     def cut(self, unit: Bounds) -> Bounds:
-        """What of a unit lies in the range."""
+        """Return the part of a unit that lies in the range."""
         return max(unit[0], self.start), min(unit[1], self.end)
 
 
 async def _ungrouped(
-    start: Annotated[Instant, Query(description="Where the range begins")],
-    end: Annotated[Instant, Query(description="Where it ends; not included")],
+    start: Annotated[Instant, Query(description="The first instant of the range")],
+    end: Annotated[Instant, Query(description="The end of the range, not included")],
     interval: Unit = "none",
-    timezone: Annotated[str, Query(description="Whose days and months")] = "UTC",
+    timezone: Annotated[str, Query(description="The IANA time zone of days, weeks, months and years")] = "UTC",
 ) -> Asked:
     """The range of a question. Raises Malformed and Refused."""
     known_zone(timezone)
@@ -155,12 +158,12 @@ async def get_usage(
     desk: AtDesk, token: Reader, question: GroupedQuestion, meter_id: Meters, metadata: MetadataTexts,
     customer_id: Ids = None, external_customer_id: Texts = None,
 ) -> Response:  # fmt: skip
-    """What meters counted from `start` until before `end`: a row for every calendar unit that the range touches.
+    """Return what meters counted from `start` up to, but not including, `end`: a row for every calendar unit.
 
-    The first and the last unit are cut to the range, and a total is the aggregate over the range. With `group_by` there
-    are rows for each group; with `top` only for so many, and `remainder` has what all others used together. A customer
-    that events name in two ways is one group. `customer_id` and `external_customer_id` together mean all customers that
-    one of the two names.
+    The first and the last unit are cut to the range. A total is the aggregate over the range alone. With `group_by`
+    each group has rows of its own. With `top` only so many groups do, and `remainder` has the usage of all others. A
+    customer that events name by both ids is one group. `customer_id` and `external_customer_id` together select the
+    customers that either of them names.
     """
     meters = [wanted_meter(desk, token, str(id)) for id in dict.fromkeys(meter_id)]
     whose = desk.whose(token, texts(customer_id), external_customer_id)
@@ -230,7 +233,7 @@ def _known(desk: Desk, organization_id: str) -> Iterator[Known]:
 
 
 def shown_meter(meter: Meter) -> route_answers.ShownMeter:
-    """How a meter is shown beside its numbers."""
+    """Return the name and the unit of a meter, for its numbers."""
     return route_answers.ShownMeter(meter.id, meter.name, meter.unit, meter.custom_label, meter.custom_multiplier)
 
 

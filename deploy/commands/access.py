@@ -27,7 +27,7 @@ def create_organization(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What to call it.")],
     id: Annotated[str | None, typer.Option(help="Its id, where producers name one already; a UUID.")] = None,
-    same_name: Annotated[bool, typer.Option("--same-name", help="Even if another one is called so.")] = False,
+    same_name: Annotated[bool, typer.Option("--same-name", help="Allow a name that another organization has.")] = False,
 ) -> None:
     """Create an organization. Give it a token next: `meterstream tokens create`."""
     from deploy.server.control import new_organization, open_control

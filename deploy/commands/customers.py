@@ -125,7 +125,10 @@ def find_customer(api: "Api", wanted: str) -> dict[str, Any]:
             continue
         if _is_called(found, wanted):
             return found
-    raise GiveUp(f"there is no customer {wanted!r}; `meterstream customers list` shows whom there is", USAGE)
+    raise GiveUp(
+        f"there is no customer {wanted!r}; `meterstream customers list` shows the customers; if only events name this "
+        "one, create it with `meterstream customers create`", USAGE,
+    )
 
 
 def _is_called(found: dict[str, Any], wanted: str) -> bool:
@@ -162,10 +165,15 @@ def grant(
     customer: Customer,
     meter: Annotated[str, typer.Argument(help="A meter's id or name.")],
     units: Annotated[int, typer.Argument(min=1, help="How many.")],
-    rollover: Annotated[bool, typer.Option("--rollover", help="What is left goes on after a reset.")] = False,
-    key: Annotated[str | None, typer.Option(help="A name of your own for this: given once, however often run.")] = None,
+    rollover: Annotated[bool, typer.Option("--rollover", help="Keep unused units after a reset.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="A name of your own: a command with the same key credits once.")
+    ] = None,
 ) -> None:
-    """Credit units. With --key a repetition of the command credits nothing more."""
+    """Credit units of a meter to a customer. With --key, running the command again credits nothing more.
+
+    Example: meterstream credits grant ada tokens 100000 --key ada-2026-03
+    """
     from deploy.client import blaming, header
     from deploy.commands.meters import find_meter
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from deploy.client import EPILOG, Session, flowing, session
-from deploy.console import harmless, note, parse_instant, progress_bar, show, show_one
+from deploy.client import EPILOG, Session, session
+from deploy.console import counted, harmless, note, parse_instant, progress_bar, show, show_one
 from deploy.errors import INTERRUPTED, USAGE, GiveUp
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ Map = Annotated[
 
 
 @app.command(epilog=EPILOG)
-@flowing
 def send(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file with one JSON event a line; - reads standard input.")],
@@ -69,7 +68,6 @@ def send(
 
 
 @app.command(epilog=EPILOG, name="import")
-@flowing
 def import_csv(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A CSV file with a header line; - reads standard input.")],
@@ -88,16 +86,25 @@ def import_csv(
     ] = [],  # noqa: B006
     complete: Annotated[bool, typer.Option("--complete", help="Send the last line also if it has no newline.")] = False,
 ) -> None:
-    """Import a CSV file. Importing it again counts nothing twice, and of one that has grown only the new rows.
+    """Import a CSV file. Rows that were imported before are skipped, so a longer file adds only its new rows.
 
-    The file is read to its end first, and what each column holds is shown. Nothing is sent if a column mixes numbers
-    with other cells (unless --allow-text names it), or if its times cannot be read.
+    The command first reads the whole file and shows what each column holds. It sends nothing if a column mixes numbers
+    with other cells (unless --allow-text names the column), or if the times cannot be read.
 
-    A row's external_id, unless a column gives it, comes from all its cells, from --set, from the columns of name and
-    customer, and from how often the same row stood before it in this file. So equal rows of one file are different
-    events, and the same row of another file is the same event; if it is meant as another one, tell the files apart
-    (such as --set metadata.month=may), or give --anew. A timestamp without an offset is UTC. A last line without a
-    newline may be half written, so it is not sent unless the file is --complete.
+    A row's external_id comes from a column, if --map names one. Otherwise it comes from the row's cells, from --set,
+    from the columns of name and customer, and from how many equal rows stand before it in the file. So equal rows of
+    one file are different events. An equal row of another file is the same event and counts once. To count it again,
+    tell the files apart (such as --set metadata.month=may) or give --anew.
+
+    A timestamp without an offset is UTC. A last line without a newline may be half written: it is sent only with
+    --complete.
+
+    Example: meterstream events import usage.csv --map external_customer_id=user,timestamp=at,metadata.tokens=total
+    --set name=llm.call
+
+    Example, a German spreadsheet: meterstream events import mai.csv --map
+    external_customer_id=Kunde,timestamp=Zeit,metadata.tokens=Menge --set name=llm.call --encoding windows-1252
+    --decimal , --time-format day-first
     """
     from deploy.files.csv_files import CsvFile, CsvForm, parse_mapping, rereadable
 
@@ -307,8 +314,8 @@ def _not_taken(count: int, *, is_new: bool) -> str:
     """What to do about lines. A line's id counts the equal ones before it, so a mended one is itself in its file."""
     more = count - PROBLEMS_SHOWN_MAX
     return (
-        f"{count} lines were not taken{f' ({more} more than shown)' if more > 0 else ''}; "
-        f"the others are safe; mend these, and send {'them by themselves' if is_new else 'the whole file again'}"
+        f"{counted(count, 'line was', 'lines were')} rejected{f' ({more} more than shown)' if more > 0 else ''}; "
+        f"the others are safe; fix the rejected ones, and send {'them alone' if is_new else 'the whole file again'}"
     )
 
 

@@ -67,10 +67,17 @@ def resume(context: typer.Context) -> None:
 def adopt(
     context: typer.Context,
     begin: Annotated[
-        str, typer.Option("--from", help="beginning, now, or a time such as 2026-03-01T00:00:00Z: what came in since.")
+        str,
+        typer.Option(
+            "--from",
+            help="Forward what came in since this time, such as 2026-03-01T00:00:00Z; beginning: all; now: only new.",
+        ),
     ],
 ) -> None:
-    """Begin in the log that is here, after a restored or new log stopped forwarding. Polar counts no event twice."""
+    """Continue forwarding from this log, after a restored or new log stopped it. Polar counts no event twice.
+
+    Example: meterstream forward adopt --from 2026-03-01T00:00:00Z, the time of the backup that was restored.
+    """
     from deploy.forwarding import ask_to_adopt
 
     ask_to_adopt(session(context).data, begin)

@@ -109,11 +109,14 @@ def create(
     unique: Unique = None,
     unit: Annotated[str, typer.Option(help="scalar, token or custom; for display.")] = "scalar",
     label: Annotated[str | None, typer.Option(help="What a custom unit is called.")] = None,
-    same_name: Annotated[bool, typer.Option("--same-name", help="Even if another meter is called so.")] = False,
+    same_name: Annotated[bool, typer.Option("--same-name", help="Allow a name that another meter has.")] = False,
 ) -> None:
     """Create a meter: one of --count, --sum, --avg, --min, --max and --unique, over the events that match.
 
-    It counts every stored event, from the first one on.
+    The meter counts every stored event, from the first one on. Warnings name events and metadata keys that no recent
+    event has; `meterstream meters preview` shows them without creating the meter.
+
+    Example: meterstream meters create --name tokens --sum tokens --where name=llm.call
     """
     from deploy.client import blaming
 
@@ -131,8 +134,7 @@ def create(
             )
         with blaming(OPTIONS):
             made = api.post(PATH, definition)
-    show_one(made, here.output)
-    _warn(made)
+    _show_with_warnings(made, here.output)
 
 
 @app.command(epilog=EPILOG)
@@ -147,19 +149,23 @@ def preview(
     max: Max = None,
     unique: Unique = None,
 ) -> None:
-    """What a meter would say, without creating it."""
+    """Show what a meter would count, without creating it.
+
+    Example: meterstream meters preview --sum tokens --where name=llm.call
+    """
     from deploy.client import blaming
 
     here = session(context)
     functions = {"sum": sum, "avg": avg, "min": min, "max": max, "unique": unique}
     with here.api() as api, blaming(OPTIONS):
         found = api.post(f"{PATH}preview", _definition(filter, where, count, functions))
-    show_one(found, here.output)
-    _warn(found)
+    _show_with_warnings(found, here.output)
 
 
-def _warn(answer: dict[str, Any]) -> None:
-    """Show what the server finds doubtful about a meter; servers of Polar's say nothing."""
+def _show_with_warnings(answer: dict[str, Any], output: Output) -> None:
+    """Show a meter or a preview, and its warnings on stderr. A table leaves them out of its rows; JSON has both."""
+    shown = {key: value for key, value in answer.items() if key != "warnings"} if output is Output.table else answer
+    show_one(shown, output)
     for warning in answer.get("warnings") or ():
         note(f"warning: {harmless(warning)}")
 
@@ -239,10 +245,12 @@ def usage(
     interval: Annotated[
         str | None, typer.Option(help="hour, day, week, month, year or none; day by default, with --by none.")
     ] = None,
-    start: Annotated[str | None, typer.Option(help="From this time on (ISO 8601).")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="From this time on (ISO 8601); by default a screenful before --end.")
+    ] = None,
     end: Annotated[str | None, typer.Option(help="Up to this time, not included; now by default.")] = None,
     timezone: Annotated[
-        str, typer.Option(help="Whose days and months, and times that do not say theirs, such as Europe/Berlin.")
+        str, typer.Option(help="The zone of days and months, and of times without an offset, such as Europe/Berlin.")
     ] = "UTC",
     by: Annotated[
         list[str] | None,
@@ -251,14 +259,18 @@ def usage(
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="Only so many groups, the largest, and all others as one.")
+        int | None, typer.Option(min=1, help="With --by, show only so many groups, the largest, and all others as one.")
     ] = None,
     chart: Annotated[bool, typer.Option("--chart", help="Draw bars beside the numbers.")] = False,
 ) -> None:
-    """What a meter counted, interval by interval, with its total and the position of the log it is true for.
+    """Show what a meter counted, a row for each interval, with the total and the log position it is true for.
 
-    There is a row for every interval that the time from --start to --end touches. The first and the last are cut to it,
-    and the total is that of just this time.
+    There is a row for every interval that the range from --start to --end touches. The first and the last row are cut
+    to the range, and the total is that of the range alone.
+
+    Example: meterstream usage tokens --interval month --start 2026-01-01 --end 2026-04-01
+
+    Example: meterstream usage tokens --by external_customer_id --top 10
     """
     from deploy.client import blaming
 
@@ -266,6 +278,8 @@ def usage(
     interval = interval or ("none" if by else "day")
     if interval not in DEFAULT_RANGE:
         raise GiveUp(f"--interval is one of {', '.join(DEFAULT_RANGE)}, and not {interval!r}", USAGE)
+    if top is not None and not by:
+        raise GiveUp("--top chooses among groups: give --by too, such as --by external_customer_id", USAGE)
     since, until = _range(start, end, interval, timezone)
     with here.api() as api, blaming(USAGE_OPTIONS):
         found = find_meter(api, meter)

@@ -153,7 +153,13 @@ def restore(
 
 
 def doctor(context: typer.Context) -> None:
-    """Look at the log and the store, and say what is wrong and what heals it. Exit code 1 if something is."""
+    """Check the log, the store and the forwarder's file, and say what is wrong and how to fix it.
+
+    Exit code 1 if something is wrong. While a server runs its store cannot be checked here: stop the server, or use
+    `meterstream reconcile`.
+
+    Example: meterstream doctor --data ./data
+    """
     from deploy.doctor import examine
 
     here = session(context)
@@ -163,7 +169,8 @@ def doctor(context: typer.Context) -> None:
     show(rows, ("part", "found", "heal"), here.output)
     wrong = sum(bool(finding.heal) for finding in findings)
     if wrong:
-        raise GiveUp(f"{wrong} of {len(findings)} looks found something wrong; the last column says what to do", FAILED)
+        found = f"{wrong} of {len(findings)} checks found something wrong"
+        raise GiveUp(f"{found}; the last column says what to do", FAILED)
     unseen = [finding.part for finding in findings if finding.is_blind]
     if unseen:
         note(f"Nothing is wrong with the rest; the {' and the '.join(unseen)} was not looked at: {BESIDE_A_SERVER}.")

@@ -28,6 +28,8 @@ def deliveries(context: typer.Context) -> None:
     with here.api() as api:
         rows = [row | {"reasons": "; ".join(row["reasons"])} for row in api.pages(DELIVERIES)]
     show(rows, DELIVERY_COLUMNS, here.output)
+    if not rows:
+        note("No webhook of Polar's has arrived. Have Polar send them to /webhooks/polar of this server.")
 
 
 @app.command(epilog=EPILOG)
@@ -39,6 +41,8 @@ def waiting(context: typer.Context) -> None:
     show(rows, WAITING_COLUMNS, here.output)
     if rows:
         note("Credits count once a meter here has polar_meter_id in its metadata.")
+    else:
+        note("No credits of Polar's wait for a meter.")
 
 
 @app.command(epilog=EPILOG)
@@ -48,8 +52,10 @@ def pull(
 ) -> None:
     """Import the meters, customers and benefits that exist at Polar.
 
-    METERSTREAM_POLAR_TOKEN is a token of the Polar organization that may read them. Run the command again at any time,
-    also after it was interrupted: what is known already is left as it is.
+    Set METERSTREAM_POLAR_TOKEN to a token of the Polar organization that may read them. The command can run again at
+    any time, also after an interruption: it changes nothing that exists here already.
+
+    Example: meterstream polar pull --dry-run
     """
     from deploy.polar_pull import pull as pulled
     from deploy.reconcile.polar import connected
@@ -62,4 +68,4 @@ def pull(
     would = "would be " if dry_run else ""
     note("; ".join(f"{kind}s {would}{outcome}: {count}" for (kind, outcome), count in sorted(counts.items())))
     if any(row["outcome"] == "refused" for row in rows):
-        raise GiveUp("some were refused; the reasons stand beside them")
+        raise GiveUp("some objects were refused; the column reasons says why")

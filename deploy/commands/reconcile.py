@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.client import flowing, session
+from deploy.client import session
 from deploy.console import Output, harmless, note, parse_instant, show, show_json, show_table
 from deploy.errors import DONE, FAILED, MISMATCH, USAGE, GiveUp
 from deploy.server.private_files import private_files
@@ -38,13 +38,12 @@ class Mend(StrEnum):
     apply = "apply"
 
 
-@flowing
 def reconcile(
     context: typer.Context,
     check: Annotated[list[Which] | None, typer.Option(help="What to compare; repeatable; all by default.")] = None,
-    since: Annotated[str | None, typer.Option(help="From this time (ISO 8601, UTC unless it says).")] = None,
-    until: Annotated[str | None, typer.Option(help="Until this time, exclusively.")] = None,
-    repair: Annotated[Mend | None, typer.Option(help="List what would mend the differences, or do it.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this time on (ISO 8601; UTC without an offset).")] = None,
+    until: Annotated[str | None, typer.Option(help="Up to this time, not included.")] = None,
+    repair: Annotated[Mend | None, typer.Option(help="List the repairs of the differences, or apply them.")] = None,
     settle: Annotated[int, typer.Option(min=0, help="Minutes that an event may be on its way to Polar.")] = 15,
     report: Annotated[Path | None, typer.Option(help="Also write the report to this file, as a page (HTML).")] = None,
 ) -> int:
@@ -52,6 +51,8 @@ def reconcile(
 
     Exit code 0: equal. 3: different; the report names every difference, its cause, and what to do. 1: something could
     not be compared. Polar is left out, and the verdict says so, where METERSTREAM_POLAR_TOKEN is not set.
+
+    Example: meterstream reconcile --since 2026-03-01 --until 2026-04-01 --report march.html
     """
     from aggregator.reconcile.html import page
     from aggregator.reconcile.report import report_json

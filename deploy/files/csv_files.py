@@ -22,7 +22,7 @@ from typing import IO
 
 import msgspec
 
-from deploy.console import harmless
+from deploy.console import counted, harmless
 from deploy.errors import USAGE, GiveUp
 from deploy.files.event_files import HEAD_BYTES, StableIds, early_time, recognized_encoding, shown_encoding, undecodable
 from deploy.files.sending import Line, Problem
@@ -321,17 +321,20 @@ class Column(msgspec.Struct):
     def _content(self) -> str:
         if self.field == TIMESTAMP:
             first = f", the first {self.first}" if self.first else ""
-            found = f"{self.cells - self.misfits:,} times{first}"
+            found = f"{counted(self.cells - self.misfits, 'time', 'times')}{first}"
             return f"{found}; {self.complaint()}" if self.misfits else found
         if not self.field.startswith(METADATA) or not (self.numbers or self.almost):
-            return f"{self.cells:,} texts"
-        return self.complaint() if self.texts else f"{self.numbers:,} numbers"
+            return counted(self.cells, "text", "texts")
+        return self.complaint() if self.texts else counted(self.numbers, "number", "numbers")
 
     def complaint(self) -> str:
         """How many cells are not what the others are, and which."""
         if self.field == TIMESTAMP:
-            return f"{self.misfits:,} of {self.cells:,} cells are no time ({', '.join(self.examples)})"
-        return f"{self.texts:,} of {self.cells:,} cells are no number ({', '.join(self.examples)})"
+            number, kind = self.misfits, "time"
+        else:
+            number, kind = self.texts, "number"
+        verb = "is" if number == 1 else "are"
+        return f"{number:,} of {counted(self.cells, 'cell', 'cells')} {verb} no {kind} ({', '.join(self.examples)})"
 
 
 class Survey(msgspec.Struct):
@@ -348,7 +351,7 @@ class Survey(msgspec.Struct):
         delimiter = "tabs" if self.form.delimiter == "\t" else f"{self.form.delimiter!r}"
         encoding = shown_encoding(self.form.encoding)
         uneven = f", {self.uneven:,} with too many or too few cells" if self.uneven else ""
-        yield f"{self.name}: {self.rows:,} rows{uneven}, in {encoding}, separated by {delimiter}"
+        yield f"{self.name}: {counted(self.rows, 'row', 'rows')}{uneven}, in {encoding}, separated by {delimiter}"
         for column in self.columns:
             yield harmless(f"  {column.described(self.rows - self.uneven)}")
 

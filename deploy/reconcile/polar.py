@@ -24,7 +24,7 @@ from aggregator.reconcile.polar_reader import DAY, Forwarded, Remembering, Scope
 from aggregator.reconcile.report import Check, Worth
 from deploy.client import Api
 from deploy.console import harmless, note
-from deploy.errors import GiveUp
+from deploy.errors import USAGE, GiveUp
 from deploy.forwarding import explained, open_state, selection_of
 from deploy.server.control import Control
 from deploy.server.data import DataDirectory
@@ -69,7 +69,10 @@ class Range(msgspec.Struct, frozen=True):
 def connected(settings: Settings, data: DataDirectory) -> Iterator[Upstream]:
     """The Polar organization of the settings, within the limit that the forwarder keeps. Raises GiveUp."""
     if not settings.polar_token:
-        raise GiveUp("there is nothing to compare with: set METERSTREAM_POLAR_TOKEN (and METERSTREAM_POLAR_SERVER)")
+        raise GiveUp(
+            "a token of the Polar organization is needed: set METERSTREAM_POLAR_TOKEN (and METERSTREAM_POLAR_SERVER)",
+            USAGE,
+        )
     requests_max = settings.polar_requests_per_minute
     try:
         with (

@@ -84,9 +84,9 @@ def test_a_meter_that_passes_over_texts_is_named(tmp_path: Path) -> None:
     (finding,) = (finding for finding in examine(data) if finding.part == "meters")
 
     assert finding.found == (
-        "1 meters pass over events of the last 7 days that match: 'meter m0' (2 events, such as tokens = \"812.5\")"
+        "1 meter passes over events of the last 7 days that match: 'meter m0' (2 events, such as tokens = \"812.5\")"
     )
-    assert "send the value as a number of JSON" in finding.heal
+    assert "send the value as a JSON number" in finding.heal
 
 
 def test_an_organization_is_made_once_and_of_an_id_that_is_one(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def counted(running: Installation) -> Installation:
         (["usage", "x", "--start", "0001-01-01", "--token", "t"], 2, "--start is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--end", "9999-12-31", "--token", "t"], 2, "--end is a time from 2023-01-01 to 9000-01-01"),
         (["usage", "x", "--timezone", "Mars", "--start", "2026-01-01", "--token", "t"], 2, "--timezone takes a name"),
+        (["usage", "x", "--top", "3", "--token", "t"], 2, "--top chooses among groups: give --by too"),
         (["tokens", "create", "--scope", "x"], 2, "audit:read"),
         (["meters", "preview", "--count", "--filter", "[" * 5000, "--token", "t"], 2, "no JSON: nested too deeply"),
         (["meters", "create", "--name", "abc", "--sum", "", "--token", "t"], 2, "--sum takes the name of a property"),
@@ -273,6 +274,8 @@ def test_lists_have_every_form(counted: Installation) -> None:
         (("meters", "create", "--name", "t3", "--count"), "--name: String should have at least 3"),
         (("meters", "create", "--name", "abc", "--count", "--unit", "x"), "--unit: Input should be 'scalar'"),
         (("events", "replay", "abc"), "there is no dead letter abc; `meterstream events dead` shows the ids"),
+        (("credits", "grant", "eve", "tokens", "5"), "create it with `meterstream customers create`"),
+        (("polar", "pull"), "a token of the Polar organization is needed: set METERSTREAM_POLAR_TOKEN"),
         (("webhooks", "redeliver", "abc"), "nothing was sent under the id abc"),
         (("tokens", "revoke", "abc"), "there is no token abc"),
         (("meters", "create", "--name", "abc", "--count", "--where", "a>true"), "--where: 'gt' does not order"),
@@ -343,7 +346,7 @@ def test_a_refused_event_is_named_by_its_line_and_the_others_are_kept(counted: I
     assert "line 2: " in done.stderr
     assert "line 4: " in done.stderr
     assert "line 5: not an event: it is nested too deeply" in done.stderr
-    assert "4 lines were not taken" in done.stderr
+    assert "4 lines were rejected" in done.stderr
     eventually(lambda: len(counted.answer("events", "list", "--name", "other")) == 1)
 
 
@@ -362,7 +365,7 @@ def test_a_repeated_import_changes_nothing(counted: Installation, tmp_path: Path
 
     assert (first["inserted"], first["duplicates"]) == (1000, 0)
     assert refused.returncode == 2
-    assert "total -> metadata.n: 1 of 1,001 cells are no number (line 1002 '1,5')" in refused.stderr
+    assert "total -> metadata.n: 1 of 1,001 cells is no number (line 1002 '1,5')" in refused.stderr
     assert (second["inserted"], second["duplicates"]) == (1, 1000)
 
 
@@ -408,6 +411,30 @@ def test_a_preview_counts_without_creating(counted: Installation) -> None:
     assert counted.answer("meters", "list") == before
 
 
+def test_a_warning_about_a_meter_is_shown_once(counted: Installation) -> None:
+    """A table has no row for warnings, which stderr has; JSON keeps them for programs."""
+    line = ("meters", "preview", "--sum", "tokns", "--where", "name=call")
+    table = counted.run(*line)
+
+    assert "did you mean 'tokens'?" in table.stderr
+    assert "tokns" not in table.stdout
+    assert "did you mean 'tokens'?" in counted.answer(*line)["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("polar", "deliveries"), "No webhook of Polar's has arrived."),
+        (("polar", "waiting"), "No credits of Polar's wait for a meter."),
+    ],
+)
+def test_an_empty_list_about_polar_says_what_it_means(
+    counted: Installation, line: tuple[str, ...], words: str
+) -> None:
+    """Without news from Polar the tables are empty, and stderr says why."""
+    assert words in counted.run(*line).stderr
+
+
 def test_totals_are_counted_again_and_it_is_said_for_whom(counted: Installation) -> None:
     """A recount agrees with the running totals; where a meter has more customers than are compared, that is said."""
     line = '{"name":"many","external_customer_id":"c%d","metadata":{"n":%d}}\n'
@@ -445,3 +472,11 @@ def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
     assert shown.exit_code == 0
     assert "Usage:" in shown.stdout
     assert [Text.from_markup(text).plain for text in texts] == texts
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_the_paragraphs_of_a_commands_help_flow(path: tuple[str, ...]) -> None:
+    """A paragraph has no line breaks of its own, which would show as broken lines in a terminal of another width."""
+    paragraphs = (COMMANDS[path].help or "").split("\n\n")
+
+    assert not [paragraph for paragraph in paragraphs if "\n" in paragraph]

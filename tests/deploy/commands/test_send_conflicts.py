@@ -68,7 +68,7 @@ def test_conflicts_are_known_after_a_restart_and_on_every_page(installation: Ins
     assert (done.returncode, answer["inserted"], answer["conflicts"]) == (1, 230, 230)
     assert more.returncode == 1
     assert f"1 {DO_NOT_COUNT}" in more.stderr
-    assert "1 lines were not taken" in more.stderr
+    assert "1 line was rejected" in more.stderr
 
 
 def test_sending_needs_nobody_who_counts(installation: Installation, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_several_columns_are_named_with_their_options() -> None:
     file = table("user,in put,out\nada,5,$6\nada,x,7\n", ["external_customer_id=user,metadata.a=in put,metadata.b=out"])
 
     said = refusal(file)
-    assert "in put -> metadata.a: 1 of 2 cells are no number (line 3 'x'); out -> metadata.b: 1 of 2" in said
+    assert "in put -> metadata.a: 1 of 2 cells is no number (line 3 'x'); out -> metadata.b: 1 of 2" in said
     assert "or give --allow-text 'in put' --allow-text out if text is meant" in said
     assert "out -> metadata.b: 1 of 2" in refusal(file, frozenset({"in put"}))
     assert "--allow-text: no column Out is mapped" in refusal(file, frozenset({"Out"}))
@@ -312,7 +312,7 @@ def test_a_value_for_all_lines_that_looks_like_a_number_is_refused_likewise() ->
     """Whatever --set gives is looked at, too."""
     file = table("user\nada\n", ["external_customer_id=user"], "name=call,metadata.zip=00123")
 
-    assert "--set metadata.zip: 1 of 1 cells are no number ('00123')" in refusal(file)
+    assert "--set metadata.zip: 1 of 1 cell is no number ('00123')" in refusal(file)
     file.survey(frozenset({"metadata.zip"})).check(frozenset({"metadata.zip"}))
 
 
@@ -339,8 +339,8 @@ def test_the_report_has_a_line_for_each_column() -> None:
     assert report == [
         "usage.csv: 4 rows, 1 with too many or too few cells, in UTF-8, separated by ';'",
         "  user -> external_customer_id: 3 texts",
-        "  at -> timestamp: 1 times, the first 2026-03-01 10:00:00+00:00; "
-        "1 of 2 cells are no time (line 3 'never'), 1 empty",
+        "  at -> timestamp: 1 time, the first 2026-03-01 10:00:00+00:00; "
+        "1 of 2 cells is no time (line 3 'never'), 1 empty",
         "  total -> metadata.tokens: 2 numbers, 1 empty",
         "  note -> metadata.note: 3 texts",
         "  total -> metadata._cost.amount: 2 numbers, 1 empty",
@@ -429,7 +429,7 @@ def test_both_ways_to_read_a_day_are_offered() -> None:
 def test_one_cell_that_does_not_fit_makes_the_format_doubtful() -> None:
     """25/11 shows that 5/11 is not in May; read by the month, it would count in the wrong month."""
     said = refusal(only("at", "5/11/2026", "25/11/2026", field="timestamp", time_format="month-first"))
-    assert "at -> timestamp: 1 of 2 cells are no time (line 3 '25/11/2026')" in said
+    assert "at -> timestamp: 1 of 2 cells is no time (line 3 '25/11/2026')" in said
 
 
 @pytest.mark.parametrize(("cell", "time"), [
@@ -482,7 +482,7 @@ def test_a_day_that_is_none_is_refused(cell: str) -> None:
 @pytest.mark.parametrize("cell", ["1.234,5", "1.5", "1,234,567"])
 def test_digits_are_never_grouped(cell: str) -> None:
     """With a decimal comma, 1.234 is 1234 for some and a mistake for others."""
-    assert "1 of 1 cells are no number" in refusal(only("total", cell, decimal=","))
+    assert "1 of 1 cell is no number" in refusal(only("total", cell, decimal=","))
 
 
 def test_a_pipe_is_copied_and_read_twice(tmp_path: Path) -> None:
