@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.faults.small_disk import SmallDisk
 from tests.support.kafka.cluster import Cluster
@@ -35,6 +35,9 @@ for name in [name for name in os.environ if name.startswith("METERSTREAM_")]:
 
 # Nothing asserts a duration, of an example neither: two processes that share a core take turns of any length.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Whether a test notices an edit is known at the first example that fails; the same examples are drawn for each edit.
+PHASES = (Phase.explicit, Phase.generate)
+settings.register_profile("mutants", settings.get_profile("suite"), phases=PHASES, derandomize=True, database=None)
 settings.load_profile("suite")
 
 

@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from meters.catalogue.catalogue import decode_change, encode_change
+from meters.ledger.joined import CustomersJoined, Joined
 from meters.ledger.ledger import (
     ZERO,
     Account,
     CreditGranted,
     Ledger,
     MeterReset,
+    WindowUsage,
     customer_meter_id,
     customer_of,
     floored,
+    in_window,
     rollover_units,
 )
 from meters.ledger.requests import RequestAnswered, request_name
@@ -203,6 +206,91 @@ def test_at_a_start_no_account_is_made_anew_for_its_every_credit(monkeypatch: py
     ledger.apply(credit(1, 100))
     assert kept is made[0]
     assert (len(made[0].credits), ledger.account(CUSTOMER, METER)) == (100, made[-1])
+
+
+def test_what_an_older_version_decided_for_a_key_is_found() -> None:
+    """Of its organization alone."""
+    ledger, decided = Ledger(), credit(10, 1, key="k")
+    ledger.apply(decided)
+    assert ledger.by_key("o", "k") == decided
+    assert (ledger.by_key("o", "l"), ledger.by_key("p", "k")) == (None, None)
+
+
+@pytest.mark.parametrize(("given", "began", "counts"), [(3, None, 3), (3, 5, 5), (5, 5, 5), (7, 5, 7)])
+def test_what_is_given_counts_in_the_newest_window(given: int, began: int | None, counts: int) -> None:
+    """Where the clock has gone back behind the window, from its beginning on."""
+    account = told(credit(1, 0)) if began is None else told(reset(began))
+    for known in (account, None) if began is None else (account,):
+        assert in_window(known, NOON + timedelta(minutes=given)) == NOON + timedelta(minutes=counts)
+
+
+def test_a_trial_changes_nothing() -> None:
+    """It is the account alone, to see what changes would make of it: what is known there is known."""
+    ledger, back = Ledger(), replace(credit(-30, 2, id="back"), reference="a", takes="a", cause="revoke")
+    for change in (credit(30, 1, id="a"), back, credit(5, 3), replace(credit(7, 1), customer_id="other")):
+        ledger.apply(change)
+    trial = ledger.trial(CUSTOMER, METER)
+    assert trial.account(CUSTOMER, METER) == ledger.account(CUSTOMER, METER)
+    assert trial.account("other", METER) is None
+    for change in (back, replace(back, at=NOON + timedelta(minutes=9)), credit(100, 4)):
+        trial.apply(change)
+    found = [one.account(CUSTOMER, METER) for one in (trial, ledger)]
+    assert [(one.credited, len(one.credits)) for one in found if one] == [(105, 4), (5, 3)]
+    assert ledger.trial("nobody", METER).account("nobody", METER) is None
+
+
+def test_customers_that_turn_out_to_be_one_have_one_account() -> None:
+    """Of both, in the order of time, with each movement once; other customers and organizations keep theirs."""
+    twin = "992fae2a-2a17-4b7a-8d9e-000000000000"
+    def of(change: CreditGranted | MeterReset, customer: str, organization: str = "o") -> CreditGranted | MeterReset:
+        return replace(change, customer_id=customer, organization_id=organization)
+
+    used = {METER: WindowUsage(None, Decimal(40))}
+    ledger = Ledger()
+    for change in (
+        credit(100, 1, id="a", rollover=True), replace(reset(5, id="cut"), used=used), credit(10, 6, id="d"),
+        of(credit(7, 2, id="b"), twin), of(credit(3, 7, id="c"), twin), of(credit(1, 1, id="x"), "other"),
+        replace(of(credit(9, 1, id="y"), twin, "p"), meter_id="of p"),
+    ):  # fmt: skip
+        ledger.apply(change)
+    joined = CustomersJoined(organization_id="o", id=twin, into=CUSTOMER, at=NOON)
+    for change in (joined, joined, of(credit(5, 8, id="e"), twin)):  # told twice; then of the old id
+        ledger.apply(change)
+    account = ledger.account(CUSTOMER, METER)
+    assert account is not None
+    assert [one.id for one in account.credits] == ["a", "b", "d", "c", "e"]
+    assert [(one.id, one.used) for one in account.resets] == [("cut", ())]  # it was the usage of one of the two
+    assert account.credited == 18
+    assert ledger.account(twin, METER) is None
+    assert [one.credited for one in (ledger.account("other", METER), ledger.account(twin, "of p")) if one] == [1, 9]
+
+
+def test_which_ids_name_whom() -> None:
+    """Joined customers go on together; an id that parts names nobody else any more."""
+    joined = Joined()
+    told = [
+        ("a", "b", "b"), ("a", "b", None), ("b", "a", None),  # said once, it holds
+        ("c", "a", "b"),  # a is b by now
+        ("b", "d", "d"),  # all of b's ids go along
+        ("e", "f", "f"), ("a", "f", "f"),  # one of d's is somebody else's now
+        ("c", "c", None),  # and one is a new customer of its own
+    ]  # fmt: skip
+    for id, into, whose in told:
+        change = CustomersJoined(organization_id="o", id=id, into=into, at=NOON)
+        assert joined.join(change) == whose, (id, into)
+    assert {id: joined.customer_of("o", id) for id in "abcdefg"} == dict(zip("abcdefg", "fdcdffg", strict=True))
+    assert {id: joined.others("o", id) for id in "abcdefg"} == {
+        "a": (), "b": (), "c": (), "d": ("b",), "e": (), "f": ("e", "a"), "g": ()
+    }  # fmt: skip
+    assert (joined.customer_of("p", "a"), joined.others("p", "f")) == ("a", ())
+
+
+@pytest.mark.parametrize("carried", ["0.5", "1", "2"])
+def test_what_a_reset_carried_as_it_was_decided_holds(carried: str) -> None:
+    """Where no credit of the window before has those units, as in records of older versions, they are its own."""
+    account = told(replace(reset(5), rollover={METER: Decimal(carried)}))
+    assert account.credited == Decimal(carried)
+    assert [(one.cause, one.units, one.rollover) for one in account.credits] == [("rollover", Decimal(carried), True)]
 
 
 def test_amounts_keep_their_digits() -> None:

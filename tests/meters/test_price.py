@@ -1,11 +1,22 @@
 """Prices: cents for units, to the last decimal and then whole."""
 
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from meters.ledger.price import UNIT_AMOUNT_DIGITS_MAX, Price, charge, charge_parts, parse_price
+from meters.ledger.price import (
+    UNIT_AMOUNT_DIGITS_MAX,
+    MeterPriced,
+    Price,
+    Prices,
+    SubscriptionPriced,
+    charge,
+    charge_parts,
+    parse_price,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +58,63 @@ def test_what_is_no_price_is_refused(body: Any) -> None:
     refused = parse_price(body)
     assert isinstance(refused, list)
     assert all(entry["msg"] for entry in refused)
+
+
+WHOLE = "Input should be a whole number of cents from 0 to 2147483647"
+CODE = "Input should be an ISO code of three letters, such as usd"
+RANGE = "Input should be a number of cents above 0, with at most 5 digits before the point"
+
+
+@pytest.mark.parametrize(
+    ("body", "complaints"),
+    [
+        ([], [("model_attributes_type", ["body"], "Input should be a valid dictionary or object", [])]),
+        ({}, [("missing", ["body", "unit_amount"], "Field required", {})]),
+        ({"unit_amount": 0}, [("decimal_parsing", ["body", "unit_amount"], RANGE, 0)]),
+        ({"unit_amount": "1e-13"},
+         [("decimal_max_places", ["body", "unit_amount"], "At most 12 decimals are taken", "1e-13")]),
+        ({"unit_amount": 1, "cap_amount": -1, "currency": "EURO"},
+         [("value_error", ["body", "cap_amount"], WHOLE, -1), ("value_error", ["body", "currency"], CODE, "EURO")]),
+        ({"unit_amount": "x", "cap_amount": 2**31},
+         [("decimal_parsing", ["body", "unit_amount"], RANGE, "x"),
+          ("value_error", ["body", "cap_amount"], WHOLE, 2**31)]),
+    ],
+)  # fmt: skip
+def test_every_complaint_says_what_is_wrong_and_where(body: Any, complaints: list[Any]) -> None:
+    """Its type, its field, what to give instead, and what was given."""
+    refused = parse_price(body)
+    assert isinstance(refused, list)
+    assert [(one["type"], list(one["loc"]), one["msg"], one["input"]) for one in refused] == complaints
+
+
+@pytest.mark.parametrize("cap", [0, 2**31 - 1, None])
+def test_a_cap_is_taken_up_to_its_bounds(cap: int | None) -> None:
+    """A period may cost nothing at most, and as much as fits Polar's column."""
+    assert parse_price({"unit_amount": 1, "cap_amount": cap}) == Price(unit_amount=Decimal(1), cap_amount=cap)
+
+
+def test_prices_of_meters_and_subscriptions() -> None:
+    """A meter has its newest price, or none again; a subscription its prices in the order of time."""
+    def priced(day: int, product: str, subscription: str = "s") -> SubscriptionPriced:
+        return SubscriptionPriced(
+            organization_id="o", subscription_id=subscription, product_id=product, prices=[],
+            at=datetime(2026, 1, day, tzinfo=UTC),
+        )  # fmt: skip
+
+    prices, cent = Prices(), Price(unit_amount=Decimal(1))
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    for meter, price in (("m", cent), ("n", cent), ("m", replace(cent, cap_amount=5)), ("n", None)):
+        prices.apply(MeterPriced(meter_id=meter, price=price, at=now))
+    assert [prices.of(meter) for meter in ("m", "n", "o")] == [replace(cent, cap_amount=5), None, None]
+    told = [priced(5, "c"), priced(1, "a"), priced(3, "b"), priced(2, "a", "t"), priced(3, "z"), priced(3, "a")]
+    news = []
+    for one in told:
+        news.append(prices.is_news(one))
+        prices.apply(one)
+    assert news == [True, True, True, True, False, True]  # of two for one time, the first by its text
+    assert prices.of_subscription("s") == (priced(1, "a"), priced(3, "a"), priced(5, "c"))
+    assert prices.of_subscription("t") == (priced(2, "a", "t"),)
+    assert prices.of_subscription("u") == ()
 
 
 @pytest.mark.parametrize(

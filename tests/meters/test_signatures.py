@@ -63,6 +63,14 @@ def test_what_is_not_believed_is_named(changed: dict[str, str], expected: Reject
     assert found == expected
 
 
+@pytest.mark.parametrize("name", ["webhook-id", "webhook-timestamp", "webhook-signature"])
+def test_a_header_that_is_missing_is_named(name: str) -> None:
+    """Each of the three is needed."""
+    sent = headers("s" * 20)
+    del sent[name]
+    assert rejection(sent, NOW_S) == Rejection.HEADERS
+
+
 def test_nothing_is_believed_without_a_secret() -> None:
     """An empty secret signs nothing."""
     sent = headers("s" * 20) | {"webhook-signature": signature(b"", "id-1", str(NOW_S), BODY)}

@@ -15,9 +15,12 @@ from meters.webhooks import (
     EndpointSettled,
     Heard,
     SigningSecret,
+    Source,
+    SourceSet,
     Threshold,
     ThresholdCleared,
     ThresholdReached,
+    ThresholdSet,
     Webhooks,
 )
 
@@ -101,3 +104,39 @@ def test_sessions_end_and_are_forgotten() -> None:
     sessions.apply(CustomerSessionCreated(second))
     assert sessions.find("a", NOW) is None
     assert sessions.find("b", later) is not None
+
+
+@pytest.mark.parametrize(("credited", "consumed", "reached"), [("0.5", "0.4", True), ("0.5", "0.39", False)])
+def test_a_part_of_less_than_one_unit_is_a_part(credited: str, consumed: str, reached: bool) -> None:
+    """Eighty percent of half a unit are 0.4 units."""
+    line = Threshold(
+        id="t", organization_id="o", meter_id="m", measure="usage", unit="percent", value=Decimal(80), created_at=NOW
+    )
+    assert line.is_reached(Decimal(consumed), Decimal(credited)) is reached
+
+
+def test_each_organization_has_its_own() -> None:
+    """Endpoints, sources and thresholds, oldest first, without those that were deleted."""
+    source = Source(id="s", organization_id="o", secret=SigningSecret("x"), created_at=NOW)
+    line = Threshold(
+        id="t", organization_id="o", meter_id="m", measure="usage", unit="units", value=Decimal(1), created_at=NOW
+    )
+    webhooks = Webhooks()
+    for fields in ({"id": "1"}, {"id": "2"}, {"id": "3", "deleted_at": NOW}, {"id": "4", "organization_id": "p"}):
+        webhooks.apply(EndpointSet(replace(ENDPOINT, **fields)))
+        webhooks.apply(SourceSet(replace(source, **fields)))
+        webhooks.apply(ThresholdSet(replace(line, **fields)))
+    for kept in (webhooks.endpoints_of, webhooks.sources_of, webhooks.thresholds_of):
+        found = {organization: [one.id for one in kept(organization)] for organization in "opq"}
+        assert found == {"o": ["1", "2"], "p": ["4"], "q": []}
+
+
+def test_who_will_listen_after_changes() -> None:
+    """As if they were taken in, which they are not."""
+    webhooks = Webhooks()
+    webhooks.apply(EndpointSet(ENDPOINT))
+    other = replace(ENDPOINT, id="f", begins_at=Heard("0:6", 8))
+    settled = EndpointSettled("e", Heard("0:9", 9))
+    assert webhooks.listening_after([EndpointSet(other), settled]) == {"o": [Heard("0:9", 9), Heard("0:6", 8)]}
+    assert webhooks.listening_after([SigningSecret("x")]) == {"o": [Heard("0:5", 7)]}
+    assert webhooks.listening == {"o": [Heard("0:5", 7)]}
