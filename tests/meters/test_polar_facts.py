@@ -2,14 +2,32 @@
 
 import itertools
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from meters.catalogue.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated
-from meters.catalogue.polar_facts import Credited, DeliveryApplied, Fact, Known, Linked, Period, Revoked, Told, Wanted
-from meters.polar_webhooks import News, Unreadable, read
+from meters.aggregation import Aggregation
+from meters.catalogue.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated, MeterCreated
+from meters.catalogue.polar_facts import (
+    GONE,
+    RECENT_MAX,
+    Credited,
+    DeliveryApplied,
+    Fact,
+    Known,
+    Linked,
+    Period,
+    Revoked,
+    Told,
+    Wanted,
+)
+from meters.filters import EVERYTHING
+from meters.ledger.joined import CustomersJoined
+from meters.ledger.price import Price, SubscriptionPriced
+from meters.meter import Meter
+from meters.polar_webhooks import News, Unreadable, here, meter_of, meters_here, read
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -172,6 +190,13 @@ def told(deliveries: list[tuple[str, Json]], *before: Change) -> Catalogue:
     return catalogue
 
 
+def record(organization: str, *told: Told, id: str = "1") -> DeliveryApplied:
+    """A delivery with these facts and periods."""
+    periods = [one for one in told if isinstance(one, Period)]
+    facts = [one for one in told if not isinstance(one, Period)]
+    return DeliveryApplied(organization_id=organization, delivery_id=id, kind="k", at=T0, facts=facts, periods=periods)
+
+
 def days(wanted: Wanted) -> tuple[list[int], list[tuple[int, bool, int | None]]]:
     """What is wanted, with days for times."""
     def day(at: datetime) -> int:
@@ -224,23 +249,18 @@ def test_of_what_is_told_twice_the_earlier_telling_is_news() -> None:
     def begun(told: int, *meters: str) -> Period:
         return Period("s", CUSTOMER, T0, list(meters), T0 + told * DAY)
 
-    def applied(*told: Told) -> DeliveryApplied:
-        periods = [one for one in told if isinstance(one, Period)]
-        facts = [one for one in told if not isinstance(one, Period)]
-        return DeliveryApplied(organization_id="org", delivery_id="1", kind="k", at=T0, facts=facts, periods=periods)
-
     end = Revoked("g", T0 + DAY, takes=True)
     known = [Known("grant:g", "5"), Linked(CUSTOMER, CUSTOMER), credited(5), begun(5, "m"), end]
     old = [*known, Known("grant:g", "4"), credited(7, 300), begun(7), begun(5, "m", "n")]
     new = [Known("grant:g", "6"), Linked(CUSTOMER, "other"), credited(4, 300), begun(4), replace(end, takes=False)]
-    catalogue = Catalogue([applied(*known)])
+    catalogue = Catalogue([record("org", *known)])
     wanted = catalogue.mirror.wanted(CUSTOMER, "m")
     assert days(wanted) == ([0], [(0, False, 1)])
     assert [one for one in old if catalogue.mirror.is_news("org", one)] == []
     assert [one for one in new if catalogue.mirror.is_news("org", one)] == new
-    catalogue.apply(applied(*old))
+    catalogue.apply(record("org", *old))
     assert catalogue.mirror.wanted(CUSTOMER, "m") == wanted
-    catalogue.apply(applied(*new))
+    catalogue.apply(record("org", *new))
     assert [one for one in new if catalogue.mirror.is_news("org", one)] == []
     wanted = catalogue.mirror.wanted("other", "m")
     assert (wanted.cuts, [(one.fact.units, one.revoked) for one in wanted.given]) == ([], [(300, None)])
@@ -249,8 +269,7 @@ def test_of_what_is_told_twice_the_earlier_telling_is_news() -> None:
 def test_an_end_that_is_told_both_ways_takes_nothing_more() -> None:
     """A payload without units says that the end took them; told again with them, it is known whether it did."""
     def records(*facts: Fact) -> Catalogue:
-        known = [Linked(CUSTOMER, CUSTOMER), *facts]
-        return Catalogue([DeliveryApplied(organization_id="org", delivery_id="1", kind="k", at=T0, facts=known)])
+        return Catalogue([record("org", Linked(CUSTOMER, CUSTOMER), *facts)])
 
     def credited(day: int, units: int) -> Credited:
         return Credited(CUSTOMER, "m", "g", T0 + day * DAY, units, False, T0 + day * DAY)
@@ -358,3 +377,223 @@ def test_another_shape_is_said_to_be_unreadable(data: object) -> None:
     """A type that is known has the fields that it has."""
     with pytest.raises(Unreadable):
         read(Catalogue(), "org", delivery_id="1", kind="customer.created", data=data, now=T0)
+
+
+def priced(*prices: Json, **fields: Any) -> Json:
+    """A subscription with these prices, in dollars where nothing else is said."""
+    return period(0, prices=list(prices), **fields)
+
+
+def rate(meter: str, cents: str, **fields: Any) -> Json:
+    """A price per unit of one of Polar's meters."""
+    return {"id": f"price {meter}", "meter_id": meter, "unit_amount": cents, **fields}
+
+
+def test_a_subscription_pays_the_prices_that_polar_states() -> None:
+    """Each meter's once; what cannot be taken is kept as not known, with words for why."""
+    told_so = priced(
+        rate("m", "1.5", cap_amount=900), rate("n", "2", price_currency="EUR"), rate("o", "-1"), {"id": "fixed"},
+        currency="usd", meters=[rate("m", "9"), rate("q", "3")],
+    )  # fmt: skip
+    news = said(Catalogue(), "subscription.created", told_so)
+    (change,) = [one for one in news.changes if isinstance(one, SubscriptionPriced)]
+    assert (change.organization_id, change.subscription_id, change.product_id, change.at) == ("org", "s", "p", T0)
+    assert {one.meter_id: one.price for one in change.prices} == {
+        "m": Price(unit_amount=Decimal("1.5"), cap_amount=900), "n": None, "o": None,
+        "q": Price(unit_amount=Decimal(3)),
+    }  # fmt: skip
+    euros, negative = sorted(news.notes)
+    assert euros == (
+        "the price of Polar's meter n is not taken: it is in eur, and this organization's prices are in usd; an "
+        "organization has one currency"
+    )
+    assert negative.startswith("the price of Polar's meter o is not taken: Input should be a number of cents above 0")
+
+
+def test_the_first_price_decides_an_organizations_currency() -> None:
+    """Another organization's does not, and neither do the subscription's own earlier prices."""
+    catalogue = told([("subscription.created", priced(rate("m", "1", price_currency="eur")))])
+    changed = {"modified_at": (T0 + DAY).isoformat()}
+    own = said(catalogue, "subscription.updated", priced(rate("m", "1"), **changed))
+    other = said(catalogue, "subscription.created", priced(rate("m", "1"), id="t"))
+    assert [len(news.notes) for news in (own, other)] == [0, 1]
+    elsewhere = read(
+        catalogue, "elsewhere", delivery_id="1", kind="subscription.created", now=T0,
+        data=priced(rate("m", "1"), id="t", customer=None, customer_id=AGAIN),
+    )  # fmt: skip
+    assert elsewhere is not None
+    assert elsewhere.notes == []
+
+
+THINGS: list[tuple[str, Json]] = [
+    ("customer.updated", customer(1)),
+    ("benefit.updated", grant(0)["benefit"]),
+    ("benefit_grant.updated", grant(1) | {"customer": None, "customer_id": AGAIN}),
+    ("benefit_grant.updated", grant(1, id="h") | {
+        "customer": None, "customer_id": AGAIN, "benefit": grant(0)["benefit"],
+    }),
+    ("subscription.updated", period(1, customer=None, customer_id=AGAIN)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "data"), THINGS)
+def test_what_is_anothers_is_not_touched(kind: str, data: Json) -> None:
+    """A customer, benefit, grant or subscription of another organization has the id: the delivery is refused."""
+    catalogue = told([("subscription.created", period(0)), ("benefit_grant.created", grant(0))])
+    with pytest.raises(Unreadable, match=r"^this id is another's$"):
+        read(catalogue, "elsewhere", delivery_id="1", kind=kind, data=data, now=T0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"id": "cus_zz"}, "a customer's id should be a UUID"),
+        ({"external_id": "\ud800"}, "external_id has a character that no event can hold"),
+        ({"created_at": "0001-01-01T00:00:00+14:00", "modified_at": None}, "a time is out of range"),
+    ],
+)
+def test_what_is_wrong_with_a_customer_is_said(fields: Json, words: str) -> None:
+    """Whoever repairs the delivery has to know."""
+    with pytest.raises(Unreadable) as told_so:
+        said(Catalogue(), "customer.created", customer() | fields)
+    assert str(told_so.value) == words
+
+
+def test_an_order_tells_of_its_customer_once_it_is_paid() -> None:
+    """Other news of an order, and of things that concern neither usage nor credits, are passed over."""
+    def heard(kind: str) -> News | None:
+        return read(Catalogue(), "org", delivery_id="7", kind=kind, data={"customer": customer()}, now=T0)
+
+    news = heard("order.paid")
+    assert news is not None
+    assert [type(change) for change in news.changes] == [CustomerCreated, DeliveryApplied]
+    (applied,) = news.changes[-1:]
+    assert isinstance(applied, DeliveryApplied)
+    assert (applied.delivery_id, applied.kind, applied.at) == ("7", "order.paid", T0)
+    assert (news.polar_customer_id, news.customer_ids) == (CUSTOMER, [CUSTOMER])
+    assert [heard(kind) for kind in ("order.created", "order.refunded", "checkout.paid", "paid")] == [None] * 4
+
+
+def test_nulls_are_left_out_but_not_of_what_is_the_applications() -> None:
+    """Polar writes null for what it leaves out; metadata and custom fields are kept as they are, also in lists."""
+    free = {"metadata": {"a": None, "b": [None]}, "custom_field_data": {"c": None}}
+    catalogue = told([("subscription.created", priced(rate("m", "1", cap_amount=None), seats=None, **free))])
+    kept = catalogue.benefits.subscriptions["s"]
+    assert (kept.metadata, kept.custom_field_data, kept.seats) == (free["metadata"], free["custom_field_data"], None)
+    assert (kept.meter_ids, kept.price_id) == (["m"], "price m")
+
+
+def test_a_grant_keeps_what_polar_credited_last() -> None:
+    """What the properties say; where they say no time, what the ones before said."""
+    rows = [
+        ("benefit_grant.created", grant(0), 0, 100, True),
+        ("benefit_grant.cycled", grant(5, before=0), 5, 100, True),
+        ("benefit_grant.revoked", ended(grant(5), 10), 10, -100, False),
+        ("benefit_grant.revoked", grant(5, revoked=10), 5, 100, False),
+        ("benefit_grant.created", grant(3) | {"properties": None}, None, None, True),
+        ("benefit_grant.created", grant(3) | {"is_granted": False}, 3, 100, False),
+    ]
+    for kind, data, day, units, is_held in rows:
+        kept = told([(kind, data)]).benefits.grants["g"]
+        at = kept.last_credited_at
+        assert (None if at is None else (at - T0) // DAY, kept.last_credited_units, kept.is_held) == (
+            day, units, is_held
+        ), kind  # fmt: skip
+
+
+def test_a_deleted_benefit_is_gone_since_polar_deleted_it() -> None:
+    """As of its last change, or of its creation where it has no other time."""
+    benefit = grant(0)["benefit"]
+    for changed, day in ((None, 0), ((T0 + 4 * DAY).isoformat(), 4)):
+        deleted = benefit | {"is_deleted": True, "modified_at": changed}
+        catalogue = told([("benefit.created", benefit), ("benefit.deleted", deleted), ("benefit.updated", benefit)])
+        assert catalogue.benefits.benefits["b-g"].deleted_at == T0 + day * DAY
+
+
+def test_which_meter_is_polars() -> None:
+    """The one with its id, or the one whose metadata says so, of the organization alone."""
+    def meter(id: str, organization: str = "org", **metadata: str) -> MeterCreated:
+        return MeterCreated(Meter(
+            id=id, organization_id=organization, name=id, filter=EVERYTHING, aggregation=Aggregation("count"),
+            created_at=T0, metadata=metadata,
+        ))  # fmt: skip
+
+    catalogue = Catalogue([
+        meter("same"), meter("mine", polar_meter_id="theirs"), meter("x", "elsewhere", polar_meter_id="far"),
+        meter("far away", "elsewhere"),
+    ])  # fmt: skip
+    found = {id: meter_of(catalogue, "org", id) for id in ("same", "theirs", "mine", "far", "far away", "none")}
+    assert {id: one and one.id for id, one in found.items()} == {
+        "same": "same", "theirs": "mine", "mine": "mine", "far": None, "far away": None, "none": None,
+    }  # fmt: skip
+    assert meters_here(catalogue, "org", ["theirs", "none", "mine", "same"]) == ["mine", "same"]
+    benefits = told([("benefit_grant.created", grant(0))]).benefits
+    benefit, held = replace(benefits.benefits["b-g"], meter_id="theirs"), benefits.grants["g"]
+    assert here(catalogue, benefit).meter_id == "mine"
+    assert here(catalogue, replace(benefit, meter_id="none")).meter_id == "none"
+    assert here(catalogue, replace(held, last_credited_meter_id="theirs")).last_credited_meter_id == "mine"
+    assert here(catalogue, replace(held, last_credited_meter_id=None)).last_credited_meter_id is None
+
+
+def test_what_is_known_of_whom_and_of_which_meter() -> None:
+    """Of each organization apart: who is whom, which meters were credited or have a price, and for whom."""
+    def credited(polar: str, meter: str, grant: str) -> Credited:
+        return Credited(polar, meter, grant, T0, 100, False, T0)
+
+    def begun(polar: str, day: int, *meters: str) -> Period:
+        return Period(f"s {polar}", polar, T0 + day * DAY, list(meters), T0)
+
+    mirror = Catalogue([
+        record("org", Linked("a", "ann"), Linked("a2", "ann"), Linked("b", "bob"), Linked("b", "ben")),
+        record("org", credited("a", "m", "g1"), credited("b", "m", "g2"), credited("a2", "n", "g3"), id="2"),
+        record("org", begun("a", 1, "m", "p"), begun("a2", 2, "m"), begun("b", 3, "q"), id="3"),
+        record("else", Linked("z", "zoe"), credited("z", "m", "g9"), begun("z", 1, "p"), Known("customer:z", GONE)),
+    ]).mirror  # fmt: skip
+    assert {id: mirror.linked("org", id) for id in ("a", "a2", "b", "z")} == {
+        "a": "ann", "a2": "ann", "b": "ben", "z": None
+    }  # fmt: skip
+    assert mirror.once("org", "b") == ("bob", "ben")
+    assert {id: mirror.living(id) for id in ("ann", "bob", "ben", "zoe")} == {
+        "ann": ["a", "a2"], "bob": [], "ben": ["b"], "zoe": []
+    }  # fmt: skip
+    assert {id: sorted(mirror.meters(id)) for id in ("ann", "ben", "bob")} == {
+        "ann": ["m", "n", "p"], "ben": ["m", "q"], "bob": []
+    }  # fmt: skip
+    assert {id: sorted(mirror.customers(id)) for id in ("m", "n", "p", "q", "r")} == {
+        "m": ["ann", "ann", "ben", "zoe"], "n": ["ann"], "p": ["ann", "zoe"], "q": ["ben"], "r": []
+    }  # fmt: skip
+    assert (mirror.credited_meters("org"), mirror.credited_meters("else"), mirror.credited_meters("no")) == (
+        ["m", "n"], ["m"], []
+    )  # fmt: skip
+    assert [[one.grant_id for one in mirror.credits(of, meter)] for of, meter in (
+        ("org", "m"), ("org", "n"), ("else", "m"), ("else", "n"), ("no", "m")
+    )] == [["g1", "g2"], ["g3"], ["g9"], [], []]  # fmt: skip
+    assert days(mirror.wanted("ann", "m")) == ([1, 2], [(0, False, None)])  # of both of Polar's customers
+    assert days(mirror.wanted("ann", "m", "n")) == ([1, 2], [(0, False, None), (0, False, None)])
+    assert days(mirror.wanted("ben", "q")) == ([3], [])
+
+
+def test_who_is_joined_takes_polars_customers_along() -> None:
+    """Those that are still theirs; a customer who is told of again as somebody's is moved, not doubled."""
+    def join(id: str, into: str) -> CustomersJoined:
+        return CustomersJoined(organization_id="org", id=id, into=into, at=T0)
+
+    mirror = Catalogue([
+        record("org", Linked("a", "ann"), Linked("b", "ann"), Linked("b", "bob"), Linked("c", "cy")),
+        join("ann", "dan"), join("cy", "cy"),
+    ]).mirror  # fmt: skip
+    assert {id: mirror.once("org", id) for id in "abc"} == {"a": ("ann", "dan"), "b": ("ann", "bob"), "c": ("cy",)}
+    mirror.apply(record("org", Linked("a", "ann"), id="2"))
+    assert (mirror.once("org", "a"), mirror.living("ann"), mirror.living("dan")) == (("dan", "ann"), ["a"], [])
+
+
+def test_the_newest_deliveries_are_kept_without_their_facts() -> None:
+    """So many of each organization, oldest first; that a delivery was heard is known of all."""
+    mirror = Catalogue([record("org", Known("x", str(id)), id=str(id)) for id in range(RECENT_MAX + 2)]).mirror
+    mirror.apply(record("else", Known("x", "1"), id="1"))
+    recent = mirror.recent("org")
+    assert [one.delivery_id for one in recent] == [str(id) for id in range(2, RECENT_MAX + 2)]
+    assert {(len(one.facts), len(one.periods)) for one in recent} == {(0, 0)}
+    assert ([one.delivery_id for one in mirror.recent("else")], mirror.recent("no")) == (["1"], [])
+    heard = [mirror.heard(*one) for one in (("org", "0"), ("else", "1"), ("else", "0"), ("no", "0"))]
+    assert heard == [True, True, False, False]
