@@ -1,15 +1,12 @@
 """What follows from Polar's news is the same whatever the order in which they come."""
 
 import itertools
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from meters.aggregation import Aggregation
-from meters.catalogue.catalogue import Catalogue, Change, Customer, CustomerCreated, CustomerUpdated, MeterCreated
+from meters.catalogue.catalogue import Catalogue, Customer, CustomerCreated, CustomerUpdated
 from meters.catalogue.polar_facts import (
     GONE,
     RECENT_MAX,
@@ -20,60 +17,23 @@ from meters.catalogue.polar_facts import (
     Linked,
     Period,
     Revoked,
-    Told,
-    Wanted,
 )
-from meters.filters import EVERYTHING
 from meters.ledger.joined import CustomersJoined
-from meters.ledger.price import Price, SubscriptionPriced
-from meters.meter import Meter
-from meters.polar_webhooks import News, Unreadable, here, meter_of, meters_here, read
-
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
-DAY = timedelta(days=1)
-Json = dict[str, Any]
-CUSTOMER = "0e1d7f2a-6f63-4c6c-8a53-111111111111"
-AGAIN = "0e1d7f2a-6f63-4c6c-8a53-222222222222"
-
-
-def customer(day: int = 0, **fields: Any) -> Json:
-    """Polar's customer, as changed on a day."""
-    return {"id": CUSTOMER, "created_at": T0.isoformat(), "modified_at": (T0 + day * DAY).isoformat(),
-            "email": "c@x.org", "external_id": "c-here", "metadata": {}, **fields}  # fmt: skip
-
-
-def grant(day: int, units: int = 100, revoked: int | None = None, id: str = "g", before: int | None = None) -> Json:
-    """A grant that credited on a day, perhaps taken back on another; ``before`` is the day it credited before."""
-    def credited(day: int | None) -> Json | None:
-        at = {} if day is None else {"last_credited_at": (T0 + day * DAY).isoformat(), "last_credited_units": units}
-        return at and {"last_credited_meter_id": "m", **at}
-
-    changed = T0 + (day if revoked is None else revoked) * DAY
-    return {"id": id, "created_at": T0.isoformat(), "modified_at": changed.isoformat(), "customer_id": CUSTOMER,
-            "customer": customer(), "is_revoked": revoked is not None,
-            "revoked_at": None if revoked is None else changed.isoformat(),
-            "benefit": {"id": f"b-{id}", "type": "meter_credit", "created_at": T0.isoformat(),
-                        "properties": {"meter_id": "m", "units": units, "rollover": False}},
-            "properties": {} if revoked is not None else credited(day),
-            "previous_properties": credited(day if revoked is not None else before)}  # fmt: skip
-
-
-def ended(at: Json, day: int, *, kept: bool = False) -> Json:
-    """A grant as Polar tells of its end on a day: what was credited, and the taking back or, if ``kept``, the same."""
-    before, end = at["properties"], T0 + day * DAY
-    back = {"last_credited_units": -before["last_credited_units"], "last_credited_at": end.isoformat()}
-    later = (end + DAY / 2).isoformat()  # the end comes after its taking back, and the change after both
-    return at | {"is_revoked": True, "revoked_at": later, "modified_at": later, "previous_properties": before,
-                 "properties": before if kept else before | back}  # fmt: skip
-
-
-def period(day: int, status: str = "active", ended: int | None = None, **fields: Any) -> Json:
-    """A subscription with a price for the meter, in the period that began on a day."""
-    return {"id": "s", "created_at": T0.isoformat(), "modified_at": (T0 + (ended or day) * DAY).isoformat(),
-            "status": status, "customer_id": CUSTOMER, "product_id": "p", "customer": customer(),
-            "current_period_start": (T0 + day * DAY).isoformat(), "prices": [{"id": "x", "meter_id": "m"}],
-            "ended_at": None if ended is None else (T0 + ended * DAY).isoformat(), **fields}  # fmt: skip
-
+from tests.support.polar.news import (
+    AGAIN,
+    CUSTOMER,
+    DAY,
+    T0,
+    Json,
+    customer,
+    days,
+    ended,
+    grant,
+    period,
+    record,
+    said,
+    told,
+)
 
 STORIES: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, bool, int | None]]]] = {
     # the deliveries; the days of the cuts; for each credit its day, whether it renews, and when it was taken back
@@ -172,38 +132,6 @@ ENDS: dict[str, tuple[list[tuple[str, Json]], list[int], list[tuple[int, int, bo
         [(1, 100, False), (11, -100, False)],
     ),
 }  # fmt: skip
-
-
-def said(catalogue: Catalogue, kind: str, data: Json) -> News:
-    """What a delivery makes."""
-    news = read(catalogue, "org", delivery_id="any", kind=kind, data=data, now=T0 + 99 * DAY)
-    assert news is not None
-    return news
-
-
-def told(deliveries: list[tuple[str, Json]], *before: Change) -> Catalogue:
-    """A catalogue after some decisions and the deliveries, each of these twice."""
-    catalogue = Catalogue(before)
-    for kind, data in [*deliveries, *deliveries]:
-        for change in said(catalogue, kind, data).changes:
-            catalogue.apply(change)
-    return catalogue
-
-
-def record(organization: str, *told: Told, id: str = "1") -> DeliveryApplied:
-    """A delivery with these facts and periods."""
-    periods = [one for one in told if isinstance(one, Period)]
-    facts = [one for one in told if not isinstance(one, Period)]
-    return DeliveryApplied(organization_id=organization, delivery_id=id, kind="k", at=T0, facts=facts, periods=periods)
-
-
-def days(wanted: Wanted) -> tuple[list[int], list[tuple[int, bool, int | None]]]:
-    """What is wanted, with days for times."""
-    def day(at: datetime) -> int:
-        return (at - T0) // DAY
-
-    given = [(day(g.fact.at), g.is_cycle, None if g.revoked is None else day(g.revoked)) for g in wanted.given]
-    return [day(at) for at in wanted.cuts], given
 
 
 @pytest.mark.parametrize("name", STORIES)
@@ -367,172 +295,6 @@ def test_a_deletion_of_a_stranger_deletes_nobody() -> None:
     catalogue = Catalogue([CustomerCreated(here)])
     news = said(catalogue, "customer.deleted", customer(5))
     assert [type(change) for change in news.changes] == [DeliveryApplied]
-
-
-@pytest.mark.parametrize("data", [
-    None, {}, [], {"id": 5}, {"id": "x", "created_at": "yesterday"}, customer() | {"id": "cus_zz"},
-    customer() | {"created_at": "0001-01-01T00:00:00+14:00"}, customer() | {"modified_at": "9999-12-31T23:59:59-14:00"},
-])
-def test_another_shape_is_said_to_be_unreadable(data: object) -> None:
-    """A type that is known has the fields that it has."""
-    with pytest.raises(Unreadable):
-        read(Catalogue(), "org", delivery_id="1", kind="customer.created", data=data, now=T0)
-
-
-def priced(*prices: Json, **fields: Any) -> Json:
-    """A subscription with these prices, in dollars where nothing else is said."""
-    return period(0, prices=list(prices), **fields)
-
-
-def rate(meter: str, cents: str, **fields: Any) -> Json:
-    """A price per unit of one of Polar's meters."""
-    return {"id": f"price {meter}", "meter_id": meter, "unit_amount": cents, **fields}
-
-
-def test_a_subscription_pays_the_prices_that_polar_states() -> None:
-    """Each meter's once; what cannot be taken is kept as not known, with words for why."""
-    told_so = priced(
-        rate("m", "1.5", cap_amount=900), rate("n", "2", price_currency="EUR"), rate("o", "-1"), {"id": "fixed"},
-        currency="usd", meters=[rate("m", "9"), rate("q", "3")],
-    )  # fmt: skip
-    news = said(Catalogue(), "subscription.created", told_so)
-    (change,) = [one for one in news.changes if isinstance(one, SubscriptionPriced)]
-    assert (change.organization_id, change.subscription_id, change.product_id, change.at) == ("org", "s", "p", T0)
-    assert {one.meter_id: one.price for one in change.prices} == {
-        "m": Price(unit_amount=Decimal("1.5"), cap_amount=900), "n": None, "o": None,
-        "q": Price(unit_amount=Decimal(3)),
-    }  # fmt: skip
-    euros, negative = sorted(news.notes)
-    assert euros == (
-        "the price of Polar's meter n is not taken: it is in eur, and this organization's prices are in usd; an "
-        "organization has one currency"
-    )
-    assert negative.startswith("the price of Polar's meter o is not taken: Input should be a number of cents above 0")
-
-
-def test_the_first_price_decides_an_organizations_currency() -> None:
-    """Another organization's does not, and neither do the subscription's own earlier prices."""
-    catalogue = told([("subscription.created", priced(rate("m", "1", price_currency="eur")))])
-    changed = {"modified_at": (T0 + DAY).isoformat()}
-    own = said(catalogue, "subscription.updated", priced(rate("m", "1"), **changed))
-    other = said(catalogue, "subscription.created", priced(rate("m", "1"), id="t"))
-    assert [len(news.notes) for news in (own, other)] == [0, 1]
-    elsewhere = read(
-        catalogue, "elsewhere", delivery_id="1", kind="subscription.created", now=T0,
-        data=priced(rate("m", "1"), id="t", customer=None, customer_id=AGAIN),
-    )  # fmt: skip
-    assert elsewhere is not None
-    assert elsewhere.notes == []
-
-
-THINGS: list[tuple[str, Json]] = [
-    ("customer.updated", customer(1)),
-    ("benefit.updated", grant(0)["benefit"]),
-    ("benefit_grant.updated", grant(1) | {"customer": None, "customer_id": AGAIN}),
-    ("benefit_grant.updated", grant(1, id="h") | {
-        "customer": None, "customer_id": AGAIN, "benefit": grant(0)["benefit"],
-    }),
-    ("subscription.updated", period(1, customer=None, customer_id=AGAIN)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "data"), THINGS)
-def test_what_is_anothers_is_not_touched(kind: str, data: Json) -> None:
-    """A customer, benefit, grant or subscription of another organization has the id: the delivery is refused."""
-    catalogue = told([("subscription.created", period(0)), ("benefit_grant.created", grant(0))])
-    with pytest.raises(Unreadable, match=r"^this id is another's$"):
-        read(catalogue, "elsewhere", delivery_id="1", kind=kind, data=data, now=T0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"id": "cus_zz"}, "a customer's id should be a UUID"),
-        ({"external_id": "\ud800"}, "external_id has a character that no event can hold"),
-        ({"created_at": "0001-01-01T00:00:00+14:00", "modified_at": None}, "a time is out of range"),
-    ],
-)
-def test_what_is_wrong_with_a_customer_is_said(fields: Json, words: str) -> None:
-    """Whoever repairs the delivery has to know."""
-    with pytest.raises(Unreadable) as told_so:
-        said(Catalogue(), "customer.created", customer() | fields)
-    assert str(told_so.value) == words
-
-
-def test_an_order_tells_of_its_customer_once_it_is_paid() -> None:
-    """Other news of an order, and of things that concern neither usage nor credits, are passed over."""
-    def heard(kind: str) -> News | None:
-        return read(Catalogue(), "org", delivery_id="7", kind=kind, data={"customer": customer()}, now=T0)
-
-    news = heard("order.paid")
-    assert news is not None
-    assert [type(change) for change in news.changes] == [CustomerCreated, DeliveryApplied]
-    (applied,) = news.changes[-1:]
-    assert isinstance(applied, DeliveryApplied)
-    assert (applied.delivery_id, applied.kind, applied.at) == ("7", "order.paid", T0)
-    assert (news.polar_customer_id, news.customer_ids) == (CUSTOMER, [CUSTOMER])
-    assert [heard(kind) for kind in ("order.created", "order.refunded", "checkout.paid", "paid")] == [None] * 4
-
-
-def test_nulls_are_left_out_but_not_of_what_is_the_applications() -> None:
-    """Polar writes null for what it leaves out; metadata and custom fields are kept as they are, also in lists."""
-    free = {"metadata": {"a": None, "b": [None]}, "custom_field_data": {"c": None}}
-    catalogue = told([("subscription.created", priced(rate("m", "1", cap_amount=None), seats=None, **free))])
-    kept = catalogue.benefits.subscriptions["s"]
-    assert (kept.metadata, kept.custom_field_data, kept.seats) == (free["metadata"], free["custom_field_data"], None)
-    assert (kept.meter_ids, kept.price_id) == (["m"], "price m")
-
-
-def test_a_grant_keeps_what_polar_credited_last() -> None:
-    """What the properties say; where they say no time, what the ones before said."""
-    rows = [
-        ("benefit_grant.created", grant(0), 0, 100, True),
-        ("benefit_grant.cycled", grant(5, before=0), 5, 100, True),
-        ("benefit_grant.revoked", ended(grant(5), 10), 10, -100, False),
-        ("benefit_grant.revoked", grant(5, revoked=10), 5, 100, False),
-        ("benefit_grant.created", grant(3) | {"properties": None}, None, None, True),
-        ("benefit_grant.created", grant(3) | {"is_granted": False}, 3, 100, False),
-    ]
-    for kind, data, day, units, is_held in rows:
-        kept = told([(kind, data)]).benefits.grants["g"]
-        at = kept.last_credited_at
-        assert (None if at is None else (at - T0) // DAY, kept.last_credited_units, kept.is_held) == (
-            day, units, is_held
-        ), kind  # fmt: skip
-
-
-def test_a_deleted_benefit_is_gone_since_polar_deleted_it() -> None:
-    """As of its last change, or of its creation where it has no other time."""
-    benefit = grant(0)["benefit"]
-    for changed, day in ((None, 0), ((T0 + 4 * DAY).isoformat(), 4)):
-        deleted = benefit | {"is_deleted": True, "modified_at": changed}
-        catalogue = told([("benefit.created", benefit), ("benefit.deleted", deleted), ("benefit.updated", benefit)])
-        assert catalogue.benefits.benefits["b-g"].deleted_at == T0 + day * DAY
-
-
-def test_which_meter_is_polars() -> None:
-    """The one with its id, or the one whose metadata says so, of the organization alone."""
-    def meter(id: str, organization: str = "org", **metadata: str) -> MeterCreated:
-        return MeterCreated(Meter(
-            id=id, organization_id=organization, name=id, filter=EVERYTHING, aggregation=Aggregation("count"),
-            created_at=T0, metadata=metadata,
-        ))  # fmt: skip
-
-    catalogue = Catalogue([
-        meter("same"), meter("mine", polar_meter_id="theirs"), meter("x", "elsewhere", polar_meter_id="far"),
-        meter("far away", "elsewhere"),
-    ])  # fmt: skip
-    found = {id: meter_of(catalogue, "org", id) for id in ("same", "theirs", "mine", "far", "far away", "none")}
-    assert {id: one and one.id for id, one in found.items()} == {
-        "same": "same", "theirs": "mine", "mine": "mine", "far": None, "far away": None, "none": None,
-    }  # fmt: skip
-    assert meters_here(catalogue, "org", ["theirs", "none", "mine", "same"]) == ["mine", "same"]
-    benefits = told([("benefit_grant.created", grant(0))]).benefits
-    benefit, held = replace(benefits.benefits["b-g"], meter_id="theirs"), benefits.grants["g"]
-    assert here(catalogue, benefit).meter_id == "mine"
-    assert here(catalogue, replace(benefit, meter_id="none")).meter_id == "none"
-    assert here(catalogue, replace(held, last_credited_meter_id="theirs")).last_credited_meter_id == "mine"
-    assert here(catalogue, replace(held, last_credited_meter_id=None)).last_credited_meter_id is None
 
 
 def test_what_is_known_of_whom_and_of_which_meter() -> None:
