@@ -295,6 +295,11 @@ def test_a_deletion_of_a_stranger_deletes_nobody() -> None:
     catalogue = Catalogue([CustomerCreated(here)])
     news = said(catalogue, "customer.deleted", customer(5))
     assert [type(change) for change in news.changes] == [DeliveryApplied]
+    for change in news.changes:
+        catalogue.apply(change)
+    late = said(catalogue, "customer.created", customer())  # of before its end, with the external id it had then
+    assert late.changes == []
+    assert catalogue.customer_named("org", CUSTOMER) == CUSTOMER
 
 
 def test_what_is_known_of_whom_and_of_which_meter() -> None:

@@ -1,5 +1,6 @@
 """What is read from Polar's payloads: prices, meters, grants and whose they are, and what is refused."""
 
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_nulls_are_left_out_but_not_of_what_is_the_applications() -> None:
     kept = catalogue.benefits.subscriptions["s"]
     assert (kept.metadata, kept.custom_field_data, kept.seats) == (free["metadata"], free["custom_field_data"], None)
     assert (kept.meter_ids, kept.price_id) == (["m"], "price m")
+
+
+@pytest.mark.parametrize("deeper", [lambda value: [value], lambda value: {"deeper": value}])
+def test_no_depth_of_a_payload_is_too_much(deeper: Callable[[object], object]) -> None:
+    """What lies deeper than anything that is read is left alone."""
+    deep: object = None
+    for _ in range(5_000):
+        deep = deeper(deep)
+    assert said(Catalogue(), "customer.created", customer(unheard_of=deep)).customer_ids == [CUSTOMER]
 
 
 def test_a_grant_keeps_what_polar_credited_last() -> None:
