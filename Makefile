@@ -16,7 +16,7 @@ BASE ?=
 # One more than the two cores: a third of the time a test waits, for a disk, a broker or a restart.
 WORKERS ?= 3
 
-.PHONY: help setup lock run demo kafka test broker-faults explorers clients upstream faults fuzz soak lint bench clean
+.PHONY: help setup lock run demo kafka test broker-faults explorers clients upstream faults fuzz mutants soak lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,11 @@ faults: setup  ## the fault tests with more rounds and longer faults, each print
 fuzz: setup  ## random questions about usage, everywhere they can be asked, against a bookkeeper in plain Python; some minutes
 	@$(BIN)/python -m pytest tests/aggregator/api/test_usage_fuzz.py tests/deploy/commands/test_usage_surfaces.py --long $(ARGS)
 
+mutants: setup  ## edits that the tests of what moves money do not notice (ARGS="'meters.ledger.price.*'" for a module)
+	@test -x $(BIN)/mutmut || $(BIN)/python -m pip install --quiet --disable-pip-version-check "mutmut==3.8.1"  # for this alone
+	@$(BIN)/mutmut run --max-children 1 $(ARGS)
+	@$(BIN)/mutmut results
+
 soak: setup  ## an hour of load and random faults, proven at the end (ARGS="--minutes N --seed S"); some kinds need root
 	@$(BIN)/python -m tests.faults.soak $(ARGS)
 
@@ -81,5 +86,5 @@ bench: setup  ## every benchmark into benchmarks/README.md; with BASE=COMMIT a c
 	@$(BIN)/python -m benchmarks$(if $(BASE),.compare "$(BASE)") $(ARGS)
 
 clean:  ## remove what was made here, except the data
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
