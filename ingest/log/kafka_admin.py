@@ -157,17 +157,17 @@ def _check_protocol(options: Options, secrets: Mapping[str, str]) -> None:
     sasl, tls = protocol.startswith("SASL"), protocol.endswith("SSL")
     if sasl and not (options.sasl_username and secrets.get(PASSWORD)):
         raise ValueError(f"{protocol} needs sasl_username, and the password from the environment")
-    if secrets.get(PASSWORD) and not sasl:
-        raise ValueError(
-            "there is a password and nobody whose it is: the URL needs security_protocol=SASL_SSL and sasl_username "
-            "(or unset METERSTREAM_KAFKA_PASSWORD)"
-        )
     for name in ("sasl_username", "sasl_mechanism"):
         if getattr(options, name) and not sasl:
             raise ValueError(f"{name} needs security_protocol=SASL_SSL (or SASL_PLAINTEXT, which encrypts nothing)")
     for name in ("ssl_ca", "ssl_certificate", "ssl_key"):
         if getattr(options, name) and not tls:
             raise ValueError(f"{name} needs security_protocol=SSL or SASL_SSL: {protocol} encrypts nothing")
+    if secrets.get(PASSWORD) and not sasl:
+        raise ValueError(
+            "there is a password and nobody whose it is: the URL needs security_protocol=SASL_SSL and sasl_username "
+            "(or unset METERSTREAM_KAFKA_PASSWORD)"
+        )
     if bool(options.ssl_certificate) != bool(options.ssl_key):
         raise ValueError("ssl_certificate and ssl_key go together: name both, the same file twice where it holds both")
 
