@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aggregator.forward.feed_client import Selection, item_of
+from aggregator.forward.planner import Reached
 from aggregator.forward.state import State
 from deploy.client import Session
 from deploy.console import Output
@@ -198,7 +199,7 @@ def test_beside_an_aggregator_alone_the_feed_has_an_address(ours: Installation, 
         contextlib.closing(State(tmp_path / "forward.sqlite")) as state,
         contextlib.closing(open_source(settings, DataDirectory(tmp_path), state)) as source,
     ):
-        found = source.page({}, Selection(names=(name,)), 10)
+        found = source.page(Reached({}, None), Selection(names=(name,)), 10)
 
     assert [item_of(entry, "raw").external_id for entry in found.entries] == ids(events(name, 3))
 

@@ -86,12 +86,12 @@ def test_a_balance_off_by_one_credit_at_polar_is_named_for_a_person(sides: TwoSi
         customer = side.post("/v1/customers/", {"external_id": "ann", "email": "ann@example.com"})["id"]
         grant[side] = f"/v1/customers/{customer}/credits"
         for unit in units:
-            side.post(grant[side], {"meter_id": side.meter_id("tokens"), "units": unit, "key": f"credit-{unit}"})
+            side.post(grant[side], {"meter_id": side.meter_id("tokens"), "units": unit})
     sides.here.send(*numbered(4))
     sides.forward()
 
     found = sides.prove("apply")
-    sides.there.post(grant[sides.there], {"meter_id": sides.there.meter_id("tokens"), "units": 1, "key": "credit-1"})
+    sides.there.post(grant[sides.there], {"meter_id": sides.there.meter_id("tokens"), "units": 1})
 
     assert (only(found).cause, only(found).where) == (Cause.LOST, "tokens, customer ann")
     (left,) = found.done

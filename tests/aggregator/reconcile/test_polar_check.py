@@ -311,7 +311,7 @@ def test_a_largest_value_is_another_one_because_of_a_lost_event(sides: TwoSides)
     assert only(sides.check()).where.startswith("a2: ")
 
     bob = sides.there.api.get("/v1/customers/external/bob")["id"]
-    sides.there.post(f"/v1/customers/{bob}/resets", {"meter_ids": [sides.there.meter_id("peak")]})
+    sides.there.post(f"/v1/customers/{bob}/resets", {"meter_ids": "all"})
 
     late = [one.where for one in sides.check().differences if one.cause is Cause.LATE]
     assert late == ["calls, customer bob", "peak, customer bob", "tokens, customer bob"]

@@ -236,7 +236,7 @@ def test_the_failure_of_a_partition_is_told_to_those_with_lines_for_it() -> None
         async def _append(self, stream: str, entries: Sequence[Entry]) -> list[int]:
             if entries[0].partition == 1:
                 raise away
-            return await MemoryLog.append(self, stream, entries)
+            return await MemoryLog.submit(self, stream, entries)
 
     async def run() -> None:
         told = dict[int, object]()
