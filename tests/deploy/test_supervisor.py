@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.server.data import PUT_BACK
 from tests.support.servers.installation import Installation, alive, meterstream
 from tests.support.waiting import eventually
 
@@ -80,7 +81,7 @@ def test_a_lost_log_is_not_made_again(process: str, left: str, tmp_path: Path) -
 
     assert (done.returncode, done.stdout) == (1, "")
     assert f"there is no log.sqlite in {tmp_path}, but {left}" in done.stderr
-    assert "restore log.sqlite from a backup (stop everything, move log.sqlite, log.sqlite-wal" in done.stderr
+    assert f"restore log.sqlite from a backup ({PUT_BACK})" in done.stderr
     assert f"move {left} away, and the next start begins anew" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {left, "serve.lock"}
 
