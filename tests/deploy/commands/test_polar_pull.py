@@ -84,4 +84,4 @@ def test_pulling_needs_a_token_of_polars(installation: Installation) -> None:
     """The command says which variable to set."""
     installation.start()
     done = installation.run("polar", "pull")
-    assert (done.returncode, "METERSTREAM_POLAR_TOKEN" in done.stderr) == (1, True)
+    assert (done.returncode, "METERSTREAM_POLAR_TOKEN" in done.stderr) == (2, True)
