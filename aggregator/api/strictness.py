@@ -12,6 +12,7 @@ A route declares its own parameters where it reads them. ``POLARS`` lists those 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
+from itertools import islice
 
 from fastapi import Request
 from fastapi.dependencies.utils import get_flat_params
@@ -20,7 +21,10 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from aggregator.service.errors import Malformed
-from meters.errors import Detail, detail
+from meters.errors import COMPLAINTS_MAX, Detail, detail
+
+NAME_COMPARED_MAX = 100
+"""Characters of an unknown name that are compared with the known ones, whose longest has 29."""
 
 PAGED = "page limit"
 
@@ -163,11 +167,13 @@ def unknown_fields(
 
 
 def _complaints(loc: tuple[str | int, ...], unknown: Mapping[str, object], known: Iterable[str]) -> list[Detail]:
-    return [detail("extra_forbidden", (*loc, name), _message(name, known), given) for name, given in unknown.items()]
+    """Complain about the first unknown names. A body has room for 200,000, and each is compared with all known ones."""
+    first = islice(unknown.items(), COMPLAINTS_MAX)
+    return [detail("extra_forbidden", (*loc, name), _message(name, known), given) for name, given in first]
 
 
 def _message(name: str, known: Iterable[str]) -> str:
-    similar = get_close_matches(name, sorted(known), n=1)
+    similar = get_close_matches(name[:NAME_COMPARED_MAX], sorted(known), n=1)
     return "Extra inputs are not permitted" + (f": did you mean '{similar[0]}'?" if similar else "")
 
 

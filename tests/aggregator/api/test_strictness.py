@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aggregator.api import create_app, openapi
+from aggregator.api import create_app, openapi, strictness
 from aggregator.api.fast_reads import AtOnce
 from aggregator.api.strictness import POLARS
+from meters.errors import COMPLAINTS_MAX
 from meters.fast_paths import FastRead
 from tests.support.servers.query_api import Server, Tenant
 
@@ -231,3 +232,19 @@ def test_all_meters_begin_anew_by_a_word(server: Server) -> None:
     assert tenant.post(path, {"meter_ids": [first]})["meter_ids"] == [first]
     assert sorted(tenant.post(path, {"meter_ids": "all"})["meter_ids"]) == sorted([first, second])
     assert tenant.refusal("POST", path, json={"meter_ids": "every"})[0] == 422
+
+
+def test_few_of_many_unknown_fields_are_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body has room for very many, and each costs a comparison with every known field."""
+    compared: list[str] = []
+
+    def close(name: str, known: list[str], n: int) -> list[str]:
+        compared.append(name)
+        return []
+
+    monkeypatch.setattr(strictness, "get_close_matches", close)
+    body = {f"{'x' * 1_000}{number}": number for number in range(1_000)}
+    refused = world.ask("POST /v1/webhooks/thresholds", json=body)
+    assert refused.status_code == 422
+    assert len(compared) == len(refused.json()["detail"]) == COMPLAINTS_MAX
+    assert max(map(len, compared)) <= strictness.NAME_COMPARED_MAX
