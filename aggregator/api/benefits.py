@@ -193,9 +193,14 @@ async def list_benefits(
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 
-def _named_by(desk: Desk, token: Token, ids: Ids) -> set[str] | None:
-    """The ids of the customers that these ids name; None for all."""
-    return None if ids is None else {desk.catalogue.customer_named(token.organization_id, str(id)) for id in ids}
+def _named_by(desk: Desk, token: Token, ids: Ids, external_ids: Texts = None) -> set[str] | None:
+    """Return the ids of the customers that one of these ids or external ids names; None for all customers."""
+    if ids is None and external_ids is None:
+        return None
+    organization_id, catalogue = token.organization_id, desk.catalogue
+    named = [catalogue.customer_by_external_id(organization_id, name) for name in external_ids or ()]
+    found = {customer.id for customer in named if customer is not None}
+    return found | {catalogue.customer_named(organization_id, str(id)) for id in ids or ()}
 
 
 def _is_among(id: str, wanted: Ids) -> bool:
@@ -332,19 +337,21 @@ async def list_all_grants(
     """The grants of all benefits, newest first."""
     chosen = order(sorting, ("created_at", "granted_at", "revoked_at"), "-created_at")
     catalogue = desk.catalogue
-    wanted = _named_by(desk, token, customer_id)
+    wanted = _named_by(desk, token, customer_id, external_customer_id)
     found = [
-        (here(catalogue, grant), here(catalogue, benefit), customer)
+        (grant, benefit, customer)
         for benefit in catalogue.benefits.benefits_of(token.organization_id)
         if includes(organization_id, token) and benefit.deleted_at is None
         for grant in catalogue.benefits.grants_by(benefit.id, held=False)
         if is_granted in (None, grant.is_held)
         and (wanted is None or grant.customer_id in wanted)
         and (customer := catalogue.customer(token.organization_id, grant.customer_id))
-        and (external_customer_id is None or customer.external_id in external_customer_id)
     ]
     found.sort(key=lambda one: in_time(one[0], chosen.by), reverse=not chosen.ascending)
-    shapes = [grant_shape(*one) for one in on_page(found, page)]
+    shapes = [
+        grant_shape(here(catalogue, grant), here(catalogue, benefit), customer)
+        for grant, benefit, customer in on_page(found, page)
+    ]
     return answer(listed(shapes, len(found), page), desk.view.as_of)
 
 

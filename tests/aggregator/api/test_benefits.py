@@ -318,6 +318,9 @@ def test_all_grants_are_listed_together(tenant: Tenant) -> None:
     assert found(sorting="revoked_at")[0] == made[first, bob]
     assert found(customer_id=ann) == found(external_customer_id="ann") == [made[second, ann], made[first, ann]]
     assert found(external_customer_id="nobody") == []
+    assert found(external_customer_id="ann", customer_id=bob) == found()
+    tenant.patch(f"/v1/customers/{bob}", {"external_id": "bob"})
+    assert found(external_customer_id="bob") == [made[first, bob]]
     assert found(is_granted=False) == [made[first, bob]]
     assert found(limit=1, page=2) == [made[first, bob]]
     assert found(organization_id=NOBODY) == []
