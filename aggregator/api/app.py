@@ -29,6 +29,7 @@ from aggregator.api.requests import AtDesk, RelativeRedirects, Segments, answer,
 from aggregator.api.schemas import gives
 from aggregator.api.strictness import passed_over_text
 from aggregator.service.errors import SETTLED_S
+from aggregator.service.meter_check import Looks
 from aggregator.service.service import Desk
 from aggregator.view import Unavailable, View
 
@@ -52,7 +53,7 @@ def create_app(
     """
     app = FastAPI(title="Meterstream", description=describe(), docs_url=None, redoc_url=None, version="1")
     app.state.desk = Desk(view, now, new_id, settled_s)
-    app.state.private_targets = private_targets
+    app.state.private_targets, app.state.looks = private_targets, Looks()
     app.add_middleware(Segments)
     app.add_middleware(RelativeRedirects)
     install_error_answers(app)

@@ -109,17 +109,21 @@ async def create_meter(request: Request, desk: AtDesk, token: Writer) -> Respons
         except PASSING:  # the meter is made; whoever were told otherwise would make another one
             logger.warning("meter_not_settled", meter_id=meter.id, help="PATCH its metadata to credit what Polar told")
     as_of = desk.view.as_of
-    return answer(await _checked(desk, token, meter), as_of, 201)
+    return answer(_checked(meter, await _look(desk, token, meter)), as_of, 201)
 
 
-async def _checked(desk: Desk, token: Token, meter: Meter) -> answers.CheckedMeter:
-    """The meter with what it passes over, if that is known soon."""
-    shape = answers.CheckedMeter(**meter_json(meter))
+async def _look(desk: Desk, token: Token, meter: Meter) -> Look | None:
+    """Return what the meter passes over; None where looking takes too long, since the meter is what was asked for."""
+    question = desk.ask(token, lambda here: look(here, meter.filter, meter.aggregation))
     try:
-        found, _ = await asyncio.wait_for(
-            desk.ask(token, lambda here: look(here, meter.filter, meter.aggregation)), LOOK_S_MAX
-        )
-    except (TimeoutError, *PASSING):  # the meter is what was asked for
+        return (await asyncio.wait_for(question, LOOK_S_MAX)).answer
+    except (TimeoutError, *PASSING):
+        return None
+
+
+def _checked(meter: Meter, found: Look | None) -> answers.CheckedMeter:
+    shape = answers.CheckedMeter(**meter_json(meter))
+    if found is None:
         return shape
     if found.unmatched.no_number or found.unmatched.absent:
         shape.unmatched = uncounted(found.unmatched)
@@ -148,10 +152,16 @@ async def list_meters(
 
 
 @router.get("/v1/meters/{id}", responses=gives(answers.CheckedMeter))
-async def get_meter(desk: AtDesk, token: Reader, id: UUID) -> Response:
-    """One meter, with what it passes over in recent events."""
-    as_of = desk.view.as_of
-    return answer(await _checked(desk, token, meter_of(desk, token, id)), as_of)
+async def get_meter(request: Request, desk: AtDesk, token: Reader, id: UUID) -> Response:
+    """One meter, with what it passes over in recent events, looked at once a minute at most."""
+    as_of, looks, now = desk.view.as_of, request.app.state.looks, desk.now()
+    meter = meter_of(desk, token, id)
+    try:
+        found = looks.find(meter, now)
+    except KeyError:
+        found = await _look(desk, token, meter)
+        looks.keep(meter, now, found)
+    return answer(_checked(meter, found), as_of)
 
 
 @router.patch("/v1/meters/{id}", openapi_extra=takes(MeterUpdate), responses=gives(answers.Meter))

@@ -6,7 +6,9 @@ nothing: the meter counts as it says. ``uncounted`` is the part of the answer th
 """
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from aggregator.service import answers
@@ -20,8 +22,11 @@ from meters.aggregation import Aggregation
 from meters.event import event_id
 from meters.event_values import NAME, is_built_in, lookup, path_of
 from meters.filters import Clause, Filter, Operator
+from meters.meter import Meter
 
 SHOWN_MAX = 10  # names or keys in a warning: more are not read
+LOOK_KEPT = timedelta(minutes=1)  # a look reads a week of events: 0.2 s at a million
+LOOKS_MAX = 1_000  # meters that are remembered, of all organizations; beyond it a meter is looked at again
 WARNINGS_MAX = 5  # of one kind: whoever has more has one cause
 DAYS = f"the last {RECENT.days} days with events"
 
@@ -31,6 +36,30 @@ class Look(NamedTuple):
 
     unmatched: Unmatched
     seen: Seen | None
+
+
+class Looks:
+    """The newest look at each meter, so that a meter that is read again and again costs a store query a minute."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[Meter, datetime, Look | None]] = OrderedDict()
+
+    def find(self, meter: Meter, now: datetime) -> Look | None:
+        """Return what was found by this definition of the meter less than a minute ago. Raises KeyError.
+
+        None stands for a look that took too long.
+        """
+        looked, at, found = self._kept[meter.id]
+        if looked is not meter or not timedelta() <= now - at < LOOK_KEPT:
+            raise KeyError(meter.id)
+        return found
+
+    def keep(self, meter: Meter, now: datetime, found: Look | None) -> None:
+        """Keep what was found, and forget the oldest look beyond LOOKS_MAX."""
+        self._kept.pop(meter.id, None)
+        self._kept[meter.id] = meter, now, found
+        while len(self._kept) > LOOKS_MAX:
+            self._kept.popitem(last=False)
 
 
 def look(here: Here, filter: Filter, aggregation: Aggregation) -> Look:

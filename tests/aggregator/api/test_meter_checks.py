@@ -1,10 +1,13 @@
 """What a meter passes over: counted and shown, with the names and keys that were probably meant."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from aggregator.api import meters
 from aggregator.process import UnmatchedWatch
+from aggregator.service.meter_check import look
 from tests.support.servers.query_api import Server, Tenant
 
 
@@ -137,3 +140,28 @@ def test_the_metric_counts_them_among_the_newest_events(server: Server, tenant: 
 def test_a_meter_made_before_any_event_is_not_warned_of(tenant: Tenant) -> None:
     """Nothing was seen yet that could have been meant."""
     assert "warnings" not in tenant.post("/v1/meters/", definition())
+
+
+def test_a_meter_that_is_read_again_is_looked_at_once_a_minute(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look is a store query over a week of events, and Polar's clients read meters often."""
+    looked: list[object] = []
+
+    def counting(*asked: Any) -> Any:
+        looked.append(asked)
+        return look(*asked)
+
+    monkeypatch.setattr(meters, "look", counting)
+    tenant.event(name="call", metadata={"tokens": "1"})
+    meter = tenant.post("/v1/meters/", definition())["id"]
+    looked.clear()
+    first = tenant.get(f"/v1/meters/{meter}")
+    assert tenant.get(f"/v1/meters/{meter}") == first
+    assert len(looked) == 1
+    tenant.event(name="call", metadata={"tokens": "2"})
+    tenant.server.now += timedelta(minutes=1)
+    assert tenant.get(f"/v1/meters/{meter}")["unmatched"]["no_number"] == 2
+    tenant.patch(f"/v1/meters/{meter}", {"aggregation": {"func": "count"}})
+    assert "unmatched" not in tenant.get(f"/v1/meters/{meter}")
+    assert len(looked) == 3
