@@ -191,7 +191,8 @@ def _checked(source: Path) -> Manifest:
         raise GiveUp(f"the backup in {source} has format {manifest.format}, and this program reads {FORMAT}")
     for copied in manifest.files:
         path = source / copied.name
-        if ".." in path.parts or not path.is_file() or _described(source, path) != copied:
+        is_inside = not Path(copied.name).is_absolute() and ".." not in path.parts
+        if not is_inside or not path.is_file() or _described(source, path) != copied:
             raise GiveUp(f"{path} is not the file that was backed up; nothing is changed. Take another backup")
     return manifest
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -104,6 +105,13 @@ def test_another_place_is_restored_to(tmp_path: Path) -> None:
     assert stat.S_IMODE(other.log.stat().st_mode) == 0o600
 
 
+def _with_a_file_of_another_place(copy: Path) -> None:
+    """Have the list name a file by its absolute path, which a restore would write to."""
+    listed = json.loads(copy.joinpath(MANIFEST).read_text())
+    listed["files"][0]["name"] = str(copy / listed["files"][0]["name"])
+    copy.joinpath(MANIFEST).write_text(json.dumps(listed))
+
+
 def test_a_backup_that_is_not_whole_changes_nothing(tmp_path: Path) -> None:
     """A file that changed, one that is missing, and a directory without its list are refused before anything moves."""
     data = written(tmp_path / "data", "a")
@@ -112,6 +120,7 @@ def test_a_backup_that_is_not_whole_changes_nothing(tmp_path: Path) -> None:
     for spoil, complaint in (
         (lambda copy: copy.joinpath("log.sqlite").write_bytes(b"?"), "is not the file that was backed up"),
         (lambda copy: copy.joinpath("log.sqlite").unlink(), "is not the file that was backed up"),
+        (_with_a_file_of_another_place, "is not the file that was backed up"),
         (lambda copy: copy.joinpath(MANIFEST).unlink(), "no whole backup"),
     ):
         spoiled = tmp_path / "spoiled"
