@@ -1,12 +1,11 @@
 """Routes of the feed: counted events in the order of the log, for programs that forward or check them.
 
 A reader keeps the ``position`` of an answer and sends it with the next request. A position is half-open and names
-places in the log, so no event is missed or read twice, even after a restart or a rebuild of the store. The
-``witness`` that comes with a position says of which log it is: a reader that sends it, too, gets 409 instead of a page
-where another log has other events before the position. Events have
-the form in which another system could ingest them: a customer or parent that is known by an internal id is shown with
-its external id. ``rollup`` adds events up; ``backlog``, ``customers`` and ``traffic`` describe what is waiting. Polar
-has no such routes.
+places in the log, so no event is missed or read twice, even after a restart or a rebuild of the store. A ``witness``
+comes with each position and tells its log from others. A reader that sends both gets 409 if the log has other events
+before the position. Events have the form in which another system could ingest them: a customer or parent that is known
+by an internal id is shown with its external id. ``rollup`` adds events up; ``backlog``, ``customers`` and ``traffic``
+describe what is waiting. Polar has no such routes.
 """
 
 from collections.abc import Mapping
@@ -147,12 +146,10 @@ async def _known(
     return known
 
 
-
-
 async def _wanted_between(
     wanted: Annotated[Wanted, Depends(_wanted)], since: Since = None, until: Until = None
 ) -> Wanted:
-    """The same within a range that is told by ``since`` and ``until``, as in lists of events."""
+    """Narrow the wanted events to the range from ``since`` to ``until``, as in lists of events."""
     scope = wanted.scope
     starts = max((start for start in (scope.since, since) if start is not None), default=None)
     scope = msgspec.structs.replace(scope, since=starts, until=earlier(scope.until, until))

@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 from aggregator.service.balances import CustomerMeter, usage_until
 from aggregator.service.service import Desk, Here
+from meters.aggregation import is_summable
 from meters.ledger.price import Price, charge_parts
 from meters.tariff import Step, Tariff, tariff_of
 
 STEPS_MAX = 24
 """Prices of one period that are told apart, newest first: each costs a store query. Earlier usage costs the oldest."""
-
-SUMMABLE = ("count", "sum")
 
 
 class Charge(NamedTuple):
@@ -70,7 +69,7 @@ def _simple(desk: Desk, one: CustomerMeter) -> Charge | None:
 def _steps(desk: Desk, one: CustomerMeter) -> list[Step]:
     """The prices of the period, where there are several that matter: the first one holds from its beginning."""
     tariff = tariff_of(desk.catalogue, one.customer, one.meter)
-    if tariff is None or tariff.is_trial or one.meter.aggregation.func not in SUMMABLE:
+    if tariff is None or tariff.is_trial or not is_summable(one.meter.aggregation):
         return []
     later = [step for step in tariff.steps[1:] if _is_within(step.since, one.since, desk.now())]
     first = len(tariff.steps) - len(later) - 1

@@ -2,7 +2,7 @@
 
 A price has two sources. The operator sets one for a meter (``MeterPriced``); it holds for everybody and for periods
 under way. Polar states one for a product, and a subscription pays it from a time on (``SubscriptionPriced``).
-``Prices`` folds both; ``meters.polar_webhooks.tariff`` picks the prices of one customer and meter. ``charge`` computes
+``Prices`` folds both; ``meters.tariff`` picks the prices of one customer and meter. ``charge`` computes
 an amount, ``charge_parts`` one for usage at several prices.
 Unit prices are cents with up to 12 decimals, amounts are whole cents. The result is an estimate of the running
 period; invoices are made elsewhere.
